@@ -1,0 +1,60 @@
+"""et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with the fate of every layer told.
+
+The public interface; everything else may change.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from et_cuda_passes import layouts, ops
+from et_cuda_passes.graph.driver import RuleError
+from et_cuda_passes.graph.pattern import any_of, op
+from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
+from et_cuda_passes.graph.rule import Keep, Rule, require
+from et_cuda_passes.rules.fold_dequantize import FoldDequantize
+from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
+from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.targets import Target, default_passes, targets
+from et_cuda_passes.targets.rewrite import rewrite
+
+if TYPE_CHECKING:
+    from et_cuda_passes.executorch.cuda import CudaPartitioner
+    from et_cuda_passes.executorch.metal import MetalPartitioner
+    from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
+
+__all__ = [
+    "CudaPartitioner",
+    "ExpectationError",
+    "FoldDequantize",
+    "Keep",
+    "KeepDynamicInt4",
+    "LinearInt4",
+    "LinearViews",
+    "MetalPartitioner",
+    "Outcome",
+    "Reason",
+    "Report",
+    "Rule",
+    "RuleError",
+    "Target",
+    "XnnpackPartitioner",
+    "any_of",
+    "default_passes",
+    "layouts",
+    "op",
+    "ops",
+    "require",
+    "rewrite",
+    "targets",
+]
+
+# ExecuTorch takes seconds to import, and only lowering needs it.
+_PARTITIONERS = {"CudaPartitioner": "cuda", "MetalPartitioner": "metal", "XnnpackPartitioner": "xnnpack"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTITIONERS:
+        from importlib import import_module
+
+        return getattr(import_module(f"et_cuda_passes.executorch.{_PARTITIONERS[name]}"), name)
+    raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")

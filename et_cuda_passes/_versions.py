@@ -1,0 +1,34 @@
+"""The tested ranges of what this package builds on, checked when a part that needs them is imported."""
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+RANGES = {
+    "torch": ("2.11", "2.14"),
+    "torchao": ("0.18", "0.19"),
+    "executorch": ("1.5.1", "1.6"),
+    "triton": ("3.6", "3.10"),
+}
+"""Distribution -> (lowest tested version, first version beyond the tested ones)."""
+
+
+def require_version(distribution: str) -> None:
+    """Check that an installed distribution is within its tested range.
+
+    Raises:
+        ImportError: it is not installed, or of another version; the message has the range and the fix.
+    """
+    lowest, beyond = RANGES[distribution]
+    wanted = f"{distribution}>={lowest},<{beyond}"
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        raise ImportError(f"et_cuda_passes needs {wanted}, which is not installed: pip install '{wanted}'") from None
+    if not _parts(lowest) <= _parts(found) < _parts(beyond):
+        raise ImportError(f"et_cuda_passes is tested with {wanted}, found {found}: pip install '{wanted}'")
+
+
+def _parts(text: str) -> tuple[int, ...]:
+    """The numbers of a version's release: (2, 13, 0) of "2.13.0+cpu"."""
+    release = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in release[0].split(".")) if release else ()

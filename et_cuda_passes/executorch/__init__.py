@@ -1,0 +1,1 @@
+"""Adapters to ExecuTorch: partitioners that take ``passes=``."""

@@ -1,0 +1,61 @@
+"""What our partitioners share: a pass list run by ExecuTorch's own hook, before anything is decomposed."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import Partitioner
+from torch.export import ExportedProgram
+
+from et_cuda_passes._versions import require_version
+from et_cuda_passes.graph.passes import parse
+from et_cuda_passes.graph.program import ConstantPool
+from et_cuda_passes.graph.report import Report
+from et_cuda_passes.targets import default_passes
+from et_cuda_passes.targets.rewrite import check_expectations, is_program_pass, rewrite
+
+require_version("executorch")
+
+
+class RewritingPartitioner(Partitioner):
+    """Mixed in before a stock partitioner: rewrites each method on the host, when ExecuTorch asks for it.
+
+    One partitioner may lower several methods: a weight that they share is packed once, under one FQN.
+    """
+
+    _target: str
+
+    def _set_passes(self, passes: Iterable[Any] | None, expect: Mapping[str, int] | None) -> None:
+        self._passes = default_passes(self._target) if passes is None else list(passes)
+        # A pass list that cannot run is refused where it is written, not minutes into a lowering.
+        parse(self._passes, is_program_pass)
+        self._expect = expect
+        self._pool = ConstantPool()
+        self.reports: list[Report] = []
+
+    @property
+    def report(self) -> Report:
+        """What became of every reader of a quantized weight, in all methods lowered with this partitioner.
+
+        Raises:
+            RuntimeError: nothing was lowered with it yet.
+        """
+        if not self.reports:
+            raise RuntimeError("no report yet: give this partitioner to to_edge_transform_and_lower first")
+        return Report.merge(self.reports)
+
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """ExecuTorch's hook: the program rewritten, the original unchanged."""
+        exported_program = super().transform_for_pre_decomposition(exported_program)
+        program, report = rewrite(exported_program, self._target, self._passes, pool=self._pool)
+        self.reports.append(report)
+        check_expectations(self._expect, report)
+        return program
+
+
+def with_method_name(compile_spec: list[CompileSpec] | None) -> list[CompileSpec]:
+    """The compile specs with a ``method_name``, which the AOTInductor backends need for their error messages."""
+    specs = list(compile_spec or [])
+    if all(spec.key != "method_name" for spec in specs):
+        specs.append(CompileSpec("method_name", b"forward"))
+    return specs

@@ -1,0 +1,51 @@
+"""XnnpackPartitioner: the stock one, with a pass list, and with no way to a silently wrong result."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as _Stock
+from torch.export import ExportedProgram
+
+from et_cuda_passes.executorch.rewriting import RewritingPartitioner
+
+
+class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # ExecuTorch's class is untyped
+    """ExecuTorch's ``XnnpackPartitioner`` that first runs ``passes`` over every method.
+
+    The stock partitioner takes any ``dequantize_affine`` for one of its own, and for weight-only quantization the
+    delegate then computes with the raw integers, with no error. Here such a weight is folded to a float one; where
+    even that is not possible the lowering fails.
+
+    Args:
+        *args: as for the stock partitioner.
+        passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``.
+        expect: see :func:`et_cuda_passes.rewrite`; asked of every method.
+        **kwargs: as for the stock partitioner.
+    """
+
+    _target = "xnnpack"
+
+    def __init__(
+        self,
+        *args: Any,
+        passes: Iterable[Any] | None = None,
+        expect: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_passes(passes, expect)
+
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """ExecuTorch's hook.
+
+        Raises:
+            ValueError: a quantized weight would reach the delegate in a form that it computes wrongly.
+        """
+        program = super().transform_for_pre_decomposition(exported_program)
+        missed = [outcome for outcome in self.reports[-1].outcomes if outcome.status == "missed"]
+        if missed:
+            listed = "; ".join(
+                f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
+            )
+            raise ValueError(f"XNNPACK would compute these quantized weights wrongly, and without an error: {listed}")
+        return program

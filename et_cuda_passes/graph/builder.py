@@ -1,0 +1,48 @@
+"""What a rule's emit builds nodes with: calls with fake values and provenance, constants by FQN."""
+
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.traceback import NodeSource, NodeSourceAction
+
+from et_cuda_passes.graph.ops import Target
+from et_cuda_passes.graph.program import Program
+
+# What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
+_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
+
+
+class Builder:
+    """Builds the nodes of one rewrite, just before the node that they replace."""
+
+    def __init__(self, program: Program, root: Node, rule: str) -> None:
+        self.program = program
+        self.root = root
+        self.rule = rule
+
+    def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
+        """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
+        with self.program.graph.inserting_before(self.root):
+            node = self.program.graph.call_function(target, args, kwargs)
+
+        def fake(argument: Any) -> Any:
+            return argument.meta["val"] if isinstance(argument, Node) else argument
+
+        with self.program.fake_mode, torch.no_grad():
+            node.meta["val"] = target(
+                *torch.fx.map_arg(args, fake),  # type: ignore[misc]
+                **torch.fx.map_arg(kwargs, fake),  # type: ignore[arg-type]
+            )
+        for key in _INHERITED:
+            if key in self.root.meta:
+                node.meta[key] = self.root.meta[key]
+        node.meta["from_node"] = [NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)]
+        return node
+
+    def constant(
+        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]
+    ) -> Node:
+        """A new parameter; see :meth:`Program.add_constant`."""
+        return self.program.add_constant(fqn, sources, layout, make)

@@ -1,0 +1,52 @@
+"""A match as a rule sees it: captures as attributes, metadata of nodes, and facts derived once."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.match import Match
+
+if TYPE_CHECKING:
+    from et_cuda_passes.graph.program import Program
+
+_T = TypeVar("_T")
+
+
+class MatchContext:
+    """One match inside its program, for one target; handed to a rule's requires and to ``emit``.
+
+    A capture ``x`` is ``m.x`` (a node, a constant, or None for an absent optional one).
+    """
+
+    def __init__(self, match: Match, program: "Program", target: Any, captures: Iterable[str] = ()) -> None:
+        self.match = match
+        self.captures = frozenset(captures)
+        self.program = program
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        match = self.__dict__.get("match")
+        if match is None or (name not in match.bindings and name not in self.captures):
+            raise AttributeError(f"the pattern has no capture named {name!r}")
+        # An optional capture is unbound where the form that matched has no place for it.
+        value = match.bindings.get(name)
+        return self.program.current(value) if isinstance(value, Node) else value
+
+    @property
+    def root(self) -> Node:
+        """The node that the rewrite replaces."""
+        return self.match.root
+
+    @staticmethod
+    def val(node: Node) -> torch.Tensor:
+        """The fake tensor that stands for ``node``'s value: shape, dtype and device, no data."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{node.name} has no tensor metadata; export the program with torch.export")
+        return value
+
+    def derive(self, function: "Callable[[Program, Node], _T]", name: str) -> _T:
+        """``function(program, node)`` of the node bound to ``name``, computed once for each node of the program."""
+        return self.program.derive(function, self.match.bindings[name])

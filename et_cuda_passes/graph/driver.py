@@ -1,0 +1,223 @@
+"""The one loop that applies a pass list: match, require, choose, emit, check; each candidate ends with one outcome."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.conflict import resolve
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ledger import Candidate, Ledger
+from et_cuda_passes.graph.match import Miss, match
+from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.passes import Pass, parse, stages
+from et_cuda_passes.graph.pattern import roots
+from et_cuda_passes.graph.program import ConstantPool, Program
+from et_cuda_passes.graph.report import Reason, Report
+from et_cuda_passes.graph.rule import Keep, Rule, Stage, Unmet, compiled
+
+FindCandidates = Callable[[Program], Iterable[Candidate]]
+
+
+class RuleError(Exception):
+    """A rule claimed a place and then failed to rewrite it, or emitted something of another shape or dtype."""
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """A match whose requires all hold."""
+
+    rule: Rule
+    m: MatchContext
+    rank: int
+    weight: int
+
+    @property
+    def wants(self) -> Sequence[Node]:
+        return self.m.match.owned
+
+
+def apply_passes(
+    exported: ExportedProgram,
+    passes: Iterable[Any],
+    target: Any,
+    find_candidates: FindCandidates,
+    is_program_pass: Callable[[Any], bool],
+    pool: ConstantPool | None = None,
+) -> tuple[ExportedProgram, Report]:
+    """Run a pass list over a copy of ``exported``.
+
+    Args:
+        exported: the program; it is not changed.
+        passes: see :func:`et_cuda_passes.graph.passes.parse`.
+        target: what rules see as ``m.target``; has a ``name``.
+        find_candidates: finds the operators that the report must account for.
+        is_program_pass: tells the passes that take a whole ExportedProgram.
+        pool: packed constants to share with other methods of the same model.
+
+    Returns:
+        The changed program and the report.
+
+    Raises:
+        TypeError, ValueError: the pass list is not valid.
+        RuleError: a rule failed after it claimed a match; nothing of it is the program's fault.
+    """
+    entries = parse(passes, is_program_pass)
+    program = Program(exported, pool)
+    report = Report(target.name, [entry.name for entry in entries], bytes_before=_constant_bytes(exported))
+    ledger = Ledger(report, find_candidates(program))
+    for stage in stages(entries):
+        if stage[0].rule is None:
+            program = _run_opaque(stage[0], program)
+            ledger.follow(find_candidates(program), stage[0].name)
+        else:
+            _run_rules(stage, program, target, ledger)
+    result = program.finish()
+    ledger.close()
+    report.bytes_after = _constant_bytes(result)
+    return result, report
+
+
+def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> None:
+    claims = _match_stage(stage, program, target, ledger)
+    chosen, lost = resolve(claims)
+    for loser, winner in lost.items():
+        ledger.lost(claims[loser].rule.name, claims[loser].m.match, claims[winner].rule.name, claims[winner].m.root)
+    kept = {node for i in chosen if isinstance(claims[i].rule, Keep) for node in claims[i].wants}
+    # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
+    for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
+        note, detail = claim.rule.note(claim.m), claim.rule.detail(claim.m)
+        if isinstance(claim.rule, Keep):
+            ledger.keep(claim.rule.name, claim.m.match, note, detail)
+        elif not ledger.is_settled(claim.m.match):
+            ledger.rewrite(claim.rule.name, claim.m.match, note, detail)
+            _emit(claim.rule, claim.m, program, kept)
+    program.sweep()
+
+
+def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> list[_Claim]:
+    """Every match of the stage's rules whose requires hold; what fell short is in the ledger."""
+    nodes: dict[Any, list[Node]] = defaultdict(list)
+    order: dict[Node, int] = {}
+    for position, node in enumerate(program.graph.nodes):
+        order[node] = position
+        nodes[called(node)].append(node)
+    claims: list[_Claim] = []
+    for rank, entry in enumerate(stage):
+        rule = entry.rule
+        assert rule is not None
+        form = compiled(rule)
+        starts = {node for root in roots(form.pattern) for node in nodes.get(root, ())}
+        for node in sorted(starts, key=order.__getitem__):
+            found = match(form.pattern, node, program.written)
+            if isinstance(found, Miss):
+                if ledger.is_open(node):
+                    ledger.miss(node, Reason(rule.name, "match", found.wanted, found.found))
+                continue
+            m = MatchContext(found, program, target, form.captures)
+            reasons = _unmet(rule, m, "metadata") or _unmet(rule, m, "values")
+            if reasons:
+                ledger.unmet(found, reasons)
+            elif not ledger.is_kept(found.owned):
+                claims.append(_Claim(rule, m, rank, ledger.worth(found)))
+    return claims
+
+
+def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
+    """Every require of ``stage`` that does not hold, with what it found."""
+    reasons: dict[str, Reason] = {}
+    for requirement in rule.requires:
+        if requirement.stage != stage:
+            continue
+        try:
+            holds, found, *better = requirement.check(rule, m)
+        except Unmet as unmet:
+            # A question that cannot be asked fails every require that asks it; once in the report is enough.
+            holds, found, better = False, str(unmet), []
+            if any(reason.found == found for reason in reasons.values()):
+                continue
+        if not holds:
+            hint = better[0] if better else requirement.hint
+            reasons[requirement.wanted] = Reason(rule.name, stage, requirement.wanted, found, hint)
+    return list(reasons.values())
+
+
+def _emit(rule: Rule, m: MatchContext, program: Program, kept: set[Node]) -> None:
+    root = m.root
+    try:
+        new = rule.emit(Builder(program, root, rule.name), m)
+    except Exception as error:
+        raise RuleError(
+            f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
+        ) from error
+    _check(rule, root, new)
+    program.replace(root, new, leave=kept)
+    program.abandon((*m.match.owned, *m.match.shared))
+
+
+def _check(rule: Rule, old: Node, new: Node) -> None:
+    """The replacement must have the shape, dtype and device of what it replaces."""
+    before, after = old.meta.get("val"), new.meta.get("val")
+    if not isinstance(before, torch.Tensor):
+        return
+    if not isinstance(after, torch.Tensor):
+        raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is none")
+    same = (
+        len(before.shape) == len(after.shape)
+        and not any(statically_known_true(a != b) for a, b in zip(before.shape, after.shape, strict=True))
+        and before.dtype == after.dtype
+        and before.device == after.device
+    )
+    if not same:
+        raise RuleError(
+            f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)})"
+        )
+
+
+def _signature(value: torch.Tensor) -> str:
+    return f"{value.dtype} {list(value.shape)} on {value.device}"
+
+
+def _run_opaque(entry: Pass, program: Program) -> Program:
+    """Run a pass that is not a rule, then look that the program it left is whole."""
+    if entry.on_program:
+        result = entry.value(program.finish())
+        exported = getattr(result, "exported_program", result)
+        if not isinstance(exported, ExportedProgram):
+            raise TypeError(f"pass {entry.name} returned {type(exported).__name__}, not an ExportedProgram")
+        return Program(exported, program.pool)
+    result = entry.value(program.graph_module)
+    module = getattr(result, "graph_module", result)
+    if module is not None:
+        if not isinstance(module, GraphModule):
+            raise TypeError(
+                f"pass {entry.name} returned {type(module).__name__}; return None, a GraphModule or a PassResult"
+            )
+        program.graph_module = module
+    program.adopt(entry.name)
+    return program
+
+
+def _constant_bytes(exported: ExportedProgram) -> int:
+    """Bytes of all constants, each tensor once, a subclass by its parts."""
+    seen: dict[int, int] = {}
+
+    def add(tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            for attribute in flatten()[0]:
+                add(getattr(tensor, attribute))
+        else:
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+
+    for tensor in (*exported.state_dict.values(), *exported.constants.values()):
+        add(tensor)
+    return sum(seen.values())

@@ -1,0 +1,138 @@
+"""Who did what to which candidate: open until one outcome is written, never two, never none."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.ops import op_name
+from et_cuda_passes.graph.report import Outcome, Reason, Report, Status
+from et_cuda_passes.graph.source import source_of
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An operator that reads a dequantized weight.
+
+    ``weights`` are the dequantize nodes that it reads, ``fqn`` their weights' names. ``beyond_reach`` says why no rule
+    can act on it where it stands; empty for most.
+    """
+
+    node: Node
+    weights: tuple[Node, ...]
+    fqn: str
+    beyond_reach: str = ""
+
+    @property
+    def op(self) -> str:
+        """The operator's short name."""
+        return op_name(self.node.target) if self.node.op == "call_function" else self.node.op
+
+
+class Ledger:
+    """The candidates of one run and their outcomes, written into a report in graph order by :meth:`close`."""
+
+    def __init__(self, report: Report, candidates: Iterable[Candidate]) -> None:
+        self.report = report
+        self._candidates: dict[Node, Candidate] = {}
+        self._outcomes: dict[Node, Outcome] = {}
+        self._misses: dict[Node, list[Reason]] = defaultdict(list)
+        self._readers: dict[Node, list[Node]] = defaultdict(list)
+        self._kept: set[Node] = set()
+        self._enroll(candidates)
+
+    def _enroll(self, candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
+            if candidate.node in self._candidates:
+                continue
+            self._candidates[candidate.node] = candidate
+            for weight in candidate.weights:
+                self._readers[weight].append(candidate.node)
+
+    def is_open(self, node: Node) -> bool:
+        """Whether ``node`` is a candidate without an outcome."""
+        return node in self._candidates and node not in self._outcomes
+
+    def is_kept(self, nodes: Iterable[Node]) -> bool:
+        """Whether an earlier pass decided to keep any of ``nodes`` as it is."""
+        return any(node in self._kept for node in nodes)
+
+    def _covers(self, match: Match) -> list[Node]:
+        """The open candidates that ``match`` decides: those it owns, or the readers of a weight that it replaces."""
+        owned = [node for node in match.owned if self.is_open(node)]
+        return owned or [node for node in self._readers.get(match.root, ()) if self.is_open(node)]
+
+    def is_settled(self, match: Match) -> bool:
+        """Whether ``match`` replaces a weight whose every reader already has an outcome."""
+        readers = self._readers.get(match.root, ())
+        return bool(readers) and not any(self.is_open(node) for node in readers)
+
+    def worth(self, match: Match) -> int:
+        """Weight in the conflict graph: candidates covered first, then nodes."""
+        return len(self._covers(match)) * 1000 + len(match.owned)
+
+    def miss(self, node: Node, reason: Reason) -> None:
+        """Note why a rule did not take ``node``."""
+        self._misses[node].append(reason)
+
+    def unmet(self, match: Match, reasons: Sequence[Reason]) -> None:
+        """Note the requires that did not hold for every candidate that the match would have decided."""
+        for node in self._covers(match):
+            self._misses[node].extend(reasons)
+
+    def lost(self, rule: str, match: Match, winner: str, at: Node) -> None:
+        """Note a match whose nodes went to another."""
+        self.report.conflicts.append(f"{rule} at {match.root.name} gave way to {winner} at {at.name}")
+        for node in self._covers(match):
+            self._misses[node].append(Reason(rule, "conflict", "its nodes for itself", f"{winner} at {at.name}"))
+
+    def keep(self, rule: str, match: Match, note: str, detail: str) -> None:
+        """A rule keeps its match as it is."""
+        self._kept.update(match.owned)
+        self._write("kept", rule, match, note, detail)
+
+    def rewrite(self, rule: str, match: Match, note: str, detail: str) -> None:
+        """A rule rewrites its match."""
+        self._write("rewritten", rule, match, note, detail)
+
+    def _write(self, status: Status, rule: str, match: Match, note: str, detail: str) -> None:
+        self.report.applied[rule] = self.report.applied.get(rule, 0) + 1
+        reasons = [Reason(rule, "note", "", note)] if note else []
+        for node in self._covers(match):
+            self._outcomes[node] = self._outcome(node, status, rule, reasons, detail)
+
+    def _outcome(self, node: Node, status: Status, rule: str | None, reasons: list[Reason], detail: str) -> Outcome:
+        candidate = self._candidates[node]
+        return Outcome(node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail)
+
+    def follow(self, candidates: Iterable[Candidate], name: str) -> None:
+        """After pass ``name`` changed the graph: new nodes for old candidates, and what the pass itself took care of."""
+        now = list(candidates)
+        fresh = Counter((c.fqn, c.op) for c in now if c.node not in self._candidates)
+        alive = {c.node for c in now}
+        for node, candidate in list(self._candidates.items()):
+            if node in alive or node in self._outcomes:
+                continue
+            if fresh[candidate.fqn, candidate.op] > 0:
+                fresh[candidate.fqn, candidate.op] -= 1
+                del self._candidates[node]
+                continue
+            note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
+            self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
+            self.report.applied[name] = self.report.applied.get(name, 0) + 1
+        self._enroll(now)
+
+    def close(self) -> None:
+        """Write the outcomes; what nobody took is missed, with every reason that was given."""
+        for node, candidate in self._candidates.items():
+            if node not in self._outcomes:
+                reasons = list(dict.fromkeys(self._misses[node]))
+                if candidate.beyond_reach:
+                    reasons = [Reason(None, "none", "", candidate.beyond_reach)]
+                elif not reasons:
+                    found = f"no pass for target {self.report.target} takes {candidate.op}"
+                    reasons = [Reason(None, "none", "", found, "add a rule that takes it, or leave the weight unquantized")]
+                self._outcomes[node] = self._outcome(node, "missed", None, reasons, "")
+            self.report.outcomes.append(self._outcomes[node])

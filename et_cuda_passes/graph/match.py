@@ -1,0 +1,151 @@
+"""pattern x node -> Match | Miss, from the graph alone: nothing is changed, no tensor is read."""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from et_cuda_passes.graph.ops import arguments, called, op_name, schema_of
+from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Literal, Pattern
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a pattern was found.
+
+    ``bindings`` maps capture and call names to what stands there (nodes, constants, None for an absent optional).
+    ``owned`` are the nodes that only this match reads, root first: a rewrite replaces them.
+    ``shared`` are matched nodes that others may read as well: they stay as long as anybody does.
+    """
+
+    root: Node
+    bindings: Mapping[str, Any]
+    owned: tuple[Node, ...]
+    shared: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """The furthest that a pattern got from ``root``; the text is made only when somebody reads it."""
+
+    root: Node
+    node: Any
+    pattern: Pattern
+    depth: int
+    why: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """What the pattern asked for."""
+        if self.why:
+            return self.why
+        return "an operator that can be matched" if isinstance(self.pattern, Anything) else str(self.pattern)
+
+    @property
+    def found(self) -> str:
+        """What stands there instead."""
+        if not isinstance(self.node, Node):
+            return repr(self.node)
+        if self.node.op != "call_function":
+            return f"{self.node.op} {self.node.name}"
+        users = len(self.node.users)
+        return f"{op_name(self.node.target)} ({self.node.name}" + (f", {users} users)" if users != 1 else ")")
+
+
+@dataclass(frozen=True)
+class _State:
+    bindings: Mapping[str, Any] = field(default_factory=dict)
+    owned: tuple[Node, ...] = ()
+    shared: tuple[Node, ...] = ()
+
+    def bind(self, name: str | None, value: Any) -> "_State | None":
+        if name is None:
+            return self
+        if name in self.bindings:
+            return self if self.bindings[name] is value or self.bindings[name] == value else None
+        return _State({**self.bindings, name: value}, self.owned, self.shared)
+
+
+class _Matcher:
+    def __init__(self, root: Node, written: Container[Node]) -> None:
+        self.root = root
+        self.written = written
+        self.miss: Miss | None = None
+
+    def fail(self, node: Any, pattern: Pattern, depth: int, why: str = "") -> None:
+        if self.miss is None or depth > self.miss.depth:
+            self.miss = Miss(self.root, node, pattern, depth, why)
+
+    def match(self, pattern: Pattern, value: Any, state: _State, depth: int) -> Iterator[_State]:
+        """All the ways in which ``value`` fits, the preferred first; usually one or none."""
+        match pattern:
+            case Anything():
+                yield state
+            case Capture():
+                bound = state.bind(pattern.name, value) if value is not None or pattern.optional else None
+                if bound is None:
+                    self.fail(value, pattern, depth, f"the same {pattern.name} in both places" if value else "")
+                else:
+                    yield bound
+            case Literal():
+                if isinstance(value, Node) or value != pattern.value:
+                    self.fail(value, pattern, depth)
+                else:
+                    yield state
+            case AnyOf():
+                for alternative in pattern.alternatives:
+                    yield from self.match(alternative, value, state, depth)
+            case Call():
+                yield from self.match_call(pattern, value, state, depth)
+
+    def match_call(self, pattern: Call, node: Any, state: _State, depth: int) -> Iterator[_State]:
+        if not isinstance(node, Node) or called(node) not in pattern.targets:
+            return self.fail(node, pattern, depth)
+        if node in self.written:
+            return self.fail(node, pattern, depth, f"{pattern} whose result nothing writes in place")
+        if node is not self.root and not pattern.shared and len(node.users) != 1:
+            return self.fail(node, pattern, depth, f"{pattern} with this one user")
+        bound = state.bind(pattern.name, node)
+        if bound is None:
+            return self.fail(node, pattern, depth, f"the same {pattern.name} in both places")
+        owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
+        states = [_State(bound.bindings, owned, shared)]
+        for child, value in self.pair(pattern, node, depth):
+            if isinstance(child, Anything):
+                continue
+            states = [after for before in states for after in self.match(child, value, before, depth + 1)]
+        yield from states
+
+    def pair(self, pattern: Call, node: Node, depth: int) -> Iterator[tuple[Pattern, Any]]:
+        """Each argument's pattern with the value that stands there; a default that nobody named is a literal."""
+        actual, schema = arguments(node), schema_of(node)
+        defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments}
+        names = list(actual) if schema is None else list(defaults)
+        wanted = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
+        for name in sorted(wanted.keys() - set(names)):
+            yield Literal(f"an argument called {name}"), None
+        for name in names:
+            if name in wanted:
+                yield wanted[name], actual.get(name)
+            elif not pattern.open:
+                yield Literal(defaults.get(name)), actual.get(name)
+
+
+def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> Match | Miss:
+    """Match ``pattern`` with its root at ``root``.
+
+    Inner nodes must have one user, unless their pattern is ``shared``; nothing is matched across a write in place.
+
+    Args:
+        pattern: what to look for.
+        root: the node that the pattern's outermost call must be.
+        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.ops.written_nodes`).
+
+    Returns:
+        The first :class:`Match`, or the :class:`Miss` that got furthest.
+    """
+    matcher = _Matcher(root, written)
+    for state in matcher.match(pattern, root, _State(), 0):
+        return Match(root, state.bindings, state.owned, state.shared)
+    return matcher.miss or Miss(root, root, pattern, 0)

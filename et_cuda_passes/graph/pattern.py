@@ -1,0 +1,145 @@
+"""A pattern as immutable data: calls of operators, captures, literals and alternatives.
+
+Patterns are written as the model code they match::
+
+    def pattern(self, x, bias=None):
+        return op(aten.linear.default)(x, op(DEQUANTIZE)(..., name="weight"), bias)
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any, TypeAlias
+
+from et_cuda_passes.graph.ops import Target, canonical, op_name
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Binds whatever stands there to a name; twice the same name must find the same thing."""
+
+    name: str
+    optional: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Matches an equal constant argument, ``Literal(1)`` also ``1.0``."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return repr(self.value)
+
+
+@dataclass(frozen=True)
+class Anything:
+    """Matches whatever stands there and binds nothing."""
+
+    def __str__(self) -> str:
+        return "..."
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of one of ``targets``.
+
+    ``args`` are matched by schema position, ``kwargs`` by schema name. An argument that neither names must have its
+    default value, unless ``open`` is set: a pattern that forgot ``alpha`` must not match ``alpha=2``.
+    ``shared`` allows users outside the match (a weight's dequantize, which is never removed while somebody reads it).
+    """
+
+    targets: tuple[Target, ...]
+    args: tuple["Pattern", ...] = ()
+    kwargs: tuple[tuple[str, "Pattern"], ...] = ()
+    name: str | None = None
+    open: bool = False
+    shared: bool = False
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(op_name(target) for target in self.targets))
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """The first alternative that fits, in the order written."""
+
+    alternatives: tuple["Pattern", ...]
+
+    def __str__(self) -> str:
+        return " or ".join(dict.fromkeys(str(alternative) for alternative in self.alternatives))
+
+
+Pattern: TypeAlias = Capture | Literal | Anything | Call | AnyOf
+
+
+def _lift(value: Any) -> Pattern:
+    if isinstance(value, (Capture, Literal, Anything, Call, AnyOf)):
+        return value
+    if isinstance(value, EllipsisType):
+        return Anything()
+    return Literal(value)
+
+
+def op(*targets: Target) -> Callable[..., Call]:
+    """``op(aten.linear.default)(x, w, bias)``: a call pattern of any of ``targets``.
+
+    Keywords are schema argument names, except ``name`` (binds the node), ``shared`` and ``open`` (see :class:`Call`).
+    ``...`` as an argument matches anything there; as the last positional one it also sets ``open``.
+    """
+    if not targets:
+        raise ValueError("op() needs at least one operator")
+    forms = tuple(dict.fromkeys(canonical(target) for target in targets))
+
+    def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
+        rest = bool(args) and isinstance(args[-1], EllipsisType)
+        positional = args[:-1] if rest else args
+        return Call(
+            forms,
+            tuple(_lift(arg) for arg in positional),
+            tuple((key, _lift(value)) for key, value in kwargs.items()),
+            name,
+            open=rest,
+            shared=shared,
+        )
+
+    return call
+
+
+def any_of(*alternatives: Pattern) -> AnyOf:
+    """Alternatives in order of preference, flattened."""
+    flat: list[Pattern] = []
+    for alternative in alternatives:
+        flat.extend(alternative.alternatives if isinstance(alternative, AnyOf) else (alternative,))
+    return AnyOf(tuple(flat))
+
+
+def captures_of(function: Callable[..., Any]) -> dict[str, Capture]:
+    """The captures that a rule's ``pattern`` method asks for by its parameters; a default of None makes one optional."""
+    captures: dict[str, Capture] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise TypeError(f"pattern parameters are captures and cannot be variadic: {parameter}")
+        if parameter.default not in (parameter.empty, None):
+            raise TypeError(f"a capture's only default is None (it makes it optional): {parameter}")
+        captures[parameter.name] = Capture(parameter.name, optional=parameter.default is None)
+    return captures
+
+
+def roots(pattern: Pattern) -> Iterator[Target]:
+    """The operators that a match of ``pattern`` can start at; what the driver indexes nodes by.
+
+    Raises:
+        TypeError: the pattern is not rooted in a call, so that it would match everywhere.
+    """
+    if isinstance(pattern, Call):
+        yield from pattern.targets
+    elif isinstance(pattern, AnyOf):
+        for alternative in pattern.alternatives:
+            yield from roots(alternative)
+    else:
+        raise TypeError(f"a pattern must be rooted in a call of an operator, not in {pattern!r}")

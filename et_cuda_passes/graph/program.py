@@ -1,0 +1,321 @@
+"""ExportedProgram surgery: a private copy, constants read, added and dropped by FQN, without a retrace.
+
+Everything here is linear in the graph: signature tables are read once and written once, in :meth:`Program.finish`.
+"""
+
+import copy
+from collections.abc import Callable, Container, Hashable, Iterable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ConstantArgument,
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    TensorArgument,
+)
+from torch.fx import GraphModule, Node
+
+from et_cuda_passes.graph.ops import arguments, called, written_nodes
+
+_T = TypeVar("_T")
+_ACCESS = torch.ops.export.access_subclass_inner_tensor.default
+_CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+class ConstantPool:
+    """Packed constants by source and layout, so that what methods share is packed and stored once.
+
+    The sources are held alive: a freed tensor's address could come back as another tensor's.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+
+    def get(
+        self, fqn: str, sources: tuple[torch.Tensor, ...], layout: Hashable, make: Callable[[], torch.Tensor]
+    ) -> tuple[str, torch.Tensor]:
+        """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time."""
+        key = (tuple(_identity(source) for source in sources), layout)
+        if key not in self._entries:
+            self._entries[key] = (fqn, make(), sources)
+        name, tensor, _ = self._entries[key]
+        return name, tensor
+
+
+def _identity(tensor: torch.Tensor) -> Hashable:
+    return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
+
+
+class Program:
+    """A copy of an exported program that can be changed; the original is never touched, tensors are shared with it."""
+
+    def __init__(self, exported: ExportedProgram, pool: ConstantPool | None = None) -> None:
+        self._source = exported
+        self.pool = pool or ConstantPool()
+        # Copying a graph shares every tensor of the program; only structure and metadata dictionaries are new.
+        tensors = {id(t): t for t in (*exported.state_dict.values(), *exported.constants.values())}
+        self.graph_module: GraphModule = copy.deepcopy(exported.graph_module, tensors)
+        self.graph_module.meta.update(exported.graph_module.meta)
+        self.state_dict: dict[str, Any] = dict(exported.state_dict)
+        self.constants: dict[str, Any] = dict(exported.constants)
+        self._specs: dict[str, InputSpec] = {}
+        self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
+        self._derived: dict[tuple[Any, Node], Any] = {}
+        self._abandoned: dict[Node, None] = {}
+        for spec in copy.deepcopy(exported.graph_signature.input_specs):
+            self._specs[spec.arg.name] = spec
+        self._added: dict[str, Node] = {}
+        self._replaced: dict[Node, Node] = {}
+        self.refresh()
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The graph that is being changed."""
+        return self.graph_module.graph
+
+    def refresh(self) -> None:
+        """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
+        self._derived.clear()
+        nodes = list(self.graph.nodes)
+        self.written = written_nodes(nodes)
+        mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
+        self.written |= {n for n in nodes if n.op == "placeholder" and self._target(n) in mutated}
+        self.fake_mode = next(
+            (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
+        ) or FakeTensorMode(allow_non_fake_inputs=True)
+
+    def derive(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
+        """``function(self, node)``, computed once until the graph changes; an exception is remembered as well."""
+        key = (function, node)
+        if key not in self._derived:
+            try:
+                self._derived[key] = (True, function(self, node))
+            except Exception as error:
+                self._derived[key] = (False, error)
+        good, value = self._derived[key]
+        if not good:
+            raise value
+        return cast(_T, value)
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def _target(self, node: Node) -> str | None:
+        spec = self._specs.get(node.name)
+        return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
+
+    def constant(self, node: Node) -> torch.Tensor | None:
+        """The tensor that ``node`` holds if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
+        if called(node) is _ACCESS:
+            owner, attribute = node.args
+            whole = self.constant(cast(Node, owner))
+            return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, attribute)))
+        target = self._target(node)
+        if node.op != "placeholder" or target is None:
+            return None
+        value = self.state_dict.get(target, self.constants.get(target))
+        return value if isinstance(value, torch.Tensor) else None
+
+    def fqn(self, node: Node) -> str | None:
+        """The FQN of the weight that a constant belongs to: one name, in whichever form the weight stands in the graph.
+
+        ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the plain parameters
+        ``l.parametrizations.weight.original0`` that ``run_decompositions`` makes of it.
+        """
+        if called(node) is _ACCESS:
+            return self.fqn(cast(Node, node.args[0]))
+        target = self._target(node)
+        return None if target is None else _unparametrized(target)
+
+    def is_written(self, node: Node) -> bool:
+        """Whether the memory of constant ``node`` changes while the program runs."""
+        while called(node) is _ACCESS:
+            node = cast(Node, node.args[0])
+        return node in self.written
+
+    # Changing --------------------------------------------------------------------------------------------------------
+
+    def add_constant(
+        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]
+    ) -> Node:
+        """A parameter ``fqn`` holding ``make()``, or the one already made from the same sources in the same layout.
+
+        Args:
+            fqn: the new parameter's name, built from the original's (``<fqn>.packed``).
+            sources: the constants that it is computed from.
+            layout: tells apart what is made from the same sources; equal layouts must mean equal results.
+            make: computes the tensor.
+
+        Returns:
+            Its placeholder, with a fake value in ``meta["val"]``.
+        """
+        nodes = tuple(sources)
+        held = tuple(cast(torch.Tensor, self.constant(node)) for node in nodes)
+        name, tensor = self.pool.get(fqn, held, layout, make)
+        if name in self._added:
+            return self._added[name]
+        held_already = self.state_dict.get(name)
+        if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
+            return next(n for n in self.graph.nodes if n.op == "placeholder" and self._target(n) == name)
+        if name in self.state_dict or name in self.constants:
+            raise ValueError(f"the program already has a constant named {name!r}; rename it before the rewrite")
+        anchor = nodes[0]
+        while called(anchor) is _ACCESS:
+            anchor = cast(Node, anchor.args[0])
+        parameter = torch.nn.Parameter(tensor, requires_grad=False)
+        with self.graph.inserting_before(anchor):
+            node = self.graph.placeholder("p_" + name.replace(".", "_"))
+        # The verifier wants a placeholder's target to be its name, and the graph may have had to change the name.
+        node.target = node.name
+        node.meta["val"] = self.fake_mode.from_tensor(parameter, static_shapes=True)
+        self._specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
+        self.state_dict[name] = parameter
+        self._added[name] = node
+        return node
+
+    def replace(self, old: Node, new: Node, leave: Container[Node] = ()) -> None:
+        """Make every reader of ``old`` read ``new``, except those in ``leave``."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
+        self._replaced[old] = new
+
+    def current(self, node: Node) -> Node:
+        """What now stands for ``node``: matches are found before their neighbours are rewritten."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def abandon(self, nodes: Iterable[Node]) -> None:
+        """Mark ``nodes`` as no longer wanted by what read them; :meth:`sweep` removes those that nobody reads."""
+        self._abandoned.update(dict.fromkeys(nodes))
+
+    def sweep(self) -> None:
+        """Remove abandoned nodes, and then their inputs, as long as nothing reads them. Linear in what is removed."""
+        work = list(self._abandoned)
+        self._abandoned.clear()
+        gone: set[Node] = set()
+        while work:
+            node = work.pop()
+            if node in gone or node.users:
+                continue
+            if node.op == "placeholder":
+                if self._target(node) is None:
+                    continue
+                self._drop(node)
+            elif node.op != "call_function":
+                continue
+            gone.add(node)
+            inputs = node.all_input_nodes
+            self.graph.erase_node(node)
+            work.extend(inputs)
+
+    def _drop(self, node: Node) -> None:
+        target = self._specs.pop(node.name).target
+        if target is not None and all(spec.target != target for spec in self._outputs):
+            self.state_dict.pop(target, None)
+            self.constants.pop(target, None)
+            self._added.pop(target, None)
+
+    def adopt(self, name: str) -> None:
+        """Look over what pass ``name`` left: the program's inputs and number of outputs must be what they were.
+
+        Raises:
+            ValueError: it added, removed or renamed inputs, or changed the number of outputs.
+        """
+        placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        if set(placeholders) != set(self._specs):
+            changed = sorted(set(placeholders) ^ set(self._specs))
+            raise ValueError(
+                f"pass {name} changed the program's inputs ({', '.join(changed)}); a pass that adds or removes "
+                "constants must be an ExecuTorch ExportedProgramPassBase, which can change the signature"
+            )
+        outputs = self.graph.output_node().args[0]
+        if len(cast(tuple[Any, ...], outputs)) != len(self._outputs):
+            raise ValueError(f"pass {name} changed the number of the program's outputs")
+        self._added = {k: n for n in self.graph.nodes if n.op == "placeholder" and (k := self._target(n)) in self._added}
+        self.refresh()
+
+    def finish(self) -> ExportedProgram:
+        """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
+        self._make_room_for_added_names()
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        values = self.graph.output_node().args[0]
+        for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
+            if isinstance(value, Node) and not isinstance(spec.arg, ConstantArgument):
+                spec.arg.name = value.name
+        signature = ExportGraphSignature([self._specs[node.name] for node in placeholders], self._outputs)
+        self.graph.lint()
+        self.graph_module.recompile()
+        source = self._source
+        return ExportedProgram(
+            root=self.graph_module,
+            graph=self.graph,
+            graph_signature=signature,
+            state_dict=self.state_dict,
+            range_constraints=copy.copy(source.range_constraints),
+            module_call_graph=copy.deepcopy(source.module_call_graph),
+            example_inputs=source.example_inputs,
+            constants=self.constants,
+            verifiers=source.verifiers,
+        )
+
+    def _make_room_for_added_names(self) -> None:
+        """Let ``w.packed`` stand beside a ``w`` that is still read.
+
+        A module cannot hold both a tensor ``w`` and something inside ``w``, so what is left of ``w`` takes the names
+        that its parts would have had: those of ``run_decompositions`` for a subclass, ``w.original`` for a plain tensor.
+        """
+        crowded = {name.rpartition(".")[0] for name in self._added}
+        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
+            target = self._target(node)
+            if target not in crowded:
+                continue
+            whole = cast(torch.Tensor, self.constant(node))
+            if type(whole) in (torch.Tensor, torch.nn.Parameter):
+                self._rename(node, f"{target}.original")
+            else:
+                self._unwrap(node, cast(str, target), whole)
+
+    def _rename(self, node: Node, name: str) -> None:
+        spec = self._specs[node.name]
+        for table in (self.state_dict, self.constants):
+            if spec.target in table:
+                table[name] = table.pop(spec.target)
+        spec.target = name
+
+    def _unwrap(self, node: Node, target: str, whole: torch.Tensor) -> None:
+        """Replace subclass parameter ``node`` by one plain parameter for each inner tensor that is still read."""
+        attributes, _ = whole.__tensor_flatten__()  # type: ignore[attr-defined]
+        parent, _, field = target.rpartition(".")
+        stem = f"{parent}.parametrizations.{field}" if parent else f"parametrizations.{field}"
+        inner: dict[str, Node] = {}
+        for access in list(node.users):
+            if called(access) is not _ACCESS:
+                raise ValueError(
+                    f"{target} is read whole by {access.name} and packed for another reader: unwrap the weight first, "
+                    "with ep.run_decompositions({})"
+                )
+            attribute = cast(str, arguments(access)["attr"] if "attr" in arguments(access) else access.args[1])
+            if attribute not in inner:
+                name = f"{stem}.original{attributes.index(attribute)}"
+                with self.graph.inserting_before(node):
+                    part = self.graph.placeholder("p_" + name.replace(".", "_"))
+                part.target = part.name
+                part.meta["val"] = access.meta["val"]
+                self._specs[part.name] = InputSpec(InputKind.PARAMETER, TensorArgument(part.name), name)
+                self.state_dict[name] = torch.nn.Parameter(getattr(whole, attribute), requires_grad=False)
+                inner[attribute] = part
+            access.replace_all_uses_with(inner[attribute])
+            self.graph.erase_node(access)
+        self._drop(node)
+        self.graph.erase_node(node)
+
+
+def _unparametrized(target: str) -> str:
+    parts = target.split(".")
+    if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1].startswith("original"):
+        return ".".join((*parts[:-3], parts[-2]))
+    return target

@@ -1,0 +1,153 @@
+"""The fate of every candidate: outcomes with reasons, counts, and the report as text, dict and JSON."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Status = Literal["rewritten", "kept", "missed"]
+STATUSES: tuple[Status, ...] = ("rewritten", "kept", "missed")
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a rule did not take a place, or a remark on why it did.
+
+    ``stage`` is where it was decided: "match" (the graph's form), "metadata" and "values" (a require), "conflict"
+    (another match took the nodes), "note" (a remark on a rewrite or keep), "none" (no rule takes this operator).
+    """
+
+    rule: str | None
+    stage: str
+    wanted: str
+    found: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        if self.stage == "note":
+            return self.found
+        text = f"{self.rule} wanted {self.wanted}, found {self.found}" if self.rule else self.found
+        return f"{text}; {self.hint}" if self.hint else text
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one candidate, an operator that reads a dequantized weight.
+
+    ``fqn`` is the weight's FQN, ``source`` the user's own line ("file:line: code"), ``detail`` what was made of it.
+    """
+
+    node: str
+    op: str
+    fqn: str
+    rule: str | None
+    status: Status
+    reasons: list[Reason] = field(default_factory=list)
+    source: str = ""
+    detail: str = ""
+
+
+@dataclass
+class Report:
+    """The outcomes of one rewrite, in graph order.
+
+    ``passes`` are the names in the order in which they ran, ``applied`` how often each rule acted, ``conflicts`` the
+    matches that lost to another, and the byte counts are those of all constants before and after.
+    """
+
+    target: str
+    passes: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    conflicts: list[str] = field(default_factory=list)
+    applied: dict[str, int] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def counts(self) -> dict[str, int]:
+        """How many candidates ended in each status, and how often each rule acted: what ``expect=`` compares with."""
+        by_status = Counter(outcome.status for outcome in self.outcomes)
+        return {status: by_status[status] for status in STATUSES} | self.applied
+
+    @staticmethod
+    def merge(reports: Iterable["Report"]) -> "Report":
+        """One report of several methods: outcomes in order, counts and bytes added up."""
+        parts = list(reports)
+        if len(parts) == 1:
+            return parts[0]
+        applied: Counter[str] = Counter()
+        for part in parts:
+            applied.update(part.applied)
+        return Report(
+            target=parts[0].target if parts else "",
+            passes=parts[0].passes if parts else [],
+            outcomes=[outcome for part in parts for outcome in part.outcomes],
+            conflicts=[conflict for part in parts for conflict in part.conflicts],
+            applied=dict(applied),
+            bytes_before=sum(part.bytes_before for part in parts),
+            bytes_after=sum(part.bytes_after for part in parts),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, stable in order."""
+        return {
+            "target": self.target,
+            "passes": self.passes,
+            "counts": self.counts(),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "conflicts": self.conflicts,
+        }
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        """One look: what happened how often and to what, then every miss with its reasons."""
+        total = len(self.outcomes)
+        if not total and not self.applied:
+            return f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
+        tally = ", ".join(f"{self.counts()[status]} {status}" for status in STATUSES)
+        lines = [
+            f"{self.target}: {total} candidate{'s' if total != 1 else ''}: {tally}; "
+            f"constants {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+        ]
+        groups: Counter[tuple[str, str, str, str]] = Counter()
+        example: dict[tuple[str, str, str, str], str] = {}
+        for outcome in self.outcomes:
+            if outcome.status != "missed":
+                key = (outcome.status, outcome.rule or "", outcome.detail, _notes(outcome))
+                groups[key] += 1
+                example.setdefault(key, outcome.fqn)
+        for key, count in groups.items():
+            status, rule, detail, notes = key
+            lines.append(f"  {status:<9} {count:>5} x {rule}  {detail}  ({example[key]}{', ...' if count > 1 else ''})")
+            lines += [f"            {notes}"] if notes else []
+        for outcome in self.outcomes:
+            if outcome.status == "missed":
+                lines.append(f"  missed    {outcome.fqn}  {outcome.op} ({outcome.node})")
+                lines += [f"            {reason}" for reason in outcome.reasons]
+                lines += [f"            at {outcome.source}"] if outcome.source else []
+        lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
+        return "\n".join(lines)
+
+
+def _notes(outcome: Outcome) -> str:
+    return "; ".join(str(reason) for reason in outcome.reasons if reason.stage == "note")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count} B"
+
+
+class ExpectationError(Exception):
+    """A build demanded other counts than it got; ``report`` says what happened to each candidate."""
+
+    def __init__(self, expect: Mapping[str, int], report: Report) -> None:
+        counts = report.counts()
+        wrong = [f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in expect.items()]
+        wrong = [text for text, (name, want) in zip(wrong, expect.items(), strict=True) if counts.get(name, 0) != want]
+        super().__init__(f"{'; '.join(wrong)}\n{report}")
+        self.report = report

@@ -1,0 +1,129 @@
+"""What a rule is: a pattern, the requires that each answer with what they found, and what is emitted where all hold."""
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+from torch.fx import Node
+
+from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, captures_of
+
+if TYPE_CHECKING:
+    from et_cuda_passes.graph.builder import Builder
+    from et_cuda_passes.graph.context import MatchContext
+
+Stage = Literal["metadata", "values"]
+Answer = tuple[bool, str] | tuple[bool, str, str]
+Check = Callable[[Any, "MatchContext"], Answer]
+_C = TypeVar("_C", bound=Check)
+
+
+class Unmet(Exception):
+    """Raised inside a require whose question cannot even be asked; its text is what was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """One condition of a rule: what is wanted, what to do about it, at which stage it is asked, and the question."""
+
+    wanted: str
+    hint: str
+    stage: Stage
+    check: Check
+
+
+def require(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[[_C], _C]:
+    """Mark a method ``(self, m) -> (holds, found)`` or ``(holds, found, hint)`` as a condition of its rule.
+
+    Args:
+        wanted: the condition as a noun phrase, read after "wanted": ``"a group size that the kernel has"``.
+        hint: what the user changes to meet it; the method may return a better one as its third value.
+        stage: ``"metadata"`` reads shapes, dtypes and users only; ``"values"`` may read tensors and is asked after
+            every metadata condition holds.
+    """
+
+    def mark(check: _C) -> _C:
+        check._requirement = Requirement(wanted, hint, stage, check)  # type: ignore[attr-defined]
+        return check
+
+    return mark
+
+
+class Rule(ABC):
+    """One rewrite. Subclasses are frozen dataclasses whose fields are the rule's options; they keep no other state.
+
+    A subclass defines ``pattern`` (its parameters are the captures), any number of :func:`require` methods, and
+    ``emit``. What matched and holds every require is rewritten: ``emit`` may not decline.
+    """
+
+    name: ClassVar[str] = ""
+    """Unique in a pass list; by default the class name in snake case."""
+    before: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that run after this one."""
+    after: ClassVar[tuple[str, ...]] = ()
+    """Names of passes that run before this one."""
+    requires: ClassVar[tuple[Requirement, ...]] = ()
+    """Every require of the class, in the order written, a base class's first."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
+        found: dict[str, Requirement] = {}
+        for base in reversed(cls.__mro__):
+            for attribute, value in vars(base).items():
+                requirement = getattr(value, "_requirement", None)
+                if isinstance(requirement, Requirement):
+                    found[attribute] = requirement
+                else:
+                    found.pop(attribute, None)
+        cls.requires = tuple(found.values())
+
+    pattern: Callable[..., Pattern]
+    """The graph form this rule is about, written with :func:`~et_cuda_passes.graph.pattern.op`."""
+
+    @abstractmethod
+    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+        """Build the nodes that take the match's place and return the one that replaces its root."""
+
+    def note(self, m: "MatchContext") -> str:
+        """A remark for the report on a place this rule acted on; empty for none."""
+        return ""
+
+    def detail(self, m: "MatchContext") -> str:
+        """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``)."""
+        return ""
+
+
+class Keep(Rule):
+    """A rule whose match is left exactly as it is, because the target executes it in that form; ``note`` says why."""
+
+    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+        """Keep the match."""
+        return m.root
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A rule's pattern as data, and the names of its captures."""
+
+    pattern: Pattern
+    captures: tuple[str, ...]
+
+
+def compiled(rule: Rule) -> Compiled:
+    """``rule``'s pattern as data.
+
+    Raises:
+        TypeError: the rule has no pattern, or one that is not rooted in a call.
+    """
+    function = getattr(rule, "pattern", None)
+    if function is None:
+        raise TypeError(f"rule {rule.name} has no pattern method")
+    captures = captures_of(function)
+    pattern = function(**captures)
+    if not isinstance(pattern, (Call, AnyOf)):
+        raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
+    return Compiled(pattern, tuple(captures))

@@ -1,0 +1,1 @@
+"""Kernels: what each can take, and how one is chosen."""

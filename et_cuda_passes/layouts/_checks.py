@@ -1,0 +1,77 @@
+"""What every layout demands of its input before a byte is moved."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+CHUNK_BYTES = 1 << 20
+"""Weights packed at a time, in bytes. Big enough to hide the cost of a call, small enough to stay in a cache."""
+
+INNER_K_TILES = (8, 4, 2)
+
+
+def require_tensor(t: object, name: str) -> torch.Tensor:
+    """`t`, if it is a tensor with data. Raises TypeError for anything else and ValueError for meta or fake tensors."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+    if isinstance(t, FakeTensor) or t.is_meta:
+        kind = "a fake" if isinstance(t, FakeTensor) else "a meta"
+        raise ValueError(
+            f"{name} is {kind} tensor and has no values to work on; load the real weights first, "
+            "and call outside of FakeTensorMode"
+        )
+    return t
+
+
+def require_dtype(t: torch.Tensor, name: str, allowed: tuple[torch.dtype, ...], fix: str) -> None:
+    """Raises TypeError that says `fix` when `t` has none of the `allowed` dtypes."""
+    if t.dtype not in allowed:
+        wanted = " or ".join(str(d) for d in allowed)
+        raise TypeError(f"{name} must be {wanted}, got {t.dtype}; {fix}")
+
+
+def require_weight(
+    q: object, offset: int, n_multiple: int, k_multiple: int, layout: str
+) -> tuple[torch.Tensor, int, int]:
+    """`q`, N and K, if q can be packed: 2-D, not empty, int8 or uint8, N and K multiples of what the layout needs."""
+    t = require_tensor(q, "q")
+    require_dtype(t, "q", (torch.uint8, torch.int8), "give integer weights, one to an element")
+    if t.dim() != 2:
+        raise ValueError(f"q must be 2-D [N, K], got shape {tuple(t.shape)}; reshape to [out_features, in_features]")
+    n, k = t.shape
+    if n == 0 or k == 0:
+        raise ValueError(f"q is empty, shape {tuple(t.shape)}; there is nothing to pack")
+    if n % n_multiple:
+        raise ValueError(
+            f"{layout} needs N to be a multiple of {n_multiple}, got N = {n}; "
+            f"pad q with rows to N = {-(-n // n_multiple) * n_multiple} and slice the linear's output"
+        )
+    if k % k_multiple:
+        raise ValueError(f"{layout} needs K to be a multiple of {k_multiple}, got K = {k}")
+    if type(offset) is not int or not 0 <= offset <= 15:
+        raise ValueError(f"offset must be an int in 0..15, got {offset!r}; 8 turns -8..7 into 0..15")
+    return t, n, k
+
+
+def require_inner_k_tiles(inner_k_tiles: object) -> int:
+    """`inner_k_tiles`, if it is 2, 4 or 8. Raises ValueError otherwise."""
+    if type(inner_k_tiles) is not int or inner_k_tiles not in INNER_K_TILES:
+        raise ValueError(f"inner_k_tiles must be 2, 4 or 8, got {inner_k_tiles!r}")
+    return inner_k_tiles
+
+
+def require_four_bits(chunk: torch.Tensor, offset: int) -> None:
+    """Raises ValueError when chunk + offset leaves 0..15: its neighbours' bits would be overwritten."""
+    low, high = (int(v) for v in torch.aminmax(chunk))
+    if low + offset < 0 or high + offset > 15:
+        hint = "pass offset=8 for weights in -8..7" if offset == 0 else "pass offset=0 for weights in 0..15"
+        raise ValueError(
+            f"weights must lie in {-offset}..{15 - offset} (offset {offset}), found {low}..{high}; "
+            f"{hint}, or check that the weight is 4-bit"
+        )
+
+
+def rows_per_chunk(k: int, chunk_bytes: int, multiple: int) -> int:
+    """How many rows of `k` bytes fit into `chunk_bytes`: a multiple of `multiple`, and never fewer than it."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    return max(multiple, chunk_bytes // k // multiple * multiple)

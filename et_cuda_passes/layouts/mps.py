@@ -1,0 +1,45 @@
+"""mps: the layout of `aten._weight_int4pack_mm` on MPS.
+
+Row-major bytes: weight q[n][k] is in byte n K/2 + k // 2, the even k in the low nibble, the odd k in the high one. The
+tensor nevertheless has tile_packed_to_4d's nominal shape, int32 [N/8, K/(16 I), 32, I/2] with I = inner_k_tiles,
+since the operator has one shape rule for all devices; I changes that shape and no byte.
+
+Source, read: pytorch, aten/src/ATen/native/mps/operations/Quantized.mm (`_convert_weight_to_int4pack_mps` takes the
+nominal shape "fake" and swaps the nibbles of its uint8 [N, K/2] input, whose even k is the high one) and
+aten/src/ATen/native/mps/kernels/Quantized.metal (`int4pack_mm` reads rows of K/2 bytes, low nibble first, and
+computes (q - 8) * scale + zero from scale_and_zero [K/group, N, 2] of the activation's dtype).
+
+The kernel has fp32, fp16 and bf16, and group sizes 32, 64, 128 and 256. It rounds zero - 8 * scale to the dtype.
+"""
+
+import torch
+
+from ._checks import CHUNK_BYTES, require_inner_k_tiles, require_weight
+from ._row_major import pack_rows, unpack_rows
+from .tile_packed_to_4d import require_packed
+
+
+def pack(q: torch.Tensor, inner_k_tiles: int, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+    """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
+
+    q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
+    inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
+    chunk_bytes: how many weights are worked on at a time; as much memory is used above q and the result.
+
+    Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
+    or a meta or fake q.
+    """
+    inner = require_inner_k_tiles(inner_k_tiles)
+    q, n, k = require_weight(q, offset, 8, 16 * inner, f"mps with inner_k_tiles = {inner}")
+    return pack_rows(q, offset, chunk_bytes).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The weights of `pack` as uint8 [N, K] in 0..15, on packed's device; N and K are read from packed's shape.
+
+    Raises TypeError when packed is not int32, ValueError when it is not [N/8, K/(16 I), 32, I/2], or is meta or fake.
+    """
+    packed = require_packed(packed)
+    n8, k_tiles, _, words = packed.shape
+    k = k_tiles * words * 32
+    return unpack_rows(packed.contiguous().view(n8 * 8, k // 8).view(torch.uint8))

@@ -1,0 +1,62 @@
+"""scale_and_zero: scales and zeros side by side, one pair for each group and output row.
+
+One tensor [K/group, N, 2], [..., 0] the scale and [..., 1] the zero, for the kernels that compute
+(q - 8) * scale + zero with q in 0..15: `aten._weight_int4pack_mm` on CUDA (bf16 only) and on MPS, and
+`aten._weight_int4pack_mm_for_cpu` (both in the activation's dtype: bf16, fp16 or fp32).
+"""
+
+import torch
+
+from ._checks import require_dtype, require_tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def pack(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Puts scale and zero [N, K/group] into one contiguous `dtype` [K/group, N, 2], on scale's device.
+
+    From an affine weight (q_signed - zero_point) * scale with q = q_signed + 8: zero = -zero_point * scale.
+
+    Raises TypeError for a dtype that is not bf16, fp16 or fp32, or a scale or zero that is not floating; ValueError for
+    shapes that differ or are not 2-D, and for values that are NaN or infinite, or become so in `dtype`.
+    """
+    scale, zero = require_pair(scale, zero, dtype)
+    n, groups = scale.shape
+    packed = torch.empty(groups, n, 2, dtype=dtype, device=scale.device)
+    packed[..., 0].copy_(scale.t())
+    packed[..., 1].copy_(zero.t())
+    return require_finite(packed, "scale or zero")
+
+
+def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and the zero of `pack`, each contiguous [N, K/group] of packed's dtype.
+
+    Raises TypeError for a dtype that is not bf16, fp16 or fp32, ValueError when packed is not [K/group, N, 2].
+    """
+    packed = require_tensor(packed, "scale_and_zero")
+    require_dtype(packed, "scale_and_zero", DTYPES, "give what pack returned")
+    if packed.dim() != 3 or packed.shape[2] != 2:
+        raise ValueError(f"scale_and_zero must have shape [K/group, N, 2], got {tuple(packed.shape)}")
+    return packed[..., 0].t().contiguous(), packed[..., 1].t().contiguous()
+
+
+def require_pair(scale: object, zero: object, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both, if they are floating [N, K/group] with data and alike in shape, and `dtype` is a kernel's."""
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype must be one of {', '.join(str(d) for d in DTYPES)}, got {dtype}")
+    s, z = require_tensor(scale, "scale"), require_tensor(zero, "zero")
+    for t, name in ((s, "scale"), (z, "zero")):
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be floating, got {t.dtype}; for a zero point give zero = -zero_point * scale")
+    if s.dim() != 2 or s.shape != z.shape:
+        raise ValueError(f"scale and zero must both be [N, K/group], got {tuple(s.shape)} and {tuple(z.shape)}")
+    return s, z
+
+
+def require_finite(t: torch.Tensor, name: str) -> torch.Tensor:
+    """`t`, if all of it is finite. Raises ValueError otherwise."""
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(
+            f"{name} has NaN or infinite values in {t.dtype}; quantize again, or use bf16 or fp32 if fp16 is too narrow"
+        )
+    return t

@@ -1,0 +1,107 @@
+"""tile_packed_to_4d: the layout of `aten._weight_int4pack_mm` on CUDA.
+
+With I = inner_k_tiles, weight q[n][k] goes to int32 word out[n // 8][k // (16 I)][t][j], bits 4p..4p+3, where
+
+    s = k % 32,  j = (k % (16 I)) // 32,  t = 4 (n % 8) + (s % 8) // 2,  p = s // 8 + 4 (s % 2)
+
+Source: arrays written by `aten._convert_weight_to_int4pack` on an H100 (tests/golden_arrays), reproduced bit for bit.
+
+How packing works: write s = 8a + 2b + c with a, b in 0..3 and c in 0..1. Eight weights that share a are eight bytes
+of one int64. Adding two of those int64, the odd a times 16, makes the nibble pairs of eight bytes at once; what is
+left is to interleave the bytes of the two sums, and to swap b with j. All of it is a handful of torch calls a chunk.
+Bytes are reinterpreted as wider integers, low byte first, as on every device that torch runs these kernels on.
+"""
+
+import torch
+
+from ._checks import (
+    CHUNK_BYTES,
+    require_dtype,
+    require_four_bits,
+    require_inner_k_tiles,
+    require_tensor,
+    require_weight,
+    rows_per_chunk,
+)
+
+_LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
+
+
+def pack(q: torch.Tensor, inner_k_tiles: int, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+    """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
+
+    q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
+    inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
+    chunk_bytes: how many weights are worked on at a time; 3.5 times as much memory is used above q and the result.
+
+    Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
+    or a meta or fake q.
+    """
+    inner = require_inner_k_tiles(inner_k_tiles)
+    q, n, k = require_weight(q, offset, 8, 16 * inner, f"tile_packed_to_4d with inner_k_tiles = {inner}")
+    k_tiles, words = k // (16 * inner), inner // 2
+    rows = min(n, rows_per_chunk(k, chunk_bytes, 8))
+
+    packed = torch.empty(n // 8, k_tiles, 32, words, dtype=torch.int32, device=q.device)
+    target = packed.view(n // 8, k_tiles, 8, 4, words)
+    # Buffers are made once: fresh memory for every chunk costs more than the arithmetic.
+    weights_all = torch.empty(rows, k, dtype=q.dtype, device=q.device)
+    pairs_all = torch.empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64, device=q.device)
+    halves_all = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
+
+    for start in range(0, n, rows):
+        chunk = q[start : start + rows]
+        require_four_bits(chunk, offset)
+        blocks = chunk.shape[0] // 8
+        weights, pairs, halves = weights_all[: chunk.shape[0]], pairs_all[:, :blocks], halves_all[:, :blocks]
+
+        torch.add(chunk, offset, out=weights)
+        # [a // 2, block, k tile, n % 8, j, a % 2], one int64 holding the eight bytes (b, c)
+        eights = weights.view(torch.int64).view(blocks, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
+        torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
+        halves.copy_(pairs.view(torch.uint8))
+        low, high = halves
+        # The sum is meant to wrap: the high byte's top bit is the int16's sign.
+        torch.add(low, high, alpha=256, out=low)
+        done = low.view(torch.int32)
+        # One copy a j: torch's copy of the swap in one go runs over rows of two or four words, and is slower.
+        for j in range(words):
+            target[start // 8 : start // 8 + blocks, ..., j].copy_(done[..., j, :])
+    return packed
+
+
+def unpack(packed: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+    """The weights of `pack` as uint8 [N, K] in 0..15, on packed's device; N, K and I are read from packed's shape.
+
+    Raises TypeError when packed is not int32, ValueError when it is not [N/8, K/(16 I), 32, I/2], or is meta or fake.
+    """
+    packed = require_packed(packed)
+    n8, k_tiles, _, words = packed.shape
+    n, k = n8 * 8, k_tiles * words * 32
+    blocks_a_chunk = min(n8, rows_per_chunk(k, chunk_bytes, 8) // 8)
+    q = torch.empty(n, k, dtype=torch.uint8, device=packed.device)
+    target = q.view(torch.int64).view(n8, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
+
+    for start in range(0, n8, blocks_a_chunk):
+        chunk = packed[start : start + blocks_a_chunk].reshape(-1, k_tiles, 8, 4, words).transpose(3, 4)
+        halves = chunk.contiguous().view(torch.int16)
+        blocks = halves.shape[0]
+        pairs = torch.empty(2, *halves.shape, dtype=torch.uint8, device=packed.device)
+        pairs[0].copy_(halves)
+        pairs[1].copy_(halves >> 8)
+        eights = pairs.view(torch.int64).squeeze(-1)
+        here = target[:, start : start + blocks]
+        torch.bitwise_and(eights, _LOW_NIBBLES, out=here[..., 0])
+        torch.bitwise_and(eights >> 4, _LOW_NIBBLES, out=here[..., 1])
+    return q
+
+
+def require_packed(packed: object) -> torch.Tensor:
+    """`packed`, if it is int32 [N/8, K/(16 I), 32, I/2] with data. Raises TypeError or ValueError otherwise."""
+    t = require_tensor(packed, "packed")
+    require_dtype(t, "packed", (torch.int32,), "give what pack returned")
+    if t.dim() != 4 or t.shape[2] != 32 or t.shape[3] not in (1, 2, 4) or t.numel() == 0:
+        raise ValueError(
+            f"packed must have shape [N/8, K/(16 I), 32, I/2] with I = inner_k_tiles in 2, 4, 8, got {tuple(t.shape)}"
+        )
+    return t

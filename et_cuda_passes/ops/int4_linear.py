@@ -1,0 +1,131 @@
+"""The int4 linears that stand in a rewritten program: one operator a layout, each the same function of its weight.
+
+``int4_linear_<layout>(x, packed, scale_and_zero, bias, group_size, out_features)`` is
+``linear(x, (q - 8) * scale + zero, bias)``, with ``q`` the integers 0..15 that ``packed`` holds.
+
+Why operators of our own: ExecuTorch's verifier refuses ``aten._weight_int4pack_mm`` in an edge program (it is not in the
+core ATen operator set) and accepts an operator of another namespace. Inductor then decomposes ours into the kernel that
+the device has. On a device without that kernel they compute from the packed layout itself, so that a program packed for
+a GPU runs, and can be checked, on a machine that has none.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor.decomposition import register_decomposition
+
+from et_cuda_passes.layouts import cpu, metal, mps, scale_and_zero, tile_packed_to_4d
+
+NAMESPACE = "et_cuda_passes"
+_SCHEMA = "(Tensor x, Tensor packed, Tensor scale_and_zero, Tensor? bias, int group_size, int out_features) -> Tensor"
+
+# Kept for the life of the process: a Library takes its operators with it when it is collected.
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+Matmul = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""``(x [M, K], packed, scale_and_zero, group_size) -> [M, N]``; N is what is packed, padding included."""
+
+
+@dataclass(frozen=True)
+class Int4Linear:
+    """One operator: the layout it reads, its kernel by device type, and what computes the same anywhere.
+
+    Attributes:
+        layout: name of the layout of ``packed``.
+        kernels: device type -> the kernel that the device's libraries have.
+        reference: the same from plain tensor operations, reading the packed layout.
+        op: the registered overload.
+    """
+
+    layout: str
+    kernels: Mapping[str, Matmul]
+    reference: Matmul
+    op: torch._ops.OpOverload
+
+
+def _dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+    """``(q - 8) * scale + zero`` in fp32, rounded once to ``dtype`` as the kernels' fused multiply-add does; [N, K]."""
+    grouped = q.reshape(q.shape[0], -1, group_size).to(torch.float32) - 8
+    weight = grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
+    return weight.reshape(q.shape).to(dtype)
+
+
+def _tile_packed_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    scale, zero = scale_and_zero.unpack(qparams)
+    return F.linear(x, _dequantize(tile_packed_to_4d.unpack(packed), scale, zero, group_size, x.dtype))
+
+
+def _mps_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    scale, zero = scale_and_zero.unpack(qparams)
+    return F.linear(x, _dequantize(mps.unpack(packed), scale, zero, group_size, x.dtype))
+
+
+def _metal_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    # Here the second half of the parameters is the zero of q * S + Z, eight scales below that of (q - 8) * S + zero.
+    scale, zero = qparams[0].float(), qparams[1].float()
+    return F.linear(x, _dequantize(metal.unpack(packed), scale, zero + 8 * scale, group_size, x.dtype))
+
+
+def _cpu_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    scale, zero = scale_and_zero.unpack(qparams)
+    return F.linear(x, _dequantize(cpu.unpack(packed), scale, zero, group_size, x.dtype))
+
+
+def _int4pack(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm.default(x, packed, group_size, qparams)
+
+
+def _int4pack_cpu(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, packed, group_size, qparams)
+
+
+def _torchao_metal(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    # torchao registers this operator on macOS alone, so it is looked up when an MPS tensor asks for it.
+    kernel = torch.ops.torchao._linear_fp_act_4bit_weight.default
+    y: Tensor = kernel(x, packed, group_size, qparams[0], qparams[1])
+    return y
+
+
+def _linear(matmul: Matmul, x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group: int, n: int) -> Tensor:
+    """Any rank of ``x`` around a kernel on matrices; rows of padding in the packed weight are cut off."""
+    y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, qparams, group)
+    if y.shape[-1] != n:
+        y = y.narrow(-1, 0, n)
+    y = y.reshape(*x.shape[:-1], n)
+    return y if bias is None else y + bias
+
+
+def _define(layout: str, kernels: Mapping[str, Matmul], reference: Matmul) -> Int4Linear:
+    name = f"int4_linear_{layout}"
+    _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def compute(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
+        matmul = kernels.get(x.device.type, reference)
+        return _linear(matmul, x, packed, qparams, bias, group_size, n)
+
+    def fake(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
+        return x.new_empty((*x.shape[:-1], n))
+
+    _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    op: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def decompose(x: Tensor, *args: Any) -> Any:
+        # A device without the kernel keeps the operator, which then computes from the layout.
+        return compute(x, *args) if x.device.type in kernels else NotImplemented
+
+    register_decomposition(op)(decompose)
+    return Int4Linear(layout, kernels, reference, op)
+
+
+TILE_PACKED_TO_4D = _define("tile_packed_to_4d", {"cuda": _int4pack}, _tile_packed_reference)
+MPS = _define("mps", {"mps": _int4pack}, _mps_reference)
+METAL = _define("metal", {"mps": _torchao_metal}, _metal_reference)
+CPU = _define("cpu", {"cpu": _int4pack_cpu}, _cpu_reference)
+
+INT4_LINEARS: Mapping[str, Int4Linear] = {form.layout: form for form in (TILE_PACKED_TO_4D, MPS, METAL, CPU)}
+"""Every operator by the layout that it reads."""

@@ -1,0 +1,98 @@
+"""Which operators a report must account for: every one that reads a dequantized weight."""
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from et_cuda_passes.graph.ledger import Candidate
+from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.affine import DEQUANTIZE
+
+aten = torch.ops.aten
+
+# A weight may pass through these on its way to the operator that uses it: they move it, and compute nothing.
+_CARRIERS = frozenset(
+    {
+        aten.t.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.squeeze.default,
+        aten.expand.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+    }
+)
+
+
+def find_candidates(program: Program) -> list[Candidate]:
+    """The readers of every dequantized weight of ``program``, in graph order, inside branches too."""
+    return [*_in_graph(program, program.graph_module), *_in_branches(program.graph_module)]
+
+
+def _in_graph(program: Program, module: GraphModule) -> Iterator[Candidate]:
+    constant: set[Node] = set()
+    weights: dict[Node, dict[Node, None]] = {}
+    names: dict[Node, str] = {}
+    for node in module.graph.nodes:
+        if _is_constant(program, node, constant):
+            constant.add(node)
+        if called(node) is DEQUANTIZE:
+            data = arguments(node)["input"]
+            if isinstance(data, Node) and data in constant:
+                weights[node] = {node: None}
+                names[node] = _name(program, data)
+            continue
+        read: dict[Node, None] = {}
+        for source in node.all_input_nodes:
+            read.update(weights.get(source, {}))
+        if not read:
+            continue
+        if called(node) in _CARRIERS:
+            weights[node] = read
+        else:
+            fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
+            yield Candidate(node, tuple(read), fqn)
+
+
+def _is_constant(program: Program, node: Node, constant: set[Node]) -> bool:
+    """Whether ``node``'s value is the same in every run: a parameter, buffer or constant, or computed from such alone."""
+    if node.op == "placeholder":
+        return program.constant(node) is not None
+    inputs = node.all_input_nodes
+    return node.op == "call_function" and bool(inputs) and all(source in constant for source in inputs)
+
+
+def _name(program: Program, data: Node) -> str:
+    while (found := program.fqn(data)) is None and data.all_input_nodes:
+        data = data.all_input_nodes[0]
+    return found or data.name
+
+
+def _in_branches(module: GraphModule) -> Iterator[Candidate]:
+    """Weights dequantized inside the submodules of control flow. What is constant there is not known here: report all."""
+    for _, branch in module.named_children():
+        if not isinstance(branch, GraphModule):
+            continue
+        for node in branch.graph.nodes:
+            if called(node) is not DEQUANTIZE:
+                continue
+            data = arguments(node)["input"]
+            if isinstance(data, Node) and data.op != "placeholder":
+                # The activation of a dynamic quantization: its integers are computed, not passed in.
+                continue
+            for user in node.users:
+                where = "it stands in a branch of control flow, whose weights are not rewritten yet"
+                yield Candidate(user, (node,), node.name, beyond_reach=where)
+        yield from _in_branches(branch)

@@ -1,0 +1,1 @@
+"""One rewrite a file; the first line of its docstring is the rewrite."""

@@ -1,0 +1,79 @@
+"""dequantize(constant) -> a float constant, computed at compile time
+
+For a target that has no kernel for a quantized weight, and that would not refuse it but compute something else. The
+weight takes as much room as it had before it was quantized; the report says so, and names the scheme that avoids it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node, map_arg
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Pattern
+from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize, has_data
+
+_ALTERNATIVE = (
+    "for a 4-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, "
+    "weight_granularity=PerGroup(32))"
+)
+
+
+@dataclass(frozen=True)
+class FoldDequantize(Rule):
+    """dequantize(constant) -> a float constant, computed at compile time"""
+
+    def pattern(self) -> Pattern:
+        """Any dequantized weight, whoever reads it."""
+        return dequantize(..., name="weight")
+
+    @require("a weight straight from constants")
+    def constants(self, m: MatchContext) -> Answer:
+        """What depends on an input cannot be computed at compile time."""
+        return True, affine(m).fqn
+
+    @require("a weight that holds data", hint="export with real weights, not on the meta device or under FakeTensorMode")
+    def data(self, m: MatchContext) -> Answer:
+        """Folding needs values."""
+        return has_data(m.program, affine(m)), "meta or fake tensors"
+
+    @require("finite scales", stage="values", hint="quantize the weight again")
+    def finite(self, m: MatchContext) -> Answer:
+        """A NaN or infinite scale would spread over the output unseen."""
+        scale = m.program.constant(affine(m).scale)
+        assert scale is not None
+        bad = int((~torch.isfinite(scale)).sum())
+        return bad == 0, f"{bad} NaN or infinite scales"
+
+    def note(self, m: MatchContext) -> str:
+        """What the fold costs and what would avoid it."""
+        value = m.val(m.weight)
+        size = value.numel() * value.element_size()
+        return (
+            f"target {m.target.name} has no kernel for a weight-only {affine(m).scheme} weight: "
+            f"folded to a {str(value.dtype).removeprefix('torch.')} weight of {size:,} bytes; {_ALTERNATIVE}"
+        )
+
+    def detail(self, m: MatchContext) -> str:
+        """The scheme that was given up."""
+        return f"{affine(m).scheme} -> float weight"
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """Run the dequantize operator itself, on the constants: nothing is rounded otherwise than before."""
+        weight, node = affine(m), m.root
+
+        def value(argument: Node) -> Any:
+            tensor = b.program.constant(argument)
+            assert tensor is not None
+            return tensor.detach()
+
+        def folded() -> torch.Tensor:
+            args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+            result: torch.Tensor = DEQUANTIZE(*args, **kwargs)  # type: ignore[misc, arg-type]
+            return result
+
+        form = ("dequantized", weight.output_dtype, weight.block_size, weight.quant_min, weight.quant_max)
+        return b.constant(f"{weight.fqn}.dequantized", weight.sources, form, folded)

@@ -1,0 +1,39 @@
+"""The registry of targets: what each backend accepts and its ordered pass list."""
+
+from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.targets.cpu import CPU
+from et_cuda_passes.targets.cuda import CUDA
+from et_cuda_passes.targets.metal import METAL
+from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.xnnpack import XNNPACK
+
+__all__ = ["Target", "default_passes", "get_target", "targets"]
+
+_TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU)}
+
+
+def targets() -> tuple[str, ...]:
+    """The names of all targets: "cuda", "metal", "xnnpack", "cpu"."""
+    return tuple(_TARGETS)
+
+
+def get_target(name: str | Target) -> Target:
+    """The target called ``name``; a :class:`Target` stands for itself.
+
+    Raises:
+        ValueError: there is no such target; the message lists those that there are.
+    """
+    if isinstance(name, Target):
+        return name
+    if not isinstance(name, str) or name not in _TARGETS:
+        raise ValueError(f"unknown target {name!r}; known targets are {', '.join(targets())}")
+    return _TARGETS[name]
+
+
+def default_passes(target: str | Target) -> list[Rule]:
+    """A new list of the target's rules, in their order; edit it and give it to ``passes=``.
+
+    Raises:
+        ValueError: there is no such target.
+    """
+    return get_target(target).passes()

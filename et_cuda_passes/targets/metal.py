@@ -1,0 +1,33 @@
+"""metal: ExecuTorch's Metal backend by default, plain AOTInductor on MPS with ``LinearInt4(kernel="mps")``."""
+
+import torch
+
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.targets.target import Target
+
+METAL = Target(
+    "metal",
+    "ExecuTorch Metal delegate, or AOTInductor on MPS",
+    int4_kernels=(
+        # ExecuTorch's build of the kernel has no fp16, torchao's has; what lowers to the delegate must run in it.
+        Int4Kernel(
+            "torchao",
+            layout="metal",
+            dtypes=(torch.bfloat16, torch.float32),
+            group_sizes=(32, 64, 128, 256),
+            in_multiple=32,
+            out_multiple=4,
+        ),
+        Int4Kernel(
+            "mps",
+            layout="mps",
+            dtypes=(torch.bfloat16, torch.float16, torch.float32),
+            group_sizes=(32, 64, 128, 256),
+            in_multiple=32,
+            out_multiple=8,
+        ),
+    ),
+    passes=lambda: [LinearInt4(), LinearViews()],
+)

@@ -1,0 +1,78 @@
+"""``rewrite``: a target's pass list over an exported program, the input untouched."""
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from et_cuda_passes.graph.driver import apply_passes
+from et_cuda_passes.graph.program import ConstantPool
+from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
+from et_cuda_passes.quant.candidates import find_candidates
+from et_cuda_passes.targets import default_passes, get_target
+from et_cuda_passes.targets.target import Target
+
+
+def is_program_pass(value: Any) -> bool:
+    """Whether ``value`` is an ExecuTorch ``ExportedProgramPassBase``; one can only exist once ExecuTorch is imported."""
+    module = sys.modules.get("executorch.exir.pass_base")
+    base = getattr(module, "ExportedProgramPassBase", None)
+    return base is not None and isinstance(value, base)
+
+
+def rewrite(
+    exported_program: ExportedProgram,
+    target: str | Target,
+    passes: Iterable[Any] | None = None,
+    expect: Mapping[str, int] | None = None,
+    *,
+    pool: ConstantPool | None = None,
+) -> tuple[ExportedProgram, Report]:
+    """Rewrite the quantized weights of an exported program for ``target``.
+
+    Args:
+        exported_program: from ``torch.export.export``, decomposed or not, or in edge form; it is not changed.
+        target: one of :func:`targets`, or a :class:`Target`.
+        passes: rules, ExecuTorch ``ExportedProgramPassBase`` passes and callables on a ``GraphModule``, in order;
+            None for ``default_passes(target)``.
+        expect: demanded counts, by rule name ("linear_int4") or status ("rewritten", "kept", "missed").
+        pool: packed constants to share between the methods of one model.
+
+    Returns:
+        The rewritten program, and the report of what became of every reader of a quantized weight.
+
+    Raises:
+        ValueError: the target is unknown, two passes have one name, their constraints form a cycle, or ``expect``
+            names what is neither a pass nor a status.
+        TypeError: ``exported_program`` is none, or ``passes`` holds something else than is accepted.
+        ExpectationError: the counts are not those expected.
+    """
+    if not isinstance(exported_program, ExportedProgram):
+        raise TypeError(
+            f"rewrite takes a torch.export.ExportedProgram, not {type(exported_program).__name__}; "
+            "export the model with torch.export.export(model, args) first"
+        )
+    chosen = get_target(target)
+    listed = default_passes(chosen) if passes is None else passes
+    program, report = apply_passes(exported_program, listed, chosen, find_candidates, is_program_pass, pool)
+    check_expectations(expect, report)
+    return program, report
+
+
+def check_expectations(expect: Mapping[str, int] | None, report: Report) -> None:
+    """Compare demanded counts with a report's.
+
+    Raises:
+        ValueError: ``expect`` names what is neither a pass of the report nor a status.
+        ExpectationError: a count differs.
+    """
+    if not expect:
+        return
+    known = [*STATUSES, *report.passes]
+    for name in expect:
+        if name not in known:
+            raise ValueError(f"expect names {name!r}; known here are {', '.join(known)}")
+    counts = report.counts()
+    if any(counts.get(name, 0) != count for name, count in expect.items()):
+        raise ExpectationError(expect, report)

@@ -1,0 +1,17 @@
+"""What a target is: data. A kernel's abilities and which passes run are stated here, never in a rule."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.kernels.int4 import Int4Kernel
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend: its int4 kernels, the default one first, and its ordered pass list."""
+
+    name: str
+    summary: str
+    int4_kernels: tuple[Int4Kernel, ...]
+    passes: Callable[[], list[Rule]] = field(compare=False)

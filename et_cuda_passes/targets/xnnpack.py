@@ -1,0 +1,12 @@
+"""xnnpack: ExecuTorch's XNNPACK delegate, which wants the pattern it knows left in place and every other one folded."""
+
+from et_cuda_passes.rules.fold_dequantize import FoldDequantize
+from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
+from et_cuda_passes.targets.target import Target
+
+XNNPACK = Target(
+    "xnnpack",
+    "ExecuTorch XNNPACK delegate",
+    int4_kernels=(),
+    passes=lambda: [KeepDynamicInt4(), FoldDequantize()],
+)
