@@ -192,15 +192,14 @@ def _run_opaque(entry: Pass, program: Program) -> Program:
         if not isinstance(exported, ExportedProgram):
             raise TypeError(f"pass {entry.name} returned {type(exported).__name__}, not an ExportedProgram")
         return Program(exported, program.pool)
-    result = entry.value(program.graph_module)
-    module = getattr(result, "graph_module", result)
-    if module is not None:
-        if not isinstance(module, GraphModule):
-            raise TypeError(
-                f"pass {entry.name} returned {type(module).__name__}; return None, a GraphModule or a PassResult"
-            )
-        program.graph_module = module
-    program.adopt(entry.name)
+    module = program.as_graph_module()
+    result = entry.value(module)
+    returned = getattr(result, "graph_module", result)
+    if returned is not None and not isinstance(returned, GraphModule):
+        raise TypeError(
+            f"pass {entry.name} returned {type(returned).__name__}; return None, a GraphModule or a PassResult"
+        )
+    program.adopt(module if returned is None else returned, entry.name)
     return program
 
 

@@ -27,12 +27,12 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """The furthest that a pattern got from ``root``; the text is made only when somebody reads it."""
+    """Where the attempt that matched most nodes came to its end; the text is made only when somebody reads it."""
 
     root: Node
     node: Any
     pattern: Pattern
-    depth: int
+    progress: int
     why: str = ""
 
     @property
@@ -73,11 +73,12 @@ class _Matcher:
         self.written = written
         self.miss: Miss | None = None
 
-    def fail(self, node: Any, pattern: Pattern, depth: int, why: str = "") -> None:
-        if self.miss is None or depth > self.miss.depth:
-            self.miss = Miss(self.root, node, pattern, depth, why)
+    def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "") -> None:
+        progress = len(state.owned) + len(state.shared)
+        if self.miss is None or progress > self.miss.progress:
+            self.miss = Miss(self.root, node, pattern, progress, why)
 
-    def match(self, pattern: Pattern, value: Any, state: _State, depth: int) -> Iterator[_State]:
+    def match(self, pattern: Pattern, value: Any, state: _State) -> Iterator[_State]:
         """All the ways in which ``value`` fits, the preferred first; usually one or none."""
         match pattern:
             case Anything():
@@ -85,39 +86,39 @@ class _Matcher:
             case Capture():
                 bound = state.bind(pattern.name, value) if value is not None or pattern.optional else None
                 if bound is None:
-                    self.fail(value, pattern, depth, f"the same {pattern.name} in both places" if value else "")
+                    self.fail(value, pattern, state, f"the same {pattern.name} in both places" if value else "")
                 else:
                     yield bound
             case Literal():
                 if isinstance(value, Node) or value != pattern.value:
-                    self.fail(value, pattern, depth)
+                    self.fail(value, pattern, state)
                 else:
                     yield state
             case AnyOf():
                 for alternative in pattern.alternatives:
-                    yield from self.match(alternative, value, state, depth)
+                    yield from self.match(alternative, value, state)
             case Call():
-                yield from self.match_call(pattern, value, state, depth)
+                yield from self.match_call(pattern, value, state)
 
-    def match_call(self, pattern: Call, node: Any, state: _State, depth: int) -> Iterator[_State]:
+    def match_call(self, pattern: Call, node: Any, state: _State) -> Iterator[_State]:
         if not isinstance(node, Node) or called(node) not in pattern.targets:
-            return self.fail(node, pattern, depth)
+            return self.fail(node, pattern, state)
         if node in self.written:
-            return self.fail(node, pattern, depth, f"{pattern} whose result nothing writes in place")
+            return self.fail(node, pattern, state, f"{pattern} whose result nothing writes in place")
         if node is not self.root and not pattern.shared and len(node.users) != 1:
-            return self.fail(node, pattern, depth, f"{pattern} with this one user")
+            return self.fail(node, pattern, state, f"{pattern} with this one user")
         bound = state.bind(pattern.name, node)
         if bound is None:
-            return self.fail(node, pattern, depth, f"the same {pattern.name} in both places")
+            return self.fail(node, pattern, state, f"the same {pattern.name} in both places")
         owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
         states = [_State(bound.bindings, owned, shared)]
-        for child, value in self.pair(pattern, node, depth):
+        for child, value in self.pair(pattern, node):
             if isinstance(child, Anything):
                 continue
-            states = [after for before in states for after in self.match(child, value, before, depth + 1)]
+            states = [after for before in states for after in self.match(child, value, before)]
         yield from states
 
-    def pair(self, pattern: Call, node: Node, depth: int) -> Iterator[tuple[Pattern, Any]]:
+    def pair(self, pattern: Call, node: Node) -> Iterator[tuple[Pattern, Any]]:
         """Each argument's pattern with the value that stands there; a default that nobody named is a literal."""
         actual, schema = arguments(node), schema_of(node)
         defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments}
@@ -146,6 +147,6 @@ def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) 
         The first :class:`Match`, or the :class:`Miss` that got furthest.
     """
     matcher = _Matcher(root, written)
-    for state in matcher.match(pattern, root, _State(), 0):
+    for state in matcher.match(pattern, root, _State()):
         return Match(root, state.bindings, state.owned, state.shared)
     return matcher.miss or Miss(root, root, pattern, 0)

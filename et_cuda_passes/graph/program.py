@@ -4,7 +4,7 @@ Everything here is linear in the graph: signature tables are read once and writt
 """
 
 import copy
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,7 +23,7 @@ from torch.fx import GraphModule, Node
 from et_cuda_passes.graph.ops import arguments, called, written_nodes
 
 _T = TypeVar("_T")
-_ACCESS = torch.ops.export.access_subclass_inner_tensor.default
+ACCESS = torch.ops.export.access_subclass_inner_tensor.default
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -57,10 +57,19 @@ class Program:
     def __init__(self, exported: ExportedProgram, pool: ConstantPool | None = None) -> None:
         self._source = exported
         self.pool = pool or ConstantPool()
-        # Copying a graph shares every tensor of the program; only structure and metadata dictionaries are new.
+        # Tensors stay shared; only structure and metadata dictionaries are copied.
         tensors = {id(t): t for t in (*exported.state_dict.values(), *exported.constants.values())}
-        self.graph_module: GraphModule = copy.deepcopy(exported.graph_module, tensors)
-        self.graph_module.meta.update(exported.graph_module.meta)
+        self._root = torch.nn.Module()
+        for name, child in exported.graph_module.named_children():
+            self._root.add_module(name, copy.deepcopy(child, tensors))
+        self._meta = dict(exported.graph_module.meta)
+        self.graph = torch.fx.Graph()
+        copied: dict[Node, Node] = {}
+        results = self.graph.graph_copy(exported.graph, copied)
+        self.graph.output(results).meta.update(exported.graph.output_node().meta)
+        for theirs, ours in copied.items():
+            # The copy renames what looks like a Python builtin, `input` say; the signature goes by the old names.
+            ours.name = theirs.name
         self.state_dict: dict[str, Any] = dict(exported.state_dict)
         self.constants: dict[str, Any] = dict(exported.constants)
         self._specs: dict[str, InputSpec] = {}
@@ -73,10 +82,15 @@ class Program:
         self._replaced: dict[Node, Node] = {}
         self.refresh()
 
-    @property
-    def graph(self) -> torch.fx.Graph:
-        """The graph that is being changed."""
-        return self.graph_module.graph
+    def branches(self) -> Iterator[GraphModule]:
+        """The graph modules that control flow calls, not those inside of them."""
+        yield from (child for child in self._root.children() if isinstance(child, GraphModule))
+
+    def as_graph_module(self) -> GraphModule:
+        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
+        module = GraphModule(self._root, self.graph)
+        module.meta.update(self._meta)
+        return module
 
     def refresh(self) -> None:
         """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
@@ -110,7 +124,7 @@ class Program:
 
     def constant(self, node: Node) -> torch.Tensor | None:
         """The tensor that ``node`` holds if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
-        if called(node) is _ACCESS:
+        if called(node) is ACCESS:
             owner, attribute = node.args
             whole = self.constant(cast(Node, owner))
             return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, attribute)))
@@ -126,14 +140,14 @@ class Program:
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the plain parameters
         ``l.parametrizations.weight.original0`` that ``run_decompositions`` makes of it.
         """
-        if called(node) is _ACCESS:
+        if called(node) is ACCESS:
             return self.fqn(cast(Node, node.args[0]))
         target = self._target(node)
         return None if target is None else _unparametrized(target)
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
-        while called(node) is _ACCESS:
+        while called(node) is ACCESS:
             node = cast(Node, node.args[0])
         return node in self.written
 
@@ -164,7 +178,7 @@ class Program:
         if name in self.state_dict or name in self.constants:
             raise ValueError(f"the program already has a constant named {name!r}; rename it before the rewrite")
         anchor = nodes[0]
-        while called(anchor) is _ACCESS:
+        while called(anchor) is ACCESS:
             anchor = cast(Node, anchor.args[0])
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         with self.graph.inserting_before(anchor):
@@ -219,12 +233,13 @@ class Program:
             self.constants.pop(target, None)
             self._added.pop(target, None)
 
-    def adopt(self, name: str) -> None:
-        """Look over what pass ``name`` left: the program's inputs and number of outputs must be what they were.
+    def adopt(self, module: GraphModule, name: str) -> None:
+        """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
 
         Raises:
             ValueError: it added, removed or renamed inputs, or changed the number of outputs.
         """
+        self._root, self.graph, self._meta = module, module.graph, module.meta
         placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         if set(placeholders) != set(self._specs):
             changed = sorted(set(placeholders) ^ set(self._specs))
@@ -247,11 +262,10 @@ class Program:
             if isinstance(value, Node) and not isinstance(spec.arg, ConstantArgument):
                 spec.arg.name = value.name
         signature = ExportGraphSignature([self._specs[node.name] for node in placeholders], self._outputs)
-        self.graph.lint()
-        self.graph_module.recompile()
         source = self._source
-        return ExportedProgram(
-            root=self.graph_module,
+        # The constructor lints the graph and runs the dialect's verifier.
+        program = ExportedProgram(
+            root=self._root,
             graph=self.graph,
             graph_signature=signature,
             state_dict=self.state_dict,
@@ -261,6 +275,8 @@ class Program:
             constants=self.constants,
             verifiers=source.verifiers,
         )
+        program.graph_module.meta.update(self._meta)
+        return program
 
     def _make_room_for_added_names(self) -> None:
         """Let ``w.packed`` stand beside a ``w`` that is still read.
@@ -293,7 +309,7 @@ class Program:
         stem = f"{parent}.parametrizations.{field}" if parent else f"parametrizations.{field}"
         inner: dict[str, Node] = {}
         for access in list(node.users):
-            if called(access) is not _ACCESS:
+            if called(access) is not ACCESS:
                 raise ValueError(
                     f"{target} is read whole by {access.name} and packed for another reader: unwrap the weight first, "
                     "with ep.run_decompositions({})"

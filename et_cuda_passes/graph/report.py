@@ -53,13 +53,15 @@ class Report:
     """The outcomes of one rewrite, in graph order.
 
     ``passes`` are the names in the order in which they ran, ``applied`` how often each rule acted, ``conflicts`` the
-    matches that lost to another, and the byte counts are those of all constants before and after.
+    matches that lost to another, ``warnings`` what the user probably did not intend, and the byte counts are those of
+    all constants before and after.
     """
 
     target: str
     passes: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     conflicts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -83,6 +85,7 @@ class Report:
             passes=parts[0].passes if parts else [],
             outcomes=[outcome for part in parts for outcome in part.outcomes],
             conflicts=[conflict for part in parts for conflict in part.conflicts],
+            warnings=[warning for part in parts for warning in part.warnings],
             applied=dict(applied),
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
@@ -98,6 +101,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "conflicts": self.conflicts,
+            "warnings": self.warnings,
         }
 
     def to_json(self) -> str:
@@ -108,7 +112,8 @@ class Report:
         """One look: what happened how often and to what, then every miss with its reasons."""
         total = len(self.outcomes)
         if not total and not self.applied:
-            return f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
+            none = f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
+            return "\n".join([none, *(f"  warning   {warning}" for warning in self.warnings)])
         tally = ", ".join(f"{self.counts()[status]} {status}" for status in STATUSES)
         lines = [
             f"{self.target}: {total} candidate{'s' if total != 1 else ''}: {tally}; "
@@ -131,6 +136,7 @@ class Report:
                 lines += [f"            {reason}" for reason in outcome.reasons]
                 lines += [f"            at {outcome.source}"] if outcome.source else []
         lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
+        lines += [f"  warning   {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
 

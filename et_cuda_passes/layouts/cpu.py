@@ -17,8 +17,8 @@ import torch
 from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
 
 # The operator walks down the columns of an int32 tensor, so K is cut into strips that stay in a cache. Rows that are a
-# power of two bytes apart would push one another out of it, which is why a strip is not 512 wide: on 8192 x 4096 weights
-# strips pack 1400 MB/s, whole rows 460 (AVX-512, one core).
+# power of two bytes apart would push one another out of it, which is why a strip is not 512 wide. On 8192 x 4096
+# weights strips pack 1400 MB/s, whole rows 460 (AVX-512, one core).
 _STRIP = 448
 
 

@@ -47,11 +47,32 @@ class Int4Linear:
     op: torch._ops.OpOverload
 
 
+def _check(layout: str, x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, n: int) -> None:
+    """The constants must fit each other: a kernel that reads past too short a scale_and_zero gives no error, but NaN.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    words = packed.numel() * packed.element_size() * 2
+    groups, rows = (qparams.shape[2], qparams.shape[1]) if layout == "metal" else (qparams.shape[0], qparams.shape[1])
+    if rows * groups * group_size != words or not 0 < n <= rows:
+        raise ValueError(
+            f"int4_linear_{layout}: {words} packed weights, scale_and_zero {tuple(qparams.shape)}, group_size "
+            f"{group_size} and out_features {n} do not fit each other"
+        )
+    if x.dim() == 0 or x.shape[-1] != groups * group_size:
+        raise ValueError(f"int4_linear_{layout}: x {tuple(x.shape)} for a weight of K = {groups * group_size}")
+
+
 def _dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """``(q - 8) * scale + zero`` in fp32, rounded once to ``dtype`` as the kernels' fused multiply-add does; [N, K]."""
-    grouped = q.reshape(q.shape[0], -1, group_size).to(torch.float32) - 8
-    weight = grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)
-    return weight.reshape(q.shape).to(dtype)
+    """``(q - 8) * scale + zero``, rounded once to ``dtype`` as the kernels' fused multiply-add does; [N, K]."""
+    return _affine(q.float() - 8, scale, zero, group_size).to(dtype)
+
+
+def _affine(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """``q * scale + zero`` in fp32 from q fp32 [N, K], scale and zero [N, K / group_size]."""
+    grouped = q.view(q.shape[0], -1, group_size)
+    return (grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).view(q.shape)
 
 
 def _tile_packed_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
@@ -65,9 +86,9 @@ def _mps_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) 
 
 
 def _metal_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
-    # Here the second half of the parameters is the zero of q * S + Z, eight scales below that of (q - 8) * S + zero.
-    scale, zero = qparams[0].float(), qparams[1].float()
-    return F.linear(x, _dequantize(metal.unpack(packed), scale, zero + 8 * scale, group_size, x.dtype))
+    # Its second parameter is the zero of q * S + Z, with nothing subtracted from q.
+    weight = _affine(metal.unpack(packed).float(), qparams[0], qparams[1], group_size)
+    return F.linear(x, weight.to(x.dtype))
 
 
 def _cpu_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
@@ -94,7 +115,8 @@ def _linear(matmul: Matmul, x: Tensor, packed: Tensor, qparams: Tensor, bias: Te
     """Any rank of ``x`` around a kernel on matrices; rows of padding in the packed weight are cut off."""
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, qparams, group)
     if y.shape[-1] != n:
-        y = y.narrow(-1, 0, n)
+        # Contiguous, as the fake says: a consumer may be compiled for that.
+        y = y[:, :n].contiguous()
     y = y.reshape(*x.shape[:-1], n)
     return y if bias is None else y + bias
 
@@ -104,10 +126,12 @@ def _define(layout: str, kernels: Mapping[str, Matmul], reference: Matmul) -> In
     _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
     def compute(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
+        _check(layout, x, packed, qparams, group_size, n)
         matmul = kernels.get(x.device.type, reference)
         return _linear(matmul, x, packed, qparams, bias, group_size, n)
 
     def fake(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
+        _check(layout, x, packed, qparams, group_size, n)
         return x.new_empty((*x.shape[:-1], n))
 
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")

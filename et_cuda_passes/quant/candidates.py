@@ -1,13 +1,13 @@
 """Which operators a report must account for: every one that reads a dequantized weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.ledger import Candidate
 from et_cuda_passes.graph.ops import arguments, called
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.program import ACCESS, Program
 from et_cuda_passes.quant.affine import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -16,6 +16,8 @@ aten = torch.ops.aten
 _CARRIERS = frozenset(
     {
         aten.t.default,
+        aten.numpy_T.default,
+        aten.mT.default,
         aten.transpose.int,
         aten.permute.default,
         aten.view.default,
@@ -38,14 +40,14 @@ _CARRIERS = frozenset(
 
 def find_candidates(program: Program) -> list[Candidate]:
     """The readers of every dequantized weight of ``program``, in graph order, inside branches too."""
-    return [*_in_graph(program, program.graph_module), *_in_branches(program.graph_module)]
+    return [*_in_graph(program), *_in_branches(program.branches())]
 
 
-def _in_graph(program: Program, module: GraphModule) -> Iterator[Candidate]:
+def _in_graph(program: Program) -> Iterator[Candidate]:
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
     names: dict[Node, str] = {}
-    for node in module.graph.nodes:
+    for node in program.graph.nodes:
         if _is_constant(program, node, constant):
             constant.add(node)
         if called(node) is DEQUANTIZE:
@@ -80,19 +82,14 @@ def _name(program: Program, data: Node) -> str:
     return found or data.name
 
 
-def _in_branches(module: GraphModule) -> Iterator[Candidate]:
-    """Weights dequantized inside the submodules of control flow. What is constant there is not known here: report all."""
-    for _, branch in module.named_children():
-        if not isinstance(branch, GraphModule):
-            continue
+def _in_branches(branches: Iterable[GraphModule]) -> Iterator[Candidate]:
+    """Weights dequantized inside control flow. Whether an operand is constant is not known there: report all."""
+    for branch in branches:
         for node in branch.graph.nodes:
-            if called(node) is not DEQUANTIZE:
-                continue
-            data = arguments(node)["input"]
-            if isinstance(data, Node) and data.op != "placeholder":
-                # The activation of a dynamic quantization: its integers are computed, not passed in.
-                continue
-            for user in node.users:
+            data = arguments(node)["input"] if called(node) is DEQUANTIZE else None
+            # The integers of a dynamically quantized activation are computed in the branch; a weight's are passed in.
+            if isinstance(data, Node) and (data.op == "placeholder" or called(data) is ACCESS):
                 where = "it stands in a branch of control flow, whose weights are not rewritten yet"
-                yield Candidate(user, (node,), node.name, beyond_reach=where)
-        yield from _in_branches(branch)
+                for user in node.users:
+                    yield Candidate(user, (node,), data.name, beyond_reach=where)
+        yield from _in_branches(child for child in branch.children() if isinstance(child, GraphModule))

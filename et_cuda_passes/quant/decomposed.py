@@ -1,0 +1,34 @@
+"""Weights whose dequantize was decomposed before it could be matched: the commonest way to lose every candidate."""
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from et_cuda_passes.graph.ops import called
+
+aten = torch.ops.aten
+_CONVERSIONS = frozenset({aten._to_copy.default, aten.to.dtype})
+_VIEWS = frozenset({aten.view.default, aten.unsqueeze.default})
+
+
+def decomposed_weights(exported: ExportedProgram) -> list[str]:
+    """The names of integer matrices that the program itself converts to floating point, in graph order.
+
+    The default decomposition table takes ``dequantize_affine`` apart, into a view, a conversion, a subtraction and a
+    multiplication; ``run_decompositions({})`` leaves it whole.
+    """
+    signature = exported.graph_signature
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names: dict[Node, str] = {}
+    found: dict[str, None] = {}
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            if node.name in targets and value.dtype in (torch.int8, torch.uint8) and value.dim() > 1:
+                names[node] = targets[node.name]
+        elif called(node) in _VIEWS and node.args[0] in names:
+            names[node] = names[node.args[0]]
+        elif called(node) in _CONVERSIONS and node.args[0] in names and isinstance(value, torch.Tensor):
+            if value.dtype.is_floating_point:
+                found[names[node.args[0]]] = None
+    return list(found)

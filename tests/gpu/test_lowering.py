@@ -1,0 +1,130 @@
+"""From one generic quantization to a .pte that runs on the GPU and gives the right answer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from executorch.exir import to_edge_transform_and_lower
+from torch import Tensor
+from torch.export import Dim
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+
+import et_cuda_passes as ecp
+from tests.gpu.aoti import Delegate
+
+pytestmark = pytest.mark.gpu
+
+
+class Block(torch.nn.Module):
+    """x + down(silu(up(x))), with a bias in one of the two."""
+
+    def __init__(self, features: int, hidden: int) -> None:
+        super().__init__()
+        self.up = torch.nn.Linear(features, hidden)
+        self.down = torch.nn.Linear(hidden, features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(x)))
+
+
+def quantized(*features: int, granularity: object = PerGroup(32)) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = Block(*features).bfloat16().eval()
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=granularity))
+    return model
+
+
+def save(edge: object, folder: Path) -> Path:
+    lowered = edge.to_executorch()  # type: ignore[attr-defined]
+    lowered.save(str(folder / "model.pte"))
+    lowered.write_tensor_data_to_file(str(folder))
+    return folder / "model.pte"
+
+
+def lower(program: object, folder: Path, **options: object) -> tuple[Path, ecp.CudaPartitioner]:
+    partitioner = ecp.CudaPartitioner([], **options)
+    with torch.no_grad():
+        return save(to_edge_transform_and_lower(program, partitioner=[partitioner]), folder), partitioner
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.float().cpu() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize(
+    ("features", "granularity"),
+    [((256, 512), PerGroup(32)), ((576, 1536), PerGroup(64)), ((320, 512), PerAxis(0)), ((256, 896), PerGroup(128))],
+)
+def test_a_lowered_program_gives_what_eager_gives(features: tuple[int, int], granularity: object, tmp_path: Path) -> None:
+    model = quantized(*features, granularity=granularity)
+    x = torch.randn(16, features[0]).bfloat16()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=2048)},))
+    pte, partitioner = lower(program, tmp_path, expect={"linear_int4": 2, "missed": 0})
+    run = Delegate(pte)
+    assert partitioner.report.counts()["rewritten"] == 2
+    assert {name for name in run.weights if "packed" in name} == {"up.weight.packed", "down.weight.packed"}
+    for length in (1, 2, 16, 17, 100, 1000):
+        x = torch.randn(length, features[0]).bfloat16()
+        assert relative(run(x.cuda())[0], model(x)) < 8e-3
+
+
+def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(128, 45).bfloat16().eval()
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    x = torch.randn(3, 128).bfloat16()
+    pte, _ = lower(torch.export.export(model, (x,)), tmp_path, expect={"linear_int4": 1})
+    got = Delegate(pte)(x.cuda())[0]
+    assert got.shape == (3, 45)
+    assert relative(got, model(x)) < 8e-3
+
+
+def test_bf16_arithmetic_by_option_for_an_fp32_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Block(128, 256).eval()
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    x = torch.randn(5, 128)
+    pte, _ = lower(torch.export.export(model, (x,)), tmp_path, passes=[ecp.LinearInt4(cast_to_bf16=True)])
+    got = Delegate(pte)(x.cuda())[0]
+    assert got.dtype == torch.float32
+    assert relative(got, model(x)) < 8e-3
+
+
+def test_two_methods_share_every_packed_weight_once(tmp_path: Path) -> None:
+    model = quantized(256, 512)
+    prefill = torch.export.export(model, (torch.randn(64, 256).bfloat16(),))
+    decode = torch.export.export(model, (torch.randn(1, 256).bfloat16(),))
+    pte, partitioner = lower({"prefill": prefill, "decode": decode}, tmp_path)
+    assert partitioner.report.counts()["rewritten"] == 4
+    (data,) = tmp_path.glob("*.ptd")
+    packed = 256 * 512  # two weights of 256 x 512, half a byte an element
+    scales = 2 * 256 * 512 // 32 * 4
+    assert packed + scales <= data.stat().st_size < packed + scales + 40_000
+    for method, rows in (("prefill", 64), ("decode", 1)):
+        x = torch.randn(rows, 256).bfloat16()
+        assert relative(Delegate(pte, method)(x.cuda())[0], model(x)) < 8e-3
+
+
+def test_a_program_packed_and_saved_elsewhere_lowers_here(tmp_path: Path) -> None:
+    model = quantized(256, 512)
+    x = torch.randn(4, 256).bfloat16()
+    packed, _ = ecp.rewrite(torch.export.export(model, (x,)), "cuda")
+    torch.export.save(packed, tmp_path / "packed.pt2")
+    pte, partitioner = lower(torch.export.load(tmp_path / "packed.pt2"), tmp_path)
+    assert partitioner.report.outcomes == []
+    assert relative(Delegate(pte)(x.cuda())[0], model(x)) < 8e-3
+
+
+@pytest.mark.parametrize(("n", "k", "tiles"), [(48, 64, 4), (64, 96, 2), (128, 1024, 8)])
+def test_the_operator_in_eager_is_the_cuda_kernel(n: int, k: int, tiles: int) -> None:
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    halves = (q[:, ::2] << 4 | q[:, 1::2]).cuda()
+    packed = ecp.layouts.tile_packed_to_4d.pack(q, tiles).cuda()
+    assert torch.equal(packed, torch.ops.aten._convert_weight_to_int4pack(halves, tiles))
+    scale, zero = torch.rand(n, k // 32) * 0.1, torch.randn(n, k // 32) * 0.1
+    pair = ecp.layouts.scale_and_zero.pack(scale, zero).cuda()
+    op = ecp.ops.INT4_LINEARS["tile_packed_to_4d"].op
+    x, bias = torch.randn(2, 3, k).bfloat16(), torch.randn(n - 3).bfloat16()
+    on_gpu = op(x.cuda(), packed, pair, bias.cuda(), 32, n - 3)
+    assert relative(on_gpu, op(x, packed.cpu(), pair.cpu(), bias, 32, n - 3)) < 4e-3

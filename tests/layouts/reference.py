@@ -1,0 +1,34 @@
+"""Each layout once more, slowly, straight from its formula: one weight at a time, in plain Python integers."""
+
+import torch
+
+
+def tile_packed_to_4d(q: torch.Tensor, inner: int) -> torch.Tensor:
+    """tile_packed_to_4d of q [N, K] in 0..15: int32 [N/8, K/(16 I), 32, I/2]."""
+    n_size, k_size = q.shape
+    words: dict[tuple[int, int, int, int], int] = {}
+    for n, row in enumerate(q.tolist()):
+        for k, value in enumerate(row):
+            s, j = k % 32, (k % (16 * inner)) // 32
+            t, p = 4 * (n % 8) + (s % 8) // 2, s // 8 + 4 * (s % 2)
+            place = (n // 8, k // (16 * inner), t, j)
+            words[place] = words.get(place, 0) | value << (4 * p)
+    out = torch.empty(n_size // 8, k_size // (16 * inner), 32, inner // 2, dtype=torch.int32)
+    for place, word in words.items():
+        out[place] = word - (1 << 32 if word >> 31 else 0)
+    return out
+
+
+def row_major_bytes(q: torch.Tensor) -> list[int]:
+    """The bytes of the mps and metal layouts: byte n K/2 + k // 2, the even k in the low nibble."""
+    n_size, k_size = q.shape
+    out = [0] * (n_size * k_size // 2)
+    for n, row in enumerate(q.tolist()):
+        for k, value in enumerate(row):
+            out[n * k_size // 2 + k // 2] += value * 16 ** (k % 2)
+    return out
+
+
+def little_endian_bytes(words: torch.Tensor) -> list[int]:
+    """The bytes of an int32 tensor, word by word, the low byte first."""
+    return [(word >> shift) & 255 for word in words.flatten().tolist() for shift in (0, 8, 16, 24)]

@@ -1,0 +1,136 @@
+"""The int4 linears: against the real CUDA op's recorded results, against fp64, and their decomposition per device."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch._inductor.decomposition import decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from et_cuda_passes.layouts import cpu, metal, mps, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.ops import INT4_LINEARS
+
+GOLDEN = load_file(Path(__file__).parents[1] / "golden_arrays" / "int4pack_cuda.safetensors")
+CASES = sorted({name.rpartition(".")[0] for name in GOLDEN})
+LAYOUTS = sorted(INT4_LINEARS)
+
+
+def packed_weight(layout: str, n: int, k: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, np.ndarray]:
+    """A random weight packed for ``layout``, and what it dequantizes to in fp64, from its rounded scales."""
+    generator = torch.Generator().manual_seed(n * k + group)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
+    scale = (torch.rand(n, k // group, generator=generator) * 0.1 + 0.01).to(dtype)
+    zero = (torch.randn(n, k // group, generator=generator) * 0.1).to(dtype)
+    repeat = lambda t: t.double().numpy().repeat(group, axis=1)  # noqa: E731
+    if layout == "metal":
+        s, z = metal.scale_and_zero(scale, zero, dtype)
+        return metal.pack(q), torch.stack((s, z)), q.double().numpy() * repeat(s) + repeat(z)
+    weight = (q.double().numpy() - 8) * repeat(scale) + repeat(zero)
+    pair = scale_and_zero.pack(scale, zero, dtype)
+    packers = {
+        "tile_packed_to_4d": lambda: tile_packed_to_4d.pack(q, 2),
+        "mps": lambda: mps.pack(q, 2),
+        "cpu": lambda: cpu.pack(q),
+    }
+    return packers[layout](), pair, weight
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_gives_what_the_cuda_op_gave(case: str) -> None:
+    part = {key.rpartition(".")[2]: value for key, value in GOLDEN.items() if key.startswith(case + ".")}
+    group = int(case.split("_g")[1].split("_")[0])
+    op = INT4_LINEARS["tile_packed_to_4d"].op
+    y = op(part["x"], part["packed"], part["scale_and_zero"], None, group, part["y"].shape[1])
+    # Both accumulate in fp32 and round once: they may differ by one bf16 step where the sum lies near a midpoint.
+    step = part["y"].float().abs() * 2**-7 + 1e-3
+    assert bool(((y.float() - part["y"].float()).abs() <= step).all())
+    assert (y != part["y"]).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_rank_against_fp64(layout: str, shape: tuple[int, ...], with_bias: bool) -> None:
+    packed, pair, weight = packed_weight(layout, 48, 64, 32, torch.float32)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-1, 1, 45) if with_bias else None
+    y = INT4_LINEARS[layout].op(x, packed, pair, bias, 32, 45)
+    wanted = x.double().numpy() @ weight[:45].T + (bias.double().numpy() if bias is not None else 0)
+    assert y.shape == (*shape[:-1], 45)
+    assert y.dtype == torch.float32
+    np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_view_with_other_strides_is_read_right(layout: str) -> None:
+    packed, pair, weight = packed_weight(layout, 16, 64, 32, torch.float32)
+    x = torch.randn(64, 3).t()
+    y = INT4_LINEARS[layout].op(x, packed, pair, None, 32, 16)
+    np.testing.assert_allclose(y.numpy(), x.double().numpy() @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registration(layout: str) -> None:
+    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.bfloat16)
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+    torch.library.opcheck(
+        INT4_LINEARS[layout].op,
+        (x, packed, pair, None, 32, 13),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("group", "features", "in_features", "text"),
+    [(64, 16, 64, "do not fit each other"), (32, 17, 64, "do not fit each other"), (32, 16, 96, "weight of K = 64")],
+)
+def test_constants_that_do_not_fit_are_refused(
+    layout: str, group: int, features: int, in_features: int, text: str
+) -> None:
+    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.float32)
+    with pytest.raises(ValueError, match=text):
+        INT4_LINEARS[layout].op(torch.randn(2, in_features), packed, pair, None, group, features)
+
+
+KERNELS = [
+    ("tile_packed_to_4d", "cuda", torch.ops.aten._weight_int4pack_mm.default),
+    ("mps", "mps", torch.ops.aten._weight_int4pack_mm.default),
+    ("cpu", "cpu", torch.ops.aten._weight_int4pack_mm_for_cpu.default),
+]
+
+
+@pytest.mark.parametrize(("layout", "device", "kernel"), KERNELS)
+def test_inductor_gets_the_devices_kernel(layout: str, device: str, kernel: torch._ops.OpOverload) -> None:
+    op = INT4_LINEARS[layout].op
+    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.bfloat16)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 64, dtype=torch.bfloat16, device=device)
+        fakes = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in (packed, pair)]
+        graph = make_fx(lambda *a: op(*a, None, 32, 16), decomposition_table={op: decompositions[op]})(
+            x, *fakes
+        ).graph
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert kernel in called
+    assert op not in called
+
+
+def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
+    op = INT4_LINEARS["tile_packed_to_4d"].op
+    packed, pair, _ = packed_weight("tile_packed_to_4d", 16, 64, 32, torch.bfloat16)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    graph = make_fx(
+        lambda *a: op(*a, None, 32, 16), tracing_mode="fake", decomposition_table={op: decompositions[op]}
+    )(x, packed, pair).graph
+    assert op in [node.target for node in graph.nodes]
+
+
+def test_the_references_agree_with_the_cpu_kernel() -> None:
+    packed, pair, _ = packed_weight("cpu", 32, 128, 64, torch.float32)
+    x = torch.randn(5, 128)
+    form = INT4_LINEARS["cpu"]
+    torch.testing.assert_close(form.reference(x, packed, pair, 64), form.op(x, packed, pair, None, 64, 32))

@@ -1,0 +1,134 @@
+"""linear_int4: options, sharing, and every way to miss, each with its reason."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import et_cuda_passes as ecp
+from tests.quantized import Quantized
+
+
+def export(model: torch.nn.Module, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.export.ExportedProgram:
+    return torch.export.export(model, (torch.randn(shape, dtype=dtype),))
+
+
+def missed(program: torch.export.ExportedProgram, target: str = "cuda", **options: object) -> list[ecp.Reason]:
+    rewritten, report = ecp.rewrite(program, target, **options, expect={"linear_int4": 0, "missed": 1})
+    assert [n.target for n in rewritten.graph.nodes] == [n.target for n in program.graph.nodes]
+    return report.outcomes[0].reasons
+
+
+def test_a_dtype_that_the_kernel_lacks_is_missed_and_bf16_is_opt_in() -> None:
+    model, x = Quantized(16, 64, dtype=torch.float32), torch.randn(2, 64)
+    (reason,) = missed(torch.export.export(model, (x,)))
+    assert (reason.wanted, reason.found) == ("activations of a dtype that the kernel has", "float32")
+    assert "tinygemm has bfloat16" in reason.hint
+    assert "LinearInt4(cast_to_bf16=True)" in reason.hint
+    program = torch.export.export(model, (x,))
+    rewritten, report = ecp.rewrite(program, "cuda", [ecp.LinearInt4(cast_to_bf16=True)], {"linear_int4": 1})
+    got, wanted = rewritten.module()(x), model(x)
+    assert got.dtype == torch.float32
+    assert (got - wanted).norm() / wanted.norm() < 8e-3
+    assert "computed in bf16" in report.outcomes[0].detail
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted", "found", "hint"),
+    [
+        (Quantized(16, 64, low=-128, high=127), "a weight of at most 4 bits", "8 bits, -128..127", "torch.int4"),
+        (Quantized(16, 64, low=-16, high=15), "a weight of at most 4 bits", "5 bits, -16..15", "torch.int4"),
+        (Quantized(16, 96, group=16), "a group size that one of the kernel's divides", "group size 16", "PerGroup(32)"),
+        (Quantized(16, 96, group=48), "a group size that one of the kernel's divides", "group size 48", "PerGroup(32)"),
+    ],
+)
+def test_schemes_that_no_kernel_has(model: Quantized, wanted: str, found: str, hint: str) -> None:
+    (reason,) = missed(export(model, 2, model.data.shape[1]))
+    assert (reason.rule, reason.stage, reason.wanted, reason.found) == ("linear_int4", "metadata", wanted, found)
+    assert hint in reason.hint
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    reasons = missed(export(Quantized(16, 80, group=16, low=-128, high=127, dtype=torch.float32), 2, 80, dtype=torch.float32))
+    assert [reason.found for reason in reasons] == ["8 bits, -128..127", "group size 16", "K = 80", "float32"]
+
+
+def test_blocks_over_rows_are_missed() -> None:
+    model = Quantized(16, 64)
+    model.block = [16, 64]
+    model.scale, model.zero_point = model.scale[:1, :1].clone(), None
+    (reason,) = missed(export(model, 2, 64))
+    assert reason.found == "blocks of 16 x 64"
+    assert "PerGroup" in reason.hint
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite(value: float) -> None:
+    model = Quantized(16, 64)
+    model.scale[3, 1] = value
+    (reason,) = missed(export(model, 2, 64))
+    assert reason.stage == "values"
+    assert "NaN or infinite" in reason.found
+
+
+def test_a_scale_that_overflows_the_kernels_dtype() -> None:
+    model = Quantized(16, 64, scale_dtype=torch.float32, zero_points="random")
+    model.scale[0, 0] = 3.4e38
+    (reason,) = missed(export(model, 2, 64))
+    assert reason.found == "2 that are NaN or infinite" or reason.found == "1 that are NaN or infinite"
+
+
+def test_integers_outside_the_range_they_claim() -> None:
+    model = Quantized(16, 64)
+    model.data[5, 5] = 9
+    (reason,) = missed(export(model, 2, 64))
+    assert reason.found == "integers -8..9 for a range of -8..7"
+
+
+def test_an_unknown_kernel_is_a_mistake_in_the_call() -> None:
+    with pytest.raises(ValueError, match="target cuda has no int4 kernel 'marlin'; it has: tinygemm"):
+        ecp.rewrite(export(Quantized(16, 64), 2, 64), "cuda", [ecp.LinearInt4(kernel="marlin")])
+
+
+def test_the_rule_on_a_target_without_int4_kernels() -> None:
+    reasons = missed(export(Quantized(16, 64), 2, 64), "xnnpack", passes=[ecp.LinearInt4()])
+    assert "target xnnpack, which has no int4 kernel" in [reason.found for reason in reasons]
+
+
+class Shared(torch.nn.Module):
+    """One weight read by two linears, through one dequantize or two, and by something else if ``also`` is given."""
+
+    def __init__(self, once: bool, also: object = None) -> None:
+        super().__init__()
+        self.inner, self.once, self.also = Quantized(64, 64), once, also
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.inner.weight()
+        second = first if self.once else self.inner.weight()
+        y = F.linear(torch.relu(F.linear(x, first)), second)
+        return y if self.also is None else y + self.also(first)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_shared_weight_is_packed_once(once: bool) -> None:
+    model, x = Shared(once), torch.randn(3, 64).bfloat16()
+    program = torch.export.export(model, (x,))
+    rewritten, _ = ecp.rewrite(program, "cuda", expect={"linear_int4": 2})
+    assert sorted(name for name in rewritten.state_dict if "data" in name) == [
+        "inner.data.packed",
+        "inner.data.scale_and_zero",
+    ]
+    wanted = model(x)
+    assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_a_weight_that_something_else_reads_too_stays_for_it(once: bool) -> None:
+    model, x = Shared(once, also=lambda w: w.sum()), torch.randn(3, 64).bfloat16()
+    rewritten, report = ecp.rewrite(torch.export.export(model, (x,)), "cuda")
+    assert report.counts() == {"rewritten": 2, "kept": 0, "missed": 1, "linear_int4": 2}
+    (other,) = (outcome for outcome in report.outcomes if outcome.status == "missed")
+    assert other.op == "aten.sum"
+    assert "no pass for target cuda takes aten.sum" in str(other.reasons[0])
+    wanted = model(x)
+    assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
