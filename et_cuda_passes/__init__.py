@@ -12,6 +12,7 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Keep, Rule, require
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
+from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets import Target, default_passes, targets
@@ -28,6 +29,7 @@ __all__ = [
     "FoldDequantize",
     "Keep",
     "KeepDynamicInt4",
+    "KeepDynamicInt8",
     "LinearInt4",
     "LinearViews",
     "MetalPartitioner",

@@ -1,4 +1,4 @@
-"""Small quantized models for tests: weights as plain buffers read through dequantize_affine, so that any scheme fits."""
+"""Small quantized models for tests: weights as plain buffers read through dequantize_affine, for any scheme."""
 
 from collections.abc import Callable
 

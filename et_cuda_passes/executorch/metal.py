@@ -9,7 +9,6 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from et_cuda_passes.executorch.rewriting import RewritingPartitioner, with_method_name
 
 
-
 class MetalPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # final is advice: ExecuTorch has no other hook
     """ExecuTorch's ``MetalPartitioner`` that first runs ``passes`` over every method, on the host.
 

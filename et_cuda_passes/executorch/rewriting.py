@@ -8,8 +8,8 @@ from executorch.exir.backend.partitioner import Partitioner
 from torch.export import ExportedProgram
 
 from et_cuda_passes._versions import require_version
+from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.passes import parse
-from et_cuda_passes.graph.program import ConstantPool
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.targets import default_passes
 from et_cuda_passes.targets.rewrite import check_expectations, is_program_pass, rewrite
@@ -17,7 +17,7 @@ from et_cuda_passes.targets.rewrite import check_expectations, is_program_pass, 
 require_version("executorch")
 
 
-class RewritingPartitioner(Partitioner):
+class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
     """Mixed in before a stock partitioner: rewrites each method on the host, when ExecuTorch asks for it.
 
     One partitioner may lower several methods: a weight that they share is packed once, under one FQN.

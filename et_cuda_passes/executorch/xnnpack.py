@@ -1,5 +1,6 @@
 """XnnpackPartitioner: the stock one, with a pass list, and with no way to a silently wrong result."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,8 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.rewriting import RewritingPartitioner
+from et_cuda_passes.rules.keep_dynamic import KeepDynamic
+from et_cuda_passes.targets import default_passes
 
 
 class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # ExecuTorch's class is untyped
@@ -33,6 +36,11 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if passes is None and kwargs.get("enable_bf16"):
+            passes = [
+                dataclasses.replace(rule, bf16=True) if isinstance(rule, KeepDynamic) else rule
+                for rule in default_passes(self._target)
+            ]
         self._set_passes(passes, expect)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
@@ -42,10 +50,12 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             ValueError: a quantized weight would reach the delegate in a form that it computes wrongly.
         """
         program = super().transform_for_pre_decomposition(exported_program)
+        if self.reports[-1].warnings:
+            raise ValueError("; ".join(self.reports[-1].warnings))
         missed = [outcome for outcome in self.reports[-1].outcomes if outcome.status == "missed"]
         if missed:
             listed = "; ".join(
                 f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
             )
-            raise ValueError(f"XNNPACK would compute these quantized weights wrongly, and without an error: {listed}")
+            raise ValueError(f"XNNPACK has no right way to compute with these quantized weights: {listed}")
         return program

@@ -31,18 +31,13 @@ class Builder:
             return argument.meta["val"] if isinstance(argument, Node) else argument
 
         with self.program.fake_mode, torch.no_grad():
-            node.meta["val"] = target(
-                *torch.fx.map_arg(args, fake),  # type: ignore[misc]
-                **torch.fx.map_arg(kwargs, fake),  # type: ignore[arg-type]
-            )
+            node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
         for key in _INHERITED:
             if key in self.root.meta:
                 node.meta[key] = self.root.meta[key]
         node.meta["from_node"] = [NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)]
         return node
 
-    def constant(
-        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]
-    ) -> Node:
+    def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""
         return self.program.add_constant(fqn, sources, layout, make)

@@ -62,13 +62,17 @@ def _best(component: "nx.Graph[int]", claims: Sequence[Claim]) -> list[int]:
     if len(nodes) == 1:
         return nodes
     if len(nodes) <= _EXACT_LIMIT:
-        # The heaviest conflict-free set is the heaviest clique of the complement; built in order, so ties fall alike.
-        complement = nx.Graph()
-        complement.add_nodes_from((n, {"weight": claims[n].weight}) for n in nodes)
+        # The heaviest conflict-free set is the heaviest clique of the complement. Below the weight one bit a node, the
+        # first node's the highest, breaks ties in graph order.
+        complement, last = nx.Graph(), len(nodes) - 1
+        weights = ((claims[n].weight << len(nodes)) + (1 << (last - i)) for i, n in enumerate(nodes))
+        complement.add_nodes_from((n, {"weight": weight}) for n, weight in zip(nodes, weights, strict=True))
         complement.add_edges_from((a, b) for a in nodes for b in nodes if a < b and not component.has_edge(a, b))
         return sorted(nx.max_weight_clique(complement, weight="weight")[0])
     picked: list[int] = []
+    taken: set[int] = set()
     for node in sorted(nodes, key=lambda n: (-claims[n].weight, n)):
-        if not any(component.has_edge(node, other) for other in picked):
+        if node not in taken:
             picked.append(node)
+            taken.update(component[node])
     return sorted(picked)

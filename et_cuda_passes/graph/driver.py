@@ -12,13 +12,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.conflict import resolve
+from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ledger import Candidate, Ledger
 from et_cuda_passes.graph.match import Miss, match
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.passes import Pass, parse, stages
 from et_cuda_passes.graph.pattern import roots
-from et_cuda_passes.graph.program import ConstantPool, Program
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
 from et_cuda_passes.graph.rule import Keep, Rule, Stage, Unmet, compiled
 
@@ -89,15 +90,15 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
     chosen, lost = resolve(claims)
     for loser, winner in lost.items():
         ledger.lost(claims[loser].rule.name, claims[loser].m.match, claims[winner].rule.name, claims[winner].m.root)
-    kept = {node for i in chosen if isinstance(claims[i].rule, Keep) for node in claims[i].wants}
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         note, detail = claim.rule.note(claim.m), claim.rule.detail(claim.m)
         if isinstance(claim.rule, Keep):
+            program.kept.update(claim.wants)
             ledger.keep(claim.rule.name, claim.m.match, note, detail)
         elif not ledger.is_settled(claim.m.match):
             ledger.rewrite(claim.rule.name, claim.m.match, note, detail)
-            _emit(claim.rule, claim.m, program, kept)
+            _emit(claim.rule, claim.m, program)
     program.sweep()
 
 
@@ -124,7 +125,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             reasons = _unmet(rule, m, "metadata") or _unmet(rule, m, "values")
             if reasons:
                 ledger.unmet(found, reasons)
-            elif not ledger.is_kept(found.owned):
+            elif program.kept.isdisjoint(found.owned):
                 claims.append(_Claim(rule, m, rank, ledger.worth(found)))
     return claims
 
@@ -148,7 +149,7 @@ def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     return list(reasons.values())
 
 
-def _emit(rule: Rule, m: MatchContext, program: Program, kept: set[Node]) -> None:
+def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
     root = m.root
     try:
         new = rule.emit(Builder(program, root, rule.name), m)
@@ -157,7 +158,7 @@ def _emit(rule: Rule, m: MatchContext, program: Program, kept: set[Node]) -> Non
             f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
         ) from error
     _check(rule, root, new)
-    program.replace(root, new, leave=kept)
+    program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))
 
 

@@ -40,7 +40,6 @@ class Ledger:
         self._outcomes: dict[Node, Outcome] = {}
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
         self._readers: dict[Node, list[Node]] = defaultdict(list)
-        self._kept: set[Node] = set()
         self._enroll(candidates)
 
     def _enroll(self, candidates: Iterable[Candidate]) -> None:
@@ -54,10 +53,6 @@ class Ledger:
     def is_open(self, node: Node) -> bool:
         """Whether ``node`` is a candidate without an outcome."""
         return node in self._candidates and node not in self._outcomes
-
-    def is_kept(self, nodes: Iterable[Node]) -> bool:
-        """Whether an earlier pass decided to keep any of ``nodes`` as it is."""
-        return any(node in self._kept for node in nodes)
 
     def _covers(self, match: Match) -> list[Node]:
         """The open candidates that ``match`` decides: those it owns, or the readers of a weight that it replaces."""
@@ -90,7 +85,6 @@ class Ledger:
 
     def keep(self, rule: str, match: Match, note: str, detail: str) -> None:
         """A rule keeps its match as it is."""
-        self._kept.update(match.owned)
         self._write("kept", rule, match, note, detail)
 
     def rewrite(self, rule: str, match: Match, note: str, detail: str) -> None:
@@ -108,7 +102,7 @@ class Ledger:
         return Outcome(node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail)
 
     def follow(self, candidates: Iterable[Candidate], name: str) -> None:
-        """After pass ``name`` changed the graph: new nodes for old candidates, and what the pass itself took care of."""
+        """After pass ``name`` changed the graph: new nodes for old candidates, and what the pass took care of."""
         now = list(candidates)
         fresh = Counter((c.fqn, c.op) for c in now if c.node not in self._candidates)
         alive = {c.node for c in now}
@@ -133,6 +127,8 @@ class Ledger:
                     reasons = [Reason(None, "none", "", candidate.beyond_reach)]
                 elif not reasons:
                     found = f"no pass for target {self.report.target} takes {candidate.op}"
-                    reasons = [Reason(None, "none", "", found, "add a rule that takes it, or leave the weight unquantized")]
+                    reasons = [
+                        Reason(None, "none", "", found, "add a rule that takes it, or leave the weight unquantized")
+                    ]
                 self._outcomes[node] = self._outcome(node, "missed", None, reasons, "")
             self.report.outcomes.append(self._outcomes[node])

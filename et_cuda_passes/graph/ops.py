@@ -1,4 +1,4 @@
-"""Operator identity: which overload a node calls, with edge and ATen forms of one operator equated here and only here."""
+"""Operator identity: which overload a node calls; edge and ATen forms of one operator are equated here alone."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,6 +7,9 @@ import torch
 from torch.fx import Node
 
 aten = torch.ops.aten
+
+ACCESS = torch.ops.export.access_subclass_inner_tensor.default
+"""Reads one inner tensor of a tensor-subclass parameter; ``torch.export`` puts it where the parameter is used."""
 
 Target = Any
 """What ``node.target`` of a call_function node may hold: an ``OpOverload``, an edge overload or a Python function."""
@@ -33,11 +36,11 @@ _VIEW_OF_COPY: dict[Target, Target] = {
 def canonical(target: Target) -> Target:
     """The one object that stands for ``target`` in patterns.
 
-    An edge overload becomes the ATen overload it wraps; ``view_copy``, ``_unsafe_view`` and ``reshape`` become ``view``,
-    and so on for the other copying twins. Anything else stands for itself.
+    An edge overload becomes the ATen overload it wraps; ``view_copy``, ``_unsafe_view`` and ``reshape`` become
+    ``view``, and so on for the other copying twins. Anything else stands for itself.
     """
     if not isinstance(target, torch._ops.OpOverload):
-        # An edge overload holds its ATen overload in `_op`; looked up by duck type so that this room needs no ExecuTorch.
+        # An edge overload holds its ATen overload in `_op`; a duck test, so that this room needs no ExecuTorch.
         inner = getattr(target, "_op", None)
         if isinstance(inner, torch._ops.OpOverload):
             target = inner
@@ -45,7 +48,7 @@ def canonical(target: Target) -> Target:
 
 
 def called(node: Node) -> Target | None:
-    """The canonical operator that ``node`` calls, or None for a node that calls none (placeholder, output, get_attr)."""
+    """The canonical operator that ``node`` calls; None for a placeholder, an output or a get_attr."""
     return canonical(node.target) if node.op == "call_function" else None
 
 
@@ -60,14 +63,14 @@ def op_name(target: Target) -> str:
 
 def schema_of(node: Node) -> torch.FunctionSchema | None:
     """The schema of the ATen or custom overload that ``node`` calls, in edge form too; None for a Python function."""
-    target = node.target
+    target: Target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         target = getattr(target, "_op", None)
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call by schema name, defaults filled in; by position (``"0"``, ``"1"``) where there is no schema."""
+    """The arguments of a call by schema name, defaults filled in; by position (``"0"``, ``"1"``) without a schema."""
     schema = schema_of(node)
     if schema is None:
         return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)

@@ -119,7 +119,7 @@ def any_of(*alternatives: Pattern) -> AnyOf:
 
 
 def captures_of(function: Callable[..., Any]) -> dict[str, Capture]:
-    """The captures that a rule's ``pattern`` method asks for by its parameters; a default of None makes one optional."""
+    """The captures that a ``pattern`` method asks for by its parameters; a default of None makes one optional."""
     captures: dict[str, Capture] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):

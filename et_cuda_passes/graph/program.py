@@ -4,7 +4,7 @@ Everything here is linear in the graph: signature tables are read once and writt
 """
 
 import copy
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -20,35 +20,12 @@ from torch.export.graph_signature import (
 )
 from torch.fx import GraphModule, Node
 
-from et_cuda_passes.graph.ops import arguments, called, written_nodes
+from et_cuda_passes.graph.constants import ConstantPool, unparametrized
+from et_cuda_passes.graph.crowding import make_room
+from et_cuda_passes.graph.ops import ACCESS, called, written_nodes
 
 _T = TypeVar("_T")
-ACCESS = torch.ops.export.access_subclass_inner_tensor.default
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
-
-class ConstantPool:
-    """Packed constants by source and layout, so that what methods share is packed and stored once.
-
-    The sources are held alive: a freed tensor's address could come back as another tensor's.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
-
-    def get(
-        self, fqn: str, sources: tuple[torch.Tensor, ...], layout: Hashable, make: Callable[[], torch.Tensor]
-    ) -> tuple[str, torch.Tensor]:
-        """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time."""
-        key = (tuple(_identity(source) for source in sources), layout)
-        if key not in self._entries:
-            self._entries[key] = (fqn, make(), sources)
-        name, tensor, _ = self._entries[key]
-        return name, tensor
-
-
-def _identity(tensor: torch.Tensor) -> Hashable:
-    return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
 
 
 class Program:
@@ -79,6 +56,8 @@ class Program:
         for spec in copy.deepcopy(exported.graph_signature.input_specs):
             self._specs[spec.arg.name] = spec
         self._added: dict[str, Node] = {}
+        self.kept: set[Node] = set()
+        """Nodes that a rule decided to leave exactly as they are."""
         self._replaced: dict[Node, Node] = {}
         self.refresh()
 
@@ -98,7 +77,7 @@ class Program:
         nodes = list(self.graph.nodes)
         self.written = written_nodes(nodes)
         mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
-        self.written |= {n for n in nodes if n.op == "placeholder" and self._target(n) in mutated}
+        self.written |= {n for n in nodes if n.op == "placeholder" and self.target(n) in mutated}
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -118,17 +97,18 @@ class Program:
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def _target(self, node: Node) -> str | None:
+    def target(self, node: Node) -> str | None:
+        """The name under which the program holds constant ``node``; None for what is no constant."""
         spec = self._specs.get(node.name)
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
     def constant(self, node: Node) -> torch.Tensor | None:
-        """The tensor that ``node`` holds if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
+        """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
         if called(node) is ACCESS:
             owner, attribute = node.args
             whole = self.constant(cast(Node, owner))
             return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, attribute)))
-        target = self._target(node)
+        target = self.target(node)
         if node.op != "placeholder" or target is None:
             return None
         value = self.state_dict.get(target, self.constants.get(target))
@@ -142,8 +122,8 @@ class Program:
         """
         if called(node) is ACCESS:
             return self.fqn(cast(Node, node.args[0]))
-        target = self._target(node)
-        return None if target is None else _unparametrized(target)
+        target = self.target(node)
+        return None if target is None else unparametrized(target)
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
@@ -174,26 +154,41 @@ class Program:
             return self._added[name]
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
-            return next(n for n in self.graph.nodes if n.op == "placeholder" and self._target(n) == name)
+            # Made by an earlier rewrite of another copy of this program, with the same pool.
+            placeholders: list[Node] = self.graph.find_nodes(op="placeholder")
+            self._added[name] = next(node for node in placeholders if self.target(node) == name)
+            return self._added[name]
         if name in self.state_dict or name in self.constants:
             raise ValueError(f"the program already has a constant named {name!r}; rename it before the rewrite")
         anchor = nodes[0]
         while called(anchor) is ACCESS:
             anchor = cast(Node, anchor.args[0])
+        self._added[name] = self.insert_parameter(name, tensor, before=anchor)
+        return self._added[name]
+
+    def insert_parameter(self, name: str, tensor: torch.Tensor, before: Node) -> Node:
+        """A placeholder of a new parameter ``name`` holding ``tensor``, before placeholder ``before``."""
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
-        with self.graph.inserting_before(anchor):
+        with self.graph.inserting_before(before):
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
         # The verifier wants a placeholder's target to be its name, and the graph may have had to change the name.
         node.target = node.name
         node.meta["val"] = self.fake_mode.from_tensor(parameter, static_shapes=True)
         self._specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.state_dict[name] = parameter
-        self._added[name] = node
         return node
 
-    def replace(self, old: Node, new: Node, leave: Container[Node] = ()) -> None:
-        """Make every reader of ``old`` read ``new``, except those in ``leave``."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
+    def rename_constant(self, node: Node, name: str) -> None:
+        """Hold constant ``node`` under another name."""
+        spec = self._specs[node.name]
+        for table in (self.state_dict, self.constants):
+            if spec.target in table:
+                table[name] = table.pop(spec.target)
+        spec.target = name
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Make every reader of ``old`` read ``new``, except those that are kept as they are."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.kept and user is not new)
         self._replaced[old] = new
 
     def current(self, node: Node) -> Node:
@@ -216,7 +211,7 @@ class Program:
             if node in gone or node.users:
                 continue
             if node.op == "placeholder":
-                if self._target(node) is None:
+                if self.target(node) is None:
                     continue
                 self._drop(node)
             elif node.op != "call_function":
@@ -250,12 +245,13 @@ class Program:
         outputs = self.graph.output_node().args[0]
         if len(cast(tuple[Any, ...], outputs)) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
-        self._added = {k: n for n in self.graph.nodes if n.op == "placeholder" and (k := self._target(n)) in self._added}
+        nodes = ((self.target(n), n) for n in self.graph.nodes if n.op == "placeholder")
+        self._added = {target: node for target, node in nodes if target in self._added}
         self.refresh()
 
     def finish(self) -> ExportedProgram:
         """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
-        self._make_room_for_added_names()
+        make_room(self, self._added)
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
@@ -277,61 +273,3 @@ class Program:
         )
         program.graph_module.meta.update(self._meta)
         return program
-
-    def _make_room_for_added_names(self) -> None:
-        """Let ``w.packed`` stand beside a ``w`` that is still read.
-
-        A module cannot hold both a tensor ``w`` and something inside ``w``, so what is left of ``w`` takes the names
-        that its parts would have had: those of ``run_decompositions`` for a subclass, ``w.original`` for a plain tensor.
-        """
-        crowded = {name.rpartition(".")[0] for name in self._added}
-        for node in [n for n in self.graph.nodes if n.op == "placeholder"]:
-            target = self._target(node)
-            if target not in crowded:
-                continue
-            whole = cast(torch.Tensor, self.constant(node))
-            if type(whole) in (torch.Tensor, torch.nn.Parameter):
-                self._rename(node, f"{target}.original")
-            else:
-                self._unwrap(node, cast(str, target), whole)
-
-    def _rename(self, node: Node, name: str) -> None:
-        spec = self._specs[node.name]
-        for table in (self.state_dict, self.constants):
-            if spec.target in table:
-                table[name] = table.pop(spec.target)
-        spec.target = name
-
-    def _unwrap(self, node: Node, target: str, whole: torch.Tensor) -> None:
-        """Replace subclass parameter ``node`` by one plain parameter for each inner tensor that is still read."""
-        attributes, _ = whole.__tensor_flatten__()  # type: ignore[attr-defined]
-        parent, _, field = target.rpartition(".")
-        stem = f"{parent}.parametrizations.{field}" if parent else f"parametrizations.{field}"
-        inner: dict[str, Node] = {}
-        for access in list(node.users):
-            if called(access) is not ACCESS:
-                raise ValueError(
-                    f"{target} is read whole by {access.name} and packed for another reader: unwrap the weight first, "
-                    "with ep.run_decompositions({})"
-                )
-            attribute = cast(str, arguments(access)["attr"] if "attr" in arguments(access) else access.args[1])
-            if attribute not in inner:
-                name = f"{stem}.original{attributes.index(attribute)}"
-                with self.graph.inserting_before(node):
-                    part = self.graph.placeholder("p_" + name.replace(".", "_"))
-                part.target = part.name
-                part.meta["val"] = access.meta["val"]
-                self._specs[part.name] = InputSpec(InputKind.PARAMETER, TensorArgument(part.name), name)
-                self.state_dict[name] = torch.nn.Parameter(getattr(whole, attribute), requires_grad=False)
-                inner[attribute] = part
-            access.replace_all_uses_with(inner[attribute])
-            self.graph.erase_node(access)
-        self._drop(node)
-        self.graph.erase_node(node)
-
-
-def _unparametrized(target: str) -> str:
-    parts = target.split(".")
-    if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1].startswith("original"):
-        return ".".join((*parts[:-3], parts[-2]))
-    return target

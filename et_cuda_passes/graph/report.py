@@ -119,16 +119,16 @@ class Report:
             f"{self.target}: {total} candidate{'s' if total != 1 else ''}: {tally}; "
             f"constants {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
         ]
-        groups: Counter[tuple[str, str, str, str]] = Counter()
-        example: dict[tuple[str, str, str, str], str] = {}
+        groups: Counter[tuple[str, ...]] = Counter()
+        example: dict[tuple[str, ...], str] = {}
         for outcome in self.outcomes:
             if outcome.status != "missed":
-                key = (outcome.status, outcome.rule or "", outcome.detail, _notes(outcome))
+                key: tuple[str, ...] = (outcome.status, outcome.rule or "", outcome.detail, _notes(outcome))
                 groups[key] += 1
                 example.setdefault(key, outcome.fqn)
-        for key, count in groups.items():
-            status, rule, detail, notes = key
-            lines.append(f"  {status:<9} {count:>5} x {rule}  {detail}  ({example[key]}{', ...' if count > 1 else ''})")
+        for group, count in groups.items():
+            did, rule, detail, notes = group
+            lines.append(f"  {did:<9} {count:>5} x {rule}  {detail}  ({example[group]}{', ...' if count > 1 else ''})")
             lines += [f"            {notes}"] if notes else []
         for outcome in self.outcomes:
             if outcome.status == "missed":

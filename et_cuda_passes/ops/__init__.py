@@ -1,4 +1,4 @@
-"""Our operators: schema, fake, CPU reference, and the decomposition into a device's kernel. Importing registers them."""
+"""Our operators: schema, fake, reference, and decomposition into a device's kernel. Importing registers them."""
 
 from et_cuda_passes.ops.int4_linear import INT4_LINEARS, Int4Linear
 

@@ -3,10 +3,10 @@
 ``int4_linear_<layout>(x, packed, scale_and_zero, bias, group_size, out_features)`` is
 ``linear(x, (q - 8) * scale + zero, bias)``, with ``q`` the integers 0..15 that ``packed`` holds.
 
-Why operators of our own: ExecuTorch's verifier refuses ``aten._weight_int4pack_mm`` in an edge program (it is not in the
-core ATen operator set) and accepts an operator of another namespace. Inductor then decomposes ours into the kernel that
-the device has. On a device without that kernel they compute from the packed layout itself, so that a program packed for
-a GPU runs, and can be checked, on a machine that has none.
+Why operators of our own: ExecuTorch's verifier refuses ``aten._weight_int4pack_mm`` in an edge program (it is not in
+the core ATen operator set) and accepts an operator of another namespace. Inductor then decomposes ours into the kernel
+that the device has. On a device without that kernel they compute from the packed layout itself, so that a program
+packed for a GPU runs, and can be checked, on a machine that has none.
 """
 
 from collections.abc import Callable, Mapping
@@ -97,11 +97,13 @@ def _cpu_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) 
 
 
 def _int4pack(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm.default(x, packed, group_size, qparams)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm.default(x, packed, group_size, qparams)
+    return y
 
 
 def _int4pack_cpu(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
-    return torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, packed, group_size, qparams)
+    y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, packed, group_size, qparams)
+    return y
 
 
 def _torchao_metal(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
@@ -111,7 +113,9 @@ def _torchao_metal(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) 
     return y
 
 
-def _linear(matmul: Matmul, x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group: int, n: int) -> Tensor:
+def _linear(
+    matmul: Matmul, x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group: int, n: int
+) -> Tensor:
     """Any rank of ``x`` around a kernel on matrices; rows of padding in the packed weight are cut off."""
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, qparams, group)
     if y.shape[-1] != n:

@@ -90,7 +90,7 @@ class AffineWeight:
 
 @dataclass(frozen=True)
 class AffineValues:
-    """The tensors of an :class:`AffineWeight`: ``data`` [N, K] integers, ``scale`` and ``zero_point`` [N, K / group]."""
+    """The tensors of an :class:`AffineWeight`: integers ``data`` [N, K], ``scale``, ``zero_point`` [N, K / group]."""
 
     data: torch.Tensor
     scale: torch.Tensor
@@ -135,7 +135,8 @@ def decode(program: Program, node: Node) -> AffineWeight:
         quant_max=highest,
         storage_dtype=storage.dtype,
         scale_dtype=scales.dtype,
-        output_dtype=bound["output_dtype"],
+        # Left out, it is the schema's default: float32, which the schema spells as a number.
+        output_dtype=output if isinstance(output := bound["output_dtype"], torch.dtype) else torch.float32,
     )
     _check_blocks(weight, scales, None if zero_point is None else program.constant(zero_point))
     return weight
@@ -152,9 +153,10 @@ def _constant(program: Program, value: Any, what: str) -> Node:
 
 def _range(bound: dict[str, Any], storage: torch.dtype) -> tuple[int, int]:
     lowest, highest = bound.get("quant_min"), bound.get("quant_max")
-    if storage.is_floating_point or storage.is_complex:
-        raise Unmet(f"quantized data of dtype {storage}")
-    info = torch.iinfo(storage)
+    try:
+        info = torch.iinfo(storage)
+    except TypeError:
+        raise Unmet(f"quantized data of dtype {storage}") from None
     low = info.min if lowest is None else int(lowest)
     high = info.max if highest is None else int(highest)
     if not low < high:

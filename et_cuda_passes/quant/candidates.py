@@ -6,8 +6,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import arguments, called
-from et_cuda_passes.graph.program import ACCESS, Program
+from et_cuda_passes.graph.ops import ACCESS, arguments, called
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.affine import DEQUANTIZE
 
 aten = torch.ops.aten
@@ -68,8 +68,17 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
             yield Candidate(node, tuple(read), fqn)
 
 
+def readers(weight: Node) -> Iterator[Node]:
+    """The operators that use ``weight``, past those that only move it."""
+    for user in weight.users:
+        if called(user) in _CARRIERS:
+            yield from readers(user)
+        else:
+            yield user
+
+
 def _is_constant(program: Program, node: Node, constant: set[Node]) -> bool:
-    """Whether ``node``'s value is the same in every run: a parameter, buffer or constant, or computed from such alone."""
+    """Whether ``node`` has one value in every run: a parameter, buffer or constant, or computed from such alone."""
     if node.op == "placeholder":
         return program.constant(node) is not None
     inputs = node.all_input_nodes

@@ -8,6 +8,8 @@ from et_cuda_passes.graph.ops import called
 
 aten = torch.ops.aten
 _CONVERSIONS = frozenset({aten._to_copy.default, aten.to.dtype})
+# What follows the conversion in a decomposed dequantize; a table of integers that is only converted is none.
+_STEPS = frozenset({aten.sub.Tensor, aten.mul.Tensor})
 _VIEWS = frozenset({aten.view.default, aten.unsqueeze.default})
 
 
@@ -28,7 +30,15 @@ def decomposed_weights(exported: ExportedProgram) -> list[str]:
                 names[node] = targets[node.name]
         elif called(node) in _VIEWS and node.args[0] in names:
             names[node] = names[node.args[0]]
-        elif called(node) in _CONVERSIONS and node.args[0] in names and isinstance(value, torch.Tensor):
-            if value.dtype.is_floating_point:
-                found[names[node.args[0]]] = None
+        elif called(node) in _CONVERSIONS and node.args[0] in names and _scaled_as_float(node):
+            found[names[node.args[0]]] = None
     return list(found)
+
+
+def _scaled_as_float(conversion: Node) -> bool:
+    value = conversion.meta.get("val")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype.is_floating_point
+        and any(called(user) in _STEPS for user in conversion.users)
+    )

@@ -5,7 +5,7 @@ weight takes as much room as it had before it was quantized; the report says so,
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node, map_arg
@@ -13,8 +13,11 @@ from torch.fx import Node, map_arg
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Pattern
-from et_cuda_passes.graph.rule import Answer, Rule, require
-from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize, has_data
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize
+from et_cuda_passes.quant.candidates import readers
+from et_cuda_passes.quant.dynamic import reads_dynamic_activation
+from et_cuda_passes.rules.needs_values import NeedsValues
 
 _ALTERNATIVE = (
     "for a 4-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, "
@@ -23,22 +26,25 @@ _ALTERNATIVE = (
 
 
 @dataclass(frozen=True)
-class FoldDequantize(Rule):
+class FoldDequantize(NeedsValues):
     """dequantize(constant) -> a float constant, computed at compile time"""
+
+    after: ClassVar[tuple[str, ...]] = ("keep_dynamic_int4", "keep_dynamic_int8")
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, whoever reads it."""
         return dequantize(..., name="weight")
 
-    @require("a weight straight from constants")
-    def constants(self, m: MatchContext) -> Answer:
-        """What depends on an input cannot be computed at compile time."""
-        return True, affine(m).fqn
-
-    @require("a weight that holds data", hint="export with real weights, not on the meta device or under FakeTensorMode")
-    def data(self, m: MatchContext) -> Answer:
-        """Folding needs values."""
-        return has_data(m.program, affine(m)), "meta or fake tensors"
+    @require(
+        "readers of float activations",
+        hint="a float weight under quantized activations has no kernel either: meet what the kernels above ask for",
+    )
+    def float_activations(self, m: MatchContext) -> Answer:
+        """The delegate has no operator for an activation's quantization apart from a linear that it takes whole."""
+        kept = m.program.kept
+        found = (reads_dynamic_activation(reader) for reader in readers(m.weight) if reader not in kept)
+        text = next(filter(None, found), "")
+        return not text, text
 
     @require("finite scales", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
@@ -72,7 +78,7 @@ class FoldDequantize(Rule):
 
         def folded() -> torch.Tensor:
             args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-            result: torch.Tensor = DEQUANTIZE(*args, **kwargs)  # type: ignore[misc, arg-type]
+            result: torch.Tensor = DEQUANTIZE(*args, **kwargs)
             return result
 
         form = ("dequantized", weight.output_dtype, weight.block_size, weight.quant_min, weight.quant_max)

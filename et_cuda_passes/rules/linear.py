@@ -20,7 +20,7 @@ def transposed(weight: Pattern) -> AnyOf:
     )
 
 
-def linear(x: Pattern, weight: Pattern, bias: Pattern) -> AnyOf:
+def linear(x: Pattern, weight: Pattern, bias: Pattern | None) -> AnyOf:
     """``x @ weight.T + bias`` with an optional bias.
 
     The views that ``run_decompositions`` puts around a matrix product of more dimensions are no part of the pattern:

@@ -12,18 +12,19 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern
-from et_cuda_passes.graph.rule import Answer, Rule, Unmet, require
+from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.quant.affine import affine, dequantize, has_data, values
+from et_cuda_passes.quant.affine import affine, dequantize, values
 from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
 from et_cuda_passes.rules.linear import linear
+from et_cuda_passes.rules.needs_values import NeedsValues
 
 _aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class LinearInt4(Rule):
+class LinearInt4(NeedsValues):
     """linear(x, dequantize(int4 weight), bias) -> int4_linear(x, packed, scale_and_zero, bias)
 
     Attributes:
@@ -101,12 +102,9 @@ class LinearInt4(Rule):
             hint += ", or opt into bf16 arithmetic with LinearInt4(cast_to_bf16=True)"
         return self.compute_dtype(m) is not None, str(dtype).removeprefix("torch."), hint
 
-    @require("a weight that holds data", hint="export with real weights, not on the meta device or under FakeTensorMode")
-    def data(self, m: MatchContext) -> Answer:
-        """Packing needs values."""
-        return has_data(m.program, affine(m)), "meta or fake tensors"
-
-    @require("integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme")
+    @require(
+        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
+    )
     def in_range(self, m: MatchContext) -> Answer:
         """An integer outside 0..15 would overwrite its neighbour."""
         weight = affine(m)

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.program import ConstantPool
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
@@ -16,7 +16,7 @@ from et_cuda_passes.targets.target import Target
 
 
 def is_program_pass(value: Any) -> bool:
-    """Whether ``value`` is an ExecuTorch ``ExportedProgramPassBase``; one can only exist once ExecuTorch is imported."""
+    """Whether ``value`` is an ExecuTorch ``ExportedProgramPassBase``; none exists before ExecuTorch is imported."""
     module = sys.modules.get("executorch.exir.pass_base")
     base = getattr(module, "ExportedProgramPassBase", None)
     return base is not None and isinstance(value, base)

@@ -56,7 +56,9 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     ("features", "granularity"),
     [((256, 512), PerGroup(32)), ((576, 1536), PerGroup(64)), ((320, 512), PerAxis(0)), ((256, 896), PerGroup(128))],
 )
-def test_a_lowered_program_gives_what_eager_gives(features: tuple[int, int], granularity: object, tmp_path: Path) -> None:
+def test_a_lowered_program_gives_what_eager_gives(
+    features: tuple[int, int], granularity: object, tmp_path: Path
+) -> None:
     model = quantized(*features, granularity=granularity)
     x = torch.randn(16, features[0]).bfloat16()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=2048)},))

@@ -111,9 +111,7 @@ def test_inductor_gets_the_devices_kernel(layout: str, device: str, kernel: torc
     with FakeTensorMode():
         x = torch.empty(2, 3, 64, dtype=torch.bfloat16, device=device)
         fakes = [torch.empty(t.shape, dtype=t.dtype, device=device) for t in (packed, pair)]
-        graph = make_fx(lambda *a: op(*a, None, 32, 16), decomposition_table={op: decompositions[op]})(
-            x, *fakes
-        ).graph
+        graph = make_fx(lambda *a: op(*a, None, 32, 16), decomposition_table={op: decompositions[op]})(x, *fakes).graph
     called = [node.target for node in graph.nodes if node.op == "call_function"]
     assert kernel in called
     assert op not in called
@@ -123,9 +121,9 @@ def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
     op = INT4_LINEARS["tile_packed_to_4d"].op
     packed, pair, _ = packed_weight("tile_packed_to_4d", 16, 64, 32, torch.bfloat16)
     x = torch.randn(2, 64, dtype=torch.bfloat16)
-    graph = make_fx(
-        lambda *a: op(*a, None, 32, 16), tracing_mode="fake", decomposition_table={op: decompositions[op]}
-    )(x, packed, pair).graph
+    graph = make_fx(lambda *a: op(*a, None, 32, 16), tracing_mode="fake", decomposition_table={op: decompositions[op]})(
+        x, packed, pair
+    ).graph
     assert op in [node.target for node in graph.nodes]
 
 

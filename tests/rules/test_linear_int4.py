@@ -49,7 +49,9 @@ def test_schemes_that_no_kernel_has(model: Quantized, wanted: str, found: str, h
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    reasons = missed(export(Quantized(16, 80, group=16, low=-128, high=127, dtype=torch.float32), 2, 80, dtype=torch.float32))
+    reasons = missed(
+        export(Quantized(16, 80, group=16, low=-128, high=127, dtype=torch.float32), 2, 80, dtype=torch.float32)
+    )
     assert [reason.found for reason in reasons] == ["8 bits, -128..127", "group size 16", "K = 80", "float32"]
 
 

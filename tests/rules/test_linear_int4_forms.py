@@ -1,4 +1,4 @@
-"""linear_int4: every form in which a linear stands in a graph, every rank, static and dynamic, as written and decomposed."""
+"""linear_int4: every form in which a linear stands in a graph, every rank, static and dynamic, decomposed or not."""
 
 from collections.abc import Callable
 from typing import Any

@@ -109,7 +109,9 @@ def test_rows_are_padded_and_the_output_is_not(target: str, multiple: int, n: in
 
 @pytest.mark.parametrize(("group", "native"), [(32, 32), (96, 32), (128, 128), (192, 64), (256, 256), (512, 256)])
 def test_group_sizes_become_native_ones(group: int, native: int) -> None:
-    rewritten, _ = ecp.rewrite(torch.export.export(Quantized(8, group, group=group), (torch.randn(1, group).bfloat16(),)), "cuda")
+    rewritten, _ = ecp.rewrite(
+        torch.export.export(Quantized(8, group, group=group), (torch.randn(1, group).bfloat16(),)), "cuda"
+    )
     (pair,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".scale_and_zero"))
     assert pair.shape == (group // native, 8, 2)
 

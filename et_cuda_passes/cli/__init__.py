@@ -1,0 +1,244 @@
+"""The command line: lower a saved program for a target, explain what a target would make of it, list the rules.
+
+Exit codes: 0 done, 1 the lowering failed or an expectation did not hold, 2 bad usage. What a command answers goes to
+stdout, progress and errors go to stderr.
+"""
+
+import json
+import os
+import re
+import shlex
+from dataclasses import Field, fields, is_dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch.export import ExportedProgram
+
+import et_cuda_passes as ecp
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded, list_files
+from et_cuda_passes.executorch.lower import Progress, missing, staged
+from et_cuda_passes.executorch.lower import lower as lower_program
+from et_cuda_passes.executorch.packed import Model, load_model, packed_layouts, save_packed
+from et_cuda_passes.targets import get_target
+from et_cuda_passes.targets.rewrite import check_expectations
+
+app = typer.Typer(
+    help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
+    no_args_is_help=True,
+    add_completion=False,
+    # An error is one line here, not a box, and a traceback is Python's own.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+class Stage(StrEnum):
+    """Where ``lower`` can stop."""
+
+    rewrite = "rewrite"
+
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(ecp.targets())}.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def lower(
+    model: ModelPath,
+    target: TargetName,
+    output_dir: Annotated[
+        Path, typer.Option("--output-dir", "-o", help="Where the files go; made if missing.")
+    ] = Path(),
+    stop_after: Annotated[
+        Stage | None, typer.Option(help="Write the packed program, for a later machine to go on with.")
+    ] = None,
+    expect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Rewrite MODEL for a target and write what it runs, with report.json.
+
+    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    """
+    with guarded(debug):
+        _known_target(target)
+        demanded = _expectations(expect or [], target)
+        _writable(output_dir)
+        stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"
+        packed = output_dir / f"{stem}.packed.pt2"
+        with Steps() as step:
+            step(f"loading {model}")
+            given = load_model(model, target)
+            if stop_after and packed.resolve() == model.resolve():
+                raise UsageError(
+                    f"{model} is what would be written; it is packed already, or give another --output-dir"
+                )
+            program, report = _rewritten(given, target, step)
+            with staged(output_dir) as staging:
+                (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+        files = [output_dir / "report.json"]
+        _tell(given, report)
+        try:
+            check_expectations(demanded, report)
+        except ecp.ExpectationError as error:
+            raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
+
+        lacking = None if stop_after else missing(target)
+        with Steps() as step:
+            if not stop_after and not lacking:
+                try:
+                    files += lower_program(program, target, output_dir, stem, step)
+                except Exception as error:
+                    raise LoweringError(
+                        f"{model} could not be lowered for {target}: {brief(error)} (--debug shows the traceback)"
+                    ) from error
+            elif lacking and given.packed:
+                packed = model
+            else:
+                step(f"saving {packed}")
+                with staged(output_dir) as staging:
+                    save_packed(program, report, staging / packed.name)
+                files.append(packed)
+        list_files(files)
+        if packed_layouts(program)["cpu"]:
+            typer.echo(
+                f"packed for {torch.backends.cpu.get_cpu_capability()}: runs on hosts of this instruction set only"
+            )
+        if lacking:
+            command = ["et-cuda-passes", "lower", str(packed), "--target", target, "--output-dir", str(output_dir)]
+            raise LoweringError(
+                f"lowering to {target} needs {lacking}. The packed program is {packed}; on a machine that has it, "
+                f"go on with: {shlex.join(command)}"
+            )
+
+
+@app.command()
+def explain(model: ModelPath, target: TargetName, as_json: Json = False, debug: Debug = False) -> None:
+    """Say what a target makes of every quantized weight of MODEL; nothing is written."""
+    with guarded(debug):
+        _known_target(target)
+        with Steps() as step:
+            step(f"loading {model}")
+            given = load_model(model, target)
+            _, report = _rewritten(given, target, step)
+        if as_json:
+            typer.echo(report.to_json())
+        else:
+            _tell(given, report)
+
+
+@app.command()
+def rules(as_json: Json = False) -> None:
+    """List each target's passes in order, and what every rule rewrites, requires and has as options."""
+    listed = {name: [_described(entry) for entry in ecp.default_passes(name)] for name in ecp.targets()}
+    if as_json:
+        about = {name: {"summary": get_target(name).summary, "passes": passes} for name, passes in listed.items()}
+        typer.echo(json.dumps(about, indent=2, default=str))
+        return
+    lines = []
+    for name, passes in listed.items():
+        lines += [f"{name}: {get_target(name).summary}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
+    for entry in {entry["name"]: entry for passes in listed.values() for entry in passes}.values():
+        lines += ["", entry["name"], f"  {entry['rewrite']}"]
+        for need in entry["requires"]:
+            hint = f"; {need['hint']}" if need["hint"] else ""
+            lines.append(f"  requires {need['wanted']}{hint}")
+        lines += [f"  option {name} = {default}" for name, default in entry["options"].items()]
+    typer.echo("\n".join(lines))
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo(
+            ", ".join(f"{name} {_version(name)}" for name in ("et-cuda-passes", "torch", "torchao", "executorch"))
+        )
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    versions: Annotated[
+        bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
+def main() -> None:
+    """The entry point of ``et-cuda-passes``."""
+    app(prog_name="et-cuda-passes")
+
+
+def _known_target(target: str) -> None:
+    try:
+        get_target(target)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _writable(folder: Path) -> None:
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--output-dir {folder} cannot be made: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
+        )
+
+
+def _expectations(texts: list[str], target: str) -> dict[str, int]:
+    """The counts demanded by ``--expect``, their names checked before anything slow begins."""
+    demanded: dict[str, int] = {}
+    for text in texts:
+        parts = re.fullmatch(r"(\w+)=(\d+)", text)
+        if parts is None:
+            raise UsageError(f"--expect {text}: write NAME=COUNT, such as linear_int4=211 or missed=0")
+        demanded[parts[1]] = int(parts[2])
+    nothing = ecp.Report(target, [entry.name for entry in ecp.default_passes(target)])
+    try:
+        check_expectations(dict.fromkeys(demanded, 0), nothing)
+    except ValueError as error:
+        raise UsageError(f"--expect: {error}") from None
+    return demanded
+
+
+def _rewritten(given: Model, target: str, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
+    """The program for ``target``, and the report of when it was packed, here or before."""
+    if given.report is not None:
+        return given.program, given.report
+    progress(f"rewriting for {target}")
+    return ecp.rewrite(given.program, target)
+
+
+def _tell(given: Model, report: ecp.Report) -> None:
+    if given.packed:
+        layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
+        typer.echo(f"MODEL is packed already: {layouts}")
+    typer.echo(str(report))
+
+
+def _described(rule: ecp.Rule) -> dict[str, Any]:
+    """A rule as data."""
+    options: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
+    return {
+        "name": rule.name,
+        "rewrite": (getdoc(type(rule)) or "").partition("\n")[0],
+        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requires],
+        "options": {option.name: getattr(rule, option.name) for option in options},
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,108 @@
+"""What the commands say beside their answers: progress and errors on stderr, and the list of files at the end."""
+
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from et_cuda_passes.executorch.packed import ModelError
+
+
+class UsageError(Exception):
+    """Something asked for makes no sense; exits with 2."""
+
+
+class LoweringError(Exception):
+    """The lowering failed; exits with 1."""
+
+
+class Steps:
+    """Progress on stderr: each step as it ends, with its time, and on a terminal the one that runs."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._step: tuple[str, float] | None = None
+
+    def __call__(self, step: str) -> None:
+        """Begin ``step``, and so end the one before."""
+        self._end()
+        self._step = (step, time.monotonic())
+        self._live.add_task(step, total=None)
+
+    def __enter__(self) -> "Steps":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._end()
+        self._live.stop()
+
+    def _end(self) -> None:
+        if self._step is not None:
+            step, began = self._step
+            for task in self._live.task_ids:
+                self._live.remove_task(task)
+            self._console.print(f"{step}: {time.monotonic() - began:.1f} s", markup=False)
+        self._step = None
+
+
+@contextmanager
+def guarded(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code, and keep the libraries' deprecation warnings to themselves."""
+    try:
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    except (UsageError, ModelError) as error:
+        _fail(str(error), 2, debug)
+    except LoweringError as error:
+        _fail(str(error), 1, debug)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else brief(error), 1, debug)
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        _fail(f"{brief(error)} (this was not foreseen; --debug shows where it comes from)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def brief(error: BaseException) -> str:
+    """An error's kind and the first line of what it says."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def list_files(paths: Iterable[Path]) -> None:
+    """The files written, with their sizes, on stdout."""
+    sizes = {str(path): f"{path.stat().st_size:,}" for path in paths}
+    table = Table("written", Column("bytes", justify="right"), box=None, pad_edge=False)
+    for path, size in sizes.items():
+        table.add_row(Text(path, overflow="fold"), size)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        # A path cut in two is no path: lines that are not for a screen are as long as they need to be.
+        console = Console(highlight=False, width=max(map(len, sizes)) + max(map(len, sizes.values())) + 10)
+    console.print(table)

@@ -1,0 +1,136 @@
+"""What a target runs, made from a rewritten program: a .pte with its .ptd, or an AOTInductor package."""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch._inductor import config as inductor
+from torch.export import ExportedProgram
+
+Progress = Callable[[str], None]
+"""Called with the name of each step as it begins."""
+
+
+def lower(
+    program: ExportedProgram, target: str, folder: Path, stem: str, progress: Progress = lambda step: None
+) -> list[Path]:
+    """Make what ``target`` runs.
+
+    Args:
+        program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed.
+        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor.
+        folder: where the files go; made where it does not exist.
+        stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
+            ``<stem>.pt2`` for cpu.
+        progress: called as each step begins.
+
+    Returns:
+        The files written. None of them appears before all are whole.
+
+    Raises:
+        ValueError: there is no such target.
+        Exception: whatever ExecuTorch, the backend or AOTInductor refuse the program with; nothing is written then.
+    """
+    make = {"cuda": _cuda, "metal": _metal, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
+    if make is None:
+        raise ValueError(f"target {target!r} has no lowering")
+    with staged(folder) as staging:
+        make(program, staging, stem, progress)
+        names = sorted(path.name for path in staging.iterdir())
+    return [folder / name for name in names]
+
+
+def missing(target: str) -> str | None:
+    """What this machine lacks for the lowering to ``target``, and what would help; None where nothing is known to lack.
+
+    The lowerings to cuda and metal compile and tune kernels on the device itself. Every rewrite works anywhere, and
+    what it makes can be saved (:mod:`et_cuda_passes.executorch.packed`) for a machine that has what is missing.
+    """
+    if target == "cuda" and not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return f"a CUDA device and a torch built for it (this one, {torch.__version__}, is built without CUDA)"
+        return "a CUDA device (torch.cuda.is_available() is False)"
+    if target == "metal":
+        if platform.system() != "Darwin" or not torch.backends.mps.is_available():
+            return f"macOS with an MPS device, and torchao's MPS operators (this is {platform.system()})"
+        if not _has_torchao_mps():
+            return "torchao's MPS operators (build torchao with TORCHAO_BUILD_EXPERIMENTAL_MPS=1)"
+    if target == "cpu":
+        names = [inductor.cpp.cxx] if isinstance(inductor.cpp.cxx, str) else [name for name in inductor.cpp.cxx if name]
+        if not any(shutil.which(name) for name in names):
+            return f"a C++ compiler ({' or '.join(names)} is not found; install it, or name another one with CXX)"
+    return None
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder whose files move into ``folder`` when the block ends; with an error, none does.
+
+    It lies inside ``folder``, so that the move is a rename and never leaves half a file under its final name.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
+        staging = Path(name)
+        yield staging
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+
+
+def _has_torchao_mps() -> bool:
+    try:
+        # What ExecuTorch's Metal backend itself imports; it raises where the operators are not built.
+        import torchao.experimental.ops.mps.cshim  # noqa: F401
+    except (ImportError, RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def _cuda(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+    from et_cuda_passes.executorch.cuda import CudaPartitioner
+
+    _executorch(program, CudaPartitioner(passes=[]), folder, stem, progress)
+
+
+def _metal(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+    from et_cuda_passes.executorch.metal import MetalPartitioner
+
+    _executorch(program, MetalPartitioner(passes=[]), folder, stem, progress)
+
+
+def _xnnpack(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+    from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
+
+    # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
+    _executorch(program, XnnpackPartitioner(), folder, stem, progress)
+
+
+def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: str, progress: Progress) -> None:
+    from executorch.exir import to_edge_transform_and_lower
+
+    with torch.no_grad():
+        progress("lowering with ExecuTorch")
+        edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
+        progress("serializing")
+        lowered = edge.to_executorch()
+    with open(folder / f"{stem}.pte", "wb") as file:
+        lowered.write_to_file(file)
+    lowered.write_tensor_data_to_file(str(folder))
+    # A backend names its data after itself. The runtime is handed the file and looks for keys inside, so that one file
+    # can be called after the program that it belongs to.
+    data = sorted(folder.glob("*.ptd"))
+    for path in data:
+        path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _cpu(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+    from torch._inductor import aoti_compile_and_package
+
+    progress("compiling with AOTInductor")
+    with torch.no_grad():
+        aoti_compile_and_package(program, package_path=str(folder / f"{stem}.pt2"))

@@ -1,0 +1,164 @@
+"""Programs in files: read what ``torch.export.save`` wrote, write a packed program that a later machine goes on with.
+
+A packed program carries a record of its own: the target and, for the cpu layout, the instruction set that it was packed
+for, and the report of its rewrite, so that what went on elsewhere still tells the fate of every layer.
+"""
+
+import json
+import logging
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
+from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.targets import Target, get_target, targets
+
+_RECORD = "et_cuda_passes.json"
+_AGAIN = "export the model again and save it with torch.export.save(program, path)"
+
+
+class ModelError(ValueError):
+    """A file is no program that a target can take; the message says why and what to give instead."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A program from a file.
+
+    Attributes:
+        program: as it was saved.
+        packed: how many int4 linears it holds already, by layout.
+        report: of the rewrite that packed it; None where it was not saved by :func:`save_packed`.
+    """
+
+    program: ExportedProgram
+    packed: Counter[str]
+    report: Report | None
+
+
+def load_model(path: Path, target: str) -> Model:
+    """Read a program that ``target`` is to run.
+
+    Raises:
+        ModelError: the file is missing, truncated or no exported program, or it is packed for another target or for
+            another instruction set than this host's.
+    """
+    _check_archive(path)
+    # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
+    extra = {_RECORD: ""}
+    try:
+        with _quiet_load():
+            program = torch.export.load(path, extra_files=extra)
+    except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
+        text = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
+            f"{_AGAIN}"
+        ) from error
+    try:
+        record = json.loads(extra[_RECORD] or "{}")
+        report = _report(record["report"]) if record else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} was packed by another version of et_cuda_passes: pack the original program again"
+        ) from error
+    model = Model(program, packed_layouts(program), report)
+    _check_target(path, model, record, get_target(target))
+    return model
+
+
+def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
+    """Write a rewritten program to ``path`` (.pt2), with the record that :func:`load_model` reads."""
+    record = {
+        "target": report.target,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "report": report.to_dict(),
+    }
+    torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
+
+
+def packed_layouts(program: ExportedProgram) -> Counter[str]:
+    """How many int4 linears ``program`` holds, by the layout that they read, in branches of control flow too."""
+    layout_of = {form.op: form.layout for form in INT4_LINEARS.values()}
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    nodes = [called(node) for graph in graphs for node in graph.nodes]
+    return Counter(layout_of[operator] for operator in nodes if operator in layout_of)
+
+
+def _check_archive(path: Path) -> None:
+    """Tell what is no archive of an exported program, which torch.export.load does in many ways or not at all."""
+    if not path.exists():
+        raise ModelError(f"{path} does not exist; MODEL is a .pt2 that torch.export.save wrote")
+    if path.is_dir():
+        raise ModelError(f"{path} is a directory; MODEL is a .pt2 that torch.export.save wrote")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    if any("/models/" in name for name in names):
+        return
+    if any("/data/aotinductor/" in name for name in names):
+        raise ModelError(
+            f"{path} is an AOTInductor package, which is compiled already: give the program that it was compiled from, "
+            "as torch.export.save wrote it"
+        )
+    raise ModelError(f"{path} holds no exported program, or is only a part of a file: {_AGAIN}")
+
+
+def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
+    own = {kernel.layout for kernel in target.int4_kernels}
+    foreign = [layout for layout in model.packed if layout not in own]
+    made_for = record.get("target") or next((name for name in targets() if _has_layout(name, foreign)), "")
+    if foreign or made_for not in ("", target.name):
+        what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
+        raise ModelError(
+            f"{path} is {what} for target {made_for}, which target {target.name} does not run: give the program as it "
+            f"was before, or --target {made_for}"
+        )
+    here = torch.backends.cpu.get_cpu_capability()
+    if model.packed["cpu"] and record.get("cpu_capability", here) != here:
+        raise ModelError(
+            f"{path} is packed for {record['cpu_capability']}, and this host has {here}; the cpu layout depends on the "
+            "instruction set: pack the original program on this host"
+        )
+
+
+def _has_layout(target: str, layouts: list[str]) -> bool:
+    return any(kernel.layout in layouts for kernel in get_target(target).int4_kernels)
+
+
+def _report(data: dict[str, Any]) -> Report:
+    """The inverse of :meth:`Report.to_dict`."""
+    outcomes = [
+        Outcome(**{**outcome, "reasons": [Reason(**reason) for reason in outcome["reasons"]]})
+        for outcome in data["outcomes"]
+    ]
+    applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
+    rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
+    return Report(outcomes=outcomes, applied=applied, **rest)
+
+
+@contextmanager
+def _quiet_load() -> Iterator[None]:
+    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details."""
+    log = logging.getLogger("torch.export")
+    before = log.level
+    if log.getEffectiveLevel() > logging.DEBUG:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

@@ -1,0 +1,111 @@
+"""The one decoder of an activation that is quantized on the fly: choose_qparams -> quantize -> dequantize."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchao.quantization.quant_primitives  # noqa: F401  (registers the operators)
+from torch.fx import Node
+
+from et_cuda_passes.graph.ops import arguments, called, op_name
+from et_cuda_passes.graph.pattern import Call, Pattern, op
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.rule import Unmet
+from et_cuda_passes.quant.affine import DEQUANTIZE, dequantize
+
+QUANTIZE = torch.ops.torchao.quantize_affine.default
+CHOOSE_QPARAMS = torch.ops.torchao.choose_qparams_affine.default
+
+_quantize: Callable[..., Call] = op(QUANTIZE)
+
+
+def dynamically_quantized(x: Pattern, name: str) -> Call:
+    """``dequantize(quantize(x))`` as a pattern; :func:`decode_dynamic` looks at the rest."""
+    return dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
+
+
+@dataclass(frozen=True)
+class DynamicActivation:
+    """An activation quantized while the program runs, as its nodes describe it.
+
+    Attributes:
+        nodes: choose_qparams, its two getitems, quantize and dequantize.
+        block_size: elements that share one scale, along each axis; [1, ..., 1, K] is per token.
+        quant_min, quant_max: the range of the integers.
+        mapping: "ASYMMETRIC" or "SYMMETRIC".
+        eps: the least scale, or None.
+        dtype: of the integers.
+    """
+
+    nodes: tuple[Node, ...]
+    block_size: tuple[Any, ...]
+    quant_min: int
+    quant_max: int
+    mapping: str
+    eps: float | None
+    dtype: torch.dtype
+
+
+def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
+    """Decode the dequantize ``node`` of an activation.
+
+    Raises:
+        Unmet: its scale and zero point are not chosen from the activation itself, or its parts contradict each other.
+    """
+    dequantized = arguments(node)
+    quantized_node = dequantized["input"]
+    if not isinstance(quantized_node, Node) or called(quantized_node) is not QUANTIZE:
+        raise Unmet(f"{node.name}, which dequantizes something else than a quantized activation")
+    quantized = arguments(quantized_node)
+    pair = (dequantized["scale"], dequantized["zero_point"])
+    if pair != (quantized["scale"], quantized["zero_point"]):
+        raise Unmet(f"{node.name}, dequantized with another scale than it was quantized with")
+    chosen = _chosen(pair)
+    choose = arguments(chosen)
+    if choose["input"] is not quantized["input"]:
+        raise Unmet(f"{node.name}, whose scale is chosen from another tensor")
+    described = [
+        (tuple(bound["block_size"]), bound[dtype_name], bound["quant_min"], bound["quant_max"])
+        for bound, dtype_name in ((choose, "target_dtype"), (quantized, "output_dtype"), (dequantized, "input_dtype"))
+    ]
+    if described[0] != described[1] or described[0] != described[2]:
+        raise Unmet(f"{node.name}, chosen, quantized and dequantized with different parameters")
+    block_size, dtype, low, high = described[0]
+    info = torch.iinfo(dtype)
+    return DynamicActivation(
+        nodes=(chosen, *pair, quantized_node, node),
+        block_size=block_size,
+        quant_min=info.min if low is None else int(low),
+        quant_max=info.max if high is None else int(high),
+        mapping=str(choose["mapping_type"]),
+        eps=choose["eps"],
+        dtype=dtype,
+    )
+
+
+def _chosen(pair: tuple[Any, Any]) -> Node:
+    """The choose_qparams node whose two results are ``pair``."""
+    sources: list[Node] = []
+    for index, part in enumerate(pair):
+        if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
+            raise Unmet(f"a scale or zero point that is {part!r}, not chosen from the activation")
+        source = part.args[0]
+        if not isinstance(source, Node) or called(source) is not CHOOSE_QPARAMS:
+            raise Unmet(f"a scale or zero point from {source}, not chosen from the activation")
+        sources.append(source)
+    if sources[0] is not sources[1]:
+        raise Unmet("a scale and a zero point that were not chosen together")
+    return sources[0]
+
+
+def reads_dynamic_activation(reader: Node) -> str:
+    """Which input of ``reader`` is an activation quantized on the fly, views between them or not; empty for none."""
+    for source in reader.all_input_nodes:
+        while called(source) is torch.ops.aten.view.default:
+            source = source.all_input_nodes[0]
+        data = arguments(source)["input"] if called(source) is DEQUANTIZE else None
+        if isinstance(data, Node) and called(data) is QUANTIZE:
+            return f"{op_name(reader.target)} ({reader.name}), whose activations are quantized on the fly"
+    return ""

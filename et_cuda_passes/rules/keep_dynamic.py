@@ -1,0 +1,149 @@
+"""What the two rules that keep a dynamically quantized linear for XNNPACK have in common.
+
+The delegate knows the pattern that torchao exports for ``Int8DynamicActivationIntxWeightConfig`` and computes it
+itself: per token, asymmetric, in -128..127, whatever the graph says. Each require below is a way in which executorch
+1.5.1 was seen to give another result than the graph's without an error, or to fail late without naming the layer.
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.rule import Answer, Keep, require
+from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, dequantize, values
+from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
+from et_cuda_passes.rules.needs_values import NeedsValues
+
+_LINEAR = torch.ops.aten.linear.default
+
+# torchao's default, the least positive step of float32; larger ones are ignored by the delegate.
+_LARGEST_EPS = 1.2e-7
+
+
+@dataclass(frozen=True)
+class KeepDynamic(NeedsValues, Keep):
+    """linear(dequantize(quantize(x)), dequantize(weight), bias) -> itself
+
+    Attributes:
+        bf16: the partitioner was given ``enable_bf16=True``; without it it leaves bf16 linears alone.
+    """
+
+    bf16: bool = False
+
+    def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
+        """A linear as written, both its inputs dequantized; a decomposed one the delegate takes for a float one."""
+        return op(_LINEAR)(
+            dynamically_quantized(x, name="activation"), dequantize(..., name="weight", shared=True), bias
+        )
+
+    @abstractmethod
+    def scale_problem(self, weight: AffineWeight) -> str:
+        """What the delegate cannot read of the scales' dtype and the groups; empty for nothing."""
+
+    @require(
+        "activations quantized per token, asymmetric, in -128..127",
+        hint="the delegate ignores what the graph says and computes this: use Int8DynamicActivationIntxWeightConfig",
+    )
+    def per_token(self, m: MatchContext) -> Answer:
+        """Exactly what the delegate computes."""
+        a = m.derive(decode_dynamic, "activation")
+        token = all(size == 1 for size in a.block_size[:-1]) and a.block_size[-1] == m.val(m.weight).shape[-1]
+        range_ = (a.mapping, a.dtype, a.quant_min, a.quant_max) == ("ASYMMETRIC", torch.int8, -128, 127)
+        found = f"{a.mapping}, {a.quant_min}..{a.quant_max}, blocks of {list(a.block_size)}, eps {a.eps}"
+        return token and range_ and (a.eps is None or a.eps <= _LARGEST_EPS), found
+
+    @require("activations that only such linears read quantized", hint="give other readers the activation itself")
+    def no_other_reader(self, m: MatchContext) -> Answer:
+        """The delegate swallows the quantization whole."""
+        a = m.derive(decode_dynamic, "activation")
+        inside = {*a.nodes}
+        for node in a.nodes[:-1]:
+            others = [user for user in node.users if user not in inside]
+            if others:
+                return False, f"{others[0].name}, which reads {node.name} too"
+        for reader in m.activation.users:
+            weight = reader.args[1] if called(reader) is _LINEAR and reader.args[0] is m.activation else None
+            if not isinstance(weight, Node) or called(weight) is not DEQUANTIZE:
+                return False, f"{reader.name}, which reads the dequantized activation too"
+        return True, ""
+
+    @require("activations of two dimensions or more", hint="unsqueeze the input")
+    def rank(self, m: MatchContext) -> Answer:
+        """The delegate fails on a vector."""
+        return m.val(m.x).dim() >= 2, f"{m.val(m.x).dim()} dimension"
+
+    @require("activations in float32 or float16", hint="export in float32, or lower with enable_bf16=True")
+    def dtype(self, m: MatchContext) -> Answer:
+        """The partitioner takes no bf16 unless it is told to."""
+        dtype = m.val(m.x).dtype
+        good = dtype in (torch.float32, torch.float16) or (self.bf16 and dtype is torch.bfloat16)
+        return good, str(dtype).removeprefix("torch.")
+
+    @require("no bias, or a constant one")
+    def constant_bias(self, m: MatchContext) -> Answer:
+        """A computed bias keeps the partitioner from taking the linear."""
+        return m.bias is None or m.program.constant(m.bias) is not None, f"{m.bias}, which the program computes"
+
+    @require("int8 storage, a zero point, groups and scales as the delegate reads them")
+    def storage(self, m: MatchContext) -> Answer:
+        """Group sizes and dtypes of the delegate's kernel."""
+        weight = affine(m)
+        if weight.storage_dtype is not torch.int8:
+            return False, f"{weight.storage_dtype} storage"
+        if weight.zero_point is None:
+            return False, "no zero point tensor"
+        problem = self.scale_problem(weight)
+        return not problem, problem
+
+    @require("one scale and zero point for these integers", hint="clone the integers for the second scale")
+    def one_scale(self, m: MatchContext) -> Answer:
+        """The delegate knows a weight by its integers alone."""
+        weight = affine(m)
+        for other in weight.data.users:
+            if called(other) is DEQUANTIZE:
+                bound = arguments(other)
+                if (bound["scale"], bound["zero_point"]) != (weight.scale, weight.zero_point):
+                    return False, f"{other.name}, which scales the same integers otherwise"
+        return True, ""
+
+    @require(
+        "integers and scales that own their memory",
+        stage="values",
+        hint="the delegate serializes the whole storage: .clone() the weight before the export",
+    )
+    def own_memory(self, m: MatchContext) -> Answer:
+        """A view into a larger tensor would be serialized from the start of that tensor."""
+        for part in (affine(m).data, affine(m).scale):
+            tensor = m.program.constant(part)
+            assert tensor is not None
+            size = tensor.numel() * tensor.element_size()
+            if tensor.storage_offset() != 0 or tensor.untyped_storage().nbytes() != size:
+                return False, f"{part.name}, a view into a larger tensor"
+        return True, ""
+
+    @require("zero points that are all 0", stage="values", hint="quantize with a symmetric mapping type")
+    def symmetric(self, m: MatchContext) -> Answer:
+        """The delegate ignores zero points."""
+        points = values(m.program, affine(m)).zero_point
+        count = 0 if points is None else int((points != 0).sum())
+        return count == 0, f"{count} that are not"
+
+    @require("scales that are positive, finite and normal", stage="values", hint="quantize the weight again")
+    def scales(self, m: MatchContext) -> Answer:
+        """The delegate refuses others, without naming the layer, when the method is loaded."""
+        scale = values(m.program, affine(m)).scale.float()
+        good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
+        return bool(good.all()), f"{int((~good).sum())} that are not"
+
+    def note(self, m: MatchContext) -> str:
+        """Why it is kept."""
+        return "XNNPACK has its own kernel for it and takes the pattern as it stands"
+
+    def detail(self, m: MatchContext) -> str:
+        """The scheme."""
+        return f"8-bit dynamic activation, {affine(m).scheme}"

@@ -1,0 +1,190 @@
+"""For people who add patterns: one assertion that a rule rewrites a program rightly, one that it misses and says why."""
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from et_cuda_passes.graph.report import ExpectationError, Report
+from et_cuda_passes.targets import Target
+from et_cuda_passes.targets.rewrite import rewrite
+
+RTOL = 2.0**-7
+"""Relative error of a result by default: one unit in the last place of bf16, the precision of scale and zero."""
+
+
+def assert_rewrites(
+    exported_program: ExportedProgram,
+    target: str | Target = "cuda",
+    passes: Iterable[Any] | None = None,
+    expect: Mapping[str, int] | None = None,
+    inputs: tuple[Any, ...] | None = None,
+    rtol: float = RTOL,
+) -> tuple[ExportedProgram, Report]:
+    """Rewrite, and look at everything that a rewrite promises.
+
+    The counts are those expected; the program given is unchanged (graph, signature, every tensor and its bytes); a
+    second rewrite changes nothing; and the outputs, with the buffers that the program writes, equal the original's.
+
+    Args:
+        exported_program: the program before.
+        target: one of ``ecp.targets()``, or a target.
+        passes: the pass list; None for the target's own.
+        expect: counts by rule name or status, as for ``ecp.rewrite``; None demands that something is rewritten.
+        inputs: positional inputs to run both programs on; None for the example inputs of the export.
+        rtol: largest ``||got - wanted|| / ||wanted||`` of each floating-point output; the others must be equal.
+
+    Returns:
+        The rewritten program and its report, for further assertions.
+
+    Raises:
+        AssertionError: one of these does not hold; the message says which, and has the report.
+        ValueError: there are no inputs to run on.
+    """
+    listed = None if passes is None else list(passes)
+    before = _Snapshot.of(exported_program)
+    try:
+        program, report = rewrite(exported_program, target, listed, expect)
+    except ExpectationError as error:
+        raise AssertionError(f"the counts are not those expected: {error}") from None
+    _same_snapshot(before, _Snapshot.of(exported_program), "the rewrite changed the program that it was given")
+    if expect is None:
+        assert report.counts()["rewritten"] or any(report.applied.values()), f"nothing was rewritten\n{report}"
+    first = _Snapshot.of(program)
+    again, _ = rewrite(program, target, listed)
+    _same_snapshot(first, _Snapshot.of(again), f"a second rewrite changed the program again\n{report}")
+    args, kwargs = _inputs_for(exported_program, inputs)
+    _same_results(_run(program, args, kwargs), _run(exported_program, args, kwargs), rtol, report)
+    return program, report
+
+
+def assert_misses(
+    exported_program: ExportedProgram,
+    reason: str,
+    target: str | Target = "cuda",
+    rule: str | None = None,
+    passes: Iterable[Any] | None = None,
+) -> Report:
+    """Rewrite, and look that some candidate was missed for a reason that says ``reason``.
+
+    That candidate's node must stand in the result as it stood before.
+
+    Args:
+        exported_program: the program before.
+        reason: a part of the reason's text ("wanted ..., found ...; hint").
+        target: one of ``ecp.targets()``, or a target.
+        rule: name of the rule that must give the reason; None for any.
+        passes: the pass list; None for the target's own.
+
+    Returns:
+        The report, for further assertions.
+
+    Raises:
+        AssertionError: no candidate was missed for such a reason; the message has the report.
+        ValueError: ``reason`` is empty, or ``rule`` is not in the pass list.
+    """
+    if not reason:
+        raise ValueError("an empty reason is part of every text; give some words of the reason that is expected")
+    before = _Snapshot.of(exported_program)
+    program, report = rewrite(exported_program, target, passes)
+    _same_snapshot(before, _Snapshot.of(exported_program), "the rewrite changed the program that it was given")
+    if rule is not None and rule not in report.passes:
+        raise ValueError(f"no pass is named {rule!r}; the pass list is {', '.join(report.passes)}")
+    missed = [outcome for outcome in report.outcomes if outcome.status == "missed"]
+    found = [
+        outcome
+        for outcome in missed
+        if any(reason in str(given) and rule in (None, given.rule) for given in outcome.reasons)
+    ]
+    by = f" by {rule}" if rule else ""
+    assert found, f"no candidate is missed{by} with a reason that says {reason!r}\n{report}"
+    now = {node.name: node.target for graph in _graphs(program) for node in graph.nodes}
+    for graph in _graphs(exported_program):
+        for node in graph.nodes:
+            if any(outcome.node == node.name for outcome in found):
+                assert now.get(node.name) == node.target, f"{node.name} is reported as missed, yet it changed\n{report}"
+    return report
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a program is: its text, and each constant with a copy of its bytes."""
+
+    text: str
+    tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]
+
+    @staticmethod
+    def of(program: ExportedProgram) -> "_Snapshot":
+        text = "\n".join([*(str(graph) for graph in _graphs(program)), str(program.graph_signature)])
+        constants = {**program.constants, **program.state_dict}
+        tensors = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
+        return _Snapshot(text, {name: (tensor, _bytes(tensor)) for name, tensor in tensors.items()})
+
+
+def _graphs(program: ExportedProgram) -> list[torch.fx.Graph]:
+    """The program's graph and those of its branches."""
+    return [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+
+
+def _bytes(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of the bytes of ``tensor``, of a subclass part by part; none for what holds no data."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return [part for name in flatten()[0] for part in _bytes(getattr(tensor, name))]
+    if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+        return []
+    return [tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8)]
+
+
+def _same_snapshot(wanted: _Snapshot, got: _Snapshot, complaint: str) -> None:
+    assert got.text == wanted.text, f"{complaint}: before\n{wanted.text}\nafter\n{got.text}"
+    assert list(got.tensors) == list(wanted.tensors), (
+        f"{complaint}: its constants were {list(wanted.tensors)} and are {list(got.tensors)}"
+    )
+    for name, (tensor, data) in wanted.tensors.items():
+        now, now_data = got.tensors[name]
+        assert now is tensor, f"{complaint}: constant {name} is another object"
+        assert all(map(torch.equal, data, now_data)), f"{complaint}: constant {name} holds other bytes"
+
+
+def _inputs_for(program: ExportedProgram, inputs: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if inputs is not None:
+        return inputs, {}
+    if program.example_inputs is None:
+        raise ValueError("the program carries no example inputs; give inputs=")
+    args, kwargs = program.example_inputs
+    return tuple(args), dict(kwargs)
+
+
+def _run(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Outputs, and buffers afterwards, by a name for messages. Copies are run: a program may write what it is given."""
+    module = copy.deepcopy(program.module())
+    with torch.no_grad():
+        result = module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    leaves, shape = pytree.tree_flatten(result)
+    buffers = {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
+    return {"the structure of the outputs": shape, **{f"output {i}": leaf for i, leaf in enumerate(leaves)}, **buffers}
+
+
+def _same_results(got: dict[str, Any], wanted: dict[str, Any], rtol: float, report: Report) -> None:
+    for name, value in wanted.items():
+        if name not in got:
+            # A weight that was packed; an output is missed by the structure, which comes first.
+            continue
+        ours = got[name]
+        if not isinstance(value, torch.Tensor):
+            assert ours == value, f"{name} is {ours!r}, was {value!r}\n{report}"
+            continue
+        form, wanted_form = (ours.dtype, tuple(ours.shape)), (value.dtype, tuple(value.shape))
+        assert form == wanted_form, f"{name} is of {form}, was of {wanted_form}\n{report}"
+        if not value.dtype.is_floating_point:
+            assert torch.equal(ours, value), f"{name} holds other values\n{report}"
+            continue
+        norm = float(value.double().norm())
+        error = float((ours.double() - value.double()).norm())
+        # So written, a NaN on either side fails.
+        assert error <= rtol * norm, f"{name} is off by {error:.3g} of {norm:.3g}, more than rtol={rtol:.3g}\n{report}"

@@ -1,0 +1,335 @@
+"""The command line: what it writes runs, what it says is true, and what it cannot do it says in one line."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch._inductor import config as inductor
+
+import et_cuda_passes as ecp
+from et_cuda_passes.cli import app
+from tests.saved import difference, save
+
+INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that says what is wrong; there must be no other, and nothing that looks like a traceback."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err
+        return lines[0]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            app([str(argument) for argument in arguments], prog_name="et-cuda-passes")
+        return Result(int(stop.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, run: Run) -> None:
+    from executorch.runtime import Runtime
+
+    path, module = save(tmp_path, "4w")
+    out = tmp_path / "made" / "here"
+    result = run("lower", path, "--target", "xnnpack", "--output-dir", out, "--expect", "fold_dequantize=2")
+    assert result.code == 0, result.err
+    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert f"{out / 'model.xnnpack.pte'}  {(out / 'model.xnnpack.pte').stat().st_size:,}" in result.out
+    assert "Int8DynamicActivationIntxWeightConfig" in result.out
+    method = Runtime.get().load_program(out / "model.xnnpack.pte").load_method("forward")
+    assert method is not None
+    for x in INPUTS:
+        assert difference(method.execute([x])[0], module(x)) < 1e-6
+
+
+def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, run: Run) -> None:
+    path, module = save(tmp_path, "4w")
+    packing = run("lower", path, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
+    assert packing.code == 0, packing.err
+    packed = tmp_path / "model.cpu.packed.pt2"
+    assert torch.backends.cpu.get_cpu_capability() in packing.out.splitlines()[-1]
+    # The packed program runs as it is, wherever our operators are registered.
+    loaded = torch.export.load(packed).module()
+
+    lowering = run("lower", packed, "--target", "cpu", "--output-dir", tmp_path / "out", "--expect", "linear_int4=2")
+    assert lowering.code == 0, lowering.err
+    assert "2 x cpu" in lowering.out
+    assert names(tmp_path / "out") == ["model.cpu.pt2", "report.json"]
+    # The report is that of the packing: it still tells the fate of every layer.
+    assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "report.json").read_bytes()
+
+    package = str(tmp_path / "out" / "model.cpu.pt2")
+    compiled = torch._inductor.aoti_load_package(package)
+    for x in INPUTS:
+        assert difference(loaded(x), module(x)) < 1e-6
+        assert difference(compiled(x), module(x)) < 1e-6
+    assert "AOTInductor package" in run("explain", package, "--target", "cpu").error
+
+
+def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
+    tmp_path: Path, run: Run, no_gpu: None
+) -> None:
+    path, module = save(tmp_path, "4w", torch.bfloat16)
+    out = tmp_path / "a folder"
+    result = run("lower", path, "--target", "cuda", "--output-dir", out)
+    assert result.code == 1
+    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert "CUDA device" in result.error
+    loaded = torch.export.load(out / "model.cuda.packed.pt2").module()
+    x = INPUTS[1].bfloat16()
+    assert difference(loaded(x), module(x)) < 0.01
+
+    # The command that it names is a command: it reads what was packed, and here it ends at the same place.
+    program, *again = shlex.split(result.error.rpartition("go on with: ")[2])
+    assert program == "et-cuda-passes"
+    second = run(*again)
+    assert (second.code, second.error) == (1, result.error)
+    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert "2 x linear_int4" in second.out
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="may have what is missing")
+def test_metal_elsewhere_than_on_macos(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    result = run("lower", path, "--target", "metal", "--output-dir", tmp_path)
+    assert result.code == 1
+    assert "macOS" in result.error
+    assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.json"]
+
+
+def test_cpu_without_a_compiler(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        result = run("lower", path, "--target", "cpu", "--output-dir", tmp_path)
+    assert result.code == 1
+    assert "no-such-compiler" in result.error
+    assert "model.cpu.packed.pt2" in names(tmp_path)
+
+
+def test_a_program_packed_for_another_target(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w", torch.bfloat16)
+    assert run("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
+    result = run("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
+    assert result.code == 2
+    assert "packed (tile_packed_to_4d) for target cuda" in result.error
+    assert not (tmp_path / "out").exists()
+
+    # The same, told by its operators alone: saved by other means than ours, it has no record.
+    bare = tmp_path / "bare.pt2"
+    torch.export.save(torch.export.load(tmp_path / "model.cuda.packed.pt2"), bare)
+    assert "for target cuda" in run("explain", bare, "-t", "xnnpack").error
+    assert "2 x tile_packed_to_4d" in run("explain", bare, "-t", "cuda").out
+
+
+def test_a_program_packed_for_another_instruction_set(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    program, report = ecp.rewrite(torch.export.load(path), "cpu")
+    record = {"target": "cpu", "cpu_capability": "ELSEWHERE", "report": report.to_dict()}
+    torch.export.save(program, path, extra_files={"et_cuda_passes.json": json.dumps(record)})
+    result = run("explain", path, "--target", "cpu")
+    assert result.code == 2
+    assert "ELSEWHERE" in result.error
+
+
+def test_a_record_of_another_version(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "float")
+    torch.export.save(torch.export.load(path), path, extra_files={"et_cuda_passes.json": '{"target": "cpu"}'})
+    result = run("explain", path, "--target", "cpu")
+    assert result.code == 2
+    assert "pack the original program again" in result.error
+
+
+def test_packing_over_the_model_itself(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    packed = path.rename(tmp_path / "model.cpu.packed.pt2")
+    before = packed.read_bytes()
+    result = run("lower", packed, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
+    assert result.code == 2
+    assert "--output-dir" in result.error
+    assert packed.read_bytes() == before
+
+
+def test_an_expectation_that_does_not_hold(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    out = tmp_path / "out"
+    result = run("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
+    assert result.code == 1
+    assert "kept: expected 1, got 0" in result.error
+    assert names(out) == ["report.json"]
+
+
+def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    program = torch.export.load(path)
+    for name, value in program.state_dict.items():
+        if name.startswith("up.weight"):
+            value.scale[0, 0] = float("nan")
+    torch.export.save(program, path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.xnnpack.pte").write_bytes(b"of an earlier day")
+    result = run("lower", path, "--target", "xnnpack", "--output-dir", out)
+    assert result.code == 1
+    assert "up.weight" in result.error
+    assert "--debug" in result.error
+    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert (out / "model.xnnpack.pte").read_bytes() == b"of an earlier day"
+    assert json.loads((out / "report.json").read_text())["counts"]["missed"] == 1
+
+
+def test_explain(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "8da4w")
+    _, report = ecp.rewrite(torch.export.load(path), "xnnpack")
+    assert run("explain", path, "--target", "xnnpack").out == f"{report}\n"
+    told = run("explain", path, "--target", "xnnpack", "--json")
+    assert told.code == 0
+    assert json.loads(told.out) == report.to_dict()
+    assert names(tmp_path) == ["model.pt2"]
+
+
+def test_a_program_with_no_quantized_weight(tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "float")
+    result = run("explain", path, "--target", "cuda")
+    assert result.code == 0
+    assert "no candidates" in result.out
+
+
+def bad_models(folder: Path) -> dict[str, Path]:
+    """Files that are no exported program, by what is wrong with them."""
+    whole, _ = save(folder, "4w")
+    content = whole.read_bytes()
+    bad = {name: folder / f"{name}.pt2" for name in ("missing", "empty", "random", "tensors", "directory", "package")}
+    bad["empty"].touch()
+    bad["random"].write_bytes(bytes(range(256)) * 20)
+    torch.save({"weight": torch.ones(3)}, bad["tensors"])
+    bad["directory"].mkdir()
+    with zipfile.ZipFile(bad["package"], "w") as archive:
+        archive.writestr("package/data/aotinductor/model/code.so", b"")
+    for part in (1, 5, 9):
+        # The weights are archives inside the archive, so that a part of the file may look like a whole one.
+        bad[f"truncated-{part}"] = folder / f"truncated-{part}.pt2"
+        bad[f"truncated-{part}"].write_bytes(content[: len(content) * part // 10])
+    start = content.find(b'{"graph_module"')
+    assert start > 0
+    bad["damaged"] = folder / "damaged.pt2"
+    bad["damaged"].write_bytes(content[:start] + bytes(40) + content[start + 40 :])
+    return bad
+
+
+def test_what_is_no_exported_program(tmp_path: Path, run: Run) -> None:
+    for what, path in bad_models(tmp_path).items():
+        result = run("lower", path, "--target", "cpu", "--output-dir", tmp_path / "out")
+        assert (what, result.code, result.out) == (what, 2, "")
+        assert result.error == result.err.strip(), what
+        assert str(path) in result.error
+        assert "torch.export.save" in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_traceback_only_under_debug(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "empty.pt2"
+    path.touch()
+    result = run("explain", path, "--target", "cpu", "--debug")
+    assert result.code == 2
+    assert result.err.startswith("Traceback")
+    assert "error: " in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--target", "tpu"], "cuda, metal, xnnpack, cpu"),
+        (["--target", "cpu", "--output-dir", "model.pt2"], "is a file"),
+        (["--target", "cpu", "--output-dir", "model.pt2/below"], "is a file"),
+        (["--target", "cpu", "--expect", "linear_int4"], "NAME=COUNT"),
+        (["--target", "cpu", "--expect", "linear_int4=-1"], "NAME=COUNT"),
+        (["--target", "cpu", "--expect", "linear_int5=1"], "linear_int4"),
+    ],
+)
+def test_bad_usage(arguments: list[str], said: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    # None of these needs a look into the model, so none waits for it.
+    (tmp_path / "model.pt2").write_bytes(b"not looked at")
+    monkeypatch.chdir(tmp_path)
+    result = run("lower", "model.pt2", *arguments)
+    assert result.code == 2
+    assert said in result.error
+    assert names(tmp_path) == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["lower"], ["lower", "model.pt2"], ["lower", "model.pt2", "-t", "cpu", "--stop-after", "x"], ["nothing"]],
+)
+def test_usage_that_typer_refuses(arguments: list[str], run: Run) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert "Usage: et-cuda-passes" in result.err
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
+def test_a_directory_without_permission(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = run("lower", "model.pt2", "--target", "cpu", "--output-dir", tmp_path / "locked" / "out")
+    assert result.code == 2
+    assert "permission" in result.error
+
+
+def test_rules(run: Run) -> None:
+    listed = json.loads(run("rules", "--json").out)
+    assert list(listed) == list(ecp.targets())
+    for name, about in listed.items():
+        assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
+    linear = listed["cuda"]["passes"][0]
+    assert linear["rewrite"].endswith("-> int4_linear(x, packed, scale_and_zero, bias)")
+    assert linear["options"] == {"kernel": None, "cast_to_bf16": False}
+    assert {"wanted", "hint", "stage"} == set(linear["requires"][0])
+    text = run("rules").out
+    for passed in [entry for about in listed.values() for entry in about["passes"]]:
+        assert f"\n\n{passed['name']}\n  {passed['rewrite']}\n" in text
+        assert all(f"  requires {need['wanted']}" in text for need in passed["requires"])
+
+
+def test_version(run: Run) -> None:
+    result = run("--version")
+    assert result.code == 0
+    assert f"torch {torch.__version__}" in result.out
+
+
+def test_as_a_module_with_nothing_but_json_on_stdout(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "4w")
+    command = [sys.executable, "-m", "et_cuda_passes", "explain", str(path), "--target", "cpu", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["counts"]["linear_int4"] == 2
+    assert f"loading {path}" in done.stderr

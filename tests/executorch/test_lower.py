@@ -1,0 +1,174 @@
+"""What a target runs: the names it gets, that it appears whole or not at all, and that nothing else is changed."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
+from executorch.exir import to_edge_transform_and_lower
+from executorch.exir._serialize._cord import Cord
+from executorch.exir._serialize._named_data_store import NamedDataStore
+from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
+from executorch.exir.backend.canonical_partitioners.all_node_partitioner import AllNodePartitioner
+from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+import et_cuda_passes as ecp
+from et_cuda_passes.executorch import lower as module
+from et_cuda_passes.executorch.lower import lower, missing, staged
+from et_cuda_passes.executorch.packed import ModelError, load_model, packed_layouts, save_packed
+from tests.saved import save
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def rewritten(folder: Path, target: str, scheme: str = "4w", dtype: torch.dtype = torch.float32) -> Any:
+    path, _ = save(folder, scheme, dtype)
+    return ecp.rewrite(torch.export.load(path), target)
+
+
+def test_what_xnnpack_keeps_is_what_the_stock_partitioner_makes(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "8da4w")
+    program, report = ecp.rewrite(torch.export.load(path), "xnnpack")
+    assert report.counts()["kept"] == 2
+    steps: list[str] = []
+    files = lower(program, "xnnpack", tmp_path / "out", "stem", steps.append)
+    assert files == [tmp_path / "out" / "stem.pte"]
+    assert len(steps) == 2
+    stock = to_edge_transform_and_lower(torch.export.load(path), partitioner=[Stock()]).to_executorch()
+    assert files[0].read_bytes() == stock.buffer
+
+
+class OutsideBackend(BackendDetails):
+    """A backend that keeps its data outside the .pte, as the CUDA one does, and computes nothing."""
+
+    files = ("outside_blob",)
+
+    @staticmethod
+    def preprocess(program: Any, specs: Any) -> PreprocessResult:
+        store = NamedDataStore()
+        for name in OutsideBackend.files:
+            store.add_named_data(f"key of {name}", b"weights" * 100, 1, name)
+        return PreprocessResult(processed_bytes=b"code", data_store_output=store.get_named_data_store_output())
+
+
+@pytest.fixture
+def outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    partitioner = AllNodePartitioner(OutsideBackend.__name__, [])
+    monkeypatch.setattr("et_cuda_passes.executorch.cuda.CudaPartitioner", lambda passes: partitioner)
+
+
+def test_data_that_a_backend_keeps_outside_is_called_after_the_program(tmp_path: Path, outside: None) -> None:
+    program, _ = rewritten(tmp_path, "cuda", "float")
+    files = lower(program, "cuda", tmp_path / "out", "a.stem")
+    assert [path.name for path in files] == ["a.stem.ptd", "a.stem.pte"]
+    held = FlatTensorSerializer().deserialize(Cord(files[0].read_bytes()))
+    assert b"".join(held.buffers[0:1]) == b"weights" * 100
+
+
+def test_several_data_files_keep_their_own_names_behind_the_programs(
+    tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OutsideBackend, "files", ("one", "two"))
+    program, _ = rewritten(tmp_path, "cuda", "float")
+    files = lower(program, "cuda", tmp_path / "out", "stem")
+    assert [path.name for path in files] == ["stem.one.ptd", "stem.pte", "stem.two.ptd"]
+
+
+def test_a_lowering_that_fails_midway_writes_nothing(
+    tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from executorch.exir import ExecutorchProgramManager
+
+    def full(self: Any, folder: str) -> None:
+        assert names(Path(folder)) == ["stem.pte"]  # the first of the two is written by now
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ExecutorchProgramManager, "write_tensor_data_to_file", full)
+    program, _ = rewritten(tmp_path, "cuda", "float")
+    with pytest.raises(OSError, match="no space left"):
+        lower(program, "cuda", tmp_path / "out", "stem")
+    assert names(tmp_path / "out") == []
+
+
+def test_staged_files_replace_those_before_them(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("before")
+    with staged(tmp_path) as staging:
+        (staging / "a").write_text("after")
+        assert (tmp_path / "a").read_text() == "before"
+    assert (tmp_path / "a").read_text() == "after"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_target_that_nothing_lowers_to(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'tpu' has no lowering"):
+        lower(None, "tpu", tmp_path / "out", "stem")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing("xnnpack") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "a torch built for it" in (missing("cuda") or "")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert "torch.cuda.is_available()" in (missing("cuda") or "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert missing("cuda") is None
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_has_torchao_mps", lambda: False)
+    assert "TORCHAO_BUILD_EXPERIMENTAL_MPS=1" in (missing("metal") or "")
+
+
+@pytest.mark.parametrize(("target", "layout"), [("cuda", "tile_packed_to_4d"), ("metal", "metal"), ("cpu", "cpu")])
+def test_a_packed_program_comes_back_with_its_report(tmp_path: Path, target: str, layout: str) -> None:
+    program, report = rewritten(tmp_path, target, dtype=torch.bfloat16)
+    save_packed(program, report, tmp_path / "packed.pt2")
+    model = load_model(tmp_path / "packed.pt2", target)
+    assert model.report == report
+    assert model.packed == packed_layouts(program) == {layout: 2}
+    x = torch.randn(4, 64, dtype=torch.bfloat16)
+    assert torch.equal(model.program.module()(x), program.module()(x))
+    for other in set(ecp.targets()) - {target}:
+        with pytest.raises(ModelError, match=f"packed .* for target {target}, which target {other} does not run"):
+            load_model(tmp_path / "packed.pt2", other)
+
+
+def test_a_program_rewritten_without_packing_has_its_target_on_record(tmp_path: Path) -> None:
+    program, report = rewritten(tmp_path, "xnnpack")
+    save_packed(program, report, tmp_path / "packed.pt2")
+    assert load_model(tmp_path / "packed.pt2", "xnnpack").report == report
+    with pytest.raises(ModelError, match="rewritten for target xnnpack"):
+        load_model(tmp_path / "packed.pt2", "cuda")
+
+
+def test_int4_linears_in_a_branch_count(tmp_path: Path) -> None:
+    packed, qparams = torch.zeros(1, 1, 32, 4, dtype=torch.int32), torch.zeros(4, 8, 2, dtype=torch.bfloat16)
+
+    class Branches(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            def linear(x: torch.Tensor) -> torch.Tensor:
+                return torch.ops.et_cuda_passes.int4_linear_tile_packed_to_4d(x, packed, qparams, None, 32, 8)
+
+            def nothing(x: torch.Tensor) -> torch.Tensor:
+                return x[:, :8].clone()
+
+            return torch.cond(x.sum() > 0, linear, nothing, (x,))
+
+    program = torch.export.export(Branches(), (torch.ones(2, 128, dtype=torch.bfloat16),))
+    assert packed_layouts(program) == {"tile_packed_to_4d": 1}
+
+
+@pytest.mark.gpu
+def test_lower_for_cuda(tmp_path: Path) -> None:
+    program, report = rewritten(tmp_path, "cuda", dtype=torch.bfloat16)
+    assert report.counts()["linear_int4"] == 2
+    files = lower(program, "cuda", tmp_path / "out", "stem")
+    assert [path.name for path in files] == ["stem.ptd", "stem.pte"]
+    assert b"CudaBackend" in files[1].read_bytes()
+    for fqn in ("up.weight", "down.weight"):
+        assert f"{fqn}.packed".encode() in files[0].read_bytes()
