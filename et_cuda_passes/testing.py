@@ -1,4 +1,4 @@
-"""For people who add patterns: one assertion that a rule rewrites a program rightly, one that it misses and says why."""
+"""For people who add patterns: one assertion that a rule rewrites rightly, one that it misses and says why."""
 
 import copy
 from collections.abc import Iterable, Mapping

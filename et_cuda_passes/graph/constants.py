@@ -1,5 +1,6 @@
 """Constants across methods: packed once from the same sources, and named after the weight they come from."""
 
+import itertools
 from collections.abc import Callable, Hashable
 
 import torch
@@ -13,14 +14,21 @@ class ConstantPool:
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._names: set[str] = set()
 
     def get(
         self, fqn: str, sources: tuple[torch.Tensor, ...], layout: Hashable, make: Callable[[], torch.Tensor]
     ) -> tuple[str, torch.Tensor]:
-        """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time."""
+        """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time.
+
+        Another constant under the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
+        """
         key = (tuple(_identity(source) for source in sources), layout)
         if key not in self._entries:
-            self._entries[key] = (fqn, make(), sources)
+            names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
+            name = next(name for name in names if name not in self._names)
+            self._names.add(name)
+            self._entries[key] = (name, make(), sources)
         name, tensor, _ = self._entries[key]
         return name, tensor
 

@@ -134,3 +134,30 @@ def test_a_weight_that_something_else_reads_too_stays_for_it(once: bool) -> None
     assert "no pass for target cuda takes aten.sum" in str(other.reasons[0])
     wanted = model(x)
     assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
+
+
+class TwoScales(torch.nn.Module):
+    """The same integers read with two scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Quantized(64, 64)
+        self.register_buffer("other", self.inner.scale * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, scale = self.inner.weight(), self.inner.scale
+        self.inner.scale = self.other
+        second = self.inner.weight()
+        self.inner.scale = scale
+        return F.linear(F.linear(x, first), second)
+
+
+def test_one_tensor_of_integers_with_two_scales_is_packed_once_and_scaled_twice() -> None:
+    model, x = TwoScales(), torch.randn(3, 64).bfloat16()
+    with torch.no_grad():
+        wanted = model(x)
+        program = torch.export.export(model, (x,))
+    rewritten, _ = ecp.rewrite(program, "cuda", expect={"linear_int4": 2})
+    names = sorted(name for name in rewritten.state_dict if "inner" in name and "bias" not in name)
+    assert names == ["inner.data.packed", "inner.data.scale_and_zero", "inner.data.scale_and_zero_2"]
+    assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
