@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from et_cuda_passes.graph.ops import Target
+from et_cuda_passes.graph.ops import Target, in_edge_form
 from et_cuda_passes.graph.program import Program
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
@@ -24,8 +24,9 @@ class Builder:
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
+        form = in_edge_form(target) if self.program.is_edge else target
         with self.program.graph.inserting_before(self.root):
-            node = self.program.graph.call_function(target, args, kwargs)
+            node = self.program.graph.call_function(form, args, kwargs)
 
         def fake(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, Node) else argument
@@ -35,7 +36,11 @@ class Builder:
         for key in _INHERITED:
             if key in self.root.meta:
                 node.meta[key] = self.root.meta[key]
-        node.meta["from_node"] = [NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)]
+        source = NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)
+        assert source.node_info is not None
+        # An address, as torch sets it: two saved rewrites of one program would differ.
+        source.node_info.graph_id = 0
+        node.meta["from_node"] = [source]
         return node
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:

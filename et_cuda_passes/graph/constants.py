@@ -23,7 +23,7 @@ class ConstantPool:
 
         Another constant under the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
         """
-        key = (tuple(_identity(source) for source in sources), layout)
+        key = (tuple(identity(source) for source in sources), layout)
         if key not in self._entries:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._names)
@@ -33,7 +33,10 @@ class ConstantPool:
         return name, tensor
 
 
-def _identity(tensor: torch.Tensor) -> Hashable:
+def identity(tensor: torch.Tensor) -> Hashable:
+    """Equal for tensors that are one: the same memory read in the same way, or the same subclass object."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
+        return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
 
 

@@ -9,6 +9,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.conflict import resolve
@@ -21,7 +22,7 @@ from et_cuda_passes.graph.passes import Pass, parse, stages
 from et_cuda_passes.graph.pattern import roots
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
-from et_cuda_passes.graph.rule import Keep, Rule, Stage, Unmet, compiled
+from et_cuda_passes.graph.rule import Answer, Keep, Requirement, Rule, Stage, Unmet, compiled
 
 FindCandidates = Callable[[Program], Iterable[Candidate]]
 
@@ -95,6 +96,7 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
         note, detail = claim.rule.note(claim.m), claim.rule.detail(claim.m)
         if isinstance(claim.rule, Keep):
             program.kept.update(claim.wants)
+            program.kept_inputs.update(claim.m.match.shared)
             ledger.keep(claim.rule.name, claim.m.match, note, detail)
         elif not ledger.is_settled(claim.m.match):
             ledger.rewrite(claim.rule.name, claim.m.match, note, detail)
@@ -137,7 +139,7 @@ def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
         if requirement.stage != stage:
             continue
         try:
-            holds, found, *better = requirement.check(rule, m)
+            holds, found, *better = _answer(rule, requirement, m)
         except Unmet as unmet:
             # A question that cannot be asked fails every require that asks it; once in the report is enough.
             holds, found, better = False, str(unmet), []
@@ -149,6 +151,16 @@ def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     return list(reasons.values())
 
 
+def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
+    answer = requirement.check(rule, m)
+    if not isinstance(answer, tuple) or len(answer) not in (2, 3) or not isinstance(answer[0], bool):
+        raise RuleError(
+            f"rule {rule.name}: the require {requirement.wanted!r} must return (holds, found) or (holds, found, hint), "
+            f"with holds a bool; it returned {answer!r}"
+        )
+    return answer
+
+
 def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
     root = m.root
     try:
@@ -157,6 +169,8 @@ def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
         raise RuleError(
             f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
         ) from error
+    if not isinstance(new, Node):
+        raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
     _check(rule, root, new)
     program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))
@@ -192,10 +206,12 @@ def _run_opaque(entry: Pass, program: Program) -> Program:
         exported = getattr(result, "exported_program", result)
         if not isinstance(exported, ExportedProgram):
             raise TypeError(f"pass {entry.name} returned {type(exported).__name__}, not an ExportedProgram")
-        return Program(exported, program.pool)
+        after = Program(exported, program.pool)
+        after.keep_again(program.kept, program.kept_inputs)
+        return after
     module = program.as_graph_module()
     result = entry.value(module)
-    returned = getattr(result, "graph_module", result)
+    returned = result.graph_module if isinstance(result, PassResult) else result
     if returned is not None and not isinstance(returned, GraphModule):
         raise TypeError(
             f"pass {entry.name} returned {type(returned).__name__}; return None, a GraphModule or a PassResult"

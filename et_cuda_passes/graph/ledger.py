@@ -1,6 +1,6 @@
 """Who did what to which candidate: open until one outcome is written, never two, never none."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +40,7 @@ class Ledger:
         self._outcomes: dict[Node, Outcome] = {}
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
         self._readers: dict[Node, list[Node]] = defaultdict(list)
+        self._replaced: dict[Node, set[Node]] = defaultdict(set)
         self._enroll(candidates)
 
     def _enroll(self, candidates: Iterable[Candidate]) -> None:
@@ -95,28 +96,40 @@ class Ledger:
         self.report.applied[rule] = self.report.applied.get(rule, 0) + 1
         reasons = [Reason(rule, "note", "", note)] if note else []
         for node in self._covers(match):
-            self._outcomes[node] = self._outcome(node, status, rule, reasons, detail)
+            # A match that replaces one weight of several settles its reader when it is the last of them.
+            self._replaced[node].add(match.root)
+            if node in match.owned or self._replaced[node].issuperset(self._candidates[node].weights):
+                self._outcomes[node] = self._outcome(node, status, rule, reasons, detail)
 
     def _outcome(self, node: Node, status: Status, rule: str | None, reasons: list[Reason], detail: str) -> Outcome:
         candidate = self._candidates[node]
         return Outcome(node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail)
 
     def follow(self, candidates: Iterable[Candidate], name: str) -> None:
-        """After pass ``name`` changed the graph: new nodes for old candidates, and what the pass took care of."""
+        """After pass ``name`` changed the graph: each candidate's new node, and what the pass itself took care of."""
         now = list(candidates)
-        fresh = Counter((c.fqn, c.op) for c in now if c.node not in self._candidates)
-        alive = {c.node for c in now}
+        here = {candidate.node for candidate in now}
+        unknown = [candidate for candidate in now if candidate.node not in self._candidates]
         for node, candidate in list(self._candidates.items()):
-            if node in alive or node in self._outcomes:
+            if node in here or (node in self._outcomes and self._outcomes[node].status == "rewritten"):
                 continue
-            if fresh[candidate.fqn, candidate.op] > 0:
-                fresh[candidate.fqn, candidate.op] -= 1
-                del self._candidates[node]
+            moved = next((new for new in unknown if (new.fqn, new.op) == (candidate.fqn, candidate.op)), None)
+            if moved is None:
+                if self.is_open(node):
+                    note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
+                    self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
+                    self.report.applied[name] = self.report.applied.get(name, 0) + 1
                 continue
-            note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
-            self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
-            self.report.applied[name] = self.report.applied.get(name, 0) + 1
+            unknown.remove(moved)
+            self._move(node, moved.node)
         self._enroll(now)
+
+    def _move(self, old: Node, new: Node) -> None:
+        """What is known of ``old`` is known of ``new``, the same operator in a copied graph."""
+        del self._candidates[old]
+        for table in (self._outcomes, self._misses):
+            if old in table:
+                table[new] = table.pop(old)  # type: ignore[assignment]
 
     def close(self) -> None:
         """Write the outcomes; what nobody took is missed, with every reason that was given."""

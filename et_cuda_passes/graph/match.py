@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called, op_name, schema_of
+from et_cuda_passes.graph.ops import argument_names, arguments, called, op_name, schema_of
 from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Literal, Pattern
 
 
@@ -103,7 +103,7 @@ class _Matcher:
     def match_call(self, pattern: Call, node: Any, state: _State) -> Iterator[_State]:
         if not isinstance(node, Node) or called(node) not in pattern.targets:
             return self.fail(node, pattern, state)
-        if node in self.written:
+        if node in self.written and node is not self.root:
             return self.fail(node, pattern, state, f"{pattern} whose result nothing writes in place")
         if node is not self.root and not pattern.shared and len(node.users) != 1:
             return self.fail(node, pattern, state, f"{pattern} with this one user")
@@ -115,14 +115,17 @@ class _Matcher:
         for child, value in self.pair(pattern, node):
             if isinstance(child, Anything):
                 continue
+            if isinstance(child, Capture) and node is not self.root and value in self.written:
+                # Read here, it would be read at the root instead, after it may have been written.
+                return self.fail(value, child, bound, f"{child}, which nothing writes in place")
             states = [after for before in states for after in self.match(child, value, before)]
         yield from states
 
     def pair(self, pattern: Call, node: Node) -> Iterator[tuple[Pattern, Any]]:
         """Each argument's pattern with the value that stands there; a default that nobody named is a literal."""
         actual, schema = arguments(node), schema_of(node)
-        defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments}
-        names = list(actual) if schema is None else list(defaults)
+        names = list(actual) if schema is None else argument_names(node)
+        defaults = {} if schema is None else dict(zip(names, (a.default_value for a in schema.arguments), strict=True))
         wanted = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
         for name in sorted(wanted.keys() - set(names)):
             yield Literal(f"an argument called {name}"), None
@@ -136,7 +139,8 @@ class _Matcher:
 def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> Match | Miss:
     """Match ``pattern`` with its root at ``root``.
 
-    Inner nodes must have one user, unless their pattern is ``shared``; nothing is matched across a write in place.
+    Inner nodes must have one user, unless their pattern is ``shared``; nothing is matched across a write in place. The
+    root's own result may be written afterwards: what replaces it stands in the same place.
 
     Args:
         pattern: what to look for.

@@ -1,6 +1,5 @@
 """Operator identity: which overload a node calls; edge and ATen forms of one operator are equated here alone."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +51,15 @@ def called(node: Node) -> Target | None:
     return canonical(node.target) if node.op == "call_function" else None
 
 
+def in_edge_form(target: torch._ops.OpOverload) -> Target:
+    """``target`` as ExecuTorch's edge dialect holds it; asked for a program of that dialect, so ExecuTorch is there."""
+    from importlib import import_module
+
+    edge = import_module("executorch.exir.dialects._ops").ops.edge
+    namespace, _, name = target._schema.name.partition("::")
+    return getattr(getattr(getattr(edge, namespace), name), target._overloadname)
+
+
 def op_name(target: Target) -> str:
     """A short printable name, for messages only: ``aten.linear``, ``torchao.dequantize_affine``, ``getitem``."""
     target = canonical(target)
@@ -75,40 +83,18 @@ def arguments(node: Node) -> dict[str, Any]:
     if schema is None:
         return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)
     bound: dict[str, Any] = {}
-    for position, argument in enumerate(schema.arguments):
+    for name, (position, argument) in zip(argument_names(node), enumerate(schema.arguments), strict=True):
         if position < len(node.args):
-            bound[argument.name] = node.args[position]
+            bound[name] = node.args[position]
         elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
+            bound[name] = node.kwargs[argument.name]
         elif argument.has_default_value():
-            bound[argument.name] = argument.default_value
+            bound[name] = argument.default_value
     return bound
 
 
-def written_nodes(nodes: Iterable[Node]) -> set[Node]:
-    """Every node whose memory some node writes in place, and every node that those are views of."""
-    written: set[Node] = set()
-    for node in nodes:
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
-            continue
-        for argument in target._schema.arguments:
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = arguments(node).get(argument.name)
-            for item in value if isinstance(value, (list, tuple)) else [value]:
-                while isinstance(item, Node) and item not in written:
-                    written.add(item)
-                    item = _viewed(item)
-    return written
-
-
-def _viewed(node: Node) -> Node | None:
-    """The node that ``node`` is a view of, or None."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for argument in node.target._schema.arguments:
-        if argument.alias_info is not None:
-            value = arguments(node).get(argument.name)
-            return value if isinstance(value, Node) else None
-    return None
+def argument_names(node: Node) -> list[str]:
+    """The names of a call's arguments, those of the canonical operator where the two forms differ in them."""
+    schema = schema_of(node)
+    names = [] if schema is None else [argument.name for argument in schema.arguments]
+    return ["size" if name == "shape" and called(node) is aten.view.default else name for name in names]

@@ -26,12 +26,17 @@ class Pass:
     @property
     def before(self) -> tuple[str, ...]:
         """Names of passes that run after this one."""
-        return tuple(getattr(self.value, "before", ()) or ())
+        return _names(self.value, "before")
 
     @property
     def after(self) -> tuple[str, ...]:
         """Names of passes that run before this one."""
-        return tuple(getattr(self.value, "after", ()) or ())
+        return _names(self.value, "after")
+
+
+def _names(value: Any, attribute: str) -> tuple[str, ...]:
+    names = getattr(value, attribute, None) or ()
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def parse(passes: Iterable[Any], is_program_pass: Callable[[Any], bool]) -> list[Pass]:

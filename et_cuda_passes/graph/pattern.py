@@ -98,6 +98,10 @@ def op(*targets: Target) -> Callable[..., Call]:
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
         positional = args[:-1] if rest else args
+        for form in forms:
+            schema = getattr(form, "_schema", None)
+            if schema is not None and len(positional) > len(schema.arguments):
+                raise TypeError(f"{op_name(form)} has {len(schema.arguments)} arguments, not {len(positional)}")
         return Call(
             forms,
             tuple(_lift(arg) for arg in positional),
@@ -128,6 +132,20 @@ def captures_of(function: Callable[..., Any]) -> dict[str, Capture]:
             raise TypeError(f"a capture's only default is None (it makes it optional): {parameter}")
         captures[parameter.name] = Capture(parameter.name, optional=parameter.default is None)
     return captures
+
+
+def names(pattern: Pattern) -> Iterator[str]:
+    """Every name that a match of ``pattern`` may bind."""
+    if isinstance(pattern, Capture):
+        yield pattern.name
+    elif isinstance(pattern, AnyOf):
+        for alternative in pattern.alternatives:
+            yield from names(alternative)
+    elif isinstance(pattern, Call):
+        if pattern.name is not None:
+            yield pattern.name
+        for _, child in (*enumerate(pattern.args), *pattern.kwargs):
+            yield from names(child)
 
 
 def roots(pattern: Pattern) -> Iterator[Target]:

@@ -20,9 +20,11 @@ from torch.export.graph_signature import (
 )
 from torch.fx import GraphModule, Node
 
-from et_cuda_passes.graph.constants import ConstantPool, unparametrized
-from et_cuda_passes.graph.crowding import make_room
-from et_cuda_passes.graph.ops import ACCESS, called, written_nodes
+from et_cuda_passes.graph.constants import ConstantPool, identity, unparametrized
+from et_cuda_passes.graph.copying import copied, counterparts
+from et_cuda_passes.graph.memory import written_in
+from et_cuda_passes.graph.naming import forget_tied, make_room, renamed_calls
+from et_cuda_passes.graph.ops import ACCESS, called
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -34,19 +36,9 @@ class Program:
     def __init__(self, exported: ExportedProgram, pool: ConstantPool | None = None) -> None:
         self._source = exported
         self.pool = pool or ConstantPool()
-        # Tensors stay shared; only structure and metadata dictionaries are copied.
-        tensors = {id(t): t for t in (*exported.state_dict.values(), *exported.constants.values())}
-        self._root = torch.nn.Module()
-        for name, child in exported.graph_module.named_children():
-            self._root.add_module(name, copy.deepcopy(child, tensors))
+        self.is_edge = exported.dialect == "EDGE"
+        self._root, self.graph = copied(exported)
         self._meta = dict(exported.graph_module.meta)
-        self.graph = torch.fx.Graph()
-        copied: dict[Node, Node] = {}
-        results = self.graph.graph_copy(exported.graph, copied)
-        self.graph.output(results).meta.update(exported.graph.output_node().meta)
-        for theirs, ours in copied.items():
-            # The copy renames what looks like a Python builtin, `input` say; the signature goes by the old names.
-            ours.name = theirs.name
         self.state_dict: dict[str, Any] = dict(exported.state_dict)
         self.constants: dict[str, Any] = dict(exported.constants)
         self._specs: dict[str, InputSpec] = {}
@@ -58,7 +50,16 @@ class Program:
         self._added: dict[str, Node] = {}
         self.kept: set[Node] = set()
         """Nodes that a rule decided to leave exactly as they are."""
+        self.kept_inputs: set[Node] = set()
+        """Matched nodes that kept ones read, and that others may read too: what replaces them is for the others."""
         self._replaced: dict[Node, Node] = {}
+        self._dropped: list[Any] = []
+        self._renamed: dict[str, str] = {}
+        self._first_name: dict[Hashable, str] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            held, target = self.constant(node), self.target(node)
+            if held is not None and target is not None:
+                self._first_name.setdefault(identity(held), target)
         self.refresh()
 
     def branches(self) -> Iterator[GraphModule]:
@@ -67,6 +68,7 @@ class Program:
 
     def as_graph_module(self) -> GraphModule:
         """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
+        self._inputs = [node.name for node in self.graph.nodes if node.op == "placeholder"]
         module = GraphModule(self._root, self.graph)
         module.meta.update(self._meta)
         return module
@@ -75,9 +77,9 @@ class Program:
         """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
         self._derived.clear()
         nodes = list(self.graph.nodes)
-        self.written = written_nodes(nodes)
         mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
-        self.written |= {n for n in nodes if n.op == "placeholder" and self.target(n) in mutated}
+        placeholders = [node for node in nodes if node.op == "placeholder"]
+        self.written = written_in(nodes, [n for n in placeholders if self.target(n) in mutated], self.constant)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -118,12 +120,13 @@ class Program:
         """The FQN of the weight that a constant belongs to: one name, in whichever form the weight stands in the graph.
 
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the plain parameters
-        ``l.parametrizations.weight.original0`` that ``run_decompositions`` makes of it.
+        ``l.parametrizations.weight.original0`` that ``run_decompositions`` makes of it. Of a tied weight's names it is
+        the first.
         """
         if called(node) is ACCESS:
             return self.fqn(cast(Node, node.args[0]))
-        target = self.target(node)
-        return None if target is None else unparametrized(target)
+        held = self.constant(node)
+        return None if held is None else unparametrized(self._first_name[identity(held)])
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
@@ -187,8 +190,9 @@ class Program:
         spec.target = name
 
     def replace(self, old: Node, new: Node) -> None:
-        """Make every reader of ``old`` read ``new``, except those that are kept as they are."""
-        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in self.kept and user is not new)
+        """Make every reader of ``old`` read ``new``; one that is kept together with ``old`` goes on reading that."""
+        leave = self.kept if old in self.kept_inputs else set()
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
         self._replaced[old] = new
 
     def current(self, node: Node) -> Node:
@@ -213,20 +217,35 @@ class Program:
             if node.op == "placeholder":
                 if self.target(node) is None:
                     continue
-                self._drop(node)
+                self.drop(node)
             elif node.op != "call_function":
                 continue
             gone.add(node)
             inputs = node.all_input_nodes
             self.graph.erase_node(node)
             work.extend(inputs)
+            self._hand_over_name(node)
 
-    def _drop(self, node: Node) -> None:
+    def _hand_over_name(self, gone: Node) -> None:
+        """What replaced ``gone`` takes its name: the signatures of preserved modules, and people, go by it."""
+        new = self._replaced.get(gone)
+        if new is None:
+            return
+        if new.op == "call_function" and new.name not in self._renamed.values():
+            new.name = gone.name
+        else:
+            self._renamed[gone.name] = new.name
+
+    def drop(self, node: Node) -> None:
+        """Forget constant ``node``, which is about to be erased, and what it holds."""
         target = self._specs.pop(node.name).target
-        if target is not None and all(spec.target != target for spec in self._outputs):
-            self.state_dict.pop(target, None)
-            self.constants.pop(target, None)
-            self._added.pop(target, None)
+        if target is None or any(spec.target == target for spec in self._outputs):
+            return
+        self._added.pop(target, None)
+        for table in (self.state_dict, self.constants):
+            dropped = table.pop(target, None)
+            if dropped is not None:
+                self._dropped.append(dropped)
 
     def adopt(self, module: GraphModule, name: str) -> None:
         """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
@@ -235,22 +254,28 @@ class Program:
             ValueError: it added, removed or renamed inputs, or changed the number of outputs.
         """
         self._root, self.graph, self._meta = module, module.graph, module.meta
-        placeholders = [node.name for node in self.graph.nodes if node.op == "placeholder"]
-        if set(placeholders) != set(self._specs):
-            changed = sorted(set(placeholders) ^ set(self._specs))
+        before, after = list(self._inputs), [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        if before != after:
+            changed = ", ".join(sorted(set(before) ^ set(after))) or "their order"
             raise ValueError(
-                f"pass {name} changed the program's inputs ({', '.join(changed)}); a pass that adds or removes "
-                "constants must be an ExecuTorch ExportedProgramPassBase, which can change the signature"
+                f"pass {name} changed the program's inputs ({changed}); a pass that adds or removes constants must be "
+                "an ExecuTorch ExportedProgramPassBase, which can change the signature"
             )
         outputs = self.graph.output_node().args[0]
         if len(cast(tuple[Any, ...], outputs)) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
         nodes = ((self.target(n), n) for n in self.graph.nodes if n.op == "placeholder")
         self._added = {target: node for target, node in nodes if target in self._added}
+        self.keep_again(self.kept, self.kept_inputs)
         self.refresh()
+
+    def keep_again(self, kept: Iterable[Node], inputs: Iterable[Node]) -> None:
+        """Keep what nodes of an earlier form of this graph have become: a pass may have copied them."""
+        self.kept, self.kept_inputs = counterparts(kept, self.graph), counterparts(inputs, self.graph)
 
     def finish(self) -> ExportedProgram:
         """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
+        forget_tied(self, self._dropped)
         make_room(self, self._added)
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         values = self.graph.output_node().args[0]
@@ -266,7 +291,7 @@ class Program:
             graph_signature=signature,
             state_dict=self.state_dict,
             range_constraints=copy.copy(source.range_constraints),
-            module_call_graph=copy.deepcopy(source.module_call_graph),
+            module_call_graph=renamed_calls(source.module_call_graph, self._renamed),
             example_inputs=source.example_inputs,
             constants=self.constants,
             verifiers=source.verifiers,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, captures_of
+from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, captures_of, names
 
 if TYPE_CHECKING:
     from et_cuda_passes.graph.builder import Builder
@@ -18,6 +18,10 @@ Stage = Literal["metadata", "values"]
 Answer = tuple[bool, str] | tuple[bool, str, str]
 Check = Callable[[Any, "MatchContext"], Answer]
 _C = TypeVar("_C", bound=Check)
+
+
+# What a MatchContext itself has; a capture of the same name could not be reached.
+RESERVED = frozenset({"match", "captures", "program", "target", "root", "val", "derive"})
 
 
 class Unmet(Exception):
@@ -126,4 +130,6 @@ def compiled(rule: Rule) -> Compiled:
     pattern = function(**captures)
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
+    for taken in sorted({*captures, *names(pattern)} & RESERVED):
+        raise TypeError(f"rule {rule.name}: nothing in a pattern can be called {taken!r}, which a match has already")
     return Compiled(pattern, tuple(captures))

@@ -1,11 +1,14 @@
-"""Room for ``w.packed`` beside a ``w`` that is still read: no module holds both a tensor and something inside it."""
+"""What a rewrite owes to names: of constants that stand beside their parts, of tied weights, of preserved modules."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch.export.exported_program import ModuleCallEntry
 from torch.fx import Node
 
+from et_cuda_passes.graph.constants import identity
 from et_cuda_passes.graph.ops import ACCESS, called
 
 if TYPE_CHECKING:
@@ -13,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def make_room(program: "Program", added: Iterable[str]) -> None:
-    """Give what is left of each ``w`` that has something inside it another name.
+    """Let ``w.packed`` stand beside a ``w`` that is still read: no module holds both a tensor and something inside it.
 
     A subclass parameter becomes its parts, under the names that ``run_decompositions`` would give them; a plain tensor
     becomes ``w.original``.
@@ -51,3 +54,25 @@ def _unwrap(program: "Program", node: Node, target: str, whole: torch.Tensor) ->
     # The readers have no users now, and then neither has the parameter.
     program.abandon(readers)
     program.sweep()
+
+
+def forget_tied(program: "Program", dropped: Iterable[torch.Tensor]) -> None:
+    """Drop the other names of dropped tensors: ``torch.export`` reads a tied weight under one of them and lists all."""
+    gone = {identity(tensor) for tensor in dropped}
+    for node in program.graph.find_nodes(op="placeholder"):
+        held = program.constant(node)
+        if held is not None and not node.users and identity(held) in gone:
+            program.drop(node)
+            program.graph.erase_node(node)
+
+
+def renamed_calls(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:
+    """The signatures of preserved modules, by the names that their values have now."""
+    result: list[ModuleCallEntry] = copy.deepcopy(calls)
+    for call in result:
+        if call.signature is not None:
+            for argument in (*call.signature.inputs, *call.signature.outputs):
+                name = getattr(argument, "name", None)
+                if isinstance(name, str) and name in names:
+                    argument.name = names[name]
+    return result

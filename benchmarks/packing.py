@@ -1,0 +1,105 @@
+"""How fast weights are packed and how much memory that takes: `python -m benchmarks.packing`.
+
+Every line is measured in a process of its own with one thread: weights a second of the thread's own time (the best of
+several runs), and how far the process's peak memory rises above the input and the output. MB are 10^6 bytes of int8
+weights, the form that quantization leaves them in. The memory column is read from /proc and needs Linux.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from et_cuda_passes.layouts import cpu, metal, mps, tile_packed_to_4d
+
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
+PACK: dict[str, Convert] = {
+    "tile_packed_to_4d, I = 8": partial(tile_packed_to_4d.pack, inner_k_tiles=8, offset=8),
+    "tile_packed_to_4d, I = 4": partial(tile_packed_to_4d.pack, inner_k_tiles=4, offset=8),
+    "tile_packed_to_4d, I = 2": partial(tile_packed_to_4d.pack, inner_k_tiles=2, offset=8),
+    "mps, I = 8": partial(mps.pack, inner_k_tiles=8, offset=8),
+    "metal": partial(metal.pack, offset=8),
+    "cpu": partial(cpu.pack, offset=8),
+}
+UNPACK: dict[str, Convert] = {
+    "tile_packed_to_4d, I = 8": tile_packed_to_4d.unpack,
+    "mps, I = 8": mps.unpack,
+    "metal": metal.unpack,
+    "cpu": cpu.unpack,
+}
+SIZES = ((576, 1536), (3072, 3072), (8192, 3072), (16384, 8192))
+
+
+def cpu_all_at_once(q: torch.Tensor) -> torch.Tensor:
+    """What the CPU layout costs without chunks: the whole weight as int32, straight into the operator."""
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32) + 8, 8)
+    return packed
+
+
+def measure(pack: Convert, unpack: Convert | None, n: int, k: int, repeats: int | None = None) -> tuple[float, float]:
+    """Weights a second, and peak bytes above input and output, of `unpack` or, where that is None, of `pack`.
+
+    Runs in a fresh process, so `pack` and `unpack` must be importable functions or partials of such.
+    """
+    # The fresh processes are forks of one that has imported this module and done nothing else.
+    clean = multiprocessing.get_context("forkserver")
+    clean.set_forkserver_preload(["benchmarks.packing"])
+    with ProcessPoolExecutor(1, mp_context=clean) as pool:
+        return pool.submit(_measure_here, pack, unpack, n, k, repeats or max(5, 2**27 // (n * k))).result()
+
+
+def _measure_here(pack: Convert, unpack: Convert | None, n: int, k: int, repeats: int) -> tuple[float, float]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    run = pack if unpack is None else unpack
+    small = torch.randint(-8, 8, (64, 256), dtype=torch.int8)
+    run(small if unpack is None else pack(small))  # what happens once a process is no part of either figure
+
+    weights = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    given = weights if unpack is None else pack(weights)
+    before = _peak_bytes()
+    result = run(given)
+    extra = _peak_bytes() - before - result.nbytes
+
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.thread_time()
+        run(given)
+        best = min(best, time.thread_time() - start)
+    return n * k / best, max(0.0, extra)
+
+
+def _peak_bytes() -> float:
+    """The process's peak resident memory so far. (Unlike ru_maxrss, it does not start at the parent's peak.)"""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024.0
+
+
+def main() -> None:
+    """Prints the table."""
+    argparse.ArgumentParser(prog="python -m benchmarks.packing", description=__doc__).parse_args()
+    host = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {host}, 1 thread\n")
+    print(f"| {'layout':38} | {'N x K':>12} | {'MB/s':>6} | {'extra MB':>8} |")
+    print(f"|{'-' * 40}|{'-' * 14}|{'-' * 8}|{'-' * 10}|")
+    rows: list[tuple[str, Convert, Convert | None]] = [(f"pack {name}", pack, None) for name, pack in PACK.items()]
+    rows.append(("pack cpu, without chunks", cpu_all_at_once, None))
+    rows += [(f"unpack {name}", PACK[name], unpack) for name, unpack in UNPACK.items()]
+    for name, pack, unpack in rows:
+        for n, k in SIZES:
+            rate, extra = measure(pack, unpack, n, k)
+            print(f"| {name:38} | {f'{n} x {k}':>12} | {rate / 1e6:6.0f} | {extra / 1e6:8.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Write docs/reference from the code, and check every link of the documentation.
+
+Run as ``python -m docs.generate`` (``make docs``) from the root of the repository. The pages are text made from the
+registered rules, targets and operators alone, so that the same code gives the same bytes; a test compares them.
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import et_cuda_passes as ecp
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.targets import get_target
+
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "docs" / "reference"
+NOTICE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
+
+
+def rules() -> dict[str, tuple[Any, list[str]]]:
+    """Each rule of any target's default list by name, with the targets that have it."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for target in ecp.targets():
+        for entry in ecp.default_passes(target):
+            if isinstance(entry, ecp.Rule):
+                found.setdefault(entry.name, (entry, []))[1].append(target)
+    return dict(sorted(found.items()))
+
+
+def plain_marks(text: str) -> str:
+    """Docstring markup as Markdown: double backticks and roles become code."""
+    return re.sub(r":\w+:`([^`]+)`|``([^`]+)``", lambda found: f"`{found[1] or found[2]}`", text)
+
+
+def docstring(thing: Any) -> tuple[str, str]:
+    """The first line of a docstring, and the rest."""
+    first, _, rest = (inspect.getdoc(thing) or "").partition("\n")
+    return first.strip(), plain_marks(rest.strip())
+
+
+def cell(text: Any) -> str:
+    """Text that fits in one cell of a table."""
+    return plain_marks(" ".join(str(text).split())).replace("|", "\\|")
+
+
+def plain(value: Any) -> str:
+    """A value of a target as a reader of a table wants it."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value)
+    return str(value)
+
+
+def described(cls: type) -> tuple[str, dict[str, str]]:
+    """The prose of a class's docstring after its first line, and what its ``Attributes:`` section says of each."""
+    prose, _, section = docstring(cls)[1].partition("Attributes:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return prose.strip(), {name: " ".join(text.split()) for name, text in entries}
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([cell(item) for item in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rules_page() -> str:
+    """Every rule: its rewrite, its targets, its options, and what it requires with the hints that a report gives."""
+    parts = [
+        "# Rules",
+        "By name. A rule that matched is applied where everything that it requires holds; all that do not hold are "
+        "the reasons of a miss, each with its hint.",
+    ]
+    for name, (rule, targets) in rules().items():
+        cls = type(rule)
+        prose, options = described(cls)
+        listed = ", ".join(f"[{target}](targets.md#{target})" for target in targets)
+        parts += [f"## {name}", f"```text\n{docstring(cls)[0]}\n```"]
+        parts += [text for text in (docstring(sys.modules[cls.__module__])[1], prose) if text]
+        parts.append(f"`{cls.__name__}`, in the list of {listed}.")
+        fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
+        if fields:
+            rows = [(f"`{f.name}`", f"`{getattr(rule, f.name)!r}`", options.get(f.name, "")) for f in fields]
+            parts.append(table(["option", "default", "meaning"], rows))
+        if rule.requires:
+            rows = [(need.wanted, need.stage, need.hint or "depends on what is found") for need in rule.requires]
+            parts.append(table(["requires", "read from", "hint"], rows))
+    return "\n\n".join(parts)
+
+
+def targets_page() -> str:
+    """Every target: its kernels with what each accepts, as data, and its list of passes."""
+    meanings = described(Int4Kernel)[1]
+    columns = [field.name for field in dataclasses.fields(Int4Kernel)]
+    parts = [
+        "# Targets",
+        "What a kernel accepts is data that rules read as `m.target`; a place that asks for something else is a miss "
+        "with its reason. A target's first kernel is its default.",
+    ]
+    for name in ecp.targets():
+        target = get_target(name)
+        parts += [f"## {name}", target.summary + "."]
+        if target.int4_kernels:
+            rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in target.int4_kernels]
+            parts.append(table([column.replace("_", " ") for column in columns], rows))
+        entries = [entry.name for entry in ecp.default_passes(name)]
+        parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
+    parts += [
+        "## What the columns say",
+        table(["column", "meaning"], ((c.replace("_", " "), meanings[c]) for c in columns)),
+    ]
+    return "\n\n".join(parts)
+
+
+def operators_page() -> str:
+    """Every operator that the package registers, by its schema."""
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("et_cuda_passes::"))
+    parts = [
+        "# Operators",
+        "Registered when the package is imported, in the namespace `et_cuda_passes`. "
+        "[Why they exist](../index.md#why-an-operator-of-our-own-stands-in-the-edge-program).",
+    ]
+    for name in names:
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator.partition(".")[0])
+        overload = getattr(packet, operator.partition(".")[2] or "default")
+        parts.append(f"```text\n{overload._schema}\n```")
+    return "\n\n".join(parts)
+
+
+def pages() -> dict[Path, str]:
+    """The text of every generated page by its path."""
+    made = {"rules.md": rules_page(), "targets.md": targets_page(), "operators.md": operators_page()}
+    return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in made.items()}
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a page's headings make, as code hosts spell them."""
+    headings = re.findall(
+        r"^#+ +(.*?)\s*$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(root: Path = ROOT) -> Iterator[str]:
+    """Each relative link of README, CONTRIBUTING and docs that leads nowhere, as ``page: link``."""
+    for page in [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+                yield f"{page.relative_to(root).as_posix()}: {link}"
+
+
+def main() -> int:
+    """Write the pages, drop those that nothing writes any more, check the links; 1 where one is broken."""
+    made = pages()
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT).as_posix())
+    broken = list(broken_links())
+    for link in broken:
+        print(f"broken link: {link}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Which values change while a program runs: written in place, under whatever name and through whatever view."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.ops import arguments
+
+
+def memory_of(held: torch.Tensor | None) -> int | None:
+    """The address of a constant's memory; None for what has none that could be shared."""
+    if held is None or type(held) not in (torch.Tensor, torch.nn.Parameter) or held.device.type == "meta":
+        return None
+    return held.untyped_storage().data_ptr()
+
+
+def written_in(
+    nodes: Sequence[Node], mutated: Iterable[Node], constant: Callable[[Node], torch.Tensor | None]
+) -> set[Node]:
+    """Every node of a program whose value changes while it runs.
+
+    Args:
+        nodes: all of them.
+        mutated: placeholders of buffers that the program's signature says it updates.
+        constant: the tensor that a placeholder holds, None for an input.
+    """
+    mutated = list(mutated)
+    written = written_nodes(nodes, mutated)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    # Constants under several names may lie in one memory, which is then written under all of them.
+    memory = {memory_of(constant(node)) for node in placeholders if node in written} - {None}
+    if not memory:
+        return written
+    return written_nodes(nodes, mutated + [node for node in placeholders if memory_of(constant(node)) in memory])
+
+
+def written_nodes(nodes: Sequence[Node], constants: Iterable[Node] = ()) -> set[Node]:
+    """Every node whose memory is written in place: what some node writes, ``constants``, and every view of either."""
+    written = {_base(node) for node in constants}
+    for node in nodes:
+        target = node.target
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+            continue
+        for argument in target._schema.arguments:
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = arguments(node).get(argument.name)
+            items = value if isinstance(value, (list, tuple)) else [value]
+            written.update(_base(item) for item in items if isinstance(item, Node))
+    return {node for node in nodes if _base(node) in written} if written else set()
+
+
+def _base(node: Node) -> Node:
+    """The node whose memory ``node`` is a view of, itself if of none."""
+    while (viewed := _viewed(node)) is not None:
+        node = viewed
+    return node
+
+
+def _viewed(node: Node) -> Node | None:
+    """The node that ``node`` is a view of, or None."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for argument in node.target._schema.arguments:
+        if argument.alias_info is not None:
+            value = arguments(node).get(argument.name)
+            return value if isinstance(value, Node) else None
+    return None

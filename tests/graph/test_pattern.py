@@ -1,0 +1,89 @@
+"""Patterns as data: what op and any_of build, which captures a method asks for, where a match may start."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from et_cuda_passes.graph.pattern import Anything, Call, Capture, Literal, any_of, captures_of, op, roots
+
+aten = torch.ops.aten
+
+
+def test_arguments_are_lifted_to_patterns() -> None:
+    x = Capture("x")
+    call = op(aten.add.Tensor)(x, 2, alpha=3, name="sum", shared=True)
+    assert call == Call((aten.add.Tensor,), (x, Literal(2)), (("alpha", Literal(3)),), "sum", False, True)
+
+
+def test_an_ellipsis_matches_anything_and_the_last_one_opens_the_rest() -> None:
+    x = Capture("x")
+    assert op(aten.add.Tensor)(..., x).args == (Anything(), x)
+    assert not op(aten.add.Tensor)(..., x).open
+    last = op(aten.add.Tensor)(x, ...)
+    assert (last.args, last.open) == ((x,), True)
+
+
+def test_a_pattern_cannot_be_changed() -> None:
+    call = op(aten.relu.default)(Capture("x"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        call.name = "y"  # type: ignore[misc]
+    assert hash(call) == hash(op(aten.relu.default)(Capture("x")))
+
+
+def test_op_without_an_operator() -> None:
+    with pytest.raises(ValueError, match=r"op\(\) needs at least one operator"):
+        op()
+
+
+def test_one_operator_in_several_forms_is_one_target() -> None:
+    assert op(aten.view.default, aten.reshape.default, aten.view_copy.default)().targets == (aten.view.default,)
+
+
+def test_any_of_is_flat_and_in_order() -> None:
+    a, b, c = (op(t)() for t in (aten.relu.default, aten.neg.default, aten.abs.default))
+    assert any_of(a, any_of(b, c)).alternatives == (a, b, c)
+
+
+def test_captures_are_the_parameters() -> None:
+    def pattern(x: Any, bias: Any = None) -> None: ...
+
+    assert captures_of(pattern) == {"x": Capture("x"), "bias": Capture("bias", optional=True)}
+
+
+def test_captures_cannot_be_variadic() -> None:
+    def pattern(*xs: Any) -> None: ...
+
+    with pytest.raises(TypeError, match="cannot be variadic"):
+        captures_of(pattern)
+
+
+def test_a_captures_default_can_only_be_none() -> None:
+    def pattern(x: Any = 1) -> None: ...
+
+    with pytest.raises(TypeError, match="only default is None"):
+        captures_of(pattern)
+
+
+def test_roots_are_those_of_every_alternative() -> None:
+    pattern = any_of(op(aten.mm.default, aten.addmm.default)(...), op(aten.linear.default)(...))
+    assert list(roots(pattern)) == [aten.mm.default, aten.addmm.default, aten.linear.default]
+
+
+@pytest.mark.parametrize("pattern", [Capture("x"), Anything(), any_of(op(aten.relu.default)(), Literal(1))])
+def test_a_pattern_that_would_match_everywhere_is_refused(pattern: Any) -> None:
+    with pytest.raises(TypeError, match="rooted in a call"):
+        list(roots(pattern))
+
+
+def test_patterns_read_as_the_operators_they_want() -> None:
+    mm, addmm = op(aten.mm.default)(...), op(aten.addmm.default)(...)
+    assert str(op(aten.mm.default, aten.linear.default)()) == "aten.mm or aten.linear"
+    assert str(any_of(mm, addmm, mm)) == "aten.mm or aten.addmm"
+    assert (str(Capture("x")), str(Literal(2)), str(Anything())) == ("x", "2", "...")
+
+
+def test_more_positional_arguments_than_the_operator_has_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"aten\.relu"):
+        op(aten.relu.default)(Capture("x"), Capture("y"))

@@ -1,0 +1,363 @@
+"""Program surgery: the original untouched, names, constants in and out, sharing, mutated buffers, saved and loaded."""
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.testing import assert_rewrites
+from tests.helpers import Sketch, names
+
+aten = torch.ops.aten
+INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+class Net(torch.nn.Module):
+    """One quantized linear ``l`` (64 -> 16) with a bias, used as ``use(linear, input)``."""
+
+    def __init__(self, use: Any = lambda linear, x: linear(x)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.l = torch.nn.Linear(64, 16, dtype=torch.bfloat16)
+        self.use = use
+        quantize_(self, INT4)
+
+    def forward(self, input: Tensor) -> Any:
+        return self.use(self.l, input)
+
+
+X = torch.randn(3, 64, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def plain_use() -> ExportedProgram:
+    return torch.export.export(Net(), (X,))
+
+
+def read_whole(linear: Any, x: Tensor) -> Any:
+    """The linear, and its weight dequantized on its own for something that no rule takes."""
+    return linear(x), linear.weight.dequantize().sum(0)
+
+
+@pytest.fixture(scope="module")
+def also_read() -> ExportedProgram:
+    return torch.export.export(Net(read_whole), (X,))
+
+
+def reloaded(program: ExportedProgram) -> ExportedProgram:
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def forms(program: ExportedProgram) -> list[ExportedProgram]:
+    """With a tensor-subclass parameter, and with the plain parameters of a decomposition."""
+    return [program, program.run_decompositions({})]
+
+
+# Names and constants ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
+def test_packed_constants_take_the_place_of_the_weight_under_its_fqn(plain_use: ExportedProgram, form: int) -> None:
+    program, _ = assert_rewrites(forms(plain_use)[form], expect={"linear_int4": 1})
+    assert set(program.state_dict) == {"l.weight.packed", "l.weight.scale_and_zero", "l.bias"}
+    signature = program.graph_signature
+    assert set(signature.parameters) == set(program.state_dict)
+    assert signature.user_inputs == ("input",)
+    assert names(program) == ["et_cuda_passes.int4_linear_tile_packed_to_4d"]
+    (call,) = (n for n in program.graph.nodes if n.op == "call_function")
+    assert [a.name for a in call.args[:4]] == ["input", "p_l_weight_packed", "p_l_weight_scale_and_zero", "p_l_bias"]
+
+
+def test_plain_buffers_are_packed_under_their_fqn() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    before = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("deep.w")))
+    program, _ = assert_rewrites(before, expect={"linear_int4": 1})
+    assert set(program.state_dict) == {"deep.w.data.packed", "deep.w.data.scale_and_zero"}
+
+
+def test_emitted_nodes_carry_value_source_line_and_provenance(plain_use: ExportedProgram) -> None:
+    (old,) = plain_use.graph.find_nodes(op="call_function", target=aten.linear.default)
+    program, report = ecp.rewrite(plain_use, "cuda")
+    (node,) = (n for n in program.graph.nodes if n.op == "call_function")
+    value, was = node.meta["val"], old.meta["val"]
+    assert (value.shape, value.dtype, value.device) == (was.shape, was.dtype, was.device)
+    assert isinstance(value, torch._subclasses.FakeTensor)
+    for key in ("stack_trace", "nn_module_stack"):
+        assert node.meta[key] == old.meta[key]
+    (source,) = node.meta["from_node"]
+    assert (source.name, source.pass_name) == (old.name, "linear_int4")
+    assert report.outcomes[0].source.startswith(__file__)
+    for placeholder in program.graph.find_nodes(op="placeholder"):
+        assert isinstance(placeholder.meta["val"], torch._subclasses.FakeTensor)
+
+
+def test_the_copy_is_the_original_where_nothing_is_rewritten(also_read: ExportedProgram) -> None:
+    before = str(also_read.graph), str(also_read.graph_signature)
+    program, report = ecp.rewrite(also_read, "cuda", passes=[])
+    assert (str(program.graph), str(program.graph_signature)) == before
+    assert program is not also_read
+    assert program.graph is not also_read.graph
+    assert all(program.state_dict[name] is also_read.state_dict[name] for name in also_read.state_dict)
+    assert report.bytes_before == report.bytes_after
+    theirs = {id(node) for node in also_read.graph.nodes}
+    assert not theirs & {id(node) for node in program.graph.nodes}
+
+
+def test_changing_the_result_does_not_change_the_original(plain_use: ExportedProgram) -> None:
+    before = str(plain_use.graph), str(plain_use.graph_signature), list(plain_use.state_dict)
+    metas = [dict(node.meta) for node in plain_use.graph.nodes]
+    program, _ = ecp.rewrite(plain_use, "cuda", passes=[])
+    for node in program.graph.nodes:
+        node.meta.clear()
+    program.state_dict.clear()
+    program.graph_signature.input_specs.clear()
+    program.graph.output_node().args = ((),)
+    assert (str(plain_use.graph), str(plain_use.graph_signature), list(plain_use.state_dict)) == before
+    assert [dict(node.meta).keys() for node in plain_use.graph.nodes] == [meta.keys() for meta in metas]
+
+
+def test_a_name_that_is_taken_is_an_error_and_not_a_wrong_weight() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    taken = sketch.parameter("w.data.packed", torch.ones(16, dtype=torch.bfloat16))
+    y = sketch.call(aten.linear.default, x, sketch.weight("w"), taken)
+    with pytest.raises(Exception, match=r"already has a constant named 'w\.data\.packed'"):
+        ecp.rewrite(sketch.program(y), "cuda")
+
+
+def test_a_placeholder_s_name_that_is_taken_gets_another() -> None:
+    sketch = Sketch()
+    x = sketch.input("p_w_data_packed", 2, 64, dtype=torch.bfloat16)
+    program, _ = assert_rewrites(sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))))
+    assert program.graph_signature.user_inputs == ("p_w_data_packed",)
+    assert reloaded(program).graph_signature.user_inputs == ("p_w_data_packed",)
+
+
+# Weights that something else reads too ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
+def test_a_weight_that_another_operator_reads_stays_for_it(also_read: ExportedProgram, form: int) -> None:
+    before = forms(also_read)[form]
+    program, report = assert_rewrites(before, expect={"linear_int4": 1, "missed": 1})
+    assert {o.fqn for o in report.outcomes} == {"l.weight"}
+    assert {"l.weight.packed", "l.weight.scale_and_zero"} < set(program.state_dict)
+    again = reloaded(program)
+    for got, wanted in zip(again.module()(X), program.module()(X), strict=True):
+        assert torch.equal(got, wanted)
+    assert again.state_dict.keys() == program.state_dict.keys()
+
+
+def test_a_plain_weight_that_another_operator_reads_whole_stays_for_it() -> None:
+    sketch = Sketch()
+    weight = sketch.weight("w")
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    data = weight.args[0]
+    y = sketch.call(aten.linear.default, x, weight)
+    program, _ = assert_rewrites(sketch.program(y, sketch.call(aten.neg.default, data)), expect={"linear_int4": 1})
+    assert "w.data.packed" in program.state_dict
+    got, wanted = reloaded(program).module()(torch.ones(2, 64, dtype=torch.bfloat16)), program.module()
+    assert torch.equal(got[1], wanted(torch.ones(2, 64, dtype=torch.bfloat16))[1])
+
+
+def test_tied_weights_are_packed_once() -> None:
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = Net(), Net()
+            self.b.l.weight = self.a.l.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    exported = torch.export.export(Tied(), (X,))
+    for before in forms(exported):
+        program, _ = assert_rewrites(before, expect={"linear_int4": 2, "missed": 0})
+        # Export reads both through one of the names; nothing is left of the other.
+        held = sorted(name for name in program.state_dict if "bias" not in name)
+        assert [name.partition(".")[2] for name in held] == ["l.weight.packed", "l.weight.scale_and_zero"]
+
+
+def test_buffers_of_one_storage_under_two_fqns_are_packed_once() -> None:
+    sketch = Sketch()
+    data = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
+    scale = torch.rand(16, 2, dtype=torch.bfloat16)
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    y = []
+    for name in "ab":
+        held = sketch.buffer(f"{name}.data", data), sketch.buffer(f"{name}.scale", scale)
+        dequantize = torch.ops.torchao.dequantize_affine.default
+        weight = sketch.call(dequantize, held[0], [1, 32], held[1], None, torch.int8, -8, 7, torch.bfloat16)
+        y.append(sketch.call(aten.linear.default, x, weight))
+    program, _ = assert_rewrites(sketch.program(*y), expect={"linear_int4": 2})
+    assert sorted(program.state_dict) == ["a.data.packed", "a.data.scale_and_zero"]
+
+
+# Methods that share ------------------------------------------------------------------------------------------------
+
+
+def test_two_methods_share_what_one_pool_has_packed() -> None:
+    model = Net()
+    prefill = torch.export.export(model, (X,))
+    model.use = lambda linear, x: linear(x) * 2
+    decode = torch.export.export(model, (X[:1],))
+    pool = ConstantPool()
+    (one, _), (two, _) = (ecp.rewrite(method, "cuda", pool=pool) for method in (prefill, decode))
+    for name in ("l.weight.packed", "l.weight.scale_and_zero"):
+        assert one.state_dict[name].data_ptr() == two.state_dict[name].data_ptr()
+    apart, _ = ecp.rewrite(decode, "cuda")
+    assert apart.state_dict["l.weight.packed"].data_ptr() != one.state_dict["l.weight.packed"].data_ptr()
+    assert torch.equal(two.module()(X[:1]), apart.module()(X[:1]))
+
+
+def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
+    """A delegate keeps constants by FQN: two that differ under one name would silently be one of them."""
+
+    def method(seed: int) -> ExportedProgram:
+        sketch = Sketch()
+        x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+        return sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w", seed=seed)))
+
+    pool = ConstantPool()
+    (one, _), (two, _) = (ecp.rewrite(method(seed), "cuda", pool=pool) for seed in (0, 1))
+    assert set(one.state_dict) == {"w.data.packed", "w.data.scale_and_zero"}
+    assert set(two.state_dict) == {"w.data.packed_2", "w.data.scale_and_zero_2"}
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    assert not torch.equal(one.module()(x), two.module()(x))
+
+
+# Outputs and buffers -----------------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_node_may_be_an_output_several_times_and_in_any_structure() -> None:
+    def use(linear: Any, x: Tensor) -> Any:
+        y = linear(x)
+        return {"y": y, "list": [y, y.relu()], "x": x}
+
+    exported = torch.export.export(Net(use), (X,))
+    for before in forms(exported):
+        program, _ = assert_rewrites(before, expect={"linear_int4": 1})
+        result = reloaded(program).module()(X)
+        assert result.keys() == {"y", "list", "x"}
+        assert torch.equal(result["y"], result["list"][0])
+
+
+class Cache(torch.nn.Module):
+    """Writes what a quantized linear computes into a buffer, and returns the buffer's sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.register_buffer("seen", torch.zeros(4, 16, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        self.seen.index_copy_(0, at, self.net(x))
+        return self.seen.sum(0)
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["in place", "functional"])
+def test_a_buffer_that_is_written_is_kept_right_over_several_calls(form: int) -> None:
+    example = (torch.randn(1, 64, dtype=torch.bfloat16), torch.tensor([0]))
+    before = forms(torch.export.export(Cache(), example))[form]
+    program, _ = assert_rewrites(before, expect={"linear_int4": 1})
+    written = [list(p.graph_signature.buffers_to_mutate.values()) for p in (program, before)]
+    assert written[0] == written[1] == ([] if form == 0 else ["seen"])
+    ours, theirs = copy.deepcopy(program.module()), copy.deepcopy(before.module())
+    for step in range(4):
+        inputs = torch.randn(1, 64, dtype=torch.bfloat16), torch.tensor([step])
+        got, wanted = ours(*inputs), theirs(*inputs)
+        assert (got - wanted).norm() <= 2**-7 * wanted.norm()
+    assert (ours.get_buffer("seen").norm(dim=1) > 0).all()
+    assert "seen" in reloaded(program).state_dict
+
+
+# Saved and loaded --------------------------------------------------------------------------------------------------
+
+
+def test_a_rewritten_program_survives_save_and_load_and_decomposition(plain_use: ExportedProgram) -> None:
+    program, _ = ecp.rewrite(plain_use, "cuda")
+    wanted = program.module()(X)
+    for again in (reloaded(program), reloaded(program.run_decompositions({}))):
+        assert torch.equal(again.module()(X), wanted)
+        _, report = ecp.rewrite(again, "cuda")
+        assert report.outcomes == []
+
+
+def test_dynamic_shapes_and_their_ranges_survive() -> None:
+    rows = torch.export.Dim("rows", min=2, max=99)
+    before = torch.export.export(Net(), (X,), dynamic_shapes={"input": {0: rows}})
+    program, _ = assert_rewrites(before, expect={"linear_int4": 1})
+    assert str(program.range_constraints) == str(before.range_constraints)
+    again = reloaded(program)
+    for count in (2, 7, 99):
+        x = torch.randn(count, 64, dtype=torch.bfloat16)
+        assert again.module()(x).shape == (count, 16)
+
+
+def test_a_preserved_module_can_still_be_taken_out() -> None:
+    """The signatures of preserved modules go by node names, which a rewrite changes."""
+
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.net(x))
+
+    before = torch.export.export(Outer(), (X,), preserve_module_call_signature=("net",))
+    program, _ = ecp.rewrite(before, "cuda")
+    got, wanted = torch.export.unflatten(program)(X), program.module()(X)
+    assert torch.equal(got, wanted)
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
+def test_a_constant_is_read_through_a_subclass_and_named_as_one_weight(plain_use: ExportedProgram, form: int) -> None:
+    program = Program(forms(plain_use)[form])
+    (node,) = program.graph.find_nodes(op="call_function", target=torch.ops.torchao.dequantize_affine.default)
+    data, scale = node.args[0], node.args[2]
+    weight: Any = plain_use.state_dict["l.weight"]
+    assert torch.equal(program.constant(data), weight.qdata)
+    assert torch.equal(program.constant(scale), weight.scale)
+    assert {program.fqn(n) for n in (data, scale, node.args[3])} == {"l.weight"}
+    (user,) = (n for n in program.graph.nodes if n.name == "input")
+    assert program.constant(user) is None
+    assert program.fqn(user) is None
+
+
+def test_what_is_derived_is_computed_once_and_a_failure_is_remembered() -> None:
+    sketch = Sketch()
+    node = sketch.input("x", 4)
+    program = Program(sketch.program(sketch.call(aten.relu.default, node)))
+    (mine, *_) = program.graph.nodes
+    asked: list[Any] = []
+
+    def fails(program: Program, node: Any) -> None:
+        asked.append(node)
+        raise ValueError("never")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="never"):
+            program.derive(fails, mine)
+    assert asked == [mine]
+    program.refresh()
+    with pytest.raises(ValueError, match="never"):
+        program.derive(fails, mine)
+    assert len(asked) == 2

@@ -1,0 +1,44 @@
+"""The user's own line behind a node."""
+
+import pytest
+import torch
+
+from et_cuda_passes.graph.source import source_of
+
+HERE = '  File "/src/model.py", line 12, in forward\n    y = self.up(x)\n'
+INNER = '  File "/src/blocks.py", line 3, in up\n    return F.linear(x, w)\n'
+TORCH = '  File "/venv/lib/torch/nn/modules/linear.py", line 125, in forward\n    return F.linear(input, self.weight)\n'
+TORCHAO = '  File "/venv/lib/torchao/quantization/x.py", line 9, in _\n    return dequant\n'
+
+
+@pytest.mark.parametrize(
+    ("trace", "line"),
+    [
+        (HERE, "/src/model.py:12: y = self.up(x)"),
+        (HERE + INNER, "/src/blocks.py:3: return F.linear(x, w)"),
+        (HERE + TORCH + TORCHAO, "/src/model.py:12: y = self.up(x)"),
+        (TORCH, "/venv/lib/torch/nn/modules/linear.py:125: return F.linear(input, self.weight)"),
+        ("", ""),
+        (None, ""),
+        ("no frames here", ""),
+    ],
+)
+def test_the_innermost_line_that_is_no_plumbing(trace: str | None, line: str) -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["stack_trace"] = trace
+    assert source_of(node) == line
+
+
+def test_a_node_without_a_trace() -> None:
+    assert source_of(torch.fx.Graph().placeholder("x")) == ""
+
+
+def test_an_export_s_own_trace() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu() + 1
+
+    program = torch.export.export(Model(), (torch.randn(3),))
+    (relu,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    assert source_of(relu).startswith(__file__)
+    assert source_of(relu).endswith(": return x.relu() + 1")

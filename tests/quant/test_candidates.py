@@ -1,0 +1,190 @@
+"""Which operators the report accounts for: every reader of a dequantized weight, and nothing else."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import ExportedProgram
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.candidates import find_candidates
+from tests.helpers import DEQUANTIZE, Sketch
+from tests.quantized import Quantized
+
+aten = torch.ops.aten
+
+
+def found(program: ExportedProgram) -> list[tuple[str, str]]:
+    """Each candidate's operator and weight."""
+    return [(candidate.op, candidate.fqn) for candidate in find_candidates(Program(program))]
+
+
+def outcomes(program: ExportedProgram, target: str = "cuda") -> list[tuple[str, str]]:
+    _, report = ecp.rewrite(program, target)
+    assert len(report.outcomes) == len(find_candidates(Program(program)))
+    return [(outcome.op, outcome.status) for outcome in report.outcomes]
+
+
+CARRIED = {
+    "t": lambda s, w: s.call(aten.t.default, w),
+    "transpose": lambda s, w: s.call(aten.transpose.int, w, 0, 1),
+    "permute": lambda s, w: s.call(aten.permute.default, w, [1, 0]),
+    "view": lambda s, w: s.call(aten.view.default, w, [64, 16]),
+    "reshape": lambda s, w: s.call(aten.reshape.default, w, [64, 16]),
+    "unsqueeze and squeeze": lambda s, w: s.call(
+        aten.squeeze.dim, s.call(aten.unsqueeze.default, s.call(aten.t.default, w), 0), 0
+    ),
+    "alias": lambda s, w: s.call(aten.alias.default, s.call(aten.t.default, w)),
+    "clone": lambda s, w: s.call(aten.clone.default, s.call(aten.t.default, w)),
+    "cast there and back": lambda s, w: s.call(
+        aten._to_copy.default,
+        s.call(aten._to_copy.default, s.call(aten.t.default, w), dtype=torch.float32),
+        dtype=torch.bfloat16,
+    ),
+    "expand": lambda s, w: s.call(aten.expand.default, s.call(aten.t.default, w), [64, 16]),
+}
+
+
+@pytest.mark.parametrize("how", CARRIED)
+def test_the_reader_is_found_behind_what_only_moves_the_weight(how: str) -> None:
+    sketch = Sketch()
+    weight = CARRIED[how](sketch, sketch.weight("w"))
+    y = sketch.call(aten.mm.default, sketch.input("x", 2, 64, dtype=torch.bfloat16), weight)
+    program = sketch.program(y)
+    assert found(program) == [("aten.mm", "w.data")]
+    assert len(outcomes(program)) == 1
+
+
+def test_every_reader_of_one_weight_is_a_candidate_in_graph_order() -> None:
+    sketch = Sketch()
+    weight = sketch.weight("w")
+    x, index = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("index", 3, dtype=torch.int64)
+    first = sketch.call(aten.linear.default, x, weight)
+    rows = sketch.call(aten.embedding.default, weight, index)
+    total = sketch.call(aten.sum.default, sketch.call(aten.t.default, weight))
+    program = sketch.program(first, rows, total, sketch.call(aten.relu.default, first))
+    assert found(program) == [("aten.linear", "w.data"), ("aten.embedding", "w.data"), ("aten.sum", "w.data")]
+    assert outcomes(program) == [("aten.linear", "rewritten"), ("aten.embedding", "missed"), ("aten.sum", "missed")]
+
+
+def test_a_reader_of_two_weights_is_one_candidate_with_both_names() -> None:
+    sketch = Sketch()
+    product = sketch.call(aten.mul.Tensor, sketch.weight("a"), sketch.weight("b"))
+    assert found(sketch.program(product)) == [("aten.mul", "a.data, b.data")]
+
+
+def test_a_dequantized_weight_that_is_an_output_is_accounted_for() -> None:
+    sketch = Sketch()
+    weight = sketch.weight("w", dtype=torch.float32)
+    x = sketch.input("x", 2, 64)
+    program = sketch.program(weight, sketch.call(aten.linear.default, x, weight))
+    assert found(program) == [("aten.linear", "w.data"), ("output", "w.data")]
+    assert outcomes(program) == [("aten.linear", "missed"), ("output", "missed")]
+    folded, _ = ecp.rewrite(program, "xnnpack", expect={"rewritten": 2, "missed": 0})
+    assert not folded.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    x = torch.randn(2, 64)
+    for got, wanted in zip(folded.module()(x), program.module()(x), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_a_dequantize_that_nobody_reads_is_none() -> None:
+    sketch = Sketch()
+    sketch.weight("w")
+    assert found(sketch.program(sketch.call(aten.relu.default, sketch.input("x", 2)))) == []
+
+
+def test_a_weight_computed_from_constants_is_accounted_for() -> None:
+    sketch = Sketch()
+    packed, scale = sketch.buffer("q", torch.zeros(64, 16, dtype=torch.int8)), sketch.buffer("s", torch.ones(16, 2))
+    data = sketch.call(aten.t.default, packed)
+    weight = sketch.raw(DEQUANTIZE, data, [1, 32], scale, None, torch.int8, -8, 7, val=torch.empty(16, 64))
+    program = sketch.program(sketch.call(aten.linear.default, sketch.input("x", 2, 64), weight))
+    assert found(program) == [("aten.linear", "q")]
+    assert outcomes(program) == [("aten.linear", "missed")]
+
+
+def test_the_integers_of_an_activation_are_no_weight() -> None:
+    sketch = Sketch()
+    q = sketch.input("q", 2, 64, dtype=torch.int8)
+    scale = sketch.buffer("s", torch.ones(2, 1))
+    x = sketch.call(DEQUANTIZE, q, [1, 64], scale, None, torch.int8)
+    weight = sketch.parameter("w", torch.randn(16, 64))
+    assert found(sketch.program(sketch.call(aten.linear.default, x, weight))) == []
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+def test_dynamic_activations_add_no_candidate(decompose: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16))
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)))
+    program = torch.export.export(model, (torch.randn(2, 64),))
+    program = program.run_decompositions({}) if decompose else program
+    assert len(program.graph.find_nodes(op="call_function", target=DEQUANTIZE)) == 2
+    assert [fqn for _, fqn in found(program)] == ["0.weight"]
+
+
+class Branches(torch.nn.Module):
+    """A quantized linear in each branch of a condition and one behind it; nested, one of them a branch further in."""
+
+    def __init__(self, nested: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (
+            Quantized(64, 64, seed=seed, form=lambda x, weight, bias: F.linear(x, weight)) for seed in range(3)
+        )
+        self.nested = nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        def left(y: Tensor) -> Tensor:
+            return torch.cond(y.max() > 1, self.a, lambda z: z + 1, (y,)) if self.nested else self.a(y)
+
+        return self.c(torch.cond(x.sum() > 0, left, lambda y: self.b(y), (x,)))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("target", ["cuda", "xnnpack"])
+def test_weights_in_branches_are_missed_with_that_reason_and_the_rest_rewritten(nested: bool, target: str) -> None:
+    program = torch.export.export(Branches(nested), (torch.randn(2, 64, dtype=torch.bfloat16),))
+    rewritten, report = ecp.rewrite(program, target)
+    assert sorted(o.status for o in report.outcomes) == ["missed", "missed", "rewritten"]
+    for outcome in report.outcomes:
+        if outcome.status == "missed":
+            (reason,) = outcome.reasons
+            assert "stands in a branch of control flow" in str(reason)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    for inputs in (x.abs(), -x.abs()):
+        got, wanted = rewritten.module()(inputs), program.module()(inputs)
+        assert (got - wanted).norm() <= 2**-7 * wanted.norm()
+
+
+def test_a_decomposed_dequantize_is_warned_about() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 16, dtype=torch.bfloat16))
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
+    _, report = ecp.rewrite(program, "cuda")
+    assert report.outcomes == []
+    (warning,) = report.warnings
+    assert "decomposed" in warning
+    assert "run_decompositions({})" in warning
+    assert "0." in warning
+    assert warning in str(report)
+
+
+def test_a_program_without_quantized_weights_has_no_candidates_and_no_warning() -> None:
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(16, 64))
+
+        def forward(self, x: Tensor) -> Any:
+            return F.linear(x, self.w)
+
+    program = torch.export.export(Plain(), (torch.randn(2, 64),))
+    for target in ecp.targets():
+        after, report = ecp.rewrite(program, target)
+        assert (report.outcomes, report.warnings) == ([], [])
+        assert "no candidates" in str(report)
+        assert str(after.graph) == str(program.graph)

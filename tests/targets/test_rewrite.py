@@ -1,0 +1,208 @@
+"""ecp.rewrite: what goes in, what comes out, what it refuses, and that its input is left alone."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.export import ExportedProgram
+
+import et_cuda_passes as ecp
+from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.helpers import Sketch, chain, names
+from tests.quantized import Quantized
+
+aten = torch.ops.aten
+
+
+@pytest.fixture
+def program() -> ExportedProgram:
+    """A linear that cuda takes, and one whose K it does not."""
+    sketch = Sketch()
+    good, odd = sketch.weight("good"), sketch.weight("odd", k=48, group=48)
+    x, y = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("y", 2, 48, dtype=torch.bfloat16)
+    return sketch.program(sketch.call(aten.linear.default, x, good), sketch.call(aten.linear.default, y, odd))
+
+
+def test_it_returns_a_program_and_a_report(program: ExportedProgram) -> None:
+    after, report = ecp.rewrite(program, target="cuda", passes=None, expect=None)
+    assert isinstance(after, ExportedProgram)
+    assert isinstance(report, ecp.Report)
+    for outcome in report.outcomes:
+        assert isinstance(outcome.reasons, list)
+        assert outcome.status in {"rewritten", "kept", "missed"}
+        assert outcome.source == f"model.py:7: y = f({outcome.node})"
+    assert [(o.node, o.op, o.fqn, o.rule, o.status) for o in report.outcomes] == [
+        ("linear_default", "aten.linear", "good.data", "linear_int4", "rewritten"),
+        ("linear_default_1", "aten.linear", "odd.data", None, "missed"),
+    ]
+    assert report.bytes_after < report.bytes_before
+    assert json.loads(report.to_json()) == report.to_dict()
+
+
+@pytest.mark.parametrize("target", ecp.targets())
+def test_the_input_is_left_as_it_was_for_every_target(program: ExportedProgram, target: str) -> None:
+    before = str(program.graph), {name: (t, t.clone()) for name, t in program.state_dict.items()}
+    after, _ = ecp.rewrite(program, target)
+    assert str(program.graph) == before[0]
+    assert program.state_dict.keys() == before[1].keys()
+    for name, (tensor, copy) in before[1].items():
+        assert program.state_dict[name] is tensor
+        assert torch.equal(tensor, copy)
+    assert after is not program
+
+
+@pytest.mark.parametrize("wrong", [None, torch.nn.Linear(2, 2), "model.pt2", 3])
+def test_what_is_no_exported_program_is_refused_with_the_fix(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"not {type(wrong).__name__}; export the model with torch.export.export"):
+        ecp.rewrite(wrong, "cuda")
+
+
+def test_a_graph_module_is_no_exported_program(program: ExportedProgram) -> None:
+    with pytest.raises(TypeError, match="not GraphModule"):
+        ecp.rewrite(program.graph_module, "cuda")  # type: ignore[arg-type]
+
+
+def test_an_unknown_target_lists_the_known(program: ExportedProgram) -> None:
+    with pytest.raises(ValueError, match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu"):
+        ecp.rewrite(program, "tpu")
+
+
+@pytest.mark.parametrize("passes", [[ecp.LinearInt4], ["linear_int4"], [None], "linear_int4", 3, [ecp.LinearInt4(), 7]])
+def test_a_pass_list_with_something_else_in_it_is_refused(program: ExportedProgram, passes: Any) -> None:
+    with pytest.raises(TypeError, match="passes"):
+        ecp.rewrite(program, "cuda", passes)
+
+
+def test_two_passes_of_one_name_are_refused(program: ExportedProgram) -> None:
+    passes = [ecp.LinearInt4(), ecp.LinearInt4(cast_to_bf16=True)]
+    with pytest.raises(ValueError, match="two passes are named 'linear_int4'"):
+        ecp.rewrite(program, "cuda", passes)
+
+
+def test_passes_may_be_any_iterable_and_may_be_none_at_all(program: ExportedProgram) -> None:
+    _, report = ecp.rewrite(program, "cuda", (entry for entry in ecp.default_passes("cuda")))
+    assert report.counts()["linear_int4"] == 1
+    after, report = ecp.rewrite(program, "cuda", [])
+    assert names(after) == names(program)
+    assert report.counts() == {"rewritten": 0, "kept": 0, "missed": 2}
+
+
+@pytest.mark.parametrize(
+    "expect", [{}, {"linear_int4": 1}, {"rewritten": 1, "missed": 1, "kept": 0}, {"linear_views": 0}]
+)
+def test_demands_that_hold(program: ExportedProgram, expect: dict[str, int]) -> None:
+    ecp.rewrite(program, "cuda", expect=expect)
+
+
+def test_demands_that_do_not_hold_say_what_came_instead(program: ExportedProgram) -> None:
+    with pytest.raises(ecp.ExpectationError) as error:
+        ecp.rewrite(program, "cuda", expect={"linear_int4": 2, "missed": 0, "kept": 0})
+    assert str(error.value).startswith("linear_int4: expected 2, got 1; missed: expected 0, got 1\n")
+    assert "K = 48" in str(error.value)
+    assert error.value.report.counts()["linear_int4"] == 1
+
+
+def test_a_demand_on_what_is_neither_a_pass_nor_a_status_is_refused(program: ExportedProgram) -> None:
+    with pytest.raises(ValueError, match=r"expect names 'linear_int3'; known here are .*linear_int4"):
+        ecp.rewrite(program, "cuda", expect={"linear_int3": 1})
+
+
+def test_a_failed_demand_leaves_the_input_as_it_was(program: ExportedProgram) -> None:
+    before = str(program.graph), list(program.state_dict)
+    with pytest.raises(ecp.ExpectationError):
+        ecp.rewrite(program, "cuda", expect={"missed": 0})
+    assert (str(program.graph), list(program.state_dict)) == before
+
+
+def test_a_program_in_edge_form_is_rewritten_within_its_dialect() -> None:
+    from executorch.exir import EdgeCompileConfig, to_edge
+
+    model, x = Quantized(16, 64), torch.randn(2, 64, dtype=torch.bfloat16)
+    whole = [torch.ops.torchao.dequantize_affine.default]
+    config = EdgeCompileConfig(preserve_ops=whole, _core_aten_ops_exception_list=whole)
+    edge = to_edge(torch.export.export(model, (x,)), compile_config=config).exported_program()
+    after, _ = ecp.rewrite(edge, "cuda", expect={"linear_int4": 1})
+    assert after.dialect == edge.dialect
+    got, wanted = after.module()(x), model(x)
+    assert (got - wanted).norm() <= 2**-7 * wanted.norm()
+
+
+# The assertions for people who add patterns fail where they should -------------------------------------------------
+
+
+def identity(module: torch.fx.GraphModule) -> None:
+    """A pass that changes nothing."""
+
+
+def test_assert_rewrites_returns_what_rewrite_does(program: ExportedProgram) -> None:
+    after, report = assert_rewrites(program, expect={"linear_int4": 1, "missed": 1})
+    assert names(after) == ["et_cuda_passes.int4_linear_tile_packed_to_4d", *names(program)[1:]] or report.outcomes
+
+
+def test_assert_rewrites_wants_its_counts(program: ExportedProgram) -> None:
+    with pytest.raises(AssertionError, match="linear_int4: expected 2, got 1"):
+        assert_rewrites(program, expect={"linear_int4": 2})
+    with pytest.raises(AssertionError, match="nothing was rewritten"):
+        assert_rewrites(program, passes=[identity])
+
+
+def test_assert_rewrites_sees_other_values() -> None:
+    def negate(module: torch.fx.GraphModule) -> None:
+        for node in module.graph.find_nodes(op="call_function", target=aten.abs.default):
+            node.target = aten.neg.default
+
+    sketch = Sketch()
+    simple = sketch.program(sketch.call(aten.abs.default, sketch.input("x", 8)))
+    with pytest.raises(AssertionError, match="output 0 is off by"):
+        assert_rewrites(simple, passes=[negate], expect={"missed": 0}, inputs=(torch.ones(8),))
+    assert_rewrites(simple, passes=[negate], expect={"missed": 0}, inputs=(-torch.ones(8),), rtol=0)
+    with pytest.raises(AssertionError, match="output 0 is off by"):
+        assert_rewrites(simple, passes=[identity], expect={"missed": 0}, inputs=(torch.full((8,), torch.nan),))
+
+
+def test_assert_rewrites_sees_a_pass_that_never_settles() -> None:
+    def again(module: torch.fx.GraphModule) -> None:
+        (node,) = module.graph.output_node().args[0]
+        with module.graph.inserting_after(node):
+            new = module.graph.call_function(aten.alias.default, (node,))
+        new.meta = dict(node.meta)
+        module.graph.output_node().args = ((new,),)
+
+    sketch = Sketch()
+    simple = sketch.program(sketch.call(aten.abs.default, sketch.input("x", 8)))
+    with pytest.raises(AssertionError, match="a second rewrite changed the program again"):
+        assert_rewrites(simple, passes=[again], expect={"missed": 0})
+
+
+def test_assert_rewrites_sees_a_pass_that_writes_the_weights_it_was_given() -> None:
+    def spoil(module: torch.fx.GraphModule) -> None:
+        sketch.state["w"].data.add_(1)
+
+    sketch = Sketch()
+    y = sketch.call(aten.add.Tensor, sketch.input("x", 8), sketch.parameter("w", torch.zeros(8)))
+    with pytest.raises(AssertionError, match="program that it was given: constant w holds other bytes"):
+        assert_rewrites(sketch.program(y), passes=[spoil], expect={"missed": 0})
+
+
+def test_assert_rewrites_needs_inputs() -> None:
+    bare = chain(1)
+    bare._example_inputs = None
+    with pytest.raises(ValueError, match="give inputs="):
+        assert_rewrites(bare)
+
+
+def test_assert_misses_finds_the_reason(program: ExportedProgram) -> None:
+    report = assert_misses(program, "K = 48", rule="linear_int4")
+    assert isinstance(report, ecp.Report)
+
+
+def test_assert_misses_fails_with_the_report(program: ExportedProgram) -> None:
+    with pytest.raises(AssertionError, match=r"no candidate is missed with a reason that says 'NaN'\ncuda: 2"):
+        assert_misses(program, "NaN")
+    with pytest.raises(AssertionError, match="no candidate is missed by linear_views"):
+        assert_misses(program, "K = 48", rule="linear_views")
+    with pytest.raises(ValueError, match="no pass is named 'linear_int3'; the pass list is linear_int4, linear_views"):
+        assert_misses(program, "K = 48", rule="linear_int3")
+    with pytest.raises(ValueError, match="an empty reason"):
+        assert_misses(program, "")
