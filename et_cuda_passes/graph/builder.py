@@ -21,12 +21,14 @@ class Builder:
         self.program = program
         self.root = root
         self.rule = rule
+        self.created: set[Node] = set()
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
         form = in_edge_form(target) if self.program.is_edge else target
         with self.program.graph.inserting_before(self.root):
             node = self.program.graph.call_function(form, args, kwargs)
+        self.created.add(node)
 
         def fake(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, Node) else argument
@@ -42,6 +44,13 @@ class Builder:
         source.node_info.graph_id = 0
         node.meta["from_node"] = [source]
         return node
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """``node`` in ``dtype``; the edge dialect has a conversion of its own for it."""
+        if not self.program.is_edge:
+            return self.call(torch.ops.aten._to_copy.default, node, dtype=dtype)
+        # Registered by ExecuTorch, without which there would be no program in edge form.
+        return self.call(torch.ops.dim_order_ops._to_dim_order_copy.default, node, dtype=dtype)
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""

@@ -6,6 +6,10 @@ from collections.abc import Callable, Hashable
 import torch
 
 
+class NameTaken(ValueError):
+    """The program has a constant under the name that a packed one would get."""
+
+
 class ConstantPool:
     """Packed constants by source and layout, so that what methods share is packed and stored once.
 

@@ -13,10 +13,11 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.conflict import resolve
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantPool, NameTaken
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ledger import Candidate, Ledger
 from et_cuda_passes.graph.match import Miss, match
+from et_cuda_passes.graph.memory import viewed
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.passes import Pass, parse, stages
 from et_cuda_passes.graph.pattern import roots
@@ -163,8 +164,11 @@ def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
 
 def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
     root = m.root
+    b = Builder(program, root, rule.name)
     try:
-        new = rule.emit(Builder(program, root, rule.name), m)
+        new = rule.emit(b, m)
+    except NameTaken:
+        raise
     except Exception as error:
         raise RuleError(
             f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
@@ -172,6 +176,9 @@ def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
     if not isinstance(new, Node):
         raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
     _check(rule, root, new)
+    if root in program.written and (new not in b.created or viewed(new) is not None):
+        # What writes the result would write what others read too: a constant, for the next run as well.
+        new = b.call(torch.ops.aten.clone.default, new)
     program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))
 

@@ -109,27 +109,31 @@ class Ledger:
         """After pass ``name`` changed the graph: each candidate's new node, and what the pass itself took care of."""
         now = list(candidates)
         here = {candidate.node for candidate in now}
-        unknown = [candidate for candidate in now if candidate.node not in self._candidates]
-        for node, candidate in list(self._candidates.items()):
-            if node in here or (node in self._outcomes and self._outcomes[node].status == "rewritten"):
-                continue
-            moved = next((new for new in unknown if (new.fqn, new.op) == (candidate.fqn, candidate.op)), None)
-            if moved is None:
-                if self.is_open(node):
-                    note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
-                    self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
-                    self.report.applied[name] = self.report.applied.get(name, 0) + 1
-                continue
-            unknown.remove(moved)
-            self._move(node, moved.node)
+        moved: dict[tuple[str, str], list[Candidate]] = defaultdict(list)
+        for candidate in reversed(now):
+            if candidate.node not in self._candidates:
+                moved[candidate.fqn, candidate.op].append(candidate)
+        known = list(self._candidates.values())
+        self._candidates.clear()
+        for candidate in known:
+            node, places = candidate.node, moved[candidate.fqn, candidate.op]
+            settled = node in self._outcomes
+            if node not in here and places and not (settled and self._outcomes[node].status == "rewritten"):
+                # The same operator in a copied graph: what is known of it stays known.
+                candidate = places.pop()
+                for table in (self._outcomes, self._misses):
+                    if node in table:
+                        table[candidate.node] = table.pop(node)  # type: ignore[assignment]
+            self._candidates[candidate.node] = candidate
+            if node not in here and candidate.node is node and not settled:
+                note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
+                self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
+                self.report.applied[name] = self.report.applied.get(name, 0) + 1
+        known = list(self._candidates.values())
+        self._candidates.clear()
+        self._readers.clear()
+        self._enroll(known)
         self._enroll(now)
-
-    def _move(self, old: Node, new: Node) -> None:
-        """What is known of ``old`` is known of ``new``, the same operator in a copied graph."""
-        del self._candidates[old]
-        for table in (self._outcomes, self._misses):
-            if old in table:
-                table[new] = table.pop(old)  # type: ignore[assignment]
 
     def close(self) -> None:
         """Write the outcomes; what nobody took is missed, with every reason that was given."""

@@ -145,7 +145,7 @@ def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) 
     Args:
         pattern: what to look for.
         root: the node that the pattern's outermost call must be.
-        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.ops.written_nodes`).
+        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.memory.written_in`).
 
     Returns:
         The first :class:`Match`, or the :class:`Miss` that got furthest.

@@ -53,12 +53,12 @@ def written_nodes(nodes: Sequence[Node], constants: Iterable[Node] = ()) -> set[
 
 def _base(node: Node) -> Node:
     """The node whose memory ``node`` is a view of, itself if of none."""
-    while (viewed := _viewed(node)) is not None:
-        node = viewed
+    while (source := viewed(node)) is not None:
+        node = source
     return node
 
 
-def _viewed(node: Node) -> Node | None:
+def viewed(node: Node) -> Node | None:
     """The node that ``node`` is a view of, or None."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None

@@ -88,8 +88,8 @@ def _lift(value: Any) -> Pattern:
 def op(*targets: Target) -> Callable[..., Call]:
     """``op(aten.linear.default)(x, w, bias)``: a call pattern of any of ``targets``.
 
-    Keywords are schema argument names, except ``name`` (binds the node), ``shared`` and ``open`` (see :class:`Call`).
-    ``...`` as an argument matches anything there; as the last positional one it also sets ``open``.
+    Keywords are schema argument names, except ``name`` (binds the node) and ``shared`` (see :class:`Call`). ``...`` as
+    an argument matches anything there; as the last positional one it also leaves open what is not named.
     """
     if not targets:
         raise ValueError("op() needs at least one operator")

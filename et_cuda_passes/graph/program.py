@@ -20,7 +20,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import GraphModule, Node
 
-from et_cuda_passes.graph.constants import ConstantPool, identity, unparametrized
+from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
 from et_cuda_passes.graph.copying import copied, counterparts
 from et_cuda_passes.graph.memory import written_in
 from et_cuda_passes.graph.naming import forget_tied, make_room, renamed_calls
@@ -162,7 +162,7 @@ class Program:
             self._added[name] = next(node for node in placeholders if self.target(node) == name)
             return self._added[name]
         if name in self.state_dict or name in self.constants:
-            raise ValueError(f"the program already has a constant named {name!r}; rename it before the rewrite")
+            raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
         anchor = nodes[0]
         while called(anchor) is ACCESS:
             anchor = cast(Node, anchor.args[0])

@@ -6,9 +6,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import ACCESS, arguments, called
+from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.affine import DEQUANTIZE
+from et_cuda_passes.quant.dynamic import QUANTIZE
 
 aten = torch.ops.aten
 
@@ -97,7 +98,7 @@ def _in_branches(branches: Iterable[GraphModule]) -> Iterator[Candidate]:
         for node in branch.graph.nodes:
             data = arguments(node)["input"] if called(node) is DEQUANTIZE else None
             # The integers of a dynamically quantized activation are computed in the branch; a weight's are passed in.
-            if isinstance(data, Node) and (data.op == "placeholder" or called(data) is ACCESS):
+            if isinstance(data, Node) and called(data) is not QUANTIZE:
                 where = "it stands in a branch of control flow, whose weights are not rewritten yet"
                 for user in node.users:
                     yield Candidate(user, (node,), data.name, beyond_reach=where)

@@ -35,11 +35,6 @@ class FoldDequantize(NeedsValues):
         """Any dequantized weight, whoever reads it."""
         return dequantize(..., name="weight")
 
-    @require("a dequantized weight that nothing writes in place", hint="clone it before it is written")
-    def not_written(self, m: MatchContext) -> Answer:
-        """The constant in its place would be written, and be another one in the next run."""
-        return m.root not in m.program.written, "one that is"
-
     @require(
         "readers of float activations",
         hint="a float weight under quantized activations has no kernel either: meet what the kernels above ask for",

@@ -20,8 +20,6 @@ from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, sc
 from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.needs_values import NeedsValues
 
-_aten = torch.ops.aten
-
 
 @dataclass(frozen=True)
 class LinearInt4(NeedsValues):
@@ -138,8 +136,8 @@ class LinearInt4(NeedsValues):
         packed, qparams = pack(b, weight, kernel, kernel.scale_dtype or dtype)
         group_size = native_group_size(weight.group_size, kernel)
         if dtype != given:
-            x = b.call(_aten._to_copy.default, x, dtype=dtype)
-            bias = None if bias is None else b.call(_aten._to_copy.default, bias, dtype=dtype)
+            x = b.cast(x, dtype)
+            bias = None if bias is None else b.cast(bias, dtype)
         op = INT4_LINEARS[kernel.layout].op
         y = b.call(op, x, packed, qparams, bias, group_size, weight.shape[0])
-        return y if dtype == given else b.call(_aten._to_copy.default, y, dtype=given)
+        return y if dtype == given else b.cast(y, given)

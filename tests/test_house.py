@@ -1,0 +1,127 @@
+"""The house's own rules, which no tool holds: what `make help` lists, what an import loads, how long a module is."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import et_cuda_passes as ecp
+from et_cuda_passes import Rule
+from et_cuda_passes._versions import RANGES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "et_cuda_passes"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def rules_of(module: ModuleType) -> list[type[Rule]]:
+    """The rules that a module itself defines, without what is only a base of rules in other modules."""
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Rule)]
+    return [cls for cls in classes if cls.__module__ == module.__name__ and not is_base(cls)]
+
+
+def is_base(cls: type[Rule]) -> bool:
+    return any(derived.__module__.startswith("et_cuda_passes.rules.") for derived in cls.__subclasses__())
+
+
+RULE_MODULES = [
+    import_module(f"et_cuda_passes.rules.{path.stem}") for path in sorted((PACKAGE / "rules").glob("[a-z]*.py"))
+]
+RULES = [(module, rules) for module in RULE_MODULES if (rules := rules_of(module))]
+# The kernels room holds data alone so far, which the tests of the targets read.
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "kernels")
+LONGEST = 300
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def where(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def kept_files() -> list[Path]:
+    """The files that are or would be committed."""
+    try:
+        listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.splitlines() if (ROOT / line).is_file()]
+
+
+def test_make_help_lists_the_targets() -> None:
+    listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
+    assert listed == ["setup", "demo", "test", "lint", "types", "layers", "golden", "docs", "clean"]
+
+
+def test_every_make_target_is_listed() -> None:
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared is not None
+    listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
+    assert declared[1].split() == ["help", *listed]
+
+
+def test_importing_the_package_loads_neither_executorch_nor_a_model_loader() -> None:
+    program = "import sys, et_cuda_passes; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = set(run(sys.executable, "-c", program).split())
+    assert "et_cuda_passes" in loaded
+    assert not loaded & {"executorch", "transformers", "gguf", "accelerate", "pytest"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=where)
+def test_a_module_is_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST, f"{where(path)} has {lines} lines; split it by idea"
+
+
+@pytest.mark.parametrize(("module", "rules"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_rule_opens_with_its_rewrite(module: ModuleType, rules: list[type[Rule]]) -> None:
+    assert len(rules) == 1, f"{module.__name__} holds {len(rules)} rules; one rewrite a file"
+    for thing in (module, rules[0]):
+        before, arrow, after = (thing.__doc__ or "").strip().partition("\n")[0].partition(" -> ")
+        assert before.strip() and arrow and after.strip(), f"{thing.__name__} does not open with `before -> after`"
+
+
+def test_every_rule_of_a_default_list_is_looked_at() -> None:
+    looked_at = {rules[0].name for _, rules in RULES}
+    assert {entry.name for target in ecp.targets() for entry in ecp.default_passes(target)} <= looked_at
+    assert "linear_int4" in looked_at
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_has_tests(room: str) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py")), f"tests/{room} holds no tests of et_cuda_passes/{room}"
+
+
+def test_no_file_names_a_place_on_one_machine() -> None:
+    # Home directories and mount points of whoever wrote it: a clone has neither.
+    place = re.compile(r"(?<![\w./<>{}$-])/(?:root|work|home|Users)/\w")
+    found = []
+    for path in kept_files():
+        content = path.read_bytes()
+        if b"\0" in content:
+            continue
+        for number, line in enumerate(content.decode("utf-8").splitlines(), 1):
+            if place.search(line):
+                found.append(f"{where(path)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+def test_the_distribution_installs_what_its_metadata_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "et-cuda-passes"
+    assert project["scripts"] == {"et-cuda-passes": "et_cuda_passes.cli:main"}
+    assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_ranges_of_the_metadata_are_those_checked_at_import() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in project["dependencies"]}
+    for name, (lowest, beyond) in RANGES.items():
+        assert declared[name] == f"{name}>={lowest},<{beyond}"
