@@ -56,11 +56,10 @@ class FoldDequantize(NeedsValues):
 
     def note(self, m: MatchContext) -> str:
         """What the fold costs and what would avoid it."""
-        value = m.val(m.weight)
-        size = value.numel() * value.element_size()
+        dtype = str(m.val(m.weight).dtype).removeprefix("torch.")
         return (
-            f"target {m.target.name} has no kernel for a weight-only {affine(m).scheme} weight: "
-            f"folded to a {str(value.dtype).removeprefix('torch.')} weight of {size:,} bytes; {_ALTERNATIVE}"
+            f"target {m.target.name} has no kernel for a weight-only {affine(m).scheme} weight: folded to {dtype}, "
+            f"as large as before it was quantized; {_ALTERNATIVE}"
         )
 
     def detail(self, m: MatchContext) -> str:

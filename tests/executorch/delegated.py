@@ -1,0 +1,120 @@
+"""Small delegated programs, written by ExecuTorch's own serializers: a .pte and its .ptd."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from executorch.backends.cuda.cuda_weight_collector import CudaWeightEntry, encode_cuda_weight_metadata
+from executorch.exir import schema
+from executorch.exir._serialize._named_data_store import NamedDataStore, NamedDataStoreOutput
+from executorch.exir._serialize._program import PTEFile, serialize_pte_binary
+from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.tensor import scalar_type_enum
+from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+from torch import Tensor
+
+STATIC, BOUND = schema.TensorShapeDynamism.STATIC, schema.TensorShapeDynamism.DYNAMIC_BOUND
+CPU, CUDA = 0, 1
+
+
+def value(*sizes: int, dtype: torch.dtype = torch.float32, dynamism: int = STATIC, stored: int = 0) -> schema.EValue:
+    """A tensor value of a method."""
+    order = list(range(len(sizes)))
+    return schema.EValue(
+        schema.Tensor(scalar_type_enum(dtype), 0, list(sizes), order, False, 0, stored, None, dynamism, None)
+    )
+
+
+def entry(fqn: str, tensor: Tensor, device: int) -> CudaWeightEntry:
+    """A weight as the stock backend describes it; it begins where its storage does."""
+    return CudaWeightEntry(
+        fqn,
+        f"cuda_fqn_weight:{('cpu', 'cuda')[device]}:{fqn}",
+        tensor.untyped_storage().nbytes(),
+        int(scalar_type_enum(tensor.dtype)),
+        device,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+    )
+
+
+@dataclass
+class Part:
+    """A delegate: its library's bytes and its weights by FQN; ``payload`` replaces what describes them."""
+
+    library: bytes
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    device: int = CPU
+    backend: str = "CudaBackend"
+    payload: bytes | None = None
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(self.library).hexdigest() + "_so_blob"
+
+    def encoded(self) -> bytes:
+        entries = [entry(fqn, tensor, self.device) for fqn, tensor in self.weights.items()]
+        return encode_cuda_weight_metadata(self.key, entries) if self.payload is None else self.payload
+
+
+@dataclass
+class Spec:
+    """A method; by default its parts run in order, each on the values that ``calls`` names."""
+
+    values: Sequence[schema.EValue]
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    parts: Sequence[Part]
+    calls: Sequence[Sequence[int]] = ()
+    instructions: Sequence[object] | None = None
+    operators: Sequence[tuple[str, str]] = ()
+
+    def plan(self, name: str, first: int) -> schema.ExecutionPlan:
+        calls = [schema.DelegateCall(index, list(args)) for index, args in enumerate(self.calls)]
+        instructions = [schema.Instruction(step) for step in (calls if self.instructions is None else self.instructions)]
+        references = [
+            schema.BackendDelegateDataReference(schema.DataLocation.INLINE, first + index)
+            for index in range(len(self.parts))
+        ]
+        specs = [CompileSpec("method_name", b"forward")]
+        return schema.ExecutionPlan(
+            name,
+            schema.ContainerMetadata("", ""),
+            list(self.values),
+            list(self.inputs),
+            list(self.outputs),
+            [schema.Chain([], [], instructions, None)],
+            [schema.Operator(*operator) for operator in self.operators],
+            [
+                schema.BackendDelegate(part.backend, reference, specs)
+                for part, reference in zip(self.parts, references, strict=True)
+            ],
+            [0],
+        )
+
+
+def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Path:
+    """``folder``/``stem``.pte with its .ptd beside it, laid out as ExecuTorch lays out what it lowers."""
+    plans, inline, store = [], [], NamedDataStore()
+    storages: dict[str, bytes] = {}
+    for name, spec in methods.items():
+        plans.append(spec.plan(name, len(inline)))
+        for part in spec.parts:
+            inline.append(schema.BackendDelegateInlineData(part.encoded()))
+            store.add_named_data(part.key, part.library)
+            for fqn, tensor in part.weights.items():
+                whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+                storages[entry(fqn, tensor, part.device).storage_key] = bytes(whole.numpy())
+    named = store.get_named_data_store_output()
+    program = schema.Program(0, plans, [schema.Buffer(b"")], inline, [], schema.SubsegmentOffsets(0, []), None, None)
+    file = PTEFile(program, None, NamedDataStoreOutput(named.buffers, named.pte_data, {}))
+    path = folder / f"{stem}.pte"
+    path.write_bytes(bytes(serialize_pte_binary(file, extract_delegate_segments=True)))
+    entries = {key: DataEntry(index, 1, None) for index, key in enumerate(storages)}
+    data = FlatTensorSerializer().serialize(DataPayload(list(storages.values()), entries))
+    (folder / f"{stem}.ptd").write_bytes(bytes(data))
+    return path
