@@ -8,6 +8,9 @@ RANGES = {
     "torchao": ("0.18", "0.19"),
     "executorch": ("1.5.1", "1.6"),
     "triton": ("3.6", "3.10"),
+    "networkx": ("3.4", "3.7"),
+    "rich": ("14.3", "16"),
+    "typer": ("0.20", "0.30"),
 }
 """Distribution -> (lowest tested version, first version beyond the tested ones)."""
 

@@ -1,15 +1,17 @@
 """CudaPartitioner: the stock one, with a pass list."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
-
-from executorch.backends.cuda.cuda_partitioner import CudaPartitioner as _Stock
-from executorch.exir.backend.compile_spec_schema import CompileSpec
-
 from et_cuda_passes._versions import require_version
-from et_cuda_passes.executorch.rewriting import RewritingPartitioner, with_method_name
 
+# Before the imports below: ExecuTorch's own module imports triton, and says less when it is missing.
 require_version("triton")
+
+from collections.abc import Iterable, Mapping  # noqa: E402
+from typing import Any  # noqa: E402
+
+from executorch.backends.cuda.cuda_partitioner import CudaPartitioner as _Stock  # noqa: E402
+from executorch.exir.backend.compile_spec_schema import CompileSpec  # noqa: E402
+
+from et_cuda_passes.executorch.rewriting import RewritingPartitioner, with_method_name  # noqa: E402
 
 
 class CudaPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # final is advice: ExecuTorch has no other hook

@@ -7,14 +7,11 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner
 from torch.export import ExportedProgram
 
-from et_cuda_passes._versions import require_version
 from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.passes import parse
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.targets import default_passes
 from et_cuda_passes.targets.rewrite import check_expectations, is_program_pass, rewrite
-
-require_version("executorch")
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types

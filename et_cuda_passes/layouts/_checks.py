@@ -30,9 +30,12 @@ def require_dtype(t: torch.Tensor, name: str, allowed: tuple[torch.dtype, ...], 
 
 
 def require_weight(
-    q: object, offset: int, n_multiple: int, k_multiple: int, layout: str
+    q: object, offset: int, n_multiple: int, k_multiple: int, layout: str, out_rows: int | None = None
 ) -> tuple[torch.Tensor, int, int]:
-    """`q`, N and K, if q can be packed: 2-D, not empty, int8 or uint8, N and K multiples of what the layout needs."""
+    """`q`, the rows of the result and K, if q can be packed: 2-D, not empty, int8 or uint8.
+
+    The rows, q's own or `out_rows`, and K must be multiples of what the layout needs.
+    """
     t = require_tensor(q, "q")
     require_dtype(t, "q", (torch.uint8, torch.int8), "give integer weights, one to an element")
     if t.dim() != 2:
@@ -40,10 +43,14 @@ def require_weight(
     n, k = t.shape
     if n == 0 or k == 0:
         raise ValueError(f"q is empty, shape {tuple(t.shape)}; there is nothing to pack")
+    if out_rows is not None:
+        if out_rows < n:
+            raise ValueError(f"out_rows must be at least q's {n} rows, got {out_rows}")
+        n = out_rows
     if n % n_multiple:
         raise ValueError(
             f"{layout} needs N to be a multiple of {n_multiple}, got N = {n}; "
-            f"pad q with rows to N = {-(-n // n_multiple) * n_multiple} and slice the linear's output"
+            f"give out_rows={-(-n // n_multiple) * n_multiple} and slice the linear's output"
         )
     if k % k_multiple:
         raise ValueError(f"{layout} needs K to be a multiple of {k_multiple}, got K = {k}")
@@ -75,3 +82,9 @@ def rows_per_chunk(k: int, chunk_bytes: int, multiple: int) -> int:
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     return max(multiple, chunk_bytes // k // multiple * multiple)
+
+
+def whole(chunk: torch.Tensor, rows: int) -> torch.Tensor:
+    """`chunk` with rows of zeros after it, up to `rows`."""
+    missing = rows - chunk.shape[0]
+    return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing > 0 else chunk

@@ -14,7 +14,15 @@ import functools
 
 import torch
 
-from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
+from ._checks import (
+    CHUNK_BYTES,
+    require_dtype,
+    require_four_bits,
+    require_tensor,
+    require_weight,
+    rows_per_chunk,
+    whole,
+)
 
 # The operator walks down the columns of an int32 tensor, so K is cut into strips that stay in a cache. Rows that are a
 # power of two bytes apart would push one another out of it, which is why a strip is not 512 wide. On 8192 x 4096
@@ -22,27 +30,30 @@ from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tens
 _STRIP = 448
 
 
-def pack(q: torch.Tensor, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+def pack(
+    q: torch.Tensor, offset: int = 0, *, out_rows: int | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> torch.Tensor:
     """Packs q [N, K] into uint8 [N, K/2] for this host's instruction set.
 
     q: uint8 or int8 on the CPU, any strides; q + offset must lie in 0..15 (offset=8 takes -8..7 as they are).
     N must be a multiple of 16, K of 2.
+    out_rows: rows of the result, a multiple of 16; those beyond N hold the weight 0. By default N.
     chunk_bytes: how much is worked on at a time, in bytes of the operator's int32 input; an eighth more is used above q
     and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, a q
     that is not on the CPU, or a meta or fake q.
     """
-    q, n, k = require_weight(q, offset, 16, 2, "cpu")
+    q, n, k = require_weight(q, offset, 16, 2, "cpu", out_rows)
     _require_cpu(q, "q")
     block = _block_rows()
     if block is None:
         require_four_bits(q, offset)
-        return _convert(q.to(torch.int32).add_(offset))
+        return _convert(whole(q.to(torch.int32), n).add_(offset))
     rows = rows_per_chunk(4 * min(k, _STRIP), chunk_bytes, block)
     packed = torch.empty(n, k // 2, dtype=torch.uint8)
     for start in range(0, n, rows):
-        chunk = q[start : start + rows]
+        chunk = whole(q[start : start + rows], min(rows, n - start))
         require_four_bits(chunk, offset)
         _pack_blocks(chunk, offset, block, packed[start : start + rows])
     return packed

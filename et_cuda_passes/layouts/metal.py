@@ -15,18 +15,21 @@ from ._row_major import pack_rows, unpack_rows
 from .scale_and_zero import require_finite, require_pair
 
 
-def pack(q: torch.Tensor, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+def pack(
+    q: torch.Tensor, offset: int = 0, *, out_rows: int | None = None, chunk_bytes: int = CHUNK_BYTES
+) -> torch.Tensor:
     """Packs q [N, K] into uint8 [N, K/2], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     K must be a multiple of 8.
+    out_rows: rows of the result; those beyond N hold the weight 0. By default N.
     chunk_bytes: how many weights are worked on at a time; as much memory is used above q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
-    q, _, _ = require_weight(q, offset, 1, 8, "metal")
-    return pack_rows(q, offset, chunk_bytes)
+    q, n, _ = require_weight(q, offset, 1, 8, "metal", out_rows)
+    return pack_rows(q, offset, chunk_bytes, n)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

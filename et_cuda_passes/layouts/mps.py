@@ -19,19 +19,27 @@ from ._row_major import pack_rows, unpack_rows
 from .tile_packed_to_4d import require_packed
 
 
-def pack(q: torch.Tensor, inner_k_tiles: int, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+def pack(
+    q: torch.Tensor,
+    inner_k_tiles: int,
+    offset: int = 0,
+    *,
+    out_rows: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
     """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
+    out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
     chunk_bytes: how many weights are worked on at a time; as much memory is used above q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
     """
     inner = require_inner_k_tiles(inner_k_tiles)
-    q, n, k = require_weight(q, offset, 8, 16 * inner, f"mps with inner_k_tiles = {inner}")
-    return pack_rows(q, offset, chunk_bytes).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
+    q, n, k = require_weight(q, offset, 8, 16 * inner, f"mps with inner_k_tiles = {inner}", out_rows)
+    return pack_rows(q, offset, chunk_bytes, n).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

@@ -22,23 +22,32 @@ from ._checks import (
     require_tensor,
     require_weight,
     rows_per_chunk,
+    whole,
 )
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
 
-def pack(q: torch.Tensor, inner_k_tiles: int, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
+def pack(
+    q: torch.Tensor,
+    inner_k_tiles: int,
+    offset: int = 0,
+    *,
+    out_rows: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
     """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
+    out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
     chunk_bytes: how many weights are worked on at a time; 3.5 times as much memory is used above q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
     """
     inner = require_inner_k_tiles(inner_k_tiles)
-    q, n, k = require_weight(q, offset, 8, 16 * inner, f"tile_packed_to_4d with inner_k_tiles = {inner}")
+    q, n, k = require_weight(q, offset, 8, 16 * inner, f"tile_packed_to_4d with inner_k_tiles = {inner}", out_rows)
     k_tiles, words = k // (16 * inner), inner // 2
     rows = min(n, rows_per_chunk(k, chunk_bytes, 8))
 
@@ -50,7 +59,7 @@ def pack(q: torch.Tensor, inner_k_tiles: int, offset: int = 0, *, chunk_bytes: i
     halves_all = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
 
     for start in range(0, n, rows):
-        chunk = q[start : start + rows]
+        chunk = whole(q[start : start + rows], min(rows, n - start))
         require_four_bits(chunk, offset)
         blocks = chunk.shape[0] // 8
         weights, pairs, halves = weights_all[: chunk.shape[0]], pairs_all[:, :blocks], halves_all[:, :blocks]

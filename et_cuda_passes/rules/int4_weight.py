@@ -49,11 +49,13 @@ def scale_and_zero_of(scale: Tensor, zero_point: Tensor | None, shift: int) -> t
     return scale.float(), steps * scale.float()
 
 
-_PACKERS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "tile_packed_to_4d": lambda q, shift: tile_packed_to_4d.pack(q, inner_k_tiles(q.shape[1]), shift),
-    "mps": lambda q, shift: mps.pack(q, inner_k_tiles(q.shape[1]), shift),
-    "metal": metal.pack,
-    "cpu": cpu.pack,
+_PACKERS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "tile_packed_to_4d": lambda q, shift, rows: tile_packed_to_4d.pack(
+        q, inner_k_tiles(q.shape[1]), shift, out_rows=rows
+    ),
+    "mps": lambda q, shift, rows: mps.pack(q, inner_k_tiles(q.shape[1]), shift, out_rows=rows),
+    "metal": lambda q, shift, rows: metal.pack(q, shift, out_rows=rows),
+    "cpu": lambda q, shift, rows: cpu.pack(q, shift, out_rows=rows),
 }
 
 
@@ -84,7 +86,7 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtyp
         q = values(b.program, weight).data
         if q.dtype not in (torch.int8, torch.uint8):
             q = q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
-        return _PACKERS[kernel.layout](F.pad(q, (0, 0, 0, padding)) if padding else q, shift)
+        return _PACKERS[kernel.layout](q, shift, rows + padding)
 
     def scales() -> Tensor:
         parts = values(b.program, weight)

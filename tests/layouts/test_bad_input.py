@@ -129,7 +129,7 @@ def test_other_inner_k_tiles_are_refused(pack: Function, inner: object) -> None:
 @pytest.mark.parametrize("pack", [tile_packed_to_4d.pack, mps.pack])
 @pytest.mark.parametrize("inner", [2, 4, 8])
 def test_n_and_k_must_be_multiples_of_the_tile(pack: Function, inner: int) -> None:
-    with pytest.raises(ValueError, match="N to be a multiple of 8, got N = 12; pad q with rows to N = 16 and slice"):
+    with pytest.raises(ValueError, match="N to be a multiple of 8, got N = 12; give out_rows=16 and slice"):
         pack(weights(12, 16 * inner), inner)
     with pytest.raises(ValueError, match=rf"K to be a multiple of {16 * inner}, got K = {24 * inner}"):
         pack(weights(8, 24 * inner), inner)
@@ -138,7 +138,7 @@ def test_n_and_k_must_be_multiples_of_the_tile(pack: Function, inner: int) -> No
 def test_metal_and_cpu_shapes() -> None:
     with pytest.raises(ValueError, match="metal needs K to be a multiple of 8, got K = 12"):
         metal.pack(weights(3, 12))
-    with pytest.raises(ValueError, match="cpu needs N to be a multiple of 16, got N = 24; pad q with rows to N = 32"):
+    with pytest.raises(ValueError, match="cpu needs N to be a multiple of 16, got N = 24; give out_rows=32"):
         cpu.pack(weights(24, 32))
     with pytest.raises(ValueError, match="cpu needs K to be a multiple of 2, got K = 3"):
         cpu.pack(weights(16, 3))

@@ -1,0 +1,34 @@
+"""Rows of padding: the weights come back, with rows of the weight 0 after them, in every layout and chunking."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from et_cuda_passes.layouts import cpu, metal, mps, tile_packed_to_4d
+
+LAYOUTS = {
+    "tile_packed_to_4d": (lambda q, rows, chunk: tile_packed_to_4d.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
+    "mps": (lambda q, rows, chunk: mps.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
+    "metal": (lambda q, rows, chunk: metal.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 4),
+    "cpu": (lambda q, rows, chunk: cpu.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 16),
+}
+UNPACK = {"tile_packed_to_4d": tile_packed_to_4d, "mps": mps, "metal": metal, "cpu": cpu}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@given(st.integers(1, 150), st.integers(0, 2), st.sampled_from([1, 1 << 10, 1 << 20]))
+def test_padded_rows_are_zeros_and_the_others_what_they_were(layout: str, n: int, more: int, chunk: int) -> None:
+    pack, multiple = LAYOUTS[layout]
+    q = torch.randint(-8, 8, (n, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
+    rows = -(-n // multiple) * multiple + more * multiple
+    back = UNPACK[layout].unpack(pack(q, rows, chunk)).to(torch.int8) - 8
+    assert back.shape == (rows, 32)
+    assert torch.equal(back[:n], q)
+    assert not back[n:].any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_rows_than_there_are_is_refused(layout: str) -> None:
+    with pytest.raises(ValueError, match="out_rows must be at least q's 32 rows, got 16"):
+        LAYOUTS[layout][0](torch.zeros(32, 32, dtype=torch.int8), 16, 1 << 20)
