@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.collector import paused_collector
 from et_cuda_passes.graph.conflict import resolve
 from et_cuda_passes.graph.constants import ConstantPool, NameTaken
 from et_cuda_passes.graph.context import MatchContext
@@ -72,16 +73,19 @@ def apply_passes(
         RuleError: a rule failed after it claimed a match; nothing of it is the program's fault.
     """
     entries = parse(passes, is_program_pass)
-    program = Program(exported, pool)
     report = Report(target.name, [entry.name for entry in entries], bytes_before=_constant_bytes(exported))
-    ledger = Ledger(report, find_candidates(program))
+    with paused_collector():
+        program = Program(exported, pool)
+        ledger = Ledger(report, find_candidates(program))
     for stage in stages(entries):
         if stage[0].rule is None:
             program = _run_opaque(stage[0], program)
             ledger.follow(find_candidates(program), stage[0].name)
         else:
-            _run_rules(stage, program, target, ledger)
-    result = program.finish()
+            with paused_collector():
+                _run_rules(stage, program, target, ledger)
+    with paused_collector():
+        result = program.finish()
     ledger.close()
     report.bytes_after = _constant_bytes(result)
     return result, report

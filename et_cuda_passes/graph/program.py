@@ -176,7 +176,10 @@ class Program:
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
         # The verifier wants a placeholder's target to be its name, and the graph may have had to change the name.
         node.target = node.name
-        node.meta["val"] = self.fake_mode.from_tensor(parameter, static_shapes=True)
+        with self.fake_mode:
+            node.meta["val"] = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
         self._specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.state_dict[name] = parameter
         return node

@@ -130,14 +130,25 @@ class Report:
             did, rule, detail, notes = group
             lines.append(f"  {did:<9} {count:>5} x {rule}  {detail}  ({example[group]}{', ...' if count > 1 else ''})")
             lines += [f"            {notes}"] if notes else []
-        for outcome in self.outcomes:
-            if outcome.status == "missed":
-                lines.append(f"  missed    {outcome.fqn}  {outcome.op} ({outcome.node})")
-                lines += [f"            {reason}" for reason in outcome.reasons]
-                lines += [f"            at {outcome.source}"] if outcome.source else []
+        lines += self._missed()
         lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
         lines += [f"  warning   {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _missed(self) -> list[str]:
+        """The misses, those of one operator with the same reasons together, each with the line of the first of them."""
+        groups: dict[tuple[str, ...], list[Outcome]] = {}
+        for outcome in self.outcomes:
+            if outcome.status == "missed":
+                groups.setdefault((outcome.op, *map(str, outcome.reasons)), []).append(outcome)
+        lines = []
+        for (op, *reasons), outcomes in groups.items():
+            first = outcomes[0]
+            others = f", {outcomes[1].fqn}" + (", ..." if len(outcomes) > 2 else "") if len(outcomes) > 1 else ""
+            lines.append(f"  missed    {len(outcomes):>5} x {op}  ({first.fqn}{others})")
+            lines += [f"            {reason}" for reason in reasons]
+            lines += [f"            at {first.source}"] if first.source else []
+        return lines
 
 
 def _notes(outcome: Outcome) -> str:
