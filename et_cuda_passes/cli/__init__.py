@@ -1,7 +1,7 @@
-"""The command line: lower a saved program for a target, explain what a target would make of it, list the rules.
+"""The command line: lower a saved program for a target, explain what a target would make of it, list the rules, run.
 
-Exit codes: 0 done, 1 the lowering failed or an expectation did not hold, 2 bad usage. What a command answers goes to
-stdout, progress and errors go to stderr.
+Exit codes: 0 done, 1 the lowering or a run failed or an expectation did not hold, 2 bad usage. What a command answers
+goes to stdout, progress and errors go to stderr.
 """
 
 import json
@@ -21,6 +21,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded, list_files
+from et_cuda_passes.cli.running import run
+from et_cuda_passes.cli.verifying import verify
 from et_cuda_passes.executorch.lower import Progress, missing, staged
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, packed_layouts, save_packed
@@ -154,6 +156,10 @@ def rules(as_json: Json = False) -> None:
             lines.append(f"  requires {need['wanted']}{hint}")
         lines += [f"  option {name} = {default}" for name, default in entry["options"].items()]
     typer.echo("\n".join(lines))
+
+
+app.command()(run)
+app.command()(verify)
 
 
 def _print_versions(wanted: bool) -> None:

@@ -49,9 +49,9 @@ class Program:
             self._specs[spec.arg.name] = spec
         self._added: dict[str, Node] = {}
         self.kept: set[Node] = set()
-        """Nodes that a rule decided to leave exactly as they are."""
+        """Nodes that a rule decided to leave as they are."""
         self.kept_inputs: set[Node] = set()
-        """Matched nodes that kept ones read, and that others may read too: what replaces them is for the others."""
+        """Matched nodes that kept ones read: what replaces them is for other readers."""
         self._replaced: dict[Node, Node] = {}
         self._dropped: list[Any] = []
         self._renamed: dict[str, str] = {}
@@ -119,9 +119,8 @@ class Program:
     def fqn(self, node: Node) -> str | None:
         """The FQN of the weight that a constant belongs to: one name, in whichever form the weight stands in the graph.
 
-        ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the plain parameters
-        ``l.parametrizations.weight.original0`` that ``run_decompositions`` makes of it. Of a tied weight's names it is
-        the first.
+        ``l.weight`` for the inner tensors of a subclass parameter ``l.weight`` and for what ``run_decompositions``
+        makes of it, ``l.parametrizations.weight.original0``; the first of a tied weight's names.
         """
         if called(node) is ACCESS:
             return self.fqn(cast(Node, node.args[0]))
@@ -158,9 +157,8 @@ class Program:
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
             # Made by an earlier rewrite of another copy of this program, with the same pool.
-            placeholders: list[Node] = self.graph.find_nodes(op="placeholder")
-            self._added[name] = next(node for node in placeholders if self.target(node) == name)
-            return self._added[name]
+            there = (node for node in self.graph.find_nodes(op="placeholder") if self.target(node) == name)
+            return self._added.setdefault(name, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
         anchor = nodes[0]
@@ -176,10 +174,9 @@ class Program:
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
         # The verifier wants a placeholder's target to be its name, and the graph may have had to change the name.
         node.target = node.name
+        form = (tensor.shape, tensor.stride())
         with self.fake_mode:
-            node.meta["val"] = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            node.meta["val"] = torch.empty_strided(*form, dtype=tensor.dtype, device=tensor.device)
         self._specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.state_dict[name] = parameter
         return node

@@ -1,5 +1,6 @@
 """Small delegated programs, written by ExecuTorch's own serializers: a .pte and its .ptd."""
 
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.tensor import scalar_type_enum
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 
 STATIC, BOUND = schema.TensorShapeDynamism.STATIC, schema.TensorShapeDynamism.DYNAMIC_BOUND
 CPU, CUDA = 0, 1
@@ -75,7 +77,9 @@ class Spec:
 
     def plan(self, name: str, first: int) -> schema.ExecutionPlan:
         calls = [schema.DelegateCall(index, list(args)) for index, args in enumerate(self.calls)]
-        instructions = [schema.Instruction(step) for step in (calls if self.instructions is None else self.instructions)]
+        instructions = [
+            schema.Instruction(step) for step in (calls if self.instructions is None else self.instructions)
+        ]
         references = [
             schema.BackendDelegateDataReference(schema.DataLocation.INLINE, first + index)
             for index in range(len(self.parts))
@@ -118,3 +122,48 @@ def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Pat
     data = FlatTensorSerializer().serialize(DataPayload(list(storages.values()), entries))
     (folder / f"{stem}.ptd").write_bytes(bytes(data))
     return path
+
+
+K = 16  # AOTInductor makes up to 8 numbers part of the code
+
+
+class Counting(nn.Module):
+    """linear(x) plus how often it was called, and the sum of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear = nn.Linear(K, K)
+        self.register_buffer("calls", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.calls.add_(1)
+        return self.linear(x) + self.calls[0], x.sum()
+
+
+@functools.cache
+def _counting_library() -> bytes:
+    x = torch.randn(3, K)
+    exported = torch.export.export(Counting(), (x,), dynamic_shapes=({0: Dim("rows", min=1, max=32)},))
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+        "aot_inductor.link_libtorch": False,
+    }
+    with torch.no_grad():
+        made = torch._inductor.aot_compile(exported.module(), (x,), options=options)
+    (library,) = (path for path in made if isinstance(path, str) and path.endswith(".so"))
+    return Path(library).read_bytes()
+
+
+def counting() -> Part:
+    """`Counting` as the CUDA backend makes libraries (weights outside, not linked with torch), but for the CPU."""
+    weights = {name: tensor.detach().clone() for name, tensor in Counting().state_dict().items()}
+    return Part(_counting_library(), weights)
+
+
+def once(part: Part) -> Spec:
+    """A method that is one call of `counting()`."""
+    values = [value(32, K, dynamism=BOUND), value(32, K, dynamism=BOUND), value()]
+    return Spec(values, [0], [1, 2], [part], [[0, 1, 2]])

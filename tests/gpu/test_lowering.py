@@ -11,7 +11,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from tests.gpu.aoti import Delegate
+from et_cuda_passes.executorch.delegate import Program, load
 
 pytestmark = pytest.mark.gpu
 
@@ -63,7 +63,7 @@ def test_a_lowered_program_gives_what_eager_gives(
     x = torch.randn(16, features[0]).bfloat16()
     program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=2048)},))
     pte, partitioner = lower(program, tmp_path, expect={"linear_int4": 2, "missed": 0})
-    run = Delegate(pte)
+    run = load(pte)
     assert partitioner.report.counts()["rewritten"] == 2
     assert {name for name in run.weights if "packed" in name} == {"up.weight.packed", "down.weight.packed"}
     for length in (1, 2, 16, 17, 100, 1000):
@@ -77,7 +77,7 @@ def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
     x = torch.randn(3, 128).bfloat16()
     pte, _ = lower(torch.export.export(model, (x,)), tmp_path, expect={"linear_int4": 1})
-    got = Delegate(pte)(x.cuda())[0]
+    got = load(pte)(x.cuda())[0]
     assert got.shape == (3, 45)
     assert relative(got, model(x)) < 8e-3
 
@@ -88,7 +88,7 @@ def test_bf16_arithmetic_by_option_for_an_fp32_model(tmp_path: Path) -> None:
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
     x = torch.randn(5, 128)
     pte, _ = lower(torch.export.export(model, (x,)), tmp_path, passes=[ecp.LinearInt4(cast_to_bf16=True)])
-    got = Delegate(pte)(x.cuda())[0]
+    got = load(pte)(x.cuda())[0]
     assert got.dtype == torch.float32
     assert relative(got, model(x)) < 8e-3
 
@@ -103,9 +103,10 @@ def test_two_methods_share_every_packed_weight_once(tmp_path: Path) -> None:
     packed = 256 * 512  # two weights of 256 x 512, half a byte an element
     scales = 2 * 256 * 512 // 32 * 4
     assert packed + scales <= data.stat().st_size < packed + scales + 40_000
+    program = Program(pte)
     for method, rows in (("prefill", 64), ("decode", 1)):
         x = torch.randn(rows, 256).bfloat16()
-        assert relative(Delegate(pte, method)(x.cuda())[0], model(x)) < 8e-3
+        assert relative(program.method(method)(x.cuda())[0], model(x)) < 8e-3
 
 
 def test_a_program_packed_and_saved_elsewhere_lowers_here(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_a_program_packed_and_saved_elsewhere_lowers_here(tmp_path: Path) -> Non
     torch.export.save(packed, tmp_path / "packed.pt2")
     pte, partitioner = lower(torch.export.load(tmp_path / "packed.pt2"), tmp_path)
     assert partitioner.report.outcomes == []
-    assert relative(Delegate(pte)(x.cuda())[0], model(x)) < 8e-3
+    assert relative(load(pte)(x.cuda())[0], model(x)) < 8e-3
 
 
 @pytest.mark.parametrize(("n", "k", "tiles"), [(48, 64, 4), (64, 96, 2), (128, 1024, 8)])

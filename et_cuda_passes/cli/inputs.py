@@ -1,0 +1,71 @@
+"""Inputs of a program: out of a safetensors file, or random ones."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from et_cuda_passes.cli.console import UsageError, brief
+
+InputsPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--inputs", metavar="SAFETENSORS", help="The inputs, named 0, 1, ... in order; a single one may have any name."
+    ),
+]
+RandomSeed = Annotated[
+    int | None, typer.Option("--random-seed", metavar="N", help="Make random inputs from this seed.")
+]
+
+# 4 GiB of float32: beyond it, an upper bound of a size is no size that anyone means.
+_MOST = 1 << 30
+
+
+def check_one_source(inputs: Path | None, seed: int | None) -> None:
+    """Refuse both at once."""
+    if inputs is not None and seed is not None:
+        raise UsageError("--inputs and --random-seed each give all inputs: give one of them")
+
+
+def read_inputs(path: Path) -> list[Tensor]:
+    """The tensors of a safetensors file, in the order of their numbers.
+
+    Raises:
+        UsageError: there is no such file, it is none, or its names are no numbers from 0 on.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UsageError("--inputs needs safetensors: pip install safetensors") from None
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # a damaged file is a SafetensorError, a missing one an OSError, others are others
+        raise UsageError(f"--inputs {path} cannot be read as safetensors ({brief(error)})") from error
+    if len(tensors) == 1:
+        return list(tensors.values())
+    wanted = [str(number) for number in range(len(tensors))]
+    if set(tensors) != set(wanted):
+        raise UsageError(f"--inputs {path} holds {', '.join(sorted(tensors))}: name the inputs 0, 1, ... in order")
+    return [tensors[name] for name in wanted]
+
+
+def random_tensor(
+    sizes: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, low: int = 0, high: int = 1
+) -> Tensor:
+    """Normally distributed floats, or integers from ``low`` to ``high``, which for bool are both values.
+
+    Raises:
+        UsageError: that would be more than 4 GiB, or the dtype has no random numbers.
+    """
+    if torch.Size(sizes).numel() > _MOST:
+        raise UsageError(f"an input has the upper bounds {list(sizes)}: give one of a size that you mean with --inputs")
+    if dtype == torch.bool:
+        return torch.randint(0, 2, sizes, generator=generator).bool()
+    if dtype.is_floating_point:
+        return torch.randn(sizes, generator=generator).to(dtype)
+    if not re.fullmatch(r"torch\.u?int\d+", str(dtype)):
+        raise UsageError(f"there are no random inputs of {dtype}: give them with --inputs")
+    return torch.randint(low, high + 1, sizes, generator=generator).to(dtype)

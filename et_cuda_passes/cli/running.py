@@ -1,0 +1,147 @@
+"""``run``: a method of a CUDA-delegated .pte, once, and how long it takes."""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, guarded
+from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
+from et_cuda_passes.executorch.delegate import DelegateError, Program
+from et_cuda_passes.executorch.delegate_method import check_inputs
+from et_cuda_passes.executorch.delegate_plan import Plan
+from et_cuda_passes.executorch.packed import ModelError
+
+_WARM_UPS = 5
+_FEWEST, _SECONDS = 20, 2.0
+
+
+class RunError(LoweringError):
+    """A program does not run, or gives something wrong; exits with 1."""
+
+
+def run(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda.")],
+    data: Annotated[
+        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the one beside it.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(metavar="NAME", help="The method to run.")] = "forward",
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Execute the compiled library in MODEL, which can do whatever you can.")
+    ] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Time the method; one that writes to its buffers goes on writing.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cuda, cuda:1, ...; or cpu for a library compiled for it.")
+    ] = "cuda",
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Run a method of MODEL and print what its outputs are like.
+
+    Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
+    """
+    with guarded(debug):
+        check_one_source(inputs, random_seed)
+        given = None if inputs is None else tuple(read_inputs(inputs))
+        try:
+            program = Program(model, data, _device(device))
+            plan = program.plan(method)
+            arguments = _random(plan, random_seed or 0) if given is None else _with_constants(plan, given)
+            check_inputs(plan, arguments, f"method {method!r}")
+        except DelegateError as error:
+            raise ModelError(str(error)) from error
+        if not trust:
+            raise UsageError(
+                f"{model} holds a compiled library, and to run it is to execute what its author put there. It was not "
+                "executed; give --trust if you know where it comes from"
+            )
+        try:
+            with Steps() as step:
+                step(f"loading {method} of {model}")
+                loaded = program.method(method)
+                step("running")
+                outputs = loaded(*arguments)
+                _wait(program.device)
+                if benchmark:
+                    step("timing")
+                    times = _timed(lambda: loaded(*arguments), program.device)
+        except DelegateError as error:
+            raise RunError(str(error)) from error
+        for index, output in enumerate(outputs):
+            typer.echo(f"output {index}: {_described(output)}")
+        if benchmark:
+            slow = statistics.quantiles(times, n=10)[-1]
+            middle, least, most = (seconds * 1e6 for seconds in (statistics.median(times), min(times), slow))
+            typer.echo(
+                f"{method}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
+                f"({len(times)} runs, each to its end, after {_WARM_UPS} to warm up)"
+            )
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.device(text)
+    except RuntimeError:
+        raise UsageError(f"--device {text}: there is no such device; write cuda, cuda:1, ... or cpu") from None
+
+
+def _random(plan: Plan, seed: int) -> tuple[Any, ...]:
+    """Random tensors where the method takes tensors, and the constants that it was exported with."""
+    generator = torch.Generator().manual_seed(seed)
+    values = [plan.values[index] for index in plan.inputs]
+    if any(value.tensor is not None and value.tensor.dynamism == 2 for value in values):
+        raise UsageError("an input has no upper bound of its sizes: give it with --inputs")
+    return tuple(
+        value.constant if value.tensor is None else random_tensor(value.tensor.sizes, value.tensor.dtype, generator)
+        for value in values
+    )
+
+
+def _with_constants(plan: Plan, given: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """A file has tensors alone: the constants that the method was exported with are put between them."""
+    values = [plan.values[index] for index in plan.inputs]
+    if sum(value.tensor is not None for value in values) != len(given):
+        return given
+    tensors = iter(given)
+    return tuple(value.constant if value.tensor is None else next(tensors) for value in values)
+
+
+def _described(output: Any) -> str:
+    if not isinstance(output, Tensor):
+        return repr(output)
+    text = f"{output.dtype} {list(output.shape)}"
+    if not output.numel():
+        return text
+    values = output.double()
+    finite = values.isfinite()
+    odd = "" if finite.all() else f", {int((~finite).sum())} infinite or NaN"
+    values = values[finite]
+    return f"{text}, mean {values.mean():.6g}, largest {values.abs().max():.6g}{odd}" if values.numel() else text + odd
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> list[float]:
+    """Seconds of each run, from the call to the end of its work on the device."""
+    for _ in range(_WARM_UPS):
+        call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < _FEWEST or time.perf_counter() - began < _SECONDS:
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

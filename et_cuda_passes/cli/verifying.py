@@ -1,0 +1,147 @@
+"""``verify``: a program lowered for a target against the original in eager."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import et_cuda_passes as ecp
+from et_cuda_passes.cli.compare import compare
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
+from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
+from et_cuda_passes.cli.running import RunError
+from et_cuda_passes.executorch.execute import EXECUTABLE, execute
+from et_cuda_passes.executorch.lower import lower, missing
+from et_cuda_passes.executorch.packed import load_model
+from et_cuda_passes.targets import get_target
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")],
+    target: Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(EXECUTABLE)}.")],
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="What the relative error of each output may be. By default by its dtype: 2^-5 for bfloat16, 2^-8 for "
+            "float16, 2^-13 for float32, 2^-6 at least with 8-bit dynamic activations; integers are equal.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Lower MODEL for a target, run it, and compare it with the original program in eager; nothing is written.
+
+    Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
+    have the shapes of these; integers stay in their range.
+    """
+    with guarded(debug):
+        _check_target(target)
+        if tolerance is not None and not tolerance >= 0:
+            raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
+        check_one_source(inputs, random_seed)
+        given = None if inputs is None else read_inputs(inputs)
+        if lacking := missing(target):
+            raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
+        with Steps() as step:
+            step(f"loading {model}")
+            loaded = load_model(model, target)
+            program = loaded.program
+            args, kwargs = _arguments(program, given, random_seed)
+            step("running the original in eager")
+            wanted = _eager(program, args, kwargs)
+            report = loaded.report
+            if report is None:
+                step(f"rewriting for {target}")
+                program, report = ecp.rewrite(program, target)
+            with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
+                try:
+                    files = lower(program, target, Path(folder), "model", step)
+                except Exception as error:
+                    raise LoweringError(f"{model} could not be lowered for {target}: {brief(error)}") from error
+                step("running it lowered")
+                try:
+                    got = execute(target, files, args, kwargs)
+                except Exception as error:
+                    raise RunError(f"{model} lowered for {target} does not run: {brief(error)}") from error
+        if loaded.packed:
+            typer.echo("MODEL is packed already: it is compared with the packed program")
+        if len(got) != len(wanted):
+            raise RunError(f"{model} lowered for {target} gives {len(got)} outputs, the original {len(wanted)}")
+        dynamic = any("dynamic" in (outcome.rule or "") for outcome in report.outcomes)
+        pairs = enumerate(zip(got, wanted, strict=True))
+        compared = [compare(index, mine, theirs, tolerance, dynamic) for index, (mine, theirs) in pairs]
+        for comparison in compared:
+            typer.echo(str(comparison))
+        relative, largest = (
+            max((getattr(one, name) for one in compared), default=0.0) for name in ("relative", "largest")
+        )
+        summary = f"largest relative error {relative:.2e}, largest error {largest:.2e}"
+        if wrong := sum(not comparison.holds for comparison in compared):
+            raise RunError(f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}")
+        typer.echo(f"verdict: {model} lowered for {target} gives what the original gives; {summary}")
+
+
+def _check_target(target: str) -> None:
+    try:
+        get_target(target)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if target not in EXECUTABLE:
+        raise UsageError(f"programs for {target} do not run from Python: verify takes {', '.join(EXECUTABLE)}")
+
+
+def _arguments(program: ExportedProgram, given: list[Tensor] | None, seed: int | None) -> Arguments:
+    """What the program is called with: its example inputs, with other tensors in the places of theirs."""
+    example = program.example_inputs
+    if example is None:
+        if given is None:
+            raise UsageError("MODEL was saved without example inputs: give --inputs")
+        return tuple(given), {}
+    leaves, tree = tree_flatten(example)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if given is None:
+        if seed is None:
+            return _call(example)
+        generator = torch.Generator().manual_seed(seed)
+        given = [_random_like(tensor, generator) for tensor in tensors]
+    if len(given) != len(tensors):
+        raise UsageError(f"MODEL takes {len(tensors)} tensors, --inputs has {len(given)}")
+    for index, (tensor, wanted) in enumerate(zip(given, tensors, strict=True)):
+        if tensor.dtype != wanted.dtype or tensor.dim() != wanted.dim():
+            raise UsageError(
+                f"--inputs: input {index} is {tensor.dtype} {list(tensor.shape)}, MODEL was exported with "
+                f"{wanted.dtype} {list(wanted.shape)}"
+            )
+    others = iter(given)
+    replaced = [next(others) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return _call(tree_unflatten(replaced, tree))
+
+
+def _call(example: Any) -> Arguments:
+    args, kwargs = example
+    return tuple(args), dict(kwargs)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    whole = not tensor.dtype.is_floating_point and tensor.numel() > 0
+    low, high = (int(tensor.min()), int(tensor.max())) if whole else (0, 1)
+    return random_tensor(tuple(tensor.shape), tensor.dtype, generator, low, high)
+
+
+def _eager(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    try:
+        with torch.no_grad():
+            outputs = tree_leaves(program.module()(*args, **kwargs))
+    except Exception as error:  # guards of the exported program raise many kinds
+        raise UsageError(f"the original program does not run with these inputs: {brief(error)}") from error
+    return [output.clone() if isinstance(output, Tensor) else output for output in outputs]

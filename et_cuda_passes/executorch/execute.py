@@ -1,0 +1,63 @@
+"""Runs what :func:`et_cuda_passes.executorch.lower.lower` made, in the runtime of its target."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+EXECUTABLE = ("cuda", "xnnpack", "cpu")
+"""The targets whose runtime can be had in Python."""
+
+
+def execute(target: str, files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Run a lowered program once. Files are executed as code: they are those that were made here, from this program.
+
+    Args:
+        target: one of :data:`EXECUTABLE`.
+        files: as ``lower`` returns them.
+        args: the program's, with tensors on the CPU.
+        kwargs: likewise.
+
+    Returns:
+        The outputs, flattened; tensors are on the CPU.
+
+    Raises:
+        ValueError: the target has no runtime here.
+        Exception: whatever the runtime fails with.
+    """
+    run = {"cuda": _cuda, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
+    if run is None:
+        raise ValueError(f"programs for {target!r} do not run from Python; those for {', '.join(EXECUTABLE)} do")
+    with torch.no_grad():
+        outputs = run(files, args, kwargs)
+    # A runtime may hand out its own memory, which is gone when it is.
+    return [output.detach().cpu().clone() if isinstance(output, torch.Tensor) else output for output in outputs]
+
+
+def _cuda(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    from et_cuda_passes.executorch.delegate import load
+
+    data = next((path for path in files if path.suffix == ".ptd"), None)
+    return load(_only(files, ".pte"), data)(*tree_leaves((args, kwargs)))
+
+
+def _xnnpack(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(_only(files, ".pte")).load_method("forward")
+    # The runtime reads memory as dense, whatever the strides.
+    leaves = [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves((args, kwargs))]
+    return list(method.execute(leaves))
+
+
+def _cpu(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    from torch._inductor import aoti_load_package
+
+    return list(tree_leaves(aoti_load_package(str(_only(files, ".pt2")))(*args, **kwargs)))
+
+
+def _only(files: list[Path], suffix: str) -> Path:
+    (path,) = (path for path in files if path.suffix == suffix)
+    return path
