@@ -1,0 +1,119 @@
+"""The partitioners: drop-in for the stock ones, a pass list run by ExecuTorch's own hook, a report kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from executorch.backends.apple.metal.metal_partitioner import MetalPartitioner as StockMetal
+from executorch.backends.cuda.cuda_partitioner import CudaPartitioner as StockCuda
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as StockXnnpack
+from executorch.exir import to_edge_transform_and_lower
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from torch.export import ExportedProgram
+
+import et_cuda_passes as ecp
+from tests.helpers import names
+from tests.quantized import Quantized
+
+AOTI = [(ecp.CudaPartitioner, StockCuda, "cuda"), (ecp.MetalPartitioner, StockMetal, "metal")]
+ALL = [*AOTI, (ecp.XnnpackPartitioner, StockXnnpack, "xnnpack")]
+
+
+def program(seed: int = 0, rows: int = 2) -> ExportedProgram:
+    return torch.export.export(Quantized(16, 64, seed=seed), (torch.randn(rows, 64).bfloat16(),))
+
+
+def specs(partitioner: Any) -> dict[str, bytes]:
+    return {spec.key: spec.value for spec in partitioner.delegation_spec.compile_specs}
+
+
+@pytest.mark.parametrize(("ours", "stock", "target"), ALL)
+def test_each_is_a_stock_one(ours: Any, stock: type, target: str) -> None:
+    partitioner = ours()
+    assert isinstance(partitioner, stock)
+    assert partitioner.delegation_spec.backend_id == (stock() if target == "xnnpack" else stock([])).delegation_spec[0]
+
+
+@pytest.mark.parametrize(("ours", "stock", "target"), AOTI)
+def test_compile_specs_pass_through_and_the_method_name_is_supplied(ours: Any, stock: type, target: str) -> None:
+    given = [CompileSpec("low_memory_mode", b"ON")]
+    assert specs(ours(given)).items() >= {"low_memory_mode": b"ON", "method_name": b"forward"}.items()
+    assert len(given) == 1
+    assert specs(ours([CompileSpec("method_name", b"decode")]))["method_name"] == b"decode"
+
+
+@pytest.mark.parametrize(("ours", "stock", "target"), ALL)
+def test_the_hook_rewrites_a_copy_and_keeps_the_report(ours: Any, stock: type, target: str) -> None:
+    partitioner, before = ours(), program()
+    text, held = str(before.graph), {name: value.clone() for name, value in before.state_dict.items()}
+    after = partitioner.transform_for_pre_decomposition(before)
+    wanted, _ = ecp.rewrite(before, target)
+    assert names(after) == names(wanted)
+    assert partitioner.report.counts()["rewritten"] == 1
+    assert partitioner.report.target == target
+    assert str(before.graph) == text
+    assert all(torch.equal(before.state_dict[name], value) for name, value in held.items())
+
+
+@pytest.mark.parametrize(("ours", "stock", "target"), ALL)
+def test_an_empty_pass_list_is_the_stock_partitioner(ours: Any, stock: type, target: str) -> None:
+    partitioner, before = ours(passes=[]), program()
+    if target == "xnnpack":
+        with pytest.raises(ValueError, match="XNNPACK has no right way to compute"):
+            partitioner.transform_for_pre_decomposition(before)
+        return
+    assert names(partitioner.transform_for_pre_decomposition(before)) == names(before)
+    assert partitioner.report.counts() == {"rewritten": 0, "kept": 0, "missed": 1}
+
+
+@pytest.mark.parametrize(("ours", "stock", "target"), ALL)
+def test_a_pass_list_that_cannot_run_is_refused_where_it_is_written(ours: Any, stock: type, target: str) -> None:
+    with pytest.raises(TypeError, match="accepted are rules"):
+        ours(passes=[42])
+    with pytest.raises(TypeError, match=r"pass an instance, LinearInt4\(\)"):
+        ours(passes=[ecp.LinearInt4])
+    with pytest.raises(ValueError, match="two passes are named 'linear_int4'"):
+        ours(passes=[ecp.LinearInt4(), ecp.LinearInt4(cast_to_bf16=True)])
+
+
+def test_there_is_no_report_before_a_lowering() -> None:
+    with pytest.raises(RuntimeError, match="give this partitioner to to_edge_transform_and_lower first"):
+        _ = ecp.CudaPartitioner().report
+
+
+def test_a_count_that_does_not_hold_stops_the_lowering() -> None:
+    partitioner = ecp.CudaPartitioner(expect={"linear_int4": 2})
+    with pytest.raises(ecp.ExpectationError, match="linear_int4: expected 2, got 1"):
+        to_edge_transform_and_lower(program(), partitioner=[partitioner])
+    assert partitioner.report.counts()["linear_int4"] == 1
+
+
+def test_several_methods_make_one_report_and_one_packed_weight() -> None:
+    partitioner = ecp.CudaPartitioner()
+    model = Quantized(16, 64)
+    methods = [torch.export.export(model, (torch.randn(rows, 64).bfloat16(),)) for rows in (2, 8)]
+    first, second = map(partitioner.transform_for_pre_decomposition, methods)
+    assert len(partitioner.reports) == 2
+    assert partitioner.report.counts()["linear_int4"] == 2
+    assert first.state_dict["data.packed"].data_ptr() == second.state_dict["data.packed"].data_ptr()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the lowering goes on; tests/gpu follows it")
+def test_the_operator_passes_the_edge_verifier_and_only_the_device_is_missing() -> None:
+    """``aten._weight_int4pack_mm`` itself is refused here, with a SpecViolationError."""
+    partitioner = ecp.CudaPartitioner()
+    with pytest.raises(Exception, match="CUDA") as error:
+        to_edge_transform_and_lower(program(), partitioner=[partitioner])
+    assert "SpecViolation" not in type(error.value).__name__
+    assert partitioner.report.counts()["linear_int4"] == 1
+
+
+def test_another_delegate_may_come_first() -> None:
+    """XNNPACK first: it folds the weight and takes the linear, and nothing is left for the second."""
+    first, second = ecp.XnnpackPartitioner(), ecp.CudaPartitioner()
+    model = Quantized(16, 64, dtype=torch.float32)
+    exported = torch.export.export(model, (torch.randn(2, 64),))
+    edge = to_edge_transform_and_lower(exported, partitioner=[first, second])
+    assert first.report.counts()["fold_dequantize"] == 1
+    assert second.report.outcomes == []
+    assert "XnnpackBackend" in str([m.backend_id for m in edge.exported_program().graph_module.children()])
