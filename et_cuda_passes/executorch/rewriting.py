@@ -50,9 +50,24 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         return program
 
 
-def with_method_name(compile_spec: list[CompileSpec] | None) -> list[CompileSpec]:
-    """The compile specs with a ``method_name``, which the AOTInductor backends need for their error messages."""
-    specs = list(compile_spec or [])
-    if all(spec.key != "method_name" for spec in specs):
-        specs.append(CompileSpec("method_name", b"forward"))
-    return specs
+class AotiRewritingPartitioner(RewritingPartitioner):
+    """Mixed in before a stock partitioner of the AOTInductor backends, whose only argument is ``compile_spec``.
+
+    Args:
+        compile_spec: as for the stock partitioner; ``method_name``, which the backends need for their error messages,
+            is supplied where it is missing.
+        passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
+        expect: see :func:`et_cuda_passes.rewrite`; asked of every method.
+    """
+
+    def __init__(
+        self,
+        compile_spec: list[CompileSpec] | None = None,
+        passes: Iterable[Any] | None = None,
+        expect: Mapping[str, int] | None = None,
+    ) -> None:
+        specs = list(compile_spec or [])
+        if all(spec.key != "method_name" for spec in specs):
+            specs.append(CompileSpec("method_name", b"forward"))
+        super().__init__(specs)
+        self._set_passes(passes, expect)
