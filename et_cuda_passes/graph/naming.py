@@ -1,8 +1,8 @@
 """What a rewrite owes to names: of constants that stand beside their parts, of tied weights, of preserved modules."""
 
-import copy
+import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.export.exported_program import ModuleCallEntry
@@ -68,11 +68,15 @@ def forget_tied(program: "Program", dropped: Iterable[torch.Tensor]) -> None:
 
 def renamed_calls(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:
     """The signatures of preserved modules, by the names that their values have now."""
-    result: list[ModuleCallEntry] = copy.deepcopy(calls)
-    for call in result:
+
+    def renamed(argument: Any) -> Any:
+        name = getattr(argument, "name", None)
+        return dataclasses.replace(argument, name=names[name]) if isinstance(name, str) and name in names else argument
+
+    result = []
+    for call in calls:
         if call.signature is not None:
-            for argument in (*call.signature.inputs, *call.signature.outputs):
-                name = getattr(argument, "name", None)
-                if isinstance(name, str) and name in names:
-                    argument.name = names[name]
+            inputs, outputs = ([renamed(a) for a in part] for part in (call.signature.inputs, call.signature.outputs))
+            call = ModuleCallEntry(call.fqn, dataclasses.replace(call.signature, inputs=inputs, outputs=outputs))
+        result.append(call)
     return result
