@@ -65,10 +65,12 @@ def demo(settings: Settings, source: Source, console: Console) -> None:
         lowered = None
         if torch.cuda.is_available():
             # ExecuTorch takes seconds to import.
-            from demo.gpu import lower
+            from et_cuda_passes.executorch.lower import lower
 
             lowered = rewritten.make(
-                "cuda", "lower the packed program to .pte and .ptd", lambda path: lower(program(cuda), path)
+                "cuda",
+                "lower the packed program to .pte and .ptd",
+                lambda path: lower(program(cuda), "cuda", path, "model"),
             )
         else:
             screen.done("lower the packed program to .pte and .ptd", "needs a GPU")

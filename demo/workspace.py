@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-Build = Callable[[Path], None]
+Build = Callable[[Path], object]
 """Makes what belongs at a path: a file, or a folder."""
 
 PACKAGES = ("torch", "torchao", "executorch", "triton", "transformers")

@@ -20,6 +20,7 @@ import typer
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
+from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded, list_files
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
@@ -28,6 +29,9 @@ from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, packed_layouts, save_packed
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.targets.rewrite import check_expectations
+
+require_version("typer")
+require_version("rich")
 
 app = typer.Typer(
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",

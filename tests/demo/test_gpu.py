@@ -11,12 +11,12 @@ from tests.demo.tiny import CACHE_LENGTH, tiny_model
 
 @pytest.mark.gpu
 def test_a_saved_packed_program_becomes_a_pte_with_its_weights_beside(tmp_path: Path) -> None:
-    from demo.gpu import lower
+    from et_cuda_passes.executorch.lower import lower
 
     # Heads of 64, as the demo's model has.
     generic = export(quantize(tiny_model(hidden_size=256)), CACHE_LENGTH)
     save_rewritten(generic, "cuda", tmp_path / "cuda.pt2")
-    lower(torch.export.load(tmp_path / "cuda.pt2"), tmp_path / "cuda")
+    lower(torch.export.load(tmp_path / "cuda.pt2"), "cuda", tmp_path / "cuda", "model")
     made = sorted((tmp_path / "cuda").iterdir())
     assert {path.suffix for path in made} == {".pte", ".ptd"}
     assert all(path.stat().st_size for path in made)
