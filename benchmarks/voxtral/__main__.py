@@ -121,7 +121,7 @@ def perform(options: argparse.Namespace) -> None:
     kind, _, name = options.step.partition("-")
     if not torch.cuda.is_available():
         raise SystemExit(f"{options.step} needs a CUDA device")
-    answers = options.folder / "answers"
+    answers, results = options.folder / "answers", Results(options.folder)
     if kind == "lower":
         from benchmarks.voxtral.lowering import lower
 
@@ -137,8 +137,11 @@ def perform(options: argparse.Namespace) -> None:
     else:
         from benchmarks.voxtral.measuring import measure_artifact
 
+        made, right = (results.read(step) for step in (f"lower-{name}", f"reference-{VARIANTS[name].reference}"))
+        if made is None or right is None or made["weights"] != right["weights"]:
+            raise SystemExit(f"{name} and its reference were not made from the same weights: make both again")
         result = measure_artifact(options.folder / name, answers / f"{VARIANTS[name].reference}.pt", dimensions)
-    Results(options.folder).write(options.step, {"scale": options.scale, "layers": options.layers}, result)
+    results.write(options.step, {"scale": options.scale, "layers": options.layers}, result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ CLASSES: dict[str, str] = {
     "copies": r"^(Memcpy|Memset)",
     "attention": r"sdpa|attention|flash|fmha",
     # What Inductor makes of torchao's dequantize_affine, and kernels that say so.
-    "dequantize": r"^triton_(poi|per|red|mix)_fused_\w*_mul_sub|dequant",
+    "dequantize": r"^triton_(poi|per|red|mix)_fused_\w*mul_(\w+_)?sub_|dequant",
     # A GEMM that dequantizes what it multiplies is a GEMM.
     "matmul": r"tinygemm|int4|gemm|gemv|matmul|^triton_tem_|cutlass|cublas|nvjet|xmma|_mm_|convolution",
     "KV cache": r"index_copy|index_put|scatter|(?<!to)_copy__",

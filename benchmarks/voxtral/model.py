@@ -29,10 +29,10 @@ class AudioAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [1, positions, audio_features], and so is what it gives."""
         q, k, v = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            projection(x).view(1, x.shape[1], self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        y: Tensor = self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
         return y
 
 
@@ -165,13 +165,13 @@ class TextAttention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """X [1, L, features], and so is what it gives; mask bool [1, 1, L, cache]."""
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).view(1, x.shape[1], -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         self.keys.index_copy_(2, positions, rotate(k, cos, sin))
         self.values.index_copy_(2, positions, v)
         y = F.scaled_dot_product_attention(rotate(q, cos, sin), self.keys, self.values, attn_mask=mask, enable_gqa=True)
-        projected: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        projected: Tensor = self.o_proj(y.transpose(1, 2).reshape(1, x.shape[1], -1))
         return projected
 
 

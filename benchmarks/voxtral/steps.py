@@ -129,7 +129,7 @@ class Runner:
                     self._start(startable)
                 elif self._running:
                     time.sleep(0.1)
-                else:
+                elif pending:
                     raise ValueError(f"{pending[0].name} needs steps that are not among those to do")
         finally:
             for running in self._running:
