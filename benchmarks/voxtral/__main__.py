@@ -94,14 +94,15 @@ class Environment:
 
     def __call__(self, step: Step, jobs: int) -> Mapping[str, str]:
         """Of ``step``, which shares the processors with ``jobs`` - 1 others."""
-        threads = str(max(1, (os.cpu_count() or 1) // jobs))
+        cores = os.cpu_count() or 1
         path = os.environ.get("PYTHONPATH")
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), path] if path else [str(ROOT)]),
             "PYTHONUNBUFFERED": "1",
-            "OMP_NUM_THREADS": threads,
-            "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            "OMP_NUM_THREADS": str(max(1, cores // jobs)),
+            # More than a fair share: they work in bursts, between stretches of one thread.
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(cores, 2 * cores // jobs))),
             "TORCHINDUCTOR_CACHE_DIR": str(cache(self.folder, step.name)),
         }
 

@@ -50,6 +50,11 @@ def report(results: Mapping[str, Result], dimensions: Dimensions) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def size(nbytes: float) -> str:
+    """Bytes, in units that leave digits."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
+
+
 def title(case: str, dimensions: Dimensions) -> str:
     """What a case is called."""
     return CASES[case].format(prompt=dimensions.prompt)
@@ -72,7 +77,7 @@ def latencies(
     lines = [["variant", ".ptd", ".pte", *(title(case, dimensions) for case in CASES)]]
     for name, made in lowered.items():
         times = measured.get(name, {}).get("latency", {})
-        sizes = [f"{made['ptd_bytes'] / 1e9:.2f} GB", f"{made['pte_bytes'] / 1e6:.1f} MB"]
+        sizes = [size(made["ptd_bytes"]), size(made["pte_bytes"])]
         lines.append([VARIANTS[name].summary, *sizes, *(milliseconds(times.get(case)) for case in CASES)])
     if eager := results.get("reference-float", {}).get("latency"):
         lines.append(["bf16 in eager, no .pte", "", "", *(milliseconds(eager.get(case)) for case in CASES)])
@@ -86,9 +91,9 @@ def milliseconds(times: Result | None) -> str:
 
 def embedding_note(dimensions: Dimensions) -> str:
     """What of each .ptd no variant quantizes."""
-    size = 2 * dimensions.vocabulary * dimensions.features
+    embedding = size(2 * dimensions.vocabulary * dimensions.features)
     return (
-        f"The embedding stays bf16 in each, {size / 1e9:.2f} GB of the .ptd; where a model's export quantizes it too, "
+        f"The embedding stays bf16 in each, {embedding} of the .ptd; where a model's export quantizes it too, "
         "its .ptd is smaller by up to three quarters of that."
     )
 
@@ -111,14 +116,14 @@ def costs(measured: Mapping[str, Result], lowered: Mapping[str, Result]) -> list
     lines = [["variant", "load", "GPU, running", "export", "lowering", "writing", "GPU, lowering", "host, lowering"]]
     for name, made in lowered.items():
         ran, seconds = measured.get(name), made["seconds"]
-        loading = [f"{sum(ran['load_s'].values()):.1f} s", f"{ran['gpu_peak_bytes'] / 1e9:.2f} GB"] if ran else ["", ""]
+        loading = [f"{sum(ran['load_s'].values()):.1f} s", size(ran["gpu_peak_bytes"])] if ran else ["", ""]
         lines.append(
             [
                 VARIANTS[name].summary,
                 *loading,
                 *(f"{seconds[part]:.0f} s" for part in ("export", "lower", "write")),
-                f"{made['gpu_peak_bytes'] / 1e9:.2f} GB",
-                f"{made['host_peak_bytes'] / 1e9:.1f} GB",
+                size(made["gpu_peak_bytes"]),
+                size(made["host_peak_bytes"]),
             ]
         )
     return lines

@@ -251,7 +251,7 @@ def test_the_tables() -> None:
         "| bf16 in eager, no .pte |  |  | 9.00 | 8.00 | 30.00 | 0.04 |",
         "| int4 packed, default passes | 1.2e-02; 388 of 388 | 1.2e-02; 380 of 388, short by 0.4% at most "
         "| 1.2e-02; 388 of 388 | 1.2e-02; 388 of 388 |",
-        "| int4 packed, default passes | 2.2 s | 4.00 GB | 21 s | 240 s | 10 s | 5.50 GB | 12.0 GB |",
+        "| int4 packed, default passes | 2.2 s | 4.00 GB | 21 s | 240 s | 10 s | 5.50 GB | 12.00 GB |",
         "| text_decoder, 1 token | int4 packed, default passes | 4.00 | 1.00 | 600 "
         "|  | 1.00 (25%) |  | 2.00 (50%) |  |  |  | 1.00 (25%) |",
     ):
