@@ -32,6 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.voxtral", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="artifacts, results and logs; default build/voxtral-<scale>")
+    parser.add_argument("--cache", type=Path, help="what compiling writes, as large as the .ptd; default FOLDER/cache")
     parser.add_argument("--scale", default="full", choices=SCALES)
     parser.add_argument("--layers", type=int, help="layers of both networks, instead of the scale's")
     parser.add_argument("--variants", default=",".join(DEFAULT), help=f"of {', '.join(VARIANTS)}; default %(default)s")
@@ -49,6 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--layers takes 1 or more")
     suffix = options.scale if options.layers is None else f"{options.scale}-{options.layers}"
     options.folder = (options.folder or ROOT / "build" / f"voxtral-{suffix}").absolute()
+    options.cache = (options.cache or options.folder / "cache").absolute()
     return options
 
 
@@ -64,7 +66,7 @@ def plan(options: argparse.Namespace) -> list[Step]:
     """The steps in their order: what runs side by side first."""
     settings = {"scale": options.scale, "layers": options.layers}
     command = [sys.executable, "-m", "benchmarks.voxtral", "--folder", str(options.folder), "--scale", options.scale]
-    command += ["--jobs", str(min(options.jobs, len(options.variants)))]
+    command += ["--cache", str(options.cache), "--jobs", str(min(options.jobs, len(options.variants)))]
     if options.layers is not None:
         command += ["--layers", str(options.layers)]
 
@@ -89,8 +91,8 @@ class Environment:
     the backend removes the file once it has read it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
 
     def __call__(self, step: Step, jobs: int) -> Mapping[str, str]:
         """Of ``step``, which shares the processors with ``jobs`` - 1 others."""
@@ -103,13 +105,8 @@ class Environment:
             "OMP_NUM_THREADS": str(max(1, cores // jobs)),
             # More than a fair share: they work in bursts, between stretches of one thread.
             "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(cores, 2 * cores // jobs))),
-            "TORCHINDUCTOR_CACHE_DIR": str(cache(self.folder, step.name)),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.cache / step.name),
         }
-
-
-def cache(folder: Path, step: str) -> Path:
-    """The folder of a step's compiler cache."""
-    return folder / "cache" / step
 
 
 def perform(options: argparse.Namespace) -> None:
@@ -129,7 +126,7 @@ def perform(options: argparse.Namespace) -> None:
         result = lower(VARIANTS[name], dimensions, options.folder / name, "cuda")
         result["jobs"] = options.jobs
         # Only what failed is helped by it, when it is tried again.
-        shutil.rmtree(cache(options.folder, options.step), ignore_errors=True)
+        shutil.rmtree(options.cache / options.step, ignore_errors=True)
     elif kind == "reference":
         from benchmarks.voxtral.reference import refer
 
@@ -155,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results(options.folder)
     done = True
     if not options.table:
-        runner = Runner(results, Environment(options.folder), options.jobs, options.deadline, options.limit)
+        runner = Runner(results, Environment(options.cache), options.jobs, options.deadline, options.limit)
         done = runner.run(plan(options))
     found = {path.stem: result for path in options.folder.glob("*.json") if (result := results.read(path.stem))}
     if found:

@@ -147,6 +147,7 @@ def test_the_steps_of_the_command(tmp_path: Path) -> None:
     assert [need.name for need in steps["measure-ours"].needs] == ["lower-ours", "reference-dequantized"]
     again = command.parse(list(steps["measure-ours"].command[3:]))
     assert (again.step, again.folder, again.scale, again.jobs) == ("measure-ours", tmp_path, "tiny", 2)
+    assert again.cache == options.cache == tmp_path / "cache"
     options = command.parse(["--layers", "3", "--lower-only"])
     assert command.sizes(options).layers == command.sizes(options).audio_layers == 3
     assert {step.name.partition("-")[0] for step in command.plan(options)} == {"lower"}
