@@ -1,5 +1,11 @@
 """Our operators: schema, fake, reference, and decomposition into a device's kernel. Importing registers them."""
 
-from et_cuda_passes.ops.int4_linear import INT4_LINEARS, Int4Linear
+from collections.abc import Mapping
+
+from et_cuda_passes.ops.int4_linear import CPU, METAL, MPS, TILE_PACKED_TO_4D, Int4Linear
+from et_cuda_passes.ops.int4_linear_mma_tiled import MMA_TILED
+
+INT4_LINEARS: Mapping[str, Int4Linear] = {form.layout: form for form in (MMA_TILED, TILE_PACKED_TO_4D, MPS, METAL, CPU)}
+"""Every int4 linear by the layout that it reads."""
 
 __all__ = ["INT4_LINEARS", "Int4Linear"]
