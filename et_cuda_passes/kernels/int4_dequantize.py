@@ -39,6 +39,12 @@ _BEGIN = tl.constexpr("{ .reg .b32 w, t, one, minus, none; ")
 # Nibbles 0..3 or 4..7 of two neighbouring words, operands 4 and 5.
 _LOW = tl.constexpr("prmt.b32 w, $4, $5, 0x5410; ")
 _HIGH = tl.constexpr("prmt.b32 w, $4, $5, 0x7632; ")
+# wgmma reads its left operand from registers while later instructions run, and Triton up to 3.6 lets one step's be in
+# flight while the next step writes the same registers (its issue 9433). What writes them waits here. The place of a
+# wait is certain: after the loads that it takes its words from, so after the barrier that ends the step before, and
+# before the products that it is for. As a text of its own it would have to be impure, and torch takes a kernel with
+# impure assembly to write to all of its arguments.
+_WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; ")
 _SCALED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r")
 _AFFINE_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
 
@@ -53,11 +59,14 @@ def _nibble(words, scale, zero, place: tl.constexpr, HAS_ZERO: tl.constexpr):
 
 
 @triton.jit
-def _half_words(words, scale, zero, HIGH: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr):
+def _half_words(
+    words, scale, zero, HIGH: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr, WGMMA: tl.constexpr
+):
     """Four nibbles of every word, the low or the high ones: four tensors shaped like ``words``."""
     if USE_ASM:
         HALF: tl.constexpr = scale.dtype == tl.float16
-        BEGIN: tl.constexpr = _BEGIN + (_HIGH if HIGH else _LOW)
+        WAIT: tl.constexpr = _WAIT if WGMMA else ""
+        BEGIN: tl.constexpr = _BEGIN + WAIT + (_HIGH if HIGH else _LOW)
         SCALED: tl.constexpr = BEGIN + (_F16_SCALED if HALF else _BF16_SCALED)
         AFFINE: tl.constexpr = BEGIN + (_F16_AFFINE if HALF else _BF16_AFFINE)
         if HAS_ZERO:
@@ -112,14 +121,15 @@ def dequantize_tile(
     GROUP_SIZE: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     USE_ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
 ):
     """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, BLOCK_K / GROUP_SIZE] -> weights [ROWS, BLOCK_K]."""
     s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
     z0, z1 = s0, s1
     if HAS_ZERO:
         z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
-    w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM)
-    w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM)
+    w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM, WGMMA)
+    w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM, WGMMA)
     # A nibble's place is (step of 16 along K, 2 bits; half of the step): the last is joined last.
     w = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
     # (row, block, lane, parity, step / 2, step % 2, half of the step) -> K in its own order.

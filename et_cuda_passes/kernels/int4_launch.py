@@ -5,6 +5,7 @@ a launch whose grid is multiplied by 0 or 1, and a grid of no programs is skippe
 fix it, and a branch of the graph would cost its own synchronisation.
 """
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ def _launch(
     slots = tiling.waves * processors
     tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
     steps = -(-packed.shape[1] * 8 // tiling.block_k)
-    grid, rest, parts = tiles, tiles, y
+    grid, rest, parts = tiles, tiles, qparams
     if slots:
         # As the kernel counts: the tiles of the last wave, each cut in so many ways.
         rest = tiles % slots
@@ -111,6 +112,8 @@ def _launch(
     given = (epilogue.bias, epilogue.factor, epilogue.addend)
     others = [qparams if tensor is None else tensor for tensor in given]
     shape = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
+    # Inductor makes a kernel of its own for each set of numbers that are passed: these.
+    shape["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
     finish = {"HAS_BIAS": given[0] is not None, "HAS_FACTOR": given[1] is not None, "HAS_ADDEND": given[2] is not None}
     wrap_triton(int4_matmul)[(grid * flag,)](
         x,

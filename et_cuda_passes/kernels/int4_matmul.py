@@ -19,19 +19,6 @@ import triton.language as tl
 from et_cuda_passes.kernels.epilogue import finish
 from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
 
-_WAIT = tl.constexpr("{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }")
-
-
-@triton.jit
-def _wait(step):
-    """Until the tensor cores have read the weights of the step before from their registers.
-
-    Triton up to 3.6 lets ``wgmma`` of one step be in flight while the next writes its left operand's registers (its
-    issue 9433). Called between the loads of the words and of the scales, this holds back only the last multiplication:
-    loads do not move over it, and the weights are made from what they bring.
-    """
-    tl.inline_asm_elementwise(_WAIT, "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1)
-
 
 @triton.jit
 def int4_matmul(
@@ -60,8 +47,15 @@ def int4_matmul(
     HAS_ADDEND: tl.constexpr,
     USE_ASM: tl.constexpr,
     WGMMA: tl.constexpr,
+    SALT: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K."""
+    """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
+
+    SALT is any positive number, different for every kernel of a program: AOTInductor (torch 2.11) names the object file
+    of a kernel by its machine code, and cannot link a program in which two kernels have the same.
+    """
+    if -SALT == M:
+        return
     # Products with constants, so that the compiler knows what divides them: every load is a vector by that.
     K = K32 * 32
     words_row = tl.cdiv(K32, 2) * 8
@@ -121,8 +115,6 @@ def int4_matmul(
     for step in range(length):
         if EVEN_K:
             words = tl.load(words_at)
-            if WGMMA:
-                _wait(step)
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m, other=0.0)
@@ -132,12 +124,10 @@ def int4_matmul(
             rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks[:, None]
             words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
-            if WGMMA:
-                _wait(step)
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m & ((k // 32)[:, None] < rest[None, :]), other=0.0)
-        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM)
+        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
         if USE_ASM:
             sums = tl.dot(w, x, sums)
         else:  # Triton's interpreter takes bf16 operands of a dot for integers
@@ -153,16 +143,17 @@ def int4_matmul(
 
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    if cut:
-        to = (pid - tiles // tl.maximum(SLOTS, 1) * SLOTS) * (BLOCK_M * BLOCK_N)
-        place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-        tl.store(parts_ptr + to + place, sums)
-    else:
-        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
-        at = m.to(tl.int64)[None, :] * N + n[:, None]
-        inside = (m < M)[None, :] & (n < N)[:, None]
-        y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
-        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)
+        if cut:
+            to = (pid - tiles // SLOTS * SLOTS) * (BLOCK_M * BLOCK_N)
+            place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+            tl.store(parts_ptr + to + place, sums)
+            return
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,8 +175,11 @@ def add_parts(
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     HEIGHT: tl.constexpr,
+    SALT: tl.constexpr,
 ):
-    """Sum the parts of HEIGHT rows of one cut tile, first to last."""
+    """Sum the parts of HEIGHT rows of one cut tile, first to last. SALT as above."""
+    if -SALT == M:
+        return
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     whole = tiles // SLOTS * SLOTS
