@@ -5,6 +5,7 @@ a launch whose grid is multiplied by 0 or 1, and a grid of no programs is skippe
 fix it, and a branch of the graph would cost its own synchronisation.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,8 +51,8 @@ class Epilogue:
     Attributes:
         bias: [N].
         activation: one of :data:`~et_cuda_passes.kernels.epilogue.ACTIVATIONS`.
-        factor: [M, N], multiplied.
-        addend: [M, N], added.
+        factor: [..., N], multiplied.
+        addend: [..., N], added.
     """
 
     bias: Tensor | None = None
@@ -61,15 +62,21 @@ class Epilogue:
 
 
 def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue) -> Tensor:
-    """``x [M, K] @ weight.T`` and its epilogue on CUDA, [M, N]: all contiguous, the weight in the mma_tiled layout."""
-    (m, k), n = x.shape, packed.shape[0]
-    y = x.new_empty((m, n))
+    """``x [..., K] @ weight.T`` and its epilogue on CUDA, [..., N]: all contiguous, the weight in the mma_tiled layout.
+
+    The tensors are used in the shape that they have: of a view, Inductor would write a copy for every launch.
+    """
+    m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
+    y = x.new_empty((*x.shape[:-1], n))
     gpu, processors = gpu_of(x.device)
     buckets = possible(m, n, k, group_size, gpu)
+    # One for all buckets: only one of them runs, and allocating costs more time than it does space.
+    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
+    parts = x.new_empty(most, dtype=torch.float32) if most else None
     first: int = 0
     for bound, tiling in buckets.items():
         flag = 1 if len(buckets) == 1 else _inside(m, first, bound)
-        _launch(x, packed, qparams, epilogue, y, group_size, tiling, flag, gpu.wgmma, processors)
+        _launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
         first = bound + 1
     return y
 
@@ -84,21 +91,23 @@ def _inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
 
 def _launch(
     x: Tensor,
+    m: int | SymInt,
     packed: Tensor,
     qparams: Tensor,
     epilogue: Epilogue,
     y: Tensor,
+    parts: Tensor | None,
     group_size: int,
     tiling: Tiling,
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
 ) -> None:
-    (m, k), n = x.shape, y.shape[1]
+    k, n = x.shape[-1], y.shape[-1]
     slots = tiling.waves * processors
     tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
     steps = -(-packed.shape[1] * 8 // tiling.block_k)
-    grid, rest, parts = tiles, tiles, qparams
+    grid, rest = tiles, tiles
     if slots:
         # As the kernel counts: the tiles of the last wave, each cut in so many ways.
         rest = tiles % slots
@@ -106,11 +115,10 @@ def _launch(
         grid = tiles - rest + rest * ways
         if isinstance(rest, int) and (rest == 0 or ways == 1):
             slots = 0  # the last wave is full, or too full for anything to be cut
-    if slots:
-        parts = x.new_empty((slots, tiling.block_m, tiling.block_n), dtype=torch.float32)
     # A pointer that is not read still has to be one.
     given = (epilogue.bias, epilogue.factor, epilogue.addend)
     others = [qparams if tensor is None else tensor for tensor in given]
+    into = parts if slots and parts is not None else qparams
     shape = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
     # Inductor makes a kernel of its own for each set of numbers that are passed: these.
     shape["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
@@ -121,7 +129,7 @@ def _launch(
         qparams,
         *others,
         y,
-        parts,
+        into,
         m,
         n,
         k // 32,
@@ -140,7 +148,7 @@ def _launch(
     if slots:
         height = min(tiling.block_m, ADDED_ROWS)
         wrap_triton(add_parts)[(rest * flag, tiling.block_m // height)](
-            parts, *others, y, m, n, k // 32, **shape, **finish, ACTIVATION=epilogue.activation, HEIGHT=height
+            into, *others, y, m, n, k // 32, **shape, **finish, ACTIVATION=epilogue.activation, HEIGHT=height
         )
 
 

@@ -77,10 +77,9 @@ def _int4_linear(
         )
     if out_features != packed.shape[0]:
         raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {out_features}")
-    given = [None if t is None else t.reshape(-1, out_features).contiguous() for t in (factor, addend)]
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = int4_linear(rows, packed, scale_and_zero, group_size, Epilogue(bias, activation, *given))
-    return y.view(*x.shape[:-1], out_features)
+    whole = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, factor, addend)]
+    assert whole[0] is not None
+    return int4_linear(whole[0], packed, scale_and_zero, group_size, Epilogue(bias, activation, *whole[1:]))
 
 
 def _fake(
