@@ -138,7 +138,7 @@ def microseconds(call: Callable[[], object], calls: int) -> float:
     return statistics.median(times)
 
 
-def captured(model: Callable[[Tensor], object], x: Tensor) -> Callable[[], object]:
+def captured(model: nn.Module, x: Tensor) -> Callable[[], object]:
     """Replays of a CUDA graph of the model."""
     with torch.no_grad():
         side = torch.cuda.Stream()
@@ -149,15 +149,6 @@ def captured(model: Callable[[Tensor], object], x: Tensor) -> Callable[[], objec
         with torch.cuda.graph(graph):
             model(x)
     return graph.replay
-
-
-def graph_of(run: Callable[[Tensor], object], x: Tensor) -> Callable[[], object] | None:
-    """Replays of a CUDA graph of a loaded method: what the GPU alone takes. None where it cannot be captured."""
-    try:
-        return captured(run, x)
-    except RuntimeError as error:
-        print(f"not captured: {error}", file=sys.stderr)
-        return None
 
 
 def exact(weights: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -199,7 +190,6 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
     inputs = {m: torch.randn(m, FEATURES, device="cuda", dtype=torch.bfloat16) for m in rows}
     calls = {m: 100 if m <= 256 else 20 for m in rows}
     times: dict[str, dict[int, float]] = {}
-    alone: dict[str, dict[int, float]] = {}
     errors: dict[str, float] = {}
     sizes: dict[str, str] = {}
     for name in names:
@@ -207,31 +197,26 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
             continue
         run = load(folder / name / "model.pte")
         times[name] = {m: microseconds(partial(run, x), calls[m]) for m, x in inputs.items()}
-        graphs = {m: graph_of(run, x) for m, x in inputs.items()}
-        alone[name] = {m: microseconds(graph, calls[m]) if graph else float("nan") for m, graph in graphs.items()}
-        del graphs
         wanted = {m: exact(weights[VARIANTS[name][2]], x) for m, x in inputs.items()}
         off = [((run(x)[0].double() - wanted[m]).norm() / wanted[m].norm()).item() for m, x in inputs.items()]
         errors[name] = max(off)
         data = sum(path.stat().st_size for path in (folder / name).glob("*.ptd"))
         sizes[name] = f"{data / 1e6:.1f} MB, {(folder / name / 'seconds').read_text()} s"
         del run
-    times[CUBLAS] = alone[CUBLAS] = {m: microseconds(captured(dense, x), calls[m]) for m, x in inputs.items()}
+    times[CUBLAS] = {m: microseconds(captured(dense, x), calls[m]) for m, x in inputs.items()}
     console = Console(width=180)
-    console.print(table("microseconds a call", times, rows, errors, sizes))
-    console.print(table("microseconds of a CUDA graph's replay", alone, rows, errors, sizes))
+    console.print(table(times, rows, errors, sizes))
     console.print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, group size {group}")
 
 
 def table(
-    title: str,
     times: dict[str, dict[int, float]],
     rows: Sequence[int],
     errors: dict[str, float],
     sizes: dict[str, str],
 ) -> Table:
     """Times, and the ratios of the Triton kernels to every other."""
-    result = Table("", *(f"M = {m}" for m in rows), "relative error", ".ptd, lowering", title=title)
+    result = Table("", *(f"M = {m}" for m in rows), "relative error", ".ptd, lowering", title="microseconds a call")
     for name, row in times.items():
         error = f"{errors[name]:.1e}" if name in errors else ""
         result.add_row(name, *(f"{row[m]:.0f}" for m in rows), error, sizes.get(name, ""))

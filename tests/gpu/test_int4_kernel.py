@@ -1,0 +1,70 @@
+"""The Triton kernel on a GPU: against fp64 around every edge of a bucket, the same bits every time, beside tinygemm."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from et_cuda_passes.kernels.tiling import ROWS
+from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.ops import INT4_LINEARS
+
+pytestmark = pytest.mark.gpu
+LINEAR = INT4_LINEARS["mma_tiled"].op
+EDGES = sorted({1, 1500, 4097, *(bound + more for bound in ROWS for more in (0, 1))})
+ACTIVATE = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+# N, K, group size, zeros, dtype, bias, activation, factor, addend
+CASES = [
+    (8192, 3072, 32, False, torch.bfloat16, False, "", False, False),
+    (3072, 8192, 32, True, torch.bfloat16, True, "silu", False, True),
+    (576, 576, 64, False, torch.bfloat16, True, "", True, True),
+    (1000, 1536, 128, True, torch.float16, False, "gelu", True, False),
+    (1280, 1280, 32, False, torch.float16, True, "gelu_tanh", False, False),
+    (45, 96, 32, True, torch.bfloat16, True, "relu", False, True),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
+    n, k, group, zeros, dtype, has_bias, activation, has_factor, has_addend = case
+    torch.manual_seed(n + k)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
+    packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
+    s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
+    # As the kernel's weights are: rounded once to the dtype.
+    weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
+    for m in EDGES:
+        x, bias, factor, addend = (
+            torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((m, k), (n,), (m, n), (m, n))
+        )
+
+        def call(x: Tensor = x, b: Tensor = bias, f: Tensor = factor, a: Tensor = addend) -> Tensor:
+            poison = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=dtype)
+            del poison  # its memory is what the output is likely to get
+            given = (f if has_factor else None, a if has_addend else None)
+            return LINEAR(x, packed, qparams, b if has_bias else None, group, n, activation, *given)
+
+        y = call()
+        wanted = ACTIVATE[activation](x.double() @ weight.T + (bias.double() if has_bias else 0))
+        wanted = wanted * (factor.double() if has_factor else 1) + (addend.double() if has_addend else 0)
+        assert ((y.double() - wanted).norm() / wanted.norm()).item() < (4e-3 if dtype is torch.bfloat16 else 6e-4), m
+        assert all(torch.equal(call(), y) for _ in range(3)), m
+
+
+@pytest.mark.parametrize("m", [1, 5, 64, 300])
+def test_it_computes_what_tinygemm_computes(m: int) -> None:
+    n, k, group = 1024, 2048, 64
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    ours = LINEAR(x, mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, x.dtype, k).cuda(), None, group, n)
+    pair = scale_and_zero.pack(scale, zero).cuda()
+    theirs = torch.ops.aten._weight_int4pack_mm(x, tile_packed_to_4d.pack(q, 8).cuda(), group, pair)
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6 * float(theirs.abs().max()))

@@ -1,0 +1,134 @@
+"""The Triton kernels compiled for a GPU that is not here, and what their machine code says."""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
+from et_cuda_passes.kernels.tiling import Tiling
+
+FLOATS = {"qparams_ptr", "bias_ptr", "factor_ptr", "addend_ptr", "y_ptr", "x_ptr"}
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others: Any) -> dict[str, Any]:
+    """The compile-time constants of a launch."""
+    constants = {
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "BLOCK_K": tiling.block_k,
+        "SEGMENTS": tiling.segments,
+        "SLOTS": tiling.waves * processors,
+        "GROUP_SIZE": group_size,
+        "EVEN_K": True,
+        "HAS_ZERO": False,
+        "HAS_BIAS": False,
+        "ACTIVATION": "",
+        "HAS_FACTOR": False,
+        "HAS_ADDEND": False,
+        "USE_ASM": True,
+        "WGMMA": True,
+        "SALT": 1,
+    }
+    return constants | others
+
+
+def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16") -> Any:
+    """``kernel`` compiled for compute capability ``arch``, N a multiple of 16 as it nearly always is."""
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = dtype if name in FLOATS else "fp32" if name == "parts_ptr" else "i32"
+            signature[name] = f"*{kind}"
+        else:
+            signature[name] = "i32"
+        if name.endswith("_ptr") or name == "N":
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, values, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@cache
+def matmul(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> Any:
+    """The matrix product in one tiling."""
+    return compiled(int4_matmul, shape(tiling, **others), arch, tiling.warps, tiling.stages, dtype)
+
+
+@cache
+def parts_adder(tiling: Tiling, arch: int) -> Any:
+    """What adds the parts of its cut tiles."""
+    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.block_m, 8)}, arch, 4, 3)
+
+
+def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
+    """Address and text of every instruction."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    dump = subprocess.run([_TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    lines = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", line) for line in dump.splitlines())
+    return [(int(found[1], 16), found[2]) for found in lines if found]
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """What ptxas reports of the kernel: REG, STACK and so on."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    told = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told.stdout)}
+
+
+def overwritten_operands(code: list[tuple[int, str]]) -> list[str]:
+    """Writes to the left operand of a wgmma that no wait has retired yet, following the loop around it twice.
+
+    ``HGMMA R24, R152, gdesc[..]`` reads R152 to R155 while later instructions run, until a ``WARPGROUP.DEPBAR.LE gsb0,
+    n`` leaves at most n groups in flight; ``gsb0`` on the instruction ends a group.
+    """
+    place = {address: index for index, (address, _) in enumerate(code)}
+    products = [index for index, (_, text) in enumerate(code) if text.startswith("HGMMA")]
+    if not products:
+        return []
+    branches = [
+        (place[int(found[1], 16)], index)
+        for index, (address, text) in enumerate(code)
+        if (found := re.search(r"\bBRA.*?(0x[0-9a-f]+)", text)) and int(found[1], 16) in place
+        if int(found[1], 16) < address
+    ]
+    around = [(end - begin, begin, end) for begin, end in branches if begin <= products[0] and end >= products[-1]]
+    assert around, "the products are in no loop"
+    _, begin, end = min(around)
+    flying: list[tuple[str, set[int], bool]] = []
+    found_writes = []
+    for index in [*range(begin, end + 1), *range(begin, end + 1)]:
+        text = re.sub(r"^@!?U?P\w+\s+", "", code[index][1])
+        if text.startswith("HGMMA"):
+            operand = re.match(r"HGMMA\S*\s+R\d+, R(\d+)", text)
+            first = int(operand[1]) if operand else -4
+            flying.append((text, set(range(first, first + 4)), "gsb0" in text))
+        elif text.startswith("WARPGROUP.DEPBAR"):
+            allowed = int(re.search(r"gsb0, (0x[0-9a-f]+)", text)[1], 16)  # type: ignore[index]
+            kept, groups = [], 0
+            for product in reversed(flying):
+                groups += product[2]
+                if groups <= allowed:
+                    kept.append(product)
+            flying = kept[::-1]
+        elif written := re.match(r"([A-Z][A-Z0-9_.]*)\s+R(\d+)", text):
+            if written[1].startswith(("ST", "RED", "LDGSTS", "BAR")):
+                continue
+            width = (
+                4 if ".128" in written[1] or "M88.4" in written[1] else 2 if re.search(r"64|WIDE", written[1]) else 1
+            )
+            registers = set(range(int(written[2]), int(written[2]) + width))
+            found_writes += [f"{text} overwrites {product}" for product, read, _ in flying if read & registers]
+    return found_writes

@@ -1,0 +1,81 @@
+"""Every tiling of the tables compiled for its GPUs: it fits, spills nothing, and waits where it has to."""
+
+from pathlib import Path
+
+import pytest
+
+from et_cuda_passes.kernels.tiling import HOPPER, OTHER, Family, Tiling, load_table
+from tests.kernels.compiled import machine_code, matmul, overwritten_operands, parts_adder, resources
+
+TUNED = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
+
+
+def tilings_of(family: Family) -> list[Tiling]:
+    found = {tiling for entry in load_table(TUNED / f"{family.name}.json") for tiling in entry.tilings.values()}
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
+def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
+    kernel = matmul(tiling, 90)
+    code = machine_code(kernel, tmp_path)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    assert sum(text.startswith("HGMMA") for _, text in code) >= tiling.block_k // 16
+    assert overwritten_operands(code) == []
+    # The weights go from the words to the tensor cores without moving between threads.
+    moved = [line for line in kernel.asm["ttgir"].splitlines() if "convert_layout %w" in line and "dot_op" not in line]
+    assert moved == []
+    if tiling.waves:
+        assert resources(parts_adder(tiling, 90), tmp_path)["STACK"] == 0
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("tiling", tilings_of(OTHER), ids=str)
+def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, tmp_path: Path) -> None:
+    kernel = matmul(tiling, arch, WGMMA=False)
+    # The least that a GPU of these families has: 99 KB, on consumer cards.
+    assert kernel.metadata.shared <= 99 * 1024
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    assert any(text.startswith("HMMA") for _, text in machine_code(kernel, tmp_path))
+
+
+ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"HAS_ZERO": True, "HAS_BIAS": True},
+        {"EVEN_K": False, "group_size": 64},
+        {"group_size": 128, "ACTIVATION": "silu"},
+        {"ACTIVATION": "gelu", "HAS_FACTOR": True, "HAS_ADDEND": True},
+        {"ACTIVATION": "gelu_tanh", "dtype": "fp16", "HAS_ZERO": True},
+    ],
+    ids=str,
+)
+def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path: Path) -> None:
+    assert overwritten_operands(machine_code(matmul(ONE, 90, **others), tmp_path)) == []
+
+
+def _loop(*body: str) -> list[tuple[int, str]]:
+    texts = [*body, "@P0 BRA 0x0"]
+    return [(16 * index, text) for index, text in enumerate(texts)]
+
+
+PRODUCT = "HGMMA.64x16x16.F32.BF16 R24, R152, gdesc[UR8], R24, gsb0"
+
+
+def test_the_check_sees_an_operand_written_before_the_wait() -> None:
+    early = _loop("LDS.128 R152, [R3]", "WARPGROUP.DEPBAR.LE gsb0, 0x0", PRODUCT)
+    # One to the next turn's load, which comes before the wait.
+    assert overwritten_operands([*early[:3], (48, "@P0 BRA 0x0")]) == [f"LDS.128 R152, [R3] overwrites {PRODUCT}"]
+    late = _loop("WARPGROUP.DEPBAR.LE gsb0, 0x0", "LDS.128 R152, [R3]", PRODUCT)
+    assert overwritten_operands([*late[:3], (48, "@P0 BRA 0x0")]) == []
+
+
+def test_the_check_counts_the_groups_that_a_wait_leaves() -> None:
+    second = PRODUCT.replace("R152", "R156")
+    code = _loop("WARPGROUP.DEPBAR.LE gsb0, 0x1", "LDS.128 R152, [R3]", "LDS.128 R156, [R3]", PRODUCT, second)
+    # The wait retires the first of last turn's two groups, and not the second.
+    assert overwritten_operands(code) == [f"LDS.128 R156, [R3] overwrites {second}"]

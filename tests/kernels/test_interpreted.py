@@ -1,0 +1,89 @@
+"""The kernels in Triton's interpreter, on ragged shapes, against fp64.
+
+The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROOT = Path(__file__).parents[2]
+
+# rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias, activation, factor, addend
+CASES = [
+    (1, 16, 64, 32, 8, 16, 64, 1, 0, False, False, "", False, False),
+    (3, 40, 96, 32, 8, 16, 64, 2, 0, False, False, "silu", False, False),
+    (17, 70, 256, 64, 16, 32, 128, 1, 0, True, True, "gelu", False, True),
+    (5, 33, 384, 128, 8, 16, 128, 1, 4, True, True, "", True, False),
+    (9, 64, 640, 32, 8, 16, 128, 1, 7, False, True, "relu", True, True),
+    (9, 64, 576, 64, 8, 16, 64, 1, 5, True, False, "gelu_tanh", False, False),
+    (2, 24, 1152, 32, 8, 16, 128, 4, 0, True, True, "", False, False),
+    (20, 130, 192, 32, 16, 32, 64, 1, 264, False, False, "", False, True),
+    (7, 17, 448, 64, 8, 16, 64, 4, 0, False, False, "silu", True, True),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_the_kernels_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert f"{2 * len(CASES)} passed" in done.stdout
+
+
+ACTIVATE = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("case", CASES, ids=str)
+# The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+    from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
+    from et_cuda_passes.layouts import mma_tiled
+
+    m, n, k, group, block_m, block_n, block_k, segments, slots, zeros, has_bias, activation, has_f, has_a = case
+    random = torch.Generator().manual_seed(m * n * k)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random)
+    scale = torch.rand(n, k // group, generator=random) * 0.05 + 0.01
+    zero = torch.randn(n, k // group, generator=random) * 0.05 * zeros
+    x = torch.randn(m, k, generator=random).to(dtype)
+    bias, factor, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((n,), (m, n), (m, n)))
+    packed, qparams = mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, zero, dtype, k)
+    y = torch.full((m, n), float("nan"), dtype=dtype)
+
+    tiles, steps = -(-m // block_m) * -(-n // block_n), -(-packed.shape[1] * 8 // block_k)
+    grid, rest, parts = tiles, 0, qparams
+    if slots:
+        rest = tiles % slots
+        grid = tiles - rest + rest * min(slots // max(rest, 1), steps)
+        parts = torch.full((slots, block_m, block_n), float("nan"))
+    finish = {"HAS_BIAS": has_bias, "ACTIVATION": activation, "HAS_FACTOR": has_f, "HAS_ADDEND": has_a}
+    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
+    even = k % (block_k * segments) == 0
+    form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
+    others = (bias, factor, addend)
+    int4_matmul[(grid,)](
+        x, packed, qparams, *others, y, parts, m, n, k // 32, **shape, **form, **finish, USE_ASM=False, WGMMA=False
+    )
+    if rest:
+        add_parts[(rest, block_m // 8)](parts, *others, y, m, n, k // 32, **shape, **finish, HEIGHT=8)
+
+    s, z = (part.to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
+    weight = (q.double() - 8) * s + z
+    wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
+    wanted = ACTIVATE[activation](wanted) * (factor.double() if has_f else 1) + (addend.double() if has_a else 0)
+    assert ((y.double() - wanted).norm() / wanted.norm()).item() < most

@@ -1,0 +1,135 @@
+"""What AOTInductor is told: which launches, over which grids, and what they write to."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+from et_cuda_passes.kernels.int4_launch import _inside, possible
+from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, tilings
+from et_cuda_passes.layouts import mma_tiled
+from et_cuda_passes.ops import INT4_LINEARS
+
+LINEAR = INT4_LINEARS["mma_tiled"].op
+
+
+class Absent(DriverBase):
+    """Stands for the GPU that is not here: torch only asks it what to compile for."""
+
+    def __init__(self) -> None:
+        pass
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        return None
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("asks what would be compiled for a GPU that is not here")
+    triton.runtime.driver.set_active(Absent())
+    yield
+    with suppress(RuntimeError):  # there is no driver to go back to
+        triton.runtime.driver.reset_active()
+
+
+class Block(nn.Module):
+    """x + down(silu(up(x))), its constants packed."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        for name, rows, columns in (("up", n, k), ("down", k, n)):
+            self.register_buffer(f"{name}_packed", torch.empty(rows, columns // 8, dtype=torch.int32, device="cuda"))
+            qparams = torch.empty(1, rows, mma_tiled.scale_row(columns, 32), dtype=torch.bfloat16, device="cuda")
+            self.register_buffer(f"{name}_qparams", qparams)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        n, k = self.up_packed.shape[0], self.down_packed.shape[0]
+        h = LINEAR(x, self.up_packed, self.up_qparams, None, 32, n, "silu")
+        return (LINEAR(h, self.down_packed, self.down_qparams, None, 32, k, "", None, x),)
+
+
+def launches(rows: int | None, n: int = 8192, k: int = 3072) -> tuple[Any, list[torch.fx.Node]]:
+    """The graph signature and the launches of a block, for a number of rows or for any."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = torch.empty(2, rows or 16, k, dtype=torch.bfloat16, device="meta")
+    length = DimDynamic.DYNAMIC if rows is None else DimDynamic.STATIC
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, length, DimDynamic.STATIC])
+    shape = mode.from_tensor(given, symbolic_context=sizes).shape
+    with mode:
+        module, x = Block(n, k), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    graph_module, signature = aot_export_module(module, (x,), trace_joint=False)
+    nodes = [node for node in graph_module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    return signature, nodes
+
+
+@pytest.mark.parametrize("rows", [None, 1, 700])
+def test_only_the_output_and_the_parts_are_written_to(rows: int | None) -> None:
+    signature, nodes = launches(rows)
+    assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
+    assert len(signature.user_outputs) == 1
+    for node in nodes:
+        assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr", "parts_ptr"}
+
+
+def test_a_known_length_is_one_launch_a_linear() -> None:
+    _, nodes = launches(4)
+    grids = [node.kwargs["grid"][0] for node in nodes]
+    assert len(nodes) == 2
+    assert all(isinstance(size, int) and size > 0 for grid in grids for size in grid)
+
+
+def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard() -> None:
+    _, nodes = launches(None)
+    products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
+    buckets = [tilings(HOPPER, n, k, 32, DYNAMIC_ROWS) for n, k in ((8192, 3072), (3072, 8192))]
+    assert len(products) == sum(map(len, buckets))
+    assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32, 33, 64, 65, 256, 257, 4096])
+def test_exactly_one_bucket_has_programs_at_any_length(rows: int) -> None:
+    bounds = [*possible(rows, 8192, 3072, 32, HOPPER)]
+    assert bounds == [UNBOUNDED]
+    first, flags = 0, []
+    for bound in (*DYNAMIC_ROWS, UNBOUNDED):
+        flags.append(_inside(rows, first, bound))
+        first = bound + 1
+    assert sum(flags) == 1 and set(flags) <= {0, 1}
+
+
+def test_a_length_that_is_bounded_leaves_out_the_buckets_beyond() -> None:
+    env = ShapeEnv()
+    mode = FakeTensorMode(shape_env=env)
+    sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    length = mode.from_tensor(torch.empty(16, device="meta"), symbolic_context=sizes).shape[0]
+    torch._check(length <= 32)
+    assert max(possible(length, 8192, 3072, 32, HOPPER)) <= 32
