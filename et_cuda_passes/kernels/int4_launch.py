@@ -76,7 +76,7 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     first: int = 0
     for bound, tiling in buckets.items():
         flag = 1 if len(buckets) == 1 else _inside(m, first, bound)
-        _launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+        launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
         first = bound + 1
     return y
 
@@ -89,7 +89,7 @@ def _inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
     return flag
 
 
-def _launch(
+def launch(
     x: Tensor,
     m: int | SymInt,
     packed: Tensor,
@@ -103,6 +103,7 @@ def _launch(
     wgmma: bool,
     processors: int,
 ) -> None:
+    """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need."""
     k, n = x.shape[-1], y.shape[-1]
     slots = tiling.waves * processors
     tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)

@@ -1,0 +1,71 @@
+"""What the benchmarks of the int4 kernels share: layers of real models, random weights, and a clock."""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LAYERS = {
+    "qkv": (6144, 3072),
+    "k": (1024, 3072),
+    "o": (3072, 4096),
+    "gate and up": (16384, 3072),
+    "up": (8192, 3072),
+    "down": (3072, 8192),
+    "lm_head": (131072, 3072),
+    "encoder q": (1280, 1280),
+    "encoder up": (5120, 1280),
+    "encoder down": (1280, 5120),
+    "Llama qkv": (6144, 4096),
+    "Llama gate and up": (28672, 4096),
+    "Llama down": (4096, 14336),
+    "Qwen gate and up": (19456, 2560),
+    "Qwen down": (2560, 9728),
+    "SmolLM2 q": (576, 576),
+    "SmolLM2 up": (1536, 576),
+    "SmolLM2 down": (576, 1536),
+}
+"""N and K: Voxtral's decoder and encoder, Llama-3.1-8B, Qwen3-4B, SmolLM2-135M."""
+
+REPLAYS = 20
+
+
+def copies(nbytes: int) -> int:
+    """How many weights of this size overflow the cache twice over."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-2 * cache // nbytes))
+
+
+def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
+    """Median time of one call, all of ``calls`` being one CUDA graph, so that launches cost nothing."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+def random_weight(n: int, k: int, group: int) -> tuple[Tensor, Tensor]:
+    """q uint8 [N, K] in 0..15 and scales fp32 [N, K / group], on the CPU."""
+    return torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.rand(n, k // group) * 0.01 + 0.01
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large copy on the GPU, read and written ones counted."""
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4) * 1e6

@@ -1,0 +1,154 @@
+"""Find the Triton kernel's tilings for the GPU of this machine, and write its table.
+
+    python -m benchmarks.tune [--layers up down] [--groups 32] [--out et_cuda_passes/kernels/tuned/sm_90.json]
+
+Every candidate is checked against fp64 and for the same bits three times over before it is timed (as
+:mod:`benchmarks.kernels` times); one that is wrong, does not compile or does not fit is left out. Candidates compile in
+processes side by side. A tiling that cuts tiles along K has a second launch, which a CUDA graph hides in part: it has
+to be CUT_COST microseconds faster.
+"""
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
+from et_cuda_passes.kernels.int4_launch import Epilogue, gpu_of, launch
+from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling
+from et_cuda_passes.layouts import mma_tiled
+
+MEASURED = {8: (1, 4, 8), **{bound: (bound,) for bound in ROWS[1:]}, UNBOUNDED: (1500, 4096)}
+"""Bucket of rows -> the numbers of rows that are timed for it."""
+CUT_COST = 1.5
+MOST_WRONG = 4e-3
+
+
+def candidates(bound: int) -> list[Tiling]:
+    """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps."""
+    if bound == 8:
+        segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 512, 2, 4, 3), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
+        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 4)]
+        found = [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
+        return [*found, Tiling(16, 64, 256, 1, 0, 4, 3), Tiling(16, 64, 256, 1, 2, 4, 3)]
+    if bound <= 64:
+        found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
+        found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
+        found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)] + [Tiling(bound, 16, 128, 4, 0, 4, 3)]
+        return [*found, *(Tiling(bound, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
+    if bound <= 512:
+        shapes = [(128, 64, 128, 4, 3), (128, 128, 128, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 4)]
+        shapes += [(64, 64, 128, 4, 4), (64, 128, 128, 8, 4), (128, 64, 64, 4, 4)]
+    else:
+        shapes = [(256, 128, 64, 8, stages) for stages in (3, 4, 6)] + [(128, 128, 64, 8, 4), (128, 256, 64, 8, 4)]
+    return [Tiling(m, n, k, 1, waves, w, s) for (m, n, k, w, s), waves in product(shapes, (0, 1, 2))]
+
+
+def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor, group: int) -> torch.Tensor:
+    """One call in this tiling."""
+    gpu, processors = gpu_of(x.device)
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    most = tiling.waves * processors * tiling.block_m * tiling.block_n
+    parts = x.new_empty(most, dtype=torch.float32) if most else None
+    launch(x, x.shape[0], packed, qparams, Epilogue(), y, parts, group, tiling, 1, gpu.wgmma, processors)
+    return y
+
+
+def compile_one(job: tuple[Tiling, int, int, int, int]) -> bool:
+    """Whether a candidate compiles and starts; its machine code then lies in Triton's cache."""
+    tiling, n, k, group, m = job
+    x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
+    packed = torch.zeros(n, mma_tiled.padded(k) // 8, device="cuda", dtype=torch.int32)
+    qparams = torch.zeros(1, n, mma_tiled.scale_row(k, group), device="cuda", dtype=torch.bfloat16)
+    try:
+        run(tiling, x, packed, qparams, group)
+        torch.cuda.synchronize()
+    except Exception:  # ptxas, shared memory, registers: all of them mean the same here
+        return False
+    return True
+
+
+def right(y: Iterable[torch.Tensor], wanted: torch.Tensor) -> bool:
+    """Whether every result is close to fp64, and all are the same."""
+    first, *others = y
+    off = ((first.double() - wanted).norm() / wanted.norm()).item()
+    return off < MOST_WRONG and all(torch.equal(first, other) for other in others)
+
+
+def tune(n: int, k: int, group: int) -> dict[int, Tiling]:
+    """The fastest tiling of each bucket, by the product of its times over the rows that stand for the bucket."""
+    q, scale = random_weight(n, k, group)
+    pair = (mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, scale * 0, torch.bfloat16, k).cuda())
+    weights = [pair, *((pair[0].clone(), pair[1].clone()) for _ in range(copies(n * k // 2) - 1))]
+    exact = (q.cuda().double() - 8) * scale.bfloat16().double().cuda().repeat_interleave(group, dim=1)
+    exact = exact.bfloat16().double()
+    best: dict[int, Tiling] = {}
+    for bound, lengths in MEASURED.items():
+        inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in lengths]
+        wanted = [x.double() @ exact.T for x in inputs]
+        scores: dict[Tiling, float] = {}
+        for tiling in candidates(bound):
+            if tiling.block_k < group or not compile_one((tiling, n, k, group, lengths[0])):
+                continue
+            results = ([run(tiling, x, *pair, group) for _ in range(3)] for x in inputs)
+            if not all(right(result, target) for result, target in zip(results, wanted, strict=True)):
+                continue
+            times = [microseconds([lambda w=w, x=x, t=tiling: run(t, x, *w, group) for w in weights]) for x in inputs]
+            scores[tiling] = math.prod(time + CUT_COST * (tiling.waves > 0) for time in times)
+        best[bound] = min(scores, key=lambda tiling: scores[tiling])
+    return best
+
+
+def text(gpu: str, tuned: Sequence[tuple[int, int, int, dict[int, Tiling]]]) -> str:
+    """The table, a line a tiling."""
+    lines = ["{", f' "gpu": {json.dumps(gpu)},', ' "tuned": [']
+    for number, (n, k, group, tilings) in enumerate(tuned):
+        lines.append(f'  {{"n": {n}, "k": {k}, "group_size": {group}, "tilings": {{')
+        rows = [
+            f'   "{"more" if bound == UNBOUNDED else bound}": '
+            f"{json.dumps([t.block_m, t.block_n, t.block_k, t.segments, t.waves, t.warps, t.stages])}"
+            for bound, t in tilings.items()
+        ]
+        lines += [row + "," * (row is not rows[-1]) for row in rows]
+        lines.append("  }}" + "," * (number + 1 < len(tuned)))
+    return "\n".join([*lines, " ]", "}"]) + "\n"
+
+
+def main() -> None:
+    """Tune, write, and say what was chosen."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--groups", type=int, nargs="+", default=[32], choices=(32, 64, 128))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    gpu, _ = gpu_of(torch.device("cuda"))
+    out = options.out or Path("et_cuda_passes/kernels/tuned") / f"{gpu.name}.json"
+    shapes = [(*LAYERS[name], group) for name, group in product(options.layers, options.groups)]
+    jobs = [
+        (tiling, n, k, group, lengths[0])
+        for n, k, group in shapes
+        for bound, lengths in MEASURED.items()
+        for tiling in candidates(bound)
+        if tiling.block_k >= group
+    ]
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
+            pass
+    tuned = [(n, k, group, tune(n, k, group)) for n, k, group in track(shapes, "timing")]
+    out.write_text(text(torch.cuda.get_device_name(0), tuned))
+    Console().print(f"{out}: {len(tuned)} weights")
+
+
+if __name__ == "__main__":
+    main()
