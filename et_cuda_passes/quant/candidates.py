@@ -6,10 +6,10 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.affine import DEQUANTIZE
-from et_cuda_passes.quant.dynamic import QUANTIZE
+from et_cuda_passes.quant.dynamic import is_quantize
+from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
 
 aten = torch.ops.aten
 
@@ -51,9 +51,9 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
     for node in program.graph.nodes:
         if _is_constant(program, node, constant):
             constant.add(node)
-        if called(node) is DEQUANTIZE:
-            data = arguments(node)["input"]
-            if isinstance(data, Node) and data in constant:
+        if is_dequantize(node):
+            data = dequantized_data(node)
+            if data is not None and data in constant:
                 weights[node] = {node: None}
                 names[node] = _name(program, data)
             continue
@@ -96,9 +96,9 @@ def _in_branches(branches: Iterable[GraphModule]) -> Iterator[Candidate]:
     """Weights dequantized inside control flow. Whether an operand is constant is not known there: report all."""
     for branch in branches:
         for node in branch.graph.nodes:
-            data = arguments(node)["input"] if called(node) is DEQUANTIZE else None
+            data = dequantized_data(node)
             # The integers of a dynamically quantized activation are computed in the branch; a weight's are passed in.
-            if isinstance(data, Node) and called(data) is not QUANTIZE:
+            if data is not None and not is_quantize(data):
                 where = "it stands in a branch of control flow, whose weights are not rewritten yet"
                 for user in node.users:
                     yield Candidate(user, (node,), data.name, beyond_reach=where)

@@ -13,17 +13,35 @@ from et_cuda_passes.graph.ops import arguments, called, op_name
 from et_cuda_passes.graph.pattern import Call, Pattern, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.affine import DEQUANTIZE, dequantize
+from et_cuda_passes.quant.forms import DEQUANTIZE, dequantized_data
 
 QUANTIZE = torch.ops.torchao.quantize_affine.default
 CHOOSE_QPARAMS = torch.ops.torchao.choose_qparams_affine.default
 
 _quantize: Callable[..., Call] = op(QUANTIZE)
+_dequantize: Callable[..., Call] = op(DEQUANTIZE)
+
+_QUANTIZERS = frozenset(
+    {
+        "torchao::quantize_affine",
+        "quantized_decomposed::quantize_per_channel",
+        "quantized_decomposed::quantize_per_tensor",
+        "quantized_decomposed::quantize_per_tensor.tensor",
+        "quantized_decomposed::quantize_per_tensor.tensor2",
+        "quantized_decomposed::quantize_per_token",
+    }
+)
+
+
+def is_quantize(node: Node) -> bool:
+    """Whether ``node`` quantizes something: an activation, since a weight is quantized before the export."""
+    target = called(node)
+    return isinstance(target, torch._ops.OpOverload) and target.name() in _QUANTIZERS
 
 
 def dynamically_quantized(x: Pattern, name: str) -> Call:
     """``dequantize(quantize(x))`` as a pattern; :func:`decode_dynamic` looks at the rest."""
-    return dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
+    return _dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ def reads_dynamic_activation(reader: Node) -> str:
     for source in reader.all_input_nodes:
         while called(source) is torch.ops.aten.view.default:
             source = source.all_input_nodes[0]
-        data = arguments(source)["input"] if called(source) is DEQUANTIZE else None
-        if isinstance(data, Node) and called(data) is QUANTIZE:
+        data = dequantized_data(source)
+        if data is not None and is_quantize(data):
             return f"{op_name(reader.target)} ({reader.name}), whose activations are quantized on the fly"
     return ""

@@ -3,7 +3,11 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
 
@@ -20,5 +24,6 @@ CPU = Target(
             out_multiple=16,
         ),
     ),
-    passes=lambda: [LinearInt4(), LinearViews()],
+    int8_kernels=(Int8Kernel("int8pack_cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), in_multiple=16),),
+    passes=lambda: [LinearInt4(), LinearInt8(), ConvInt4(), ConvInt8(), LinearViews()],
 )

@@ -59,8 +59,13 @@ def test_what_each_target_runs() -> None:
     assert [k.name for k in get_target("metal").int4_kernels] == ["torchao", "mps"]
     assert [k.name for k in get_target("cpu").int4_kernels] == ["int4pack_cpu"]
     assert get_target("xnnpack").int4_kernels == ()
+    assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
     for name in ("cuda", "metal", "cpu"):
-        assert [p.name for p in ecp.default_passes(name)] == ["linear_int4", "linear_views"]
+        wanted = ["linear_int4", "linear_int8", "conv_int4", "conv_int8", "linear_views"]
+        if name != "cpu":
+            wanted = [rule for rule in wanted if not rule.endswith("int8")]
+            assert get_target(name).int8_kernels == ()
+        assert [p.name for p in ecp.default_passes(name)] == wanted
     assert "fold_dequantize" in [p.name for p in ecp.default_passes("xnnpack")]
 
 
