@@ -15,6 +15,8 @@ from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
+from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
+from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
@@ -35,6 +37,8 @@ __all__ = [
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
+    "KeepDynamicPerTensor",
+    "KeepStaticInt8",
     "LinearInt4",
     "LinearInt8",
     "LinearViews",

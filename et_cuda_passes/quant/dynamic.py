@@ -80,7 +80,7 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     pair = (dequantized["scale"], dequantized["zero_point"])
     if pair != (quantized["scale"], quantized["zero_point"]):
         raise Unmet(f"{node.name}, dequantized with another scale than it was quantized with")
-    chosen = _chosen(pair)
+    chosen = chosen_together(pair, CHOOSE_QPARAMS)
     choose = arguments(chosen)
     if choose["input"] is not quantized["input"]:
         raise Unmet(f"{node.name}, whose scale is chosen from another tensor")
@@ -103,14 +103,18 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     )
 
 
-def _chosen(pair: tuple[Any, Any]) -> Node:
-    """The choose_qparams node whose two results are ``pair``."""
+def chosen_together(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Node:
+    """The node that calls ``choose`` whose two results are ``pair``.
+
+    Raises:
+        Unmet: they are something else.
+    """
     sources: list[Node] = []
     for index, part in enumerate(pair):
         if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
             raise Unmet(f"a scale or zero point that is {part!r}, not chosen from the activation")
         source = part.args[0]
-        if not isinstance(source, Node) or called(source) is not CHOOSE_QPARAMS:
+        if not isinstance(source, Node) or called(source) is not choose:
             raise Unmet(f"a scale or zero point from {source}, not chosen from the activation")
         sources.append(source)
     if sources[0] is not sources[1]:

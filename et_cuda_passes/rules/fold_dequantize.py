@@ -31,7 +31,12 @@ _ALTERNATIVE = (
 class FoldDequantize(NeedsValues):
     """dequantize(constant) -> a float constant, computed at compile time"""
 
-    after: ClassVar[tuple[str, ...]] = ("keep_dynamic_int4", "keep_dynamic_int8")
+    after: ClassVar[tuple[str, ...]] = (
+        "keep_dynamic_int4",
+        "keep_dynamic_int8",
+        "keep_dynamic_per_tensor",
+        "keep_static_int8",
+    )
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, whoever reads it."""
