@@ -3,6 +3,7 @@
 Each operator computes ``(input - zero_point) * scale`` in blocks; :mod:`et_cuda_passes.quant.forms` lists them.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,7 +21,7 @@ __all__ = ["DEQUANTIZE", "AffineValues", "AffineWeight", "affine", "decode", "de
 
 def dequantize(*args: Any, **kwargs: Any) -> Call:
     """``dequantize(..., name="weight", shared=True)``: the call pattern of a dequantized weight, in every form."""
-    return op(*dequantizers())(*args, **kwargs)
+    return replace(op(*dequantizers())(*args, **kwargs), label="a dequantized weight")
 
 
 def affine(m: MatchContext, name: str = "weight") -> AffineWeight:

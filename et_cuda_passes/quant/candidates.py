@@ -8,6 +8,7 @@ from torch.fx import GraphModule, Node
 from et_cuda_passes.graph.ledger import Candidate
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight
 from et_cuda_passes.quant.dynamic import is_quantize
 from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
 
@@ -48,6 +49,7 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
     names: dict[Node, str] = {}
+    converted: dict[Node, Node] = {}
     for node in program.graph.nodes:
         if _is_constant(program, node, constant):
             constant.add(node)
@@ -61,12 +63,28 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
         for source in node.all_input_nodes:
             read.update(weights.get(source, {}))
         if not read:
+            yield from _converted(program, node, constant, converted)
             continue
         if called(node) in _CARRIERS:
             weights[node] = read
         else:
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn)
+
+
+def _converted(program: Program, node: Node, constant: set[Node], converted: dict[Node, Node]) -> Iterator[Candidate]:
+    """``node``, if it multiplies by a weight that the program itself converts; ``converted`` holds where they stand."""
+    if converted_weight(program, node) is not None:
+        converted[node] = node
+        return
+    sources = [converted[source] for source in node.all_input_nodes if source in converted]
+    if sources and node in constant:
+        converted[node] = sources[0]
+    elif sources and called(node) in PRODUCTS:
+        weight = converted_weight(program, sources[0])
+        assert weight is not None
+        fqn = program.fqn(weight) or weight.name
+        yield Candidate(node, (sources[0],), fqn, beyond_reach=advice(program, weight))
 
 
 def readers(weight: Node) -> Iterator[Node]:

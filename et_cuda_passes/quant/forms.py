@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant import decomposed_form, torchao_form
+from et_cuda_passes.quant import decomposed_form, exportable_form, torchao_form
 from et_cuda_passes.quant.weight import AffineWeight
 
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
@@ -28,6 +28,8 @@ _FORMS: Mapping[str, Decode] = {
     "quantized_decomposed::dequantize_per_tensor": decomposed_form.decode_per_tensor,
     "quantized_decomposed::dequantize_per_tensor.tensor": decomposed_form.decode_per_tensor,
     "quantized_decomposed::dequantize_per_tensor.tensor2": decomposed_form.decode_per_tensor,
+    "torchao::dequantize_int4_tensor": exportable_form.decode_int4_tensor,
+    "torchao::dequantize_gguf": exportable_form.decode_gguf,
 }
 
 

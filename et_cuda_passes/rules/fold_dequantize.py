@@ -16,7 +16,7 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Pattern
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize
+from et_cuda_passes.quant.affine import affine, dequantize, values
 from et_cuda_passes.quant.candidates import readers
 from et_cuda_passes.quant.dynamic import reads_dynamic_activation
 from et_cuda_passes.rules.needs_values import NeedsValues
@@ -56,10 +56,10 @@ class FoldDequantize(NeedsValues):
     @require("finite scales", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        node = affine(m).scale
-        scale = None if node is None else m.program.constant(node)
+        weight = affine(m)
+        scale = None if weight.scale is None else m.program.constant(weight.scale)
         if scale is None:
-            return True, ""
+            scale = torch.tensor(weight.literal[0]) if weight.literal else values(m.program, weight).scale
         bad = int((~torch.isfinite(scale)).sum())
         return bad == 0, f"{bad} NaN or infinite scales"
 

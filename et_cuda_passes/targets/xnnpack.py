@@ -11,5 +11,11 @@ XNNPACK = Target(
     "xnnpack",
     "ExecuTorch XNNPACK delegate",
     int4_kernels=(),
-    passes=lambda: [KeepDynamicInt4(), KeepDynamicInt8(), KeepDynamicPerTensor(), KeepStaticInt8(), FoldDequantize()],
+    passes=lambda: [
+        KeepDynamicInt4(),
+        KeepDynamicInt8(),
+        KeepDynamicPerTensor(),
+        KeepStaticInt8(),
+        FoldDequantize(),
+    ],
 )
