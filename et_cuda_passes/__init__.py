@@ -12,6 +12,8 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Keep, Rule, require
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
+from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
@@ -32,6 +34,8 @@ __all__ = [
     "ConvInt4",
     "ConvInt8",
     "CudaPartitioner",
+    "EmbeddingInt4",
+    "EmbeddingInt8",
     "ExpectationError",
     "FoldDequantize",
     "Keep",

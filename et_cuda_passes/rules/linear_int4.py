@@ -65,7 +65,9 @@ class LinearInt4(PackedLinear):
     def native_group(self, m: MatchContext) -> Answer:
         """32, 64, 128 or 256, or a multiple, whose scales are repeated."""
         size, kernel = affine(m).group_size, self.chosen_kernel(m)
-        nearest = min(kernel.group_sizes, key=lambda native: (abs(native - size), native))
+        # One that divides K too, if there is any.
+        k = affine(m).in_features
+        nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
         hint = f"the nearest that {kernel.name} has is {nearest}: quantize with PerGroup({nearest})"
         return native_group_size(size, kernel) is not None, f"group size {size}", hint
 

@@ -4,23 +4,26 @@ import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
+from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
 
+_TINYGEMM = Int4Kernel(
+    "tinygemm",
+    layout="tile_packed_to_4d",
+    dtypes=(torch.bfloat16,),
+    group_sizes=(32, 64, 128, 256),
+    in_multiple=32,
+    out_multiple=8,
+    scale_dtype=torch.bfloat16,
+)
+
 CUDA = Target(
     "cuda",
     "ExecuTorch CUDA delegate, or AOTInductor on CUDA",
-    int4_kernels=(
-        Int4Kernel(
-            "tinygemm",
-            layout="tile_packed_to_4d",
-            dtypes=(torch.bfloat16,),
-            group_sizes=(32, 64, 128, 256),
-            in_multiple=32,
-            out_multiple=8,
-            scale_dtype=torch.bfloat16,
-        ),
-    ),
-    passes=lambda: [LinearInt4(), ConvInt4(), LinearViews()],
+    int4_kernels=(_TINYGEMM,),
+    int4_table=_TINYGEMM,
+    passes=lambda: [LinearInt4(), ConvInt4(), EmbeddingInt4(), EmbeddingInt8(), LinearViews()],
 )

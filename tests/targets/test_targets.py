@@ -61,11 +61,14 @@ def test_what_each_target_runs() -> None:
     assert get_target("xnnpack").int4_kernels == ()
     assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
     for name in ("cuda", "metal", "cpu"):
-        wanted = ["linear_int4", "linear_int8", "conv_int4", "conv_int8", "linear_views"]
+        linears = ["linear_int4", "linear_int8", "conv_int4", "conv_int8"]
         if name != "cpu":
-            wanted = [rule for rule in wanted if not rule.endswith("int8")]
+            linears = ["linear_int4", "conv_int4"]
             assert get_target(name).int8_kernels == ()
-        assert [p.name for p in ecp.default_passes(name)] == wanted
+        tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
+        assert [p.name for p in ecp.default_passes(name)] == [*linears, *tables, "linear_views"]
+    # What a table tied to a linear is packed as.
+    assert get_target("cuda").int4_table is get_target("cuda").int4_kernels[0]
     assert "fold_dequantize" in [p.name for p in ecp.default_passes("xnnpack")]
 
 
