@@ -119,6 +119,8 @@ def targets_page() -> str:
                 columns = [field.name for field in dataclasses.fields(kernels[0])]
                 rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in kernels]
                 parts += [f"int{bits} linears:", table([column.replace("_", " ") for column in columns], rows)]
+        if target.int4_table is not None:
+            parts.append(f"Tables of int4 embeddings: `{target.int4_table.layout}`.")
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
     parts.append("## What the columns say")

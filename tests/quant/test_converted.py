@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
 from executorch.exir import to_edge_transform_and_lower
+from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
@@ -45,6 +47,14 @@ def test_xnnpack_refuses_it_with_the_fix(scheme: str) -> None:
     _, program, _ = exported(CONFIGS[scheme][0], torch.float32)
     with pytest.raises(ValueError, match=r"0\.weight.*converted by the program itself.*IntxWeightOnlyConfig"):
         to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
+
+
+def test_the_stock_partitioner_computes_int8_weight_only_wrongly_and_says_nothing() -> None:
+    """Why it is refused: should this fail, see whether it can be left as it is."""
+    model, program, x = exported(Int8WeightOnlyConfig(), torch.float32)
+    buffer = to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch().buffer
+    found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
+    assert (found - model(x)).norm() / model(x).norm() > 1
 
 
 def test_a_weight_that_stays_wrapped_is_warned_about() -> None:

@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from executorch.exir import to_edge_transform_and_lower
+from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
+import et_cuda_passes as ecp
 from et_cuda_passes.graph.ops import op_name
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.quantized import Quantized
@@ -133,3 +136,14 @@ def test_a_convolution_that_is_no_linear_is_missed(case: str) -> None:
 
 def test_int8_is_missed_where_there_is_no_int8_kernel() -> None:
     assert_misses(exported(conv(INT8), image(2)), "found 8 bits, -128..127", "cuda", rule="conv_int4")
+
+
+@pytest.mark.parametrize("config", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_xnnpack_folds_every_convolution_and_is_right(kernel: int, config: Any) -> None:
+    model, x = conv(config, kernel, torch.float32).eval(), image(2, dtype=torch.float32)
+    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 1, "missed": 0})
+    buffer = to_edge_transform_and_lower(exported(model, x), partitioner=[ours]).to_executorch().buffer
+    found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
+    wanted = model(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
