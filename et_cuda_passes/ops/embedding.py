@@ -1,7 +1,7 @@
 """Rows of a quantized table, dequantized after they are looked up: only those that are asked for.
 
-- ``int4_embedding_<layout>(ids, packed, scale_and_zero, group_size, dtype)``: rows of ``(q - 8) * scale + zero``, read
-  from the packed weight of an int4 linear, so that a table tied to one is held once;
+- ``int4_embedding_<layout>(ids, packed, scale_and_zero, group_size, in_features, dtype)``: rows of
+  ``(q - 8) * scale + zero``, read from the packed weight of an int4 linear: a table tied to one is held once;
 - ``int8_embedding(ids, packed, scale, zero, group_size, dtype)``: rows of ``packed * scale + zero``, with the
   constants of ``int8_linear``.
 
@@ -18,7 +18,9 @@ from torch._inductor.decomposition import register_decomposition
 
 from et_cuda_passes.ops.int4_linear import NAMESPACE
 
-_INT4 = "(Tensor ids, Tensor packed, Tensor scale_and_zero, int group_size, ScalarType dtype) -> Tensor"
+_INT4 = (
+    "(Tensor ids, Tensor packed, Tensor scale_and_zero, int group_size, int in_features, ScalarType dtype) -> Tensor"
+)
 _INT8 = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero, int group_size, ScalarType dtype) -> Tensor"
 
 # Kept for the life of the process: a Library takes its operators with it when it is collected.
@@ -42,7 +44,26 @@ def _mps_rows(ids: Tensor, packed: Tensor) -> Tensor:
     return torch.stack((row & 15, row >> 4), dim=-1).flatten(-2)
 
 
+def _mma_tiled_rows(ids: Tensor, packed: Tensor) -> Tensor:
+    """A row is the words [K / 64, 8]; bits 4 p and up of word w of a block are its weight 8 p + w."""
+    row = F.embedding(ids, packed).unflatten(-1, (-1, 8, 1))
+    shifts = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
+    joined: Tensor = ((row >> shifts) & 15).transpose(-1, -2).flatten(-3)
+    return joined
+
+
+def _pairs(layout: str, ids: Tensor, qparams: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each row and group, fp32 [*ids.shape, groups, 1]."""
+    if layout == "mma_tiled":
+        scale = F.embedding(ids, qparams[0])[..., :groups]
+        zero = F.embedding(ids, qparams[1])[..., :groups] if qparams.shape[0] == 2 else torch.zeros_like(scale)
+    else:
+        scale, zero = qparams[:, ids].movedim(0, -2).unbind(-1)
+    return scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+
+
 _ROWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mma_tiled": _mma_tiled_rows,
     "tile_packed_to_4d": _tile_packed_rows,
     "mps": _mps_rows,
 }
@@ -62,20 +83,24 @@ def _define(
 def _int4(layout: str) -> torch._ops.OpOverload:
     name, rows_of = f"int4_embedding_{layout}", _ROWS[layout]
 
-    def compute(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-        pairs = qparams[:, ids].movedim(0, -2).float()
-        q = (rows_of(ids, packed).float() - 8).unflatten(-1, (-1, group_size))
-        row: Tensor = q * pairs[..., :1] + pairs[..., 1:]
+    def compute(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+        scale, zero = _pairs(layout, ids, qparams, k // group_size)
+        q = (rows_of(ids, packed)[..., :k].float() - 8).unflatten(-1, (-1, group_size))
+        row: Tensor = q * scale + zero
         return row.flatten(-2).to(dtype)
 
-    def fake(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-        words = packed.numel() * packed.element_size() * 2
-        if qparams.dim() != 3 or qparams.shape[0] * qparams.shape[1] * group_size != words:
+    def fake(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
+        weights, rows = packed.numel() * packed.element_size() * 2, qparams.shape[1]
+        if layout == "mma_tiled":
+            fits = weights == rows * -(-k // 64) * 64 and qparams.shape[2] * group_size >= k
+        else:
+            fits = weights == rows * k and qparams.shape[0] * group_size == k
+        if not fits:
             raise ValueError(
-                f"{name}: {words} packed weights, scale_and_zero {tuple(qparams.shape)} and group_size {group_size} do "
-                "not fit each other"
+                f"{name}: {weights} packed weights, scale_and_zero {tuple(qparams.shape)}, group_size {group_size} and "
+                f"in_features {k} do not fit each other"
             )
-        return packed.new_empty((*ids.shape, qparams.shape[0] * group_size), dtype=dtype)
+        return packed.new_empty((*ids.shape, k), dtype=dtype)
 
     return _define(name, _INT4, compute, fake)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._inductor.decomposition import register_decomposition
 
-from et_cuda_passes.layouts import cpu, metal, mps, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
 
 NAMESPACE = "et_cuda_passes"
 _SCHEMA = "(Tensor x, Tensor packed, Tensor scale_and_zero, Tensor? bias, int group_size, int out_features) -> Tensor"
@@ -47,29 +47,36 @@ class Int4Linear:
     op: torch._ops.OpOverload
 
 
-def _check(layout: str, x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, n: int) -> None:
+def check(layout: str, x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, n: int) -> None:
     """The constants must fit each other: a kernel that reads past too short a scale_and_zero gives no error, but NaN.
 
     Raises:
         ValueError: naming what does not fit.
     """
-    words = packed.numel() * packed.element_size() * 2
-    groups, rows = (qparams.shape[2], qparams.shape[1]) if layout == "metal" else (qparams.shape[0], qparams.shape[1])
-    if rows * groups * group_size != words or not 0 < n <= rows:
+    words, rows = packed.numel() * packed.element_size() * 2, qparams.shape[1]
+    groups = qparams.shape[2] if layout == "metal" else qparams.shape[0]
+    k = groups * group_size
+    if layout == "mma_tiled":
+        # Padded, so that K itself is nowhere in the constants: it is x's, if that has their padding.
+        k, whole = words // rows, x.shape[-1] if x.dim() else 0
+        if whole % group_size == 0 and mma_tiled.padded(whole) == k:
+            k = whole if qparams.shape[2] == mma_tiled.scale_row(whole, group_size) else 0
+    fits = words == rows * (mma_tiled.padded(k) if layout == "mma_tiled" else k)
+    if not fits or not 0 < n <= rows:
         raise ValueError(
             f"int4_linear_{layout}: {words} packed weights, scale_and_zero {tuple(qparams.shape)}, group_size "
             f"{group_size} and out_features {n} do not fit each other"
         )
-    if x.dim() == 0 or x.shape[-1] != groups * group_size:
-        raise ValueError(f"int4_linear_{layout}: x {tuple(x.shape)} for a weight of K = {groups * group_size}")
+    if x.dim() == 0 or x.shape[-1] != k:
+        raise ValueError(f"int4_linear_{layout}: x {tuple(x.shape)} for a weight of K = {k}")
 
 
-def _dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+def dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """``(q - 8) * scale + zero``, rounded once to ``dtype`` as the kernels' fused multiply-add does; [N, K]."""
-    return _affine(q.float() - 8, scale, zero, group_size).to(dtype)
+    return affine(q.float() - 8, scale, zero, group_size).to(dtype)
 
 
-def _affine(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+def affine(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     """``q * scale + zero`` in fp32 from q fp32 [N, K], scale and zero [N, K / group_size]."""
     grouped = q.view(q.shape[0], -1, group_size)
     return (grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).view(q.shape)
@@ -77,23 +84,23 @@ def _affine(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
 
 def _tile_packed_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
     scale, zero = scale_and_zero.unpack(qparams)
-    return F.linear(x, _dequantize(tile_packed_to_4d.unpack(packed), scale, zero, group_size, x.dtype))
+    return F.linear(x, dequantize(tile_packed_to_4d.unpack(packed), scale, zero, group_size, x.dtype))
 
 
 def _mps_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
     scale, zero = scale_and_zero.unpack(qparams)
-    return F.linear(x, _dequantize(mps.unpack(packed), scale, zero, group_size, x.dtype))
+    return F.linear(x, dequantize(mps.unpack(packed), scale, zero, group_size, x.dtype))
 
 
 def _metal_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
     # Its second parameter is the zero of q * S + Z, with nothing subtracted from q.
-    weight = _affine(metal.unpack(packed).float(), qparams[0], qparams[1], group_size)
+    weight = affine(metal.unpack(packed).float(), qparams[0], qparams[1], group_size)
     return F.linear(x, weight.to(x.dtype))
 
 
 def _cpu_reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
     scale, zero = scale_and_zero.unpack(qparams)
-    return F.linear(x, _dequantize(cpu.unpack(packed), scale, zero, group_size, x.dtype))
+    return F.linear(x, dequantize(cpu.unpack(packed), scale, zero, group_size, x.dtype))
 
 
 def _int4pack(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
@@ -113,7 +120,7 @@ def _torchao_metal(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) 
     return y
 
 
-def _linear(
+def linear(
     matmul: Matmul, x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group: int, n: int
 ) -> Tensor:
     """Any rank of ``x`` around a kernel on matrices; rows of padding in the packed weight are cut off."""
@@ -130,12 +137,12 @@ def _define(layout: str, kernels: Mapping[str, Matmul], reference: Matmul) -> In
     _LIBRARY.define(name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
     def compute(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
-        _check(layout, x, packed, qparams, group_size, n)
+        check(layout, x, packed, qparams, group_size, n)
         matmul = kernels.get(x.device.type, reference)
-        return _linear(matmul, x, packed, qparams, bias, group_size, n)
+        return linear(matmul, x, packed, qparams, bias, group_size, n)
 
     def fake(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
-        _check(layout, x, packed, qparams, group_size, n)
+        check(layout, x, packed, qparams, group_size, n)
         return x.new_empty((*x.shape[:-1], n))
 
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")
@@ -154,6 +161,3 @@ TILE_PACKED_TO_4D = _define("tile_packed_to_4d", {"cuda": _int4pack}, _tile_pack
 MPS = _define("mps", {"mps": _int4pack}, _mps_reference)
 METAL = _define("metal", {"mps": _torchao_metal}, _metal_reference)
 CPU = _define("cpu", {"cpu": _int4pack_cpu}, _cpu_reference)
-
-INT4_LINEARS: Mapping[str, Int4Linear] = {form.layout: form for form in (TILE_PACKED_TO_4D, MPS, METAL, CPU)}
-"""Every operator by the layout that it reads."""

@@ -79,4 +79,4 @@ class EmbeddingInt4(PackedTable):
         weight, form, dtype = affine(m), self.table(m), m.val(m.root).dtype
         packed, qparams = pack(b, weight, form, form.scale_dtype or dtype)
         group_size = native_group_size(weight.group_size, form)
-        return b.call(INT4_EMBEDDINGS[form.layout], m.ids, packed, qparams, group_size, dtype)
+        return b.call(INT4_EMBEDDINGS[form.layout], m.ids, packed, qparams, group_size, weight.in_features, dtype)

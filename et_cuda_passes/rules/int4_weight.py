@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.layouts import cpu, metal, mps, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.quant.affine import AffineValues, AffineWeight, values
 
 MIDDLE = 8
@@ -52,6 +52,7 @@ def scale_and_zero_of(parts: AffineValues, shift: int) -> tuple[Tensor, Tensor]:
 
 
 _PACKERS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "mma_tiled": lambda q, shift, rows: mma_tiled.pack(q, shift, out_rows=rows),
     "tile_packed_to_4d": lambda q, shift, rows: tile_packed_to_4d.pack(
         q, inner_k_tiles(q.shape[1]), shift, out_rows=rows
     ),
@@ -61,7 +62,9 @@ _PACKERS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 }
 
 
-def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype) -> Tensor:
+def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype, in_features: int) -> Tensor:
+    if layout == "mma_tiled":
+        return mma_tiled.scale_and_zero(scale, zero, dtype, in_features)
     if layout == "metal":
         return torch.stack(metal.scale_and_zero(scale, zero, dtype))
     return scale_and_zero.pack(scale, zero, dtype)
@@ -70,7 +73,7 @@ def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype) -
 def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtype) -> tuple[Node, Node]:
     """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of ``weight`` for ``kernel``.
 
-    Rows are padded to the kernel's ``out_multiple`` with zeros of scale 0, K is never padded.
+    Rows are padded to the kernel's ``out_multiple`` with zeros of scale 0; K is padded by no layout but mma_tiled.
 
     Args:
         b: builder of the rewrite.
@@ -94,7 +97,7 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtyp
         parts = values(b.program, weight)
         pair = scale_and_zero_of(parts, shift)
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
-        return _pack_scales(scale, zero, kernel.layout, dtype)
+        return _pack_scales(scale, zero, kernel.layout, dtype, weight.in_features)
 
     form = (kernel.layout, kernel.out_multiple)
     integers = (weight.data,)

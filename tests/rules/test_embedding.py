@@ -1,5 +1,6 @@
 """embedding_int4 and embedding_int8: rows against fp64, tables tied to a linear, AOTInductor, and every way to miss."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT8_EMBEDDING
+from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.quantized import Quantized
 
@@ -124,14 +126,26 @@ def test_under_aotinductor_with_a_dynamic_length(tmp_path: Path) -> None:
         assert (got - wanted).norm() / wanted.norm() < 6e-3
 
 
+def held_as(layout: str) -> ecp.Target:
+    """A target that holds int4 tables in ``layout``."""
+    forms = [*get_target("cuda").int4_kernels, get_target("cpu").int4_table]
+    form = next(form for form in forms if form is not None and form.layout == layout)
+    return dataclasses.replace(get_target("cuda"), int4_table=form)
+
+
 @pytest.mark.parametrize("layout", INT4_EMBEDDINGS)
-def test_registration_of_int4(layout: str) -> None:
-    model = Quantized(16, 64, form=look_up)
-    program, _ = ecp.rewrite(exported(model, torch.tensor([1, 2])), "cuda" if "tile" in layout else "cpu")
-    packed, qparams = (program.state_dict[f"data.{part}"] for part in ("packed", "scale_and_zero"))
+@pytest.mark.parametrize("k", [32, 96, 256])
+def test_every_layout_is_read_alike(layout: str, k: int) -> None:
+    model, ids = Quantized(16, k, zero_points="random", form=look_up), torch.tensor([[1, 2, 15]])
+    program, _ = ecp.rewrite(exported(model, ids), held_as(layout), expect={"embedding_int4": 1})
+    got, wanted = program.module()(ids).double(), exact(model)[ids]
+    spread = model.scale.double().repeat_interleave(32, 1)[ids]
+    assert bool(((got - wanted).abs() <= 2.0**-8 * (wanted.abs() + 8 * spread) * 1.02).all())
+    constants = [program.state_dict[f"data.{part}"] for part in ("packed", "scale_and_zero")]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    arguments = (torch.tensor([[1, 2, 15]]), packed, qparams, 32, torch.bfloat16)
-    torch.library.opcheck(INT4_EMBEDDINGS[layout], arguments, test_utils=tests)
+    torch.library.opcheck(INT4_EMBEDDINGS[layout], (ids, *constants, 32, k, torch.bfloat16), test_utils=tests)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="do not fit"):
+        INT4_EMBEDDINGS[layout](ids, *constants, 32, k + 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("zeros", [False, True])

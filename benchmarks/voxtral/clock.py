@@ -1,0 +1,62 @@
+"""How long a call takes, and what the machine can do at best."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+LEAST, MOST, SECONDS = 10, 60, 1.5
+"""Calls at least and at most, and seconds after which no more than the least are made."""
+
+
+class Laps:
+    """Seconds between calls, by name; each is printed, with the time since the first, as it ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        """End the lap called ``name``."""
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        print(f"{now - self._began:7.1f} s  {name}: {self.seconds[name]:.1f} s", flush=True)
+        self._last = now
+
+
+def latency(call: Callable[[], object], device: str) -> dict[str, float]:
+    """Milliseconds from calling until the device is done, warm: the median of many, the extremes, and how many."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < MOST and (len(times) < LEAST or time.perf_counter() - began < SECONDS):
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append((time.perf_counter() - start) * 1e3)
+    return {"median_ms": statistics.median(times), "min_ms": min(times), "max_ms": max(times), "calls": len(times)}
+
+
+def machine() -> dict[str, float | str]:
+    """The GPU's name, bytes a second that a copy reads and writes, and operations a second of cuBLAS in bf16."""
+    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = latency(partial(target.copy_, source), "cuda")["min_ms"]
+    n = 8192
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = latency(partial(torch.matmul, a, b), "cuda")["median_ms"]
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "copy_bytes_per_s": 2 * (1 << 31) / copy * 1e3,
+        "bf16_flops_per_s": 2 * n**3 / product * 1e3,
+    }

@@ -1,0 +1,127 @@
+"""Triton functions that turn words of the ``mma_tiled`` layout into a tile of weights, in the tensor cores' own order.
+
+The layout (:mod:`et_cuda_passes.layouts.mma_tiled`) was chosen so that the words a thread loads hold exactly the
+elements that the ``mma`` and ``wgmma`` instructions want of this thread as their left operand. The joins, the permute
+and the reshapes below are then only names: the compiler turns them into no instruction at all.
+"""
+
+import triton
+import triton.language as tl
+
+
+def _arithmetic(dtype: str, magic: str, minus: str, one: str, zero: str) -> str:
+    """PTX from the nibbles of ``w``, two words' halves side by side, to four registers of two 16-bit floats.
+
+    ``magic | q`` is a float of value 128 + q (bf16) or 1024 + q (fp16): subtracting 136 or 1032 leaves q - 8 with no
+    conversion instruction and no rounding. Only fused multiply-adds are used, since bf16 has no other arithmetic
+    before sm_90. Operand 6 is the scale; what is added is operand 7, or the negative zero that changes nothing.
+    """
+    lines = []
+    for nibble in range(4):
+        lines += ["shr.u32 w, w, 4;"] * (nibble > 0)
+        lines += [f"lop3.b32 t, w, 0x000f000f, {magic}, 0xea;", f"fma.rn.{dtype}x2 t, t, {one}, {minus};"]
+        lines.append(f"fma.rn.{dtype}x2 ${nibble}, t, $6, {zero};")
+    registers = {"one": one, "minus": minus, "none": "0x80008000"}
+    # On one line: AOTInductor writes these texts into source code.
+    text = " ".join(lines)
+    for name, value in registers.items():
+        text = f"mov.b32 {name}, {value}; " + text.replace(value, name)
+    return text + " }"
+
+
+_BF16 = ("bf16", "0x43004300", "0xc308c308", "0x3f803f80")
+_F16 = ("f16", "0x64006400", "0xe408e408", "0x3c003c00")
+_BF16_SCALED = tl.constexpr(_arithmetic(*_BF16, "0x80008000"))
+_BF16_AFFINE = tl.constexpr(_arithmetic(*_BF16, "$7"))
+_F16_SCALED = tl.constexpr(_arithmetic(*_F16, "0x80008000"))
+_F16_AFFINE = tl.constexpr(_arithmetic(*_F16, "$7"))
+_BEGIN = tl.constexpr("{ .reg .b32 w, t, one, minus, none; ")
+# Nibbles 0..3 or 4..7 of two neighbouring words, operands 4 and 5.
+_LOW = tl.constexpr("prmt.b32 w, $4, $5, 0x5410; ")
+_HIGH = tl.constexpr("prmt.b32 w, $4, $5, 0x7632; ")
+_SCALED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r")
+_AFFINE_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
+
+
+@triton.jit
+def _nibble(words, scale, zero, place: tl.constexpr, HAS_ZERO: tl.constexpr):
+    """(q - 8) * scale + zero of one nibble of every word, rounded once, on any machine."""
+    w = (((words >> (4 * place)) & 15) - 8).to(tl.float32) * scale.to(tl.float32)
+    if HAS_ZERO:
+        w += zero.to(tl.float32)
+    return w.to(scale.dtype)
+
+
+@triton.jit
+def _half_words(words, scale, zero, HIGH: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr):
+    """Four nibbles of every word, the low or the high ones: four tensors shaped like ``words``."""
+    if USE_ASM:
+        HALF: tl.constexpr = scale.dtype == tl.float16
+        BEGIN: tl.constexpr = _BEGIN + (_HIGH if HIGH else _LOW)
+        SCALED: tl.constexpr = BEGIN + (_F16_SCALED if HALF else _BF16_SCALED)
+        AFFINE: tl.constexpr = BEGIN + (_F16_AFFINE if HALF else _BF16_AFFINE)
+        if HAS_ZERO:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                AFFINE, _AFFINE_OPERANDS, [words, scale, zero], dtype=(scale.dtype,) * 4, is_pure=True, pack=2
+            )
+        else:
+            w0, w1, w2, w3 = tl.inline_asm_elementwise(
+                SCALED, _SCALED_OPERANDS, [words, scale], dtype=(scale.dtype,) * 4, is_pure=True, pack=2
+            )
+    else:
+        FIRST: tl.constexpr = 4 if HIGH else 0
+        w0 = _nibble(words, scale, zero, FIRST, HAS_ZERO)
+        w1 = _nibble(words, scale, zero, FIRST + 1, HAS_ZERO)
+        w2 = _nibble(words, scale, zero, FIRST + 2, HAS_ZERO)
+        w3 = _nibble(words, scale, zero, FIRST + 3, HAS_ZERO)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Scales or zeros [ROWS, at least BLOCK_K / GROUP_SIZE] -> those of nibbles 0..3 and of 4..7, [ROWS, BLOCK_K / 8].
+
+    A word reaches over 64 values of K: a block's words are (lane of four, parity).
+    """
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
+    if qparams.shape[1] > GROUPS:
+        # Four were loaded, so that a thread's share is wide enough for an asynchronous copy.
+        qparams, _ = tl.split(qparams.reshape(ROWS, 2, 2).permute(0, 2, 1))
+        if GROUPS == 1:
+            qparams, _ = tl.split(qparams)
+    if GROUP_SIZE == 32:
+        low, high = tl.split(qparams.reshape(ROWS, GROUPS // 2, 2))
+    else:
+        low = qparams
+        high = low
+    REACH: tl.constexpr = GROUP_SIZE // 8 if GROUP_SIZE > 32 else 8
+    low = low.reshape(ROWS, BLOCK_K // 8 // REACH, 1)
+    high = high.reshape(ROWS, BLOCK_K // 8 // REACH, 1)
+    low = low.broadcast_to(ROWS, BLOCK_K // 8 // REACH, REACH).reshape(ROWS, BLOCK_K // 8)
+    high = high.broadcast_to(ROWS, BLOCK_K // 8 // REACH, REACH).reshape(ROWS, BLOCK_K // 8)
+    return low, high
+
+
+@triton.jit
+def dequantize_tile(
+    words,
+    scale,
+    zero,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, BLOCK_K / GROUP_SIZE] -> weights [ROWS, BLOCK_K]."""
+    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
+    z0, z1 = s0, s1
+    if HAS_ZERO:
+        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
+    w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM)
+    w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM)
+    # A nibble's place is (step of 16 along K, 2 bits; half of the step): the last is joined last.
+    w = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
+    # (row, block, lane, parity, step / 2, step % 2, half of the step) -> K in its own order.
+    w = w.reshape(ROWS, BLOCK_K // 64, 4, 2, 2, 2, 2)
+    return w.permute(0, 1, 4, 5, 6, 2, 3).reshape(ROWS, BLOCK_K)

@@ -1,0 +1,150 @@
+"""Which kernels compute an int4 linear, and their launches.
+
+A number of rows that is known picks its kernel now. One that is not is a branch at run time: every bucket of rows is
+a launch whose grid is multiplied by 0 or 1, and a grid of no programs is skipped. Comparing the length in Python would
+fix it, and a branch of the graph would cost its own synchronisation.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import SymInt, Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.library import wrap_triton
+
+from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
+from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tilings
+
+GROUP_SIZES = (32, 64, 128)
+ADDED_ROWS = 8
+"""Rows of a cut tile that one program of :func:`add_parts` sums."""
+
+
+def gpu_of(device: torch.device) -> tuple[Family, int]:
+    """The family and the number of multiprocessors of a GPU; those of an H100 where none can be asked."""
+    if not torch.cuda.is_available():
+        return HOPPER, 132
+    properties = torch.cuda.get_device_properties(device)
+    return family((properties.major, properties.minor)), properties.multi_processor_count
+
+
+def possible(m: int | SymInt, n: int, k: int, group_size: int, gpu: Family) -> dict[int, Tiling]:
+    """The buckets of rows that ``m`` can be in: one, if it is known."""
+    if isinstance(m, int):
+        return {UNBOUNDED: next(t for bound, t in tilings(gpu, n, k, group_size).items() if m <= bound)}
+    buckets: dict[int, Tiling] = {}
+    for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS).items():
+        if buckets or not statically_known_true(m > bound):
+            buckets[bound] = tiling
+        if statically_known_true(m <= bound):
+            break
+    return buckets
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What follows the product, in this order; each is left out where it is None.
+
+    Attributes:
+        bias: [N].
+        activation: one of :data:`~et_cuda_passes.kernels.epilogue.ACTIVATIONS`.
+        factor: [M, N], multiplied.
+        addend: [M, N], added.
+    """
+
+    bias: Tensor | None = None
+    activation: str = ""
+    factor: Tensor | None = None
+    addend: Tensor | None = None
+
+
+def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue) -> Tensor:
+    """``x [M, K] @ weight.T`` and its epilogue on CUDA, [M, N]: all contiguous, the weight in the mma_tiled layout."""
+    (m, k), n = x.shape, packed.shape[0]
+    y = x.new_empty((m, n))
+    gpu, processors = gpu_of(x.device)
+    buckets = possible(m, n, k, group_size, gpu)
+    first: int = 0
+    for bound, tiling in buckets.items():
+        flag = 1 if len(buckets) == 1 else _inside(m, first, bound)
+        _launch(x, packed, qparams, epilogue, y, group_size, tiling, flag, gpu.wgmma, processors)
+        first = bound + 1
+    return y
+
+
+def _inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
+    """1 if first <= m <= last, else 0, without a comparison."""
+    flag: int | SymInt = torch.sym_min(1, torch.sym_max(0, m - first + 1))
+    if last != UNBOUNDED:
+        flag *= torch.sym_min(1, torch.sym_max(0, last + 1 - m))
+    return flag
+
+
+def _launch(
+    x: Tensor,
+    packed: Tensor,
+    qparams: Tensor,
+    epilogue: Epilogue,
+    y: Tensor,
+    group_size: int,
+    tiling: Tiling,
+    flag: int | SymInt,
+    wgmma: bool,
+    processors: int,
+) -> None:
+    (m, k), n = x.shape, y.shape[1]
+    slots = tiling.waves * processors
+    tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
+    steps = -(-packed.shape[1] * 8 // tiling.block_k)
+    grid, rest, parts = tiles, tiles, y
+    if slots:
+        # As the kernel counts: the tiles of the last wave, each cut in so many ways.
+        rest = tiles % slots
+        ways = torch.sym_min(slots // torch.sym_max(rest, 1), steps)
+        grid = tiles - rest + rest * ways
+        if isinstance(rest, int) and (rest == 0 or ways == 1):
+            slots = 0  # the last wave is full, or too full for anything to be cut
+    if slots:
+        parts = x.new_empty((slots, tiling.block_m, tiling.block_n), dtype=torch.float32)
+    # A pointer that is not read still has to be one.
+    given = (epilogue.bias, epilogue.factor, epilogue.addend)
+    others = [qparams if tensor is None else tensor for tensor in given]
+    shape = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
+    finish = {"HAS_BIAS": given[0] is not None, "HAS_FACTOR": given[1] is not None, "HAS_ADDEND": given[2] is not None}
+    wrap_triton(int4_matmul)[(grid * flag,)](
+        x,
+        packed,
+        qparams,
+        *others,
+        y,
+        parts,
+        m,
+        n,
+        k // 32,
+        **shape,
+        **finish,
+        ACTIVATION=epilogue.activation,
+        SEGMENTS=tiling.segments,
+        GROUP_SIZE=group_size,
+        EVEN_K=k % (tiling.block_k * tiling.segments) == 0,
+        HAS_ZERO=qparams.shape[0] == 2,
+        USE_ASM=True,
+        WGMMA=wgmma,
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    if slots:
+        height = min(tiling.block_m, ADDED_ROWS)
+        wrap_triton(add_parts)[(rest * flag, tiling.block_m // height)](
+            parts, *others, y, m, n, k // 32, **shape, **finish, ACTIVATION=epilogue.activation, HEIGHT=height
+        )
+
+
+def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HOPPER) -> str:
+    """The kernels chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
+    chosen: Mapping[int, Tiling] = tilings(gpu, n, k, group_size, DYNAMIC_ROWS)
+    if rows is not None:
+        return f"M = {rows}: {next(t for b, t in tilings(gpu, n, k, group_size).items() if rows <= b)}"
+    parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen.items()]
+    return "; ".join(parts)

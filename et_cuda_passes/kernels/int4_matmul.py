@@ -1,0 +1,216 @@
+"""The Triton kernel of the int4 linear: one source, shaped by a :class:`Tiling` for one row or for thousands.
+
+``y[m, n] = sum over k of x[m, k] * ((q[n, k] - 8) * scale + zero)``, the weight being the left operand of the tensor
+cores: it goes from packed words to registers, is dequantized there, and is never stored. x is the right operand, so
+that few rows M cost few columns of the instruction (8 or 16), not 64 padded rows.
+
+Two ways to fill a GPU when there are few tiles, both summing in a fixed order, so that equal inputs give equal bits:
+
+- ``SEGMENTS``: a tile holds BLOCK_N rows of the weight at SEGMENTS places along K, side by side. The products of
+  different segments are dropped (the tensor cores have time to spare when M is small), the others are added up in
+  shared memory at the end. More bytes are in flight, with nothing to write between.
+- ``SPLITS``: the tiles that do not fill the last wave of ``SLOTS`` programs are each cut along K among the idle ones.
+  Their fp32 parts go to ``parts``, and :func:`add_parts` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
+"""
+
+import triton
+import triton.language as tl
+
+from et_cuda_passes.kernels.epilogue import finish
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
+
+_WAIT = tl.constexpr("{ wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1; }")
+
+
+@triton.jit
+def _wait(step):
+    """Until the tensor cores have read the weights of the step before from their registers.
+
+    Triton up to 3.6 lets ``wgmma`` of one step be in flight while the next writes its left operand's registers (its
+    issue 9433). Called between the loads of the words and of the scales, this holds back only the last multiplication:
+    loads do not move over it, and the weights are made from what they bring.
+    """
+    tl.inline_asm_elementwise(_WAIT, "=r,r", [step], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def int4_matmul(
+    x_ptr,  # [M, K]
+    words_ptr,  # int32 [N, padded K / 8]
+    qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
+    bias_ptr,  # [N], not read unless HAS_BIAS
+    factor_ptr,  # [M, N], not read unless HAS_FACTOR
+    addend_ptr,  # [M, N], not read unless HAS_ADDEND
+    y_ptr,  # [M, N]
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SPLITS
+    M,
+    N,
+    K32,  # K / 32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
+):
+    """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K."""
+    # Products with constants, so that the compiler knows what divides them: every load is a vector by that.
+    K = K32 * 32
+    words_row = tl.cdiv(K32, 2) * 8
+    scale_row = tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
+    # K in steps of a block; "part" is a range of steps, [0, steps) unless the tile is cut.
+    steps = tl.cdiv(words_row * 8, BLOCK_K)
+    tile = pid
+    first = 0
+    last = steps
+    cut = False
+    if SLOTS > 0:
+        whole = tiles // SLOTS * SLOTS
+        ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
+        each = tl.cdiv(steps, ways)
+        if (ways > 1) & (pid >= whole):
+            cut = True
+            tile = whole + (pid - whole) // ways
+            first = (pid - whole) % ways * each
+            last = tl.minimum(first + each, steps)
+            # Rounding up can leave the last parts with nothing to do.
+            if first >= steps:
+                return
+    # Eight tiles of rows N go through all of M before the next: their weights stay in the L2 cache.
+    in_band = 8 * tiles_m
+    band = tile // in_band * 8
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
+    tile_n = band + tile % in_band % height
+    tile_m = tile % in_band // height
+
+    ROWS: tl.constexpr = SEGMENTS * BLOCK_N
+    COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
+    rows = tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    n = tile_n * BLOCK_N + rows % BLOCK_N
+    n = tl.where(n < N, n, 0)
+    m = tile_m * BLOCK_M + columns % BLOCK_M
+    in_m = (m < M)[None, :]
+    m = tl.where(m < M, m, 0)
+    k = tl.arange(0, BLOCK_K)
+    word = tl.arange(0, BLOCK_K // 8)
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
+    group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
+    length = tl.cdiv(last - first, SEGMENTS)  # steps of one segment
+    tl.assume(length > 0)  # without it, the compiler lets the tensor cores' instructions wait for one another
+    row_step = first + rows // BLOCK_N * length
+    column_step = first + columns // BLOCK_M * length
+    words_at = words_ptr + n[:, None] * words_row + (row_step * (BLOCK_K // 8))[:, None] + word[None, :]
+    scale_offset = n[:, None] * scale_row + (row_step * GROUPS)[:, None] + group[None, :]
+    scale_at = qparams_ptr + scale_offset
+    zero_at = qparams_ptr + N * scale_row + scale_offset
+    x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
+
+    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in range(length):
+        if EVEN_K:
+            words = tl.load(words_at)
+            if WGMMA:
+                _wait(step)
+            scale = tl.load(scale_at)
+            zero = tl.load(zero_at) if HAS_ZERO else scale
+            x = tl.load(x_at, mask=in_m, other=0.0)
+        else:
+            # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
+            blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
+            rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
+            in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks[:, None]
+            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
+            if WGMMA:
+                _wait(step)
+            scale = tl.load(scale_at, mask=in_scale, other=0.0)
+            zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
+            x = tl.load(x_at, mask=in_m & ((k // 32)[:, None] < rest[None, :]), other=0.0)
+        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM)
+        if USE_ASM:
+            sums = tl.dot(w, x, sums)
+        else:  # Triton's interpreter takes bf16 operands of a dot for integers
+            sums = tl.dot(w.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+        words_at += BLOCK_K // 8
+        scale_at += GROUPS
+        zero_at += GROUPS
+        x_at += BLOCK_K
+    if SEGMENTS > 1:
+        own = (rows // BLOCK_N)[:, None] == (columns // BLOCK_M)[None, :]
+        sums = tl.sum(tl.where(own, sums, 0.0).reshape(ROWS, SEGMENTS, BLOCK_M), 1)
+        sums = tl.sum(sums.reshape(SEGMENTS, BLOCK_N, BLOCK_M), 0)
+
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    if cut:
+        to = (pid - tiles // tl.maximum(SLOTS, 1) * SLOTS) * (BLOCK_M * BLOCK_N)
+        place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+        tl.store(parts_ptr + to + place, sums)
+    else:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
+        at = m.to(tl.int64)[None, :] * N + n[:, None]
+        inside = (m < M)[None, :] & (n < N)[:, None]
+        y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_parts(
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N]
+    bias_ptr,  # [N], not read unless HAS_BIAS
+    factor_ptr,  # [M, N], not read unless HAS_FACTOR
+    addend_ptr,  # [M, N], not read unless HAS_ADDEND
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K32,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    HEIGHT: tl.constexpr,
+):
+    """Sum the parts of HEIGHT rows of one cut tile, first to last."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
+    whole = tiles // SLOTS * SLOTS
+    steps = tl.cdiv(tl.cdiv(K32, 2) * 64, BLOCK_K)
+    ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
+    tile = whole + tl.program_id(0)
+    if (ways <= 1) | (tile >= tiles):
+        return
+    used = tl.cdiv(steps, tl.cdiv(steps, ways))
+    in_band = 8 * tiles_m
+    band = tile // in_band * 8
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
+    tile_n = band + tile % in_band % height
+    tile_m = tile % in_band // height
+    row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
+    m = tile_m * BLOCK_M + row
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
+    part += row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    sums = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
+    for _ in range(used):
+        sums += tl.load(part, mask=inside, other=0.0)
+        part += BLOCK_M * BLOCK_N
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

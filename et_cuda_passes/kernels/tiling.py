@@ -1,0 +1,147 @@
+"""How the Triton kernel is shaped for a weight and a number of rows: tilings as data, and which one is chosen."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+ROWS = (8, 16, 32, 64, 128, 256, 512)
+"""Rows M up to which one tiling serves; more than the last have one of their own."""
+
+UNBOUNDED = 2**31 - 1
+"""The bound of the last bucket of rows."""
+
+DYNAMIC_ROWS = (8, 32, 64, 256)
+"""The buckets of a length that is not known at export: fewer, since each is a kernel in the program."""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The kernel's shape. See :mod:`et_cuda_passes.kernels.int4_matmul`.
+
+    Attributes:
+        block_m: rows of x in a tile.
+        block_n: rows of the weight in a tile.
+        block_k: step along K, 64, 128 or 256.
+        segments: places along K that a tile works at side by side.
+        waves: 0, or programs that a multiprocessor holds at once: tiles that do not fill the last wave are cut.
+        warps: warps of a program.
+        stages: steps whose loads are in flight.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    segments: int
+    waves: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        """As in ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
+        parts = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
+        parts += [f"{self.segments} segments"] * (self.segments > 1)
+        parts += ["cut along K"] * (self.waves > 0)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Family:
+    """GPUs that one table serves.
+
+    Attributes:
+        name: as in ``sm_90``; the table is ``tuned/<name>.json``.
+        wgmma: whether the compiler uses ``wgmma`` there.
+    """
+
+    name: str
+    wgmma: bool
+
+
+HOPPER = Family("sm_90", wgmma=True)
+OTHER = Family("default", wgmma=False)
+
+
+def family(capability: tuple[int, int]) -> Family:
+    """The family of a GPU by its compute capability: Hopper, or any other."""
+    return HOPPER if capability == (9, 0) else OTHER
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One weight's tilings, by the most rows each serves.
+
+    Attributes:
+        n: out_features.
+        k: in_features.
+        group_size: group size along K.
+        tilings: bound of the bucket -> tiling.
+    """
+
+    n: int
+    k: int
+    group_size: int
+    tilings: Mapping[int, Tiling]
+
+
+def load_table(path: Path) -> tuple[Tuned, ...]:
+    """A table as ``python -m benchmarks.tune`` writes it.
+
+    Raises:
+        ValueError: a tiling or a bucket is missing or unknown, naming the file and the entry.
+    """
+    names = [field.name for field in fields(Tiling)]
+    table = []
+    for entry in json.loads(path.read_text())["tuned"]:
+        where = f"{path.name}: {entry.get('n')} x {entry.get('k')}, group size {entry.get('group_size')}"
+        found = {UNBOUNDED if bound == "more" else int(bound): row for bound, row in entry["tilings"].items()}
+        if sorted(found) != [*ROWS, UNBOUNDED]:
+            raise ValueError(f"{where}: rows {sorted(found)}, where {[*ROWS, 'more']} are needed")
+        if any(len(row) != len(names) for row in found.values()):
+            raise ValueError(f"{where}: a tiling is {names}")
+        tilings = {bound: Tiling(*row) for bound, row in found.items()}
+        table.append(Tuned(int(entry["n"]), int(entry["k"]), int(entry["group_size"]), tilings))
+    return tuple(table)
+
+
+@cache
+def _table(name: str) -> tuple[Tuned, ...]:
+    return load_table(Path(__file__).with_name("tuned") / f"{name}.json")
+
+
+def nearest(table: Sequence[Tuned], n: int, k: int, group_size: int) -> Tuned:
+    """The entry of this weight, or of the one most like it: by the ratio of N, of K, and at last of the group size."""
+
+    def distance(entry: Tuned) -> tuple[float, float, int, int]:
+        shape = abs(math.log(entry.n / n)) + abs(math.log(entry.k / k))
+        return shape, abs(math.log(entry.group_size / group_size)), entry.n, entry.k
+
+    return min(table, key=distance)
+
+
+def tilings(gpu: Family, n: int, k: int, group_size: int, bounds: Sequence[int] = ROWS) -> dict[int, Tiling]:
+    """The tiling of each bucket of rows, those of equal tilings merged: bound -> tiling, ascending, to UNBOUNDED."""
+    tuned = nearest(_table(gpu.name), n, k, group_size).tilings
+    chosen: dict[int, Tiling] = {}
+    for bound in (*bounds, UNBOUNDED):
+        tiling = _legal(tuned[bound], group_size)
+        last = next(reversed(chosen), None)
+        if last is not None and chosen[last] == tiling:
+            del chosen[last]
+        chosen[bound] = tiling
+    return chosen
+
+
+def tiling_for(gpu: Family, n: int, k: int, group_size: int, rows: int) -> Tiling:
+    """The tiling of a weight for a number of rows."""
+    return next(t for bound, t in tilings(gpu, n, k, group_size).items() if rows <= bound)
+
+
+def _legal(tiling: Tiling, group_size: int) -> Tiling:
+    """A step along K holds whole groups."""
+    if tiling.block_k >= group_size:
+        return tiling
+    stages = max(2, tiling.stages * tiling.block_k // group_size)
+    return replace(tiling, block_k=group_size, stages=stages)

@@ -1,0 +1,102 @@
+"""``int4_linear_mma_tiled``: the int4 linear of our Triton kernel, and what may follow it in the same kernel.
+
+``int4_linear_mma_tiled(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend)`` is
+``activation(linear(x, (q - 8) * scale + zero, bias)) * factor + addend``; the three last may be left out. The kernel
+computes all of it in fp32 and rounds once.
+
+A ``triton_op``: AOTInductor sees through it and compiles the kernels into the library that it builds, while export and
+ExecuTorch's passes see one operator. On a device that has no Triton it computes from the packed layout.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from et_cuda_passes.kernels.epilogue import ACTIVATIONS
+from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, int4_linear
+from et_cuda_passes.layouts import mma_tiled
+from et_cuda_passes.ops.int4_linear import NAMESPACE, Int4Linear, check, dequantize
+
+_LAYOUT = "mma_tiled"
+_NAME = f"{NAMESPACE}::int4_linear_{_LAYOUT}"
+_ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def _reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+    k = x.shape[-1]
+    scale = qparams[0, :, : k // group_size]
+    zero = qparams[1, :, : k // group_size] if qparams.shape[0] == 2 else torch.zeros_like(scale)
+    weight = dequantize(mma_tiled.unpack(packed)[:, :k], scale, zero, group_size, x.dtype)
+    return F.linear(x, weight)
+
+
+def _check(
+    x: Tensor, packed: Tensor, qparams: Tensor, group: int, n: int, activation: str, *others: Tensor | None
+) -> None:
+    check(_LAYOUT, x, packed, qparams, group, n)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"int4_linear_{_LAYOUT} has no activation {activation!r}; it has {', '.join(ACTIVATIONS[1:])}")
+    for other in others:
+        if other is not None and (other.dim() != x.dim() or other.shape[-1] != n or other.dtype != x.dtype):
+            raise ValueError(
+                f"int4_linear_{_LAYOUT}: factor and addend are like the output, {x.dtype} of {x.dim()} dimensions and "
+                f"{n} last; given {other.dtype} {tuple(other.shape)}"
+            )
+
+
+@torch.library.triton_op(_NAME, mutates_args=())
+def _int4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    activation: str = "",
+    factor: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale_and_zero, group_size, out_features, activation, factor, addend)
+    if x.device.type != "cuda":
+        y = _reference(x, packed, scale_and_zero, group_size)[..., :out_features]
+        y = _ACTIVATE[activation](y if bias is None else y + bias)
+        y = y if factor is None else y * factor
+        return (y if addend is None else y + addend).contiguous()
+    if group_size not in GROUP_SIZES or scale_and_zero.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.half):
+        raise ValueError(
+            f"int4_linear_{_LAYOUT}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
+            f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, group {group_size}"
+        )
+    if out_features != packed.shape[0]:
+        raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {out_features}")
+    given = [None if t is None else t.reshape(-1, out_features).contiguous() for t in (factor, addend)]
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = int4_linear(rows, packed, scale_and_zero, group_size, Epilogue(bias, activation, *given))
+    return y.view(*x.shape[:-1], out_features)
+
+
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    scale_and_zero: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    out_features: int,
+    activation: str = "",
+    factor: Tensor | None = None,
+    addend: Tensor | None = None,
+) -> Tensor:
+    _check(x, packed, scale_and_zero, group_size, out_features, activation, factor, addend)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+_int4_linear.register_fake(_fake)
+MMA_TILED = Int4Linear(_LAYOUT, {}, _reference, torch.ops.et_cuda_passes.int4_linear_mma_tiled.default)

@@ -1,0 +1,64 @@
+"""other + int4_linear(x) -> int4_linear(x, addend=other), and the same for a product
+
+A residual connection, or the product of a gated layer, computed by the kernel on its sums before it rounds them.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
+from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
+
+aten = torch.ops.aten
+_ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
+
+
+@dataclass(frozen=True)
+class Int4Combine(Rule):
+    """other + int4_linear(x) -> int4_linear(x, addend=other), and the same for a product"""
+
+    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
+
+    def pattern(self, x: Capture, other: Capture) -> Pattern:
+        """A sum or a product with an int4 linear that nothing else reads."""
+        linear = op(LINEAR)(x, ..., name="linear")
+        return any_of(op(_ADD, _MUL)(other, linear), op(_ADD, _MUL)(linear, other))
+
+    @require("a tensor of the same shape and dtype")
+    def alike(self, m: MatchContext) -> Answer:
+        """Nothing is broadcast or promoted."""
+        value: Any = m.val(m.other) if isinstance(m.other, Node) else None
+        if not isinstance(value, torch.Tensor):
+            return False, str(m.other)
+        result: Any = m.val(m.linear)
+        same: bool = value.dim() == result.dim() and value.dtype == result.dtype
+        pairs = zip(value.shape, result.shape, strict=True) if same else ()
+        same = same and all(statically_known_true(a == b) for a, b in pairs)
+        return bool(same), f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
+
+    @require("a sum without a factor of its own")
+    def unscaled(self, m: MatchContext) -> Answer:
+        """add(a, b, alpha=1)."""
+        alpha = m.root.kwargs.get("alpha", 1)
+        return alpha == 1, f"alpha = {alpha}"
+
+    @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
+    def free(self, m: MatchContext) -> Answer:
+        """The order is activation, product, sum."""
+        given = epilogue_of(m.linear)
+        taken = {"addend"} if m.root.target is _ADD else {"addend", "factor"}
+        return not taken & given.keys(), ", ".join(given)
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """The linear again, with the other tensor."""
+        given = epilogue_of(m.linear)
+        given["addend" if m.root.target is _ADD else "factor"] = m.other
+        tail = (given.get("activation", ""), given.get("factor"), given.get("addend"))
+        return b.call(LINEAR, *m.linear.args[:6], *tail)
