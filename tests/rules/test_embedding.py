@@ -100,6 +100,14 @@ def test_a_table_tied_to_the_last_linear_is_held_once(case: str) -> None:
     assert sorted(rewritten.state_dict) == sorted(f"words.weight.{part}" for part in parts)
 
 
+def test_a_tied_table_that_only_the_embedding_gives_up_stays_for_the_linear() -> None:
+    ids = torch.tensor([[3, 1], [47, 0]])
+    program = exported(Tied(IntxWeightOnlyConfig(torch.int8, PerGroup(16))), ids)
+    rewritten, report = assert_rewrites(program, "cuda", expect={"embedding_int8": 1, "missed": 1}, rtol=0)
+    assert [outcome.op for outcome in report.outcomes if outcome.status == "missed"] == ["aten.linear"]
+    assert {"words.weight.packed", "words.weight.scale", "head.weight"} == set(rewritten.state_dict)
+
+
 def test_under_aotinductor_with_a_dynamic_length(tmp_path: Path) -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
