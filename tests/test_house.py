@@ -26,7 +26,11 @@ def rules_of(module: ModuleType) -> list[type[Rule]]:
 
 
 def is_base(cls: type[Rule]) -> bool:
-    return any(derived.__module__.startswith("et_cuda_passes.rules.") for derived in cls.__subclasses__())
+    """Whether other modules' rules derive from ``cls`` and no target lists it itself."""
+    listed = {type(entry) for target in ecp.targets() for entry in ecp.default_passes(target)}
+    return cls not in listed and any(
+        derived.__module__.startswith("et_cuda_passes.rules.") for derived in cls.__subclasses__()
+    )
 
 
 RULE_MODULES = [

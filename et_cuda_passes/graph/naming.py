@@ -51,8 +51,8 @@ def _unwrap(program: "Program", node: Node, target: str, whole: torch.Tensor) ->
             name = f"{stem}.original{attributes.index(attribute)}"
             parts[attribute] = program.insert_parameter(name, getattr(whole, attribute), before=node)
         reader.replace_all_uses_with(parts[attribute])
-    # The readers have no users now, and then neither has the parameter.
-    program.abandon(readers)
+    # The readers have no users now, and then neither has the parameter; a tied one may have had none before.
+    program.abandon([*readers, node])
     program.sweep()
 
 

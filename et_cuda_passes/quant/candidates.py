@@ -6,10 +6,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.affine import DEQUANTIZE
-from et_cuda_passes.quant.dynamic import QUANTIZE
+from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight
+from et_cuda_passes.quant.dynamic import is_quantize
+from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
 
 aten = torch.ops.aten
 
@@ -48,12 +49,13 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
     names: dict[Node, str] = {}
+    converted: dict[Node, Node] = {}
     for node in program.graph.nodes:
         if _is_constant(program, node, constant):
             constant.add(node)
-        if called(node) is DEQUANTIZE:
-            data = arguments(node)["input"]
-            if isinstance(data, Node) and data in constant:
+        if is_dequantize(node):
+            data = dequantized_data(node)
+            if data is not None and data in constant:
                 weights[node] = {node: None}
                 names[node] = _name(program, data)
             continue
@@ -61,12 +63,28 @@ def _in_graph(program: Program) -> Iterator[Candidate]:
         for source in node.all_input_nodes:
             read.update(weights.get(source, {}))
         if not read:
+            yield from _converted(program, node, constant, converted)
             continue
         if called(node) in _CARRIERS:
             weights[node] = read
         else:
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn)
+
+
+def _converted(program: Program, node: Node, constant: set[Node], converted: dict[Node, Node]) -> Iterator[Candidate]:
+    """``node``, if it multiplies by a weight that the program itself converts; ``converted`` holds where they stand."""
+    if converted_weight(program, node) is not None:
+        converted[node] = node
+        return
+    sources = [converted[source] for source in node.all_input_nodes if source in converted]
+    if sources and node in constant:
+        converted[node] = sources[0]
+    elif sources and called(node) in PRODUCTS:
+        weight = converted_weight(program, sources[0])
+        assert weight is not None
+        fqn = program.fqn(weight) or weight.name
+        yield Candidate(node, (sources[0],), fqn, beyond_reach=advice(program, weight))
 
 
 def readers(weight: Node) -> Iterator[Node]:
@@ -96,9 +114,9 @@ def _in_branches(branches: Iterable[GraphModule]) -> Iterator[Candidate]:
     """Weights dequantized inside control flow. Whether an operand is constant is not known there: report all."""
     for branch in branches:
         for node in branch.graph.nodes:
-            data = arguments(node)["input"] if called(node) is DEQUANTIZE else None
+            data = dequantized_data(node)
             # The integers of a dynamically quantized activation are computed in the branch; a weight's are passed in.
-            if isinstance(data, Node) and called(data) is not QUANTIZE:
+            if data is not None and not is_quantize(data):
                 where = "it stands in a branch of control flow, whose weights are not rewritten yet"
                 for user in node.users:
                     yield Candidate(user, (node,), data.name, beyond_reach=where)

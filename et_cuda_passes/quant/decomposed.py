@@ -9,7 +9,7 @@ from et_cuda_passes.graph.ops import called
 aten = torch.ops.aten
 _CONVERSIONS = frozenset({aten._to_copy.default, aten.to.dtype})
 # What follows the conversion in a decomposed dequantize; a table of integers that is only converted is none.
-_STEPS = frozenset({aten.sub.Tensor, aten.mul.Tensor})
+STEPS = frozenset({aten.sub.Tensor, aten.mul.Tensor})
 _VIEWS = frozenset({aten.view.default, aten.unsqueeze.default})
 
 
@@ -40,5 +40,5 @@ def _scaled_as_float(conversion: Node) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.dtype.is_floating_point
-        and any(called(user) in _STEPS for user in conversion.users)
+        and any(called(user) in STEPS for user in conversion.users)
     )

@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
-from et_cuda_passes.quant.affine import AffineWeight, values
+from et_cuda_passes.quant.affine import AffineValues, AffineWeight, values
 
 MIDDLE = 8
 """The kernels compute ``(q - 8) * scale + zero`` with q in 0..15."""
@@ -37,16 +37,18 @@ def offset(weight: AffineWeight) -> int | None:
     return None
 
 
-def scale_and_zero_of(scale: Tensor, zero_point: Tensor | None, shift: int) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32, from [N, K / group_size] scales and zero points.
+def scale_and_zero_of(parts: AffineValues, shift: int) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32 [N, K / group_size].
 
-    With ``q = data + shift`` the weight ``(data - zero_point) * scale`` is that with
-    ``zero = (8 - shift - zero_point) * scale``.
+    With ``q = data + shift`` the weight ``(data - zero_point) * scale - minimum`` is that with
+    ``zero = (8 - shift - zero_point) * scale - minimum``.
     """
-    steps = torch.full_like(scale, MIDDLE - shift, dtype=torch.float32)
-    if zero_point is not None:
-        steps = steps - zero_point.float()
-    return scale.float(), steps * scale.float()
+    scale = parts.scale.float()
+    steps = torch.full_like(scale, MIDDLE - shift)
+    if parts.zero_point is not None:
+        steps = steps - parts.zero_point.float()
+    zero = steps * scale
+    return scale, zero if parts.minimum is None else zero - parts.minimum.float()
 
 
 _PACKERS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -93,9 +95,9 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtyp
 
     def scales() -> Tensor:
         parts = values(b.program, weight)
-        pair = scale_and_zero_of(parts.scale, parts.zero_point, shift)
+        pair = scale_and_zero_of(parts, shift)
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
-        return _pack_scales(scale, zero, kernel.layout, dtype, weight.shape[1])
+        return _pack_scales(scale, zero, kernel.layout, dtype, weight.in_features)
 
     form = (kernel.layout, kernel.out_multiple)
     integers = (weight.data,)
@@ -103,8 +105,8 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtyp
         b.constant(f"{weight.fqn}.packed", integers, (*form, shift), packed),
         b.constant(
             f"{weight.fqn}.scale_and_zero",
-            (weight.data, *weight.sources[1:]),
-            (*form, native, dtype, shift, weight.block_size),
+            weight.sources,
+            (*form, native, dtype, shift, weight.block_size, weight.literal),
             scales,
         ),
     )

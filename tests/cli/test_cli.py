@@ -313,7 +313,7 @@ def test_rules(run: Run) -> None:
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
     linear = listed["cuda"]["passes"][0]
     assert linear["rewrite"].endswith("-> int4_linear(x, packed, scale_and_zero, bias)")
-    assert linear["options"] == {"kernel": None, "cast_to_bf16": False}
+    assert linear["options"] == {"drop_activation_quantization": False, "kernel": None, "cast_to_bf16": False}
     assert {"wanted", "hint", "stage"} == set(linear["requires"][0])
     text = run("rules").out
     for passed in [entry for about in listed.values() for entry in about["passes"]]:
