@@ -26,8 +26,9 @@ class Builder:
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
         form = in_edge_form(target) if self.program.is_edge else target
-        with self.program.graph.inserting_before(self.root):
-            node = self.program.graph.call_function(form, args, kwargs)
+        graph = self.root.graph
+        with graph.inserting_before(self.root):
+            node = graph.call_function(form, args, kwargs)
         self.created.add(node)
 
         def fake(argument: Any) -> Any:
@@ -54,4 +55,4 @@ class Builder:
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""
-        return self.program.add_constant(fqn, sources, layout, make)
+        return self.program.add_constant(fqn, sources, layout, make, self.root.graph)

@@ -113,7 +113,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
     """Every match of the stage's rules whose requires hold; what fell short is in the ledger."""
     nodes: dict[Any, list[Node]] = defaultdict(list)
     order: dict[Node, int] = {}
-    for position, node in enumerate(program.graph.nodes):
+    for position, node in enumerate(program.branches.nodes()):
         order[node] = position
         nodes[called(node)].append(node)
     claims: list[_Claim] = []
@@ -218,7 +218,7 @@ def _run_opaque(entry: Pass, program: Program) -> Program:
         if not isinstance(exported, ExportedProgram):
             raise TypeError(f"pass {entry.name} returned {type(exported).__name__}, not an ExportedProgram")
         after = Program(exported, program.pool)
-        after.keep_again(program.kept, program.kept_inputs)
+        after.keep_again(*program.places())
         return after
     module = program.as_graph_module()
     result = entry.value(module)

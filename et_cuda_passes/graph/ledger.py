@@ -16,13 +16,15 @@ from et_cuda_passes.graph.source import source_of
 class Candidate:
     """An operator that reads a dequantized weight.
 
-    ``weights`` are the dequantize nodes that it reads, ``fqn`` their weights' names. ``beyond_reach`` says why no rule
-    can act on it where it stands; empty for most.
+    ``weights`` are the dequantize nodes that it reads, ``fqn`` their weights' names. ``name`` is the node's in reports:
+    its own, or its path in control flow. ``beyond_reach`` says why no rule can act on it where it stands; empty for
+    most.
     """
 
     node: Node
     weights: tuple[Node, ...]
     fqn: str
+    name: str = ""
     beyond_reach: str = ""
 
     @property
@@ -103,7 +105,9 @@ class Ledger:
 
     def _outcome(self, node: Node, status: Status, rule: str | None, reasons: list[Reason], detail: str) -> Outcome:
         candidate = self._candidates[node]
-        return Outcome(node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail)
+        return Outcome(
+            candidate.name or node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail
+        )
 
     def follow(self, candidates: Iterable[Candidate], name: str) -> None:
         """After pass ``name`` changed the graph: each candidate's new node, and what the pass itself took care of."""

@@ -46,6 +46,14 @@ class KeepDynamic(NeedsValues, Keep):
         """What the delegate cannot read of the scales' dtype and the groups; empty for nothing."""
 
     @require(
+        "a place outside control flow",
+        hint="executorch 1.5.1 lowers no linear inside it for XNNPACK, a float one neither: take the layer out of it",
+    )
+    def no_branch(self, m: MatchContext) -> Answer:
+        """The delegate reads a weight as a constant of the program; in a branch it is an operand."""
+        return m.root.graph is m.program.graph, m.program.branches.path(m.root)
+
+    @require(
         "activations quantized per token, asymmetric, in -128..127",
         hint="the delegate ignores what the graph says and computes this: use Int8DynamicActivationIntxWeightConfig",
     )
