@@ -109,6 +109,13 @@ class Branches:
         """The operand that placeholder ``node`` of a branch is in every run; None for any other node."""
         return self._outer.get(node)
 
+    def in_control_flow(self, node: Node) -> bool:
+        """Whether ``node`` is in the body of a cond or a loop. ``no_grad`` and ``autocast`` are none: both dissolve."""
+        graph = node.graph
+        while (caller := self._callers.get(graph)) is not None and caller.target in _SPREAD:
+            graph = caller.graph
+        return graph is not self.graph
+
     def handed(self, caller: Node) -> set[Node]:
         """The operands that ``caller`` only hands on: what becomes of them is up to its branches."""
         if caller not in self._callers.values():

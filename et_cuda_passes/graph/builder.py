@@ -1,12 +1,14 @@
 """What a rule's emit builds nodes with: calls with fake values and provenance, constants by FQN."""
 
-from collections.abc import Callable, Hashable, Iterable
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
+from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import Target, in_edge_form
 from et_cuda_passes.graph.program import Program
 
@@ -15,19 +17,26 @@ _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
 class Builder:
-    """Builds the nodes of one rewrite, just before the node that they replace."""
+    """Builds the nodes of one rewrite, just before the first of the nodes that they replace."""
 
-    def __init__(self, program: Program, root: Node, rule: str) -> None:
+    def __init__(self, program: Program, roots: Sequence[Node], rule: str) -> None:
         self.program = program
-        self.root = root
+        self.roots = roots
         self.rule = rule
         self.created: set[Node] = set()
+        self._before = roots[0]
+
+    def at(self, m: MatchContext) -> "Builder":
+        """Builds what stands for ``m`` alone, of several matches that are rewritten together; in the same place."""
+        other = copy.copy(self)
+        other.roots = (m.root,)
+        return other
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
         form = in_edge_form(target) if self.program.is_edge else target
-        graph = self.root.graph
-        with graph.inserting_before(self.root):
+        graph = self._before.graph
+        with graph.inserting_before(self._before):
             node = graph.call_function(form, args, kwargs)
         self.created.add(node)
 
@@ -37,13 +46,14 @@ class Builder:
         with self.program.fake_mode, torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
         for key in _INHERITED:
-            if key in self.root.meta:
-                node.meta[key] = self.root.meta[key]
-        source = NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)
-        assert source.node_info is not None
-        # An address, as torch sets it: two saved rewrites of one program would differ.
-        source.node_info.graph_id = 0
-        node.meta["from_node"] = [source]
+            if key in self.roots[0].meta:
+                node.meta[key] = self.roots[0].meta[key]
+        sources = [NodeSource(root, self.rule, NodeSourceAction.REPLACE) for root in self.roots]
+        for source in sources:
+            assert source.node_info is not None
+            # An address, as torch sets it: two saved rewrites of one program would differ.
+            source.node_info.graph_id = 0
+        node.meta["from_node"] = sources
         return node
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
@@ -55,4 +65,4 @@ class Builder:
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""
-        return self.program.add_constant(fqn, sources, layout, make, self.root.graph)
+        return self.program.add_constant(fqn, sources, layout, make, self._before.graph)

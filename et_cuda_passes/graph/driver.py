@@ -1,13 +1,13 @@
 """The one loop that applies a pass list: match, require, choose, emit, check; each candidate ends with one outcome."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -24,7 +24,7 @@ from et_cuda_passes.graph.passes import Pass, parse, stages
 from et_cuda_passes.graph.pattern import roots
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
-from et_cuda_passes.graph.rule import Answer, Keep, Requirement, Rule, Stage, Unmet, compiled
+from et_cuda_passes.graph.rule import Answer, JointRule, Keep, Requirement, Rule, Stage, Unmet, compiled
 
 FindCandidates = Callable[[Program], Iterable[Candidate]]
 
@@ -35,16 +35,20 @@ class RuleError(Exception):
 
 @dataclass(frozen=True)
 class _Claim:
-    """A match whose requires all hold."""
+    """A match whose requires all hold, or several that a joint rule takes together, in graph order."""
 
     rule: Rule
-    m: MatchContext
+    ms: tuple[MatchContext, ...]
     rank: int
     weight: int
 
     @property
     def wants(self) -> Sequence[Node]:
-        return self.m.match.owned
+        return [node for m in self.ms for node in m.match.owned]
+
+    @property
+    def root(self) -> Node:
+        return self.ms[0].root
 
 
 def apply_passes(
@@ -95,17 +99,21 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
     claims = _match_stage(stage, program, target, ledger)
     chosen, lost = resolve(claims)
     for loser, winner in lost.items():
-        ledger.lost(claims[loser].rule.name, claims[loser].m.match, claims[winner].rule.name, claims[winner].m.root)
+        for m in claims[loser].ms:
+            ledger.lost(claims[loser].rule.name, m.match, claims[winner].rule.name, claims[winner].root)
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
-        note, detail = claim.rule.note(claim.m), claim.rule.detail(claim.m)
-        if isinstance(claim.rule, Keep):
-            program.kept.update(claim.wants)
-            program.kept_inputs.update(claim.m.match.shared)
-            ledger.keep(claim.rule.name, claim.m.match, note, detail)
-        elif not ledger.is_settled(claim.m.match):
-            ledger.rewrite(claim.rule.name, claim.m.match, note, detail)
-            _emit(claim.rule, claim.m, program)
+        rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
+        for m in ms:
+            note, detail = rule.note(m), rule.detail(m) + (f", {len(ms)} in one" if len(ms) > 1 else "")
+            if isinstance(rule, Keep):
+                program.kept.update(m.match.owned)
+                program.kept_inputs.update(m.match.shared)
+                ledger.keep(rule.name, m.match, note, detail)
+            else:
+                ledger.rewrite(rule.name, m.match, note, detail)
+        if ms and not isinstance(rule, Keep):
+            _emit(rule, ms, program)
     program.sweep()
 
 
@@ -133,8 +141,34 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             if reasons:
                 ledger.unmet(found, reasons)
             elif program.kept.isdisjoint(found.owned):
-                claims.append(_Claim(rule, m, rank, ledger.worth(found)))
+                claims.append(_Claim(rule, (m,), rank, ledger.worth(found)))
+        if isinstance(rule, JointRule):
+            claims = _joined(rule, claims, order, ledger)
     return claims
+
+
+def _joined(rule: JointRule, claims: Sequence[_Claim], order: Mapping[Node, int], ledger: Ledger) -> list[_Claim]:
+    """The claims of a joint rule, those taken together as one; a match that nothing goes with is missed."""
+    groups: dict[tuple[Graph, Hashable], list[_Claim]] = defaultdict(list)
+    joined: list[_Claim] = []
+    for claim in claims:
+        (m,) = claim.ms
+        group = groups[m.root.graph, rule.key(m)]
+        first = group[0].root if group else m.root
+        inputs = [n for n in m.match.bindings.values() if isinstance(n, Node) and n not in m.match.owned]
+        late = next((n.name for n in inputs if n in m.program.written or order[n] > order[first]), "")
+        if late:
+            wanted = "inputs that stand where the first of them is computed, and that nothing writes in place"
+            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late)])
+        else:
+            group.append(claim)
+    for group in groups.values():
+        if len(group) > 1:
+            ms = tuple(claim.ms[0] for claim in group)
+            joined.append(_Claim(rule, ms, group[0].rank, sum(claim.weight for claim in group)))
+        for claim in group if len(group) == 1 else ():
+            ledger.unmet(claim.ms[0].match, [Reason(rule.name, "match", rule.partner, "none")])
+    return joined
 
 
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
@@ -166,17 +200,25 @@ def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
     return answer
 
 
-def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
-    root = m.root
-    b = Builder(program, root, rule.name)
+def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> None:
+    root = ms[0].root
+    b = Builder(program, [m.root for m in ms], rule.name)
     try:
-        new = rule.emit(b, m)
+        new = rule.emit_together(b, ms) if isinstance(rule, JointRule) else [rule.emit(b, ms[0])]
     except NameTaken:
         raise
     except Exception as error:
         raise RuleError(
             f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
         ) from error
+    if len(new) != len(ms):
+        raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {len(new)} nodes; emit one for each of them")
+    for m, node in zip(ms, new, strict=True):
+        _replace(rule, m, node, b.at(m))
+
+
+def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:
+    root, program = m.root, b.program
     if not isinstance(new, Node):
         raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
     _check(rule, root, new)

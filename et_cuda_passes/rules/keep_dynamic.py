@@ -51,7 +51,8 @@ class KeepDynamic(NeedsValues, Keep):
     )
     def no_branch(self, m: MatchContext) -> Answer:
         """The delegate reads a weight as a constant of the program; in a branch it is an operand."""
-        return m.root.graph is m.program.graph, m.program.branches.path(m.root)
+        branches = m.program.branches
+        return not branches.in_control_flow(m.root), branches.path(m.root)
 
     @require(
         "activations quantized per token, asymmetric, in -128..127",

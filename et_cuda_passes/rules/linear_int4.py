@@ -90,6 +90,13 @@ class LinearInt4(NeedsValues):
         k, multiple = affine(m).shape[-1], self.chosen_kernel(m).in_multiple
         return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
 
+    @require("a place that the kernel is compiled in", hint="take the layer out of the control flow")
+    def place(self, m: MatchContext) -> Answer:
+        """Some kernels are not compiled inside control flow."""
+        branches = m.program.branches
+        good = self.chosen_kernel(m).in_control_flow or not branches.in_control_flow(m.root)
+        return good, f"control flow at {branches.path(m.root)}"
+
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes, or bf16 by option."""

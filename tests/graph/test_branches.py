@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from executorch.exir import EdgeCompileConfig, to_edge
 from torch import Tensor, nn
 from torch._higher_order_ops.map import map as over
 from torch._higher_order_ops.scan import scan
@@ -177,12 +178,33 @@ def test_with_a_dynamic_number_of_rows(use: Any) -> None:
             assert node.op in ("get_attr", "output") or "val" in node.meta
 
 
-@pytest.mark.parametrize("target", ecp.targets())
-def test_on_every_target(target: str) -> None:
+def test_a_kernel_that_is_not_compiled_in_control_flow_stays_out_of_it() -> None:
+    report = assert_misses(exported(cond), "a place that the kernel is compiled in, found control flow at", "cpu")
+    assert {"." in o.node: o.status for o in report.outcomes} == {True: "missed", False: "rewritten"}
+    assert_rewrites(exported(without_grad), "cpu", expect={"linear_int4": 2})
+
+
+@pytest.mark.parametrize("target", ["cuda", "metal", "xnnpack"])
+def test_on_every_other_target(target: str) -> None:
     before = exported(cond)
     for x in INPUTS:
         program, _ = assert_rewrites(before, target, expect={"rewritten": 5}, inputs=(x,))
     assert not calls(program, DEQUANTIZE)
+
+
+@pytest.mark.parametrize("use", [cond, nested, mapped], ids=lambda use: use.__name__)
+def test_the_edge_dialect_takes_it_and_is_rewritten_in_its_own_form(use: Any) -> None:
+    config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
+    rewritten, _ = ecp.rewrite(exported(use), "cuda")
+    edge = to_edge(rewritten, compile_config=config).exported_program()
+    later, _ = assert_rewrites(to_edge(exported(use), compile_config=config).exported_program(), inputs=(X,))
+    for program in (edge, later):
+        forms = {type(node.target).__name__ for node in calls(program, ecp.ops.INT4_LINEARS["tile_packed_to_4d"].op)}
+        assert forms == {"EdgeOpOverload"}
+        assert not calls(program, DEQUANTIZE)
+        for x in INPUTS:
+            got, wanted = program.module()(x), rewritten.module()(x)
+            assert (got - wanted).norm() <= 2**-7 * wanted.norm()
 
 
 def test_xnnpack_keeps_nothing_inside_control_flow() -> None:
@@ -445,6 +467,15 @@ def test_views_around_a_linear_of_more_dimensions_are_taken_off_inside_too() -> 
     before = torch.export.export(Net(use), (x,)).run_decompositions({})
     program, _ = assert_rewrites(before, expect={"linear_int4": 2})
     assert not calls(program, torch.ops.aten.view.default)
+
+
+def test_a_decomposed_dequantize_inside_is_warned_about() -> None:
+    def use(net: Net, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: net.a(y), lambda y: y + 1, (x,))
+
+    _, report = ecp.rewrite(torch.export.export(Net(use), (X,)).run_decompositions(), "cuda")
+    assert report.outcomes == []
+    assert "a.data" in report.warnings[0]
 
 
 def test_the_copy_of_a_program_that_is_not_changed_is_the_program() -> None:
