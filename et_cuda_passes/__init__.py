@@ -9,8 +9,9 @@ from et_cuda_passes import layouts, ops
 from et_cuda_passes.graph.driver import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import Keep, Rule, require
+from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
+from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
@@ -27,6 +28,8 @@ __all__ = [
     "CudaPartitioner",
     "ExpectationError",
     "FoldDequantize",
+    "FusedLinearInt4",
+    "JointRule",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",

@@ -1,5 +1,6 @@
 """The house's own rules, which no tool holds: what `make help` lists, what an import loads, how long a module is."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -22,11 +23,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 def rules_of(module: ModuleType) -> list[type[Rule]]:
     """The rules that a module itself defines, without what is only a base of rules in other modules."""
     classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Rule)]
-    return [cls for cls in classes if cls.__module__ == module.__name__ and not is_base(cls)]
-
-
-def is_base(cls: type[Rule]) -> bool:
-    return any(derived.__module__.startswith("et_cuda_passes.rules.") for derived in cls.__subclasses__())
+    return [cls for cls in classes if cls.__module__ == module.__name__ and not inspect.isabstract(cls)]
 
 
 RULE_MODULES = [

@@ -73,7 +73,10 @@ class Branches:
             self._callers[graph] = caller
             pairs = list(zip(placeholders, [*changing, *same], strict=True))
             self.views.update((inner, outer) for inner, outer in pairs if isinstance(outer, Node))
-            self._outer.update((inner, outer) for inner, outer in pairs[len(changing) :] if isinstance(outer, Node))
+            for inner, outer in pairs[len(changing) :]:
+                if isinstance(outer, Node):
+                    self._outer[inner] = outer
+                    self._handed[graph, outer] = inner
         results = graphs[0].output_node().args[0]
         for user in caller.users:
             if caller.target in _SPREAD and user.target is operator.getitem and isinstance(results, (tuple, list)):
@@ -136,19 +139,19 @@ class Branches:
         """What ``node`` of the program's own graph is called in ``graph``; handed in at every level where it is not."""
         if graph is self.graph:
             return node
-        handed = self._handed.get((graph, node))
+        caller = self._callers[graph]
+        operand = self.hand_in(node, caller.graph)
+        handed = self._handed.get((graph, operand))
         if handed is None or handed not in self._outer:
-            caller = self._callers[graph]
-            operand = self.hand_in(node, caller.graph)
             for branch in [branch for branch, called_by in self._callers.items() if called_by is caller]:
                 last = branch.find_nodes(op="placeholder")[-1:]
                 with branch.inserting_after(last[0]) if last else branch.inserting_before():
                     inner = branch.placeholder(node.name)
                 inner.target, inner.meta = inner.name, {"val": node.meta["val"]}
-                self._handed[branch, node] = inner
+                self._handed[branch, operand] = inner
                 self._outer[inner] = self.views[inner] = operand
             self._added[caller].append(operand)
-        return self._handed[graph, node]
+        return self._handed[graph, operand]
 
     def unread(self, placeholder: Node) -> None:
         """Note that nothing reads ``placeholder`` any more; :meth:`settle` drops it once that is so in every branch."""

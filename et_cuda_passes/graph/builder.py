@@ -5,11 +5,12 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import Target, in_edge_form
+from et_cuda_passes.graph.ops import Target, in_edge_form, op_name
 from et_cuda_passes.graph.program import Program
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
@@ -43,8 +44,17 @@ class Builder:
         def fake(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, Node) else argument
 
-        with self.program.fake_mode, torch.no_grad():
+        # With the dispatcher's Python kernels: the compiled ones of some operators (slice_copy) take a dynamic size for
+        # what it is in the export's example.
+        mode, shapes = self.program.fake_mode, self.program.fake_mode.shape_env
+        known = 0 if shapes is None else len(shapes.guards)
+        with mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
+        if shapes is not None and len(shapes.guards) > known:
+            expression = shapes.guards[-1].expr
+            raise ValueError(
+                f"{op_name(target)} holds for {expression} alone, which the program's dynamic shapes leave open"
+            )
         for key in _INHERITED:
             if key in self.roots[0].meta:
                 node.meta[key] = self.roots[0].meta[key]
@@ -62,6 +72,14 @@ class Builder:
             return self.call(torch.ops.aten._to_copy.default, node, dtype=dtype)
         # Registered by ExecuTorch, without which there would be no program in edge form.
         return self.call(torch.ops.dim_order_ops._to_dim_order_copy.default, node, dtype=dtype)
+
+    def columns(self, node: Node, start: int, end: int) -> Node:
+        """Elements ``start`` to ``end`` of ``node``'s last axis, as a tensor of its own and contiguous."""
+        if self.program.is_edge:
+            return self.call(torch.ops.aten.slice_copy.Tensor, node, -1, start, end)
+        # Outside of that dialect slice_copy has no lowering in Inductor, and these two have.
+        part = self.call(torch.ops.aten.slice.Tensor, node, -1, start, end)
+        return self.call(torch.ops.aten.clone.default, part, memory_format=torch.contiguous_format)
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""

@@ -96,6 +96,7 @@ def apply_passes(
 
 
 def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> None:
+    program.refresh()
     claims = _match_stage(stage, program, target, ledger)
     chosen, lost = resolve(claims)
     for loser, winner in lost.items():
@@ -155,11 +156,12 @@ def _joined(rule: JointRule, claims: Sequence[_Claim], order: Mapping[Node, int]
         (m,) = claim.ms
         group = groups[m.root.graph, rule.key(m)]
         first = group[0].root if group else m.root
-        inputs = [n for n in m.match.bindings.values() if isinstance(n, Node) and n not in m.match.owned]
-        late = next((n.name for n in inputs if n in m.program.written or order[n] > order[first]), "")
+        inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
+        late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]
+        late += [n for n in inputs.values() if n in m.program.written]
         if late:
             wanted = "inputs that stand where the first of them is computed, and that nothing writes in place"
-            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late)])
+            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late[0].name)])
         else:
             group.append(claim)
     for group in groups.values():

@@ -111,6 +111,8 @@ class JointRule(Rule):
 
     partner: ClassVar[str] = "another match to be taken together with"
     """What a match without others wanted, for the report."""
+    common: ClassVar[tuple[str, ...]] = ()
+    """Captures that hold one value in all matches of a :meth:`key`, so that the first one's is as good as any."""
 
     @abstractmethod
     def key(self, m: "MatchContext") -> Hashable:

@@ -4,6 +4,7 @@ The weight is packed once, at compile time, for the target's int4 kernel. Nothin
 rounding of scale and zero to the kernel's dtype.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from et_cuda_passes.graph.pattern import Capture, Pattern
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.quant.affine import affine, dequantize, values
+from et_cuda_passes.quant.affine import AffineWeight, affine, dequantize, values
 from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
 from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.needs_values import NeedsValues
@@ -136,15 +137,20 @@ class LinearInt4(NeedsValues):
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weight and call the kernel's operator."""
-        weight, kernel = affine(m), self.chosen_kernel(m)
-        x, bias, given = m.x, m.bias, m.val(m.x).dtype
+        return self.packed_linear(b, m, [affine(m)], m.bias)
+
+    def packed_linear(
+        self, b: Builder, m: MatchContext, weights: Sequence[AffineWeight], bias: Node | None, name: str = ""
+    ) -> Node:
+        """The kernel's operator, of ``m``'s x and the rows of ``weights``, which are packed as one."""
+        kernel, x, given = self.chosen_kernel(m), m.x, m.val(m.x).dtype
         dtype = self.compute_dtype(m)
         assert dtype is not None
-        packed, qparams = pack(b, weight, kernel, kernel.scale_dtype or dtype)
-        group_size = native_group_size(weight.group_size, kernel)
+        packed, qparams = pack(b, weights, kernel, kernel.scale_dtype or dtype, name)
+        group_size = native_group_size(weights[0].group_size, kernel)
         if dtype != given:
             x = b.cast(x, dtype)
             bias = None if bias is None else b.cast(bias, dtype)
         op = INT4_LINEARS[kernel.layout].op
-        y = b.call(op, x, packed, qparams, bias, group_size, weight.shape[0])
+        y = b.call(op, x, packed, qparams, bias, group_size, sum(weight.shape[0] for weight in weights))
         return y if dtype == given else b.cast(y, given)
