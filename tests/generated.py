@@ -98,16 +98,17 @@ def weights(draw: Callable[[Any], Any], earlier: int) -> Weight:
 @st.composite
 def plans(draw: Callable[[Any], Any]) -> Plan:
     """Plans of up to three weights and four reads."""
-    count = draw(st.integers(1, 3))
-    kinds = KINDS + (BRANCHES if draw(st.integers(0, 9)) == 0 else [])
+    held = tuple(draw(weights(index)) for index in range(draw(st.integers(1, 3))))
+    kinds = KINDS + (2 * BRANCHES if draw(st.integers(0, 9)) == 0 else [])
     after: list[After] = ["", "", "relu", "tanh", "transpose", "in place", "view", "store"]
     step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(after))
     rank = draw(st.integers(1, 4))
     return Plan(
-        shape=(*(draw(st.integers(2, 3)) for _ in range(rank - 1)), draw(st.sampled_from([32, 64, 96]))),
+        # Of a width that some weight fits.
+        shape=(*(draw(st.integers(2, 3)) for _ in range(rank - 1)), draw(st.sampled_from([w.k for w in held]))),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float32])),
         dynamic=rank > 1 and draw(st.booleans()),
-        weights=tuple(draw(weights(index)) for index in range(count)),
+        weights=held,
         steps=tuple(draw(st.lists(step, min_size=1, max_size=4))),
         decomposed=draw(st.booleans()),
         target=draw(st.sampled_from(["cuda", "cuda", "cpu", "metal", "xnnpack"])),

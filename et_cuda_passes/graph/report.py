@@ -35,7 +35,8 @@ class Reason:
 class Outcome:
     """What became of one candidate, an operator that reads a dequantized weight.
 
-    ``fqn`` is the weight's FQN, ``source`` the user's own line ("file:line: code"), ``detail`` what was made of it.
+    ``node`` is its name, in control flow the path to it; ``fqn`` is the weight's FQN, ``source`` the user's own line
+    ("file:line: code"), ``detail`` what was made of it.
     """
 
     node: str
