@@ -13,7 +13,7 @@ from tests.generated import Plan, example, exported, has_kernel, plans
 
 EXAMPLES = int(os.environ.get("GENERATED", "200"))
 
-# Four layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
+# Three layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
 # a weight folded to what it was, the order of additions is all that differs.
 RTOL = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-15}
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from et_cuda_passes.graph.memory import viewed
 from et_cuda_passes.graph.ops import Target
 
 _flow = torch.ops.higher_order
@@ -43,6 +44,7 @@ class Branches:
         self._handed: dict[tuple[Graph, Node], Node] = {}
         self._added: dict[Node, list[Node]] = defaultdict(list)
         self._unread: dict[Node, None] = {}
+        self._last: dict[Graph, Node] = {}
         calls: dict[Node, list[Graph]] = {}
         self._find(root, graph, calls)
         uses = Counter(child for children in calls.values() for child in children)
@@ -121,13 +123,20 @@ class Branches:
 
     def handed(self, caller: Node) -> set[Node]:
         """The operands that ``caller`` only hands on: what becomes of them is up to its branches."""
-        if caller not in self._callers.values():
+        operands = _operands(caller)
+        if operands is None or caller not in self._callers.values():
             return set()
-        return {*(_operands(caller) or ())} - {*(_operands(caller, changing=True) or ())}
+        return {*operands} - {*(_operands(caller, changing=True) or ())}
 
     def is_input(self, node: Node) -> bool:
         """Whether ``node`` is a placeholder of a branch, whatever it stands for."""
         return node.op == "placeholder" and node.graph is not self.graph
+
+    def is_handed_back(self, node: Node) -> bool:
+        """Whether ``node``, or a view of it, is a result of a branch."""
+        return node.graph is not self.graph and any(
+            user.op == "output" or (viewed(user) is node and self.is_handed_back(user)) for user in node.users
+        )
 
     def path(self, node: Node) -> str:
         """Where ``node`` stands and its name, unique in the program: ``true_graph_0.linear``."""
@@ -144,9 +153,10 @@ class Branches:
         handed = self._handed.get((graph, operand))
         if handed is None or handed not in self._outer:
             for branch in [branch for branch, called_by in self._callers.items() if called_by is caller]:
-                last = branch.find_nodes(op="placeholder")[-1:]
-                with branch.inserting_after(last[0]) if last else branch.inserting_before():
-                    inner = branch.placeholder(node.name)
+                # All placeholders are listed once, and not for each that is added.
+                last = self._last.get(branch) or next(iter(branch.find_nodes(op="placeholder")[-1:]), None)
+                with branch.inserting_after(last) if last else branch.inserting_before():
+                    self._last[branch] = inner = branch.placeholder(node.name)
                 inner.target, inner.meta = inner.name, {"val": node.meta["val"]}
                 self._handed[branch, operand] = inner
                 self._outer[inner] = self.views[inner] = operand
@@ -180,6 +190,7 @@ class Branches:
                     del self._outer[inner], self.views[inner]
             _set_operands(caller, left)
         self._unread.clear()
+        self._last.clear()
         return lost
 
     def recompile(self) -> None:

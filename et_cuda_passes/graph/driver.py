@@ -224,8 +224,10 @@ def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:
     if not isinstance(new, Node):
         raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
     _check(rule, root, new)
-    if root in program.written and (new not in b.created or viewed(new) is not None):
-        # What writes the result would write what others read too: a constant, for the next run as well.
+    shares = new not in b.created or viewed(new) is not None
+    if shares and (root in program.written or program.branches.is_handed_back(root)):
+        # What writes the result would write what others read too: a constant, for the next run as well. A branch may
+        # not hand back what it was handed.
         new = b.call(torch.ops.aten.clone.default, new)
     program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))

@@ -320,6 +320,20 @@ def test_a_weight_dequantized_outside_and_read_inside_is_accounted_for_inside() 
     assert not calls(folded, DEQUANTIZE)
 
 
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t(), lambda w: w.view(2, 32, 64)[0]])
+def test_a_weight_that_a_branch_hands_back_is_no_operand_of_its_call(view: Any) -> None:
+    """Nothing of an operand may be a result: torch refuses the program when it is traced again."""
+
+    def back(net: Net, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: view(net.a.weight()), lambda x: view(net.b.weight()) + x.sum(), (x,))
+
+    before = torch.export.export(Net(back), (X,))
+    for x in INPUTS:
+        program, _ = assert_rewrites(before, "xnnpack", expect={"fold_dequantize": 2}, inputs=(x,), rtol=0)
+        again = program.run_decompositions({})
+        assert torch.equal(again.module()(x), before.module()(x))
+
+
 def test_a_weight_that_differs_in_each_run_is_missed_with_the_reason() -> None:
     class Layers(nn.Module):
         def __init__(self) -> None:
