@@ -9,12 +9,13 @@ from et_cuda_passes import layouts, ops
 from et_cuda_passes.graph.driver import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import Keep, Rule, require
+from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
+from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
@@ -38,6 +39,8 @@ __all__ = [
     "EmbeddingInt8",
     "ExpectationError",
     "FoldDequantize",
+    "FusedLinearInt4",
+    "JointRule",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",

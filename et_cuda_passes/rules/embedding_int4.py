@@ -77,6 +77,6 @@ class EmbeddingInt4(PackedTable):
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the table and call the operator."""
         weight, form, dtype = affine(m), self.table(m), m.val(m.root).dtype
-        packed, qparams = pack(b, weight, form, form.scale_dtype or dtype)
+        packed, qparams = pack(b, [weight], form, form.scale_dtype or dtype)
         group_size = native_group_size(weight.group_size, form)
         return b.call(INT4_EMBEDDINGS[form.layout], m.ids, packed, qparams, group_size, weight.in_features, dtype)

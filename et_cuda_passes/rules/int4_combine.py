@@ -38,16 +38,16 @@ class Int4Combine(Rule):
         if not isinstance(value, torch.Tensor):
             return False, str(m.other)
         result: Any = m.val(m.linear)
-        same: bool = value.dim() == result.dim() and value.dtype == result.dtype
+        same = value.dtype is result.dtype and len(value.shape) == len(result.shape)
         pairs = zip(value.shape, result.shape, strict=True) if same else ()
-        same = same and all(statically_known_true(a == b) for a, b in pairs)
-        return bool(same), f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
+        alike = same and all(statically_known_true(a == b) for a, b in pairs)
+        return alike, f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
 
     @require("a sum without a factor of its own")
     def unscaled(self, m: MatchContext) -> Answer:
         """add(a, b, alpha=1)."""
         alpha = m.root.kwargs.get("alpha", 1)
-        return alpha == 1, f"alpha = {alpha}"
+        return bool(alpha == 1), f"alpha = {alpha}"
 
     @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
     def free(self, m: MatchContext) -> Answer:

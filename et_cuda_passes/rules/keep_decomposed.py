@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Keep, require
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine
 from et_cuda_passes.quant.static import same_both_ways
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.keep_for_xnnpack import KeepForXnnpack
 
 
 @dataclass(frozen=True)
-class KeepDecomposed(NeedsValues, Keep):
+class KeepDecomposed(KeepForXnnpack):
     """linear(dequantize(quantize(x)), dequantize(int8 weight), bias) -> itself"""
 
     @require("activations in int8, -128..127", hint="quantize with executorch's XNNPACKQuantizer")
@@ -51,7 +51,3 @@ class KeepDecomposed(NeedsValues, Keep):
         scale = torch.tensor(weight.literal[0] if weight.literal else 1.0) if held is None else held.float()
         good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
         return bool(good.all()), f"{int((~good).sum())} that are not"
-
-    def note(self, m: MatchContext) -> str:
-        """Why it is kept."""
-        return "XNNPACK has its own kernel for it and takes the pattern as it stands"

@@ -14,11 +14,11 @@ from torch.fx import Node
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, Keep, require
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, values
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.quant.forms import is_dequantize
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.keep_for_xnnpack import KeepForXnnpack
 
 _LINEAR = torch.ops.aten.linear.default
 _dequantize = op(DEQUANTIZE)
@@ -28,7 +28,7 @@ _LARGEST_EPS = 1.2e-7
 
 
 @dataclass(frozen=True)
-class KeepDynamic(NeedsValues, Keep):
+class KeepDynamic(KeepForXnnpack):
     """linear(dequantize(quantize(x)), dequantize(weight), bias) -> itself
 
     Attributes:
@@ -143,10 +143,6 @@ class KeepDynamic(NeedsValues, Keep):
         scale = values(m.program, affine(m)).scale.float()
         good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
         return bool(good.all()), f"{int((~good).sum())} that are not"
-
-    def note(self, m: MatchContext) -> str:
-        """Why it is kept."""
-        return "XNNPACK has its own kernel for it and takes the pattern as it stands"
 
     def detail(self, m: MatchContext) -> str:
         """The scheme."""

@@ -4,6 +4,8 @@ The weight is packed once, at compile time, for the target's int4 kernel. Nothin
 rounding of scale and zero to the kernel's dtype.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +15,10 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int4_launch import describe
+from et_cuda_passes.kernels.tiling import HOPPER
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.quant.affine import AffineWeight, affine, values
 from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
 from et_cuda_passes.rules.packed_linear import PackedLinear
 
@@ -77,6 +81,13 @@ class LinearInt4(PackedLinear):
         k, multiple = affine(m).in_features, self.chosen_kernel(m).in_multiple
         return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
 
+    @require("a place that the kernel is compiled in", hint="take the layer out of the control flow")
+    def place(self, m: MatchContext) -> Answer:
+        """Some kernels are not compiled inside control flow."""
+        branches = m.program.branches
+        good = self.chosen_kernel(m).in_control_flow or not branches.in_control_flow(m.root)
+        return good, f"control flow at {branches.path(m.root)}"
+
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes, or bf16 by option."""
@@ -104,17 +115,34 @@ class LinearInt4(PackedLinear):
         cast = "" if m.val(m.x).dtype in kernel.dtypes else ", computed in bf16"
         return f"{affine(m).scheme} -> {kernel.name} ({kernel.layout}{cast}){self.dropped(m)}"
 
+    def explain(self, *ms: MatchContext) -> str:
+        """Which tilings the Triton kernel has for the weight, by the rows of x as far as they are known."""
+        first, kernel = ms[0], self.chosen_kernel(ms[0])
+        group_size = native_group_size(affine(first).group_size, kernel)
+        if kernel.layout != "mma_tiled" or group_size is None:
+            return ""
+        n, k = sum(affine(m).out_features for m in ms), affine(first).in_features
+        sizes = first.val(first.x).shape
+        rows = math.prod(sizes) // k if all(isinstance(size, int) for size in sizes) else None
+        chosen = describe(rows, n, k, group_size, HOPPER)
+        return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
+
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weight and call the kernel's operator."""
-        weight, kernel = affine(m), self.chosen_kernel(m)
-        x, bias, given = self.input(b, m), m.bias, m.val(m.x).dtype
+        return self.output(b, m, self.packed_linear(b, m, [affine(m)], m.bias))
+
+    def packed_linear(
+        self, b: Builder, m: MatchContext, weights: Sequence[AffineWeight], bias: Node | None, name: str = ""
+    ) -> Node:
+        """The kernel's operator, of ``m``'s x and the rows of ``weights``, which are packed as one."""
+        kernel, x, given = self.chosen_kernel(m), self.input(b, m), m.val(m.x).dtype
         dtype = self.compute_dtype(m)
         assert dtype is not None
-        packed, qparams = pack(b, weight, kernel, kernel.scale_dtype or dtype)
-        group_size = native_group_size(weight.group_size, kernel)
+        packed, qparams = pack(b, weights, kernel, kernel.scale_dtype or dtype, name)
+        group_size = native_group_size(weights[0].group_size, kernel)
         if dtype != given:
             x = b.cast(x, dtype)
             bias = None if bias is None else b.cast(bias, dtype)
         op = INT4_LINEARS[kernel.layout].op
-        y = b.call(op, x, packed, qparams, bias, group_size, weight.shape[0])
-        return self.output(b, m, y if dtype == given else b.cast(y, given))
+        y = b.call(op, x, packed, qparams, bias, group_size, sum(weight.shape[0] for weight in weights))
+        return y if dtype == given else b.cast(y, given)

@@ -24,6 +24,8 @@ CPU = Target(
             group_sizes=(32, 64, 128, 256),
             in_multiple=32,
             out_multiple=16,
+            # Inductor gives the kernel its group size as a constant of the branch, which the code it writes then lacks.
+            in_control_flow=False,
         ),
     ),
     int8_kernels=(Int8Kernel("int8pack_cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), in_multiple=16),),
