@@ -273,11 +273,13 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
     weight = read.weight
     if plan.target == "xnnpack":
         return True
-    if read.kind == "lookup" or weight.high - weight.low > 15 or weight.group % 32:
-        return False
-    if plan.target == "cuda" and plan.dtype is not torch.bfloat16:
-        return False
-    if plan.target == "cpu" and read.kind in BRANCHES:
-        return False
+    int4 = weight.high - weight.low <= 15 and weight.group % 32 == 0
+    in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
+    if read.kind == "lookup":
+        # Tables of 5 to 8 bits, and others that are held as such, have conditions of their own.
+        return False if plan.target == "metal" else (int4 and in_dtype) or None
+    if not int4 or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
+        # The CPU has an int8 linear too, for some of what its int4 linear does not take.
+        return None if plan.target == "cpu" else False
     # A vector times a matrix may be exported as another operator than a linear.
     return None if read.kind == "matmul" and read.vector else True

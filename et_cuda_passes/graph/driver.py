@@ -177,6 +177,8 @@ def _joined(rule: JointRule, claims: Sequence[_Claim], order: Mapping[Node, int]
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     """Every require of ``stage`` that does not hold, with what it found."""
     reasons: dict[str, Reason] = {}
+    for node in m.program.at_boundaries.intersection(m.match.owned[1:]):
+        reasons[""] = Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)
     for requirement in rule.requires:
         if requirement.stage != stage:
             continue

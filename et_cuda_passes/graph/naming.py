@@ -1,12 +1,12 @@
 """What a rewrite owes to names: of constants that stand beside their parts, of tied weights, of preserved modules."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.export.exported_program import ModuleCallEntry
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from et_cuda_passes.graph.constants import identity
 from et_cuda_passes.graph.ops import ACCESS, called
@@ -64,6 +64,13 @@ def forget_tied(program: "Program", dropped: Iterable[torch.Tensor]) -> None:
         if held is not None and not node.users and identity(held) in gone:
             program.drop(node)
             program.graph.erase_node(node)
+
+
+def at_boundaries(graph: Graph, calls: Sequence[ModuleCallEntry], names: Mapping[str, str]) -> set[Node]:
+    """The nodes whose values a preserved module is given or returns: what stands on both its sides stays two nodes."""
+    given = [value for call in calls if call.signature for value in (*call.signature.inputs, *call.signature.outputs)]
+    named = {names.get(value.name, value.name) for value in given}
+    return {node for node in graph.nodes if node.name in named}
 
 
 def renamed_calls(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:

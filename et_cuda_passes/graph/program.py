@@ -24,7 +24,7 @@ from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
 from et_cuda_passes.graph.copying import Places, copied, counterparts, places
 from et_cuda_passes.graph.memory import written_in
-from et_cuda_passes.graph.naming import forget_tied, make_room, renamed_calls
+from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, renamed_calls
 from et_cuda_passes.graph.ops import ACCESS, called
 from et_cuda_passes.graph.sweep import sweep
 
@@ -74,6 +74,7 @@ class Program:
         self._derived.clear()
         self.branches = Branches(self._root, self.graph)
         """Its graphs, those that control flow calls among them."""
+        self.at_boundaries = at_boundaries(self.graph, self._source.module_call_graph, self._renamed)
         nodes = list(self.branches.nodes())
         mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
         buffers = [n for n in self.graph.find_nodes(op="placeholder") if self.target(n) in mutated]

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
@@ -53,12 +54,12 @@ class Int4Combine(Rule):
     def free(self, m: MatchContext) -> Answer:
         """The order is activation, product, sum."""
         given = epilogue_of(m.linear)
-        taken = {"addend"} if m.root.target is _ADD else {"addend", "factor"}
+        taken = {"addend"} if called(m.root) is _ADD else {"addend", "factor"}
         return not taken & given.keys(), ", ".join(given)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The linear again, with the other tensor."""
         given = epilogue_of(m.linear)
-        given["addend" if m.root.target is _ADD else "factor"] = m.other
+        given["addend" if called(m.root) is _ADD else "factor"] = m.other
         tail = (given.get("activation", ""), given.get("factor"), given.get("addend"))
         return b.call(LINEAR, *m.linear.args[:6], *tail)

@@ -143,14 +143,14 @@ def test_a_program_packed_for_another_target(tmp_path: Path, run: Run) -> None:
     assert run("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
     result = run("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
     assert result.code == 2
-    assert "packed (tile_packed_to_4d) for target cuda" in result.error
+    assert "packed (mma_tiled) for target cuda" in result.error
     assert not (tmp_path / "out").exists()
 
     # The same, told by its operators alone: saved by other means than ours, it has no record.
     bare = tmp_path / "bare.pt2"
     torch.export.save(torch.export.load(tmp_path / "model.cuda.packed.pt2"), bare)
     assert "for target cuda" in run("explain", bare, "-t", "xnnpack").error
-    assert "2 x tile_packed_to_4d" in run("explain", bare, "-t", "cuda").out
+    assert "2 x mma_tiled" in run("explain", bare, "-t", "cuda").out
 
 
 def test_a_program_packed_for_another_instruction_set(tmp_path: Path, run: Run) -> None:

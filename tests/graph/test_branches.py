@@ -199,7 +199,7 @@ def test_the_edge_dialect_takes_it_and_is_rewritten_in_its_own_form(use: Any) ->
     edge = to_edge(rewritten, compile_config=config).exported_program()
     later, _ = assert_rewrites(to_edge(exported(use), compile_config=config).exported_program(), inputs=(X,))
     for program in (edge, later):
-        forms = {type(node.target).__name__ for node in calls(program, ecp.ops.INT4_LINEARS["tile_packed_to_4d"].op)}
+        forms = {type(node.target).__name__ for node in calls(program, ecp.ops.INT4_LINEARS["mma_tiled"].op)}
         assert forms == {"EdgeOpOverload"}
         assert not calls(program, DEQUANTIZE)
         for x in INPUTS:
@@ -270,7 +270,7 @@ def test_the_report_names_weight_place_and_the_user_s_own_line() -> None:
 
 def test_provenance_and_value_of_what_is_emitted_inside() -> None:
     before = exported(cond, strict=True)
-    program, _ = ecp.rewrite(before, "cuda")
+    program, _ = ecp.rewrite(before, "cuda", [ecp.LinearInt4()])
     old = {(path, node.name): node for path, graph in graphs(before).items() for node in graph.nodes}
     inside = [(path, node) for path, graph in graphs(program).items() if path for node in graph.nodes]
     new = [(path, node) for path, node in inside if str(node.target).startswith("et_cuda_passes")]
@@ -312,7 +312,7 @@ def test_a_weight_dequantized_outside_and_read_inside_is_accounted_for_inside() 
         return torch.cond(x.sum() > 0, lambda y: F.linear(y, weight), lambda y: y + 1, (x,))
 
     before = torch.export.export(Net(outside), (X,))
-    report = assert_misses(before, "wanted torchao.dequantize_affine, found placeholder")
+    report = assert_misses(before, "wanted a dequantized weight, found placeholder")
     (outcome,) = report.outcomes
     assert (outcome.op, outcome.fqn) == ("aten.linear", "a.data")
     folded, report = assert_rewrites(before, "xnnpack", expect={"fold_dequantize": 1})

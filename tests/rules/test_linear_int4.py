@@ -24,7 +24,7 @@ def test_a_dtype_that_the_kernel_lacks_is_missed_and_bf16_is_opt_in() -> None:
     model, x = Quantized(16, 64, dtype=torch.float32), torch.randn(2, 64)
     (reason,) = missed(torch.export.export(model, (x,)))
     assert (reason.wanted, reason.found) == ("activations of a dtype that the kernel has", "float32")
-    assert "tinygemm has bfloat16" in reason.hint
+    assert "triton has bfloat16, float16" in reason.hint
     assert "LinearInt4(cast_to_bf16=True)" in reason.hint
     program = torch.export.export(model, (x,))
     rewritten, report = ecp.rewrite(program, "cuda", [ecp.LinearInt4(cast_to_bf16=True)], {"linear_int4": 1})
@@ -102,7 +102,7 @@ def test_integers_outside_the_range_they_claim() -> None:
 
 
 def test_an_unknown_kernel_is_a_mistake_in_the_call() -> None:
-    with pytest.raises(ValueError, match="target cuda has no int4 kernel 'marlin'; it has: tinygemm"):
+    with pytest.raises(ValueError, match="target cuda has no int4 kernel 'marlin'; it has: triton, tinygemm"):
         ecp.rewrite(export(Quantized(16, 64), 2, 64), "cuda", [ecp.LinearInt4(kernel="marlin")])
 
 
@@ -141,7 +141,7 @@ def test_a_shared_weight_is_packed_once(once: bool) -> None:
 @pytest.mark.parametrize("once", [True, False])
 def test_a_weight_that_something_else_reads_too_stays_for_it(once: bool) -> None:
     model, x = Shared(once, also=lambda w: w.sum()), torch.randn(3, 64).bfloat16()
-    rewritten, report = ecp.rewrite(torch.export.export(model, (x,)), "cuda")
+    rewritten, report = ecp.rewrite(torch.export.export(model, (x,)), "cuda", [ecp.LinearInt4()])
     assert report.counts() == {"rewritten": 2, "kept": 0, "missed": 1, "linear_int4": 2}
     (other,) = (outcome for outcome in report.outcomes if outcome.status == "missed")
     assert other.op == "aten.sum"

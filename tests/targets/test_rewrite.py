@@ -139,7 +139,7 @@ def test_assert_rewrites_returns_what_rewrite_does(program: ExportedProgram) -> 
     after, report = assert_rewrites(program, expect={"linear_int4": 1, "missed": 1})
     plain, counted = ecp.rewrite(program, "cuda")
     assert names(after) == names(plain)
-    assert "et_cuda_passes.int4_linear_tile_packed_to_4d" in names(after)
+    assert "et_cuda_passes.int4_linear_mma_tiled" in names(after)
     assert report.to_dict() == counted.to_dict()
 
 
