@@ -28,7 +28,7 @@ class Int4Combine(Rule):
     after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
 
     def pattern(self, x: Capture, other: Capture) -> Pattern:
-        """A sum or a product with an int4 linear that nothing else reads."""
+        """A sum, with alpha=1, or a product with an int4 linear that nothing else reads."""
         linear = op(LINEAR)(x, ..., name="linear")
         return any_of(op(_ADD, _MUL)(other, linear), op(_ADD, _MUL)(linear, other))
 
@@ -43,12 +43,6 @@ class Int4Combine(Rule):
         pairs = zip(value.shape, result.shape, strict=True) if same else ()
         alike = same and all(statically_known_true(a == b) for a, b in pairs)
         return alike, f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
-
-    @require("a sum without a factor of its own")
-    def unscaled(self, m: MatchContext) -> Answer:
-        """add(a, b, alpha=1)."""
-        alpha = m.root.kwargs.get("alpha", 1)
-        return bool(alpha == 1), f"alpha = {alpha}"
 
     @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
     def free(self, m: MatchContext) -> Answer:
