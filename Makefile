@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types layers golden docs clean
+.PHONY: help setup demo test real nightly lint types layers golden docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,12 @@ demo: setup  ## quantize, export, rewrite and run SmolLM2-135M-Instruct; a secon
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(SELECT) $(ARGS) $(TESTS)
+
+real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
+	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real
+
+nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000)
+	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py
 
 lint: setup  ## ruff: lint and format (FIX=1 repairs what it can)
 	$(BIN)/ruff check $(if $(FIX),--fix) .

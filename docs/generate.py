@@ -16,16 +16,18 @@ import torch
 
 import et_cuda_passes as ecp
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
+OPTIONAL: tuple[ecp.Rule, ...] = (ecp.FusedLinearInt4(),)
 NOTICE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
 
 
 def rules() -> dict[str, tuple[Any, list[str]]]:
-    """Each rule of any target's default list by name, with the targets that have it."""
-    found: dict[str, tuple[Any, list[str]]] = {}
+    """Each rule by name, with the targets that have it in their default list: none for what is chosen by the user."""
+    found: dict[str, tuple[Any, list[str]]] = {rule.name: (rule, []) for rule in OPTIONAL}
     for target in ecp.targets():
         for entry in ecp.default_passes(target):
             if isinstance(entry, ecp.Rule):
@@ -53,6 +55,10 @@ def plain(value: Any) -> str:
     """A value of a target as a reader of a table wants it."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value == ():
+        return "one scale a row"
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
@@ -81,11 +87,14 @@ def rules_page() -> str:
     ]
     for name, (rule, targets) in rules().items():
         cls = type(rule)
-        prose, options = described(cls)
+        prose = described(cls)[0]
+        options: dict[str, str] = {}
+        for base in reversed(cls.__mro__[:-1]):
+            options |= described(base)[1]
         listed = ", ".join(f"[{target}](targets.md#{target})" for target in targets)
         parts += [f"## {name}", f"```text\n{docstring(cls)[0]}\n```"]
         parts += [text for text in (docstring(sys.modules[cls.__module__])[1], prose) if text]
-        parts.append(f"`{cls.__name__}`, in the list of {listed}.")
+        parts.append(f"`{cls.__name__}`, in the list of {listed or 'no target: put it into `passes` yourself'}.")
         fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
         if fields:
             rows = [(f"`{f.name}`", f"`{getattr(rule, f.name)!r}`", options.get(f.name, "")) for f in fields]
@@ -98,8 +107,6 @@ def rules_page() -> str:
 
 def targets_page() -> str:
     """Every target: its kernels with what each accepts, as data, and its list of passes."""
-    meanings = described(Int4Kernel)[1]
-    columns = [field.name for field in dataclasses.fields(Int4Kernel)]
     parts = [
         "# Targets",
         "What a kernel accepts is data that rules read as `m.target`; a place that asks for something else is a miss "
@@ -108,15 +115,19 @@ def targets_page() -> str:
     for name in ecp.targets():
         target = get_target(name)
         parts += [f"## {name}", target.summary + "."]
-        if target.int4_kernels:
-            rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in target.int4_kernels]
-            parts.append(table([column.replace("_", " ") for column in columns], rows))
+        for bits, kernels in ((4, target.int4_kernels), (8, target.int8_kernels)):
+            if kernels:
+                columns = [field.name for field in dataclasses.fields(kernels[0])]
+                rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in kernels]
+                parts += [f"int{bits} linears:", table([column.replace("_", " ") for column in columns], rows)]
+        if target.int4_table is not None:
+            parts.append(f"Tables of int4 embeddings: `{target.int4_table.layout}`.")
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
-    parts += [
-        "## What the columns say",
-        table(["column", "meaning"], ((c.replace("_", " "), meanings[c]) for c in columns)),
-    ]
+    parts.append("## What the columns say")
+    for bits, kernel in ((4, Int4Kernel), (8, Int8Kernel)):
+        meanings = ((name.replace("_", " "), text) for name, text in described(kernel)[1].items())
+        parts += [f"int{bits} linears:", table(["column", "meaning"], meanings)]
     return "\n\n".join(parts)
 
 

@@ -9,11 +9,19 @@ from et_cuda_passes import layouts, ops
 from et_cuda_passes.graph.driver import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import Keep, Rule, require
+from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
+from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
+from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
+from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
+from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
+from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
@@ -24,13 +32,22 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
+    "ConvInt4",
+    "ConvInt8",
     "CudaPartitioner",
+    "EmbeddingInt4",
+    "EmbeddingInt8",
     "ExpectationError",
     "FoldDequantize",
+    "FusedLinearInt4",
+    "JointRule",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
+    "KeepDynamicPerTensor",
+    "KeepStaticInt8",
     "LinearInt4",
+    "LinearInt8",
     "LinearViews",
     "MetalPartitioner",
     "Outcome",

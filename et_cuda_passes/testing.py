@@ -102,11 +102,9 @@ def assert_misses(
     ]
     by = f" by {rule}" if rule else ""
     assert found, f"no candidate is missed{by} with a reason that says {reason!r}\n{report}"
-    now = {node.name: node.target for graph in _graphs(program) for node in graph.nodes}
-    for graph in _graphs(exported_program):
-        for node in graph.nodes:
-            if any(outcome.node == node.name for outcome in found):
-                assert now.get(node.name) == node.target, f"{node.name} is reported as missed, yet it changed\n{report}"
+    was, now = _nodes(exported_program), _nodes(program)
+    for name in (outcome.node for outcome in found):
+        assert now.get(name) == was[name], f"{name} is reported as missed, yet it changed\n{report}"
     return report
 
 
@@ -128,6 +126,13 @@ class _Snapshot:
 def _graphs(program: ExportedProgram) -> list[torch.fx.Graph]:
     """The program's graph and those of its branches."""
     return [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+
+
+def _nodes(program: ExportedProgram) -> dict[str, Any]:
+    """What each node calls, by its name as reports have it: that of a branch's is its path."""
+    modules = program.graph_module.named_modules()
+    graphs = {path: module.graph for path, module in modules if isinstance(module, torch.fx.GraphModule)}
+    return {".".join(filter(None, (path, n.name))): n.target for path, graph in graphs.items() for n in graph.nodes}
 
 
 def _bytes(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -1,13 +1,16 @@
 """What a rule's emit builds nodes with: calls with fake values and provenance, constants by FQN."""
 
-from collections.abc import Callable, Hashable, Iterable
+import copy
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 
-from et_cuda_passes.graph.ops import Target, in_edge_form
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import Target, in_edge_form, op_name
 from et_cuda_passes.graph.program import Program
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
@@ -15,34 +18,52 @@ _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
 
 
 class Builder:
-    """Builds the nodes of one rewrite, just before the node that they replace."""
+    """Builds the nodes of one rewrite, just before the first of the nodes that they replace."""
 
-    def __init__(self, program: Program, root: Node, rule: str) -> None:
+    def __init__(self, program: Program, roots: Sequence[Node], rule: str) -> None:
         self.program = program
-        self.root = root
+        self.roots = roots
         self.rule = rule
         self.created: set[Node] = set()
+        self._before = roots[0]
+
+    def at(self, m: MatchContext) -> "Builder":
+        """Builds what stands for ``m`` alone, of several matches that are rewritten together; in the same place."""
+        other = copy.copy(self)
+        other.roots = (m.root,)
+        return other
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
         """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
         form = in_edge_form(target) if self.program.is_edge else target
-        with self.program.graph.inserting_before(self.root):
-            node = self.program.graph.call_function(form, args, kwargs)
+        graph = self._before.graph
+        with graph.inserting_before(self._before):
+            node = graph.call_function(form, args, kwargs)
         self.created.add(node)
 
         def fake(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, Node) else argument
 
-        with self.program.fake_mode, torch.no_grad():
+        # With the dispatcher's Python kernels: the compiled ones of some operators (slice_copy) take a dynamic size for
+        # what it is in the export's example.
+        mode, shapes = self.program.fake_mode, self.program.fake_mode.shape_env
+        known = 0 if shapes is None else len(shapes.guards)
+        with mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
+        if shapes is not None and len(shapes.guards) > known:
+            expression = shapes.guards[-1].expr
+            raise ValueError(
+                f"{op_name(target)} holds for {expression} alone, which the program's dynamic shapes leave open"
+            )
         for key in _INHERITED:
-            if key in self.root.meta:
-                node.meta[key] = self.root.meta[key]
-        source = NodeSource(self.root, self.rule, NodeSourceAction.REPLACE)
-        assert source.node_info is not None
-        # An address, as torch sets it: two saved rewrites of one program would differ.
-        source.node_info.graph_id = 0
-        node.meta["from_node"] = [source]
+            if key in self.roots[0].meta:
+                node.meta[key] = self.roots[0].meta[key]
+        sources = [NodeSource(root, self.rule, NodeSourceAction.REPLACE) for root in self.roots]
+        for source in sources:
+            assert source.node_info is not None
+            # An address, as torch sets it: two saved rewrites of one program would differ.
+            source.node_info.graph_id = 0
+        node.meta["from_node"] = sources
         return node
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
@@ -52,6 +73,14 @@ class Builder:
         # Registered by ExecuTorch, without which there would be no program in edge form.
         return self.call(torch.ops.dim_order_ops._to_dim_order_copy.default, node, dtype=dtype)
 
+    def columns(self, node: Node, start: int, end: int) -> Node:
+        """Elements ``start`` to ``end`` of ``node``'s last axis, as a tensor of its own and contiguous."""
+        if self.program.is_edge:
+            return self.call(torch.ops.aten.slice_copy.Tensor, node, -1, start, end)
+        # Outside of that dialect slice_copy has no lowering in Inductor, and these two have.
+        part = self.call(torch.ops.aten.slice.Tensor, node, -1, start, end)
+        return self.call(torch.ops.aten.clone.default, part, memory_format=torch.contiguous_format)
+
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
         """A new parameter; see :meth:`Program.add_constant`."""
-        return self.program.add_constant(fqn, sources, layout, make)
+        return self.program.add_constant(fqn, sources, layout, make, self._before.graph)

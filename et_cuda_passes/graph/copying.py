@@ -7,6 +7,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
+from et_cuda_passes.graph.branches import Branches
+from et_cuda_passes.graph.ops import Target
+
+Places = set[tuple[str, Target]]
+"""Where nodes stand, and what they call."""
+
 
 def copied(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
     """The submodules that control flow calls, and the graph; tensors stay shared, only structure is copied."""
@@ -23,7 +29,11 @@ def copied(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
     return root, graph
 
 
-def counterparts(nodes: Iterable[Node], graph: Graph) -> set[Node]:
-    """What ``nodes`` of an earlier copy are in ``graph``, by name and target; those that are gone are left out."""
-    here = {(node.name, node.target): node for node in graph.nodes}
-    return {here[key] for node in nodes if (key := (node.name, node.target)) in here}
+def places(nodes: Iterable[Node], branches: Branches) -> Places:
+    """By what ``nodes`` can be found again in another copy of their program: where they stand and what they call."""
+    return {(branches.path(node), node.target) for node in nodes}
+
+
+def counterparts(wanted: Places, branches: Branches) -> set[Node]:
+    """The nodes at the places ``wanted`` in another copy; those that are gone are left out."""
+    return {node for node in branches.nodes() if (branches.path(node), node.target) in wanted} if wanted else set()

@@ -1,13 +1,13 @@
 """The one loop that applies a pass list: match, require, choose, emit, check; each candidate ends with one outcome."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
@@ -24,7 +24,7 @@ from et_cuda_passes.graph.passes import Pass, parse, stages
 from et_cuda_passes.graph.pattern import roots
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
-from et_cuda_passes.graph.rule import Answer, Keep, Requirement, Rule, Stage, Unmet, compiled
+from et_cuda_passes.graph.rule import Answer, JointRule, Keep, Requirement, Rule, Stage, Unmet, compiled
 
 FindCandidates = Callable[[Program], Iterable[Candidate]]
 
@@ -35,16 +35,20 @@ class RuleError(Exception):
 
 @dataclass(frozen=True)
 class _Claim:
-    """A match whose requires all hold."""
+    """A match whose requires all hold, or several that a joint rule takes together, in graph order."""
 
     rule: Rule
-    m: MatchContext
+    ms: tuple[MatchContext, ...]
     rank: int
     weight: int
 
     @property
     def wants(self) -> Sequence[Node]:
-        return self.m.match.owned
+        return [node for m in self.ms for node in m.match.owned]
+
+    @property
+    def root(self) -> Node:
+        return self.ms[0].root
 
 
 def apply_passes(
@@ -92,20 +96,26 @@ def apply_passes(
 
 
 def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> None:
+    program.refresh()
     claims = _match_stage(stage, program, target, ledger)
     chosen, lost = resolve(claims)
     for loser, winner in lost.items():
-        ledger.lost(claims[loser].rule.name, claims[loser].m.match, claims[winner].rule.name, claims[winner].m.root)
+        for m in claims[loser].ms:
+            ledger.lost(claims[loser].rule.name, m.match, claims[winner].rule.name, claims[winner].root)
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
-        note, detail = claim.rule.note(claim.m), claim.rule.detail(claim.m)
-        if isinstance(claim.rule, Keep):
-            program.kept.update(claim.wants)
-            program.kept_inputs.update(claim.m.match.shared)
-            ledger.keep(claim.rule.name, claim.m.match, note, detail)
-        elif not ledger.is_settled(claim.m.match):
-            ledger.rewrite(claim.rule.name, claim.m.match, note, detail)
-            _emit(claim.rule, claim.m, program)
+        rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
+        for m in ms:
+            detail = rule.detail(m) + (f", {len(ms)} in one" if len(ms) > 1 else "")
+            told = (rule.note(m), detail, rule.explain(*ms))
+            if isinstance(rule, Keep):
+                program.kept.update(m.match.owned)
+                program.kept_inputs.update(m.match.shared)
+                ledger.keep(rule.name, m.match, *told)
+            else:
+                ledger.rewrite(rule.name, m.match, *told)
+        if ms and not isinstance(rule, Keep):
+            _emit(rule, ms, program)
     program.sweep()
 
 
@@ -113,7 +123,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
     """Every match of the stage's rules whose requires hold; what fell short is in the ledger."""
     nodes: dict[Any, list[Node]] = defaultdict(list)
     order: dict[Node, int] = {}
-    for position, node in enumerate(program.graph.nodes):
+    for position, node in enumerate(program.branches.nodes()):
         order[node] = position
         nodes[called(node)].append(node)
     claims: list[_Claim] = []
@@ -133,13 +143,42 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             if reasons:
                 ledger.unmet(found, reasons)
             elif program.kept.isdisjoint(found.owned):
-                claims.append(_Claim(rule, m, rank, ledger.worth(found)))
+                claims.append(_Claim(rule, (m,), rank, ledger.worth(found)))
+        if isinstance(rule, JointRule):
+            claims = _joined(rule, claims, order, ledger)
     return claims
+
+
+def _joined(rule: JointRule, claims: Sequence[_Claim], order: Mapping[Node, int], ledger: Ledger) -> list[_Claim]:
+    """The claims of a joint rule, those taken together as one; a match that nothing goes with is missed."""
+    groups: dict[tuple[Graph, Hashable], list[_Claim]] = defaultdict(list)
+    joined: list[_Claim] = []
+    for claim in claims:
+        (m,) = claim.ms
+        group = groups[m.root.graph, rule.key(m)]
+        first = group[0].root if group else m.root
+        inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
+        late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]
+        late += [n for n in inputs.values() if n in m.program.written]
+        if late:
+            wanted = "inputs that stand where the first of them is computed, and that nothing writes in place"
+            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late[0].name)])
+        else:
+            group.append(claim)
+    for group in groups.values():
+        if len(group) > 1:
+            ms = tuple(claim.ms[0] for claim in group)
+            joined.append(_Claim(rule, ms, group[0].rank, sum(claim.weight for claim in group)))
+        for claim in group if len(group) == 1 else ():
+            ledger.unmet(claim.ms[0].match, [Reason(rule.name, "match", rule.partner, "none")])
+    return joined
 
 
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     """Every require of ``stage`` that does not hold, with what it found."""
     reasons: dict[str, Reason] = {}
+    for node in m.program.at_boundaries.intersection(m.match.owned[1:]):
+        reasons[""] = Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)
     for requirement in rule.requires:
         if requirement.stage != stage:
             continue
@@ -166,22 +205,32 @@ def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
     return answer
 
 
-def _emit(rule: Rule, m: MatchContext, program: Program) -> None:
-    root = m.root
-    b = Builder(program, root, rule.name)
+def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> None:
+    root = ms[0].root
+    b = Builder(program, [m.root for m in ms], rule.name)
     try:
-        new = rule.emit(b, m)
+        new = rule.emit_together(b, ms) if isinstance(rule, JointRule) else [rule.emit(b, ms[0])]
     except NameTaken:
         raise
     except Exception as error:
         raise RuleError(
             f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
         ) from error
+    if len(new) != len(ms):
+        raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {len(new)} nodes; emit one for each of them")
+    for m, node in zip(ms, new, strict=True):
+        _replace(rule, m, node, b.at(m))
+
+
+def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:
+    root, program = m.root, b.program
     if not isinstance(new, Node):
         raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
     _check(rule, root, new)
-    if root in program.written and (new not in b.created or viewed(new) is not None):
-        # What writes the result would write what others read too: a constant, for the next run as well.
+    shares = new not in b.created or viewed(new) is not None
+    if shares and (root in program.written or program.branches.is_handed_back(root)):
+        # What writes the result would write what others read too: a constant, for the next run as well. A branch may
+        # not hand back what it was handed.
         new = b.call(torch.ops.aten.clone.default, new)
     program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))
@@ -218,7 +267,7 @@ def _run_opaque(entry: Pass, program: Program) -> Program:
         if not isinstance(exported, ExportedProgram):
             raise TypeError(f"pass {entry.name} returned {type(exported).__name__}, not an ExportedProgram")
         after = Program(exported, program.pool)
-        after.keep_again(program.kept, program.kept_inputs)
+        after.keep_again(*program.places())
         return after
     module = program.as_graph_module()
     result = entry.value(module)

@@ -16,13 +16,15 @@ from et_cuda_passes.graph.source import source_of
 class Candidate:
     """An operator that reads a dequantized weight.
 
-    ``weights`` are the dequantize nodes that it reads, ``fqn`` their weights' names. ``beyond_reach`` says why no rule
-    can act on it where it stands; empty for most.
+    ``weights`` are the dequantize nodes that it reads, ``fqn`` their weights' names. ``name`` is the node's in reports:
+    its own, or its path in control flow. ``beyond_reach`` says why no rule can act on it where it stands; empty for
+    most.
     """
 
     node: Node
     weights: tuple[Node, ...]
     fqn: str
+    name: str = ""
     beyond_reach: str = ""
 
     @property
@@ -84,26 +86,27 @@ class Ledger:
         for node in self._covers(match):
             self._misses[node].append(Reason(rule, "conflict", "its nodes for itself", f"{winner} at {at.name}"))
 
-    def keep(self, rule: str, match: Match, note: str, detail: str) -> None:
-        """A rule keeps its match as it is."""
-        self._write("kept", rule, match, note, detail)
+    def keep(self, rule: str, match: Match, note: str, *details: str) -> None:
+        """A rule keeps its match as it is; ``details`` are an outcome's detail and explanation."""
+        self._write("kept", rule, match, note, *details)
 
-    def rewrite(self, rule: str, match: Match, note: str, detail: str) -> None:
-        """A rule rewrites its match."""
-        self._write("rewritten", rule, match, note, detail)
+    def rewrite(self, rule: str, match: Match, note: str, *details: str) -> None:
+        """A rule rewrites its match; ``details`` as for :meth:`keep`."""
+        self._write("rewritten", rule, match, note, *details)
 
-    def _write(self, status: Status, rule: str, match: Match, note: str, detail: str) -> None:
+    def _write(self, status: Status, rule: str, match: Match, note: str, *details: str) -> None:
         self.report.applied[rule] = self.report.applied.get(rule, 0) + 1
         reasons = [Reason(rule, "note", "", note)] if note else []
         for node in self._covers(match):
             # A match that replaces one weight of several settles its reader when it is the last of them.
             self._replaced[node].add(match.root)
             if node in match.owned or self._replaced[node].issuperset(self._candidates[node].weights):
-                self._outcomes[node] = self._outcome(node, status, rule, reasons, detail)
+                self._outcomes[node] = self._outcome(node, status, rule, reasons, *details)
 
-    def _outcome(self, node: Node, status: Status, rule: str | None, reasons: list[Reason], detail: str) -> Outcome:
+    def _outcome(self, node: Node, status: Status, rule: str | None, reasons: list[Reason], *details: str) -> Outcome:
         candidate = self._candidates[node]
-        return Outcome(node.name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), detail)
+        name = candidate.name or node.name
+        return Outcome(name, candidate.op, candidate.fqn, rule, status, reasons, source_of(node), *details)
 
     def follow(self, candidates: Iterable[Candidate], name: str) -> None:
         """After pass ``name`` changed the graph: each candidate's new node, and what the pass itself took care of."""
@@ -127,7 +130,7 @@ class Ledger:
             self._candidates[candidate.node] = candidate
             if node not in here and candidate.node is node and not settled:
                 note = Reason(name, "note", "", f"no longer reads a dequantized weight after pass {name}")
-                self._outcomes[node] = self._outcome(node, "rewritten", name, [note], "")
+                self._outcomes[node] = self._outcome(node, "rewritten", name, [note])
                 self.report.applied[name] = self.report.applied.get(name, 0) + 1
         known = list(self._candidates.values())
         self._candidates.clear()
@@ -147,5 +150,5 @@ class Ledger:
                     reasons = [
                         Reason(None, "none", "", found, "add a rule that takes it, or leave the weight unquantized")
                     ]
-                self._outcomes[node] = self._outcome(node, "missed", None, reasons, "")
+                self._outcomes[node] = self._outcome(node, "missed", None, reasons)
             self.report.outcomes.append(self._outcomes[node])

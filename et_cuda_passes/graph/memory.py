@@ -1,6 +1,9 @@
 """Which values change while a program runs: written in place, under whatever name and through whatever view."""
 
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch.fx import Node
@@ -16,7 +19,10 @@ def memory_of(held: torch.Tensor | None) -> int | None:
 
 
 def written_in(
-    nodes: Sequence[Node], mutated: Iterable[Node], constant: Callable[[Node], torch.Tensor | None]
+    nodes: Sequence[Node],
+    mutated: Iterable[Node],
+    constant: Callable[[Node], torch.Tensor | None],
+    views: Mapping[Node, Node],
 ) -> set[Node]:
     """Every node of a program whose value changes while it runs.
 
@@ -24,20 +30,23 @@ def written_in(
         nodes: all of them.
         mutated: placeholders of buffers that the program's signature says it updates.
         constant: the tensor that a placeholder holds, None for an input.
+        views: what a branch's inputs and results may lie in the memory of (:class:`~.branches.Branches`).
     """
     mutated = list(mutated)
-    written = written_nodes(nodes, mutated)
+    written = written_nodes(nodes, mutated, views)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     # Constants under several names may lie in one memory, which is then written under all of them.
     memory = {memory_of(constant(node)) for node in placeholders if node in written} - {None}
     if not memory:
         return written
-    return written_nodes(nodes, mutated + [node for node in placeholders if memory_of(constant(node)) in memory])
+    return written_nodes(nodes, mutated + [node for node in placeholders if memory_of(constant(node)) in memory], views)
 
 
-def written_nodes(nodes: Sequence[Node], constants: Iterable[Node] = ()) -> set[Node]:
+def written_nodes(
+    nodes: Sequence[Node], constants: Iterable[Node] = (), views: Mapping[Node, Node] = MappingProxyType({})
+) -> set[Node]:
     """Every node whose memory is written in place: what some node writes, ``constants``, and every view of either."""
-    written = {_base(node) for node in constants}
+    written = {_base(node, views) for node in constants}
     for node in nodes:
         target = node.target
         if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
@@ -47,19 +56,22 @@ def written_nodes(nodes: Sequence[Node], constants: Iterable[Node] = ()) -> set[
                 continue
             value = arguments(node).get(argument.name)
             items = value if isinstance(value, (list, tuple)) else [value]
-            written.update(_base(item) for item in items if isinstance(item, Node))
-    return {node for node in nodes if _base(node) in written} if written else set()
+            written.update(_base(item, views) for item in items if isinstance(item, Node))
+    return {node for node in nodes if _base(node, views) in written} if written else set()
 
 
-def _base(node: Node) -> Node:
+def _base(node: Node, views: Mapping[Node, Node]) -> Node:
     """The node whose memory ``node`` is a view of, itself if of none."""
-    while (source := viewed(node)) is not None:
+    while (source := views.get(node) or viewed(node)) is not None:
         node = source
     return node
 
 
 def viewed(node: Node) -> Node | None:
     """The node that ``node`` is a view of, or None."""
+    if node.target is operator.getitem:
+        # One of the results of a call; where they are views (split, unbind), it is one.
+        return cast(Node, node.args[0])
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     for argument in node.target._schema.arguments:

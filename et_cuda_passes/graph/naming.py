@@ -1,12 +1,12 @@
 """What a rewrite owes to names: of constants that stand beside their parts, of tied weights, of preserved modules."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.export.exported_program import ModuleCallEntry
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from et_cuda_passes.graph.constants import identity
 from et_cuda_passes.graph.ops import ACCESS, called
@@ -51,8 +51,8 @@ def _unwrap(program: "Program", node: Node, target: str, whole: torch.Tensor) ->
             name = f"{stem}.original{attributes.index(attribute)}"
             parts[attribute] = program.insert_parameter(name, getattr(whole, attribute), before=node)
         reader.replace_all_uses_with(parts[attribute])
-    # The readers have no users now, and then neither has the parameter.
-    program.abandon(readers)
+    # The readers have no users now, and then neither has the parameter; a tied one may have had none before.
+    program.abandon([*readers, node])
     program.sweep()
 
 
@@ -64,6 +64,13 @@ def forget_tied(program: "Program", dropped: Iterable[torch.Tensor]) -> None:
         if held is not None and not node.users and identity(held) in gone:
             program.drop(node)
             program.graph.erase_node(node)
+
+
+def at_boundaries(graph: Graph, calls: Sequence[ModuleCallEntry], names: Mapping[str, str]) -> set[Node]:
+    """The nodes whose values a preserved module is given or returns: what stands on both its sides stays two nodes."""
+    given = [value for call in calls if call.signature for value in (*call.signature.inputs, *call.signature.outputs)]
+    named = {names.get(value.name, value.name) for value in given}
+    return {node for node in graph.nodes if node.name in named}
 
 
 def renamed_calls(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import networkx as nx
 
-from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.graph.rule import JointRule, Rule
 
 ACCEPTED = (
     "rules (instances of et_cuda_passes.Rule), ExecuTorch ExportedProgramPassBase passes, "
@@ -94,12 +94,14 @@ def _sorted(entries: Sequence[Pass]) -> list[Pass]:
 def stages(entries: Sequence[Pass]) -> list[list[Pass]]:
     """Consecutive rules that match against one graph together; a rule that must follow another starts a new stage.
 
-    Anything that is not a rule stands alone, since it may change the whole graph.
+    A joint rule stands alone, and so does anything that is not a rule, since it may change the whole graph.
     """
     result: list[list[Pass]] = []
     for entry in entries:
         current = result[-1] if result else []
         together = bool(current) and entry.rule is not None and current[0].rule is not None
+        # One that takes matches together chooses among what the others left, or it would lose all of them to one.
+        together = together and not any(isinstance(e.rule, JointRule) for e in (entry, *current))
         for other in current if together else []:
             if other.name in entry.after or entry.name in other.before:
                 together = False

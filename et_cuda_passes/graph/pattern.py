@@ -51,6 +51,7 @@ class Call:
     ``args`` are matched by schema position, ``kwargs`` by schema name. An argument that neither names must have its
     default value, unless ``open`` is set: a pattern that forgot ``alpha`` must not match ``alpha=2``.
     ``shared`` allows users outside the match (a weight's dequantize, which is never removed while somebody reads it).
+    ``label`` is what a miss calls it, by default the operators' names.
     """
 
     targets: tuple[Target, ...]
@@ -59,9 +60,10 @@ class Call:
     name: str | None = None
     open: bool = False
     shared: bool = False
+    label: str = ""
 
     def __str__(self) -> str:
-        return " or ".join(dict.fromkeys(op_name(target) for target in self.targets))
+        return self.label or " or ".join(dict.fromkeys(op_name(target) for target in self.targets))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Everything here is linear in the graph: signature tables are read once and writt
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,13 +18,15 @@ from torch.export.graph_signature import (
     OutputKind,
     TensorArgument,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
+from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
-from et_cuda_passes.graph.copying import copied, counterparts
+from et_cuda_passes.graph.copying import Places, copied, counterparts, places
 from et_cuda_passes.graph.memory import written_in
-from et_cuda_passes.graph.naming import forget_tied, make_room, renamed_calls
+from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, renamed_calls
 from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.sweep import sweep
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -41,12 +43,10 @@ class Program:
         self._meta = dict(exported.graph_module.meta)
         self.state_dict: dict[str, Any] = dict(exported.state_dict)
         self.constants: dict[str, Any] = dict(exported.constants)
-        self._specs: dict[str, InputSpec] = {}
+        self._specs = {spec.arg.name: spec for spec in copy.deepcopy(exported.graph_signature.input_specs)}
         self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
         self._derived: dict[tuple[Any, Node], Any] = {}
         self._abandoned: dict[Node, None] = {}
-        for spec in copy.deepcopy(exported.graph_signature.input_specs):
-            self._specs[spec.arg.name] = spec
         self._added: dict[str, Node] = {}
         self.kept: set[Node] = set()
         """Nodes that a rule decided to leave as they are."""
@@ -55,20 +55,16 @@ class Program:
         self._replaced: dict[Node, Node] = {}
         self._dropped: list[Any] = []
         self._renamed: dict[str, str] = {}
+        self.refresh()
         self._first_name: dict[Hashable, str] = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            held, target = self.constant(node), self.target(node)
-            if held is not None and target is not None:
+            if (held := self.constant(node)) is not None and (target := self.target(node)) is not None:
                 self._first_name.setdefault(identity(held), target)
-        self.refresh()
-
-    def branches(self) -> Iterator[GraphModule]:
-        """The graph modules that control flow calls, not those inside of them."""
-        yield from (child for child in self._root.children() if isinstance(child, GraphModule))
 
     def as_graph_module(self) -> GraphModule:
         """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
         self._inputs = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        self.branches.recompile()
         module = GraphModule(self._root, self.graph)
         module.meta.update(self._meta)
         return module
@@ -76,10 +72,13 @@ class Program:
     def refresh(self) -> None:
         """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
         self._derived.clear()
-        nodes = list(self.graph.nodes)
+        self.branches = Branches(self._root, self.graph)
+        """Its graphs, those that control flow calls among them."""
+        self.at_boundaries = at_boundaries(self.graph, self._source.module_call_graph, self._renamed)
+        nodes = list(self.branches.nodes())
         mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
-        placeholders = [node for node in nodes if node.op == "placeholder"]
-        self.written = written_in(nodes, [n for n in placeholders if self.target(n) in mutated], self.constant)
+        buffers = [n for n in self.graph.find_nodes(op="placeholder") if self.target(n) in mutated]
+        self.written = written_in(nodes, buffers, self.constant, self.branches.views)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -99,13 +98,21 @@ class Program:
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
+    def outermost(self, node: Node) -> Node:
+        """What ``node`` is where it comes from: a branch's placeholder is the operand that every run of it gets."""
+        while (operand := self.branches.outer(node)) is not None:
+            node = self.current(operand)
+        return node
+
     def target(self, node: Node) -> str | None:
         """The name under which the program holds constant ``node``; None for what is no constant."""
-        spec = self._specs.get(node.name)
+        node = self.outermost(node)
+        spec = self._specs.get(node.name) if node.graph is self.graph else None
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
     def constant(self, node: Node) -> torch.Tensor | None:
         """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
+        node = self.outermost(node)
         if called(node) is ACCESS:
             owner, attribute = node.args
             whole = self.constant(cast(Node, owner))
@@ -122,21 +129,23 @@ class Program:
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight`` and for what ``run_decompositions``
         makes of it, ``l.parametrizations.weight.original0``; the first of a tied weight's names.
         """
-        if called(node) is ACCESS:
-            return self.fqn(cast(Node, node.args[0]))
-        held = self.constant(node)
+        held = self.constant(self._owner(node))
         return None if held is None else unparametrized(self._first_name[identity(held)])
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
-        while called(node) is ACCESS:
+        return self._owner(node) in self.written
+
+    def _owner(self, node: Node) -> Node:
+        """The placeholder in the program's own graph that constant ``node`` is, or is a part of."""
+        while called(node := self.outermost(node)) is ACCESS:
             node = cast(Node, node.args[0])
-        return node in self.written
+        return node
 
     # Changing --------------------------------------------------------------------------------------------------------
 
     def add_constant(
-        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]
+        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor], graph: Graph
     ) -> Node:
         """A parameter ``fqn`` holding ``make()``, or the one already made from the same sources in the same layout.
 
@@ -145,27 +154,27 @@ class Program:
             sources: the constants that it is computed from.
             layout: tells apart what is made from the same sources; equal layouts must mean equal results.
             make: computes the tensor.
+            graph: the one of the program's graphs that is to read it.
 
         Returns:
-            Its placeholder, with a fake value in ``meta["val"]``.
+            Its placeholder in ``graph``, with a fake value in ``meta["val"]``.
         """
         nodes = tuple(sources)
         held = tuple(cast(torch.Tensor, self.constant(node)) for node in nodes)
         name, tensor = self.pool.get(fqn, held, layout, make)
-        if name in self._added:
-            return self._added[name]
+        if name not in self._added:
+            self._added[name] = self._placeholder_of(name, tensor, nodes[0])
+        return self.branches.hand_in(self._added[name], graph)
+
+    def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
             # Made by an earlier rewrite of another copy of this program, with the same pool.
             there = (node for node in self.graph.find_nodes(op="placeholder") if self.target(node) == name)
-            return self._added.setdefault(name, next(there))
+            return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
-        anchor = nodes[0]
-        while called(anchor) is ACCESS:
-            anchor = cast(Node, anchor.args[0])
-        self._added[name] = self.insert_parameter(name, tensor, before=anchor)
-        return self._added[name]
+        return self.insert_parameter(name, tensor, before=self._owner(source))
 
     def insert_parameter(self, name: str, tensor: torch.Tensor, before: Node) -> Node:
         """A placeholder of a new parameter ``name`` holding ``tensor``, before placeholder ``before``."""
@@ -206,25 +215,10 @@ class Program:
         self._abandoned.update(dict.fromkeys(nodes))
 
     def sweep(self) -> None:
-        """Remove abandoned nodes, and then their inputs, as long as nothing reads them. Linear in what is removed."""
-        work = list(self._abandoned)
-        self._abandoned.clear()
-        gone: set[Node] = set()
-        while work:
-            node = work.pop()
-            if node in gone or node.users:
-                continue
-            if node.op == "placeholder":
-                if self.target(node) is None:
-                    continue
-                self.drop(node)
-            elif node.op != "call_function":
-                continue
-            gone.add(node)
-            inputs = node.all_input_nodes
-            self.graph.erase_node(node)
-            work.extend(inputs)
+        """Remove abandoned nodes, and then their inputs, as long as nothing reads them."""
+        for node in sweep(self, list(self._abandoned)):
             self._hand_over_name(node)
+        self._abandoned.clear()
 
     def _hand_over_name(self, gone: Node) -> None:
         """What replaced ``gone`` takes its name: the signatures of preserved modules, and people, go by it."""
@@ -233,7 +227,7 @@ class Program:
             return
         if new.op == "call_function" and new.name not in self._renamed.values():
             new.name = gone.name
-        else:
+        elif gone.graph is self.graph:
             self._renamed[gone.name] = new.name
 
     def drop(self, node: Node) -> None:
@@ -253,6 +247,7 @@ class Program:
         Raises:
             ValueError: it added, removed or renamed inputs, or changed the number of outputs.
         """
+        kept, kept_inputs = self.places()
         self._root, self.graph, self._meta = module, module.graph, module.meta
         before, after = list(self._inputs), [node.name for node in self.graph.nodes if node.op == "placeholder"]
         if before != after:
@@ -264,19 +259,24 @@ class Program:
         outputs = self.graph.output_node().args[0]
         if len(cast(tuple[Any, ...], outputs)) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
-        nodes = ((self.target(n), n) for n in self.graph.nodes if n.op == "placeholder")
-        self._added = {target: node for target, node in nodes if target in self._added}
-        self.keep_again(self.kept, self.kept_inputs)
         self.refresh()
+        nodes = ((self.target(n), n) for n in self.graph.find_nodes(op="placeholder"))
+        self._added = {target: node for target, node in nodes if target in self._added}
+        self.keep_again(kept, kept_inputs)
 
-    def keep_again(self, kept: Iterable[Node], inputs: Iterable[Node]) -> None:
-        """Keep what nodes of an earlier form of this graph have become: a pass may have copied them."""
-        self.kept, self.kept_inputs = counterparts(kept, self.graph), counterparts(inputs, self.graph)
+    def places(self) -> tuple[Places, Places]:
+        """Where the kept nodes stand, and their inputs, for :meth:`keep_again`."""
+        return places(self.kept, self.branches), places(self.kept_inputs, self.branches)
+
+    def keep_again(self, kept: Places, inputs: Places) -> None:
+        """Keep what nodes of an earlier form of this program have become: a pass may have copied them."""
+        self.kept, self.kept_inputs = counterparts(kept, self.branches), counterparts(inputs, self.branches)
 
     def finish(self) -> ExportedProgram:
         """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
         forget_tied(self, self._dropped)
         make_room(self, self._added)
+        self.branches.recompile()
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):

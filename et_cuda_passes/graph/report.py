@@ -35,7 +35,9 @@ class Reason:
 class Outcome:
     """What became of one candidate, an operator that reads a dequantized weight.
 
-    ``fqn`` is the weight's FQN, ``source`` the user's own line ("file:line: code"), ``detail`` what was made of it.
+    ``node`` is its name, in control flow the path to it; ``fqn`` is the weight's FQN, ``source`` the user's own line
+    ("file:line: code"), ``detail`` what was made of it, and ``explanation`` what else the rule has to say of this one
+    place; the text of a report leaves that out.
     """
 
     node: str
@@ -46,6 +48,7 @@ class Outcome:
     reasons: list[Reason] = field(default_factory=list)
     source: str = ""
     detail: str = ""
+    explanation: str = ""
 
 
 @dataclass

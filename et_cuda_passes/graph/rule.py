@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from torch.fx import Node
@@ -99,6 +99,39 @@ class Rule(ABC):
     def detail(self, m: "MatchContext") -> str:
         """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``)."""
         return ""
+
+    def explain(self, *ms: "MatchContext") -> str:
+        """What there is to know of a place beyond ``detail``, or of the places that are taken together, ``ms``."""
+        return ""
+
+
+class JointRule(Rule):
+    """A rule that takes several matches of its pattern together, and replaces the root of each by a node of its own.
+
+    Each match meets the requires alone, and is reported alone. Those with one :meth:`key`, two or more, are rewritten
+    together by :meth:`emit_together`, where the first of them stands; they may read nothing that is written in place
+    or computed behind that place. A match that is left without others is missed.
+    """
+
+    partner: ClassVar[str] = "another match to be taken together with"
+    """What a match without others wanted, for the report."""
+    common: ClassVar[tuple[str, ...]] = ()
+    """Captures that hold one value in all matches of a :meth:`key`, so that the first one's is as good as any."""
+
+    @abstractmethod
+    def key(self, m: "MatchContext") -> Hashable:
+        """Equal for the matches that are taken together."""
+
+    @abstractmethod
+    def emit_together(self, b: "Builder", ms: Sequence["MatchContext"]) -> Sequence[Node]:
+        """Build the nodes that take the matches' place and return for each match, in order, what replaces its root.
+
+        ``b.at(m)`` builds a node that is only the place of ``m``: it has its source line and provenance.
+        """
+
+    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+        """A match alone, which there is none of."""
+        return self.emit_together(b, [m])[0]
 
 
 class Keep(Rule):

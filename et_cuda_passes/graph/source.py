@@ -11,9 +11,11 @@ _PLUMBING = re.compile(r"[/\\](torch|torchao|executorch)[/\\]")
 def source_of(node: Node) -> str:
     """``file:line: code`` of the user's line that made ``node``; empty where the export recorded none.
 
-    Frames inside torch, torchao and executorch are passed over, unless there is no other.
+    Frames inside torch, torchao and executorch are passed over, unless there is no other; code that torch generated is
+    no line of anybody's, and is called differently in every run.
     """
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    found = _FRAME.finditer(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in found if not frame["file"].startswith("<eval_with_key>")]
     own = [frame for frame in frames if not _PLUMBING.search(frame["file"])] or frames
     if not own:
         return ""

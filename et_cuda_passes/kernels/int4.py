@@ -17,6 +17,7 @@ class Int4Kernel:
         in_multiple: K must be a multiple of this.
         out_multiple: packed rows are padded to a multiple of this.
         scale_dtype: dtype of scale_and_zero, or None for that of the activations.
+        in_control_flow: whether it is compiled inside the branches of a cond and the bodies of loops too.
     """
 
     name: str
@@ -26,3 +27,4 @@ class Int4Kernel:
     in_multiple: int
     out_multiple: int
     scale_dtype: torch.dtype | None = None
+    in_control_flow: bool = True

@@ -57,7 +57,7 @@ def pack(
         # Eight bytes, lane and parity, at a time: [row, block, step, half].
         halves = (whole + offset).view(torch.int64).view(len(chunk), blocks, 4, 2)
         steps = halves[..., 0] | (halves[..., 1] << 4)
-        packed[start : start + rows] = steps.view(torch.uint8).view(len(chunk), blocks, 4, 8).transpose(2, 3)
+        packed[start : start + len(chunk)] = steps.view(torch.uint8).view(len(chunk), blocks, 4, 8).transpose(2, 3)
     return packed.view(torch.int32).view(n, blocks * 8)
 
 

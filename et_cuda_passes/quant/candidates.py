@@ -1,15 +1,17 @@
 """Which operators a report must account for: every one that reads a dequantized weight."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
+from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.affine import DEQUANTIZE
-from et_cuda_passes.quant.dynamic import QUANTIZE
+from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight
+from et_cuda_passes.quant.dynamic import is_quantize
+from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
 
 aten = torch.ops.aten
 
@@ -40,33 +42,63 @@ _CARRIERS = frozenset(
 
 
 def find_candidates(program: Program) -> list[Candidate]:
-    """The readers of every dequantized weight of ``program``, in graph order, inside branches too."""
-    return [*_in_graph(program), *_in_branches(program.branches())]
+    """The readers of every dequantized weight of ``program``, in the order of execution, inside control flow too."""
+    return [*_in_reach(program), *_beyond_reach(program)]
 
 
-def _in_graph(program: Program) -> Iterator[Candidate]:
+def _in_reach(program: Program) -> Iterator[Candidate]:
+    branches = program.branches
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
     names: dict[Node, str] = {}
-    for node in program.graph.nodes:
+    converted: dict[Node, Node] = {}
+    for node in branches.nodes():
+        outer = branches.outer(node)
+        if outer is not None and outer in weights:
+            weights[node] = weights[outer]
+        if outer is not None and outer in converted:
+            converted[node] = converted[outer]
         if _is_constant(program, node, constant):
             constant.add(node)
-        if called(node) is DEQUANTIZE:
-            data = arguments(node)["input"]
-            if isinstance(data, Node) and data in constant:
+        if is_dequantize(node):
+            data = dequantized_data(node)
+            # What a loop hands in, another value in each run, may be a part of a weight.
+            if data is not None and (data in constant or (branches.is_input(data) and not branches.outer(data))):
                 weights[node] = {node: None}
                 names[node] = _name(program, data)
             continue
         read: dict[Node, None] = {}
-        for source in node.all_input_nodes:
+        for source in _read(node, branches):
             read.update(weights.get(source, {}))
         if not read:
+            yield from _converted(program, node, constant, converted)
             continue
         if called(node) in _CARRIERS:
             weights[node] = read
         else:
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
-            yield Candidate(node, tuple(read), fqn)
+            yield Candidate(node, tuple(read), fqn, branches.path(node))
+
+
+def _read(node: Node, branches: Branches) -> list[Node]:
+    """What ``node`` reads itself: a call of control flow only hands on what its branches read."""
+    handed = branches.handed(node)
+    return [source for source in node.all_input_nodes if source not in handed]
+
+
+def _converted(program: Program, node: Node, constant: set[Node], converted: dict[Node, Node]) -> Iterator[Candidate]:
+    """``node``, if it multiplies by a weight that the program itself converts; ``converted`` holds where they stand."""
+    if converted_weight(program, node) is not None:
+        converted[node] = node
+        return
+    sources = [converted[source] for source in node.all_input_nodes if source in converted]
+    if sources and node in constant:
+        converted[node] = sources[0]
+    elif sources and called(node) in PRODUCTS:
+        weight = converted_weight(program, sources[0])
+        assert weight is not None
+        fqn = program.fqn(weight) or weight.name
+        yield Candidate(node, (sources[0],), fqn, beyond_reach=advice(program, weight))
 
 
 def readers(weight: Node) -> Iterator[Node]:
@@ -81,7 +113,7 @@ def readers(weight: Node) -> Iterator[Node]:
 def _is_constant(program: Program, node: Node, constant: set[Node]) -> bool:
     """Whether ``node`` has one value in every run: a parameter, buffer or constant, or computed from such alone."""
     if node.op == "placeholder":
-        return program.constant(node) is not None
+        return program.constant(node) is not None or program.branches.outer(node) in constant
     inputs = node.all_input_nodes
     return node.op == "call_function" and bool(inputs) and all(source in constant for source in inputs)
 
@@ -92,14 +124,13 @@ def _name(program: Program, data: Node) -> str:
     return found or data.name
 
 
-def _in_branches(branches: Iterable[GraphModule]) -> Iterator[Candidate]:
-    """Weights dequantized inside control flow. Whether an operand is constant is not known there: report all."""
-    for branch in branches:
-        for node in branch.graph.nodes:
-            data = arguments(node)["input"] if called(node) is DEQUANTIZE else None
-            # The integers of a dynamically quantized activation are computed in the branch; a weight's are passed in.
-            if isinstance(data, Node) and called(data) is not QUANTIZE:
-                where = "it stands in a branch of control flow, whose weights are not rewritten yet"
+def _beyond_reach(program: Program) -> Iterator[Candidate]:
+    """Weights dequantized in graphs that no rule reaches. Whether an operand is constant is not known: report all."""
+    for graph in program.branches.closed():
+        for node in graph.nodes:
+            data = dequantized_data(node)
+            # The integers of a dynamically quantized activation are computed in the graph; a weight's are passed in.
+            if data is not None and not is_quantize(data):
+                where = "it stands in a graph that is called from two places, or by an operator that is not known"
                 for user in node.users:
-                    yield Candidate(user, (node,), data.name, beyond_reach=where)
-        yield from _in_branches(child for child in branch.children() if isinstance(child, GraphModule))
+                    yield Candidate(user, (node,), data.name, program.branches.path(user), beyond_reach=where)

@@ -1,15 +1,18 @@
 """Weights whose dequantize was decomposed before it could be matched: the commonest way to lose every candidate."""
 
+from typing import cast
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.ops import called
 
 aten = torch.ops.aten
 _CONVERSIONS = frozenset({aten._to_copy.default, aten.to.dtype})
 # What follows the conversion in a decomposed dequantize; a table of integers that is only converted is none.
-_STEPS = frozenset({aten.sub.Tensor, aten.mul.Tensor})
+STEPS = frozenset({aten.sub.Tensor, aten.mul.Tensor})
 _VIEWS = frozenset({aten.view.default, aten.unsqueeze.default})
 
 
@@ -23,15 +26,19 @@ def decomposed_weights(exported: ExportedProgram) -> list[str]:
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names: dict[Node, str] = {}
     found: dict[str, None] = {}
-    for node in exported.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+    branches = Branches(exported.graph_module, exported.graph)
+    for node in branches.nodes():
+        value, operand = node.meta.get("val"), branches.outer(node)
+        source = cast(Node, node.args[0]) if node.args else None
+        if operand is not None:
+            names.update({node: names[operand]} if operand in names else {})
+        elif node.op == "placeholder" and isinstance(value, torch.Tensor):
             if node.name in targets and value.dtype in (torch.int8, torch.uint8) and value.dim() > 1:
                 names[node] = targets[node.name]
-        elif called(node) in _VIEWS and node.args[0] in names:
-            names[node] = names[node.args[0]]
-        elif called(node) in _CONVERSIONS and node.args[0] in names and _scaled_as_float(node):
-            found[names[node.args[0]]] = None
+        elif called(node) in _VIEWS and source in names:
+            names[node] = names[source]
+        elif called(node) in _CONVERSIONS and source in names and _scaled_as_float(node):
+            found[names[source]] = None
     return list(found)
 
 
@@ -40,5 +47,5 @@ def _scaled_as_float(conversion: Node) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.dtype.is_floating_point
-        and any(called(user) in _STEPS for user in conversion.users)
+        and any(called(user) in STEPS for user in conversion.users)
     )

@@ -13,17 +13,35 @@ from et_cuda_passes.graph.ops import arguments, called, op_name
 from et_cuda_passes.graph.pattern import Call, Pattern, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.affine import DEQUANTIZE, dequantize
+from et_cuda_passes.quant.forms import DEQUANTIZE, dequantized_data
 
 QUANTIZE = torch.ops.torchao.quantize_affine.default
 CHOOSE_QPARAMS = torch.ops.torchao.choose_qparams_affine.default
 
 _quantize: Callable[..., Call] = op(QUANTIZE)
+_dequantize: Callable[..., Call] = op(DEQUANTIZE)
+
+_QUANTIZERS = frozenset(
+    {
+        "torchao::quantize_affine",
+        "quantized_decomposed::quantize_per_channel",
+        "quantized_decomposed::quantize_per_tensor",
+        "quantized_decomposed::quantize_per_tensor.tensor",
+        "quantized_decomposed::quantize_per_tensor.tensor2",
+        "quantized_decomposed::quantize_per_token",
+    }
+)
+
+
+def is_quantize(node: Node) -> bool:
+    """Whether ``node`` quantizes something: an activation, since a weight is quantized before the export."""
+    target = called(node)
+    return isinstance(target, torch._ops.OpOverload) and target.name() in _QUANTIZERS
 
 
 def dynamically_quantized(x: Pattern, name: str) -> Call:
     """``dequantize(quantize(x))`` as a pattern; :func:`decode_dynamic` looks at the rest."""
-    return dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
+    return _dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
 
 
 @dataclass(frozen=True)
@@ -62,7 +80,7 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     pair = (dequantized["scale"], dequantized["zero_point"])
     if pair != (quantized["scale"], quantized["zero_point"]):
         raise Unmet(f"{node.name}, dequantized with another scale than it was quantized with")
-    chosen = _chosen(pair)
+    chosen = chosen_together(pair, CHOOSE_QPARAMS)
     choose = arguments(chosen)
     if choose["input"] is not quantized["input"]:
         raise Unmet(f"{node.name}, whose scale is chosen from another tensor")
@@ -85,14 +103,18 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     )
 
 
-def _chosen(pair: tuple[Any, Any]) -> Node:
-    """The choose_qparams node whose two results are ``pair``."""
+def chosen_together(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Node:
+    """The node that calls ``choose`` whose two results are ``pair``.
+
+    Raises:
+        Unmet: they are something else.
+    """
     sources: list[Node] = []
     for index, part in enumerate(pair):
         if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
             raise Unmet(f"a scale or zero point that is {part!r}, not chosen from the activation")
         source = part.args[0]
-        if not isinstance(source, Node) or called(source) is not CHOOSE_QPARAMS:
+        if not isinstance(source, Node) or called(source) is not choose:
             raise Unmet(f"a scale or zero point from {source}, not chosen from the activation")
         sources.append(source)
     if sources[0] is not sources[1]:
@@ -105,7 +127,7 @@ def reads_dynamic_activation(reader: Node) -> str:
     for source in reader.all_input_nodes:
         while called(source) is torch.ops.aten.view.default:
             source = source.all_input_nodes[0]
-        data = arguments(source)["input"] if called(source) is DEQUANTIZE else None
-        if isinstance(data, Node) and called(data) is QUANTIZE:
+        data = dequantized_data(source)
+        if data is not None and is_quantize(data):
             return f"{op_name(reader.target)} ({reader.name}), whose activations are quantized on the fly"
     return ""

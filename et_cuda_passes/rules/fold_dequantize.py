@@ -4,17 +4,19 @@ For a target that has no kernel for a quantized weight, and that would not refus
 weight takes as much room as it had before it was quantized; the report says so, and names the scheme that avoids it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Pattern
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize
+from et_cuda_passes.quant.affine import affine, dequantize, values
 from et_cuda_passes.quant.candidates import readers
 from et_cuda_passes.quant.dynamic import reads_dynamic_activation
 from et_cuda_passes.rules.needs_values import NeedsValues
@@ -29,7 +31,12 @@ _ALTERNATIVE = (
 class FoldDequantize(NeedsValues):
     """dequantize(constant) -> a float constant, computed at compile time"""
 
-    after: ClassVar[tuple[str, ...]] = ("keep_dynamic_int4", "keep_dynamic_int8")
+    after: ClassVar[tuple[str, ...]] = (
+        "keep_dynamic_int4",
+        "keep_dynamic_int8",
+        "keep_dynamic_per_tensor",
+        "keep_static_int8",
+    )
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, whoever reads it."""
@@ -49,8 +56,10 @@ class FoldDequantize(NeedsValues):
     @require("finite scales", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        scale = m.program.constant(affine(m).scale)
-        assert scale is not None
+        weight = affine(m)
+        scale = None if weight.scale is None else m.program.constant(weight.scale)
+        if scale is None:
+            scale = torch.tensor(weight.literal[0]) if weight.literal else values(m.program, weight).scale
         bad = int((~torch.isfinite(scale)).sum())
         return bad == 0, f"{bad} NaN or infinite scales"
 
@@ -69,6 +78,7 @@ class FoldDequantize(NeedsValues):
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Run the dequantize operator itself, on the constants: nothing is rounded otherwise than before."""
         weight, node = affine(m), m.root
+        operator: Callable[..., torch.Tensor] = cast(Any, called(node))
 
         def value(argument: Node) -> Any:
             tensor = b.program.constant(argument)
@@ -77,7 +87,7 @@ class FoldDequantize(NeedsValues):
 
         def folded() -> torch.Tensor:
             args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-            result: torch.Tensor = DEQUANTIZE(*args, **kwargs)
+            result: torch.Tensor = operator(*args, **kwargs)
             return result
 
         form = ("dequantized", weight.output_dtype, weight.block_size, weight.quant_min, weight.quant_max)

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.ops import INT4_LINEARS
@@ -47,7 +48,7 @@ class Int4Activation(Rule):
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The linear again, with the activation."""
-        name = _NAMES[m.root.target]
+        name = _NAMES[called(m.root)]
         if m.root.kwargs.get("approximate", "none") == "tanh":
             name = "gelu_tanh"
         return b.call(LINEAR, *m.linear.args[:6], name)

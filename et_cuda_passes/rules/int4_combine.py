@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
@@ -27,7 +28,7 @@ class Int4Combine(Rule):
     after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
 
     def pattern(self, x: Capture, other: Capture) -> Pattern:
-        """A sum or a product with an int4 linear that nothing else reads."""
+        """A sum, with alpha=1, or a product with an int4 linear that nothing else reads."""
         linear = op(LINEAR)(x, ..., name="linear")
         return any_of(op(_ADD, _MUL)(other, linear), op(_ADD, _MUL)(linear, other))
 
@@ -38,27 +39,21 @@ class Int4Combine(Rule):
         if not isinstance(value, torch.Tensor):
             return False, str(m.other)
         result: Any = m.val(m.linear)
-        same: bool = value.dim() == result.dim() and value.dtype == result.dtype
+        same = value.dtype is result.dtype and len(value.shape) == len(result.shape)
         pairs = zip(value.shape, result.shape, strict=True) if same else ()
-        same = same and all(statically_known_true(a == b) for a, b in pairs)
-        return bool(same), f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
-
-    @require("a sum without a factor of its own")
-    def unscaled(self, m: MatchContext) -> Answer:
-        """add(a, b, alpha=1)."""
-        alpha = m.root.kwargs.get("alpha", 1)
-        return alpha == 1, f"alpha = {alpha}"
+        alike = same and all(statically_known_true(a == b) for a, b in pairs)
+        return alike, f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
 
     @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
     def free(self, m: MatchContext) -> Answer:
         """The order is activation, product, sum."""
         given = epilogue_of(m.linear)
-        taken = {"addend"} if m.root.target is _ADD else {"addend", "factor"}
+        taken = {"addend"} if called(m.root) is _ADD else {"addend", "factor"}
         return not taken & given.keys(), ", ".join(given)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The linear again, with the other tensor."""
         given = epilogue_of(m.linear)
-        given["addend" if m.root.target is _ADD else "factor"] = m.other
+        given["addend" if called(m.root) is _ADD else "factor"] = m.other
         tail = (given.get("activation", ""), given.get("factor"), given.get("addend"))
         return b.call(LINEAR, *m.linear.args[:6], *tail)

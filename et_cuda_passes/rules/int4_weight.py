@@ -1,6 +1,6 @@
 """From a decoded weight to a kernel's constants: the integers packed, scales and zeros in the kernel's form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
-from et_cuda_passes.quant.affine import AffineWeight, values
+from et_cuda_passes.quant.affine import AffineValues, AffineWeight, values
 
 MIDDLE = 8
 """The kernels compute ``(q - 8) * scale + zero`` with q in 0..15."""
@@ -37,16 +37,18 @@ def offset(weight: AffineWeight) -> int | None:
     return None
 
 
-def scale_and_zero_of(scale: Tensor, zero_point: Tensor | None, shift: int) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32, from [N, K / group_size] scales and zero points.
+def scale_and_zero_of(parts: AffineValues, shift: int) -> tuple[Tensor, Tensor]:
+    """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32 [N, K / group_size].
 
-    With ``q = data + shift`` the weight ``(data - zero_point) * scale`` is that with
-    ``zero = (8 - shift - zero_point) * scale``.
+    With ``q = data + shift`` the weight ``(data - zero_point) * scale - minimum`` is that with
+    ``zero = (8 - shift - zero_point) * scale - minimum``.
     """
-    steps = torch.full_like(scale, MIDDLE - shift, dtype=torch.float32)
-    if zero_point is not None:
-        steps = steps - zero_point.float()
-    return scale.float(), steps * scale.float()
+    scale = parts.scale.float()
+    steps = torch.full_like(scale, MIDDLE - shift)
+    if parts.zero_point is not None:
+        steps = steps - parts.zero_point.float()
+    zero = steps * scale
+    return scale, zero if parts.minimum is None else zero - parts.minimum.float()
 
 
 _PACKERS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
@@ -68,43 +70,52 @@ def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype, i
     return scale_and_zero.pack(scale, zero, dtype)
 
 
-def pack(b: Builder, weight: AffineWeight, kernel: Int4Kernel, dtype: torch.dtype) -> tuple[Node, Node]:
-    """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of ``weight`` for ``kernel``.
+def pack(
+    b: Builder, weights: Sequence[AffineWeight], kernel: Int4Kernel, dtype: torch.dtype, name: str = ""
+) -> tuple[Node, Node]:
+    """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of ``weights`` for ``kernel``.
 
-    Rows are padded to the kernel's ``out_multiple`` with zeros of scale 0; K is padded by no layout but mma_tiled.
+    The rows of several weights follow each other, in one constant under the first one's FQN. They are padded at their
+    end to the kernel's ``out_multiple``, with zeros of scale 0; K is padded by no layout but mma_tiled.
 
     Args:
         b: builder of the rewrite.
-        weight: 4-bit, with blocks along K whose size a native group size divides.
+        weights: 4-bit, with blocks along K whose size a native group size divides; equal in all but N, sources and
+            whether they have zero points.
         kernel: the kernel that will read them.
         dtype: of scale_and_zero.
+        name: put before ``packed`` and ``scale_and_zero``.
     """
-    native, shift = native_group_size(weight.group_size, kernel), offset(weight)
+    first = weights[0]
+    native, shift = native_group_size(first.group_size, kernel), offset(first)
     assert native is not None and shift is not None
-    repeats = weight.group_size // native
-    rows = weight.shape[0]
+    repeats = first.group_size // native
+    rows = sum(weight.shape[0] for weight in weights)
     padding = -rows % kernel.out_multiple
 
     def packed() -> Tensor:
-        q = values(b.program, weight).data
+        parts = [values(b.program, weight).data for weight in weights]
+        q = parts[0] if len(parts) == 1 else torch.cat(parts)
         if q.dtype not in (torch.int8, torch.uint8):
-            q = q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
+            q = q.to(torch.int8 if first.quant_min < 0 else torch.uint8)
         return _PACKERS[kernel.layout](q, shift, rows + padding)
 
     def scales() -> Tensor:
-        parts = values(b.program, weight)
-        pair = scale_and_zero_of(parts.scale, parts.zero_point, shift)
+        pairs = [scale_and_zero_of(values(b.program, weight), shift) for weight in weights]
+        pair = (torch.cat(column) for column in zip(*pairs, strict=True))
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
-        return _pack_scales(scale, zero, kernel.layout, dtype, weight.shape[1])
+        return _pack_scales(scale, zero, kernel.layout, dtype, first.in_features)
 
     form = (kernel.layout, kernel.out_multiple)
-    integers = (weight.data,)
+    integers = [weight.data for weight in weights]
+    # Which sources belong to which weight, and what is no source.
+    stored = tuple((w.block_size, w.scale is not None, w.zero_point is not None, w.literal) for w in weights)
     return (
-        b.constant(f"{weight.fqn}.packed", integers, (*form, shift), packed),
+        b.constant(f"{first.fqn}.{name}packed", integers, (*form, shift), packed),
         b.constant(
-            f"{weight.fqn}.scale_and_zero",
-            (weight.data, *weight.sources[1:]),
-            (*form, native, dtype, shift, weight.block_size),
+            f"{first.fqn}.{name}scale_and_zero",
+            [part for weight in weights for part in weight.sources],
+            (*form, native, dtype, shift, stored),
             scales,
         ),
     )

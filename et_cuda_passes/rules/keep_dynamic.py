@@ -14,19 +14,21 @@ from torch.fx import Node
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, Keep, require
-from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, dequantize, values
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, values
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.quant.forms import is_dequantize
+from et_cuda_passes.rules.keep_for_xnnpack import KeepForXnnpack
 
 _LINEAR = torch.ops.aten.linear.default
+_dequantize = op(DEQUANTIZE)
 
 # torchao's default, the least positive step of float32; larger ones are ignored by the delegate.
 _LARGEST_EPS = 1.2e-7
 
 
 @dataclass(frozen=True)
-class KeepDynamic(NeedsValues, Keep):
+class KeepDynamic(KeepForXnnpack):
     """linear(dequantize(quantize(x)), dequantize(weight), bias) -> itself
 
     Attributes:
@@ -38,7 +40,7 @@ class KeepDynamic(NeedsValues, Keep):
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A linear as written, both its inputs dequantized; a decomposed one the delegate takes for a float one."""
         return op(_LINEAR)(
-            dynamically_quantized(x, name="activation"), dequantize(..., name="weight", shared=True), bias
+            dynamically_quantized(x, name="activation"), _dequantize(..., name="weight", shared=True), bias
         )
 
     @abstractmethod
@@ -68,7 +70,7 @@ class KeepDynamic(NeedsValues, Keep):
                 return False, f"{others[0].name}, which reads {node.name} too"
         for reader in m.activation.users:
             weight = reader.args[1] if called(reader) is _LINEAR and reader.args[0] is m.activation else None
-            if not isinstance(weight, Node) or called(weight) is not DEQUANTIZE:
+            if not isinstance(weight, Node) or not is_dequantize(weight):
                 return False, f"{reader.name}, which reads the dequantized activation too"
         return True, ""
 
@@ -97,6 +99,8 @@ class KeepDynamic(NeedsValues, Keep):
             return False, f"{weight.storage_dtype} storage"
         if weight.zero_point is None:
             return False, "no zero point tensor"
+        if weight.block_size[0] != 1:
+            return False, f"one scale for {weight.block_size[0]} rows"
         problem = self.scale_problem(weight)
         return not problem, problem
 
@@ -105,9 +109,9 @@ class KeepDynamic(NeedsValues, Keep):
         """The delegate knows a weight by its integers alone."""
         weight = affine(m)
         for other in weight.data.users:
-            if called(other) is DEQUANTIZE:
+            if is_dequantize(other):
                 bound = arguments(other)
-                if (bound["scale"], bound["zero_point"]) != (weight.scale, weight.zero_point):
+                if (bound.get("scale"), bound.get("zero_point")) != (weight.scale, weight.zero_point):
                     return False, f"{other.name}, which scales the same integers otherwise"
         return True, ""
 
@@ -118,7 +122,7 @@ class KeepDynamic(NeedsValues, Keep):
     )
     def own_memory(self, m: MatchContext) -> Answer:
         """A view into a larger tensor would be serialized from the start of that tensor."""
-        for part in (affine(m).data, affine(m).scale):
+        for part in affine(m).sources[:2]:
             tensor = m.program.constant(part)
             assert tensor is not None
             size = tensor.numel() * tensor.element_size()
@@ -139,10 +143,6 @@ class KeepDynamic(NeedsValues, Keep):
         scale = values(m.program, affine(m)).scale.float()
         good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
         return bool(good.all()), f"{int((~good).sum())} that are not"
-
-    def note(self, m: MatchContext) -> str:
-        """Why it is kept."""
-        return "XNNPACK has its own kernel for it and takes the pattern as it stands"
 
     def detail(self, m: MatchContext) -> str:
         """The scheme."""

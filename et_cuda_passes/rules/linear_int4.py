@@ -4,6 +4,8 @@ The weight is packed once, at compile time, for the target's int4 kernel. Nothin
 rounding of scale and zero to the kernel's dtype.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,18 +13,18 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.pattern import Capture, Pattern
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int4_launch import describe
+from et_cuda_passes.kernels.tiling import HOPPER
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.quant.affine import affine, dequantize, values
+from et_cuda_passes.quant.affine import AffineWeight, affine, values
 from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
-from et_cuda_passes.rules.linear import linear
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.packed_linear import PackedLinear
 
 
 @dataclass(frozen=True)
-class LinearInt4(NeedsValues):
+class LinearInt4(PackedLinear):
     """linear(x, dequantize(int4 weight), bias) -> int4_linear(x, packed, scale_and_zero, bias)
 
     Attributes:
@@ -33,10 +35,6 @@ class LinearInt4(NeedsValues):
 
     kernel: str | None = None
     cast_to_bf16: bool = False
-
-    def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
-        """A linear in any form, its weight dequantized."""
-        return linear(x, dequantize(..., name="weight", shared=True), bias)
 
     def chosen_kernel(self, m: MatchContext) -> Int4Kernel:
         """The kernel that ``kernel`` names.
@@ -61,15 +59,6 @@ class LinearInt4(NeedsValues):
             return dtype
         return torch.bfloat16 if self.cast_to_bf16 and dtype.is_floating_point else None
 
-    @require(
-        "a weight [N, K] quantized in groups along K",
-        hint="quantize with granularity PerGroup or PerAxis(0)",
-    )
-    def groups(self, m: MatchContext) -> Answer:
-        """One scale for each row and group."""
-        size = affine(m).group_size
-        return True, f"group size {size}"
-
     @require("a weight of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
     def four_bits(self, m: MatchContext) -> Answer:
         """The range fits 0..15 once shifted."""
@@ -80,15 +69,24 @@ class LinearInt4(NeedsValues):
     def native_group(self, m: MatchContext) -> Answer:
         """32, 64, 128 or 256, or a multiple, whose scales are repeated."""
         size, kernel = affine(m).group_size, self.chosen_kernel(m)
-        nearest = min(kernel.group_sizes, key=lambda native: (abs(native - size), native))
+        # One that divides K too, if there is any.
+        k = affine(m).in_features
+        nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
         hint = f"the nearest that {kernel.name} has is {nearest}: quantize with PerGroup({nearest})"
         return native_group_size(size, kernel) is not None, f"group size {size}", hint
 
     @require("in_features that the kernel's tiles divide")
     def in_features(self, m: MatchContext) -> Answer:
         """K a multiple of the kernel's ``in_multiple``; K is never padded."""
-        k, multiple = affine(m).shape[-1], self.chosen_kernel(m).in_multiple
+        k, multiple = affine(m).in_features, self.chosen_kernel(m).in_multiple
         return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
+
+    @require("a place that the kernel is compiled in", hint="take the layer out of the control flow")
+    def place(self, m: MatchContext) -> Answer:
+        """Some kernels are not compiled inside control flow."""
+        branches = m.program.branches
+        good = self.chosen_kernel(m).in_control_flow or not branches.in_control_flow(m.root)
+        return good, f"control flow at {branches.path(m.root)}"
 
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
@@ -100,16 +98,6 @@ class LinearInt4(NeedsValues):
             hint += ", or opt into bf16 arithmetic with LinearInt4(cast_to_bf16=True)"
         return self.compute_dtype(m) is not None, str(dtype).removeprefix("torch."), hint
 
-    @require(
-        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
-    )
-    def in_range(self, m: MatchContext) -> Answer:
-        """An integer outside 0..15 would overwrite its neighbour."""
-        weight = affine(m)
-        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
-        inside = weight.quant_min <= low and high <= weight.quant_max
-        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
-
     @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
@@ -117,7 +105,7 @@ class LinearInt4(NeedsValues):
         parts, shift = values(m.program, weight), offset(weight)
         assert shift is not None
         dtype = kernel.scale_dtype or self.compute_dtype(m)
-        pair = scale_and_zero_of(parts.scale, parts.zero_point, shift)
+        pair = scale_and_zero_of(parts, shift)
         bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
         return bad == 0, f"{bad} that are NaN or infinite"
 
@@ -125,19 +113,36 @@ class LinearInt4(NeedsValues):
         """Scheme, kernel and layout."""
         kernel = self.chosen_kernel(m)
         cast = "" if m.val(m.x).dtype in kernel.dtypes else ", computed in bf16"
-        return f"{affine(m).scheme} -> {kernel.name} ({kernel.layout}{cast})"
+        return f"{affine(m).scheme} -> {kernel.name} ({kernel.layout}{cast}){self.dropped(m)}"
+
+    def explain(self, *ms: MatchContext) -> str:
+        """Which tilings the Triton kernel has for the weight, by the rows of x as far as they are known."""
+        first, kernel = ms[0], self.chosen_kernel(ms[0])
+        group_size = native_group_size(affine(first).group_size, kernel)
+        if kernel.layout != "mma_tiled" or group_size is None:
+            return ""
+        n, k = sum(affine(m).out_features for m in ms), affine(first).in_features
+        sizes = first.val(first.x).shape
+        rows = math.prod(sizes) // k if all(isinstance(size, int) for size in sizes) else None
+        chosen = describe(rows, n, k, group_size, HOPPER)
+        return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weight and call the kernel's operator."""
-        weight, kernel = affine(m), self.chosen_kernel(m)
-        x, bias, given = m.x, m.bias, m.val(m.x).dtype
+        return self.output(b, m, self.packed_linear(b, m, [affine(m)], m.bias))
+
+    def packed_linear(
+        self, b: Builder, m: MatchContext, weights: Sequence[AffineWeight], bias: Node | None, name: str = ""
+    ) -> Node:
+        """The kernel's operator, of ``m``'s x and the rows of ``weights``, which are packed as one."""
+        kernel, x, given = self.chosen_kernel(m), self.input(b, m), m.val(m.x).dtype
         dtype = self.compute_dtype(m)
         assert dtype is not None
-        packed, qparams = pack(b, weight, kernel, kernel.scale_dtype or dtype)
-        group_size = native_group_size(weight.group_size, kernel)
+        packed, qparams = pack(b, weights, kernel, kernel.scale_dtype or dtype, name)
+        group_size = native_group_size(weights[0].group_size, kernel)
         if dtype != given:
             x = b.cast(x, dtype)
             bias = None if bias is None else b.cast(bias, dtype)
         op = INT4_LINEARS[kernel.layout].op
-        y = b.call(op, x, packed, qparams, bias, group_size, weight.shape[0])
+        y = b.call(op, x, packed, qparams, bias, group_size, sum(weight.shape[0] for weight in weights))
         return y if dtype == given else b.cast(y, given)

@@ -1,4 +1,4 @@
-"""view(int4_linear(view(x, [M, K])), [..., N]) -> int4_linear(x)
+"""view(packed linear(view(x, [M, K])), [..., N]) -> packed linear(x)
 
 ``run_decompositions`` turns a linear of more than two dimensions into a matrix product between two views. The operators
 of :mod:`et_cuda_passes.ops` take any number of dimensions, so the views are no longer needed.
@@ -15,20 +15,20 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
 _view = op(torch.ops.aten.view.default)
 
 
 @dataclass(frozen=True)
 class LinearViews(Rule):
-    """view(int4_linear(view(x, [M, K])), [..., N]) -> int4_linear(x)"""
+    """view(packed linear(view(x, [M, K])), [..., N]) -> packed linear(x)"""
 
-    after: ClassVar[tuple[str, ...]] = ("linear_int4",)
+    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_int8")
 
     def pattern(self, x: Capture) -> Pattern:
-        """An int4 linear between two views."""
-        operators = op(*(form.op for form in INT4_LINEARS.values()))
+        """A linear of ours between two views."""
+        operators = op(*(form.op for form in INT4_LINEARS.values()), INT8_LINEAR)
         return _view(operators(_view(x, ..., shared=True), ..., name="linear"), ...)
 
     @require("views that only join and split the rows")

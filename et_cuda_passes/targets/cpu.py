@@ -3,7 +3,13 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
+from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
 
@@ -18,7 +24,27 @@ CPU = Target(
             group_sizes=(32, 64, 128, 256),
             in_multiple=32,
             out_multiple=16,
+            # Inductor gives the kernel its group size as a constant of the branch, which the code it writes then lacks.
+            in_control_flow=False,
         ),
     ),
-    passes=lambda: [LinearInt4(), LinearViews()],
+    int8_kernels=(Int8Kernel("int8pack_cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), in_multiple=16),),
+    # The linear's own layout depends on the instruction set, and cannot be read row by row.
+    int4_table=Int4Kernel(
+        "rows",
+        layout="mps",
+        dtypes=(torch.bfloat16, torch.float16, torch.float32),
+        group_sizes=(32, 64, 128, 256),
+        in_multiple=32,
+        out_multiple=8,
+    ),
+    passes=lambda: [
+        LinearInt4(),
+        LinearInt8(),
+        ConvInt4(),
+        ConvInt8(),
+        EmbeddingInt4(),
+        EmbeddingInt8(),
+        LinearViews(),
+    ],
 )

@@ -3,24 +3,29 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
+from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
 
+_TRITON = Int4Kernel(
+    "triton",
+    layout="mma_tiled",
+    dtypes=(torch.bfloat16, torch.float16),
+    group_sizes=(32, 64, 128),
+    in_multiple=32,
+    out_multiple=1,
+)
+
 CUDA = Target(
     "cuda",
     "ExecuTorch CUDA delegate, or AOTInductor on CUDA",
     int4_kernels=(
-        Int4Kernel(
-            "triton",
-            layout="mma_tiled",
-            dtypes=(torch.bfloat16, torch.float16),
-            group_sizes=(32, 64, 128),
-            in_multiple=32,
-            out_multiple=1,
-        ),
+        _TRITON,
         Int4Kernel(
             "tinygemm",
             layout="tile_packed_to_4d",
@@ -31,5 +36,14 @@ CUDA = Target(
             scale_dtype=torch.bfloat16,
         ),
     ),
-    passes=lambda: [LinearInt4(), LinearViews(), Int4Activation(), Int4Combine()],
+    int4_table=_TRITON,
+    passes=lambda: [
+        LinearInt4(),
+        ConvInt4(),
+        EmbeddingInt4(),
+        EmbeddingInt8(),
+        LinearViews(),
+        Int4Activation(),
+        Int4Combine(),
+    ],
 )

@@ -3,6 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
@@ -29,5 +30,5 @@ METAL = Target(
             out_multiple=8,
         ),
     ),
-    passes=lambda: [LinearInt4(), LinearViews()],
+    passes=lambda: [LinearInt4(), ConvInt4(), LinearViews()],
 )

@@ -11,6 +11,7 @@ from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
+from et_cuda_passes.quant.unwrapping import unwrapped
 from et_cuda_passes.targets import default_passes, get_target
 from et_cuda_passes.targets.target import Target
 
@@ -56,6 +57,7 @@ def rewrite(
         )
     chosen = get_target(target)
     listed = default_passes(chosen) if passes is None else passes
+    exported_program, still_wrapped = unwrapped(exported_program)
     program, report = apply_passes(exported_program, listed, chosen, find_candidates, is_program_pass, pool)
     lost = [] if report.outcomes else decomposed_weights(exported_program)
     if lost:
@@ -63,6 +65,8 @@ def rewrite(
             f"the program converts {len(lost)} integer matrices itself ({lost[0]}, ...): their dequantize was "
             "decomposed; rewrite before run_decompositions(), or decompose with run_decompositions({})"
         )
+    if still_wrapped:
+        report.warnings.append(still_wrapped)
     check_expectations(expect, report)
     return program, report
 

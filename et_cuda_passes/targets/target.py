@@ -5,13 +5,19 @@ from dataclasses import dataclass, field
 
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import Int8Kernel
 
 
 @dataclass(frozen=True)
 class Target:
-    """A backend: its int4 kernels, the default one first, and its ordered pass list."""
+    """A backend: its int4 and int8 kernels, the default one first, and its ordered pass list.
+
+    ``int4_table`` is the form of an int4 embedding's table: that of a linear where it can be read row by row.
+    """
 
     name: str
     summary: str
     int4_kernels: tuple[Int4Kernel, ...]
     passes: Callable[[], list[Rule]] = field(compare=False)
+    int8_kernels: tuple[Int8Kernel, ...] = ()
+    int4_table: Int4Kernel | None = None

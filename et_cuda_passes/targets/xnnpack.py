@@ -3,11 +3,19 @@
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
+from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
+from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(
     "xnnpack",
     "ExecuTorch XNNPACK delegate",
     int4_kernels=(),
-    passes=lambda: [KeepDynamicInt4(), KeepDynamicInt8(), FoldDequantize()],
+    passes=lambda: [
+        KeepDynamicInt4(),
+        KeepDynamicInt8(),
+        KeepDynamicPerTensor(),
+        KeepStaticInt8(),
+        FoldDequantize(),
+    ],
 )

@@ -143,14 +143,14 @@ def test_a_program_packed_for_another_target(tmp_path: Path, run: Run) -> None:
     assert run("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
     result = run("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
     assert result.code == 2
-    assert "packed (tile_packed_to_4d) for target cuda" in result.error
+    assert "packed (mma_tiled) for target cuda" in result.error
     assert not (tmp_path / "out").exists()
 
     # The same, told by its operators alone: saved by other means than ours, it has no record.
     bare = tmp_path / "bare.pt2"
     torch.export.save(torch.export.load(tmp_path / "model.cuda.packed.pt2"), bare)
     assert "for target cuda" in run("explain", bare, "-t", "xnnpack").error
-    assert "2 x tile_packed_to_4d" in run("explain", bare, "-t", "cuda").out
+    assert "2 x mma_tiled" in run("explain", bare, "-t", "cuda").out
 
 
 def test_a_program_packed_for_another_instruction_set(tmp_path: Path, run: Run) -> None:
@@ -313,7 +313,7 @@ def test_rules(run: Run) -> None:
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
     linear = listed["cuda"]["passes"][0]
     assert linear["rewrite"].endswith("-> int4_linear(x, packed, scale_and_zero, bias)")
-    assert linear["options"] == {"kernel": None, "cast_to_bf16": False}
+    assert linear["options"] == {"drop_activation_quantization": False, "kernel": None, "cast_to_bf16": False}
     assert {"wanted", "hint", "stage"} == set(linear["requires"][0])
     text = run("rules").out
     for passed in [entry for about in listed.values() for entry in about["passes"]]:

@@ -124,7 +124,7 @@ def test_what_is_missing_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch) -
     assert "TORCHAO_BUILD_EXPERIMENTAL_MPS=1" in (missing("metal") or "")
 
 
-@pytest.mark.parametrize(("target", "layout"), [("cuda", "tile_packed_to_4d"), ("metal", "metal"), ("cpu", "cpu")])
+@pytest.mark.parametrize(("target", "layout"), [("cuda", "mma_tiled"), ("metal", "metal"), ("cpu", "cpu")])
 def test_a_packed_program_comes_back_with_its_report(tmp_path: Path, target: str, layout: str) -> None:
     program, report = rewritten(tmp_path, target, dtype=torch.bfloat16)
     save_packed(program, report, tmp_path / "packed.pt2")

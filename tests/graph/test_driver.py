@@ -374,7 +374,7 @@ def test_a_linear_whose_result_is_written_in_place_is_rewritten() -> None:
     y = sketch.call(aten.linear.default, x, sketch.weight("w"))
     program = sketch.program(sketch.call(aten.add_.Tensor, y, r))
     after, _ = assert_rewrites(program, expect={"linear_int4": 1, "missed": 0})
-    assert names(after) == ["et_cuda_passes.int4_linear_tile_packed_to_4d", "aten.add_"]
+    assert names(after) == ["et_cuda_passes.int4_linear_mma_tiled", "aten.add_"]
 
 
 def test_a_result_that_is_written_in_place_is_not_replaced_by_what_others_read() -> None:

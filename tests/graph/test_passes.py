@@ -275,5 +275,5 @@ def test_rules_run_before_and_after_a_program_pass() -> None:
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
     program = sketch.program(sketch.call(aten.relu.default, sketch.call(aten.linear.default, x, first)))
     after, report = ecp.rewrite(program, "cuda", [rule("early"), Nothing(), ecp.LinearInt4()])
-    assert names(after) == ["et_cuda_passes.int4_linear_tile_packed_to_4d", "aten.neg"]
+    assert names(after) == ["et_cuda_passes.int4_linear_mma_tiled", "aten.neg"]
     assert [(o.status, o.rule) for o in report.outcomes] == [("rewritten", "linear_int4")]

@@ -76,7 +76,7 @@ def test_packed_constants_take_the_place_of_the_weight_under_its_fqn(plain_use: 
     signature = program.graph_signature
     assert set(signature.parameters) == set(program.state_dict)
     assert signature.user_inputs == ("input",)
-    assert names(program) == ["et_cuda_passes.int4_linear_tile_packed_to_4d"]
+    assert names(program) == ["et_cuda_passes.int4_linear_mma_tiled"]
     (call,) = (n for n in program.graph.nodes if n.op == "call_function")
     assert [a.name for a in call.args[:4]] == ["input", "p_l_weight_packed", "p_l_weight_scale_and_zero", "p_l_bias"]
 

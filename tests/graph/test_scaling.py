@@ -1,13 +1,17 @@
-"""Linear in the size of the graph: ten times the linears cost about ten times the time."""
+"""Linear in the size of the graph, inside control flow too: ten times the linears cost about ten times the time."""
 
 import gc
 import time
+from collections.abc import Callable
 
 import pytest
+import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from tests.helpers import chain
+from tests.quantized import Quantized
 
 
 def cost(program: ExportedProgram, linears: int) -> float:
@@ -19,14 +23,35 @@ def cost(program: ExportedProgram, linears: int) -> float:
     return time.process_time() - start
 
 
-def test_two_thousand_linears_cost_less_than_twelve_times_two_hundred() -> None:
-    short, long = chain(200), chain(2000)
-    cost(short, 200)
+class Inside(nn.Module):
+    """``count`` quantized linears in one branch of control flow: each with four operands of the call."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Quantized(32, 32, seed=seed) for seed in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for layer in self.layers:
+                x = layer(x)
+        return x
+
+
+def inside(count: int) -> ExportedProgram:
+    return torch.export.export(Inside(count), (torch.randn(2, 32, dtype=torch.bfloat16),))
+
+
+@pytest.mark.parametrize(("make", "count", "times"), [(chain, 200, 10), (inside, 30, 8)], ids=["chain", "inside"])
+def test_the_cost_of_a_linear_does_not_grow_with_their_number(
+    make: Callable[[int], ExportedProgram], count: int, times: int
+) -> None:
+    short, long = make(count), make(count * times)
+    cost(short, count)
     small = large = float("inf")
     # The least of each: what else the machine does can only add. More rounds only where the first are over the limit.
     for _ in range(4):
-        small = min(small, *(cost(short, 200) for _ in range(3)))
-        large = min(large, cost(long, 2000))
-        if large < 12 * small:
+        small = min(small, *(cost(short, count) for _ in range(3)))
+        large = min(large, cost(long, count * times))
+        if large < 1.2 * times * small:
             return
-    pytest.fail(f"{large:.2f} s for 2,000 linears, {small:.2f} s for 200: {large / small:.1f} times")
+    pytest.fail(f"{large:.2f} s for {times} times the linears of {small:.2f} s: {large / small:.1f} times")

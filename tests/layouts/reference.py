@@ -29,6 +29,19 @@ def row_major_bytes(q: torch.Tensor) -> list[int]:
     return out
 
 
+def mma_tiled(q: torch.Tensor) -> list[list[int]]:
+    """mma_tiled of q [N, K] in 0..15: int32 [N, padded K / 8], 8 where K is padded."""
+    n_size, k_size = q.shape
+    blocks = -(-k_size // 64)
+    out = [[0] * (8 * blocks) for _ in range(n_size)]
+    for n, row in enumerate(q.tolist()):
+        for k, value in enumerate(row + [8] * (64 * blocks - k_size)):
+            block, within = divmod(k, 64)
+            step, half, lane, parity = within // 16, within % 16 // 8, within % 8 // 2, within % 2
+            out[n][8 * block + 2 * lane + parity] |= value << (4 * (2 * step + half))
+    return [[word - (1 << 32 if word >> 31 else 0) for word in row] for row in out]
+
+
 def little_endian_bytes(words: torch.Tensor) -> list[int]:
     """The bytes of an int32 tensor, word by word, the low byte first."""
     return [(word >> shift) & 255 for word in words.flatten().tolist() for shift in (0, 8, 16, 24)]

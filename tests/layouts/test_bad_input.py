@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import et_cuda_passes.layouts as layouts
-from et_cuda_passes.layouts import cpu, metal, mps, tile_packed_to_4d
+from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, tile_packed_to_4d
 
 Function = Callable[..., Any]
 
@@ -18,12 +18,14 @@ PACKS = [
     pytest.param(partial(mps.pack, inner_k_tiles=2), id="mps"),
     pytest.param(metal.pack, id="metal"),
     pytest.param(cpu.pack, id="cpu"),
+    pytest.param(mma_tiled.pack, id="mma_tiled"),
 ]
 UNPACKS = [
     pytest.param(tile_packed_to_4d.unpack, torch.zeros(2, 1, 32, 1, dtype=torch.int32), id="tile_packed_to_4d"),
     pytest.param(mps.unpack, torch.zeros(2, 1, 32, 1, dtype=torch.int32), id="mps"),
     pytest.param(metal.unpack, torch.zeros(16, 16, dtype=torch.uint8), id="metal"),
     pytest.param(cpu.unpack, torch.zeros(16, 16, dtype=torch.uint8), id="cpu"),
+    pytest.param(mma_tiled.unpack, torch.zeros(16, 8, dtype=torch.int32), id="mma_tiled"),
 ]
 
 
@@ -32,7 +34,7 @@ def weights(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 
 
 def test_the_package_names_its_layouts() -> None:
-    assert set(layouts.__all__) == {"cpu", "metal", "mps", "scale_and_zero", "tile_packed_to_4d"}
+    assert set(layouts.__all__) == {"cpu", "metal", "mma_tiled", "mps", "scale_and_zero", "tile_packed_to_4d"}
     for name in layouts.__all__:
         assert callable(getattr(layouts, name).pack) and callable(getattr(layouts, name).unpack)
 
@@ -146,7 +148,7 @@ def test_metal_and_cpu_shapes() -> None:
 
 @pytest.mark.parametrize(("unpack", "packed"), UNPACKS)
 def test_unpack_refuses_what_pack_did_not_make(unpack: Function, packed: torch.Tensor) -> None:
-    assert unpack(packed).shape == (16, 32)
+    assert unpack(packed).shape == (16, 64 if unpack is mma_tiled.unpack else 32)
     with pytest.raises(TypeError, match=r"packed must be .*, got torch.int64; give what pack returned"):
         unpack(packed.to(torch.int64))
     with pytest.raises(ValueError, match="packed must have shape"):

@@ -5,15 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from et_cuda_passes.layouts import cpu, metal, mps, tile_packed_to_4d
+from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, tile_packed_to_4d
 
 LAYOUTS = {
+    "mma_tiled": (lambda q, rows, chunk: mma_tiled.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 1),
     "tile_packed_to_4d": (lambda q, rows, chunk: tile_packed_to_4d.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
     "mps": (lambda q, rows, chunk: mps.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
     "metal": (lambda q, rows, chunk: metal.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 4),
     "cpu": (lambda q, rows, chunk: cpu.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 16),
 }
-UNPACK = {"tile_packed_to_4d": tile_packed_to_4d, "mps": mps, "metal": metal, "cpu": cpu}
+UNPACK = {"mma_tiled": mma_tiled, "tile_packed_to_4d": tile_packed_to_4d, "mps": mps, "metal": metal, "cpu": cpu}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -23,8 +24,10 @@ def test_padded_rows_are_zeros_and_the_others_what_they_were(layout: str, n: int
     q = torch.randint(-8, 8, (n, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
     rows = -(-n // multiple) * multiple + more * multiple
     back = UNPACK[layout].unpack(pack(q, rows, chunk)).to(torch.int8) - 8
-    assert back.shape == (rows, 32)
-    assert torch.equal(back[:n], q)
+    # mma_tiled pads K, to 64 here, with the weight 0.
+    assert back.shape == (rows, 64 if layout == "mma_tiled" else 32)
+    assert torch.equal(back[:n, :32], q)
+    assert not back[:n, 32:].any()
     assert not back[n:].any()
 
 

@@ -11,7 +11,7 @@ from torch._inductor.decomposition import decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from et_cuda_passes.layouts import cpu, metal, mps, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden_arrays" / "int4pack_cuda.safetensors")
@@ -30,6 +30,8 @@ def packed_weight(layout: str, n: int, k: int, group: int, dtype: torch.dtype) -
         s, z = metal.scale_and_zero(scale, zero, dtype)
         return metal.pack(q), torch.stack((s, z)), q.double().numpy() * repeat(s) + repeat(z)
     weight = (q.double().numpy() - 8) * repeat(scale) + repeat(zero)
+    if layout == "mma_tiled":
+        return mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, zero, dtype, k), weight
     pair = scale_and_zero.pack(scale, zero, dtype)
     packers = {
         "tile_packed_to_4d": lambda: tile_packed_to_4d.pack(q, 2),
@@ -87,12 +89,16 @@ def test_registration(layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("group", "features", "in_features", "text"),
-    [(64, 16, 64, "do not fit each other"), (32, 17, 64, "do not fit each other"), (32, 16, 96, "weight of K = 64")],
+    [
+        (64, 16, 512, "do not fit each other|x .* for a weight of K = 0"),
+        (32, 17, 512, "do not fit each other"),
+        (32, 16, 96, "weight of K = 512"),
+    ],
 )
 def test_constants_that_do_not_fit_are_refused(
     layout: str, group: int, features: int, in_features: int, text: str
 ) -> None:
-    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.float32)
+    packed, pair, _ = packed_weight(layout, 16, 512, 32, torch.float32)
     with pytest.raises(ValueError, match=text):
         INT4_LINEARS[layout].op(torch.randn(2, in_features), packed, pair, None, group, features)
 

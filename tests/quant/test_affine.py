@@ -13,7 +13,6 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.affine import AffineWeight, decode, has_data, values
 from et_cuda_passes.testing import assert_misses
 from tests.helpers import DEQUANTIZE, Sketch
@@ -146,18 +145,19 @@ def test_the_edge_form_is_the_same_weight() -> None:
 
 @pytest.mark.parametrize(
     ("block", "scheme", "scales"),
-    [([1, 64], "int4 per-axis", N), ([1, 32], "int4 group 32", 2 * N), ([16, 64], "int4 blocks of 16 x 64", 1)],
+    [
+        ([1, 64], "int4 per-axis", N),
+        ([1, 32], "int4 group 32", 2 * N),
+        ([16, 64], "int4 per-tensor", 1),
+        ([4, 32], "int4 blocks of 4 x 32", 8),
+    ],
 )
 def test_schemes_in_words(block: list[int], scheme: str, scales: int) -> None:
     p = Parts()
     scale = p.sketch.buffer("s", torch.rand(scales))
     weight = decoded(p.program(p.data, block, scale, None, torch.int8, -8, 7))
     assert weight.scheme == scheme
-    if block[0] == 1:
-        assert weight.group_size == block[1]
-    else:
-        with pytest.raises(Unmet, match="blocks of 16 x 64"):
-            _ = weight.group_size
+    assert weight.group_size == block[1]
 
 
 def test_constants_may_be_parameters_buffers_or_lifted_tensors() -> None:

@@ -92,26 +92,53 @@ def test_bf16_scales_and_no_zero_points_are_exact(target: str, zero_points: str 
 
 @pytest.mark.parametrize(("k", "tiles"), [(32, 2), (64, 4), (96, 2), (128, 8), (192, 4), (256, 8), (576, 4), (1280, 8)])
 def test_inner_k_tiles_follows_k_and_k_is_not_padded(k: int, tiles: int) -> None:
-    rewritten, _ = ecp.rewrite(torch.export.export(Quantized(8, k), (torch.randn(1, k).bfloat16(),)), "cuda")
+    program = torch.export.export(Quantized(8, k), (torch.randn(1, k).bfloat16(),))
+    rewritten, _ = ecp.rewrite(program, "cuda", [ecp.LinearInt4(kernel="tinygemm")])
     (packed,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".packed"))
     assert packed.shape == (1, k // (16 * tiles), 32, tiles // 2)
 
 
-@pytest.mark.parametrize(("target", "multiple"), [("cuda", 8), ("metal", 4), ("cpu", 16)])
+@pytest.mark.parametrize(
+    ("target", "kernel", "multiple"),
+    [("cuda", "triton", 1), ("cuda", "tinygemm", 8), ("metal", "torchao", 4), ("cpu", "int4pack_cpu", 16)],
+)
 @pytest.mark.parametrize("n", [1, 8, 13])
-def test_rows_are_padded_and_the_output_is_not(target: str, multiple: int, n: int) -> None:
+def test_rows_are_padded_and_the_output_is_not(target: str, kernel: str, multiple: int, n: int) -> None:
     model, x = Quantized(n, 64), torch.randn(3, 64).bfloat16()
-    rewritten, _ = ecp.rewrite(torch.export.export(model, (x,)), target)
+    rewritten, _ = ecp.rewrite(torch.export.export(model, (x,)), target, [ecp.LinearInt4(kernel=kernel)])
     (packed,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".packed"))
     assert packed.numel() * packed.element_size() == -(-n // multiple) * multiple * 64 // 2
     assert rewritten.module()(x).shape == (3, n)
 
 
+@pytest.mark.parametrize("k", [32, 96, 160, 576])
+def test_k_is_padded_where_the_layout_has_whole_blocks(k: int) -> None:
+    """The linear's own K stays what it was: x is not padded."""
+    model, x = Quantized(8, k), torch.randn(3, k).bfloat16()
+    rewritten, _ = ecp.rewrite(torch.export.export(model, (x,)), "cuda")
+    (packed,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".packed"))
+    assert packed.shape == (8, -(-k // 64) * 8)
+    got, wanted = rewritten.module()(x), model(x)
+    assert (got - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize(("group", "native"), [(32, 32), (96, 32), (128, 128), (192, 64), (256, 128), (640, 128)])
+def test_group_sizes_become_those_of_the_triton_kernel(group: int, native: int) -> None:
+    program = torch.export.export(Quantized(8, 2 * group, group=group), (torch.randn(1, 2 * group).bfloat16(),))
+    rewritten, _ = ecp.rewrite(program, "cuda")
+    (call,) = (n for n in rewritten.graph.nodes if "int4_linear" in str(n.target))
+    assert call.args[4] == native
+    (rows,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".scale_and_zero"))
+    groups = 2 * group // native
+    scales = rows[0, :, :groups]
+    assert torch.equal(scales, scales[:, :: group // native].repeat_interleave(group // native, dim=1))
+    assert not rows[0, :, groups:].any()
+
+
 @pytest.mark.parametrize(("group", "native"), [(32, 32), (96, 32), (128, 128), (192, 64), (256, 256), (512, 256)])
 def test_group_sizes_become_native_ones(group: int, native: int) -> None:
-    rewritten, _ = ecp.rewrite(
-        torch.export.export(Quantized(8, group, group=group), (torch.randn(1, group).bfloat16(),)), "cuda"
-    )
+    program = torch.export.export(Quantized(8, group, group=group), (torch.randn(1, group).bfloat16(),))
+    rewritten, _ = ecp.rewrite(program, "cuda", [ecp.LinearInt4(kernel="tinygemm")])
     (pair,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".scale_and_zero"))
     assert pair.shape == (group // native, 8, 2)
 

@@ -55,12 +55,21 @@ def test_every_kernel_has_an_operator_and_sensible_abilities(name: str) -> None:
 
 
 def test_what_each_target_runs() -> None:
-    assert [k.name for k in get_target("cuda").int4_kernels] == ["tinygemm"]
+    assert [k.name for k in get_target("cuda").int4_kernels] == ["triton", "tinygemm"]
     assert [k.name for k in get_target("metal").int4_kernels] == ["torchao", "mps"]
     assert [k.name for k in get_target("cpu").int4_kernels] == ["int4pack_cpu"]
     assert get_target("xnnpack").int4_kernels == ()
+    assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
     for name in ("cuda", "metal", "cpu"):
-        assert [p.name for p in ecp.default_passes(name)] == ["linear_int4", "linear_views"]
+        linears = ["linear_int4", "linear_int8", "conv_int4", "conv_int8"]
+        if name != "cpu":
+            linears = ["linear_int4", "conv_int4"]
+            assert get_target(name).int8_kernels == ()
+        tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
+        epilogue = ["int4_activation", "int4_combine"] if name == "cuda" else []
+        assert [p.name for p in ecp.default_passes(name)] == [*linears, *tables, "linear_views", *epilogue]
+    # What a table tied to a linear is packed as.
+    assert get_target("cuda").int4_table is get_target("cuda").int4_kernels[0]
     assert "fold_dequantize" in [p.name for p in ecp.default_passes("xnnpack")]
 
 

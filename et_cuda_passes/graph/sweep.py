@@ -1,0 +1,36 @@
+"""What nothing reads any more is removed: operators, constants, and the operands of control flow."""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from torch.fx import Node
+
+if TYPE_CHECKING:
+    from et_cuda_passes.graph.program import Program
+
+
+def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
+    """Erase ``abandoned`` nodes, and then their inputs, as long as nothing reads them; yields each that is gone.
+
+    Linear in what is removed.
+    """
+    branches = program.branches
+    work = [*branches.settle(), *abandoned]
+    gone: set[Node] = set()
+    while work := work or branches.settle():
+        node = work.pop()
+        if node in gone or node.users:
+            continue
+        if branches.is_input(node):
+            branches.unread(node)
+            continue
+        if node.op == "placeholder":
+            if program.target(node) is None:
+                continue
+            program.drop(node)
+        elif node.op != "call_function":
+            continue
+        gone.add(node)
+        work.extend(node.all_input_nodes)
+        node.graph.erase_node(node)
+        yield node

@@ -1,0 +1,190 @@
+"""A quantized weight as its dequantize node describes it, whichever operator that is, and its tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from et_cuda_passes.graph.ops import called, op_name
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.rule import Unmet
+
+
+@dataclass(frozen=True)
+class AffineValues:
+    """The tensors of an :class:`AffineWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
+
+    ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None where they are zero. ``load``
+    gives the integers [N, K], unpacked if they are stored otherwise.
+    """
+
+    load: Callable[[], Tensor]
+    scale: Tensor
+    zero_point: Tensor | None
+    minimum: Tensor | None = None
+
+    @property
+    def data(self) -> Tensor:
+        """The integers [N, K]."""
+        return self.load()
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """A quantized weight as its dequantize node describes it; metadata only.
+
+    Attributes:
+        fqn: the weight's FQN.
+        data: node of the quantized integers, as they are stored.
+        scale: node of the scales, one a block; None where they are stored with the integers or are ``literal``.
+        zero_point: node of the zero points, as many as scales, or None where all are zero.
+        shape: (N, K) for a linear's weight: out_features, in_features; (N, K, 1, ...) for a convolution's.
+        block_size: elements that share one scale, along each axis.
+        quant_min, quant_max: the range of the integers, both ends included.
+        storage_dtype: dtype of ``data``.
+        scale_dtype: dtype of the scales.
+        output_dtype: dtype of the dequantized weight.
+        literal: the scale and the zero point of the whole weight where the graph holds them as numbers.
+        read: gives the tensors of a weight that is stored otherwise than an integer an element.
+    """
+
+    fqn: str
+    data: Node
+    scale: Node | None
+    zero_point: Node | None
+    shape: tuple[int, ...]
+    block_size: tuple[int, ...]
+    quant_min: int
+    quant_max: int
+    storage_dtype: torch.dtype
+    scale_dtype: torch.dtype
+    output_dtype: torch.dtype
+    literal: tuple[float, int] | None = None
+    read: "Callable[[Program, AffineWeight], AffineValues] | None" = None
+
+    @property
+    def bits(self) -> int:
+        """Bits that hold the range: 4 for -8..7 and for 0..15, 3 for -4..3."""
+        return max(1, (self.quant_max - self.quant_min).bit_length())
+
+    @property
+    def sources(self) -> tuple[Node, ...]:
+        """The constants that the weight is computed from."""
+        parts = (self.data, self.scale, self.zero_point)
+        return tuple(part for part in parts if part is not None)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K; of a matrix, or of a convolution's kernels of size 1."""
+        return self.shape[1] if len(self.shape) > 1 else 1
+
+    @property
+    def group_size(self) -> int:
+        """Elements along K that share a scale. Rows may share scales too: :func:`values` repeats them for each row.
+
+        Raises:
+            Unmet: the weight is no matrix, nor a convolution's of kernel size 1.
+        """
+        matrix = len(self.shape) >= 2 and len(self.block_size) == len(self.shape)
+        if not matrix or any(size != 1 for size in self.shape[2:]):
+            raise Unmet(f"a weight of shape {list(self.shape)} in blocks of {list(self.block_size)}")
+        return self.block_size[1]
+
+    @property
+    def scheme(self) -> str:
+        """The scheme in a few words: ``int4 group 32``, ``int8 per-axis``, ``int8 per-tensor``."""
+        if self.block_size[:1] == (1,) and self.block_size[1:] == self.shape[1:]:
+            return f"int{self.bits} per-axis"
+        if self.block_size == self.shape:
+            return f"int{self.bits} per-tensor"
+        if len(self.block_size) > 1 and (self.block_size[0], *self.block_size[2:]) == (1, *self.shape[2:]):
+            return f"int{self.bits} group {self.block_size[1]}"
+        return f"int{self.bits} blocks of {' x '.join(map(str, self.block_size))}"
+
+
+def constant(program: Program, value: Any, what: str) -> tuple[Node, Tensor]:
+    """The node and the tensor of an argument that must be a constant which nothing writes.
+
+    Raises:
+        Unmet: it is none; the text says what stands there.
+    """
+    if not isinstance(value, Node):
+        raise Unmet(f"{what} is {value!r}, not a tensor")
+    tensor = program.constant(value)
+    if tensor is None:
+        made = op_name(called(value)) if called(value) is not None else value.op
+        raise Unmet(f"{what} comes from {made} ({value.name}), not straight from a parameter or buffer")
+    if program.is_written(value):
+        raise Unmet(f"{value.name}, which the program writes while it runs")
+    return value, tensor
+
+
+def optional_constant(program: Program, value: Any, what: str) -> tuple[Node | None, Tensor | None]:
+    """:func:`constant`, or two None for an argument that is None."""
+    return (None, None) if value is None else constant(program, value, what)
+
+
+def integer_range(low: Any, high: Any, storage: torch.dtype) -> tuple[int, int]:
+    """The range that a dequantize states, or that of the integers' dtype where it states none.
+
+    Raises:
+        Unmet: the storage holds no integers, or the range is empty.
+    """
+    try:
+        info = torch.iinfo(storage)
+    except TypeError:
+        raise Unmet(f"quantized data of dtype {storage}") from None
+    lowest = info.min if low is None else int(low)
+    highest = info.max if high is None else int(high)
+    if not lowest < highest:
+        raise Unmet(f"a quantized range of {lowest}..{highest}")
+    return lowest, highest
+
+
+def check_blocks(weight: AffineWeight, scale: Tensor | None, zero_point: Tensor | None) -> None:
+    """Blocks that divide the weight, with a scale and a zero point each.
+
+    Raises:
+        Unmet: the parts contradict each other.
+    """
+    if len(weight.block_size) != len(weight.shape):
+        raise Unmet(f"blocks of {list(weight.block_size)} for a weight of shape {list(weight.shape)}")
+    blocks = 1
+    for size, block in zip(weight.shape, weight.block_size, strict=True):
+        if block <= 0:
+            raise Unmet(f"a block size of {block}")
+        if size % block:
+            raise Unmet(f"an axis of {size}, which blocks of {block} do not divide")
+        blocks *= size // block
+    for name, part in (("scales", scale), ("zero points", zero_point)):
+        if part is not None and part.numel() != blocks:
+            raise Unmet(f"{part.numel()} {name} for {blocks} blocks")
+
+
+def by_row(weight: AffineWeight, part: Tensor) -> Tensor:
+    """One value a block as [N, K / group], repeated for the rows that share it."""
+    rows = weight.block_size[0]
+    table = part.detach().reshape(weight.shape[0] // rows, -1)
+    return table if rows == 1 else table.repeat_interleave(rows, dim=0)
+
+
+def plain_values(program: Program, weight: AffineWeight) -> AffineValues:
+    """The tensors of a weight that is stored an integer an element, [N, K] or [N, K, 1, ...]; nothing is copied."""
+    data = program.constant(weight.data)
+    assert data is not None
+    integers = data.detach().reshape(weight.shape[:2])
+    if weight.literal is not None:
+        scale, zero_point = (torch.full((weight.shape[0], 1), value) for value in weight.literal)
+        return AffineValues(lambda: integers, scale, zero_point)
+    scales = None if weight.scale is None else program.constant(weight.scale)
+    points = None if weight.zero_point is None else program.constant(weight.zero_point)
+    assert scales is not None
+    return AffineValues(lambda: integers, by_row(weight, scales), None if points is None else by_row(weight, points))

@@ -1,0 +1,82 @@
+"""embedding(dequantize(int4 table), ids) -> int4_embedding(ids, packed, scale_and_zero)
+
+Only the rows asked for are dequantized. The table is packed as an int4 linear of the target packs it, where that can be
+read row by row: a table tied to a linear is then held once for both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.ops import INT4_EMBEDDINGS
+from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
+from et_cuda_passes.rules.packed_table import PackedTable
+
+
+@dataclass(frozen=True)
+class EmbeddingInt4(PackedTable):
+    """embedding(dequantize(int4 table), ids) -> int4_embedding(ids, packed, scale_and_zero)"""
+
+    @staticmethod
+    def table(m: MatchContext) -> Int4Kernel:
+        """How the target holds an int4 table.
+
+        Raises:
+            Unmet: it has no such form.
+        """
+        found: Int4Kernel | None = m.target.int4_table
+        if found is None:
+            raise Unmet(f"target {m.target.name}, which has no int4 table")
+        return found
+
+    @require("a table of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
+    def four_bits(self, m: MatchContext) -> Answer:
+        """The range fits 0..15 once shifted."""
+        weight = affine(m)
+        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+
+    @require("a group size that one of the layout's divides", hint="quantize with PerGroup(32)")
+    def native_group(self, m: MatchContext) -> Answer:
+        """As for a linear."""
+        size = affine(m).group_size
+        return native_group_size(size, self.table(m)) is not None, f"group size {size}"
+
+    @require("rows that the layout's tiles divide", hint="leave this layer unquantized")
+    def row_length(self, m: MatchContext) -> Answer:
+        """K a multiple of the layout's ``in_multiple``."""
+        k = affine(m).in_features
+        return k % self.table(m).in_multiple == 0, f"K = {k}"
+
+    @require("a result in a dtype that the layout's scales have", hint="export the model in bfloat16")
+    def result_dtype(self, m: MatchContext) -> Answer:
+        """Scales in bf16 are not precise enough for more."""
+        dtype = m.val(m.root).dtype
+        return dtype in self.table(m).dtypes, str(dtype).removeprefix("torch.")
+
+    @require("scales and zeros that are finite in their dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: MatchContext) -> Answer:
+        """A NaN or infinite scale would spread over the output unseen."""
+        weight = affine(m)
+        shift = offset(weight)
+        assert shift is not None
+        dtype = self.table(m).scale_dtype or m.val(m.root).dtype
+        pair = scale_and_zero_of(values(m.program, weight), shift)
+        bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
+        return bad == 0, f"{bad} that are NaN or infinite"
+
+    def detail(self, m: MatchContext) -> str:
+        """Scheme and layout."""
+        return f"{affine(m).scheme} -> table ({self.table(m).layout})"
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """Pack the table and call the operator."""
+        weight, form, dtype = affine(m), self.table(m), m.val(m.root).dtype
+        packed, qparams = pack(b, [weight], form, form.scale_dtype or dtype)
+        group_size = native_group_size(weight.group_size, form)
+        return b.call(INT4_EMBEDDINGS[form.layout], m.ids, packed, qparams, group_size, weight.in_features, dtype)

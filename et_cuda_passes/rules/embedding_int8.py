@@ -1,0 +1,52 @@
+"""embedding(dequantize(table of at most 8 bits), ids) -> int8_embedding(ids, packed, scale, zero)
+
+Only the rows asked for are dequantized. The constants are those of an int8 linear: a table tied to one is held once.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.ops import INT8_EMBEDDING
+from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.rules.int8_weight import offset, pack
+from et_cuda_passes.rules.packed_table import PackedTable
+
+
+@dataclass(frozen=True)
+class EmbeddingInt8(PackedTable):
+    """embedding(dequantize(table of at most 8 bits), ids) -> int8_embedding(ids, packed, scale, zero)"""
+
+    # What int4 tables take is half the size there.
+    after: ClassVar[tuple[str, ...]] = ("embedding_int4",)
+
+    @require("a table of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
+    def eight_bits(self, m: MatchContext) -> Answer:
+        """The range fits -128..127 once shifted."""
+        weight = affine(m)
+        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+
+    @require("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: MatchContext) -> Answer:
+        """A NaN or infinite scale would spread over the output unseen."""
+        scale = values(m.program, affine(m)).scale.to(m.val(m.root).dtype)
+        bad = int((~torch.isfinite(scale)).sum())
+        return bad == 0, f"{bad} that are NaN or infinite"
+
+    def detail(self, m: MatchContext) -> str:
+        """The scheme."""
+        return f"{affine(m).scheme} -> table (int8)"
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """Take the integers and call the operator."""
+        weight, dtype = affine(m), m.val(m.root).dtype
+        # Plain operators have every group size.
+        form = Int8Kernel("table", (dtype,), (weight.group_size,), zeros=True)
+        packed, scale, zero = pack(b, weight, form, dtype)
+        return b.call(INT8_EMBEDDING, m.ids, packed, scale, zero, weight.group_size, dtype)

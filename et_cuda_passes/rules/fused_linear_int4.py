@@ -1,0 +1,125 @@
+"""linear(x, weight 1), linear(x, weight 2), ... -> slices of int4_linear(x, their rows packed as one)
+
+For the q, k and v of attention, and for gate and up of a feed-forward layer: one kernel that reads x once, and more
+rows to spread over the device. Each slice is a tensor of its own, as the linear's result was. On no target by default:
+put it into ``passes`` before ``LinearInt4``, which takes the linears that are left.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.constants import identity
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.rule import Answer, JointRule, require
+from et_cuda_passes.quant.affine import affine
+from et_cuda_passes.quant.dynamic import decode_dynamic
+from et_cuda_passes.rules.int4_weight import offset
+from et_cuda_passes.rules.linear_int4 import LinearInt4
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FusedLinearInt4(JointRule, LinearInt4):
+    """linear(x, weight 1), linear(x, weight 2), ... -> slices of int4_linear(x, their rows packed as one)
+
+    Its requires are those of ``LinearInt4``, and two more.
+
+    Attributes:
+        drop_activation_quantization: as for ``LinearInt4``.
+        kernel: as for ``LinearInt4``.
+        cast_to_bf16: as for ``LinearInt4``.
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("x",)
+    before: ClassVar[tuple[str, ...]] = ("linear_int4",)
+    partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
+
+    @require("a weight that only this linear reads", hint="a tied weight is packed once, by LinearInt4")
+    def read_once(self, m: MatchContext) -> Answer:
+        """Packed with others it could not be shared, and would be there twice."""
+        data = m.program.constant(affine(m).data)
+        assert data is not None
+        readers = m.program.derive(_readers, m.program.graph.output_node())[identity(data)]
+        others = [node for node in readers if node is not m.match.bindings["weight"]]
+        inside = {*m.match.owned, *m.match.shared}
+        decoded = [node for node in m.match.shared if node not in _quantization(m)]
+        others += [user for node in decoded for user in node.users if user not in inside]
+        return not others, f"{others[0].name if others else ''}, which reads it too"
+
+    @require("no bias, or a constant one [N] in the dtype of the activations")
+    def constant_bias(self, m: MatchContext) -> Answer:
+        """The biases are put together at compile time."""
+        if m.bias is None:
+            return True, ""
+        bias = m.val(m.bias)
+        good = bias.shape == affine(m).shape[:1] and bias.dtype == m.val(m.x).dtype
+        kind = "constant" if m.program.constant(m.bias) is not None else "computed"
+        return good and kind == "constant", f"{m.bias.name}, a {kind} one {list(bias.shape)} in {bias.dtype}"
+
+    def key(self, m: MatchContext) -> Hashable:
+        """The input, whatever view of it the linear reads, and all of the weight's form but N."""
+        weight, x = affine(m), m.x
+        while called(x) is aten.view.default:
+            x = cast(Node, x.args[0])
+        form = (weight.group_size, weight.quant_min, weight.quant_max, weight.storage_dtype, weight.scale_dtype)
+        # Of what is multiplied: ``x``, or the view of it that stands behind its quantization where that is dropped.
+        rows = m.val(m.rows if "rows" in m.match.bindings else m.x)
+        return (x, str(tuple(rows.shape)), rows.dtype, weight.in_features, offset(weight), *form)
+
+    def emit_together(self, b: Builder, ms: Sequence[MatchContext]) -> Sequence[Node]:
+        """One linear of all rows, cut where one weight ends and the next begins."""
+        weights = [affine(m) for m in ms]
+        y = self.packed_linear(b, ms[0], weights, _bias(b, ms), "fused_")
+        results, start = [], 0
+        for m, weight in zip(ms, weights, strict=True):
+            end = start + weight.shape[0]
+            # No view: what reads the result was exported for a contiguous one, and may write it.
+            results.append(b.at(m).columns(y, start, end))
+            start = end
+        return results
+
+
+def _quantization(m: MatchContext) -> set[Node]:
+    """The nodes of the match that quantize the activations, where that is dropped: other linears read them too."""
+    if "activation" not in m.match.bindings:
+        return set()
+    found = {*m.derive(decode_dynamic, "activation").nodes}
+    return found | {m.rows} if "rows" in m.match.bindings else found
+
+
+def _bias(b: Builder, ms: Sequence[MatchContext]) -> Node | None:
+    """The biases one behind the other, zeros where a linear has none; None where none has one."""
+    biases = [m.bias for m in ms]
+    given = [bias for bias in biases if bias is not None]
+    if not given:
+        return None
+    rows = [affine(m).shape[0] for m in ms]
+
+    def joined() -> torch.Tensor:
+        like = cast(torch.Tensor, b.program.constant(given[0])).detach()
+        held = [None if bias is None else cast(torch.Tensor, b.program.constant(bias)).detach() for bias in biases]
+        return torch.cat([like.new_zeros(n) if part is None else part for n, part in zip(rows, held, strict=True)])
+
+    form = ("fused_bias", tuple((n, bias is not None) for n, bias in zip(rows, biases, strict=True)))
+    return b.constant(f"{affine(ms[0]).fqn}.fused_bias", given, form, joined)
+
+
+def _readers(program: Program, _: Node) -> dict[Hashable, list[Node]]:
+    """What reads each constant, under any of its names and in any graph."""
+    readers: dict[Hashable, list[Node]] = defaultdict(list)
+    nodes = list(program.branches.nodes())
+    handed = {node: found for node in nodes if (found := program.branches.handed(node))}
+    for node in nodes:
+        if (held := program.constant(node)) is not None:
+            reading = (user for user in node.users if called(user) is not ACCESS and node not in handed.get(user, ()))
+            readers[identity(held)].extend(reading)
+    return readers

@@ -1,0 +1,110 @@
+"""linear(x, dequantize(weight of at most 8 bits), bias) -> int8_linear(x, packed, scale, zero, bias)
+
+The integers stay as they are, a byte each. Nothing about the computation changes but the rounding of the scales to the
+kernel's dtype. It also takes a weight of fewer bits that no narrower kernel of the target takes: its integers are int8
+ones as well.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.ops import INT8_LINEAR
+from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
+from et_cuda_passes.rules.packed_linear import PackedLinear
+
+
+@dataclass(frozen=True)
+class LinearInt8(PackedLinear):
+    """linear(x, dequantize(weight of at most 8 bits), bias) -> int8_linear(x, packed, scale, zero, bias)
+
+    Attributes:
+        kernel: name of one of the target's int8 kernels; None for its first.
+    """
+
+    # What int4 kernels take is half the size there.
+    after: ClassVar[tuple[str, ...]] = ("linear_int4",)
+
+    kernel: str | None = None
+
+    def chosen_kernel(self, m: MatchContext) -> Int8Kernel:
+        """The kernel that ``kernel`` names.
+
+        Raises:
+            ValueError: the target has no kernel of that name.
+            Unmet: the target has no int8 kernel at all.
+        """
+        kernels: tuple[Int8Kernel, ...] = m.target.int8_kernels
+        if self.kernel is None and not kernels:
+            raise Unmet(f"target {m.target.name}, which has no int8 kernel")
+        for kernel in kernels:
+            if self.kernel in (None, kernel.name):
+                return kernel
+        known = ", ".join(kernel.name for kernel in kernels) or "none"
+        raise ValueError(f"target {m.target.name} has no int8 kernel {self.kernel!r}; it has: {known}")
+
+    @require("a weight of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
+    def eight_bits(self, m: MatchContext) -> Answer:
+        """The range fits -128..127 once shifted."""
+        weight = affine(m)
+        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+
+    @require("a group size that the kernel has")
+    def native_group(self, m: MatchContext) -> Answer:
+        """One scale a row, or groups that one of the kernel's divides."""
+        weight, kernel = affine(m), self.chosen_kernel(m)
+        if kernel.group_sizes:
+            has = f"{kernel.name} has {', '.join(map(str, kernel.group_sizes))} and their multiples"
+            hint = f"{has}: quantize with PerGroup({kernel.group_sizes[0]})"
+        else:
+            hint = f"{kernel.name} has one scale a row: quantize with PerAxis(0), or in groups with torch.int4"
+        size = weight.group_size
+        return kernel.native_group_size(size, weight.in_features) is not None, f"group size {size}", hint
+
+    @require("in_features that the kernel's tiles divide")
+    def in_features(self, m: MatchContext) -> Answer:
+        """K a multiple of the kernel's ``in_multiple``; K is never padded."""
+        k, multiple = affine(m).in_features, self.chosen_kernel(m).in_multiple
+        return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
+
+    @require("activations of a dtype that the kernel has")
+    def activations(self, m: MatchContext) -> Answer:
+        """The kernel's own dtypes."""
+        kernel, dtype = self.chosen_kernel(m), m.val(m.x).dtype
+        have = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
+        hint = f"{kernel.name} has {have}: export the model in one of these"
+        return dtype in kernel.dtypes, str(dtype).removeprefix("torch."), hint
+
+    @require("zero points that are all 0", stage="values")
+    def zeros(self, m: MatchContext) -> Answer:
+        """Only a kernel that adds zeros takes others."""
+        weight, kernel = affine(m), self.chosen_kernel(m)
+        hint = f"{kernel.name} is symmetric: quantize with mapping_type=MappingType.SYMMETRIC"
+        return kernel.zeros or is_symmetric(values(m.program, weight), weight), "others", hint
+
+    @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: MatchContext) -> Answer:
+        """A NaN or infinite scale would spread over the output unseen."""
+        parts = values(m.program, affine(m))
+        dtype = self.chosen_kernel(m).scale_dtype or m.val(m.x).dtype
+        tables = (parts.scale.to(dtype), parts.zero_point, parts.minimum)
+        bad = sum(int((~torch.isfinite(table)).sum()) for table in tables if table is not None)
+        return bad == 0, f"{bad} that are NaN or infinite"
+
+    def detail(self, m: MatchContext) -> str:
+        """Scheme and kernel."""
+        return f"{affine(m).scheme} -> {self.chosen_kernel(m).name}{self.dropped(m)}"
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """Take the integers and call the operator."""
+        weight, kernel, x = affine(m), self.chosen_kernel(m), self.input(b, m)
+        packed, scale, zero = pack(b, weight, kernel, kernel.scale_dtype or m.val(m.x).dtype)
+        group_size = kernel.native_group_size(weight.group_size, weight.in_features)
+        return self.output(b, m, b.call(INT8_LINEAR, x, packed, scale, zero, m.bias, group_size))

@@ -1,0 +1,88 @@
+"""What the rules share that pack a linear's quantized weight for a kernel of the target."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.quant.affine import affine, dequantize, values
+from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
+from et_cuda_passes.rules.linear import linear
+from et_cuda_passes.rules.needs_values import NeedsValues
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedLinear(NeedsValues):
+    """linear(x, dequantize(weight), bias) -> a kernel's linear of x and the packed weight
+
+    Attributes:
+        drop_activation_quantization: where the activations are quantized on the fly, compute with the activations
+            themselves: faster and closer to the unquantized model, but not what the graph says. Off, their
+            quantization stays as it is, exact, and the weight alone is packed.
+    """
+
+    drop_activation_quantization: bool = False
+
+    def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
+        """A linear in any form, its weight dequantized."""
+        return linear(self.activation(x), dequantize(..., name="weight", shared=True), bias)
+
+    def activation(self, x: Capture) -> Pattern:
+        """``x``, or with the option on what ``x`` was before it was quantized on the fly."""
+        if not self.drop_activation_quantization:
+            return x
+        quantized = dynamically_quantized(x, name="activation")
+        return any_of(quantized, op(aten.view.default)(quantized, ..., name="rows", shared=True), x)
+
+    @require(
+        "activations whose quantization can be left out",
+        hint="drop_activation_quantization=False keeps it as it is",
+    )
+    def droppable(self, m: MatchContext) -> Answer:
+        """Quantized with parameters chosen from themselves, and of one dtype before and after."""
+        if "activation" not in m.match.bindings:
+            return True, ""
+        m.derive(decode_dynamic, "activation")
+        before, after = m.val(m.x).dtype, m.val(m.activation).dtype
+        return before is after, f"{before} quantized and dequantized to {after}"
+
+    @require(
+        "a weight [N, K] quantized in groups along K",
+        hint="quantize with granularity PerGroup or PerAxis(0)",
+    )
+    def groups(self, m: MatchContext) -> Answer:
+        """One scale for each row and group, or for several rows, for each of which it is then repeated."""
+        size = affine(m).group_size
+        return True, f"group size {size}"
+
+    @require(
+        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
+    )
+    def in_range(self, m: MatchContext) -> Answer:
+        """An integer outside of it would overwrite its neighbour, or wrap."""
+        weight = affine(m)
+        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
+        inside = weight.quant_min <= low and high <= weight.quant_max
+        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
+
+    def input(self, b: Builder, m: MatchContext) -> Node:
+        """What the kernel multiplies, [..., K]."""
+        x: Node = m.x
+        if "rows" not in m.match.bindings:
+            return x
+        view = aten.view_copy.default if b.program.is_edge else aten.view.default
+        return b.call(view, x, *m.rows.args[1:])
+
+    def output(self, b: Builder, m: MatchContext, y: Node) -> Node:
+        """What replaces the root, from the kernel's result [..., N]."""
+        return y
+
+    def dropped(self, m: MatchContext) -> str:
+        """For :meth:`detail`: that the activations are no longer quantized."""
+        return ", activation quantization dropped" if "activation" in m.match.bindings else ""

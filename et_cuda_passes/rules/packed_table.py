@@ -1,0 +1,33 @@
+"""What the rules share that pack a quantized table whose rows are looked up."""
+
+import torch
+
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.quant.affine import affine, dequantize, values
+from et_cuda_passes.rules.needs_values import NeedsValues
+
+
+class PackedTable(NeedsValues):
+    """embedding(dequantize(table), ids) -> rows of the packed table, dequantized"""
+
+    def pattern(self, ids: Capture) -> Pattern:
+        """An embedding; what its other arguments say concerns training."""
+        return op(torch.ops.aten.embedding.default)(dequantize(..., name="weight", shared=True), ids, ...)
+
+    @require("a table [N, K] quantized in groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
+    def groups(self, m: MatchContext) -> Answer:
+        """One scale for each row and group."""
+        size = affine(m).group_size
+        return True, f"group size {size}"
+
+    @require(
+        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
+    )
+    def in_range(self, m: MatchContext) -> Answer:
+        """An integer outside of it would overwrite its neighbour, or wrap."""
+        weight = affine(m)
+        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
+        inside = weight.quant_min <= low and high <= weight.quant_max
+        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"

@@ -1,0 +1,215 @@
+"""Weights of a PT2E flow: decoded like torchao's own, packed for the CPU, kept for XNNPACK where it is right.
+
+The graphs are those that torchao's PT2E flow makes with executorch's XNNPACKQuantizer, and hand-made ones for what it
+does not make. Lowered programs are run by ExecuTorch's own runtime, and compared with the quantized model in eager.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.ao.quantization.fx._decomposed
+import torch.nn.functional as F
+from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    XNNPACKQuantizer,
+    get_symmetric_quantization_config,
+)
+from executorch.exir import to_edge_transform_and_lower
+from executorch.runtime import Runtime
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+import et_cuda_passes as ecp
+from et_cuda_passes.testing import assert_misses, assert_rewrites
+
+qd = torch.ops.quantized_decomposed
+STEP = 0.05
+
+
+def quantized(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, ExportedProgram]:
+    """The model as the PT2E flow converts it, calibrated on ``x``, and its program."""
+    torch.manual_seed(0)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(**options))
+    prepared = prepare_pt2e(torch.export.export(model.eval(), (x,)).module(), quantizer)
+    prepared(x)
+    converted = convert_pt2e(prepared)
+    return converted, torch.export.export(converted, (x,))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32, bias=False))
+
+
+def convs() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 8, 3, padding=1))
+
+
+def example(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def through(partitioner: Stock, program: ExportedProgram, x: Tensor) -> Tensor:
+    buffer = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch().buffer
+    result: Tensor = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
+    return result
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_on_the_cpu_the_weights_are_packed_and_the_activations_stay_quantized(per_channel: bool, dynamic: bool) -> None:
+    model, program = quantized(mlp(), example(4, 64), is_per_channel=per_channel, is_dynamic=dynamic)
+    rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 2, "missed": 0})
+    scheme = "int8 per-axis" if per_channel else "int8 per-tensor"
+    assert [outcome.detail for outcome in report.outcomes] == [f"{scheme} -> int8pack_cpu"] * 2
+    assert sum("quantize_per_tensor" in str(node.target) for node in rewritten.graph.nodes) >= 4
+    assert not any("dequantize_per_channel" in str(node.target) for node in rewritten.graph.nodes)
+    x = example(4, 64)
+    wanted = model(x)
+    # What differs is the order of fp32 sums: at most one step of a quantized result here and there.
+    assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 5e-3
+
+
+def test_a_convolution_of_kernel_size_1_is_packed_and_the_other_missed() -> None:
+    _, program = quantized(convs(), example(2, 16, 6, 6), is_per_channel=True)
+    _, report = assert_rewrites(program, "cpu", expect={"conv_int8": 1, "missed": 1}, rtol=5e-3)
+    assert "kernels of 3 x 3" in str(report)
+
+
+def test_four_bits_per_channel_are_packed_for_an_int4_kernel() -> None:
+    _, program = quantized(mlp(), example(4, 64), is_per_channel=True, weight_qmin=-7, weight_qmax=7)
+    _, report = assert_rewrites(program, "cpu", expect={"linear_int4": 1, "linear_int8": 1}, rtol=5e-3)
+    # K = 64 has int4 tiles and 48 has none.
+    assert [outcome.rule for outcome in report.outcomes] == ["linear_int4", "linear_int8"]
+
+
+@pytest.mark.parametrize("case", ["mlp per channel", "mlp per tensor", "convolutions"])
+def test_a_calibrated_model_is_kept_and_right_to_a_step(case: str) -> None:
+    make, x = (convs, example(2, 16, 6, 6)) if case == "convolutions" else (mlp, example(4, 64))
+    model, program = quantized(make(), x, is_per_channel=case != "mlp per tensor")
+    ours = ecp.XnnpackPartitioner(expect={"keep_static_int8": 2, "missed": 0})
+    found, wanted = through(ours, program, x), model(x)
+    step = wanted.unique().diff().min()
+    assert (found - wanted).abs().max() < 1.01 * step
+    assert (found != wanted).float().mean() < 0.05
+
+
+def test_a_dynamic_activation_is_kept_for_one_row_and_missed_for_more() -> None:
+    model, program = quantized(mlp(), example(1, 64), is_per_channel=True, is_dynamic=True)
+    ours = ecp.XnnpackPartitioner(expect={"keep_dynamic_per_tensor": 2, "missed": 0})
+    x = example(1, 64)
+    found, wanted = through(ours, program, x), model(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+    x = example(4, 64)
+    model, program = quantized(mlp(), x, is_per_channel=True, is_dynamic=True)
+    assert_misses(program, "wanted activations of one row, found rows 4", "xnnpack", rule="keep_dynamic_per_tensor")
+    with pytest.raises(ValueError, match="per_row=True"):
+        through(ecp.XnnpackPartitioner(), program, x)
+    stock = through(Stock(), program, x)
+    # Another result than the graph's, and closer to that of the unquantized model: what the option accepts.
+    assert (stock - model(x)).norm() / stock.norm() > 2e-3
+    accepted = ecp.XnnpackPartitioner(passes=[ecp.KeepDynamicPerTensor(per_row=True)])
+    assert torch.equal(through(accepted, program, x), stock)
+    plain = mlp()(x)
+    assert (stock - plain).norm() < (model(x) - plain).norm()
+
+
+class ByHand(nn.Module):
+    """A linear over int8 weights [32, 64] with a scale for each row, or one if ``scale`` is given.
+
+    ``activation`` is "static", "dynamic" or None; ``result`` quantizes the result; ``point`` is the zero point.
+    """
+
+    def __init__(
+        self, activation: str | None = None, result: bool = False, point: int = 0, scale: float | None = None
+    ) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(0)
+        self.activation, self.result, self.point, self.one = activation, result, point, scale
+        self.register_buffer("q", torch.randint(-127, 128, (32, 64), generator=random).to(torch.int8))
+        self.register_buffer("scale", torch.rand(32, generator=random) * 0.01 + 0.002)
+        self.register_buffer("zero", torch.full((32,), point))
+
+    def weight(self) -> Tensor:
+        if self.one is not None:
+            return qd.dequantize_per_tensor(self.q, self.one, self.point, -127, 127, torch.int8)
+        return qd.dequantize_per_channel(self.q, self.scale, self.zero, 0, -127, 127, torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ends = (-128, 127, torch.int8)
+        if self.activation == "static":
+            x = qd.dequantize_per_tensor(qd.quantize_per_tensor(x, 0.02, 3, *ends), 0.02, 3, *ends)
+        elif self.activation == "dynamic":
+            scale, zero = qd.choose_qparams.tensor(x, -128, 127, 1e-5, torch.int8)
+            x = qd.dequantize_per_tensor.tensor(
+                qd.quantize_per_tensor.tensor(x, scale, zero, *ends), scale, zero, *ends
+            )
+        y = F.linear(x, self.weight())
+        return (
+            qd.dequantize_per_tensor(qd.quantize_per_tensor(y, STEP, -4, *ends), STEP, -4, *ends) if self.result else y
+        )
+
+
+@pytest.mark.parametrize("scale", [None, 0.007])
+@pytest.mark.parametrize("point", [0, 5])
+def test_a_weight_under_float_activations_is_folded_and_right(scale: float | None, point: int) -> None:
+    model, x = ByHand(scale=scale, point=point), example(4, 64)
+    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 1, "missed": 0})
+    found, wanted = through(ours, torch.export.export(model, (x,)), x), model(x)
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
+WRONG = {
+    "calibrated, with zero points": ({"activation": "static", "result": True, "point": 5}, "found 32 that are not"),
+    "on the fly, with zero points": ({"activation": "dynamic", "point": 5}, "found 32 that are not"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_the_delegate_computes_wrongly_is_refused(case: str) -> None:
+    options, reason = WRONG[case]
+    model, x = ByHand(**options), example(1, 64)
+    program = torch.export.export(model, (x,))
+    # Otherwise the case shows nothing: the stock partitioner must be wrong here, and say nothing.
+    assert (through(Stock(), program, x) - model(x)).norm() / model(x).norm() > 0.02
+    assert_misses(program, reason, "xnnpack")
+    with pytest.raises(ValueError, match="XNNPACK has no right way"):
+        through(ecp.XnnpackPartitioner(), program, x)
+
+
+LATE = {
+    "a result that is not quantized": ({"activation": "static"}, "wanted a result that is quantized"),
+    "one zero point for all": ({"activation": "static", "result": True, "point": 5, "scale": 0.007}, "found 5"),
+    "one scale, on the fly": ({"activation": "dynamic", "scale": 0.007}, "wanted one scale for each output"),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_what_would_fail_late_is_refused_with_the_cause(case: str) -> None:
+    options, reason = LATE[case]
+    x = example(1, 64)
+    program = torch.export.export(ByHand(**options), (x,))
+    assert_misses(program, reason, "xnnpack")
+    with pytest.raises(RuntimeError):
+        through(Stock(), program, x)
+
+
+def test_an_activation_is_no_weight() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            ends = (-128, 127, torch.int8)
+            q = qd.quantize_per_tensor(x, 0.02, 3, *ends)
+            result: Tensor = self.linear(qd.dequantize_per_tensor(q, 0.02, 3, *ends))
+            return result
+
+    for target in ecp.targets():
+        _, report = ecp.rewrite(torch.export.export(Plain(), (example(2, 64),)), target)
+        assert report.outcomes == []

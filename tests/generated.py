@@ -1,0 +1,285 @@
+"""Random quantized models: a plan drawn by hypothesis, the module that follows it, and what must become of each read.
+
+A plan is data, so that hypothesis can shrink it and a failure prints it whole. All that a step makes is an output:
+nothing is dead, and each read of a quantized weight is one candidate of the report.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from hypothesis import reject
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._higher_order_ops.map import map as over
+from torch.export import Dim, ExportedProgram
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+from tests.quantized import Quantized
+
+Kind = Literal["linear", "matmul", "no bias", "subclass", "no_grad", "cond", "cond both", "nested", "map", "lookup"]
+# A branch is traced by dynamo, which takes longer than all the rest of a model: one kind in each draw of several.
+KINDS: list[Kind] = ["linear", "linear", "linear", "no bias", "no bias", "matmul", "subclass", "no_grad", "lookup"]
+BRANCHES: list[Kind] = ["cond", "cond both", "nested", "map"]
+After = Literal["", "relu", "tanh", "transpose", "in place", "view", "store"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A quantized weight [n, k]: blocks of ``group`` along k, integers ``low`` to ``high``."""
+
+    n: int
+    k: int
+    group: int
+    low: int
+    high: int
+    zero_points: str | None
+    wide_scale: bool
+    tied_to: int | None
+
+
+INT4 = Weight(32, 32, 32, -8, 7, "zero", False, None)
+"""What torchao's own configuration makes of a linear; N and K are of no interest."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A read of a weight: how, and by a vector or something of more dimensions."""
+
+    kind: Kind
+    weight: Weight
+    vector: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One read of weight ``weight`` (modulo how many fit), by value ``source`` (likewise), and what happens to it."""
+
+    kind: Kind
+    weight: int
+    source: int
+    after: After
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, how it is exported, and for what it is rewritten."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dynamic: bool
+    weights: tuple[Weight, ...]
+    steps: tuple[Step, ...]
+    decomposed: bool
+    target: str
+    fused: bool
+    seed: int
+
+
+@st.composite
+def weights(draw: Callable[[Any], Any], earlier: int) -> Weight:
+    """A weight; now and then one that shares its integers with an earlier one."""
+    k = draw(st.sampled_from([32, 64, 96]))
+    low, high = draw(st.sampled_from([(-8, 7), (-8, 7), (-8, 7), (0, 15), (-4, 3), (-128, 127)]))
+    return Weight(
+        n=draw(st.sampled_from([32, 64, 20])),
+        k=k,
+        group=draw(st.sampled_from([32, k, 16])),
+        low=low,
+        high=high,
+        zero_points=draw(st.sampled_from(["zero", "random", None])),
+        wide_scale=draw(st.booleans()),
+        tied_to=draw(st.sampled_from([None, None, *range(earlier)])),
+    )
+
+
+@st.composite
+def plans(draw: Callable[[Any], Any]) -> Plan:
+    """Plans of up to three weights and three steps that read them."""
+    held = tuple(draw(weights(index)) for index in range(draw(st.integers(1, 3))))
+    kinds = KINDS + (2 * BRANCHES if draw(st.integers(0, 14)) == 0 else [])
+    after: list[After] = ["", "", "relu", "tanh", "transpose", "in place", "view", "store"]
+    step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(after))
+    rank = draw(st.integers(1, 4))
+    return Plan(
+        # Of a width that some weight fits.
+        shape=(*(draw(st.integers(2, 3)) for _ in range(rank - 1)), draw(st.sampled_from([w.k for w in held]))),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float32])),
+        dynamic=rank > 1 and draw(st.booleans()),
+        weights=held,
+        steps=tuple(draw(st.lists(step, min_size=1, max_size=3))),
+        decomposed=draw(st.booleans()),
+        target=draw(st.sampled_from(["cuda", "cuda", "cpu", "metal", "xnnpack"])),
+        fused=draw(st.booleans()),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+class Log:
+    """What a model read while it was traced; an export puts back the lists of a module, and leaves this."""
+
+    def __init__(self) -> None:
+        self.reads: list[Read] = []
+
+
+class Generated(nn.Module):
+    """The model of a plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.log = Log()
+        torch.manual_seed(plan.seed)
+        self.held = nn.ModuleList()
+        for index, weight in enumerate(plan.weights):
+            scale_dtype = torch.float32 if weight.wide_scale else plan.dtype
+            module = Quantized(
+                weight.n,
+                weight.k,
+                weight.group,
+                weight.low,
+                weight.high,
+                plan.dtype,
+                scale_dtype,
+                weight.zero_points,
+                seed=10 * plan.seed + index,
+            )
+            tied = None if weight.tied_to is None else self.held[weight.tied_to]
+            if (
+                tied is not None
+                and tied.data.shape == module.data.shape
+                and (tied.low, tied.high)
+                == (
+                    weight.low,
+                    weight.high,
+                )
+            ):
+                module.data = tied.data
+            self.held.append(module)
+        self.subclass = nn.ModuleDict(
+            {str(k): nn.Linear(k, 32, dtype=plan.dtype) for k in (32, 64, 96) if self._has("subclass")}
+        )
+        quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+        for k in self._widths() if self._has("store") else ():
+            self.register_buffer(f"stored{k}", torch.zeros((), dtype=plan.dtype))
+
+    def _has(self, what: str) -> bool:
+        return any(what in (step.kind, step.after) for step in self.plan.steps)
+
+    def _widths(self) -> list[int]:
+        return sorted({32, *(weight.n for weight in self.plan.weights)})
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # A branch is chosen by the input, which is the same before and after a rewrite to the last bit.
+        choice, values = (x.sum() > 0, x.amax() > 1), [x]
+        for step in self.plan.steps:
+            value = values[step.source % len(values)]
+            made = self.read(step, value, *choice)
+            if made is not None:
+                values.append(self.after(step.after, made))
+        # The input itself is no output.
+        return tuple(values[1:]) or (x + 1,)
+
+    def read(self, step: Step, x: Tensor, positive: Tensor, large: Tensor) -> Tensor | None:
+        """One read of a weight that fits ``x``, two or three where both branches do; None where no weight fits."""
+        k = x.shape[-1]
+        if step.kind == "subclass":
+            if str(k) not in self.subclass:
+                return None
+            self.log.reads.append(Read("subclass", INT4))
+            y: Tensor = self.subclass[str(k)](x)
+            return y
+        fitting = [i for i, weight in enumerate(self.plan.weights) if weight.k == k]
+        if not fitting:
+            return None
+        index = fitting[step.weight % len(fitting)]
+        module: Any = self.held[index]
+        kind: Kind = "linear" if step.kind == "map" and x.dim() == 1 else step.kind
+        times = {"cond both": 2, "nested": 3}.get(kind, 1)
+        self.log.reads += [Read(kind, self.plan.weights[index], vector=x.dim() == 1)] * times
+        return self.use(kind, module, x, positive, large)
+
+    def use(self, kind: Kind, module: Any, x: Tensor, positive: Tensor, large: Tensor) -> Tensor:
+        """``module``'s weight read in the way of ``kind``."""
+
+        def inner(y: Tensor) -> Tensor:
+            return torch.cond(large, lambda z: module(z), lambda z: module(z) * 2, (y,))
+
+        match kind:
+            case "lookup":
+                return F.embedding(torch.tensor([0, 1]), module.weight())
+            case "matmul":
+                return x @ module.weight().t()
+            case "no bias":
+                return F.linear(x, module.weight())
+            case "no_grad":
+                with torch.no_grad():
+                    return module(x)
+            case "cond":
+                n = module.data.shape[0]
+                return torch.cond(
+                    positive, module, lambda y: y.sum(-1, keepdim=True).expand(*y.shape[:-1], n) * 1, (x,)
+                )
+            case "cond both":
+                return torch.cond(positive, lambda y: module(y), lambda y: module(y + 1), (x,))
+            case "nested":
+                return torch.cond(positive, inner, lambda y: torch.tanh(module(y)), (x,))
+            case "map":
+                return over(lambda row: module(row), x)
+        return module(x)
+
+    def after(self, what: After, y: Tensor) -> Tensor:
+        """What happens to a result."""
+        if what == "relu":
+            return torch.relu(y)
+        if what == "tanh":
+            return torch.tanh(y)
+        if what == "transpose" and y.dim() > 2:
+            return y.transpose(0, 1) * 2
+        if what == "in place":
+            return y.add_(1)
+        if what == "view" and y.dim() > 1:
+            return y.view((*y.shape[:-1], y.shape[-1] // 4, 4)).flatten(-2)
+        if what == "store" and hasattr(self, f"stored{y.shape[-1]}"):
+            getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().amax())
+        return y
+
+
+def example(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -> Tensor:
+    """An input of ``plan``; ``rows`` for another length where that is dynamic."""
+    random = torch.Generator().manual_seed(seed)
+    shape = plan.shape if rows is None or not plan.dynamic else (rows, *plan.shape[1:])
+    return (torch.randn(shape, generator=random) + sign * 0.5).to(plan.dtype)
+
+
+def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
+    """The program of ``plan``, and what reads weights in it; passes over a plan that torch itself does not export."""
+    model = Generated(plan)
+    rows = ({0: Dim("rows", min=2, max=16)},) if plan.dynamic else None
+    try:
+        program = torch.export.export(model, (example(plan),), dynamic_shapes=rows)
+    except TorchDynamoException:
+        # Some branches and maps of dynamic sizes: their results' strides become too much for it.
+        reject()
+    return (program.run_decompositions({}) if plan.decomposed else program), model.log.reads
+
+
+def has_kernel(read: Read, plan: Plan) -> bool | None:
+    """Whether the rewrite of ``read`` is promised, told from the documentation alone; None where it says nothing."""
+    weight = read.weight
+    if plan.target == "xnnpack":
+        return True
+    int4 = weight.high - weight.low <= 15 and weight.group % 32 == 0
+    in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
+    if read.kind == "lookup":
+        # Tables of 5 to 8 bits, and others that are held as such, have conditions of their own.
+        return False if plan.target == "metal" else (int4 and in_dtype) or None
+    if not int4 or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
+        # The CPU has an int8 linear too, for some of what its int4 linear does not take.
+        return None if plan.target == "cpu" else False
+    # A vector times a matrix may be exported as another operator than a linear.
+    return None if read.kind == "matmul" and read.vector else True

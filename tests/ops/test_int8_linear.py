@@ -1,0 +1,115 @@
+"""The int8 linear: against fp64, for every rank, group size and form of zeros; what does not fit is refused."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.decomposition import decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from et_cuda_passes.ops import INT8_LINEAR
+
+aten = torch.ops.aten
+N, K = 13, 64
+
+
+def parts(group: int, zeros: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers, scales and zeros of a random weight [N, K]."""
+    random = torch.Generator().manual_seed(group)
+    packed = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=random)
+    scale = (torch.rand(N, K // group, generator=random) * 0.1 + 0.01).to(dtype)
+    return packed, scale, torch.randn(N, K // group, generator=random) if zeros else None
+
+
+def dense(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> np.ndarray:
+    """What they stand for, in fp64."""
+    spread = lambda t: t.double().numpy().repeat(group, axis=1)  # noqa: E731
+    return packed.double().numpy() * spread(scale) + (0 if zero is None else spread(zero))
+
+
+@pytest.mark.parametrize("shape", [(K,), (3, K), (2, 3, K), (2, 1, 3, K), (0, K)])
+@pytest.mark.parametrize("group", [K, 32, 1])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_rank_and_group_against_fp64(shape: tuple[int, ...], group: int, zeros: bool, with_bias: bool) -> None:
+    packed, scale, zero = parts(group, zeros)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    bias = torch.linspace(-1, 1, N) if with_bias else None
+    y = INT8_LINEAR(x, packed, scale, zero, bias, group)
+    wanted = x.double().numpy() @ dense(packed, scale, zero, group).T + (0 if bias is None else bias.double().numpy())
+    assert (y.dtype, y.shape) == (torch.float32, (*shape[:-1], N))
+    np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [K, 32])
+def test_16_bit_activations_are_rounded_once_at_the_end(dtype: torch.dtype, group: int) -> None:
+    packed, scale, _ = parts(group, False, dtype)
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = INT8_LINEAR(x, packed, scale, None, None, group).double().numpy()
+    weight = dense(packed, scale, None, group)
+    wanted = x.double().numpy() @ weight.T
+    roundoff = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    # The kernel rounds its result; the reference rounds each weight too.
+    allowed = np.abs(wanted) * roundoff + np.abs(x.double().numpy()) @ np.abs(weight).T * (
+        1e-5 if group == K else roundoff
+    )
+    assert bool((np.abs(got - wanted) <= allowed).all())
+
+
+@pytest.mark.parametrize("group", [K, 32])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_registration(group: int, zeros: bool) -> None:
+    arguments = (torch.randn(2, 3, K), *parts(group, zeros), torch.randn(N), group)
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(INT8_LINEAR, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"group": 32}, "do not fit each other"),
+        ({"group": 0}, "do not fit each other"),
+        ({"packed": torch.zeros(N, K, dtype=torch.uint8)}, "do not fit each other"),
+        ({"zero": torch.zeros(N, 2)}, "do not fit each other"),
+        ({"x": torch.randn(2, 32)}, "weight of K = 64"),
+    ],
+)
+def test_constants_that_do_not_fit_are_refused(change: dict[str, object], text: str) -> None:
+    packed, scale, _ = parts(K, False)
+    given = {"x": torch.randn(2, K), "packed": packed, "scale": scale, "zero": None, "bias": None, "group": K} | change
+    with pytest.raises(ValueError, match=text):
+        INT8_LINEAR(*given.values())
+
+
+def decomposed(device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16) -> list[object]:
+    packed, scale, zero = parts(group, zeros, scales)
+    with FakeTensorMode():
+        x = torch.empty(2, 3, K, dtype=torch.bfloat16, device=device)
+        fakes = [
+            None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in (packed, scale, zero)
+        ]
+        table = {INT8_LINEAR: decompositions[INT8_LINEAR]}
+        graph = make_fx(lambda *a: INT8_LINEAR(*a, None, group), decomposition_table=table)(x, *fakes).graph
+    return [node.target for node in graph.nodes if node.op == "call_function"]
+
+
+def test_inductor_gets_the_cpu_kernel_where_it_computes_this() -> None:
+    kernel = aten._weight_int8pack_mm.default
+    assert kernel in decomposed("cpu", K, False)
+    for other in (decomposed("cpu", 32, False), decomposed("cpu", K, True), decomposed("cpu", K, False, torch.float32)):
+        assert kernel not in other
+        assert INT8_LINEAR not in other
+
+
+@pytest.mark.parametrize("k", [8, 40, 100])
+def test_a_k_for_which_the_cpu_kernel_writes_past_its_result_is_computed_without_it(k: int) -> None:
+    x, packed = torch.randn(2, k).bfloat16(), torch.randint(-128, 128, (N, k), dtype=torch.int8)
+    got = INT8_LINEAR(x, packed, torch.ones(N, 1).bfloat16(), None, None, k)
+    wanted = x.double() @ packed.double().T
+    assert (got.double() - wanted).norm() / wanted.norm() < 4e-3
+
+
+def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
+    assert INT8_LINEAR in decomposed("mps", K, False)

@@ -1,0 +1,153 @@
+"""Real architectures by name: SmolLM2 with its own weights, the others from transformers' code with random ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+BF16 = torch.bfloat16
+Named = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Real:
+    """A model in bf16, its inputs, and the inputs' dynamic dimensions by name."""
+
+    model: Any
+    inputs: Named
+    dynamic: dict[str, dict[int, Dim]]
+
+
+def tokens(vocabulary: int, *shape: int) -> Tensor:
+    return torch.randint(3, vocabulary, shape, generator=torch.Generator().manual_seed(0))
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(BF16)
+
+
+def smollm2() -> Real:
+    from demo.model import smollm2 as source
+
+    length = Dim("length", min=2, max=256)
+    model = source().model()
+    model.config.use_cache = False
+    return Real(model, {"input_ids": tokens(49152, 1, 9)}, {"input_ids": {1: length}})
+
+
+def whisper() -> Real:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=128,
+        num_mel_bins=16,
+        d_model=64,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=128,
+        decoder_ffn_dim=128,
+        max_source_positions=20,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        use_cache=False,
+    )
+    inputs = {"input_features": floats(1, 16, 40), "decoder_input_ids": tokens(128, 1, 5)}
+    return Real(WhisperForConditionalGeneration(config), inputs, {})
+
+
+def mixtral() -> Real:
+    """Its experts are stacked matrices and no linears, so that torchao leaves them as they are."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
+    model = MixtralForCausalLM(config)
+    for layer in model.model.layers:
+        # A trained router decides clearly. A random one comes so close to a tie that one bit chooses another expert.
+        layer.mlp.gate.weight.data *= 50
+    return Real(model, {"input_ids": tokens(128, 1, 6)}, {})
+
+
+def bert() -> Real:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(
+        vocab_size=128,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+    )
+    inputs = {"input_ids": tokens(128, 2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    return Real(BertForSequenceClassification(config), inputs, {})
+
+
+def vit() -> Real:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+    )
+    return Real(ViTForImageClassification(config), {"pixel_values": floats(1, 3, 32, 32)}, {})
+
+
+MODELS: dict[str, Callable[[], Real]] = {f.__name__: f for f in (smollm2, whisper, mixtral, bert, vit)}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model exported with its linears quantized; what reads them, and what it gives with the weights dequantized.
+
+    ``calls`` are the names of the linears in the order in which they run, one for each time.
+    """
+
+    program: ExportedProgram
+    inputs: Named
+    wanted: Tensor
+    calls: list[str]
+
+
+def prepare(name: str) -> Prepared:
+    """``name`` in bf16, its linears in int4, symmetric or not as the scales' choice finds it, in groups of 32."""
+    torch.manual_seed(0)
+    real = MODELS[name]()
+    model = real.model.to(BF16).eval().requires_grad_(False)
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    dynamic = {key: real.dynamic.get(key) for key in real.inputs} if real.dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(model, (), real.inputs, dynamic_shapes=dynamic)
+    calls: list[str] = []
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for path, module in linears.items():
+        module.register_forward_hook(lambda *_, path=path: calls.append(path))
+        # The reference is plain torch: the very numbers that the quantized weight stands for, in a float linear.
+        module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    with torch.no_grad():
+        wanted = model(**real.inputs).logits
+    return Prepared(program, real.inputs, wanted, calls)

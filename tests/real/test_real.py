@@ -1,0 +1,72 @@
+"""Real models: every linear that runs has an outcome, all are rewritten, and the numbers are those of float weights."""
+
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+import et_cuda_passes as ecp
+from demo.model import MissingRequirement
+from et_cuda_passes.graph.report import Report
+from tests.real.models import MODELS, Prepared, prepare
+
+pytest.importorskip("transformers", reason="the real models are written in it: `make setup`, or pip install '.[demo]'")
+pytestmark = pytest.mark.slow
+
+# Of 30 layers in bf16; where a scale or a zero is rounded differently, it is by one unit in the last place.
+RTOL = 2.0**-6
+FUSED = {"smollm2": 150, "whisper": 16, "mixtral": 6, "bert": 6, "vit": 6}
+
+
+@cache
+def prepared(name: str) -> Prepared:
+    try:
+        return prepare(name)
+    except MissingRequirement as missing:
+        pytest.skip(str(missing))
+
+
+def lines(report: Report) -> str:
+    """The report, and each outcome on a line of its own, without the places of the model's code on this machine."""
+    each = [f"{o.fqn}  {o.op}  {o.status}  {o.rule}  {o.detail}" for o in report.outcomes]
+    return "\n".join([str(report), "", *each])
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_linear_is_rewritten_and_the_report_is_kept(name: str, golden: Callable[[str, str], None]) -> None:
+    model = prepared(name)
+    before = str(model.program.graph)
+    program, report = ecp.rewrite(model.program, "cuda")
+    assert Counter(o.fqn for o in report.outcomes) == Counter(f"{call}.weight" for call in model.calls)
+    assert report.counts()["rewritten"] == len(model.calls)
+    with torch.no_grad():
+        got = program.module()(**model.inputs).logits
+    assert off(got, model.wanted) <= RTOL
+    assert str(model.program.graph) == before
+    golden(f"real/{name}", lines(report))
+
+
+@pytest.mark.parametrize("target", ["metal", "cpu", "xnnpack"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "smollm2"])
+def test_on_every_other_target(name: str, target: str) -> None:
+    model = prepared(name)
+    program, _ = ecp.rewrite(model.program, target, expect={"rewritten": len(model.calls), "missed": 0})
+    with torch.no_grad():
+        assert off(program.module()(**model.inputs).logits, model.wanted) <= RTOL
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linears_of_one_input_are_fused(name: str) -> None:
+    """q, k and v; gate and up; in a decoder with cross-attention k and v of all layers, which read one encoding."""
+    model = prepared(name)
+    passes = [ecp.FusedLinearInt4(), *ecp.default_passes("cuda")]
+    expect = {"fused_linear_int4": FUSED[name], "rewritten": len(model.calls), "missed": 0}
+    program, _ = ecp.rewrite(model.program, "cuda", passes, expect)
+    with torch.no_grad():
+        assert off(program.module()(**model.inputs).logits, model.wanted) <= RTOL

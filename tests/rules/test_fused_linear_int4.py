@@ -1,0 +1,267 @@
+"""Linears of one input, fused: what goes together, what does not and why, the numbers, and the bytes."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from executorch.exir import EdgeCompileConfig, to_edge
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.ops import called
+from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.helpers import DEQUANTIZE, Sketch
+from tests.quantized import Quantized
+
+aten = torch.ops.aten
+BF16 = torch.bfloat16
+INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer: q with a bias, k and v of fewer rows, gate and up, and two that go alone."""
+
+    def __init__(self, dtype: torch.dtype = BF16) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v = nn.Linear(64, 64), nn.Linear(64, 32, bias=False), nn.Linear(64, 32)
+        self.o = nn.Linear(64, 64, bias=False)
+        self.gate, self.up = nn.Linear(64, 100, bias=False), nn.Linear(64, 100, bias=False)
+        self.down = nn.Linear(64, 64)
+        self.to(dtype)
+        quantize_(self, INT4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        # Heads are split by views, which ask for a layout that a slice does not have.
+        q = q.view(2, -1, 4, 16).transpose(1, 2)
+        k, v = (t.view(2, -1, 2, 16).repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.o(y)
+        inner = F.silu(self.gate(x)) * self.up(x)
+        return x + self.down(inner[..., :64])
+
+
+PASSES = [ecp.FusedLinearInt4(), ecp.LinearInt4(), ecp.LinearViews()]
+
+
+@pytest.fixture(scope="module")
+def block() -> ExportedProgram:
+    return torch.export.export(Block(), (X,), dynamic_shapes=({1: Dim("length", min=2, max=64)},))
+
+
+@pytest.mark.parametrize("form", ["exported", "decomposed"])
+@pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
+def test_q_k_v_and_gate_up(block: ExportedProgram, target: str, form: str) -> None:
+    before = block if form == "exported" else block.run_decompositions({})
+    expect = {"fused_linear_int4": 5, "linear_int4": 2, "missed": 0}
+    for length in (2, 9):
+        x = torch.randn(2, length, 64).to(BF16)
+        program, report = assert_rewrites(before, target, PASSES, expect, inputs=(x,))
+    operators = {form.op for form in ecp.ops.INT4_LINEARS.values()}
+    linears = [node for node in program.graph.nodes if node.target in operators]
+    assert [node.args[5] for node in linears] == [128, 64, 200, 64]
+    fused = {o.fqn: o.detail for o in report.outcomes if o.rule == "fused_linear_int4"}
+    assert fused.keys() == {f"{name}.weight" for name in ("q", "k", "v", "gate", "up")}
+    assert fused["k.weight"].endswith(", 3 in one")
+    assert fused["up.weight"].endswith(", 2 in one")
+    parts = {f"q.weight.fused_{part}" for part in ("packed", "scale_and_zero", "bias")}
+    assert parts | {"gate.weight.fused_packed"} < set(program.state_dict)
+    assert not any(name.startswith(("k.", "v.", "up.")) or name == "q.bias" for name in program.state_dict)
+
+
+def test_the_slices_are_what_each_linear_alone_gives(block: ExportedProgram) -> None:
+    """Bit for bit: a row of the result is computed from a row of the weight, wherever that is packed."""
+    fused, _ = ecp.rewrite(block, "cuda", PASSES)
+    alone, _ = ecp.rewrite(block, "cuda")
+    assert torch.equal(fused.module()(X), alone.module()(X))
+
+
+def test_each_slice_has_the_place_s_own_source_and_provenance(block: ExportedProgram) -> None:
+    program, _ = ecp.rewrite(block, "cuda", PASSES)
+    slices = program.graph.find_nodes(op="call_function", target=aten.clone.default)
+    assert [[source.name for source in node.meta["from_node"]] for node in slices] == [
+        ["linear"],
+        ["linear_1"],
+        ["linear_2"],
+        ["linear_4"],
+        ["linear_5"],
+    ]
+    (first, *_) = (n for n in program.graph.nodes if "int4_linear" in str(n.target))
+    assert [source.name for source in first.meta["from_node"]] == ["linear", "linear_1", "linear_2"]
+    for node in slices:
+        assert node.meta["val"].is_contiguous()
+
+
+def test_saved_decomposed_and_the_same_bytes(block: ExportedProgram) -> None:
+    def saved() -> bytes:
+        buffer = io.BytesIO()
+        torch.export.save(ecp.rewrite(block, "cuda", PASSES)[0], buffer)
+        return buffer.getvalue()
+
+    assert saved() == saved()
+    program, _ = ecp.rewrite(block, "cuda", PASSES)
+    for after in (torch.export.load(io.BytesIO(saved())), program.run_decompositions({})):
+        assert torch.equal(after.module()(X), program.module()(X))
+
+
+def test_methods_share_what_is_fused() -> None:
+    model, pool = Block(), ConstantPool()
+    programs = [torch.export.export(model, (X[:, :length],)) for length in (3, 5)]
+    first, second = (ecp.rewrite(program, "cuda", PASSES, pool=pool)[0] for program in programs)
+    for name in ("q.weight.fused_packed", "q.weight.fused_bias"):
+        assert first.state_dict[name].data_ptr() == second.state_dict[name].data_ptr()
+
+
+class Pair(nn.Module):
+    """``use(pair, x)`` over two quantized linears [16, 64] that could be fused; options are those of the second."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Any], **second: Any) -> None:
+        super().__init__()
+        self.a = Quantized(16, 64, form=lambda x, w, b: F.linear(x, w))
+        self.b = Quantized(16, **{"k": 64, "seed": 1, "form": lambda x, w, b: F.linear(x, w), **second})
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, x)
+
+
+def both(pair: Any, x: Tensor) -> Any:
+    return pair.a(x), pair.b(x)
+
+
+def pair(use: Callable[[Any, Tensor], Any] = both, **second: Any) -> ExportedProgram:
+    return torch.export.export(Pair(use, **second), (X,))
+
+
+def test_two_that_are_alike() -> None:
+    assert_rewrites(pair(), passes=PASSES, expect={"fused_linear_int4": 2})
+
+
+@pytest.mark.parametrize(
+    "second",
+    [{"group": 64}, {"low": 0, "high": 15}, {"scale_dtype": torch.float32}, {"storage": torch.int16}],
+    ids=["group size", "range", "scales' dtype", "storage"],
+)
+def test_other_schemes_are_not_fused(second: dict[str, Any]) -> None:
+    program = pair(**second)
+    assert_misses(program, "wanted another linear of this input", rule="fused_linear_int4", passes=PASSES[:1])
+    assert_rewrites(program, passes=PASSES, expect={"fused_linear_int4": 0, "linear_int4": 2})
+
+
+def test_zero_points_in_one_of_them_only() -> None:
+    assert_rewrites(pair(zero_points="random"), passes=PASSES, expect={"fused_linear_int4": 2})
+    assert_rewrites(pair(zero_points=None), passes=PASSES, expect={"fused_linear_int4": 2})
+
+
+def test_other_inputs_are_not_fused() -> None:
+    program = pair(lambda pair, x: (pair.a(x), pair.b(x + 1)))
+    assert_misses(program, "wanted another linear of this input", rule="fused_linear_int4", passes=PASSES[:1])
+
+
+@pytest.mark.parametrize(
+    ("use", "reader"),
+    [
+        (lambda p, x: (p.a(x), p.b(x), p.a(x + 1)), "dequantize_affine"),
+        (lambda p, x: (p.a(x), p.b(x), p.a(x)), "dequantize_affine"),
+        (lambda p, x: (p.a(x), p.b(x), p.a.weight().sum()), "dequantize_affine"),
+        (lambda p, x: (p.a(x), p.b(x), p.a.data.sum()), "sum_1"),
+        (lambda p, x: (p.a(x), p.b(x), torch.cond(x.sum() > 0, lambda x: p.a(x), lambda x: x[..., :16] + 1, (x,))), ""),
+    ],
+    ids=["another input", "twice", "dequantized", "the integers", "in a branch"],
+)
+def test_a_weight_that_something_else_reads_is_not_fused(use: Any, reader: str) -> None:
+    program = pair(use)
+    report = assert_misses(program, "a weight that only this linear reads", rule="fused_linear_int4", passes=PASSES[:1])
+    assert reader in str(report)
+    program, _ = assert_rewrites(program, passes=PASSES, inputs=(X.abs(),))
+    assert sum(name.endswith("packed") for name in program.state_dict) == 2
+
+
+def test_one_dequantized_weight_with_two_readers_is_not_fused() -> None:
+    sketch = Sketch()
+    x, weight = sketch.input("x", 2, 64, dtype=BF16), sketch.weight("w")
+    other = sketch.weight("v", seed=1)
+    program = sketch.program(*(sketch.call(aten.linear.default, x, w) for w in (weight, other, weight)))
+    assert_misses(program, "a weight that only this linear reads", passes=PASSES[:1])
+    assert_rewrites(program, passes=PASSES, expect={"linear_int4": 3, "fused_linear_int4": 0})
+
+
+def test_a_computed_bias_is_not_fused() -> None:
+    sketch = Sketch()
+    x, bias = sketch.input("x", 2, 64, dtype=BF16), sketch.input("bias", 16, dtype=BF16)
+    first = sketch.call(aten.linear.default, x, sketch.weight("w"))
+    second = sketch.call(aten.linear.default, x, sketch.weight("v", seed=1), sketch.call(aten.neg.default, bias))
+    program = sketch.program(first, second)
+    assert_misses(program, "no bias, or a constant one", passes=PASSES[:1])
+    assert_rewrites(program, passes=PASSES, expect={"linear_int4": 2})
+
+
+def test_an_input_written_in_between_is_not_fused() -> None:
+    sketch = Sketch()
+    x = sketch.call(aten.neg.default, sketch.input("x", 2, 64, dtype=BF16))
+    first = sketch.call(aten.linear.default, x, sketch.weight("w"))
+    sketch.call(aten.add_.Tensor, x, 1)
+    second = sketch.call(aten.linear.default, x, sketch.weight("v", seed=1))
+    program = sketch.program(first, second)
+    assert_misses(program, "that nothing writes in place, found neg", rule="fused_linear_int4", passes=PASSES[:1])
+    assert_rewrites(program, passes=PASSES, expect={"linear_int4": 2})
+
+
+def test_a_result_that_is_written_in_place_writes_nothing_else() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64, dtype=BF16)
+    first = sketch.call(aten.linear.default, x, sketch.weight("w"))
+    written = sketch.call(aten.add_.Tensor, first, 1)
+    second = sketch.call(aten.linear.default, x, sketch.weight("v", seed=1))
+    program = sketch.program(first, written, second)
+    assert_rewrites(program, passes=PASSES, expect={"fused_linear_int4": 2})
+
+
+def test_in_both_branches() -> None:
+    def use(pair: Any, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: pair.a(x) * pair.b(x), lambda x: x[..., :16] + 1, (x,))
+
+    for x in (X.abs(), -X.abs()):
+        assert_rewrites(pair(use), passes=PASSES, expect={"fused_linear_int4": 2}, inputs=(x,))
+
+
+def test_in_edge_form() -> None:
+    config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
+    edge = to_edge(pair(), compile_config=config).exported_program()
+    assert_rewrites(edge, passes=PASSES, expect={"fused_linear_int4": 2}, inputs=(X,))
+
+
+def test_in_bf16_by_option() -> None:
+    program = torch.export.export(Block(torch.float32), (X.float(),))
+    passes = [ecp.FusedLinearInt4(cast_to_bf16=True), ecp.LinearInt4(cast_to_bf16=True)]
+    assert_rewrites(program, passes=passes, expect={"fused_linear_int4": 5, "linear_int4": 2}, rtol=2**-6)
+
+
+def test_it_comes_before_linear_int4_wherever_it_stands(block: ExportedProgram) -> None:
+    assert_rewrites(block, passes=PASSES[::-1], expect={"fused_linear_int4": 5})
+
+
+def test_it_is_on_no_target_by_default() -> None:
+    assert not any(isinstance(r, ecp.FusedLinearInt4) for t in ecp.targets() for r in ecp.default_passes(t))
+
+
+def test_of_views_of_one_input() -> None:
+    """What ``run_decompositions`` makes of linears: each has its own view of x."""
+    sketch = Sketch()
+    x = sketch.input("x", 2, 3, 64, dtype=BF16)
+    results = []
+    for seed, name in enumerate("ab"):
+        flat = sketch.call(aten.view.default, x, [6, 64])
+        weight = sketch.call(aten.t.default, sketch.weight(name, seed=seed))
+        results.append(sketch.call(aten.view.default, sketch.call(aten.mm.default, flat, weight), [2, 3, 16]))
+    program, _ = assert_rewrites(sketch.program(*results), passes=PASSES, expect={"fused_linear_int4": 2})
+    assert sum(called(node) is aten.mm.default for node in program.graph.nodes) == 0
