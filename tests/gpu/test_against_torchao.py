@@ -21,7 +21,8 @@ def test_the_generic_path_packs_and_computes_what_torchao_does(n: int, k: int, g
     generic.scale.copy_(2.0 ** -torch.randint(3, 8, generic.scale.shape))
     generic.data[:, ::group], generic.data[:, 1::group] = -8, 7
     x = torch.randn(7, k, dtype=torch.bfloat16)
-    program, _ = ecp.rewrite(torch.export.export(generic, (x,)), "cuda", expect={"linear_int4": 1})
+    before = torch.export.export(generic, (x,))
+    program, _ = ecp.rewrite(before, "cuda", [ecp.LinearInt4(kernel="tinygemm")], {"linear_int4": 1})
     packed, pair = (program.state_dict[f"data.{part}"].cuda() for part in ("packed", "scale_and_zero"))
 
     own = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=torch.bfloat16)

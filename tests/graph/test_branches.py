@@ -506,3 +506,31 @@ def test_nodes_come_in_the_order_of_execution() -> None:
     place = {program.branches.path(node): number for number, node in enumerate(program.branches.nodes())}
     assert place["true_graph_0.true_graph_0.linear"] < place["true_graph_0.cond"] < place["cond"] < place["linear"]
     assert place["x"] < place["true_graph_0.x"]
+
+
+@pytest.mark.parametrize(("low", "high", "rule"), [(-8, 7, "embedding_int4"), (-128, 127, "embedding_int8")])
+def test_a_table_in_a_branch(low: int, high: int, rule: str) -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Quantized(64, 64, low=low, high=high)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            return torch.cond(
+                x.sum() > 0, lambda y, i: F.embedding(i, self.table.weight()) + y, lambda y, i: y * 2, (x, ids)
+            )
+
+    before = torch.export.export(Lookup(), (X, torch.arange(len(X))))
+    for target in ("cuda", "cpu"):
+        for x in INPUTS:
+            assert_rewrites(before, target, expect={rule: 1, "missed": 0}, inputs=(x, torch.arange(len(x))))
+
+
+def test_an_int8_linear_in_a_branch() -> None:
+    def use(net: Any, x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda y: net.l(y), lambda y: y + 1, (x,))
+
+    net = Net(use)
+    net.l = Quantized(64, 64, group=64, low=-128, high=127)
+    for x in INPUTS:
+        assert_rewrites(torch.export.export(net, (X,)), "cpu", expect={"linear_int8": 1, "missed": 0}, inputs=(x,))

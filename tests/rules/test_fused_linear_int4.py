@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from executorch.exir import EdgeCompileConfig, to_edge
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerGroup
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantPool
@@ -265,3 +264,26 @@ def test_of_views_of_one_input() -> None:
         results.append(sketch.call(aten.view.default, sketch.call(aten.mm.default, flat, weight), [2, 3, 16]))
     program, _ = assert_rewrites(sketch.program(*results), passes=PASSES, expect={"fused_linear_int4": 2})
     assert sum(called(node) is aten.mm.default for node in program.graph.nodes) == 0
+
+
+def test_linears_of_one_quantized_activation_are_fused_with_its_quantization_dropped() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = (nn.Linear(64, n, bias=False, dtype=torch.bfloat16) for n in (48, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.q(x), self.k(x)], dim=-1)
+
+    model = Two()
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32)))
+    x = torch.randn(2, 3, 64).bfloat16()
+    before = torch.export.export(model, (x,))
+    options = {"drop_activation_quantization": True}
+    weights, _ = ecp.rewrite(before, "cuda", [ecp.LinearInt4(**options)], {"linear_int4": 2})
+    passes = [ecp.FusedLinearInt4(**options), ecp.LinearInt4(**options)]
+    program, _ = ecp.rewrite(before, "cuda", passes, {"fused_linear_int4": 2, "missed": 0})
+    operators = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("int4_linear_mma_tiled" in name for name in operators) == 1
+    assert not any("quantize" in name or "choose_qparams" in name for name in operators)
+    assert torch.equal(program.module()(x), weights.module()(x))
