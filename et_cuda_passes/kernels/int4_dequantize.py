@@ -40,9 +40,9 @@ _BEGIN = tl.constexpr("{ .reg .b32 w, t, one, minus, none; ")
 _LOW = tl.constexpr("prmt.b32 w, $4, $5, 0x5410; ")
 _HIGH = tl.constexpr("prmt.b32 w, $4, $5, 0x7632; ")
 # wgmma reads its left operand from registers while later instructions run, and Triton up to 3.6 lets one step's be in
-# flight while the next step writes the same registers (its issue 9433). What writes them waits here. The place of a
-# wait is certain: after the loads that it takes its words from, so after the barrier that ends the step before, and
-# before the products that it is for. As a text of its own it would have to be impure, and torch takes a kernel with
+# flight while the next step writes the same registers (triton-lang/triton#9433). What writes them waits here. The place
+# of a wait is certain: after the loads that it takes its words from, so after the barrier that ends the step before,
+# and before the products that it is for. As a text of its own it would have to be impure, and torch takes a kernel with
 # impure assembly to write to all of its arguments.
 _WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; ")
 _SCALED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r")
