@@ -7,7 +7,6 @@ fix it, and a branch of the graph would cost its own synchronisation.
 
 import math
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
 from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
-from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tilings
+from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
 
 GROUP_SIZES = (32, 64, 128)
 ADDED_ROWS = 8
@@ -34,7 +33,7 @@ def gpu_of(device: torch.device) -> tuple[Family, int]:
 def possible(m: int | SymInt, n: int, k: int, group_size: int, gpu: Family) -> dict[int, Tiling]:
     """The buckets of rows that ``m`` can be in: one, if it is known."""
     if isinstance(m, int):
-        return {UNBOUNDED: next(t for bound, t in tilings(gpu, n, k, group_size).items() if m <= bound)}
+        return {UNBOUNDED: tiling_for(gpu, n, k, group_size, m)}
     buckets: dict[int, Tiling] = {}
     for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS).items():
         if buckets or not statically_known_true(m > bound):
@@ -155,8 +154,8 @@ def launch(
 
 def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HOPPER) -> str:
     """The kernels chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
-    chosen: Mapping[int, Tiling] = tilings(gpu, n, k, group_size, DYNAMIC_ROWS)
     if rows is not None:
-        return f"M = {rows}: {next(t for b, t in tilings(gpu, n, k, group_size).items() if rows <= b)}"
+        return f"M = {rows}: {tiling_for(gpu, n, k, group_size, rows)}"
+    chosen = tilings(gpu, n, k, group_size, DYNAMIC_ROWS)
     parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen.items()]
     return "; ".join(parts)

@@ -16,6 +16,7 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int4_launch import describe
+from et_cuda_passes.kernels.named import named
 from et_cuda_passes.kernels.tiling import HOPPER
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.quant.affine import AffineWeight, affine, values
@@ -44,13 +45,10 @@ class LinearInt4(PackedLinear):
             Unmet: the target has no int4 kernel at all.
         """
         kernels: tuple[Int4Kernel, ...] = m.target.int4_kernels
-        if self.kernel is None and not kernels:
+        chosen = named(kernels, self.kernel, f"target {m.target.name} has no int4 kernel")
+        if chosen is None:
             raise Unmet(f"target {m.target.name}, which has no int4 kernel")
-        for kernel in kernels:
-            if self.kernel in (None, kernel.name):
-                return kernel
-        known = ", ".join(kernel.name for kernel in kernels) or "none"
-        raise ValueError(f"target {m.target.name} has no int4 kernel {self.kernel!r}; it has: {known}")
+        return chosen
 
     def compute_dtype(self, m: MatchContext) -> torch.dtype | None:
         """The dtype that the kernel computes in, None where it has none for these activations."""

@@ -15,6 +15,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.named import named
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
@@ -42,13 +43,10 @@ class LinearInt8(PackedLinear):
             Unmet: the target has no int8 kernel at all.
         """
         kernels: tuple[Int8Kernel, ...] = m.target.int8_kernels
-        if self.kernel is None and not kernels:
+        chosen = named(kernels, self.kernel, f"target {m.target.name} has no int8 kernel")
+        if chosen is None:
             raise Unmet(f"target {m.target.name}, which has no int8 kernel")
-        for kernel in kernels:
-            if self.kernel in (None, kernel.name):
-                return kernel
-        known = ", ".join(kernel.name for kernel in kernels) or "none"
-        raise ValueError(f"target {m.target.name} has no int8 kernel {self.kernel!r}; it has: {known}")
+        return chosen
 
     @require("a weight of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
     def eight_bits(self, m: MatchContext) -> Answer:

@@ -9,16 +9,16 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize, values
+from et_cuda_passes.quant.affine import affine, dequantize
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.rules.linear import linear
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.packed_weight import PackedWeight
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackedLinear(NeedsValues):
+class PackedLinear(PackedWeight):
     """linear(x, dequantize(weight), bias) -> a kernel's linear of x and the packed weight
 
     Attributes:
@@ -60,16 +60,6 @@ class PackedLinear(NeedsValues):
         """One scale for each row and group, or for several rows, for each of which it is then repeated."""
         size = affine(m).group_size
         return True, f"group size {size}"
-
-    @require(
-        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
-    )
-    def in_range(self, m: MatchContext) -> Answer:
-        """An integer outside of it would overwrite its neighbour, or wrap."""
-        weight = affine(m)
-        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
-        inside = weight.quant_min <= low and high <= weight.quant_max
-        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
 
     def input(self, b: Builder, m: MatchContext) -> Node:
         """What the kernel multiplies, [..., K]."""

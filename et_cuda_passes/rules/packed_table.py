@@ -5,11 +5,11 @@ import torch
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize, values
-from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.quant.affine import affine, dequantize
+from et_cuda_passes.rules.packed_weight import PackedWeight
 
 
-class PackedTable(NeedsValues):
+class PackedTable(PackedWeight):
     """embedding(dequantize(table), ids) -> rows of the packed table, dequantized"""
 
     def pattern(self, ids: Capture) -> Pattern:
@@ -21,13 +21,3 @@ class PackedTable(NeedsValues):
         """One scale for each row and group."""
         size = affine(m).group_size
         return True, f"group size {size}"
-
-    @require(
-        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
-    )
-    def in_range(self, m: MatchContext) -> Answer:
-        """An integer outside of it would overwrite its neighbour, or wrap."""
-        weight = affine(m)
-        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
-        inside = weight.quant_min <= low and high <= weight.quant_max
-        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
