@@ -10,6 +10,7 @@ from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets.target import Target
 
 _TRITON = Int4Kernel(
@@ -45,5 +46,6 @@ CUDA = Target(
         LinearViews(),
         Int4Activation(),
         Int4Combine(),
+        UnmaskedAttention(),
     ],
 )

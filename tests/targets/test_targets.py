@@ -66,7 +66,7 @@ def test_what_each_target_runs() -> None:
             linears = ["linear_int4", "conv_int4"]
             assert get_target(name).int8_kernels == ()
         tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
-        epilogue = ["int4_activation", "int4_combine"] if name == "cuda" else []
+        epilogue = ["int4_activation", "int4_combine", "unmasked_attention"] if name == "cuda" else []
         assert [p.name for p in ecp.default_passes(name)] == [*linears, *tables, "linear_views", *epilogue]
     # What a table tied to a linear is packed as.
     assert get_target("cuda").int4_table is get_target("cuda").int4_kernels[0]
