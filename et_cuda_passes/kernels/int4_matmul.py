@@ -117,7 +117,7 @@ def int4_matmul(
             words = tl.load(words_at)
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
-            x = tl.load(x_at, mask=in_m, other=0.0)
+            x = tl.load(x_at)  # with no mask: what stands for rows beyond M is not stored
         else:
             # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
             blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 def test_a_fused_block_gives_what_eager_gives(tmp_path: Path) -> None:
     length = Dim("length", min=2, max=64)
     block = torch.export.export(Block(), (X,), dynamic_shapes=({1: length},))
-    partitioner = ecp.CudaPartitioner([], passes=PASSES, expect={"fused_linear_int4": 5, "linear_int4": 2})
+    passes = [*PASSES, ecp.UnmaskedAttention()]
+    partitioner = ecp.CudaPartitioner([], passes=passes, expect={"fused_linear_int4": 5, "linear_int4": 2})
     with torch.no_grad():
         lowered = to_edge_transform_and_lower(block, partitioner=[partitioner]).to_executorch()
     lowered.save(str(tmp_path / "model.pte"))
