@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
-from et_cuda_passes.kernels.int4_launch import Epilogue, gpu_of, launch
+from et_cuda_passes.kernels.int4_launch import Epilogue, launch
+from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling
 from et_cuda_passes.layouts import mma_tiled
 

@@ -11,36 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import SymInt, Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.library import wrap_triton
 
-from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
-from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
+from et_cuda_passes.kernels.int4_matmul import int4_matmul
+from et_cuda_passes.kernels.launching import ADDED_ROWS, gpu_of, inside, possible, wave
+from et_cuda_passes.kernels.tiles import add_parts
+from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (32, 64, 128)
-ADDED_ROWS = 8
-"""Rows of a cut tile that one program of :func:`add_parts` sums."""
-
-
-def gpu_of(device: torch.device) -> tuple[Family, int]:
-    """The family and the number of multiprocessors of a GPU; those of an H100 where none can be asked."""
-    if not torch.cuda.is_available():
-        return HOPPER, 132
-    properties = torch.cuda.get_device_properties(device)
-    return family((properties.major, properties.minor)), properties.multi_processor_count
-
-
-def possible(m: int | SymInt, n: int, k: int, group_size: int, gpu: Family) -> dict[int, Tiling]:
-    """The buckets of rows that ``m`` can be in: one, if it is known."""
-    if isinstance(m, int):
-        return {UNBOUNDED: tiling_for(gpu, n, k, group_size, m)}
-    buckets: dict[int, Tiling] = {}
-    for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS).items():
-        if buckets or not statically_known_true(m > bound):
-            buckets[bound] = tiling
-        if statically_known_true(m <= bound):
-            break
-    return buckets
 
 
 @dataclass(frozen=True)
@@ -74,18 +52,10 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     parts = x.new_empty(most, dtype=torch.float32) if most else None
     first: int = 0
     for bound, tiling in buckets.items():
-        flag = 1 if len(buckets) == 1 else _inside(m, first, bound)
+        flag = 1 if len(buckets) == 1 else inside(m, first, bound)
         launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
         first = bound + 1
     return y
-
-
-def _inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
-    """1 if first <= m <= last, else 0, without a comparison."""
-    flag: int | SymInt = torch.sym_min(1, torch.sym_max(0, m - first + 1))
-    if last != UNBOUNDED:
-        flag *= torch.sym_min(1, torch.sym_max(0, last + 1 - m))
-    return flag
 
 
 def launch(
@@ -104,17 +74,8 @@ def launch(
 ) -> None:
     """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need."""
     k, n = x.shape[-1], y.shape[-1]
-    slots = tiling.waves * processors
-    tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
-    steps = -(-packed.shape[1] * 8 // tiling.block_k)
-    grid, rest = tiles, tiles
-    if slots:
-        # As the kernel counts: the tiles of the last wave, each cut in so many ways.
-        rest = tiles % slots
-        ways = torch.sym_min(slots // torch.sym_max(rest, 1), steps)
-        grid = tiles - rest + rest * ways
-        if isinstance(rest, int) and (rest == 0 or ways == 1):
-            slots = 0  # the last wave is full, or too full for anything to be cut
+    programs = wave(tiling, m, n, packed.shape[1] * 8, processors)
+    slots = programs.slots
     # A pointer that is not read still has to be one.
     given = (epilogue.bias, epilogue.factor, epilogue.addend)
     others = [qparams if tensor is None else tensor for tensor in given]
@@ -123,7 +84,7 @@ def launch(
     # Inductor makes a kernel of its own for each set of numbers that are passed: these.
     shape["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
     finish = {"HAS_BIAS": given[0] is not None, "HAS_FACTOR": given[1] is not None, "HAS_ADDEND": given[2] is not None}
-    wrap_triton(int4_matmul)[(grid * flag,)](
+    wrap_triton(int4_matmul)[(programs.grid * flag,)](
         x,
         packed,
         qparams,
@@ -147,15 +108,6 @@ def launch(
     )
     if slots:
         height = min(tiling.block_m, ADDED_ROWS)
-        wrap_triton(add_parts)[(rest * flag, tiling.block_m // height)](
+        wrap_triton(add_parts)[(programs.rest * flag, tiling.block_m // height)](
             into, *others, y, m, n, k // 32, **shape, **finish, ACTIVATION=epilogue.activation, HEIGHT=height
         )
-
-
-def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HOPPER) -> str:
-    """The kernels chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
-    if rows is not None:
-        return f"M = {rows}: {tiling_for(gpu, n, k, group_size, rows)}"
-    chosen = tilings(gpu, n, k, group_size, DYNAMIC_ROWS)
-    parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen.items()]
-    return "; ".join(parts)

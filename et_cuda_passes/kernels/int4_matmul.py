@@ -10,14 +10,14 @@ Two ways to fill a GPU when there are few tiles, both summing in a fixed order, 
   different segments are dropped (the tensor cores have time to spare when M is small), the others are added up in
   shared memory at the end. More bytes are in flight, with nothing to write between.
 - ``SPLITS``: the tiles that do not fill the last wave of ``SLOTS`` programs are each cut along K among the idle ones.
-  Their fp32 parts go to ``parts``, and :func:`add_parts` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
+  Their fp32 parts go to ``parts``, and ``add_parts`` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
 """
 
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.epilogue import finish
 from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
+from et_cuda_passes.kernels.tiles import add_segments, store_part, store_tile, tile_part, tile_place
 
 
 @triton.jit
@@ -65,28 +65,11 @@ def int4_matmul(
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     # K in steps of a block; "part" is a range of steps, [0, steps) unless the tile is cut.
     steps = tl.cdiv(words_row * 8, BLOCK_K)
-    tile = pid
-    first = 0
-    last = steps
-    cut = False
-    if SLOTS > 0:
-        whole = tiles // SLOTS * SLOTS
-        ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
-        each = tl.cdiv(steps, ways)
-        if (ways > 1) & (pid >= whole):
-            cut = True
-            tile = whole + (pid - whole) // ways
-            first = (pid - whole) % ways * each
-            last = tl.minimum(first + each, steps)
-            # Rounding up can leave the last parts with nothing to do.
-            if first >= steps:
-                return
-    # Eight tiles of rows N go through all of M before the next: their weights stay in the L2 cache.
-    in_band = 8 * tiles_m
-    band = tile // in_band * 8
-    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
-    tile_n = band + tile % in_band % height
-    tile_m = tile % in_band // height
+    tile, first, last, cut = tile_part(pid, tiles, steps, SLOTS)
+    if SLOTS > 0:  # noqa: SIM102 (what is not compiled is no place to return from)
+        if cut & (first >= steps):
+            return
+    tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
 
     ROWS: tl.constexpr = SEGMENTS * BLOCK_N
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
@@ -136,75 +119,26 @@ def int4_matmul(
         scale_at += GROUPS
         zero_at += GROUPS
         x_at += BLOCK_K
-    if SEGMENTS > 1:
-        own = (rows // BLOCK_N)[:, None] == (columns // BLOCK_M)[None, :]
-        sums = tl.sum(tl.where(own, sums, 0.0).reshape(ROWS, SEGMENTS, BLOCK_M), 1)
-        sums = tl.sum(sums.reshape(SEGMENTS, BLOCK_N, BLOCK_M), 0)
+    sums = add_segments(sums, BLOCK_M, BLOCK_N, SEGMENTS)
 
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)
         if cut:
-            to = (pid - tiles // SLOTS * SLOTS) * (BLOCK_M * BLOCK_N)
-            place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-            tl.store(parts_ptr + to + place, sums)
+            store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
             return
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
-    at = m.to(tl.int64)[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def add_parts(
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N]
-    bias_ptr,  # [N], not read unless HAS_BIAS
-    factor_ptr,  # [M, N], not read unless HAS_FACTOR
-    addend_ptr,  # [M, N], not read unless HAS_ADDEND
-    y_ptr,  # [M, N]
-    M,
-    N,
-    K32,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    HAS_ADDEND: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    SALT: tl.constexpr,
-):
-    """Sum the parts of HEIGHT rows of one cut tile, first to last. SALT as above."""
-    if -SALT == M:
-        return
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
-    whole = tiles // SLOTS * SLOTS
-    steps = tl.cdiv(tl.cdiv(K32, 2) * 64, BLOCK_K)
-    ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
-    tile = whole + tl.program_id(0)
-    if (ways <= 1) | (tile >= tiles):
-        return
-    used = tl.cdiv(steps, tl.cdiv(steps, ways))
-    in_band = 8 * tiles_m
-    band = tile // in_band * 8
-    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
-    tile_n = band + tile % in_band % height
-    tile_m = tile % in_band // height
-    row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
-    m = tile_m * BLOCK_M + row
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
-    part += row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    sums = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
-    for _ in range(used):
-        sums += tl.load(part, mask=inside, other=0.0)
-        part += BLOCK_M * BLOCK_N
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    store_tile(
+        y_ptr,
+        sums,
+        bias_ptr,
+        factor_ptr,
+        addend_ptr,
+        tile_m,
+        tile_n,
+        M,
+        N,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_BIAS,
+        ACTIVATION,
+        HAS_FACTOR,
+        HAS_ADDEND,
+    )

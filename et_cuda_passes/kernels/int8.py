@@ -12,7 +12,7 @@ class Int8Kernel:
     Attributes:
         name: what ``LinearInt8(kernel=...)`` calls it.
         dtypes: dtypes of the activations.
-        group_sizes: group sizes along K; none where it has one scale a row.
+        group_sizes: group sizes along K; one scale a row every kernel has.
         zeros: whether it adds a zero for each scale; without, weights are symmetric.
         in_multiple: K must be a multiple of this.
         scale_dtype: dtype of the scales, or None for that of the activations.
@@ -26,7 +26,7 @@ class Int8Kernel:
     scale_dtype: torch.dtype | None = None
 
     def native_group_size(self, group_size: int, in_features: int) -> int | None:
-        """The group size that the kernel computes with; None where it has none that divides ``group_size``."""
-        if not self.group_sizes:
-            return in_features if group_size == in_features else None
+        """The group size that the kernel computes with: K, or the largest that divides; None where there is none."""
+        if group_size == in_features:
+            return in_features
         return max((size for size in self.group_sizes if group_size % size == 0), default=None)

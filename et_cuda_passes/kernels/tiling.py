@@ -52,7 +52,7 @@ class Family:
     """GPUs that one table serves.
 
     Attributes:
-        name: as in ``sm_90``; the table is ``tuned/<name>.json``.
+        name: as in ``sm_90``; the tables are ``tuned/<name>.json`` and, for int8, ``tuned/<name>_int8.json``.
         wgmma: whether the compiler uses ``wgmma`` there.
     """
 
@@ -121,12 +121,15 @@ def nearest(table: Sequence[Tuned], n: int, k: int, group_size: int) -> Tuned:
     return min(table, key=distance)
 
 
-def tilings(gpu: Family, n: int, k: int, group_size: int, bounds: Sequence[int] = ROWS) -> dict[int, Tiling]:
+def tilings(
+    gpu: Family, n: int, k: int, group_size: int, bounds: Sequence[int] = ROWS, bits: int = 4
+) -> dict[int, Tiling]:
     """The tiling of each bucket of rows, those of equal tilings merged: bound -> tiling, ascending, to UNBOUNDED."""
-    tuned = nearest(_table(gpu.name), n, k, group_size).tilings
+    tuned = nearest(_table(gpu.name if bits == 4 else f"{gpu.name}_int{bits}"), n, k, group_size).tilings
     chosen: dict[int, Tiling] = {}
     for bound in (*bounds, UNBOUNDED):
-        tiling = _legal(tuned[bound], group_size)
+        # The int8 kernel takes groups of several steps too.
+        tiling = _legal(tuned[bound], group_size) if bits == 4 else tuned[bound]
         last = next(reversed(chosen), None)
         if last is not None and chosen[last] == tiling:
             del chosen[last]
@@ -134,9 +137,18 @@ def tilings(gpu: Family, n: int, k: int, group_size: int, bounds: Sequence[int] 
     return chosen
 
 
-def tiling_for(gpu: Family, n: int, k: int, group_size: int, rows: int) -> Tiling:
+def tiling_for(gpu: Family, n: int, k: int, group_size: int, rows: int, bits: int = 4) -> Tiling:
     """The tiling of a weight for a number of rows."""
-    return next(t for bound, t in tilings(gpu, n, k, group_size).items() if rows <= bound)
+    return next(t for bound, t in tilings(gpu, n, k, group_size, bits=bits).items() if rows <= bound)
+
+
+def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HOPPER, bits: int = 4) -> str:
+    """The tilings chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
+    if rows is not None:
+        return f"M = {rows}: {tiling_for(gpu, n, k, group_size, rows, bits)}"
+    chosen = tilings(gpu, n, k, group_size, DYNAMIC_ROWS, bits)
+    parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen.items()]
+    return "; ".join(parts)
 
 
 def _legal(tiling: Tiling, group_size: int) -> Tiling:

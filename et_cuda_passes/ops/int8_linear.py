@@ -9,28 +9,19 @@
   would be off by half a step;
 - ``bias`` [N] or None.
 
-It is an operator of ours for the same reason as the int4 linears: an edge program may hold it, and Inductor decomposes
-it into the kernel that the device has. On a device without that kernel it computes from the same constants.
+A ``triton_op``: on CUDA AOTInductor sees through it and compiles the Triton kernel into the library that it builds,
+while export and ExecuTorch's passes see one operator. Elsewhere it is the kernel that the device's library has, and
+where there is none, or it lacks the form, plain operators on the same constants.
 """
-
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._inductor.decomposition import register_decomposition
 
+from et_cuda_passes.kernels import int8_launch
 from et_cuda_passes.ops.int4_linear import NAMESPACE
 
-Matmul = Callable[[Tensor, Tensor, Tensor, Tensor | None, int], Tensor]
-"""``(x [M, K], packed, scale, zero, group_size) -> [M, N]``."""
-
 _NAME = "int8_linear"
-_SCHEMA = "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int group_size) -> Tensor"
-
-# Kept for the life of the process: a Library takes its operators with it when it is collected.
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> None:
@@ -70,15 +61,22 @@ def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
     return y
 
 
-KERNELS: Mapping[str, Matmul] = {"cpu": _int8pack}
-"""Device type -> the kernel that the device's libraries have."""
+def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
+    """Whether the Triton kernel has these dtypes and this group size."""
+    k, floats = x.shape[-1], (torch.bfloat16, torch.float16)
+    native = group_size == k or group_size in int8_launch.GROUP_SIZES
+    return x.dtype in floats and scale.dtype is x.dtype and native and k % int8_launch.IN_MULTIPLE == 0
 
 
-def _compute(
+@torch.library.triton_op(f"{NAMESPACE}::{_NAME}", mutates_args=())
+def _int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     _check(x, packed, scale, zero, group_size)
-    matmul = KERNELS.get(x.device.type, reference)
+    if x.device.type == "cuda" and _has_triton(x, scale, group_size):
+        whole = x if x.is_contiguous() else x.contiguous()
+        return int8_launch.int8_linear(whole, packed, scale, zero, bias, group_size)
+    matmul = _int8pack if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y if bias is None else y + bias
@@ -91,17 +89,7 @@ def _fake(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-_LIBRARY.define(_NAME + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-_LIBRARY.impl(_NAME, _compute, "CompositeExplicitAutograd")
-torch.library.register_fake(f"{NAMESPACE}::{_NAME}", _fake, lib=_LIBRARY)
+_int8_linear.register_fake(_fake)
 
 INT8_LINEAR: torch._ops.OpOverload = torch.ops.et_cuda_passes.int8_linear.default
 """The registered overload."""
-
-
-def _decompose(x: Tensor, *args: Any) -> Any:
-    # A device without the kernel keeps the operator, which then computes from the constants.
-    return _compute(x, *args) if x.device.type in KERNELS else NotImplemented
-
-
-register_decomposition(INT8_LINEAR)(_decompose)

@@ -15,9 +15,8 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int4_launch import describe
 from et_cuda_passes.kernels.named import named
-from et_cuda_passes.kernels.tiling import HOPPER
+from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.quant.affine import AffineWeight, affine, values
 from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of

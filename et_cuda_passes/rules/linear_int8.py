@@ -5,6 +5,7 @@ kernel's dtype. It also takes a weight of fewer bits that no narrower kernel of 
 ones as well.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.kernels.named import named
+from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
@@ -99,6 +101,18 @@ class LinearInt8(PackedLinear):
     def detail(self, m: MatchContext) -> str:
         """Scheme and kernel."""
         return f"{affine(m).scheme} -> {self.chosen_kernel(m).name}{self.dropped(m)}"
+
+    def explain(self, *ms: MatchContext) -> str:
+        """Which tilings the Triton kernel has for the weight, by the rows of x as far as they are known."""
+        m, kernel = ms[0], self.chosen_kernel(ms[0])
+        weight = affine(m)
+        group_size = kernel.native_group_size(weight.group_size, weight.in_features)
+        if kernel.name != "triton" or group_size is None:
+            return ""
+        n, k, sizes = weight.out_features, weight.in_features, m.val(m.x).shape
+        rows = math.prod(sizes) // k if all(isinstance(size, int) for size in sizes) else None
+        chosen = describe(rows, n, k, group_size, HOPPER, bits=8)
+        return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Take the integers and call the operator."""

@@ -3,12 +3,15 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets.target import Target
@@ -37,10 +40,21 @@ CUDA = Target(
             scale_dtype=torch.bfloat16,
         ),
     ),
+    int8_kernels=(
+        Int8Kernel(
+            "triton",
+            dtypes=(torch.bfloat16, torch.float16),
+            group_sizes=(32, 64, 128, 256),
+            zeros=True,
+            in_multiple=16,
+        ),
+    ),
     int4_table=_TRITON,
     passes=lambda: [
         LinearInt4(),
+        LinearInt8(),
         ConvInt4(),
+        ConvInt8(),
         EmbeddingInt4(),
         EmbeddingInt8(),
         LinearViews(),

@@ -10,10 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
+from et_cuda_passes.kernels.int4_matmul import int4_matmul
+from et_cuda_passes.kernels.int8_matmul import int8_matmul
+from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import Tiling
 
-FLOATS = {"qparams_ptr", "bias_ptr", "factor_ptr", "addend_ptr", "y_ptr", "x_ptr"}
+KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
+"""What pointers point to, where it is not the dtype of the activations."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -47,8 +50,7 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            kind = dtype if name in FLOATS else "fp32" if name == "parts_ptr" else "i32"
-            signature[name] = f"*{kind}"
+            signature[name] = f"*{KINDS.get(name, dtype)}"
         else:
             signature[name] = "i32"
         if name.endswith("_ptr") or name == "N":
@@ -63,6 +65,14 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
 def matmul(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> Any:
     """The matrix product in one tiling."""
     return compiled(int4_matmul, shape(tiling, **others), arch, tiling.warps, tiling.stages, dtype)
+
+
+@cache
+def int8_product(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> Any:
+    """The matrix product of int8 weights in one tiling."""
+    constants = shape(tiling, **others)
+    constants = {"UNIT": 1024, "PAIRS": constants["GROUP_SIZE"] > 0} | constants
+    return compiled(int8_matmul, constants, arch, tiling.warps, tiling.stages, dtype)
 
 
 @cache

@@ -52,7 +52,8 @@ ACTIVATE = {
 # The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
 def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
-    from et_cuda_passes.kernels.int4_matmul import add_parts, int4_matmul
+    from et_cuda_passes.kernels.int4_matmul import int4_matmul
+    from et_cuda_passes.kernels.tiles import add_parts
     from et_cuda_passes.layouts import mma_tiled
 
     m, n, k, group, block_m, block_n, block_k, segments, slots, zeros, has_bias, activation, has_f, has_a = case

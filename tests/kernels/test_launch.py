@@ -1,6 +1,6 @@
 """What AOTInductor is told: which launches, over which grids, and what they write to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from et_cuda_passes.kernels.int4_launch import _inside, possible
+from et_cuda_passes.kernels.launching import inside, possible
 from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, tilings
 from et_cuda_passes.layouts import mma_tiled
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
 LINEAR = INT4_LINEARS["mma_tiled"].op
 
@@ -77,7 +77,26 @@ class Block(nn.Module):
         return (LINEAR(h, self.down_packed, self.down_qparams, None, 32, k, "", None, x),)
 
 
-def launches(rows: int | None, n: int = 8192, k: int = 3072) -> tuple[Any, list[torch.fx.Node]]:
+class Int8Block(nn.Module):
+    """x @ up + bias in groups of 64 with zeros, then @ down with one scale a row."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        for name, rows, columns in (("up", n, k), ("down", k, n)):
+            self.register_buffer(f"{name}_packed", torch.empty(rows, columns, dtype=torch.int8, device="cuda"))
+        self.register_buffer("up_scale", torch.empty(n, k // 64, dtype=torch.bfloat16, device="cuda"))
+        self.register_buffer("up_zero", torch.empty(n, k // 64, device="cuda"))
+        self.register_buffer("up_bias", torch.empty(n, dtype=torch.bfloat16, device="cuda"))
+        self.register_buffer("down_scale", torch.empty(k, 1, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        h = INT8_LINEAR(x, self.up_packed, self.up_scale, self.up_zero, self.up_bias, 64)
+        return (INT8_LINEAR(h, self.down_packed, self.down_scale, None, None, self.up_packed.shape[0]),)
+
+
+def launches(
+    rows: int | None, n: int = 8192, k: int = 3072, block: Callable[[int, int], nn.Module] = Block
+) -> tuple[Any, list[torch.fx.Node]]:
     """The graph signature and the launches of a block, for a number of rows or for any."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     given = torch.empty(2, rows or 16, k, dtype=torch.bfloat16, device="meta")
@@ -85,32 +104,40 @@ def launches(rows: int | None, n: int = 8192, k: int = 3072) -> tuple[Any, list[
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, length, DimDynamic.STATIC])
     shape = mode.from_tensor(given, symbolic_context=sizes).shape
     with mode:
-        module, x = Block(n, k), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        module, x = block(n, k), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
     graph_module, signature = aot_export_module(module, (x,), trace_joint=False)
     nodes = [node for node in graph_module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     return signature, nodes
 
 
 @pytest.mark.parametrize("rows", [None, 1, 700])
-def test_only_the_output_and_the_parts_are_written_to(rows: int | None) -> None:
-    signature, nodes = launches(rows)
+@pytest.mark.parametrize("block", [Block, Int8Block])
+def test_only_the_output_and_the_parts_are_written_to(rows: int | None, block: Callable[..., nn.Module]) -> None:
+    signature, nodes = launches(rows, block=block)
+    assert len(nodes) >= 2
     assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     assert len(signature.user_outputs) == 1
     for node in nodes:
         assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr", "parts_ptr"}
 
 
-def test_a_known_length_is_one_launch_a_linear() -> None:
-    _, nodes = launches(4)
+@pytest.mark.parametrize("block", [Block, Int8Block])
+def test_a_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) -> None:
+    _, nodes = launches(4, block=block)
     grids = [node.kwargs["grid"][0] for node in nodes]
     assert len(nodes) == 2
     assert all(isinstance(size, int) and size > 0 for grid in grids for size in grid)
 
 
-def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard() -> None:
-    _, nodes = launches(None)
+@pytest.mark.parametrize("block", [Block, Int8Block])
+def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard(block: Callable[..., nn.Module]) -> None:
+    _, nodes = launches(None, block=block)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
-    buckets = [tilings(HOPPER, n, k, 32, DYNAMIC_ROWS) for n, k in ((8192, 3072), (3072, 8192))]
+    if block is Block:
+        buckets = [tilings(HOPPER, n, k, 32, DYNAMIC_ROWS) for n, k in ((8192, 3072), (3072, 8192))]
+    else:
+        forms = ((8192, 3072, 64), (3072, 8192, 8192))
+        buckets = [tilings(HOPPER, n, k, group, DYNAMIC_ROWS, bits=8) for n, k, group in forms]
     assert len(products) == sum(map(len, buckets))
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
@@ -121,7 +148,7 @@ def test_exactly_one_bucket_has_programs_at_any_length(rows: int) -> None:
     assert bounds == [UNBOUNDED]
     first, flags = 0, []
     for bound in (*DYNAMIC_ROWS, UNBOUNDED):
-        flags.append(_inside(rows, first, bound))
+        flags.append(inside(rows, first, bound))
         first = bound + 1
     assert sum(flags) == 1 and set(flags) <= {0, 1}
 
@@ -133,3 +160,41 @@ def test_a_length_that_is_bounded_leaves_out_the_buckets_beyond() -> None:
     length = mode.from_tensor(torch.empty(16, device="meta"), symbolic_context=sizes).shape[0]
     torch._check(length <= 32)
     assert max(possible(length, 8192, 3072, 32, HOPPER)) <= 32
+
+
+def test_what_the_int8_kernel_is_compiled_for() -> None:
+    _, nodes = launches(4, 512, 192, Int8Block)
+    table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+    up, down = (table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes)
+    wanted = {"UNIT": 64, "K_UNITS": 3, "GROUP_SIZE": 64, "PAIRS": False, "HAS_ZERO": True, "HAS_BIAS": True}
+    assert {name: up[name] for name in wanted} == wanted
+    wanted = {"UNIT": 512, "K_UNITS": 1, "GROUP_SIZE": 0, "PAIRS": False, "HAS_ZERO": False, "HAS_BIAS": False}
+    assert {name: down[name] for name in wanted} == wanted
+    assert up["SALT"] != down["SALT"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales", "k", "group"),
+    [
+        (torch.float32, torch.float32, 64, 32),
+        (torch.bfloat16, torch.float32, 64, 32),
+        (torch.bfloat16, torch.bfloat16, 64, 16),
+        (torch.bfloat16, torch.bfloat16, 40, 40),
+    ],
+)
+def test_a_form_that_the_int8_kernel_lacks_is_computed_without_it(
+    dtype: torch.dtype, scales: torch.dtype, k: int, group: int
+) -> None:
+    class Linear(nn.Module):
+        def forward(self, x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor]:
+            return (INT8_LINEAR(x, packed, scale, None, None, group),)
+
+    with FakeTensorMode():
+        tensors = (
+            torch.empty(shape, dtype=kind, device="cuda")
+            for shape, kind in (((2, k), dtype), ((24, k), torch.int8), ((24, k // group), scales))
+        )
+        graph_module, _ = aot_export_module(Linear(), tuple(tensors), trace_joint=False)
+    called = [str(node.target) for node in graph_module.graph.nodes if node.op == "call_function"]
+    assert "aten.mm.default" in called
+    assert not any("triton" in name or "int8_linear" in name for name in called)

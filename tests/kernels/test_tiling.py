@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, describe
+from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.kernels.tiling import (
     DYNAMIC_ROWS,
     HOPPER,
@@ -16,6 +16,7 @@ from et_cuda_passes.kernels.tiling import (
     Family,
     Tiling,
     Tuned,
+    describe,
     family,
     load_table,
     nearest,

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.decomposition import decompositions
+from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from et_cuda_passes.ops import INT8_LINEAR
 
@@ -83,24 +82,52 @@ def test_constants_that_do_not_fit_are_refused(change: dict[str, object], text: 
         INT8_LINEAR(*given.values())
 
 
-def decomposed(device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16) -> list[object]:
-    packed, scale, zero = parts(group, zeros, scales)
+class Linear(torch.nn.Module):
+    """The operator over its constants."""
+
+    def __init__(self, device: str, group: int, zeros: bool, scales: torch.dtype) -> None:
+        super().__init__()
+        for name, value in zip(("packed", "scale", "zero"), parts(group, zeros, scales), strict=True):
+            fake = None if value is None else torch.empty(value.shape, dtype=value.dtype, device=device)
+            self.register_buffer(name, fake)
+        self.group = group
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (INT8_LINEAR(x, self.packed, self.scale, self.zero, None, self.group),)
+
+
+def given_to_inductor(device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16) -> list[object]:
     with FakeTensorMode():
         x = torch.empty(2, 3, K, dtype=torch.bfloat16, device=device)
-        fakes = [
-            None if t is None else torch.empty(t.shape, dtype=t.dtype, device=device) for t in (packed, scale, zero)
-        ]
-        table = {INT8_LINEAR: decompositions[INT8_LINEAR]}
-        graph = make_fx(lambda *a: INT8_LINEAR(*a, None, group), decomposition_table=table)(x, *fakes).graph
-    return [node.target for node in graph.nodes if node.op == "call_function"]
+        module = Linear(device, group, zeros, scales)
+    graph_module, _ = aot_export_module(module, (x,), trace_joint=False)
+    return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
 def test_inductor_gets_the_cpu_kernel_where_it_computes_this() -> None:
     kernel = aten._weight_int8pack_mm.default
-    assert kernel in decomposed("cpu", K, False)
-    for other in (decomposed("cpu", 32, False), decomposed("cpu", K, True), decomposed("cpu", K, False, torch.float32)):
+    assert kernel in given_to_inductor("cpu", K, False)
+    for form in (("cpu", 32, False), ("cpu", K, True), ("cpu", K, False, torch.float32)):
+        other = given_to_inductor(*form)
         assert kernel not in other
         assert INT8_LINEAR not in other
+
+
+def test_inductor_gets_plain_operators_where_there_is_no_kernel() -> None:
+    found = given_to_inductor("mps", K, False)
+    assert INT8_LINEAR not in found and aten.mm.default in found
+
+
+def test_an_exported_program_keeps_one_operator_through_its_decompositions() -> None:
+    packed, scale, _ = parts(32, False)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = INT8_LINEAR(x, packed, scale, None, None, 32)
+            return result
+
+    program = torch.export.export(Module(), (torch.randn(2, K),)).run_decompositions()
+    assert [node.target for node in program.graph.nodes if node.op == "call_function"] == [INT8_LINEAR]
 
 
 @pytest.mark.parametrize("k", [8, 40, 100])
@@ -109,7 +136,3 @@ def test_a_k_for_which_the_cpu_kernel_writes_past_its_result_is_computed_without
     got = INT8_LINEAR(x, packed, torch.ones(N, 1).bfloat16(), None, None, k)
     wanted = x.double() @ packed.double().T
     assert (got.double() - wanted).norm() / wanted.norm() < 4e-3
-
-
-def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
-    assert INT8_LINEAR in decomposed("mps", K, False)

@@ -134,8 +134,9 @@ def test_a_convolution_that_is_no_linear_is_missed(case: str) -> None:
         assert "leave this layer unquantized" in str(report)
 
 
-def test_int8_is_missed_where_there_is_no_int8_kernel() -> None:
-    assert_misses(exported(conv(INT8), image(2)), "found 8 bits, -128..127", "cuda", rule="conv_int4")
+def test_int8_needs_an_int8_kernel() -> None:
+    assert_misses(exported(conv(INT8), image(2)), "found 8 bits, -128..127", "metal", rule="conv_int4")
+    assert_rewrites(exported(conv(INT8), image(2)), "cuda", expect={"conv_int8": 1}, rtol=6e-3)
 
 
 @pytest.mark.parametrize("config", [INT4, INT8], ids=["int4", "int8"])

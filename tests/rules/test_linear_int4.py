@@ -15,7 +15,8 @@ def export(model: torch.nn.Module, *shape: int, dtype: torch.dtype = torch.bfloa
 
 
 def missed(program: torch.export.ExportedProgram, target: str = "cuda", **options: object) -> list[ecp.Reason]:
-    rewritten, report = ecp.rewrite(program, target, **options, expect={"linear_int4": 0, "missed": 1})
+    given = {"passes": [ecp.LinearInt4()], **options}
+    rewritten, report = ecp.rewrite(program, target, **given, expect={"linear_int4": 0, "missed": 1})
     assert [n.target for n in rewritten.graph.nodes] == [n.target for n in program.graph.nodes]
     return report.outcomes[0].reasons
 

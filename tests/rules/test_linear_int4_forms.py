@@ -81,7 +81,7 @@ def test_dynamic_lengths(rank: int, decompose: bool) -> None:
 def test_a_product_with_other_factors_is_no_linear() -> None:
     model = Quantized(48, 64, form=lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2))
     program = torch.export.export(model, (torch.randn(5, 64).bfloat16(),))
-    _, report = ecp.rewrite(program, "cuda", expect={"missed": 1})
+    _, report = ecp.rewrite(program, "cuda", [ecp.LinearInt4()], expect={"missed": 1})
     (reason,) = report.outcomes[0].reasons
     assert reason.stage == "match"
     assert reason.found == "2"

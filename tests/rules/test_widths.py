@@ -44,10 +44,17 @@ def test_up_to_four_bits_are_exact_in_int4_groups(bits: int, target: str) -> Non
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
-@pytest.mark.parametrize("target", ["cuda", "metal"])
-def test_wider_ones_are_missed_where_there_is_no_int8_kernel(bits: int, target: str) -> None:
+def test_wider_ones_are_exact_in_int8_groups(bits: int) -> None:
+    model, program = identity(IntxWeightOnlyConfig(WIDTHS[bits], PerGroup(32)), torch.bfloat16)
+    rewritten, report = assert_rewrites(program, "cuda", expect={"linear_int8": 1}, rtol=0)
+    assert report.outcomes[0].detail == f"int{bits} group 32 -> triton"
+    assert torch.equal(rewritten.module()(torch.eye(64).bfloat16()).T, model[0].weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7, 8])
+def test_wider_ones_are_missed_where_there_is_no_int8_kernel(bits: int) -> None:
     _, program = identity(IntxWeightOnlyConfig(WIDTHS[bits], PerGroup(32)), torch.bfloat16)
-    assert_misses(program, f"at most 4 bits, found {bits} bits", target, rule="linear_int4")
+    assert_misses(program, f"at most 4 bits, found {bits} bits", "metal", rule="linear_int4")
 
 
 class Mixed(nn.Module):

@@ -60,11 +60,12 @@ def test_what_each_target_runs() -> None:
     assert [k.name for k in get_target("cpu").int4_kernels] == ["int4pack_cpu"]
     assert get_target("xnnpack").int4_kernels == ()
     assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
+    assert [k.name for k in get_target("cuda").int8_kernels] == ["triton"]
+    assert get_target("metal").int8_kernels == ()
     for name in ("cuda", "metal", "cpu"):
         linears = ["linear_int4", "linear_int8", "conv_int4", "conv_int8"]
-        if name != "cpu":
+        if name == "metal":
             linears = ["linear_int4", "conv_int4"]
-            assert get_target(name).int8_kernels == ()
         tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
         epilogue = ["int4_activation", "int4_combine", "unmasked_attention"] if name == "cuda" else []
         assert [p.name for p in ecp.default_passes(name)] == [*linears, *tables, "linear_views", *epilogue]

@@ -1,0 +1,106 @@
+"""Triton functions that turn int8 weights into a tile of 16-bit floats, in the registers that the tensor cores read.
+
+The weight stays row by row in memory: a thread of ``mma`` and ``wgmma`` reads pairs of neighbours along K as their left
+operand, and a pair of bytes is what a load from shared memory gives it. The conversion below takes that pair as it lies
+and gives the register of two floats, elementwise, so that nothing moves between threads.
+"""
+
+import triton
+import triton.language as tl
+
+# bf16 has 7 bits after the leading one: 0x4300 | (q & 127) is 128 + (q & 127), and 0x4300 | (q & 128), whose last bit
+# is the lowest of the exponent, is 128 or 256. Their difference is q: one permute puts both bytes under 0x43, two masks
+# make the two floats, and one fused multiply-add, the only arithmetic of bf16 before sm_90, subtracts them.
+_BF16_EXACT = (
+    "prmt.b32 p, w, $2, 0x4140; and.b32 s, p, 0xff80ff80; and.b32 t, p, 0xff7fff7f; "
+    "mov.b32 minus, 0xbf80bf80; fma.rn.bf16x2 t, s, minus, t; "
+)
+# fp16 has 10: 0x6400 | (q + 128) is 1152 + q.
+_F16_EXACT = "xor.b32 w, w, 0x8080; prmt.b32 p, w, $2, 0x4140; mov.b32 minus, 0xe480e480; add.rn.f16x2 t, p, minus; "
+# In fp32 0x4b000000 | (q + 128) is 2^23 + 128 + q.
+_AFFINE = (
+    "xor.b32 w, w, 0x8080; prmt.b32 p, w, $2, 0x7540; prmt.b32 t, w, $2, 0x7541; mov.b32 minus, 0xcb000080; "
+    "add.rn.f32 p, p, minus; add.rn.f32 t, t, minus; fma.rn.f32 p, p, $4, $6; fma.rn.f32 t, t, $5, $7; "
+)
+_BEGIN = "{ .reg .b32 w, p, s, t, minus; cvt.u32.u16 w, $1; "
+# On one line each: AOTInductor writes these texts into source code.
+_EXACT = tl.constexpr(_BEGIN + _BF16_EXACT + "mov.b32 $0, t; }")
+_SCALED = tl.constexpr(_BEGIN + _BF16_EXACT + "mov.b32 p, 0x80008000; fma.rn.bf16x2 $0, t, $4, p; }")
+_AFFINE_BF16 = tl.constexpr(_BEGIN + _AFFINE + "cvt.rn.bf16x2.f32 $0, t, p; }")
+_EXACT_F16 = tl.constexpr(_BEGIN + _F16_EXACT + "mov.b32 $0, t; }")
+_SCALED_F16 = tl.constexpr(_BEGIN + _F16_EXACT + "mul.rn.f16x2 $0, t, $4; }")
+_AFFINE_F16 = tl.constexpr(_BEGIN + _AFFINE + "cvt.rn.f16x2.f32 $0, t, p; }")
+_EXACT_OPERANDS = tl.constexpr("=r,h,r,r")
+_SCALED_OPERANDS = tl.constexpr("=r,h,r,r,r")
+_AFFINE_OPERANDS = tl.constexpr("=r,h,r,r,r,r,r,r")
+# The bytes above the weights, made anew at each step. wgmma reads its left operand from registers while later
+# instructions run, and Triton up to 3.6 lets one step's be in flight while the next step writes the same registers
+# (triton-lang/triton#9433): what the conversions of a step take from here, they take after this wait. It is pure, as
+# torch takes a kernel with impure assembly to write to all of its arguments. Its place is certain: it has an operand
+# that this step loads, so it comes after the barrier that ends the step before.
+_WAIT = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, "
+_BF16 = tl.constexpr(0x43434343)
+_F16 = tl.constexpr(0x64646464)
+_F32 = tl.constexpr(0x4B000000)
+_WAIT_BF16 = tl.constexpr(_WAIT + "0x43434343;")
+_WAIT_F16 = tl.constexpr(_WAIT + "0x64646464;")
+_WAIT_F32 = tl.constexpr(_WAIT + "0x4b000000;")
+
+
+@triton.jit
+def magic_bytes(guard_at, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, WGMMA: tl.constexpr):
+    """What :func:`dequantize_bytes` takes in this step, [1, 1]; guard_at [1, 1]: any place, anew in each step."""
+    if WGMMA:
+        WAIT: tl.constexpr = _WAIT_F32 if HAS_ZERO else (_WAIT_F16 if HALF else _WAIT_BF16)
+        magic = tl.inline_asm_elementwise(WAIT, "=r,r", [tl.load(guard_at)], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        magic = tl.full((1, 1), _F32 if HAS_ZERO else (_F16 if HALF else _BF16), tl.int32)
+    return magic
+
+
+@triton.jit
+def dequantize_bytes(q, scale, zero, magic, x, SCALED: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr):
+    """q [ROWS, BLOCK_K] int8 -> q, q * scale if SCALED, or q * scale + zero if HAS_ZERO, rounded once to x's dtype.
+
+    scale and zero have q's shape; with a zero both are fp32, otherwise scale is of x's dtype.
+    """
+    HALF: tl.constexpr = x.dtype == tl.float16
+    if not USE_ASM:
+        w = q.to(tl.float32)
+        if SCALED:
+            w *= scale.to(tl.float32)
+        if HAS_ZERO:
+            w += zero
+        w = w.to(x.dtype)
+    elif HAS_ZERO:
+        AFFINE: tl.constexpr = _AFFINE_F16 if HALF else _AFFINE_BF16
+        w = tl.inline_asm_elementwise(AFFINE, _AFFINE_OPERANDS, [q, magic, scale, zero], x.dtype, is_pure=True, pack=2)
+    elif SCALED:
+        PRODUCT: tl.constexpr = _SCALED_F16 if HALF else _SCALED
+        w = tl.inline_asm_elementwise(PRODUCT, _SCALED_OPERANDS, [q, magic, scale], x.dtype, is_pure=True, pack=2)
+    else:
+        EXACT: tl.constexpr = _EXACT_F16 if HALF else _EXACT
+        w = tl.inline_asm_elementwise(EXACT, _EXACT_OPERANDS, [q, magic], x.dtype, is_pure=True, pack=2)
+    return w
+
+
+@triton.jit
+def per_weight(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[ROWS, groups of a step] -> [ROWS, BLOCK_K]."""
+    GROUPS: tl.constexpr = qparams.shape[1]
+    wide = qparams.reshape(ROWS, GROUPS, 1).broadcast_to(ROWS, GROUPS, BLOCK_K // GROUPS)
+    return wide.reshape(ROWS, BLOCK_K)
+
+
+@triton.jit
+def both_of_pair(pairs, x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """int32 [ROWS, GROUPS / 2], each two floats of x's dtype -> [ROWS, GROUPS]."""
+    low = (pairs & 0xFFFF).to(tl.int16).to(x.dtype, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(x.dtype, bitcast=True)
+    return tl.join(low, high).reshape(ROWS, GROUPS)
+
+
+@triton.jit
+def one_of_pair(even, odd, x):
+    """int32 pairs, of which one is zero -> the low float of ``even`` or the high one of ``odd``."""
+    return ((even & 0xFFFF) | (odd >> 16)).to(tl.int16).to(x.dtype, bitcast=True)

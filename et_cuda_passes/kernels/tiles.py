@@ -1,0 +1,136 @@
+"""What the matrix products share: which tile a program has and which part of it along K, and how parts become one."""
+
+import triton
+import triton.language as tl
+
+from et_cuda_passes.kernels.epilogue import finish
+
+
+@triton.jit
+def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr):
+    """Rows (of the weight, of x) of a tile, counted in tiles: eight tiles of rows N go through all of M before the
+    next, so that their weights stay in the L2 cache."""
+    in_band = 8 * tiles_m
+    band = tile // in_band * 8
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
+    return band + tile % in_band % height, tile % in_band // height
+
+
+@triton.jit
+def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
+    """The tile of a program, its steps along K as [first, last), and whether it is one part of a tile that is cut.
+
+    The tiles that do not fill the last wave of SLOTS programs are each cut among the idle ones. Rounding up can leave
+    the last parts of a tile with nothing to do: their ``first`` is not below ``steps``.
+    """
+    tile = pid
+    first = 0
+    last = steps
+    cut = False
+    if SLOTS > 0:
+        whole = tiles // SLOTS * SLOTS
+        ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
+        each = tl.cdiv(steps, ways)
+        if (ways > 1) & (pid >= whole):
+            cut = True
+            tile = whole + (pid - whole) // ways
+            first = (pid - whole) % ways * each
+            last = tl.minimum(first + each, steps)
+    return tile, first, last, cut
+
+
+@triton.jit
+def add_segments(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
+    """[SEGMENTS BLOCK_N, SEGMENTS BLOCK_M] -> [BLOCK_N, BLOCK_M]: the sum of the products of a segment with itself."""
+    if SEGMENTS > 1:
+        rows = tl.arange(0, SEGMENTS * BLOCK_N)
+        columns = tl.arange(0, SEGMENTS * BLOCK_M)
+        own = (rows // BLOCK_N)[:, None] == (columns // BLOCK_M)[None, :]
+        sums = tl.sum(tl.where(own, sums, 0.0).reshape(SEGMENTS * BLOCK_N, SEGMENTS, BLOCK_M), 1)
+        sums = tl.sum(sums.reshape(SEGMENTS, BLOCK_N, BLOCK_M), 0)
+    return sums
+
+
+@triton.jit
+def store_part(parts_ptr, sums, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Part number ``part`` of the cut tiles, [BLOCK_M, BLOCK_N] each, from sums [BLOCK_N, BLOCK_M]."""
+    place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    tl.store(parts_ptr + part * (BLOCK_M * BLOCK_N) + place, sums)
+
+
+@triton.jit
+def store_tile(
+    y_ptr,
+    sums,
+    bias_ptr,
+    factor_ptr,
+    addend_ptr,
+    tile_m,
+    tile_n,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+):
+    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between."""
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
+    at = m.to(tl.int64)[None, :] * N + n[:, None]
+    inside = (m < M)[None, :] & (n < N)[:, None]
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_parts(
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N]
+    bias_ptr,  # [N], not read unless HAS_BIAS
+    factor_ptr,  # [M, N], not read unless HAS_FACTOR
+    addend_ptr,  # [M, N], not read unless HAS_ADDEND
+    y_ptr,  # [M, N]
+    M,
+    N,
+    K32,  # K / 32, rounded up
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    SALT: tl.constexpr,
+):
+    """Sum the parts of HEIGHT rows of one cut tile, first to last. SALT as in the product whose parts they are."""
+    if -SALT == M:
+        return
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles = tiles_m * tl.cdiv(N, BLOCK_N)
+    whole = tiles // SLOTS * SLOTS
+    steps = tl.cdiv(tl.cdiv(K32, 2) * 64, BLOCK_K)
+    ways = tl.minimum(SLOTS // tl.maximum(tiles - whole, 1), steps)
+    tile = whole + tl.program_id(0)
+    if (ways <= 1) | (tile >= tiles):
+        return
+    used = tl.cdiv(steps, tl.cdiv(steps, ways))
+    tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
+    row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
+    m = tile_m * BLOCK_M + row
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
+    part += row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    sums = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
+    for _ in range(used):
+        sums += tl.load(part, mask=inside, other=0.0)
+        part += BLOCK_M * BLOCK_N
+    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
+    at = m.to(tl.int64)[:, None] * N + n[None, :]
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,83 @@
+"""Every tiling of the int8 tables compiled for its GPUs: it fits, spills and moves nothing, waits where it has to."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from et_cuda_passes.kernels.tiling import Tiling, load_table
+from tests.kernels.compiled import int8_product, machine_code, overwritten_operands, parts_adder, resources
+
+TUNED = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
+
+
+def tilings_of(name: str) -> list[Tiling]:
+    found = {tiling for entry in load_table(TUNED / f"{name}_int8.json") for tiling in entry.tilings.values()}
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("group_size", [0, 32, 128])
+@pytest.mark.parametrize("tiling", tilings_of("sm_90"), ids=str)
+def test_a_tiling_of_hopper(tiling: Tiling, group_size: int, tmp_path: Path) -> None:
+    kernel = int8_product(tiling, 90, group_size=group_size)
+    code = machine_code(kernel, tmp_path)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    assert overwritten_operands(code) == []
+    # A pair of weights is a load, a permute, two masks and a subtraction; the weights never go back to shared memory.
+    counts = Counter(text.split()[0 if not text.startswith("@") else 1] for _, text in code)
+    pairs = tiling.segments * tiling.block_n * tiling.block_k // (tiling.warps * 32) // 2
+    assert sum(text.startswith("HGMMA") for _, text in code) >= tiling.block_k // 16
+    assert pairs <= sum(count for name, count in counts.items() if name.startswith("LDS.U16")) <= pairs + 4
+    # Nothing that the loop needs is loaded when it is needed, and the rows lie so that banks do not collide.
+    loop = kernel.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
+    assert "tt.load" not in loop
+    layout = re.search(r"ttg.local_load .*memdesc<\d+x\d+xi8, (#shared\d*),", loop)
+    assert layout is not None
+    swizzled = rf"{layout[1]} = #ttg.swizzled_shared<{{vec = (\d+), perPhase = (\d+), maxPhase = (\d+)"
+    found = re.search(swizzled, kernel.asm["ttgir"])
+    assert found is not None
+    vector, per_phase, phases = map(int, found.groups())
+    assert vector == 8 and per_phase * phases >= 8
+    if tiling.waves:
+        assert resources(parts_adder(tiling, 90), tmp_path)["STACK"] == 0
+
+
+@pytest.mark.parametrize("group_size", [0, 64])
+@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("tiling", tilings_of("default"), ids=str)
+def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, group_size: int, tmp_path: Path) -> None:
+    kernel = int8_product(tiling, arch, group_size=group_size, WGMMA=False)
+    # The least that a GPU of these families has: 99 KB, on consumer cards.
+    assert kernel.metadata.shared <= 99 * 1024
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    assert any(text.startswith("HMMA") for _, text in machine_code(kernel, tmp_path))
+
+
+ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"group_size": 0, "HAS_ZERO": True, "HAS_BIAS": True},
+        {"group_size": 64, "HAS_ZERO": True, "EVEN_K": False},
+        {"group_size": 32, "EVEN_K": False, "UNIT": 32},
+        {"group_size": 128, "PAIRS": False, "EVEN_K": False},
+        {"group_size": 256, "dtype": "fp16"},
+        {"group_size": 0, "dtype": "fp16", "EVEN_K": False, "UNIT": 16},
+        {"group_size": 32, "dtype": "fp16", "HAS_ZERO": True},
+    ],
+    ids=str,
+)
+def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path: Path) -> None:
+    kernel = int8_product(ONE, 90, **others)
+    assert overwritten_operands(machine_code(kernel, tmp_path)) == []
+    assert resources(kernel, tmp_path)["STACK"] == 0
+
+
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_the_wait_is_in_every_step_and_once(group_size: int) -> None:
+    text = int8_product(ONE, 90, group_size=group_size).asm["ptx"]
+    assert text.count("wgmma.wait_group.sync.aligned 0; mov.b32") == 1
