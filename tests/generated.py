@@ -278,7 +278,9 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
     if read.kind == "lookup":
         # Tables of 5 to 8 bits, and others that are held as such, have conditions of their own.
         return False if plan.target == "metal" else (int4 and in_dtype) or None
-    if not int4 or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
+    # Up to 8 bits and groups of 16: all that is drawn.
+    int8 = plan.target == "cuda"
+    if not (int4 or int8) or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
         # The CPU has an int8 linear too, for some of what its int4 linear does not take.
         return None if plan.target == "cpu" else False
     # A vector times a matrix may be exported as another operator than a linear.

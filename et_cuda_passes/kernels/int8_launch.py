@@ -12,7 +12,7 @@ from et_cuda_passes.kernels.launching import ADDED_ROWS, gpu_of, inside, possibl
 from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import Tiling
 
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (16, 32, 64, 128, 256)
 IN_MULTIPLE = 16
 """K is a multiple of this: a row of the weight starts at as many bytes, and so does one of x."""
 MOST_UNIT = 4096

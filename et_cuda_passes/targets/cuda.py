@@ -44,7 +44,7 @@ CUDA = Target(
         Int8Kernel(
             "triton",
             dtypes=(torch.bfloat16, torch.float16),
-            group_sizes=(32, 64, 128, 256),
+            group_sizes=(16, 32, 64, 128, 256),
             zeros=True,
             in_multiple=16,
         ),

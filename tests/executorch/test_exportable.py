@@ -111,10 +111,24 @@ def test_wider_blocks_are_held_by_the_int8_operator(kind: str) -> None:
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "group"), [("q5_k", 32), ("q6_k", 16)])
+def test_wider_blocks_on_cuda_are_exact_to_the_precision_of_bf16(kind: str, group: int) -> None:
+    exported, wanted = from_gguf(kind)
+    rewritten, report = ecp.rewrite(exported, "cuda", expect={"linear_int8": 1, "missed": 0})
+    assert report.outcomes[0].detail == f"int{kind[1]} group {group} -> triton"
+    program, weight = decoded(exported)
+    # Each scale is rounded once, and then each weight.
+    bound = (
+        ROUNDOFF * (32 * values(program, weight).scale.double().numpy().repeat(group, axis=1) + np.abs(wanted)) * 1.02
+    )
+    got = rewritten.module()(torch.eye(K).bfloat16()).T.double().numpy()
+    assert bool((np.abs(got - wanted) <= bound).all())
+
+
 def test_wider_blocks_are_missed_where_no_kernel_has_them() -> None:
     for kind, bits in (("q5_k", "5 bits, 0..31"), ("q6_k", "6 bits, -32..31")):
         exported, _ = from_gguf(kind)
-        assert_misses(exported, f"at most 4 bits, found {bits}", "cuda", rule="linear_int4")
+        assert_misses(exported, f"at most 4 bits, found {bits}", "metal", rule="linear_int4")
     assert_misses(exported, "found group size 16; int8pack_cpu has one scale a row", "cpu", rule="linear_int8")
 
 

@@ -87,6 +87,13 @@ class Tied(nn.Module):
 
 TIED = {
     "int4 on cuda": (IntxWeightOnlyConfig(torch.int4, PerGroup(32)), "cuda", ["packed", "scale_and_zero"]),
+    "int8 on cuda": (IntxWeightOnlyConfig(torch.int8, PerAxis(0)), "cuda", ["packed", "scale"]),
+    "int8 in groups on cuda": (IntxWeightOnlyConfig(torch.int8, PerGroup(32)), "cuda", ["packed", "scale"]),
+    "asymmetric int8 on cuda": (
+        IntxWeightOnlyConfig(torch.int8, PerGroup(64), mapping_type=MappingType.ASYMMETRIC),
+        "cuda",
+        ["packed", "scale", "zero"],
+    ),
     "int8 on cpu": (IntxWeightOnlyConfig(torch.int8, PerAxis(0)), "cpu", ["packed", "scale"]),
 }
 
@@ -102,7 +109,7 @@ def test_a_table_tied_to_the_last_linear_is_held_once(case: str) -> None:
 
 def test_a_tied_table_that_only_the_embedding_gives_up_stays_for_the_linear() -> None:
     ids = torch.tensor([[3, 1], [47, 0]])
-    program = exported(Tied(IntxWeightOnlyConfig(torch.int8, PerGroup(16))), ids)
+    program = exported(Tied(IntxWeightOnlyConfig(torch.int8, PerGroup(8))), ids)
     rewritten, report = assert_rewrites(program, "cuda", expect={"embedding_int8": 1, "missed": 1}, rtol=0)
     assert [outcome.op for outcome in report.outcomes if outcome.status == "missed"] == ["aten.linear"]
     assert {"words.weight.packed", "words.weight.scale", "head.weight"} == set(rewritten.state_dict)

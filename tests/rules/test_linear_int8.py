@@ -136,6 +136,49 @@ def test_the_other_ways_to_miss() -> None:
         ecp.rewrite(export(Quantized(16, 64), 2, 64), "cpu", [ecp.LinearInt8(kernel="marlin")])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("k", "group"), [(48, 48), (64, 16), (192, 96), (256, 128), (256, 256), (1536, 768), (272, 16)]
+)
+@pytest.mark.parametrize("zero_points", ["random", None])
+def test_on_cuda_groups_and_zero_points_against_fp64(
+    k: int, group: int, zero_points: str | None, dtype: torch.dtype
+) -> None:
+    model = Quantized(13, k, group, -128, 127, dtype, None, zero_points, no_bias)
+    program = export(model, 3, k, dtype=dtype)
+    rewritten, report = ecp.rewrite(program, "cuda", expect={"linear_int8": 1, "missed": 0})
+    assert report.outcomes[0].detail.endswith("-> triton")
+    (x,) = program.example_inputs[0]
+    rows, weight, points = x.double().numpy(), exact(model), 255 * model.scale.double().numpy().repeat(group, axis=1)
+    wanted, got = rows @ weight.T, rewritten.module()(x).double().numpy()
+    # Each weight is rounded once, and the result; sums and zeros are fp32.
+    allowed = np.abs(rows) @ (np.abs(weight) * DTYPES[dtype] + points * 1e-5).T + np.abs(wanted) * DTYPES[dtype]
+    assert bool((np.abs(got - wanted) <= allowed).all())
+    assert torch.equal(rewritten.module()(x), rewritten.module()(x))
+    (scale,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".scale"))
+    native = group if group == k else max(size for size in (16, 32, 64, 128, 256) if group % size == 0)
+    assert tuple(scale.shape) == (13, k // native)
+    zeros = [value.dtype for name, value in rewritten.state_dict.items() if name.endswith(".zero")]
+    assert zeros == ([torch.float32] if zero_points else [])
+
+
+def test_the_ways_to_miss_on_cuda() -> None:
+    for model, found in (
+        (Quantized(16, 64, 8, -128, 127), "found group size 8; triton has 16, 32, 64, 128, 256 and their multiples"),
+        (Quantized(16, 40, 40, -128, 127), "found K = 40; K must be a multiple of 16"),
+    ):
+        assert_misses(export(model, 2, model.data.shape[1]), found, "cuda", rule="linear_int8")
+    single = export(Quantized(16, 64, 64, -128, 127, torch.float32), 2, 64, dtype=torch.float32)
+    assert_misses(single, "found float32; triton has bfloat16, float16", "cuda", rule="linear_int8")
+    with pytest.raises(ValueError, match="target cuda has no int8 kernel 'int8pack_cpu'; it has: triton"):
+        ecp.rewrite(export(Quantized(16, 64), 2, 64), "cuda", [ecp.LinearInt8(kernel="int8pack_cpu")])
+
+
+def test_an_outcome_on_cuda_names_its_tilings() -> None:
+    _, report = ecp.rewrite(export(Quantized(512, 256, 64, -128, 127), 3, 256), "cuda")
+    assert report.outcomes[0].explanation.startswith("tilings on sm_90 for 512 x 256, group size 64: M = 3: 8x")
+
+
 def test_a_target_without_an_int8_kernel_names_the_scheme_that_it_has() -> None:
     program = export(Quantized(16, 64, 64, -128, 127), 2, 64)
     assert_misses(program, "found 8 bits, -128..127; quantize with weight_dtype=torch.int4", "metal")
