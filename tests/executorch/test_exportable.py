@@ -117,10 +117,9 @@ def test_wider_blocks_on_cuda_are_exact_to_the_precision_of_bf16(kind: str, grou
     rewritten, report = ecp.rewrite(exported, "cuda", expect={"linear_int8": 1, "missed": 0})
     assert report.outcomes[0].detail == f"int{kind[1]} group {group} -> triton"
     program, weight = decoded(exported)
+    scale = values(program, weight).scale.abs().double().numpy().repeat(group, axis=1)
     # Each scale is rounded once, and then each weight.
-    bound = (
-        ROUNDOFF * (32 * values(program, weight).scale.double().numpy().repeat(group, axis=1) + np.abs(wanted)) * 1.02
-    )
+    bound = ROUNDOFF * (32 * scale + np.abs(wanted)) * 1.02
     got = rewritten.module()(torch.eye(K).bfloat16()).T.double().numpy()
     assert bool((np.abs(got - wanted) <= bound).all())
 
