@@ -47,11 +47,15 @@ def test_the_order_of_a_table_does_not_matter() -> None:
 @pytest.mark.parametrize("gpu", [HOPPER, OTHER], ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("bounds", [ROWS, DYNAMIC_ROWS])
-def test_buckets_ascend_to_the_last_and_hold_whole_groups(gpu: Family, group: int, bounds: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_buckets_ascend_to_the_last_and_hold_whole_groups(
+    gpu: Family, group: int, bounds: tuple[int, ...], bits: int
+) -> None:
     for n, k in ((8192, 3072), (3072, 8192), (576, 576), (131072, 3072), (45, 128)):
-        chosen = tilings(gpu, n, k, group, bounds)
+        chosen = tilings(gpu, n, k, group, bounds, bits)
         assert list(chosen) == sorted(chosen) and max(chosen) == UNBOUNDED
-        assert all(tiling.block_k >= group and tiling.stages >= 2 for tiling in chosen.values())
+        # The int8 kernel takes groups of several steps too.
+        assert all((tiling.block_k >= group or bits == 8) and tiling.stages >= 2 for tiling in chosen.values())
         following = list(chosen.values())
         assert all(first != second for first, second in itertools.pairwise(following))
 
@@ -92,7 +96,7 @@ def test_a_tiling_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         load_table(_table(tmp_path, **{"8": [16, 64]}))
 
 
-@pytest.mark.parametrize("name", ["sm_90", "default"])
+@pytest.mark.parametrize("name", ["sm_90", "default", "sm_90_int8", "default_int8"])
 def test_the_tables_are_whole(name: str) -> None:
     for tuned in load_table(TABLE / f"{name}.json"):
         for bound, tiling in tuned.tilings.items():
