@@ -103,7 +103,7 @@ def int8_matmul(
     for step in range(length):
         if EVEN_K:
             q = tl.load(q_at)
-            x = tl.load(x_at, mask=in_m, other=0.0)
+            x = tl.load(x_at)  # with no mask: what stands for rows beyond M is not stored
         else:
             # In units of 16, which the vectors of a load never straddle. What is beyond K is 0 times 0.
             in_rows = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (row_step + step) * (BLOCK_K // 16)
