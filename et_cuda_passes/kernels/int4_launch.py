@@ -8,14 +8,14 @@ fix it, and a branch of the graph would cost its own synchronisation.
 import math
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.library import wrap_triton
 
+from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
-from et_cuda_passes.kernels.launching import ADDED_ROWS, gpu_of, inside, possible, wave
-from et_cuda_passes.kernels.tiles import add_parts
+from et_cuda_passes.kernels.launching import add, gpu_of, inside, possible, wave
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (32, 64, 128)
@@ -53,7 +53,7 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     first: int = 0
     for bound, tiling in buckets.items():
         flag = 1 if len(buckets) == 1 else inside(m, first, bound)
-        launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+        y, parts = launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
         first = bound + 1
     return y
 
@@ -71,43 +71,42 @@ def launch(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
-) -> None:
-    """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need."""
+) -> tuple[Tensor, Tensor | None]:
+    """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need.
+
+    Returns:
+        y and parts, as they are then.
+    """
     k, n = x.shape[-1], y.shape[-1]
     programs = wave(tiling, m, n, packed.shape[1] * 8, processors)
     slots = programs.slots
     # A pointer that is not read still has to be one.
-    given = (epilogue.bias, epilogue.factor, epilogue.addend)
-    others = [qparams if tensor is None else tensor for tensor in given]
-    into = parts if slots and parts is not None else qparams
-    shape = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
+    given = {"bias_ptr": epilogue.bias, "factor_ptr": epilogue.factor, "addend_ptr": epilogue.addend}
+    common: dict[str, Any] = {name: qparams if tensor is None else tensor for name, tensor in given.items()}
+    common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
+    common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation}
+    common |= {"M": m, "N": n, "K32": k // 32}
+    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
     # Inductor makes a kernel of its own for each set of numbers that are passed: these.
-    shape["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
-    finish = {"HAS_BIAS": given[0] is not None, "HAS_FACTOR": given[1] is not None, "HAS_ADDEND": given[2] is not None}
-    wrap_triton(int4_matmul)[(programs.grid * flag,)](
-        x,
-        packed,
-        qparams,
-        *others,
-        y,
-        into,
-        m,
-        n,
-        k // 32,
-        **shape,
-        **finish,
-        ACTIVATION=epilogue.activation,
-        SEGMENTS=tiling.segments,
-        GROUP_SIZE=group_size,
-        EVEN_K=k % (tiling.block_k * tiling.segments) == 0,
-        HAS_ZERO=qparams.shape[0] == 2,
-        USE_ASM=True,
-        WGMMA=wgmma,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
-    if slots:
-        height = min(tiling.block_m, ADDED_ROWS)
-        wrap_triton(add_parts)[(programs.rest * flag, tiling.block_m // height)](
-            into, *others, y, m, n, k // 32, **shape, **finish, ACTIVATION=epilogue.activation, HEIGHT=height
-        )
+    common["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
+    arguments = {
+        **common,
+        "x_ptr": x,
+        "words_ptr": packed,
+        "qparams_ptr": qparams,
+        "y_ptr": y,
+        "parts_ptr": parts if slots and parts is not None else qparams,
+        "SEGMENTS": tiling.segments,
+        "GROUP_SIZE": group_size,
+        "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
+        "HAS_ZERO": qparams.shape[0] == 2,
+        "USE_ASM": True,
+        "WGMMA": wgmma,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+    if not slots:
+        (y,) = known_writes.launch(int4_matmul, (programs.grid * flag,), arguments, ["y_ptr"])
+        return y, parts
+    y, parts = known_writes.launch(int4_matmul, (programs.grid * flag,), arguments, ["y_ptr", "parts_ptr"])
+    return add(y, parts, tiling, programs, flag, common), parts

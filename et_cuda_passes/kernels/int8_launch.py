@@ -2,14 +2,14 @@
 
 import math
 import zlib
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch.library import wrap_triton
 
+from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
-from et_cuda_passes.kernels.launching import ADDED_ROWS, gpu_of, inside, possible, wave
-from et_cuda_passes.kernels.tiles import add_parts
+from et_cuda_passes.kernels.launching import add, gpu_of, inside, possible, wave
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -37,7 +37,7 @@ def int8_linear(
     first: int = 0
     for bound, tiling in buckets.items():
         flag = 1 if len(buckets) == 1 else inside(m, first, bound)
-        launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+        y, parts = launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
         first = bound + 1
     return y
 
@@ -56,46 +56,47 @@ def launch(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
-) -> None:
-    """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need."""
+) -> tuple[Tensor, Tensor | None]:
+    """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is fp32, as many as cut tiles need.
+
+    Returns:
+        y and parts, as they are then.
+    """
     k, n = x.shape[-1], y.shape[-1]
     programs = wave(tiling, m, n, k, processors)
     slots = programs.slots
-    shape = {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
-    # Inductor makes a kernel of its own for each set of numbers that are passed: these.
-    shape["SALT"] = 1 + zlib.crc32(f"int8 {m} {n} {k}".encode()) % 2**30
-    unit = min(k & -k, MOST_UNIT)
     # A pointer that is not read still has to be one.
-    given, offset = scale if bias is None else bias, scale if zero is None else zero
-    into = parts if slots and parts is not None else scale
+    common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
+    common |= {"M": m, "N": n, "SLOTS": slots}
+    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
+    # Inductor makes a kernel of its own for each set of numbers that are passed: these.
+    common["SALT"] = 1 + zlib.crc32(f"int8 {m} {n} {k}".encode()) % 2**30
+    unit = min(k & -k, MOST_UNIT)
     grouped = group_size if group_size != k else 0
-    wrap_triton(int8_matmul)[(programs.grid * flag,)](
-        x,
-        packed,
-        scale,
-        offset,
-        given,
-        y,
-        into,
-        m,
-        n,
-        k // unit,
-        **shape,
-        UNIT=unit,
-        SEGMENTS=tiling.segments,
-        GROUP_SIZE=grouped,
-        EVEN_K=k % (tiling.block_k * tiling.segments) == 0,
-        PAIRS=grouped > 0 and k // group_size % 2 == 0,
-        HAS_ZERO=zero is not None,
-        HAS_BIAS=bias is not None,
-        USE_ASM=True,
-        WGMMA=wgmma,
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
-    )
-    if slots:
-        height = min(tiling.block_m, ADDED_ROWS)
-        finish = {"HAS_BIAS": bias is not None, "ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
-        wrap_triton(add_parts)[(programs.rest * flag, tiling.block_m // height)](
-            into, given, scale, scale, y, m, n, -(-k // 32), **shape, **finish, HEIGHT=height
-        )
+    arguments = {
+        **common,
+        "x_ptr": x,
+        "packed_ptr": packed,
+        "scale_ptr": scale,
+        "zero_ptr": scale if zero is None else zero,
+        "y_ptr": y,
+        "parts_ptr": parts if slots and parts is not None else scale,
+        "K_UNITS": k // unit,
+        "UNIT": unit,
+        "SEGMENTS": tiling.segments,
+        "GROUP_SIZE": grouped,
+        "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
+        "PAIRS": grouped > 0 and k // group_size % 2 == 0,
+        "HAS_ZERO": zero is not None,
+        "USE_ASM": True,
+        "WGMMA": wgmma,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+    if not slots:
+        (y,) = known_writes.launch(int8_matmul, (programs.grid * flag,), arguments, ["y_ptr"])
+        return y, parts
+    y, parts = known_writes.launch(int8_matmul, (programs.grid * flag,), arguments, ["y_ptr", "parts_ptr"])
+    common |= {"K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}
+    common |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
+    return add(y, parts, tiling, programs, flag, common), parts

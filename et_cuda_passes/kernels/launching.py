@@ -1,11 +1,15 @@
 """What the launches share: the GPU, the buckets of rows that a length can be in, and how the last wave is cut."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import SymInt
+from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
 
 ADDED_ROWS = 8
@@ -69,3 +73,18 @@ def wave(tiling: Tiling, m: int | SymInt, n: int, k: int, processors: int) -> Wa
         if isinstance(rest, int) and (rest == 0 or ways == 1):
             slots = 0  # the last wave is full, or too full for anything to be cut
     return Wave(grid, slots, rest)
+
+
+def add(
+    y: Tensor, parts: Tensor, tiling: Tiling, programs: Wave, flag: int | SymInt, arguments: Mapping[str, Any]
+) -> Tensor:
+    """Sum the parts of the cut tiles into ``y``: behind a launch over ``programs``, with its arguments and ``flag``.
+
+    Returns:
+        y as it is then.
+    """
+    height = min(tiling.block_m, ADDED_ROWS)
+    grid = (programs.rest * flag, tiling.block_m // height)
+    given = {**arguments, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}
+    (y,) = known_writes.launch(add_parts, grid, given, ["y_ptr"])
+    return y

@@ -1,0 +1,58 @@
+"""A launch that says what its kernel writes to, so that torch need not find out.
+
+``wrap_triton`` finds it out by turning the kernel into Triton's IR and reading that: a tenth of a second for each
+launch, each time the program is traced, which is twice. A model's linears are a thousand launches. What results is the
+same node of the graph. (Inductor asks twice more, later.)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import SymInt, Tensor
+from torch._higher_order_ops.triton_kernel_wrap import (
+    TraceableTritonKernelWrapper,
+    TracingTritonHOPifier,
+    triton_kernel_wrapper_functional,
+)
+from torch._library.triton import is_wrap_triton_enabled
+
+
+class _KnownWrites(TracingTritonHOPifier):
+    """Traces a launch as the functional operator, which returns what is written."""
+
+    def __init__(self, writes: Sequence[str]) -> None:
+        self._writes = list(writes)
+
+    def call_HOP(self, variable: Any, grids: Any, combined_args: dict[str, Any], tx: None) -> Any:
+        """Called by torch with the arguments in their final form."""
+        given, constants = self.store_non_graphable_args(combined_args)
+        return triton_kernel_wrapper_functional(
+            kernel_idx=variable.kernel_idx,
+            constant_args_idx=constants,
+            grid=grids,
+            tma_descriptor_metadata={},
+            kwargs=given,
+            tensors_to_clone=self._writes,
+        )
+
+
+def launch(
+    kernel: Any, grid: tuple[int | SymInt, ...], arguments: Mapping[str, Any], writes: Sequence[str]
+) -> list[Tensor]:
+    """Launch ``kernel[grid](**arguments)``, or trace it inside a ``triton_op``.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        grid: programs, by dimension.
+        arguments: all of them by name, num_warps and num_stages too.
+        writes: names of the tensors that the kernel writes to; one that is left out is taken to keep its value.
+
+    Returns:
+        Those tensors as they are then, in order: traced they are new ones, and the old ones keep what they held.
+    """
+    if not is_wrap_triton_enabled():
+        kernel[grid](**arguments)
+        return [arguments[name] for name in writes]
+    wrapped = TraceableTritonKernelWrapper(kernel, None, grid)
+    written: Any = _KnownWrites(writes).call_triton_kernel(wrapped, (), dict(arguments), None)
+    return [written[name] for name in writes]
