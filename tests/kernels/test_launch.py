@@ -178,7 +178,7 @@ def test_what_the_int8_kernel_is_compiled_for() -> None:
     [
         (torch.float32, torch.float32, 64, 32),
         (torch.bfloat16, torch.float32, 64, 32),
-        (torch.bfloat16, torch.bfloat16, 64, 16),
+        (torch.bfloat16, torch.bfloat16, 64, 8),
         (torch.bfloat16, torch.bfloat16, 40, 40),
     ],
 )
