@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import nn
 from torch._functorch.aot_autograd import aot_export_module
+from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
@@ -110,6 +111,14 @@ def launches(
     return signature, nodes
 
 
+def found_written(launch: torch.fx.Node) -> list[str]:
+    """What torch finds that the kernel writes to, from its IR."""
+    given: Any = launch.kwargs["kwargs"]
+    values = {name: v.meta["val"] if isinstance(v, torch.fx.Node) else v for name, v in given.items()}
+    numbers: Any = (launch.kwargs["kernel_idx"], launch.kwargs["constant_args_idx"])
+    return get_mutated_tensors(*numbers, values, {})
+
+
 @pytest.mark.parametrize("rows", [None, 1, 700])
 @pytest.mark.parametrize("block", [Block, Int8Block])
 def test_only_the_output_and_the_parts_are_written_to(rows: int | None, block: Callable[..., nn.Module]) -> None:
@@ -119,6 +128,7 @@ def test_only_the_output_and_the_parts_are_written_to(rows: int | None, block: C
     assert len(signature.user_outputs) == 1
     for node in nodes:
         assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr", "parts_ptr"}
+        assert set(node.kwargs["tensors_to_clone"]) == set(found_written(node))
 
 
 @pytest.mark.parametrize("block", [Block, Int8Block])
