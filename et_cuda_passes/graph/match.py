@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from et_cuda_passes.graph.ops import argument_names, arguments, called, op_name, schema_of
-from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Literal, Pattern
+from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Items, Literal, Pattern
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,18 @@ class _Matcher:
             case AnyOf():
                 for alternative in pattern.alternatives:
                     yield from self.match(alternative, value, state)
+            case Items():
+                yield from self.match_items(pattern, value, state)
             case Call():
                 yield from self.match_call(pattern, value, state)
+
+    def match_items(self, pattern: Items, value: Any, state: _State) -> Iterator[_State]:
+        if not isinstance(value, (list, tuple)) or len(value) != len(pattern.patterns):
+            return self.fail(value, pattern, state)
+        states = [state]
+        for child, item in zip(pattern.patterns, value, strict=True):
+            states = [after for before in states for after in self.match(child, item, before)]
+        yield from states
 
     def match_call(self, pattern: Call, node: Any, state: _State) -> Iterator[_State]:
         if not isinstance(node, Node) or called(node) not in pattern.targets:
