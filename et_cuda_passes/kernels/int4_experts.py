@@ -13,23 +13,21 @@ from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
 
 
 @triton.jit
-def _group_of(pid, ends_ptr, M, E, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _group_of(pid, before, end, M, E, BLOCK_M: tl.constexpr):
     """The group that row tile ``pid`` lies in, its first row there and the group's end; group E is what no expert has.
 
-    Groups follow each other with ends ``ends_ptr[0] .. ends_ptr[E - 1]``, each in tiles of its own.
+    Groups follow each other, ``before`` and ``end`` [a power of two above E] being where they begin and end, each in
+    tiles of its own.
     """
-    group = tl.arange(0, WIDTH)
-    # What an end before its group's start, or beyond x, would mean is not said: then nothing outside of x is touched.
-    end = tl.load(ends_ptr + group, mask=group < E, other=M).to(tl.int32)
-    start = tl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= E), other=0).to(tl.int32)
-    end = tl.minimum(tl.maximum(end, 0), M)
-    start = tl.minimum(tl.maximum(tl.where(group > E, M, start), 0), M)
+    group = tl.arange(0, end.shape[0])
+    # Offsets out of order, or beyond x, mean nothing that torch would say either: nothing outside of x is touched.
+    end = tl.minimum(tl.maximum(tl.where(group < E, end.to(tl.int32), M), 0), M)
+    start = tl.minimum(tl.maximum(tl.where(group > E, M, before.to(tl.int32)), 0), M)
     tiles = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
     until = tl.cumsum(tiles, 0)
     own = tl.sum((until <= pid).to(tl.int32), 0)
-    is_own = group == own
-    first = tl.sum(tl.where(is_own, start - (until - tiles) * BLOCK_M, 0), 0)
-    return own, first + pid * BLOCK_M, tl.sum(tl.where(is_own, end, 0), 0)
+    first = tl.sum(tl.where(group == own, start - (until - tiles) * BLOCK_M, 0), 0)
+    return own, first + pid * BLOCK_M, tl.sum(tl.where(group == own, end, 0), 0)
 
 
 @triton.jit
@@ -72,7 +70,11 @@ def int4_experts(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
-        expert, row, end = _group_of(pid, expert_ptr, M, E, BLOCK_M, WIDTH)
+        # Loaded here: what another function is given the pointer for, torch takes it to write to.
+        each = tl.arange(0, WIDTH)
+        ends = tl.load(expert_ptr + each, mask=each < E, other=0)
+        before = tl.load(expert_ptr + each - 1, mask=(each > 0) & (each <= E), other=0)
+        expert, row, end = _group_of(pid, before, ends, M, E, BLOCK_M)
         if expert > E:
             return
         m = row + columns
