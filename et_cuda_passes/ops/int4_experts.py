@@ -58,14 +58,14 @@ def _check(name: str, x: Tensor, packed: Tensor, qparams: Tensor, chosen: Tensor
         ValueError: naming what does not fit.
     """
     grouped = name.startswith("int4_grouped_mm")
-    k, experts = (x.shape[-1] if x.dim() else 0), packed.shape[0]
-    whole = packed.dim() == 3 and group > 0 and k % group == 0
-    rows = packed.shape[1] if packed.dim() == 3 else 0
+    k = x.shape[-1] if x.dim() else 0
+    experts, rows, width = packed.shape if packed.dim() == 3 else (0, 0, 0)
+    whole = group > 0 and k % group == 0
     if name.endswith("mma_tiled"):
-        whole = whole and packed.shape[2] * 8 == mma_tiled.padded(k) and rows == n
+        whole = whole and width * 8 == mma_tiled.padded(k) and rows == n
         whole = whole and tuple(qparams.shape[1:]) == (experts, n, mma_tiled.scale_row(k, group))
     else:
-        whole = whole and packed.shape[2] * 2 == k and 0 < n <= rows
+        whole = whole and width * 2 == k and 0 < n <= rows
         whole = whole and tuple(qparams.shape) == (experts, k // group, rows, 2)
     if not whole:
         raise ValueError(

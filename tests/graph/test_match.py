@@ -214,3 +214,13 @@ def test_a_node_that_calls_nothing_matches_no_call(sketch: Sketch, kind: str) ->
     x = sketch.input("x", 4)
     node = x if kind == "placeholder" else sketch.graph.output((x,))
     assert missed(relu(X), node) == ("aten.relu", f"{kind} {node.name}")
+
+
+def test_a_list_is_matched_item_by_item(sketch: Sketch) -> None:
+    x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
+    pattern = op(aten.index.Tensor)(X, [Y])
+    assert found(pattern, sketch.call(aten.index.Tensor, x, [ids])).bindings == {"x": x, "y": ids}
+    wanted, what = missed(pattern, sketch.call(aten.index.Tensor, x, [None, ids]))
+    assert (wanted, what) == ("[y]", "[None, ids]")
+    assert missed(pattern, sketch.call(aten.index.Tensor, x, [None]))[0] == "y"
+    assert found(op(aten.permute.default)(X, [1, 0]), sketch.call(aten.permute.default, x, [1, 0]))
