@@ -14,6 +14,7 @@ from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
@@ -40,6 +41,7 @@ __all__ = [
     "ConvInt4",
     "ConvInt8",
     "CudaPartitioner",
+    "EinsumInt4",
     "EmbeddingInt4",
     "EmbeddingInt8",
     "ExpectationError",

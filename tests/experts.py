@@ -156,6 +156,30 @@ FORMS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor
         grouped,
         (floats(11, K), OFFS),
     ),
+    "einsum of all": (
+        "einsum_int4",
+        lambda w, x: torch.einsum("tk,enk->ten", x, w),
+        lambda w, x: torch.stack([x @ w[e].T for e in range(E)], dim=1),
+        (floats(5, K),),
+    ),
+    "einsum, its operands in another order": (
+        "einsum_int4",
+        lambda w, x: torch.einsum("e n k, t e k -> n t e", w, x),
+        lambda w, x: torch.stack([w[e] @ x[:, e].T for e in range(E)], dim=2),
+        (floats(5, E, K),),
+    ),
+    "einsum of a token's experts": (
+        "einsum_int4",
+        lambda w, x, ids: torch.einsum("ti,taoi->tao", x, w[ids]),
+        lambda w, x, ids: torch.stack([torch.stack([w[e] @ row for e in of]) for of, row in zip(ids, x, strict=True)]),
+        (floats(3, K), IDS.view(3, 2)),
+    ),
+    "einsum, rows for each of them": (
+        "einsum_int4",
+        lambda w, x, ids: torch.einsum("tai,taoi->tao", x, w[ids]),
+        lambda w, x, ids: (w[ids] @ x.unsqueeze(-1)).squeeze(-1),
+        (floats(3, 2, K), IDS.view(3, 2)),
+    ),
     "select": (
         "linear_int4",
         lambda w, x: F.linear(x, w[1]) * F.linear(x, w[-1]),

@@ -92,7 +92,7 @@ def _in_reach(program: Program) -> Iterator[Candidate]:
             continue
         if _carries(node):
             weights[node] = read
-        else:
+        elif called(node) is not aten.sym_size.int:  # its size is no use of a weight
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn, branches.path(node))
 

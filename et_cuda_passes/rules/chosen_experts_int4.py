@@ -11,22 +11,15 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import dequantize
 from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts
-from et_cuda_passes.rules.stack import operand, turned
+from et_cuda_passes.rules.stack import chosen, operand, turned
 
 aten = torch.ops.aten
-
-
-def _chosen(stack: Pattern, ids: Pattern) -> AnyOf:
-    return any_of(
-        op(aten.index.Tensor)(stack, [ids], shared=True),
-        op(aten.index_select.default)(stack, 0, ids, shared=True),
-    )
 
 
 @dataclass(frozen=True)
@@ -36,7 +29,7 @@ class ChosenExpertsInt4(PackedExperts):
     def pattern(self, x: Capture, ids: Capture) -> Pattern:
         """A product with the experts that a tensor chooses, turned before or after."""
         stack = dequantize(..., name="weight", shared=True)
-        weight = any_of(operand(_chosen(stack, ids)), _chosen(turned(stack), ids))
+        weight = any_of(operand(chosen(stack, ids)), chosen(turned(stack), ids))
         return any_of(
             op(aten.bmm.default, aten.matmul.default)(x, weight),
             op(aten.bmm.default, aten.matmul.default)(weight, x, name=LEFT),

@@ -28,3 +28,11 @@ def operand(stack: Pattern) -> AnyOf:
     forms = any_of(turned(stack), stack)
     expanded = op(aten.expand.default)(forms, ..., name="expanded", shared=True)
     return any_of(forms, op(aten.view.default)(expanded, ..., name="viewed", shared=True))
+
+
+def chosen(stack: Pattern, ids: Pattern) -> AnyOf:
+    """The matrices of a stack that a tensor of experts' numbers chooses."""
+    return any_of(
+        op(aten.index.Tensor)(stack, [ids], shared=True),
+        op(aten.index_select.default)(stack, 0, ids, shared=True),
+    )

@@ -6,6 +6,7 @@ from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
@@ -48,6 +49,7 @@ CUDA = Target(
         BmmInt4(),
         ChosenExpertsInt4(),
         GroupedMmInt4(),
+        EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
         LinearViews(),

@@ -65,7 +65,7 @@ def test_what_each_target_runs() -> None:
         if name != "cpu":
             linears = ["linear_int4", "conv_int4"]
             assert get_target(name).int8_kernels == ()
-        experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4"]
+        experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4", "einsum_int4"]
         assert (get_target(name).int4_experts is None) == (name == "metal")
         tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
         epilogue = ["int4_activation", "int4_combine"] if name == "cuda" else []
