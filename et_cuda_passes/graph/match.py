@@ -125,9 +125,10 @@ class _Matcher:
         for child, value in self.pair(pattern, node):
             if isinstance(child, Anything):
                 continue
-            if isinstance(child, Capture) and node is not self.root and value in self.written:
-                # Read here, it would be read at the root instead, after it may have been written.
-                return self.fail(value, child, bound, f"{child}, which nothing writes in place")
+            for part, item in _items(child, value):
+                if isinstance(part, Capture) and node is not self.root and item in self.written:
+                    # Read here, it would be read at the root instead, after it may have been written.
+                    return self.fail(item, part, bound, f"{part}, which nothing writes in place")
             states = [after for before in states for after in self.match(child, value, before)]
         yield from states
 
@@ -144,6 +145,13 @@ class _Matcher:
                 yield wanted[name], actual.get(name)
             elif not pattern.open:
                 yield Literal(defaults.get(name)), actual.get(name)
+
+
+def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:
+    """An argument's pattern with what stands there; of a list, each item's."""
+    if isinstance(pattern, Items) and isinstance(value, (list, tuple)):
+        return list(zip(pattern.patterns, value, strict=False))
+    return [(pattern, value)]
 
 
 def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> Match | Miss:

@@ -67,21 +67,40 @@ def decode_expert(program: Program, node: Node) -> AffineWeight:
 
 
 def _picked(node: Node) -> tuple[Node, Any]:
-    """The dequantize node that ``node`` reads one expert of, and the expert's number."""
-    if called(node) in _SQUEEZES:
-        node = node.all_input_nodes[0]
-    if called(node) is aten.slice.Tensor:
-        bound = arguments(node)
-        if bound["step"] != 1 or not isinstance(bound["start"], int):
-            raise Unmet(f"{node.name}, several experts side by side")
-        return bound["self"], bound["start"]
-    if called(node) is operator.getitem:
-        pieces, index = node.all_input_nodes[0], node.args[1]
-        return pieces.all_input_nodes[0], index
-    if called(node) is not aten.select.int:
+    """The dequantize node that ``node`` reads one expert of, and the expert's number.
+
+    Raises:
+        Unmet: it reads several experts, or something across them.
+    """
+    target = called(node)
+    if target in _SQUEEZES:
+        part = node.all_input_nodes[0]
+        if called(part) is aten.slice.Tensor:
+            return _sliced(part)
+        pieces = part.all_input_nodes[0]
+        sizes = arguments(pieces).get("split_sizes")
+        index: Any = part.args[1]
+        if sizes is None:  # in pieces of one expert
+            return pieces.all_input_nodes[0], index
+        if arguments(pieces)["dim"] != 0 or sizes[index] != 1:
+            raise Unmet(f"{pieces.name}, which does not split the stack into single experts")
+        return pieces.all_input_nodes[0], sum(sizes[:index])
+    if target is operator.getitem:
+        return node.all_input_nodes[0].all_input_nodes[0], node.args[1]
+    if target is not aten.select.int:
         raise TypeError(f"{node.name} calls no operator that dequantizes")
     bound = arguments(node)
     return bound["self"], bound["index"]
+
+
+def _sliced(node: Node) -> tuple[Node, Any]:
+    bound = arguments(node)
+    start = 0 if bound["start"] is None else bound["start"]
+    source, count = bound["self"], bound["self"].meta["val"].shape[0]
+    # A slice, unlike an index, may begin before the first and end behind the last.
+    if not isinstance(start, int) or not -count <= start < count or node.meta["val"].shape[0] != 1:
+        raise Unmet(f"{node.name}, which is not one expert")
+    return source, start
 
 
 def number_of(program: Program, node: Node) -> int:

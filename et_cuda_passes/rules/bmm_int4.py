@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
@@ -44,8 +45,9 @@ class BmmInt4(PackedExperts):
     def dimensions(self, m: MatchContext) -> Answer:
         """Nothing else is broadcast."""
         x, experts = m.val(m.x), m.val(m.weight).shape[0]
-        good = (x.dim() == 2 and LEFT not in m.match.bindings) or (x.dim() == 3 and x.shape[0] in (1, experts))
-        return bool(good), f"x {list(x.shape)} for {experts} experts"
+        of_all = x.dim() == 2 and LEFT not in m.match.bindings
+        fits = x.dim() == 3 and any(statically_known_true(x.shape[0] == batches) for batches in (1, experts))
+        return of_all or fits, f"x {list(x.shape)} for {experts} experts"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weights and call the operator."""

@@ -108,7 +108,7 @@ def pack(
 
     experts = tuple(weight.expert for weight in weights)
     form = (kernel.layout, kernel.out_multiple, experts)
-    # Of a stack, which may stay, only one expert: the name is no place inside the stack's own.
+    # Beside the stack's own name and not inside it, since the stack may stay for other readers.
     name += "" if first.expert is None else f"expert_{first.expert}_"
     integers = [weight.data for weight in weights]
     # Which sources belong to which weight, and what is no source.

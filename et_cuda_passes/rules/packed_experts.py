@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
@@ -103,9 +104,13 @@ class PackedExperts(NeedsValues):
     def shape(self, m: MatchContext) -> Answer:
         """The views of a decomposed matmul change nothing."""
         views = [m.match.bindings[name] for name in ("expanded", "viewed") if name in m.match.bindings]
-        inner: Any = views[0].args[0] if views else None
-        changed = [node for node in views if list(m.val(node).shape) != list(m.val(inner).shape)]
-        return not changed, f"{list(m.val(changed[0]).shape)} of {list(m.val(inner).shape)}" if changed else ""
+        if not views:
+            return True, ""
+        inner: Any = views[0].args[0]
+        before, after = m.val(inner).shape, m.val(views[-1]).shape
+        same = len(before) == len(after) == m.val(views[0]).dim()
+        same = same and all(statically_known_true(a == b) for a, b in zip(before, after, strict=True))
+        return same, f"{list(before)} as {list(after)}"
 
     @require(
         "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"

@@ -224,3 +224,11 @@ def test_a_list_is_matched_item_by_item(sketch: Sketch) -> None:
     assert (wanted, what) == ("[y]", "[None, ids]")
     assert missed(pattern, sketch.call(aten.index.Tensor, x, [None]))[0] == "y"
     assert found(op(aten.permute.default)(X, [1, 0]), sketch.call(aten.permute.default, x, [1, 0]))
+
+
+def test_an_item_that_is_written_after_it_was_read_is_no_match(sketch: Sketch) -> None:
+    x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
+    picked = sketch.call(aten.index.Tensor, x, [ids])
+    sketch.call(aten.add_.Tensor, ids, 1)
+    root = sketch.call(aten.relu.default, picked)
+    assert missed(relu(op(aten.index.Tensor)(X, [Y])), root)[0] == "y, which nothing writes in place"

@@ -142,6 +142,17 @@ def test_only_the_experts_that_are_used_are_packed_each_once() -> None:
     assert {outcome.fqn for outcome in report.outcomes} == {"data"}
 
 
+def test_the_expert_that_a_slice_or_a_piece_is() -> None:
+    def form(w: Tensor, x: Tensor) -> Tensor:
+        last, piece, first = w[-1:].squeeze(0), w.split([2, 1, 1])[1].squeeze(0), w[:1].squeeze(0)
+        return torch.cat([F.linear(x, last), F.linear(x, piece), F.linear(x, first)])
+
+    model, x = Experts(form), floats(5, K)
+    rewritten, _ = assert_rewrites(export(model, x), "cuda", expect={"linear_int4": 3, "missed": 0})
+    wanted = torch.cat([x.double() @ model.exact()[e].T for e in (3, 2, 0)])
+    assert off(rewritten.module()(x), wanted) < MOST
+
+
 def test_two_methods_share_their_experts() -> None:
     model = Experts(lambda w, x, ids=None: BMM(w, x) if ids is None else CHOSEN(w, x, ids))
     pool = ConstantPool()
@@ -253,6 +264,18 @@ MISSES: dict[str, tuple[Any, tuple[Tensor, ...], str, str]] = {
         (floats(2, K), torch.tensor([True, False, True, False])),
         "cuda",
         "wanted experts' numbers that are integers, found ids torch.bool",
+    ),
+    "several experts behind a squeeze that does nothing": (
+        lambda: Experts(lambda w, x: x @ w[1:3].squeeze(0).mT),
+        (floats(2, 5, K),),
+        "cuda",
+        "slice_1, which is not one expert",
+    ),
+    "pieces of several experts": (
+        lambda: Experts(lambda w, x: x @ w.split([2, 2])[1].squeeze(0).mT),
+        (floats(2, 5, K),),
+        "cuda",
+        "which does not split the stack into single experts",
     ),
     "x of four dimensions": (
         lambda: Experts(lambda w, x: x @ w.mT),
