@@ -232,3 +232,13 @@ def test_an_item_that_is_written_after_it_was_read_is_no_match(sketch: Sketch) -
     sketch.call(aten.add_.Tensor, ids, 1)
     root = sketch.call(aten.relu.default, picked)
     assert missed(relu(op(aten.index.Tensor)(X, [Y])), root)[0] == "y, which nothing writes in place"
+
+
+def test_results_of_one_call_are_written_apart_unless_they_are_views(sketch: Sketch) -> None:
+    x = sketch.input("x", 4, 8)
+    for many, apart in ((sketch.call(aten.topk.default, x, 2), True), (sketch.call(aten.split.Tensor, x, 2), False)):
+        first, second = (sketch.call(operator.getitem, many, index) for index in (0, 1))
+        sketch.call(aten.div_.Tensor, first, 2)
+        written = written_nodes(sketch.graph.nodes)
+        assert first in written
+        assert (second not in written) == apart
