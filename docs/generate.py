@@ -122,6 +122,9 @@ def targets_page() -> str:
                 parts += [f"int{bits} linears:", table([column.replace("_", " ") for column in columns], rows)]
         if target.int4_table is not None:
             parts.append(f"Tables of int4 embeddings: `{target.int4_table.layout}`.")
+        experts, chosen = target.int4_experts, target.int4_chosen_experts
+        if experts is not None and chosen is not None:
+            parts.append(f"Experts' int4 weights: `{experts.layout}`; chosen by a tensor: `{chosen.layout}`.")
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
     parts.append("## What the columns say")

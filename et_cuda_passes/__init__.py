@@ -10,12 +10,16 @@ from et_cuda_passes.graph.driver import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
+from et_cuda_passes.rules.bmm_int4 import BmmInt4
+from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
+from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
@@ -33,14 +37,18 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
+    "BmmInt4",
+    "ChosenExpertsInt4",
     "ConvInt4",
     "ConvInt8",
     "CudaPartitioner",
+    "EinsumInt4",
     "EmbeddingInt4",
     "EmbeddingInt8",
     "ExpectationError",
     "FoldDequantize",
     "FusedLinearInt4",
+    "GroupedMmInt4",
     "JointRule",
     "Keep",
     "KeepDynamicInt4",

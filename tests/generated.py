@@ -19,11 +19,16 @@ from torch.export import Dim, ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
+from tests.experts import Experts
 from tests.quantized import Quantized
 
-Kind = Literal["linear", "matmul", "no bias", "subclass", "no_grad", "cond", "cond both", "nested", "map", "lookup"]
+Kind = Literal[
+    "linear", "matmul", "no bias", "subclass", "no_grad", "cond", "cond both", "nested", "map", "lookup", "expert",
+    "all experts", "chosen experts", "grouped experts",
+]  # fmt: skip
 # A branch is traced by dynamo, which takes longer than all the rest of a model: one kind in each draw of several.
 KINDS: list[Kind] = ["linear", "linear", "linear", "no bias", "no bias", "matmul", "subclass", "no_grad", "lookup"]
+EXPERTS: list[Kind] = ["expert", "all experts", "chosen experts", "grouped experts"]
 BRANCHES: list[Kind] = ["cond", "cond both", "nested", "map"]
 After = Literal["", "relu", "tanh", "transpose", "in place", "view", "store"]
 
@@ -42,6 +47,8 @@ class Weight:
     tied_to: int | None
 
 
+STACK = 3
+"""Experts in a stack, each [32, k]."""
 INT4 = Weight(32, 32, 32, -8, 7, "zero", False, None)
 """What torchao's own configuration makes of a linear; N and K are of no interest."""
 
@@ -101,7 +108,7 @@ def weights(draw: Callable[[Any], Any], earlier: int) -> Weight:
 def plans(draw: Callable[[Any], Any]) -> Plan:
     """Plans of up to three weights and three steps that read them."""
     held = tuple(draw(weights(index)) for index in range(draw(st.integers(1, 3))))
-    kinds = KINDS + (2 * BRANCHES if draw(st.integers(0, 14)) == 0 else [])
+    kinds = KINDS + EXPERTS + (2 * BRANCHES if draw(st.integers(0, 14)) == 0 else [])
     after: list[After] = ["", "", "relu", "tanh", "transpose", "in place", "view", "store"]
     step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(after))
     rank = draw(st.integers(1, 4))
@@ -163,6 +170,11 @@ class Generated(nn.Module):
         self.subclass = nn.ModuleDict(
             {str(k): nn.Linear(k, 32, dtype=plan.dtype) for k in (32, 64, 96) if self._has("subclass")}
         )
+        self.stacks = nn.ModuleDict(
+            {str(k): Experts(lambda w: w, dtype=plan.dtype, shape=(STACK, 32, k)) for k in (32, 64, 96)}
+            if any(self._has(kind) for kind in EXPERTS)
+            else {}
+        )
         quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
         for k in self._widths() if self._has("store") else ():
             self.register_buffer(f"stored{k}", torch.zeros((), dtype=plan.dtype))
@@ -193,6 +205,12 @@ class Generated(nn.Module):
             self.log.reads.append(Read("subclass", INT4))
             y: Tensor = self.subclass[str(k)](x)
             return y
+        if step.kind in EXPERTS:
+            # Of other dtypes, torch exports no grouped mm.
+            if str(k) not in self.stacks or (step.kind == "grouped experts" and x.dtype is not torch.bfloat16):
+                return None
+            self.log.reads.append(Read(step.kind, INT4))
+            return self.experts(step.kind, self.stacks[str(k)](), x)
         fitting = [i for i, weight in enumerate(self.plan.weights) if weight.k == k]
         if not fitting:
             return None
@@ -232,9 +250,23 @@ class Generated(nn.Module):
                 return over(lambda row: module(row), x)
         return module(x)
 
+    def experts(self, kind: Kind, weight: Tensor, x: Tensor) -> Tensor:
+        """``x`` times one expert, as it is; times all or some, as rows."""
+        if kind == "expert":
+            return F.linear(x, weight[1])
+        rows, ids = x.reshape(-1, x.shape[-1]), torch.tensor([2, 0])
+        if kind == "all experts":
+            return rows @ weight.mT
+        if kind == "chosen experts":
+            return torch.bmm(rows.expand(2, *rows.shape), weight[ids].mT)
+        # What lies beyond the last offset is undefined.
+        return F.grouped_mm(rows.repeat(2, 1)[:2], weight.mT, offs=torch.tensor([1, 1, 2], dtype=torch.int32))
+
     def after(self, what: After, y: Tensor) -> Tensor:
         """What happens to a result."""
-        if what == "relu":
+        weight = self.log.reads[-1].weight
+        # With weights of one sign a relu leaves nothing but what was nearly 0, of which no digit is certain.
+        if what == "relu" and (weight.low < 0 or weight.zero_points == "random"):
             return torch.relu(y)
         if what == "tanh":
             return torch.tanh(y)
@@ -273,6 +305,8 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
     weight = read.weight
     if plan.target == "xnnpack":
         return True
+    if plan.target == "metal" and read.kind in EXPERTS[1:]:
+        return False
     int4 = weight.high - weight.low <= 15 and weight.group % 32 == 0
     in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
     if read.kind == "lookup":

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from et_cuda_passes.graph.ops import argument_names, arguments, called, op_name, schema_of
-from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Literal, Pattern
+from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Items, Literal, Pattern
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,18 @@ class _Matcher:
             case AnyOf():
                 for alternative in pattern.alternatives:
                     yield from self.match(alternative, value, state)
+            case Items():
+                yield from self.match_items(pattern, value, state)
             case Call():
                 yield from self.match_call(pattern, value, state)
+
+    def match_items(self, pattern: Items, value: Any, state: _State) -> Iterator[_State]:
+        if not isinstance(value, (list, tuple)) or len(value) != len(pattern.patterns):
+            return self.fail(value, pattern, state)
+        states = [state]
+        for child, item in zip(pattern.patterns, value, strict=True):
+            states = [after for before in states for after in self.match(child, item, before)]
+        yield from states
 
     def match_call(self, pattern: Call, node: Any, state: _State) -> Iterator[_State]:
         if not isinstance(node, Node) or called(node) not in pattern.targets:
@@ -115,9 +125,10 @@ class _Matcher:
         for child, value in self.pair(pattern, node):
             if isinstance(child, Anything):
                 continue
-            if isinstance(child, Capture) and node is not self.root and value in self.written:
-                # Read here, it would be read at the root instead, after it may have been written.
-                return self.fail(value, child, bound, f"{child}, which nothing writes in place")
+            for part, item in _items(child, value):
+                if isinstance(part, Capture) and node is not self.root and item in self.written:
+                    # Read here, it would be read at the root instead, after it may have been written.
+                    return self.fail(item, part, bound, f"{part}, which nothing writes in place")
             states = [after for before in states for after in self.match(child, value, before)]
         yield from states
 
@@ -134,6 +145,13 @@ class _Matcher:
                 yield wanted[name], actual.get(name)
             elif not pattern.open:
                 yield Literal(defaults.get(name)), actual.get(name)
+
+
+def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:
+    """An argument's pattern with what stands there; of a list, each item's."""
+    if isinstance(pattern, Items) and isinstance(value, (list, tuple)):
+        return list(zip(pattern.patterns, value, strict=False))
+    return [(pattern, value)]
 
 
 def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> Match | Miss:

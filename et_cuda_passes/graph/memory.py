@@ -70,8 +70,13 @@ def _base(node: Node, views: Mapping[Node, Node]) -> Node:
 def viewed(node: Node) -> Node | None:
     """The node that ``node`` is a view of, or None."""
     if node.target is operator.getitem:
-        # One of the results of a call; where they are views (split, unbind), it is one.
-        return cast(Node, node.args[0])
+        # One of the results of a call; where they are views (split, unbind), it is one. An operator whose arguments
+        # alias nothing (topk, sort) makes each of them anew.
+        call = cast(Node, node.args[0])
+        if isinstance(call.target, torch._ops.OpOverload):
+            aliases = any(argument.alias_info is not None for argument in call.target._schema.arguments)
+            return call if aliases else None
+        return call
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     for argument in node.target._schema.arguments:

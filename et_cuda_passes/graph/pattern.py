@@ -76,14 +76,26 @@ class AnyOf:
         return " or ".join(dict.fromkeys(str(alternative) for alternative in self.alternatives))
 
 
-Pattern: TypeAlias = Capture | Literal | Anything | Call | AnyOf
+@dataclass(frozen=True)
+class Items:
+    """A list argument of so many items, each with a pattern of its own."""
+
+    patterns: tuple["Pattern", ...]
+
+    def __str__(self) -> str:
+        return f"[{', '.join(map(str, self.patterns))}]"
+
+
+Pattern: TypeAlias = Capture | Literal | Anything | Call | AnyOf | Items
 
 
 def _lift(value: Any) -> Pattern:
-    if isinstance(value, (Capture, Literal, Anything, Call, AnyOf)):
+    if isinstance(value, (Capture, Literal, Anything, Call, AnyOf, Items)):
         return value
     if isinstance(value, EllipsisType):
         return Anything()
+    if isinstance(value, (list, tuple)) and any(not isinstance(item, (int, float)) for item in value):
+        return Items(tuple(_lift(item) for item in value))
     return Literal(value)
 
 
@@ -91,7 +103,8 @@ def op(*targets: Target) -> Callable[..., Call]:
     """``op(aten.linear.default)(x, w, bias)``: a call pattern of any of ``targets``.
 
     Keywords are schema argument names, except ``name`` (binds the node) and ``shared`` (see :class:`Call`). ``...`` as
-    an argument matches anything there; as the last positional one it also leaves open what is not named.
+    an argument matches anything there; as the last positional one it also leaves open what is not named. A list of
+    patterns matches a list argument item by item.
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
@@ -140,9 +153,9 @@ def names(pattern: Pattern) -> Iterator[str]:
     """Every name that a match of ``pattern`` may bind."""
     if isinstance(pattern, Capture):
         yield pattern.name
-    elif isinstance(pattern, AnyOf):
-        for alternative in pattern.alternatives:
-            yield from names(alternative)
+    elif isinstance(pattern, (AnyOf, Items)):
+        for part in pattern.alternatives if isinstance(pattern, AnyOf) else pattern.patterns:
+            yield from names(part)
     elif isinstance(pattern, Call):
         if pattern.name is not None:
             yield pattern.name

@@ -11,12 +11,23 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import called
-from et_cuda_passes.graph.pattern import Call, op
+from et_cuda_passes.graph.pattern import AnyOf, Call, any_of, op
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.experts import decode_expert, expert_of
 from et_cuda_passes.quant.forms import DEQUANTIZE, decoder_of, dequantizers
 from et_cuda_passes.quant.weight import AffineValues, AffineWeight, plain_values
 
-__all__ = ["DEQUANTIZE", "AffineValues", "AffineWeight", "affine", "decode", "dequantize", "has_data", "values"]
+__all__ = [
+    "DEQUANTIZE",
+    "AffineValues",
+    "AffineWeight",
+    "affine",
+    "decode",
+    "dequantize",
+    "has_data",
+    "matrix",
+    "values",
+]
 
 
 def dequantize(*args: Any, **kwargs: Any) -> Call:
@@ -24,8 +35,13 @@ def dequantize(*args: Any, **kwargs: Any) -> Call:
     return replace(op(*dequantizers())(*args, **kwargs), label="a dequantized weight")
 
 
+def matrix(name: str = "weight") -> AnyOf:
+    """A dequantized matrix [N, K]: a weight, or one of the experts of a stack [E, N, K]."""
+    return any_of(dequantize(..., name=name, shared=True), expert_of(dequantize(..., shared=True), name))
+
+
 def affine(m: MatchContext, name: str = "weight") -> AffineWeight:
-    """The decoded weight of the dequantize node that the pattern calls ``name``, decoded once for each node.
+    """The decoded weight of the node that the pattern calls ``name``, decoded once for each node.
 
     Raises:
         Unmet: the node's arguments describe no weight that could be packed; the text says what stands there.
@@ -34,15 +50,14 @@ def affine(m: MatchContext, name: str = "weight") -> AffineWeight:
 
 
 def decode(program: Program, node: Node) -> AffineWeight:
-    """Decode dequantize ``node``, in ATen or edge form, with plain or tensor-subclass constants.
+    """Decode ``node``, a dequantize in ATen or edge form or what picks one expert of it.
+
+    Constants may be plain or inside a tensor subclass.
 
     Raises:
         Unmet: it reads something else than constants, or its arguments contradict each other.
-        TypeError: ``node`` calls no operator that dequantizes.
     """
-    decoder = decoder_of(called(node))
-    if decoder is None:
-        raise TypeError(f"{node.name} calls no operator that dequantizes")
+    decoder = decoder_of(called(node)) or decode_expert
     return decoder(program, node)
 
 

@@ -1,5 +1,6 @@
 """Which operators a report must account for: every one that reads a dequantized weight."""
 
+import operator
 from collections.abc import Iterator
 
 import torch
@@ -40,6 +41,22 @@ _CARRIERS = frozenset(
     }
 )
 
+# Experts' weights are stacked, and one or some of them are picked.
+_PICKERS = frozenset(
+    {
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.unbind.int,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.index.Tensor,
+        aten.index_select.default,
+        operator.getitem,
+    }
+)
+_STACK = 3
+"""Dimensions of a stack of matrices."""
+
 
 def find_candidates(program: Program) -> list[Candidate]:
     """The readers of every dequantized weight of ``program``, in the order of execution, inside control flow too."""
@@ -73,11 +90,23 @@ def _in_reach(program: Program) -> Iterator[Candidate]:
         if not read:
             yield from _converted(program, node, constant, converted)
             continue
-        if called(node) in _CARRIERS:
+        if _carries(node):
             weights[node] = read
-        else:
+        elif called(node) is not aten.sym_size.int:  # its size is no use of a weight
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn, branches.path(node))
+
+
+def _carries(node: Node) -> bool:
+    """Whether ``node`` only hands a weight on, or some experts of a stack of them."""
+    if called(node) in _CARRIERS:
+        return True
+    if called(node) not in _PICKERS:
+        return False
+    if called(node) is operator.getitem:
+        return True  # of a split
+    value = node.all_input_nodes[0].meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() >= _STACK
 
 
 def _read(node: Node, branches: Branches) -> list[Node]:
@@ -104,7 +133,7 @@ def _converted(program: Program, node: Node, constant: set[Node], converted: dic
 def readers(weight: Node) -> Iterator[Node]:
     """The operators that use ``weight``, past those that only move it."""
     for user in weight.users:
-        if called(user) in _CARRIERS:
+        if _carries(user):
             yield from readers(user)
         else:
             yield user

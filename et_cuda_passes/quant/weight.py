@@ -49,6 +49,7 @@ class AffineWeight:
         output_dtype: dtype of the dequantized weight.
         literal: the scale and the zero point of the whole weight where the graph holds them as numbers.
         read: gives the tensors of a weight that is stored otherwise than an integer an element.
+        expert: which of the experts it is whose weights are stored together in ``data``; None for all that is stored.
     """
 
     fqn: str
@@ -64,6 +65,7 @@ class AffineWeight:
     output_dtype: torch.dtype
     literal: tuple[float, int] | None = None
     read: "Callable[[Program, AffineWeight], AffineValues] | None" = None
+    expert: int | None = None
 
     @property
     def bits(self) -> int:

@@ -106,7 +106,10 @@ def pack(
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
         return _pack_scales(scale, zero, kernel.layout, dtype, first.in_features)
 
-    form = (kernel.layout, kernel.out_multiple)
+    experts = tuple(weight.expert for weight in weights)
+    form = (kernel.layout, kernel.out_multiple, experts)
+    # Beside the stack's own name and not inside it, since the stack may stay for other readers.
+    name += "" if first.expert is None else f"expert_{first.expert}_"
     integers = [weight.data for weight in weights]
     # Which sources belong to which weight, and what is no source.
     stored = tuple((w.block_size, w.scale is not None, w.zero_point is not None, w.literal) for w in weights)
@@ -118,4 +121,46 @@ def pack(
             (*form, native, dtype, shift, stored),
             scales,
         ),
+    )
+
+
+def pack_experts(
+    b: Builder, weight: AffineWeight, count: int, kernel: Int4Kernel, dtype: torch.dtype
+) -> tuple[Node, Node]:
+    """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of a stack of experts, each packed as a linear's.
+
+    Args:
+        b: builder of the rewrite.
+        weight: the rows of all experts as one matrix [E * N, K], as for :func:`pack`.
+        count: E.
+        kernel: the kernel that will read them.
+        dtype: of scale_and_zero.
+    """
+    native, shift = native_group_size(weight.group_size, kernel), offset(weight)
+    assert native is not None and shift is not None
+    repeats, n = weight.group_size // native, weight.shape[0] // count
+    padding = -n % kernel.out_multiple
+
+    def packed() -> Tensor:
+        q = values(b.program, weight).data
+        if q.dtype not in (torch.int8, torch.uint8):
+            q = q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
+        return torch.stack([_PACKERS[kernel.layout](rows, shift, n + padding) for rows in q.split(n)])
+
+    def scales() -> Tensor:
+        parts = scale_and_zero_of(values(b.program, weight), shift)
+        scale, zero = (part.repeat_interleave(repeats, dim=1) for part in parts)
+        if kernel.layout == "mma_tiled":
+            # The zeros lie behind all scales, for all experts or for none.
+            pairs = mma_tiled.scale_and_zero(scale, zero, dtype, weight.in_features)
+            return pairs.view(pairs.shape[0], count, n, -1)
+        split = (F.pad(part.view(count, n, -1), (0, 0, 0, padding)) for part in (scale, zero))
+        pairs_of = zip(*split, strict=True)
+        return torch.stack([_pack_scales(s, z, kernel.layout, dtype, weight.in_features) for s, z in pairs_of])
+
+    form = ("experts", kernel.layout, kernel.out_multiple, shift, weight.shape, count)
+    stored = (weight.block_size, weight.scale is not None, weight.zero_point is not None, weight.literal)
+    return (
+        b.constant(f"{weight.fqn}.packed", [weight.data], form, packed),
+        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, stored), scales),
     )

@@ -9,7 +9,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize
+from et_cuda_passes.quant.affine import affine, matrix
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.packed_weight import PackedWeight
@@ -30,8 +30,8 @@ class PackedLinear(PackedWeight):
     drop_activation_quantization: bool = False
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
-        """A linear in any form, its weight dequantized."""
-        return linear(self.activation(x), dequantize(..., name="weight", shared=True), bias)
+        """A linear in any form, its weight dequantized; of stacked experts, one."""
+        return linear(self.activation(x), matrix(), bias)
 
     def activation(self, x: Capture) -> Pattern:
         """``x``, or with the option on what ``x`` was before it was quantized on the fly."""

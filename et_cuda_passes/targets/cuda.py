@@ -4,10 +4,14 @@ import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.rules.bmm_int4 import BmmInt4
+from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
+from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
+from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
 from et_cuda_passes.rules.linear_int4 import LinearInt4
@@ -50,11 +54,17 @@ CUDA = Target(
         ),
     ),
     int4_table=_TRITON,
+    int4_experts=_TRITON,
+    int4_chosen_experts=_TRITON,
     passes=lambda: [
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),
         ConvInt8(),
+        BmmInt4(),
+        ChosenExpertsInt4(),
+        GroupedMmInt4(),
+        EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
         LinearViews(),

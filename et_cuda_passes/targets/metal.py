@@ -3,7 +3,11 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.rules.bmm_int4 import BmmInt4
+from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
+from et_cuda_passes.rules.einsum_int4 import EinsumInt4
+from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
@@ -30,5 +34,13 @@ METAL = Target(
             out_multiple=8,
         ),
     ),
-    passes=lambda: [LinearInt4(), ConvInt4(), LinearViews()],
+    passes=lambda: [
+        LinearInt4(),
+        ConvInt4(),
+        BmmInt4(),
+        ChosenExpertsInt4(),
+        GroupedMmInt4(),
+        EinsumInt4(),
+        LinearViews(),
+    ],
 )

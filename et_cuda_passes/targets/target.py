@@ -13,6 +13,8 @@ class Target:
     """A backend: its int4 and int8 kernels, the default one first, and its ordered pass list.
 
     ``int4_table`` is the form of an int4 embedding's table: that of a linear where it can be read row by row.
+    ``int4_experts`` is that of experts' weights of which a product reads all or a part that is sorted by expert, and
+    ``int4_chosen_experts`` where a tensor chooses among them.
     """
 
     name: str
@@ -21,3 +23,5 @@ class Target:
     passes: Callable[[], list[Rule]] = field(compare=False)
     int8_kernels: tuple[Int8Kernel, ...] = ()
     int4_table: Int4Kernel | None = None
+    int4_experts: Int4Kernel | None = None
+    int4_chosen_experts: Int4Kernel | None = None

@@ -214,3 +214,31 @@ def test_a_node_that_calls_nothing_matches_no_call(sketch: Sketch, kind: str) ->
     x = sketch.input("x", 4)
     node = x if kind == "placeholder" else sketch.graph.output((x,))
     assert missed(relu(X), node) == ("aten.relu", f"{kind} {node.name}")
+
+
+def test_a_list_is_matched_item_by_item(sketch: Sketch) -> None:
+    x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
+    pattern = op(aten.index.Tensor)(X, [Y])
+    assert found(pattern, sketch.call(aten.index.Tensor, x, [ids])).bindings == {"x": x, "y": ids}
+    wanted, what = missed(pattern, sketch.call(aten.index.Tensor, x, [None, ids]))
+    assert (wanted, what) == ("[y]", "[None, ids]")
+    assert missed(pattern, sketch.call(aten.index.Tensor, x, [None]))[0] == "y"
+    assert found(op(aten.permute.default)(X, [1, 0]), sketch.call(aten.permute.default, x, [1, 0]))
+
+
+def test_an_item_that_is_written_after_it_was_read_is_no_match(sketch: Sketch) -> None:
+    x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
+    picked = sketch.call(aten.index.Tensor, x, [ids])
+    sketch.call(aten.add_.Tensor, ids, 1)
+    root = sketch.call(aten.relu.default, picked)
+    assert missed(relu(op(aten.index.Tensor)(X, [Y])), root)[0] == "y, which nothing writes in place"
+
+
+def test_results_of_one_call_are_written_apart_unless_they_are_views(sketch: Sketch) -> None:
+    x = sketch.input("x", 4, 8)
+    for many, apart in ((sketch.call(aten.topk.default, x, 2), True), (sketch.call(aten.split.Tensor, x, 2), False)):
+        first, second = (sketch.call(operator.getitem, many, index) for index in (0, 1))
+        sketch.call(aten.div_.Tensor, first, 2)
+        written = written_nodes(sketch.graph.nodes)
+        assert first in written
+        assert (second not in written) == apart

@@ -1,5 +1,6 @@
 """Which operators the report accounts for: every reader of a dequantized weight, and nothing else."""
 
+import operator
 from typing import Any
 
 import pytest
@@ -57,6 +58,35 @@ def test_the_reader_is_found_behind_what_only_moves_the_weight(how: str) -> None
     program = sketch.program(y)
     assert found(program) == [("aten.mm", "w.data")]
     assert len(outcomes(program)) == 1
+
+
+def stack(sketch: Sketch) -> Any:
+    data = sketch.buffer("w.data", torch.zeros(3, 16, 64, dtype=torch.int8))
+    scale = sketch.buffer("w.scale", torch.ones(3, 16, 2, dtype=torch.bfloat16))
+    return sketch.call(DEQUANTIZE, data, [1, 1, 32], scale, None, torch.int8, -8, 7, torch.bfloat16)
+
+
+PICKED = {
+    "select": lambda s, w: s.call(aten.select.int, w, 0, 1),
+    "slice": lambda s, w: s.call(aten.squeeze.dim, s.call(aten.slice.Tensor, w, 0, 1, 2), 0),
+    "unbind": lambda s, w: s.call(operator.getitem, s.call(aten.unbind.int, w), 1),
+    "index": lambda s, w: s.call(aten.index.Tensor, w, [s.input("e", dtype=torch.int64)]),
+}
+
+
+@pytest.mark.parametrize("how", PICKED)
+def test_the_reader_of_an_expert_is_what_multiplies_by_it(how: str) -> None:
+    sketch = Sketch()
+    weight = sketch.call(aten.t.default, PICKED[how](sketch, stack(sketch)))
+    program = sketch.program(sketch.call(aten.mm.default, sketch.input("x", 2, 64, dtype=torch.bfloat16), weight))
+    assert found(program) == [("aten.mm", "w.data")]
+    assert outcomes(program) == [("aten.mm", "missed" if how == "index" else "rewritten")]
+
+
+def test_a_row_of_a_matrix_is_read_where_it_is_picked() -> None:
+    sketch = Sketch()
+    row = sketch.call(aten.select.int, sketch.weight("w"), 0, 1)
+    assert found(sketch.program(sketch.call(aten.relu.default, row))) == [("aten.select", "w.data")]
 
 
 def test_every_reader_of_one_weight_is_a_candidate_in_graph_order() -> None:

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torchao.quantization import IntxWeightOnlyConfig, quantize_
+from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torchao.quantization import IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
+
+from et_cuda_passes.quant.affine import DEQUANTIZE
 
 BF16 = torch.bfloat16
 Named = dict[str, Tensor]
@@ -65,8 +68,8 @@ def whisper() -> Real:
     return Real(WhisperForConditionalGeneration(config), inputs, {})
 
 
-def mixtral() -> Real:
-    """Its experts are stacked matrices and no linears, so that torchao leaves them as they are."""
+def mixtral(experts: str = "grouped_mm") -> Real:
+    """Its experts are stacked matrices, multiplied as a grouped mm: what transformers does by default."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -85,7 +88,13 @@ def mixtral() -> Real:
     for layer in model.model.layers:
         # A trained router decides clearly. A random one comes so close to a tie that one bit chooses another expert.
         layer.mlp.gate.weight.data *= 50
-    return Real(model, {"input_ids": tokens(128, 1, 6)}, {})
+    model.set_experts_implementation(experts)
+    return Real(model, {"input_ids": tokens(128, 1, 6)}, {"input_ids": {1: Dim("length", min=2, max=32)}})
+
+
+def mixtral_chosen() -> Real:
+    """The same, the chosen experts' weights looked up for each token: what transformers advises for decoding."""
+    return mixtral("batched_mm")
 
 
 def bert() -> Real:
@@ -117,37 +126,62 @@ def vit() -> Real:
     return Real(ViTForImageClassification(config), {"pixel_values": floats(1, 3, 32, 32)}, {})
 
 
-MODELS: dict[str, Callable[[], Real]] = {f.__name__: f for f in (smollm2, whisper, mixtral, bert, vit)}
+MODELS: dict[str, Callable[[], Real]] = {f.__name__: f for f in (smollm2, whisper, mixtral, mixtral_chosen, bert, vit)}
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A model exported with its linears quantized; what reads them, and what it gives with the weights dequantized.
 
-    ``calls`` are the names of the linears in the order in which they run, one for each time.
+    ``calls`` are the FQNs of the weights that run, one for each time; ``experts`` those among them that are stacks.
     """
 
     program: ExportedProgram
     inputs: Named
     wanted: Tensor
     calls: list[str]
+    experts: list[str]
+
+
+class Int4Stack(nn.Module):
+    """A stack of experts' matrices as torchao quantizes it; its configurations take matrices alone."""
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        whole = IntxUnpackedToInt8Tensor.from_hp(weight, (1, 1, 32), torch.int4)
+        return whole.qdata, whole.scale, whole.zero_point
+
+    def forward(self, data: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+        return DEQUANTIZE(data, (1, 1, 32), scale, zero_point, torch.int8, -8, 7, scale.dtype)
+
+
+def quantize_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Quantizes every stack of three dimensions; the modules that hold one, by the stack's FQN."""
+    stacks = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    held = {name: model.get_submodule(name.rpartition(".")[0]) for name in stacks}
+    for name, module in held.items():
+        register_parametrization(module, name.rpartition(".")[2], Int4Stack(), unsafe=True)
+    return held
 
 
 def prepare(name: str) -> Prepared:
-    """``name`` in bf16, its linears in int4, symmetric or not as the scales' choice finds it, in groups of 32."""
+    """``name`` in bf16; linears and experts in int4, symmetric or not as the scales' choice finds it, groups of 32."""
     torch.manual_seed(0)
     real = MODELS[name]()
     model = real.model.to(BF16).eval().requires_grad_(False)
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    stacks = quantize_experts(model)
     dynamic = {key: real.dynamic.get(key) for key in real.inputs} if real.dynamic else None
     with torch.no_grad():
         program = torch.export.export(model, (), real.inputs, dynamic_shapes=dynamic)
     calls: list[str] = []
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     for path, module in linears.items():
-        module.register_forward_hook(lambda *_, path=path: calls.append(path))
+        module.register_forward_hook(lambda *_, path=path: calls.append(f"{path}.weight"))
         # The reference is plain torch: the very numbers that the quantized weight stands for, in a float linear.
         module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    for path, module in stacks.items():
+        module.register_forward_hook(lambda *_, path=path: calls.append(path))
+        remove_parametrizations(module, path.rpartition(".")[2])
     with torch.no_grad():
         wanted = model(**real.inputs).logits
-    return Prepared(program, real.inputs, wanted, calls)
+    return Prepared(program, real.inputs, wanted, calls, list(stacks))

@@ -1,4 +1,4 @@
-"""Real models: every linear that runs has an outcome, all are rewritten, and the numbers are those of float weights."""
+"""Real models: every weight that runs has an outcome, all are rewritten, and the numbers are those of float weights."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 # Of 30 layers in bf16; where a scale or a zero is rounded differently, it is by one unit in the last place.
 RTOL = 2.0**-6
-FUSED = {"smollm2": 150, "whisper": 16, "mixtral": 6, "bert": 6, "vit": 6}
+FUSED = {"smollm2": 150, "whisper": 16, "mixtral": 6, "mixtral_chosen": 6, "bert": 6, "vit": 6}
 
 
 @cache
@@ -39,11 +39,11 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_linear_is_rewritten_and_the_report_is_kept(name: str, golden: Callable[[str, str], None]) -> None:
+def test_every_weight_is_rewritten_and_the_report_is_kept(name: str, golden: Callable[[str, str], None]) -> None:
     model = prepared(name)
     before = str(model.program.graph)
     program, report = ecp.rewrite(model.program, "cuda")
-    assert Counter(o.fqn for o in report.outcomes) == Counter(f"{call}.weight" for call in model.calls)
+    assert Counter(o.fqn for o in report.outcomes) == Counter(model.calls)
     assert report.counts()["rewritten"] == len(model.calls)
     with torch.no_grad():
         got = program.module()(**model.inputs).logits
@@ -56,7 +56,10 @@ def test_every_linear_is_rewritten_and_the_report_is_kept(name: str, golden: Cal
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "smollm2"])
 def test_on_every_other_target(name: str, target: str) -> None:
     model = prepared(name)
-    program, _ = ecp.rewrite(model.program, target, expect={"rewritten": len(model.calls), "missed": 0})
+    # Metal has no kernel for a product with experts.
+    missed = len(model.experts) if target == "metal" else 0
+    expect = {"rewritten": len(model.calls) - missed, "missed": missed}
+    program, _ = ecp.rewrite(model.program, target, expect=expect)
     with torch.no_grad():
         assert off(program.module()(**model.inputs).logits, model.wanted) <= RTOL
 

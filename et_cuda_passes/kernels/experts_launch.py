@@ -1,0 +1,113 @@
+"""The launches of the experts' kernel: which tilings, over how many tiles.
+
+As for :mod:`et_cuda_passes.kernels.int4_launch`, a number of rows that is not known is a launch for each bucket, its
+grid multiplied by 0 or 1. How many rows each expert gets is data: a bucket is chosen by their average.
+"""
+
+import zlib
+from dataclasses import replace
+
+from torch import SymInt, Tensor
+
+from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels.int4_experts import int4_experts
+from et_cuda_passes.kernels.launching import gpu_of, inside
+from et_cuda_passes.kernels.tiling import Tiling, tiling_for, tilings
+
+DYNAMIC_ROWS = (8, 64)
+"""The buckets of a number of rows that is not known at export: few, since experts come in many layers."""
+
+Size = int | SymInt
+
+
+def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_size: int) -> Tensor:
+    """``x [B, M, K]`` times the matrix of expert ``ids[s]``, or of every expert in turn: [S, M, N] on CUDA.
+
+    All contiguous; batch s reads ``x[s // (S / B)]``.
+    """
+    (batches, m, _), experts = x.shape, packed.shape[0]
+    count = experts if ids is None else ids.shape[0]
+    y = x.new_empty((count, m, packed.shape[1]))
+    for flag, tiling, wgmma in _buckets(x, m, packed, group_size):
+        tiles = count * -(-m // tiling.block_m)
+        y = _launch(x, packed, qparams, ids, y, m, count // batches, tiles * flag, tiling, group_size, False, wgmma)
+    return y
+
+
+def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_size: int) -> Tensor:
+    """``x [M, K]`` in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
+    m, experts = x.shape[0], packed.shape[0]
+    y = x.new_empty((m, packed.shape[1]))
+    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size):
+        # Every group, and the rows that no expert has, ends in a tile that may not be full.
+        tiles = m // tiling.block_m + experts + 1
+        y = _launch(x, packed, qparams, offs, y, m, 1, tiles * flag, tiling, group_size, True, wgmma)
+    return y
+
+
+def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> list[tuple[Size, Tiling, bool]]:
+    """For the number of rows that an expert has: (1 if it is within the bucket, else 0; tiling; whether wgmma)."""
+    gpu, _ = gpu_of(x.device)
+    n, k = packed.shape[1], x.shape[-1]
+    if isinstance(rows, int):
+        return [(1, plain(tiling_for(gpu, n, k, group_size, rows)), gpu.wgmma)]
+    found: list[tuple[Size, Tiling, bool]] = []
+    first = 0
+    for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS).items():
+        found.append((inside(rows, first, bound), plain(tiling), gpu.wgmma))
+        first = bound + 1
+    return found
+
+
+def plain(tiling: Tiling) -> Tiling:
+    """The tiling without what this kernel has not, segments and tiles cut along K: as many rows of N in a tile."""
+    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0)
+
+
+def _launch(
+    x: Tensor,
+    packed: Tensor,
+    qparams: Tensor,
+    chosen: Tensor | None,
+    y: Tensor,
+    m: Size,
+    share: Size,
+    tiles: Size,
+    tiling: Tiling,
+    group_size: int,
+    grouped: bool,
+    wgmma: bool,
+) -> Tensor:
+    """One tiling over so many tiles of rows; y as it is then is returned."""
+    experts, n, k = packed.shape[0], packed.shape[1], x.shape[-1]
+    told = f"{m} {share} {experts} {n} {k} {grouped} {chosen is not None}"
+    arguments = {
+        "x_ptr": x,
+        "words_ptr": packed,
+        "qparams_ptr": qparams,
+        # A pointer that is not read still has to be one.
+        "expert_ptr": packed if chosen is None else chosen,
+        "y_ptr": y,
+        "M": m,
+        "SHARE": share,
+        "E": experts,
+        "N": n,
+        "K32": k // 32,
+        "BLOCK_M": tiling.block_m,
+        "BLOCK_N": tiling.block_n,
+        "BLOCK_K": tiling.block_k,
+        "GROUP_SIZE": group_size,
+        "EVEN_K": k % tiling.block_k == 0,
+        "HAS_ZERO": qparams.shape[0] == 2,
+        "GROUPED": grouped,
+        "HAS_IDS": chosen is not None and not grouped,
+        "WIDTH": 1 << experts.bit_length(),
+        "USE_ASM": True,
+        "WGMMA": wgmma,
+        # Inductor makes a kernel of its own for each set of numbers that are passed: these.
+        "SALT": 1 + zlib.crc32(told.encode()) % 2**30,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
+    (y,) = known_writes.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"])
+    return y

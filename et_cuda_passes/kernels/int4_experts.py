@@ -1,0 +1,144 @@
+"""The Triton kernel of experts' int4 weights: rows of x, each times the matrix of one expert.
+
+``y[r, n] = sum over k of x[r, k] * ((q[e(r), n, k] - 8) * scale + zero)``. A program is a tile of rows that have one
+expert, times a tile of that expert's matrix, which goes from packed words to registers as in
+:mod:`et_cuda_passes.kernels.int4_matmul` and is never stored. Experts that no row has are not read. A sum is never cut
+along K, so that equal inputs give equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
+
+
+@triton.jit
+def _group_of(pid, before, end, M, E, BLOCK_M: tl.constexpr):
+    """The group that row tile ``pid`` lies in, its first row there and the group's end; group E is what no expert has.
+
+    Groups follow each other, ``before`` and ``end`` [a power of two above E] being where they begin and end, each in
+    tiles of its own.
+    """
+    group = tl.arange(0, end.shape[0])
+    # Offsets out of order, or beyond x, mean nothing that torch would say either: nothing outside of x is touched.
+    end = tl.minimum(tl.maximum(tl.where(group < E, end.to(tl.int32), M), 0), M)
+    start = tl.minimum(tl.maximum(tl.where(group > E, M, before.to(tl.int32)), 0), M)
+    tiles = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
+    until = tl.cumsum(tiles, 0)
+    own = tl.sum((until <= pid).to(tl.int32), 0)
+    first = tl.sum(tl.where(group == own, start - (until - tiles) * BLOCK_M, 0), 0)
+    return own, first + pid * BLOCK_M, tl.sum(tl.where(group == own, end, 0), 0)
+
+
+@triton.jit
+def int4_experts(
+    x_ptr,  # [rows, K]
+    words_ptr,  # int32 [E, N, padded K / 8]
+    qparams_ptr,  # [1 or 2, E, N, row of scales]: the scales, and the zeros if HAS_ZERO
+    expert_ptr,  # GROUPED: the end of each expert's rows [E]; else the expert of each batch, not read unless HAS_IDS
+    y_ptr,  # [rows, N]
+    M,  # GROUPED: rows; else rows of a batch
+    SHARE,  # batches that read the same rows of x
+    E,
+    N,
+    K32,  # K / 32
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    GROUPED: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SALT: tl.constexpr,
+):
+    """One tile [BLOCK_M, BLOCK_N] of y, over a grid of (tiles of rows, tiles of N). SALT as for ``int4_matmul``.
+
+    Rows of y that no expert has are 0; those of an expert that there is none of are NaN. A negative expert counts from
+    the last, as an index of torch does. WIDTH is a power of two above E.
+    """
+    if -SALT == M:
+        return
+    # Products with constants, so that the compiler knows what divides them: every load is a vector by that.
+    K = K32 * 32
+    words_row = tl.cdiv(K32, 2) * 8
+    scale_row = tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
+    pid = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_M)
+    if GROUPED:
+        # Loaded here: what another function is given the pointer for, torch takes it to write to.
+        each = tl.arange(0, WIDTH)
+        ends = tl.load(expert_ptr + each, mask=each < E, other=0)
+        before = tl.load(expert_ptr + each - 1, mask=(each > 0) & (each <= E), other=0)
+        expert, row, end = _group_of(pid, before, ends, M, E, BLOCK_M)
+        if expert > E:
+            return
+        m = row + columns
+        in_m = m < end
+        x_row = m
+        y_row = m.to(tl.int64)
+    else:
+        tiles_m = tl.cdiv(M, BLOCK_M)
+        batch = pid // tiles_m
+        m = pid % tiles_m * BLOCK_M + columns
+        in_m = m < M
+        x_row = batch // SHARE * M + m
+        y_row = batch.to(tl.int64) * M + m
+        expert = batch
+        if HAS_IDS:
+            expert = tl.load(expert_ptr + batch).to(tl.int32)
+            expert = tl.where(expert < 0, expert + E, expert)
+    at = y_row[None, :] * N + n[:, None]
+    inside = in_m[None, :] & (n < N)[:, None]
+    if GROUPED or HAS_IDS:  # noqa: SIM102 (what is not compiled is not a branch)
+        if (expert < 0) | (expert >= E):
+            none = tl.full((BLOCK_N, BLOCK_M), 0.0 if GROUPED else float("nan"), tl.float32)
+            tl.store(y_ptr + at, none.to(y_ptr.dtype.element_ty), mask=inside)
+            return
+
+    of_n = tl.where(n < N, n, 0)
+    x_row = tl.where(in_m, x_row, 0).to(tl.int64)
+    k = tl.arange(0, BLOCK_K)
+    word = tl.arange(0, BLOCK_K // 8)
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
+    group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
+    steps = tl.cdiv(words_row * 8, BLOCK_K)
+    tl.assume(steps > 0)  # without it, the compiler lets the tensor cores' instructions wait for one another
+    matrix = expert.to(tl.int64) * N
+    words_at = words_ptr + matrix * words_row + of_n[:, None] * words_row + word[None, :]
+    scale_offset = of_n[:, None] * scale_row + group[None, :]
+    scale_at = qparams_ptr + matrix * scale_row + scale_offset
+    zero_at = qparams_ptr + (matrix + E * N) * scale_row + scale_offset
+    x_at = x_ptr + x_row[None, :] * K + k[:, None]
+
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for step in range(steps):
+        if EVEN_K:
+            words = tl.load(words_at)
+            scale = tl.load(scale_at)
+            zero = tl.load(zero_at) if HAS_ZERO else scale
+            x = tl.load(x_at, mask=in_m[None, :], other=0.0)
+        else:
+            # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
+            blocks = words_row // 8 - step * (BLOCK_K // 64)
+            rest = K32 - step * (BLOCK_K // 32)
+            in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks
+            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks, other=0)
+            scale = tl.load(scale_at, mask=in_scale, other=0.0)
+            zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
+            x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest), other=0.0)
+        w = dequantize_tile(words, scale, zero, BLOCK_N, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
+        if USE_ASM:
+            sums = tl.dot(w, x, sums)
+        else:  # Triton's interpreter takes bf16 operands of a dot for integers
+            sums = tl.dot(w.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+        words_at += BLOCK_K // 8
+        scale_at += GROUPS
+        zero_at += GROUPS
+        x_at += BLOCK_K
+
+    tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,58 @@
+"""``einsum(equation, x, weights)`` where it is a product of rows with experts' matrices, read into its axes."""
+
+from dataclasses import dataclass
+
+from et_cuda_passes.graph.rule import Unmet
+
+
+@dataclass(frozen=True)
+class Product:
+    """The axes of an einsum that multiplies rows by experts' matrices.
+
+    Each axis is named by its letter. The weights' are ``batch``, then N and K in either order.
+
+    Attributes:
+        x: the letters of x, in its order.
+        out: the letters of the result, in its order.
+        batch: letters along which the weights' matrices lie: that of the experts, or those of the ids.
+        shared: the first of ``batch``, along which x lies too; the others read the same rows.
+        rows: letters of x alone.
+        n, k: what the matrices' axes are called.
+        as_columns: whether the weights are [..., K, N].
+    """
+
+    x: str
+    out: str
+    batch: str
+    shared: str
+    rows: str
+    n: str
+    k: str
+    as_columns: bool
+
+
+def read(equation: str, weights: int) -> Product:
+    """The product that ``equation`` is, of two operands of which the one numbered ``weights`` is the weights.
+
+    Raises:
+        Unmet: it is another sum.
+    """
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    operands = inputs.split(",")
+    letters = "".join((*operands, out))
+    plain = arrow and len(operands) == 2 and letters.isalpha()
+    if not plain or any(len({*part}) != len(part) for part in (*operands, out)):
+        raise _no_product(equation)
+    w, x = operands[weights], operands[1 - weights]
+    summed = [letter for letter in w[-2:] if letter in x and letter not in out]
+    own = [letter for letter in w[-2:] if letter not in x and letter in out]
+    batch = w[:-2]
+    shared = "".join(letter for letter in batch if letter in x)
+    rows = "".join(letter for letter in x if letter not in w)
+    if len(summed) != 1 or len(own) != 1 or not batch.startswith(shared) or {*out} != {*batch, *rows, *own}:
+        raise _no_product(equation)
+    return Product(x, out, batch, shared, rows, own[0], summed[0], w[-1] == own[0])
+
+
+def _no_product(equation: str) -> Unmet:
+    return Unmet(f"the equation {equation!r}, which is no product of rows with matrices: write it as linear or bmm")

@@ -1,0 +1,113 @@
+"""einsum(x, dequantize(int4 weights of experts)[ids]) -> int4_bmm(x, packed, scale_and_zero, ids)
+
+Of all experts, or of those that ids choose: ``einsum("ti,taoi->tao", x, weight[ids])`` and what is like it. The axes of
+x and of the result are put in order around the kernel's product.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
+from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.ops import INT4_EXPERTS
+from et_cuda_passes.quant.affine import AffineWeight, dequantize
+from et_cuda_passes.quant.einsum import Product, read
+from et_cuda_passes.quant.experts import stacked, stacked_columns
+from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts
+from et_cuda_passes.rules.stack import chosen
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EinsumInt4(PackedExperts):
+    """einsum(x, dequantize(int4 weights of experts)[ids]) -> int4_bmm(x, packed, scale_and_zero, ids)"""
+
+    def pattern(self, x: Capture, ids: Capture | None = None) -> Pattern:
+        """Of two operands, either of them the weights."""
+        stack = dequantize(..., name="weight", shared=True)
+        assert ids is not None
+        weight = any_of(chosen(stack, ids), stack)
+        einsum = op(aten.einsum.default)
+        return any_of(einsum(..., [x, weight], ...), einsum(..., [weight, x], ..., name=LEFT))
+
+    @staticmethod
+    def form(m: MatchContext) -> Int4Kernel | None:
+        """One for all experts, or one that can be read expert by expert."""
+        found: Int4Kernel | None = m.target.int4_experts if m.ids is None else m.target.int4_chosen_experts
+        return found
+
+    @staticmethod
+    def axes(m: MatchContext) -> Product:
+        """What the equation says.
+
+        Raises:
+            Unmet: it is another sum.
+        """
+        return read(str(m.root.args[0]), 0 if LEFT in m.match.bindings else 1)
+
+    @classmethod
+    def weights(cls, m: MatchContext) -> AffineWeight:
+        """All experts' rows as one matrix."""
+        return m.derive(stacked_columns if cls.axes(m).as_columns else stacked, "weight")
+
+    @require("experts' numbers that are integers", hint="look experts up by their numbers: weight[ids]")
+    def numbers(self, m: MatchContext) -> Answer:
+        """No mask."""
+        if m.ids is None:
+            return True, ""
+        dtype = m.val(m.ids).dtype
+        return dtype in (torch.int32, torch.int64), f"ids {dtype}"
+
+    @require("axes of x as long as those of the weights", hint="expand x first")
+    def lengths(self, m: MatchContext) -> Answer:
+        """An einsum would repeat an axis of length 1."""
+        axes, of_x = self.axes(m), m.val(m.x).shape
+        operands: Any = m.root.args[1]
+        weights = m.val(operands[0 if LEFT in m.match.bindings else 1]).shape
+        letters = axes.batch + (axes.k + axes.n if axes.as_columns else axes.n + axes.k)
+        pairs = [(of_x[axes.x.index(a)], n) for a, n in zip(letters, weights, strict=True) if a in axes.x]
+        return all(statically_known_true(a == b) for a, b in pairs), f"x {list(of_x)} for weights {list(weights)}"
+
+    @require("at most one size that is not known at export", hint="flatten x and the ids to one axis of tokens each")
+    def sizes(self, m: MatchContext) -> Answer:
+        """Of what is put side by side, a view can leave one open."""
+        axes, x = self.axes(m), m.val(m.x).shape
+        unknown = [letter for letter in axes.shared + axes.rows if not isinstance(x[axes.x.index(letter)], int)]
+        return len(unknown) <= 1, ", ".join(unknown)
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """x as batches of rows, the product, and its axes as the equation has them."""
+        axes, ids = self.axes(m), m.ids
+        size = dict(zip(axes.x + axes.out, (*m.val(m.x).shape, *m.val(m.root).shape), strict=True))
+
+        def open_product(letters: str) -> int:
+            """Of their sizes; -1 where one is not known."""
+            sizes = [size[letter] for letter in letters]
+            return prod(sizes) if all(isinstance(n, int) for n in sizes) else -1
+
+        x = self._ordered(b, m.x, axes.x, axes.shared + axes.rows + axes.k)
+        x = b.call(aten.reshape.default, x, [open_product(axes.shared), open_product(axes.rows), size[axes.k]])
+        if ids is not None and m.val(ids).dim() != 1:
+            ids = b.call(aten.reshape.default, ids, [-1])
+        y = self.product(b, m, INT4_EXPERTS[self.kernel(m).layout].bmm, x, ids)
+        made = axes.batch + axes.rows + axes.n
+        y = b.call(aten.reshape.default, y, [open_product(letter) for letter in made])
+        if made == axes.out:
+            return y
+        return b.call(aten.clone.default, self._ordered(b, y, made, axes.out), memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def _ordered(b: Builder, node: Node, letters: str, wanted: Sequence[str]) -> Node:
+        """``node``, whose axes are ``letters``, with them in the order of ``wanted``."""
+        order = [letters.index(letter) for letter in wanted]
+        return node if order == sorted(order) else b.call(aten.permute.default, node, order)

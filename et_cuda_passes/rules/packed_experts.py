@@ -1,0 +1,170 @@
+"""What the rules share that pack the int4 weights of experts for a product with all or some of them."""
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.quant.affine import AffineWeight, values
+from et_cuda_passes.quant.experts import number_of, stacked, stacked_columns
+from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack_experts, scale_and_zero_of
+from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.stack import TURNED
+
+aten = torch.ops.aten
+LEFT = "left"
+"""Bound to the product where the weights are its left operand."""
+
+
+class PackedExperts(NeedsValues):
+    """product(x, dequantize(int4 weights [E, N, K])) -> a kernel's product of x and the packed weights"""
+
+    @staticmethod
+    @abstractmethod
+    def form(m: MatchContext) -> Int4Kernel | None:
+        """How the target holds the weights for this product."""
+
+    def kernel(self, m: MatchContext) -> Int4Kernel:
+        """:meth:`form`, which there is.
+
+        Raises:
+            Unmet: the target has no kernel.
+        """
+        found = self.form(m)
+        if found is None:
+            raise Unmet(f"target {m.target.name}, which has none")
+        return found
+
+    @staticmethod
+    def weights(m: MatchContext) -> AffineWeight:
+        """All experts' rows as one matrix, whichever way they are stored and multiplied."""
+        bound = m.match.bindings
+        as_columns = (TURNED in bound) == (LEFT in bound)
+        return m.derive(stacked_columns if as_columns else stacked, "weight")
+
+    @require(
+        "a target with a kernel for this product of experts",
+        hint="multiply by one expert at a time, picked by its number, as in linear(x, weight[e])",
+    )
+    def has_kernel(self, m: MatchContext) -> Answer:
+        """Metal has none."""
+        return self.form(m) is not None, f"target {m.target.name}, which has none"
+
+    @require(
+        "weights [E, N, K] of experts, quantized in groups along K", hint="quantize in blocks of (1, 1, group size)"
+    )
+    def groups(self, m: MatchContext) -> Answer:
+        """One scale for each row and group."""
+        weight = self.weights(m)
+        rows, size = weight.block_size
+        along_n = "its groups lie along N: make them along K, the axis that is summed over, in blocks of "
+        along_n += "(1, 1, 32) of [E, N, K] or (1, 32, 1) of [E, K, N]"
+        return size > 1 or rows == 1, f"blocks of {rows} rows and {size} along K", along_n
+
+    @require("weights of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
+    def four_bits(self, m: MatchContext) -> Answer:
+        """The range fits 0..15 once shifted."""
+        weight = self.weights(m)
+        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+
+    @require("a group size that one of the kernel's divides", hint="quantize in groups of 32")
+    def native_group(self, m: MatchContext) -> Answer:
+        """As for a linear."""
+        size = self.weights(m).group_size
+        return native_group_size(size, self.kernel(m)) is not None, f"group size {size}"
+
+    @require("in_features that the kernel's tiles divide")
+    def in_features(self, m: MatchContext) -> Answer:
+        """K a multiple of the kernel's ``in_multiple``."""
+        k, multiple = self.weights(m).in_features, self.kernel(m).in_multiple
+        return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave these experts unquantized"
+
+    @require("a place that the kernel is compiled in", hint="take the experts out of the control flow")
+    def place(self, m: MatchContext) -> Answer:
+        """Some kernels are not compiled inside control flow."""
+        branches = m.program.branches
+        good = self.kernel(m).in_control_flow or not branches.in_control_flow(m.root)
+        return good, f"control flow at {branches.path(m.root)}"
+
+    @require("activations of a dtype that the kernel has")
+    def activations(self, m: MatchContext) -> Answer:
+        """The kernel's own dtypes."""
+        kernel, dtypes = self.kernel(m), {m.val(m.x).dtype, m.val(m.root).dtype}
+        have = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
+        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        return dtypes <= {*kernel.dtypes}, found, f"{kernel.name} has {have}: export the model in one of these"
+
+    @require("a stack that is used whole, in its own shape")
+    def shape(self, m: MatchContext) -> Answer:
+        """The views of a decomposed matmul change nothing."""
+        views = [m.match.bindings[name] for name in ("expanded", "viewed") if name in m.match.bindings]
+        if not views:
+            return True, ""
+        inner: Any = views[0].args[0]
+        before, after = m.val(inner).shape, m.val(views[-1]).shape
+        same = len(before) == len(after) == m.val(views[0]).dim()
+        same = same and all(statically_known_true(a == b) for a, b in zip(before, after, strict=True))
+        return same, f"{list(before)} as {list(after)}"
+
+    @require(
+        "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
+    )
+    def in_range(self, m: MatchContext) -> Answer:
+        """An integer outside of it would overwrite its neighbour."""
+        weight = self.weights(m)
+        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
+        inside = weight.quant_min <= low and high <= weight.quant_max
+        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
+
+    @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: MatchContext) -> Answer:
+        """A NaN or infinite scale would spread over the output unseen."""
+        weight, dtype = self.weights(m), self.kernel(m).scale_dtype or m.val(m.x).dtype
+        shift = offset(weight)
+        assert shift is not None
+        pair = scale_and_zero_of(values(m.program, weight), shift)
+        bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
+        return bad == 0, f"{bad} that are NaN or infinite"
+
+    def detail(self, m: MatchContext) -> str:
+        """Scheme, number of experts, kernel and layout."""
+        kernel, count = self.kernel(m), m.derive(number_of, "weight")
+        return f"{count} experts, {self.weights(m).scheme} -> {kernel.name} ({kernel.layout})"
+
+    def product(
+        self, b: Builder, m: MatchContext, operator: torch._ops.OpOverload, x: Node, chosen: Node | None
+    ) -> Node:
+        """A call of ``operator`` of x, the packed weights, and what chooses among them."""
+        weight, kernel, count = self.weights(m), self.kernel(m), m.derive(number_of, "weight")
+        packed, qparams = pack_experts(b, weight, count, kernel, kernel.scale_dtype or m.val(m.x).dtype)
+        group_size = native_group_size(weight.group_size, kernel)
+        return b.call(operator, x, packed, qparams, chosen, group_size, weight.out_features // count)
+
+    @staticmethod
+    def rows(b: Builder, m: MatchContext) -> Node:
+        """x as batches of rows [B, M, K]; one batch for all where it has two dimensions."""
+        x: Node = m.x
+        if m.val(x).dim() == 2:
+            return b.call(aten.unsqueeze_copy.default if b.program.is_edge else aten.unsqueeze.default, x, 0)
+        return PackedExperts.swapped(b, x) if LEFT in m.match.bindings else x
+
+    @staticmethod
+    def swapped(b: Builder, node: Node) -> Node:
+        """[S, M, N] as [S, N, M]; the operators of experts take it as it lies."""
+        return b.call(aten.transpose_copy.int if b.program.is_edge else aten.transpose.int, node, 1, 2)
+
+    def result(self, b: Builder, m: MatchContext, y: Node) -> Node:
+        """What replaces the root, from the kernel's result [S, M, N]."""
+        if LEFT not in m.match.bindings:
+            return y
+        y = self.swapped(b, y)
+        # Contiguous, as a product's result is; of one row it is so already.
+        if b.program.is_edge or m.val(y).shape[2] == 1:
+            return y
+        return b.call(aten.clone.default, y, memory_format=torch.contiguous_format)

@@ -1,0 +1,85 @@
+"""What AOTInductor is told of experts: which launches, over which grids, and what they write to."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from et_cuda_passes.kernels.experts_launch import DYNAMIC_ROWS, plain
+from et_cuda_passes.kernels.tiling import HOPPER, tiling_for, tilings
+from et_cuda_passes.layouts import mma_tiled
+from et_cuda_passes.ops import INT4_EXPERTS
+from tests.kernels.test_launch import hopper  # noqa: F401  (a fixture, for every test here)
+
+E, N, K = 8, 1536, 2048
+OPS = INT4_EXPERTS["mma_tiled"]
+
+
+class Layer(nn.Module):
+    """One product, its constants packed."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.register_buffer("packed", torch.empty(E, N, K // 8, dtype=torch.int32, device="cuda"))
+        row = mma_tiled.scale_row(K, 32)
+        self.register_buffer("qparams", torch.empty(1, E, N, row, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor]:
+        if self.form == "grouped":
+            return (OPS.grouped_mm(x, self.packed, self.qparams, chosen, 32, N),)
+        if self.form == "chosen":
+            return (OPS.bmm(x.unsqueeze(1), self.packed, self.qparams, chosen, 32, N),)
+        return (OPS.bmm(x.unsqueeze(0), self.packed, self.qparams, None, 32, N),)
+
+
+def launches(form: str, rows: int | None) -> tuple[Any, list[torch.fx.Node]]:
+    """The graph signature and the launches of a layer, for a number of rows or for any."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = torch.empty(rows or 16, K, dtype=torch.bfloat16, device="meta")
+    length = DimDynamic.DYNAMIC if rows is None else DimDynamic.STATIC
+    sizes = StatelessSymbolicContext(dynamic_sizes=[length, DimDynamic.STATIC])
+    shape = mode.from_tensor(given, symbolic_context=sizes).shape
+    with mode:
+        module, x = Layer(form), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        chosen = torch.empty(shape[:1] if form == "chosen" else (E,), dtype=torch.int32, device="cuda")
+    graph_module, signature = aot_export_module(module, (x, chosen), trace_joint=False)
+    nodes = [node for node in graph_module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    return signature, nodes
+
+
+@pytest.mark.parametrize("rows", [None, 1, 700])
+@pytest.mark.parametrize("form", ["all", "chosen", "grouped"])
+def test_only_the_output_is_written_to(form: str, rows: int | None) -> None:
+    signature, nodes = launches(form, rows)
+    assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
+    assert len(signature.user_outputs) == 1
+    assert nodes
+    for node in nodes:
+        assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr"}
+
+
+@pytest.mark.parametrize(
+    ("form", "rows", "tiles"), [("all", 8, E), ("chosen", 700, 700), ("grouped", 64, 64 // 8 + E + 1)]
+)
+def test_a_known_number_of_rows_is_one_launch(form: str, rows: int, tiles: int) -> None:
+    _, (node,) = launches(form, rows)
+    tiling = plain(tiling_for(HOPPER, N, K, 32, 8))
+    assert node.kwargs["grid"] == [(tiles, -(-N // tiling.block_n), 1)]
+
+
+@pytest.mark.parametrize("form", ["all", "grouped"])
+def test_an_unknown_number_is_a_launch_for_each_bucket_and_no_guard(form: str) -> None:
+    _, nodes = launches(form, None)
+    assert len(nodes) == len(tilings(HOPPER, N, K, 32, DYNAMIC_ROWS))
+    assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
+
+
+def test_any_number_of_chosen_experts_is_one_launch() -> None:
+    """Each has one row."""
+    _, (node,) = launches("chosen", None)
+    assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node)

@@ -1,0 +1,32 @@
+"""Which einsums are products of rows with experts' matrices."""
+
+import pytest
+
+from et_cuda_passes.graph.rule import Unmet
+from et_cuda_passes.quant.einsum import Product, read
+
+
+def test_the_axes_of_a_product() -> None:
+    assert read("ti,taoi->tao", 1) == Product("ti", "tao", "ta", "t", "", "o", "i", False)
+    assert read("tao, taoi -> tai", 1) == Product("tao", "tai", "ta", "ta", "", "i", "o", True)
+    assert read("enk,tk->ten", 0) == Product("tk", "ten", "e", "", "t", "n", "k", False)
+    assert read("etk,ekn->etn", 1) == Product("etk", "etn", "e", "e", "t", "n", "k", True)
+
+
+@pytest.mark.parametrize(
+    "equation",
+    [
+        "tk,enk",  # without an arrow its result is in alphabetical order
+        "...k,enk->...en",
+        "tk,enk,en->te",
+        "tt,ent->en",
+        "etk,enk->tn",  # summed over experts
+        "etk,enk->e",  # summed over all
+        "enk,enk->en",  # no product of rows
+        "ak,eank->ean",  # x lies along the second axis of the matrices only
+        "tks,enk->ten",  # an axis of x summed alone
+    ],
+)
+def test_any_other_sum_is_none(equation: str) -> None:
+    with pytest.raises(Unmet, match="the equation"):
+        read(equation, 1)
