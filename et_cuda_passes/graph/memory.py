@@ -10,6 +10,9 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.ops import arguments
 
+_CHANGES_NO_VALUE = torch.ops.aten.detach_.default
+"""In place by its schema. A ``torch.tensor([...])`` in a model is exported with one behind it."""
+
 
 def memory_of(held: torch.Tensor | None) -> int | None:
     """The address of a constant's memory; None for what has none that could be shared."""
@@ -49,7 +52,7 @@ def written_nodes(
     written = {_base(node, views) for node in constants}
     for node in nodes:
         target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target is _CHANGES_NO_VALUE:
             continue
         for argument in target._schema.arguments:
             if argument.alias_info is None or not argument.alias_info.is_write:

@@ -137,6 +137,14 @@ def test_no_inner_node_matches_that_is_written_in_place(sketch: Sketch) -> None:
     assert "nothing writes in place" in missed(relu(neg(X, shared=True)), node)[0]
 
 
+def test_a_detach_in_place_writes_nothing(sketch: Sketch) -> None:
+    """A ``torch.tensor([...])`` in a model is exported with one."""
+    inner = sketch.call(aten.neg.default, sketch.input("x", 4))
+    node = sketch.call(aten.relu.default, sketch.call(aten.detach_.default, inner))
+    sketch.call(aten.relu.default, inner)
+    assert written_nodes(node.graph.nodes) == set()
+
+
 def test_nothing_moves_a_read_across_a_write_in_place(sketch: Sketch) -> None:
     """relu(x + y) with x doubled in between: built at the root, a new operator would read the doubled x."""
     x, y = sketch.input("x", 4), sketch.input("y", 4)
