@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,13 @@ def export(model: nn.Module, hint: int) -> ExportedProgram:
     return torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=LONGEST)},))
 
 
+def passes(kernel: str) -> list[Any]:
+    """The default passes for cuda, with this kernel for linears."""
+    import et_cuda_passes as ecp
+
+    return [ecp.LinearInt4(kernel=kernel) if p.name == "linear_int4" else p for p in ecp.default_passes("cuda")]
+
+
 def lower(name: str, group: int, folder: Path) -> None:
     """Write ``<folder>/<name>/model.pte`` and what belongs to it."""
     from executorch.backends.cuda.cuda_backend import CudaBackend
@@ -90,10 +98,7 @@ def lower(name: str, group: int, folder: Path) -> None:
     if kernel is None:
         partitioner = StockCudaPartitioner([CudaBackend.generate_method_name_compile_spec("forward")])
     else:
-        passes = [
-            ecp.LinearInt4(kernel=kernel) if isinstance(p, ecp.LinearInt4) else p for p in ecp.default_passes("cuda")
-        ]
-        partitioner = ecp.CudaPartitioner([], passes=passes, expect={"linear_int4": 2 * BLOCKS, "missed": 0})
+        partitioner = ecp.CudaPartitioner([], passes=passes(kernel), expect={"linear_int4": 2 * BLOCKS, "missed": 0})
     begin = time.monotonic()
     with torch.no_grad():
         lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch()

@@ -25,8 +25,7 @@ def passes(variant: Variant) -> list[Any]:
     if variant.kernel is None:
         return default
     return [
-        dataclasses.replace(rule, kernel=variant.kernel) if isinstance(rule, ecp.LinearInt4) else rule
-        for rule in default
+        dataclasses.replace(rule, kernel=variant.kernel) if rule.name == "linear_int4" else rule for rule in default
     ]
 
 

@@ -14,7 +14,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
     TracingTritonHOPifier,
     triton_kernel_wrapper_functional,
 )
-from torch._library.triton import is_wrap_triton_enabled
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 class _KnownWrites(TracingTritonHOPifier):
@@ -48,9 +48,9 @@ def launch(
         writes: names of the tensors that the kernel writes to; one that is left out is taken to keep its value.
 
     Returns:
-        Those tensors as they are then, in order: traced they are new ones, and the old ones keep what they held.
+        Those tensors as they are then, in order: the given ones, or new ones while functional tensors are traced.
     """
-    if not is_wrap_triton_enabled():
+    if not any(isinstance(value, FunctionalTensor) for value in arguments.values()):
         kernel[grid](**arguments)
         return [arguments[name] for name in writes]
     wrapped = TraceableTritonKernelWrapper(kernel, None, grid)
