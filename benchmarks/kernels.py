@@ -1,20 +1,28 @@
-"""The int4 kernels alone beside cuBLAS in bf16: microseconds by layer and rows M, on the GPU of this machine.
+"""The packed kernels alone beside cuBLAS in bf16: microseconds by layer and rows M, on the GPU of this machine.
 
-    python -m benchmarks.kernels [--bits 4] [--group 32] [--layers up down] [--rows 1 4 16 64 256 1500 4096]
+    python -m benchmarks.kernels [--bits 4] [--group 32] [--layers up down] [--rows 1 4 16 64 256 1500 4096] [--tuned]
 
-With ``--bits 8`` it is the int8 kernel, in groups or, with ``--group 0``, with one scale a row.
+With ``--bits 8`` it is the int8 kernel, in groups or, with ``--group 0``, with one scale a row. Where the package
+``gemlite`` is installed its int4 kernels are there too, as they come, and with ``--tuned`` after its own autotuning,
+which takes minutes a layer.
 
 Weights are rotated through more memory than the L2 cache holds, so that each call reads them from memory; a CUDA graph
-of all of them is replayed, so that launches cost nothing. The number is the median of the replays, per call. The last
-line of a layer is how much of the limit the Triton kernel reaches: the larger of the bytes at the bandwidth of a copy
-and of the operations at the rate of a large product of cuBLAS, both measured here.
+of all of them is replayed, so that launches cost nothing. The number is the median of the replays, per call. tinygemm
+is not timed beyond 256 rows, where it takes 20 times as long. The last line of a layer is how much of the limit the
+Triton kernel reaches: the larger of the bytes at the bandwidth of a copy and of the operations at the rate of a large
+product of cuBLAS, both measured here.
 """
 
 import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.int4 import LAYERS, copies, copy_bandwidth, microseconds, random_weight
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
@@ -22,53 +30,138 @@ from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
 ROWS = (1, 4, 16, 64, 256, 1500, 4096)
+MOST_ROWS = {"tinygemm": 256}
+"""Beyond so many a kernel is not timed."""
+CUBLAS, OURS = "cuBLAS bf16", "triton"
 int4pack = torch.ops.aten._weight_int4pack_mm
 triton_linear = INT4_LINEARS["mma_tiled"].op
+Linear = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A random int4 weight: q uint8 [N, K], and scales fp32 [N, K / group], on the CPU."""
+
+    q: Tensor
+    scale: Tensor
+    group: int
+
+    @property
+    def zero(self) -> Tensor:
+        """Zeros like the scales."""
+        return torch.zeros_like(self.scale)
+
+    def repeat(self, make: Callable[[], Linear]) -> list[Linear]:
+        """A linear of each of as many copies as overflow the cache."""
+        return [make() for _ in range(copies(self.q.numel() // 2))]
+
+
+def dense(n: int, k: int) -> list[Linear]:
+    """cuBLAS in bf16."""
+    weights = (torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k)))
+    return [partial(F.linear, weight=weight) for weight in weights]
+
+
+def tinygemm(weight: Weight) -> list[Linear]:
+    """torch's own int4 kernel."""
+    packed = tile_packed_to_4d.pack(weight.q, 2).cuda()
+    pair = scale_and_zero.pack(weight.scale, weight.zero).cuda()
+
+    def make() -> Linear:
+        p, s = packed.clone(), pair.clone()
+        return lambda x: int4pack(x, p, weight.group, s)
+
+    return weight.repeat(make)
+
+
+def ours(weight: Weight) -> list[Linear]:
+    """The Triton kernel of this package."""
+    n, k = weight.q.shape
+    packed = mma_tiled.pack(weight.q).cuda()
+    pair = mma_tiled.scale_and_zero(weight.scale, weight.zero, torch.bfloat16, k).cuda()
+
+    def make() -> Linear:
+        p, s = packed.clone(), pair.clone()
+        return lambda x: triton_linear(x, p, s, None, weight.group, n)
+
+    return weight.repeat(make)
+
+
+def gemlite(weight: Weight) -> list[Linear]:
+    """gemlite's kernels, in the setting that it has then."""
+    from gemlite import DType, GemLiteLinear
+
+    n, k = weight.q.shape
+
+    def make() -> Linear:
+        linear = GemLiteLinear(4, weight.group, k, n, DType.BF16, DType.BF16)
+        linear.pack(weight.q.cuda(), weight.scale.bfloat16().cuda(), 8)
+        return linear  # type: ignore[no-any-return]
+
+    made = weight.repeat(make)
+    x = torch.randn(3, k, device="cuda", dtype=torch.bfloat16)
+    wanted = ours(weight)[0](x)
+    if not (made[0](x) - wanted).norm() <= 1e-2 * wanted.norm():
+        raise RuntimeError(f"gemlite's result for {n} x {k} is another")
+    return made
+
+
+def ours_int8(n: int, k: int, group: int) -> list[Linear]:
+    """The int8 Triton kernel of this package; group 0 is one scale a row."""
+    group = group or k
+
+    def make() -> Linear:
+        packed = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
+        scale = (torch.rand(n, k // group, device="cuda") * 0.001 + 0.001).bfloat16()
+        return lambda x: INT8_LINEAR(x, packed, scale, None, None, group)
+
+    return [make() for _ in range(copies(n * k))]
+
+
+def timed(linears: Iterable[Linear], k: int, rows: Iterable[int], most: int | None = None) -> list[float | None]:
+    """Microseconds a call for each number of rows, None beyond ``most``."""
+    linears = list(linears)
+    times: list[float | None] = []
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        within = most is None or m <= most
+        times.append(microseconds([partial(linear, x) for linear in linears]) if within else None)
+    return times
+
+
+def layer_times(n: int, k: int, bits: int, group: int, rows: tuple[int, ...]) -> dict[str, list[float | None]]:
+    """Microseconds by kernel and number of rows."""
+    times = {CUBLAS: timed(dense(n, k), k, rows)}
+    if bits == 8:
+        return times | {OURS: timed(ours_int8(n, k, group), k, rows)}
+    weight = Weight(*random_weight(n, k, group), group)
+    kernels: dict[str, Callable[[Weight], list[Linear]]] = {"tinygemm": tinygemm, OURS: ours}
+    if has_gemlite():
+        kernels["gemlite"] = gemlite
+    for name, make in kernels.items():
+        times[name] = timed(make(weight), k, rows, MOST_ROWS.get(name))
+    return times
+
+
+def has_gemlite() -> bool:
+    """Whether the package can be imported; it needs a GPU for that."""
+    try:
+        import gemlite  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def flop_rate() -> float:
     """Operations a second of a large bf16 product of cuBLAS, on random data."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return float(2 * 8192**3 / microseconds([lambda: torch.nn.functional.linear(a, b)] * 3) * 1e6)
+    return float(2 * 8192**3 / microseconds([lambda: F.linear(a, b)] * 3) * 1e6)
 
 
-def layer_times(n: int, k: int, group: int, rows: tuple[int, ...]) -> dict[str, list[float]]:
-    """Microseconds by kernel and number of rows."""
-    q, scale = random_weight(n, k, group)
-    zero = torch.zeros_like(scale)
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
-    tiny = (tile_packed_to_4d.pack(q, 2).cuda(), scale_and_zero.pack(scale, zero).cuda())
-    ours = (mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, torch.bfloat16, k).cuda())
-    many = copies(n * k // 2)
-    tinies, trebles = ([(p.clone(), s.clone()) for _ in range(many)] for p, s in (tiny, ours))
-    times: dict[str, list[float]] = {"cuBLAS bf16": [], "tinygemm": [], "triton": []}
-    for m in rows:
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        times["cuBLAS bf16"].append(microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]))
-        times["tinygemm"].append(microseconds([lambda p=p, s=s, x=x: int4pack(x, p, group, s) for p, s in tinies]))
-        times["triton"].append(
-            microseconds([lambda p=p, s=s, x=x: triton_linear(x, p, s, None, group, n) for p, s in trebles])
-        )
-    return times
-
-
-def int8_times(n: int, k: int, group: int, rows: tuple[int, ...]) -> dict[str, list[float]]:
-    """As :func:`layer_times`, for the int8 kernel; group 0 is one scale a row."""
-    group = group or k
-    dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * n * k))]
-    weights = []
-    for _ in range(copies(n * k)):
-        packed = torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda")
-        weights.append((packed, (torch.rand(n, k // group, device="cuda") * 0.001 + 0.001).bfloat16()))
-    times: dict[str, list[float]] = {"cuBLAS bf16": [], "triton": []}
-    for m in rows:
-        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        times["cuBLAS bf16"].append(microseconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in dense]))
-        times["triton"].append(
-            microseconds([lambda p=p, s=s, x=x: INT8_LINEAR(x, p, s, None, None, group) for p, s in weights])
-        )
-    return times
+def shown(times: Iterable[float | None], form: str) -> list[str]:
+    """As cells of the table."""
+    return ["" if time is None else form.format(time) for time in times]
 
 
 def main() -> None:
@@ -78,25 +171,41 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32, choices=(0, 16, 32, 64, 128, 256))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--tuned", action="store_true", help="gemlite after its own autotuning too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     if options.bits == 4 and options.group not in GROUP_SIZES:
         parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
+    if options.tuned and not (options.bits == 4 and has_gemlite()):
+        parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
     bandwidth, rate, rows = copy_bandwidth(), flop_rate(), tuple(options.rows)
+    found = {name: layer_times(*LAYERS[name], options.bits, options.group, rows) for name in options.layers}
+    if options.tuned:
+        import gemlite as package
+
+        # For the whole process: everything else was timed before.
+        package.reset_config()
+        package.set_autotune("max")
+        for name in options.layers:
+            n, k = LAYERS[name]
+            made = gemlite(Weight(*random_weight(n, k, options.group), options.group))
+            found[name]["gemlite, tuned"] = timed(made, k, rows)
     table = Table("layer", "N x K", "kernel", *(f"M = {m}" for m in rows), title="microseconds")
-    for name in options.layers:
+    for name, times in found.items():
         n, k = LAYERS[name]
-        times = (layer_times if options.bits == 4 else int8_times)(n, k, options.group, rows)
         table.add_row(name, f"{n} x {k}", "", *("" for _ in rows))
         for kernel, row in times.items():
-            table.add_row("", "", kernel, *(f"{time:.1f}" for time in row))
-        pairs = list(zip(times["triton"], times["cuBLAS bf16"], strict=True))
-        table.add_row("", "", "triton / cuBLAS", *(f"{ours / theirs:.2f}" for ours, theirs in pairs))
+            table.add_row("", "", kernel, *shown(row, "{:.1f}"))
+        for kernel, row in times.items():
+            if kernel != OURS:
+                pairs = zip(times[OURS], row, strict=True)
+                ratios = [None if a is None or b is None else a / b for a, b in pairs]
+                table.add_row("", "", f"triton / {kernel}", *shown(ratios, "{:.2f}"))
         moved = [n * k * (options.bits / 8 + 2 / (options.group or k)) + 2 * m * (n + k) for m in rows]
         floors = [max(size / bandwidth, 2 * m * n * k / rate) * 1e6 for size, m in zip(moved, rows, strict=True)]
-        parts = zip(floors, times["triton"], strict=True)
-        table.add_row("", "", "of the limit", *(f"{100 * floor / time:.0f} %" for floor, time in parts))
+        parts = [floor / time * 100 for floor, time in zip(floors, times[OURS], strict=True) if time is not None]
+        table.add_row("", "", "of the limit", *shown(parts, "{:.0f} %"))
     device = torch.cuda.get_device_name(0)
     console = Console(width=160)
     console.print(table, f"{device}, torch {torch.__version__}, int{options.bits}, group size {options.group},")

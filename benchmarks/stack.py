@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +28,33 @@ from torch.export import Dim, ExportedProgram
 BLOCKS, FEATURES, HIDDEN, LONGEST = 4, 3072, 8192, 4096
 ROWS = (1, 4, 16, 64, 256, 1500, 4096)
 CUBLAS = "cuBLAS bf16"
+
+
+class Variant(NamedTuple):
+    """One program.
+
+    Attributes:
+        kernel: of our partitioner's int4 linears; None for the stock partitioner.
+        hint: length that the export sees.
+        quantized: whether the weights are int4.
+        fixed: whether that length is the only one.
+    """
+
+    kernel: str | None
+    hint: int
+    quantized: bool
+    fixed: bool = False
+
+
 VARIANTS = {
-    # name: (passes of our partitioner, or None for the stock one; length that the export sees; quantized)
-    "bf16, hint 16": (None, 16, False),
-    "bf16, hint 1500": (None, 1500, False),
-    "generic int4": (None, 16, True),
-    "tinygemm": ("tinygemm", 16, True),
-    "triton": ("triton", 16, True),
+    "bf16, hint 16": Variant(None, 16, quantized=False),
+    "bf16, hint 1500": Variant(None, 1500, quantized=False),
+    "generic int4": Variant(None, 16, quantized=True),
+    "tinygemm": Variant("tinygemm", 16, quantized=True),
+    "triton": Variant("triton", 16, quantized=True),
+    # What choosing the kernel at run time costs is the difference to these.
+    "triton, 1 row": Variant("triton", 1, quantized=True, fixed=True),
+    "triton, 16 rows": Variant("triton", 16, quantized=True, fixed=True),
 }
 
 
@@ -72,10 +92,11 @@ def quantized(group: int) -> nn.Module:
     return model
 
 
-def export(model: nn.Module, hint: int) -> ExportedProgram:
-    """One method whose length is dynamic, 1 to 4096, and is ``hint`` while kernels are tuned."""
-    x = torch.randn(hint, FEATURES, dtype=torch.bfloat16)
-    return torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=LONGEST)},))
+def export(model: nn.Module, variant: Variant) -> ExportedProgram:
+    """One method whose length is dynamic, 1 to 4096, and is the hint while kernels are tuned; or fixed."""
+    x = torch.randn(variant.hint, FEATURES, dtype=torch.bfloat16)
+    dynamic = None if variant.fixed else ({0: Dim("length", min=1, max=LONGEST)},)
+    return torch.export.export(model, (x,), dynamic_shapes=dynamic)
 
 
 def passes(kernel: str) -> list[Any]:
@@ -93,12 +114,14 @@ def lower(name: str, group: int, folder: Path) -> None:
 
     import et_cuda_passes as ecp
 
-    kernel, hint, is_quantized = VARIANTS[name]
-    program = export(quantized(group) if is_quantized else stack(), hint)
-    if kernel is None:
+    variant = VARIANTS[name]
+    program = export(quantized(group) if variant.quantized else stack(), variant)
+    if variant.kernel is None:
         partitioner = StockCudaPartitioner([CudaBackend.generate_method_name_compile_spec("forward")])
     else:
-        partitioner = ecp.CudaPartitioner([], passes=passes(kernel), expect={"linear_int4": 2 * BLOCKS, "missed": 0})
+        partitioner = ecp.CudaPartitioner(
+            [], passes=passes(variant.kernel), expect={"linear_int4": 2 * BLOCKS, "missed": 0}
+        )
     begin = time.monotonic()
     with torch.no_grad():
         lowered = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch()
@@ -200,11 +223,12 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
     for name in names:
         if not (folder / name / "model.pte").exists():
             continue
-        run = load(folder / name / "model.pte")
-        times[name] = {m: microseconds(partial(run, x), calls[m]) for m, x in inputs.items()}
-        wanted = {m: exact(weights[VARIANTS[name][2]], x) for m, x in inputs.items()}
-        off = [((run(x)[0].double() - wanted[m]).norm() / wanted[m].norm()).item() for m, x in inputs.items()]
-        errors[name] = max(off)
+        run, variant = load(folder / name / "model.pte"), VARIANTS[name]
+        taken = {m: x for m, x in inputs.items() if not variant.fixed or m == variant.hint}
+        times[name] = {m: microseconds(partial(run, x), calls[m]) for m, x in taken.items()}
+        wanted = {m: exact(weights[variant.quantized], x) for m, x in taken.items()}
+        off = [((run(x)[0].double() - wanted[m]).norm() / wanted[m].norm()).item() for m, x in taken.items()]
+        errors[name] = max(off, default=0.0)
         data = sum(path.stat().st_size for path in (folder / name).glob("*.ptd"))
         sizes[name] = f"{data / 1e6:.1f} MB, {(folder / name / 'seconds').read_text()} s"
         del run
@@ -224,11 +248,12 @@ def table(
     result = Table("", *(f"M = {m}" for m in rows), "relative error", ".ptd, lowering", title="microseconds a call")
     for name, row in times.items():
         error = f"{errors[name]:.1e}" if name in errors else ""
-        result.add_row(name, *(f"{row[m]:.0f}" for m in rows), error, sizes.get(name, ""))
+        result.add_row(name, *(f"{row[m]:.0f}" if m in row else "" for m in rows), error, sizes.get(name, ""))
     ours = times.get("triton", {})
     for name, row in times.items():
         if name != "triton" and ours:
-            result.add_row(f"triton / {name}", *(f"{ours[m] / row[m]:.2f}" for m in rows), "", "")
+            ratios = (f"{ours[m] / row[m]:.2f}" if m in row else "" for m in rows)
+            result.add_row(f"triton / {name}", *ratios, "", "")
     return result
 
 
