@@ -1,4 +1,4 @@
-"""Which operators a report must account for: every one that reads a dequantized weight."""
+"""Which operators a report must account for: every one that reads a quantized weight."""
 
 import operator
 from collections.abc import Iterator
@@ -8,11 +8,13 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.ops import ACCESS, called
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight
+from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight, multiplied_weight
 from et_cuda_passes.quant.dynamic import is_quantize
 from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
+from et_cuda_passes.quant.unwrapping import is_wrapped, wrapped_advice
 
 aten = torch.ops.aten
 
@@ -57,24 +59,35 @@ _PICKERS = frozenset(
 _STACK = 3
 """Dimensions of a stack of matrices."""
 
-
-def find_candidates(program: Program) -> list[Candidate]:
-    """The readers of every dequantized weight of ``program``, in the order of execution, inside control flow too."""
-    return [*_in_reach(program), *_beyond_reach(program)]
+# What these ask of a weight, its size or its dtype, is no use of it.
+_ASKERS = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
 
-def _in_reach(program: Program) -> Iterator[Candidate]:
+def find_candidates(program: Program, advised: Advised | None = None, wrapped: str = "") -> list[Candidate]:
+    """The readers of every quantized weight of ``program``, in the order of execution, inside control flow too.
+
+    Args:
+        program: the program, unwrapped where that is possible.
+        advised: what the target takes, for weights in a form that no rule knows.
+        wrapped: why weights are still wrapped in tensor subclasses, if any are.
+    """
+    return [*_in_reach(program, advised or Advised(), wrapped), *_beyond_reach(program)]
+
+
+def _in_reach(program: Program, advised: Advised, wrapped: str) -> Iterator[Candidate]:
     branches = program.branches
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
     names: dict[Node, str] = {}
     converted: dict[Node, Node] = {}
+    whole: dict[Node, Node] = {}
     for node in branches.nodes():
         outer = branches.outer(node)
         if outer is not None and outer in weights:
             weights[node] = weights[outer]
-        if outer is not None and outer in converted:
-            converted[node] = converted[outer]
+        for found in (converted, whole):
+            if outer is not None and outer in found:
+                found[node] = found[outer]
         if _is_constant(program, node, constant):
             constant.add(node)
         if is_dequantize(node):
@@ -88,11 +101,12 @@ def _in_reach(program: Program) -> Iterator[Candidate]:
         for source in _read(node, branches):
             read.update(weights.get(source, {}))
         if not read:
-            yield from _converted(program, node, constant, converted)
+            yield from _converted(program, node, constant, converted, advised)
+            yield from _wrapped(program, node, whole, advised, wrapped)
             continue
         if _carries(node):
             weights[node] = read
-        elif called(node) is not aten.sym_size.int:  # its size is no use of a weight
+        elif called(node) not in _ASKERS:
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn, branches.path(node))
 
@@ -115,8 +129,18 @@ def _read(node: Node, branches: Branches) -> list[Node]:
     return [source for source in node.all_input_nodes if source not in handed]
 
 
-def _converted(program: Program, node: Node, constant: set[Node], converted: dict[Node, Node]) -> Iterator[Candidate]:
-    """``node``, if it multiplies by a weight that the program itself converts; ``converted`` holds where they stand."""
+def _converted(
+    program: Program, node: Node, constant: set[Node], converted: dict[Node, Node], advised: Advised
+) -> Iterator[Candidate]:
+    """``node``, if it multiplies by a narrow weight, or one that the program itself converts.
+
+    ``converted`` holds where those stand.
+    """
+    narrow = multiplied_weight(program, node)
+    if narrow is not None:
+        why = advice(program, narrow, "multiplied as it is", advised)
+        yield Candidate(node, (narrow,), program.fqn(narrow) or narrow.name, program.branches.path(node), why)
+        return
     if converted_weight(program, node) is not None:
         converted[node] = node
         return
@@ -126,8 +150,26 @@ def _converted(program: Program, node: Node, constant: set[Node], converted: dic
     elif sources and called(node) in PRODUCTS:
         weight = converted_weight(program, sources[0])
         assert weight is not None
-        fqn = program.fqn(weight) or weight.name
-        yield Candidate(node, (sources[0],), fqn, beyond_reach=advice(program, weight))
+        fqn, why = program.fqn(weight) or weight.name, advice(program, weight, "converted", advised)
+        yield Candidate(node, (sources[0],), fqn, program.branches.path(node), why)
+
+
+def _wrapped(program: Program, node: Node, whole: dict[Node, Node], advised: Advised, why: str) -> Iterator[Candidate]:
+    """``node``, if it reads a weight that is still wrapped; ``whole`` holds where those stand."""
+    if node.op == "placeholder":
+        if is_wrapped(program.constant(node)):
+            whole[node] = node
+        return
+    sources = dict.fromkeys(whole[source] for source in _read(node, program.branches) if source in whole)
+    if not sources or called(node) is ACCESS or called(node) in _ASKERS:
+        return
+    first = next(iter(sources))
+    if _carries(node):
+        whole[node] = first
+        return
+    fqn = ", ".join(program.fqn(source) or source.name for source in sources)
+    # Not among its weights: no rule replaces it.
+    yield Candidate(node, (), fqn, program.branches.path(node), wrapped_advice(program.constant(first), why, advised))
 
 
 def readers(weight: Node) -> Iterator[Node]:

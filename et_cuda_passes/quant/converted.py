@@ -1,21 +1,35 @@
-"""Weights of a narrow dtype that the program itself converts to floating point, with no dequantize to match.
+"""Weights of a narrow dtype that the program itself computes with, with no dequantize to match.
 
-torchao's ``Float8WeightOnlyConfig`` and ``Int8WeightOnlyConfig`` export so: a conversion and a product.
+torchao's ``Float8WeightOnlyConfig`` and ``Int8WeightOnlyConfig`` export a conversion and a product. With quantized
+activations (``Float8DynamicActivationFloat8WeightConfig``, ``Int8DynamicActivationInt8WeightConfig``, MX formats) the
+product is one of the narrow numbers themselves.
 """
 
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.ops import ACCESS, called
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.quant.decomposed import STEPS
+from et_cuda_passes.quant.unwrapping import bits_of
 
 aten = torch.ops.aten
 
 CONVERSIONS = (aten.to.dtype, aten._to_copy.default)
-_NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
-_TRANSPOSES = frozenset(
-    {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.permute.default, aten.view.default}
+_NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float4_e2m1fn_x2)
+_MOVERS = frozenset(
+    {
+        aten.t.default,
+        aten.numpy_T.default,
+        aten.mT.default,
+        aten.transpose.int,
+        aten.permute.default,
+        aten.view.default,
+        aten.slice.Tensor,
+        aten.clone.default,
+        aten.detach.default,
+    }
 )
 PRODUCTS = frozenset(
     {
@@ -29,29 +43,51 @@ PRODUCTS = frozenset(
     }
 )
 """Readers of a weight; a table or a mask of bytes has others."""
+_NARROW_PRODUCTS = frozenset({aten._int_mm.default, aten._scaled_mm.default, aten._scaled_mm_v2.default})
 
 
 def converted_weight(program: Program, node: Node) -> Node | None:
-    """The narrow constant that ``node`` converts to floating point, transposed or not; None for any other node."""
+    """The narrow constant that ``node`` converts to floating point, moved or not; None for any other node."""
     if called(node) not in CONVERSIONS:
         return None
-    value, source = node.meta.get("val"), node.args[0]
-    while isinstance(source, Node) and called(source) in _TRANSPOSES:
-        source = source.args[0]
-    held = program.constant(source) if isinstance(source, Node) else None
+    value, source = node.meta.get("val"), _moved(node.args[0])
+    held = program.constant(source) if source is not None else None
     floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dtype.itemsize > 1
     narrow = held is not None and held.dim() > 1 and held.dtype in _NARROW
     if held is not None and held.dtype.itemsize == 1 and not held.dtype.is_floating_point:
         # Integers that are scaled next: a dequantize that was decomposed, of which the report warns.
         narrow = narrow and all(called(user) not in STEPS for user in node.users)
-    return source if isinstance(source, Node) and floating and narrow else None
+    return source if floating and narrow else None
 
 
-def advice(program: Program, weight: Node) -> str:
-    """Why no kernel takes it, and what to do."""
+def multiplied_weight(program: Program, node: Node) -> Node | None:
+    """The narrow constant that ``node`` multiplies as it is, moved or not; None for any other node."""
+    if called(node) not in _NARROW_PRODUCTS:
+        return None
+    for source in map(_moved, node.args[:2]):
+        held = program.constant(source) if source is not None else None
+        if held is not None and held.dtype in _NARROW:
+            return source
+    return None
+
+
+def _moved(source: object) -> Node | None:
+    """What ``source`` moves, itself where it moves nothing; None where that is no node."""
+    while isinstance(source, Node) and called(source) in _MOVERS:
+        source = source.args[0]
+    return source if isinstance(source, Node) else None
+
+
+def advice(program: Program, weight: Node, how: str, advised: Advised) -> str:
+    """Why no kernel takes it, which the program computes with as ``how`` says, and what to do."""
     held = program.constant(weight)
     assert held is not None
+    kind, bits = str(held.dtype).removeprefix("torch."), 4 if held.dtype is torch.float4_e2m1fn_x2 else 8
+    whole = program.constant(weight.args[0]) if called(weight) is ACCESS else None  # type: ignore[arg-type]
+    if whole is not None and bits_of(whole) < bits:
+        # Its scales are what is converted.
+        kind, bits = type(whole).__name__, bits_of(whole)
     return (
-        f"its weight is {str(held.dtype).removeprefix('torch.')}, converted by the program itself, and no kernel takes "
-        "that: quantize with IntxWeightOnlyConfig, which leaves a dequantize"
+        f"its weight is {kind}, {how} by the program itself, and no kernel takes that: "
+        f"quantize with {advised.instead_of(bits)}, which leaves a dequantize"
     )

@@ -1,4 +1,8 @@
-"""Weights that an export left wrapped: a tensor subclass read as it is, its dequantize not yet in the graph."""
+"""Weights that an export left wrapped: a tensor subclass read as it is, its dequantize not yet in the graph.
+
+``run_decompositions({})`` unwraps most. torchao's ``NVFP4Tensor`` it does not (torch 2.13): the constants that its
+dequantize makes are not found again.
+"""
 
 from typing import Any
 
@@ -7,15 +11,21 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.quant.advised import Advised
 
 
 def wrapped_weights(exported: ExportedProgram) -> dict[str, Any]:
-    """Parameters and buffers of a tensor subclass that an operator reads whole, by FQN, in graph order."""
+    """Parameters, buffers and constants of a tensor subclass that an operator reads whole, by FQN, in graph order."""
     signature = exported.graph_signature
-    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    held = {**exported.constants, **exported.state_dict}
     found = {}
     for node in exported.graph.find_nodes(op="placeholder"):
-        value = exported.state_dict.get(targets.get(node.name, ""))
+        value = held.get(targets.get(node.name, ""))
         whole = isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
         if whole and any(called(user) is not ACCESS for user in node.users):
             found[targets[node.name]] = value
@@ -26,22 +36,40 @@ def unwrapped(exported: ExportedProgram) -> tuple[ExportedProgram, str]:
     """The program with its wrapped weights' parts and their dequantize in the graph; itself where there are none.
 
     Returns:
-        The program, and what could not be unwrapped, for a warning; empty where all is well.
+        The program, and why its wrapped weights could not be unwrapped; empty where all is well.
     """
     weights = wrapped_weights(exported)
     if not weights:
         return exported, ""
-    kinds = ", ".join(sorted({type(weight).__name__ for weight in weights.values()}))
-    first = next(iter(weights))
     try:
         program = exported.run_decompositions({})
     except Exception as error:  # whatever a subclass makes of being traced
-        why = str(error).partition("\n")[0]
+        why = str(error).partition("\n")[0].rstrip(".")
     else:
         if not wrapped_weights(program):
             return program, ""
         why = "they stay wrapped"
-    return exported, (
-        f"{len(weights)} weights of type {kinds} ({first}, ...) stand wrapped in the program, and "
-        f"run_decompositions({{}}) does not unwrap them ({why}): quantize with IntxWeightOnlyConfig instead"
+    kinds = sorted({type(weight).__name__ for weight in weights.values()})
+    # It unwraps all or none, and does not say at which it failed.
+    return exported, why if len(kinds) == 1 else f"{why}; {', '.join(kinds)} stand in one program"
+
+
+def is_wrapped(value: torch.Tensor | None) -> bool:
+    """Whether ``value`` is a tensor subclass made of other tensors."""
+    return value is not None and is_traceable_wrapper_subclass(value)
+
+
+def bits_of(weight: Any) -> int:
+    """Bits an element of a tensor subclass's weight, told from the largest of its parts."""
+    parts: list[torch.Tensor] = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    stored = max(part.numel() * part.element_size() for part in parts)
+    return 8 * stored // max(1, int(weight.numel()))
+
+
+def wrapped_advice(weight: Any, why: str, advised: Advised) -> str:
+    """What a wrapped weight is, ``why`` it stays so, and what to do."""
+    bits = bits_of(weight)
+    return (
+        f"its weight is {type(weight).__name__}, {bits} bits an element, and run_decompositions({{}}) does not unwrap "
+        f"it ({why}): quantize with {advised.instead_of(bits)}"
     )

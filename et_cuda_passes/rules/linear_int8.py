@@ -60,12 +60,14 @@ class LinearInt8(PackedLinear):
     def native_group(self, m: MatchContext) -> Answer:
         """One scale a row, or groups that one of the kernel's divides."""
         weight, kernel = affine(m), self.chosen_kernel(m)
+        size, k = weight.group_size, weight.in_features
         if kernel.group_sizes:
             has = f"{kernel.name} has {', '.join(map(str, kernel.group_sizes))} and their multiples"
-            hint = f"{has}: quantize with PerGroup({kernel.group_sizes[0]})"
+            # One that divides K too, if there is any.
+            nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
+            hint = f"{has}: quantize with PerGroup({nearest})"
         else:
             hint = f"{kernel.name} has one scale a row: quantize with PerAxis(0), or in groups with torch.int4"
-        size = weight.group_size
         return kernel.native_group_size(size, weight.in_features) is not None, f"group size {size}", hint
 
     @require("in_features that the kernel's tiles divide")

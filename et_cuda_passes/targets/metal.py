@@ -3,6 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -34,6 +35,8 @@ METAL = Target(
             out_multiple=8,
         ),
     ),
+    # It has no int8 kernel.
+    advised=Advised(eight_bits=Advised.four_bits),
     passes=lambda: [
         LinearInt4(),
         ConvInt4(),

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -58,15 +59,14 @@ def rewrite(
     chosen = get_target(target)
     listed = default_passes(chosen) if passes is None else passes
     exported_program, still_wrapped = unwrapped(exported_program)
-    program, report = apply_passes(exported_program, listed, chosen, find_candidates, is_program_pass, pool)
+    find = partial(find_candidates, advised=chosen.advised, wrapped=still_wrapped)
+    program, report = apply_passes(exported_program, listed, chosen, find, is_program_pass, pool)
     lost = [] if report.outcomes else decomposed_weights(exported_program)
     if lost:
         report.warnings.append(
             f"the program converts {len(lost)} integer matrices itself ({lost[0]}, ...): their dequantize was "
             "decomposed; rewrite before run_decompositions(), or decompose with run_decompositions({})"
         )
-    if still_wrapped:
-        report.warnings.append(still_wrapped)
     check_expectations(expect, report)
     return program, report
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.quant.advised import Advised
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Target:
 
     ``int4_table`` is the form of an int4 embedding's table: that of a linear where it can be read row by row.
     ``int4_experts`` is that of experts' weights of which a product reads all or a part that is sorted by expert, and
-    ``int4_chosen_experts`` where a tensor chooses among them.
+    ``int4_chosen_experts`` where a tensor chooses among them. ``advised`` is what to quantize with in place of a form
+    that no rule knows.
     """
 
     name: str
@@ -25,3 +27,4 @@ class Target:
     int4_table: Int4Kernel | None = None
     int4_experts: Int4Kernel | None = None
     int4_chosen_experts: Int4Kernel | None = None
+    advised: Advised = field(default_factory=Advised)

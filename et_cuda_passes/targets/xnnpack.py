@@ -1,5 +1,6 @@
 """xnnpack: ExecuTorch's XNNPACK delegate, which wants the pattern it knows left in place and every other one folded."""
 
+from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
@@ -11,6 +12,10 @@ XNNPACK = Target(
     "xnnpack",
     "ExecuTorch XNNPACK delegate",
     int4_kernels=(),
+    advised=Advised(
+        four_bits="Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))",
+        eight_bits="Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))",
+    ),
     passes=lambda: [
         KeepDynamicInt4(),
         KeepDynamicInt8(),

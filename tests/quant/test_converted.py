@@ -1,4 +1,4 @@
-"""Weights that torchao exports without a dequantize: reported with the fix, and warned of where they stay wrapped."""
+"""Weights that torchao exports without a dequantize: reported with the fix, those that stay wrapped too."""
 
 from typing import Any
 
@@ -9,16 +9,29 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torchao.prototype.mx_formats import NVFP4WeightOnlyConfig
-from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
+from torchao.quantization import (
+    Float8WeightOnlyConfig,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    quantize_,
+)
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses
+from tests.helpers import Sketch
 
 CONFIGS = {
     "fp8": (Float8WeightOnlyConfig(), "float8_e4m3fn"),
     "int8": (Int8WeightOnlyConfig(), "int8"),
 }
+MULTIPLIED = {
+    "mx": (MXDynamicActivationMXWeightConfig(), "float8_e4m3fn", "aten._scaled_mm"),
+    "int8 of both": (Int8DynamicActivationInt8WeightConfig(), "int8", "aten._int_mm"),
+}
+INT4, INT8 = "IntxWeightOnlyConfig(torch.int4, PerGroup(32))", "IntxWeightOnlyConfig(torch.int8, PerAxis(0))"
+NEAREST = {"cuda": INT8, "cpu": INT8, "metal": INT4}
+DYNAMIC = "Int8DynamicActivationIntxWeightConfig"
 
 
 def exported(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, ExportedProgram, Tensor]:
@@ -39,13 +52,46 @@ def test_a_weight_without_a_dequantize_is_missed_with_the_fix(scheme: str, targe
     report = assert_misses(program, f"its weight is {dtype}, converted by the program itself", target)
     (outcome,) = report.outcomes
     assert outcome.fqn == "0.weight"
-    assert "quantize with IntxWeightOnlyConfig" in str(outcome.reasons[0])
+    assert f"quantize with {NEAREST[target]}, which leaves a dequantize" in str(outcome.reasons[0])
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("scheme", MULTIPLIED)
+@pytest.mark.parametrize("target", NEAREST)
+def test_a_weight_that_is_multiplied_as_it_is_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
+    config, dtype, op = MULTIPLIED[scheme]
+    _, program, _ = exported(config)
+    program = program.run_decompositions({}) if decompose else program
+    _, report = ecp.rewrite(program, target)
+    (outcome,) = report.outcomes
+    assert (outcome.op, outcome.fqn, outcome.status) == (op, "0.weight", "missed")
+    assert str(outcome.reasons[0]) == (
+        f"its weight is {dtype}, multiplied as it is by the program itself, and no kernel takes that: "
+        f"quantize with {NEAREST[target]}, which leaves a dequantize"
+    )
+
+
+def test_scales_and_activations_of_fp8_are_no_weights() -> None:
+    """Both operands computed in the program: an attention in fp8, say."""
+    sketch = Sketch()
+    x, y = (sketch.input(name, 16, 16, dtype=torch.float8_e4m3fn) for name in "xy")
+    scale = sketch.buffer("scale", torch.ones(()))
+    product = sketch.raw(
+        torch.ops.aten._scaled_mm.default,
+        x,
+        sketch.call(torch.ops.aten.t.default, y),
+        scale,
+        scale,
+        val=torch.empty(16, 16),
+    )
+    _, report = ecp.rewrite(sketch.program(product), "cuda")
+    assert report.outcomes == []
 
 
 @pytest.mark.parametrize("scheme", CONFIGS)
 def test_xnnpack_refuses_it_with_the_fix(scheme: str) -> None:
     _, program, _ = exported(CONFIGS[scheme][0], torch.float32)
-    with pytest.raises(ValueError, match=r"0\.weight.*converted by the program itself.*IntxWeightOnlyConfig"):
+    with pytest.raises(ValueError, match=rf"0\.weight.*converted by the program itself.*with {DYNAMIC}\(torch\.int8"):
         to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
 
 
@@ -57,12 +103,100 @@ def test_the_stock_partitioner_computes_int8_weight_only_wrongly_and_says_nothin
     assert (found - model(x)).norm() / model(x).norm() > 1
 
 
-def test_a_weight_that_stays_wrapped_is_warned_about() -> None:
-    _, program, _ = exported(NVFP4WeightOnlyConfig())
+@pytest.mark.parametrize("per_tensor_scale", [False, True])
+@pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
+def test_a_weight_that_stays_wrapped_is_missed_with_the_fix(target: str, per_tensor_scale: bool) -> None:
+    _, program, _ = exported(NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=per_tensor_scale))
+    report = assert_misses(program, "does not unwrap it (Constant tensor 0.lifted_tensor_0 is not in", target)
+    (outcome,) = report.outcomes
+    assert (outcome.op, outcome.fqn) == ("aten.linear", "0.weight")
+    reason = str(outcome.reasons[0])
+    assert reason.startswith("its weight is NVFP4Tensor, 4 bits an element, and run_decompositions({}) does not")
+    assert reason.endswith(f": quantize with {INT4}")
+    assert report.warnings == []
+
+
+def test_xnnpack_refuses_what_stays_wrapped() -> None:
+    _, program, _ = exported(NVFP4WeightOnlyConfig(), torch.float32)
+    with pytest.raises(ValueError, match=rf"0\.weight.*NVFP4Tensor, 4 bits.*with {DYNAMIC}\(torch\.int4"):
+        to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
+
+
+class Shared(nn.Module):
+    """One wrapped weight, transposed before it is multiplied, in a branch, and handed out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+        quantize_(linear, NVFP4WeightOnlyConfig())
+        self.weight = linear[0].weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        def yes(x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight)
+
+        weight = self.weight.to(x.dtype)  # after which the program asserts a dtype, and reads nothing
+        return x @ weight.t(), torch.cond(x.sum() > 0, yes, torch.sin, (x,))
+
+
+def test_every_reader_of_a_wrapped_weight_is_missed() -> None:
+    program = torch.export.export(Shared(), (torch.randn(3, 64).bfloat16(),))
     _, report = ecp.rewrite(program, "cuda")
-    (warning,) = report.warnings
-    assert "1 weights of type NVFP4Tensor (0.weight, ...) stand wrapped" in warning
-    assert "IntxWeightOnlyConfig" in warning
+    assert {outcome.fqn for outcome in report.outcomes} == {"weight"}
+    assert sorted(outcome.op for outcome in report.outcomes) == ["aten.linear", "aten.matmul"]
+
+
+class Dequantized(nn.Module):
+    """A weight that the model's own code dequantizes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        linear = nn.Sequential(nn.Linear(64, 48, bias=False)).bfloat16()
+        quantize_(linear, config)
+        self.weight = linear[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "nearest"),
+    [
+        (NVFP4WeightOnlyConfig(), "NVFP4Tensor", INT4),
+        (MXDynamicActivationMXWeightConfig(), "float8_e4m3fn", INT8),
+        (Float8WeightOnlyConfig(), "float8_e4m3fn", INT8),
+    ],
+)
+def test_a_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, nearest: str) -> None:
+    program = torch.export.export(Dequantized(config), (torch.randn(3, 64).bfloat16(),))
+    for form in (program, program.run_decompositions({})):
+        _, report = ecp.rewrite(form, "cuda")
+        assert [(outcome.op, outcome.fqn) for outcome in report.outcomes] == [("aten.linear", "weight")]
+        reason = str(report.outcomes[0].reasons[0])
+        if form is program:
+            assert reason.startswith(f"its weight is {kind}, converted by the program itself")
+            assert f"quantize with {nearest}," in reason
+
+
+def test_a_wrapped_buffer_is_missed_as_a_parameter_is() -> None:
+    model = Shared()
+    weight = model.weight.data
+    del model.weight
+    model.register_buffer("weight", weight, persistent=False)
+    _, report = ecp.rewrite(torch.export.export(model, (torch.randn(3, 64).bfloat16(),)), "cuda")
+    assert [outcome.fqn for outcome in report.outcomes] == ["weight", "weight"]
+    assert all(INT4 in str(o.reasons[0]) and "it ()" not in str(o.reasons[0]) for o in report.outcomes)
+
+
+def test_what_stands_beside_a_weight_that_stays_wrapped_is_told_so() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
+    quantize_(model[0], NVFP4WeightOnlyConfig())
+    quantize_(model[1], MXDynamicActivationMXWeightConfig())
+    _, report = ecp.rewrite(torch.export.export(model, (torch.randn(3, 64).bfloat16(),)), "cuda")
+    first, second = (str(outcome.reasons[0]) for outcome in report.outcomes)
+    assert all("; MXTensor, NVFP4Tensor stand in one program): quantize with" in text for text in (first, second))
+    assert first.startswith("its weight is NVFP4Tensor, 4 bits an element") and first.endswith(INT4)
+    assert second.startswith("its weight is MXTensor, 8 bits an element") and second.endswith(INT8)
 
 
 class Table(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 from torchao.quantization import IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
-from torchao.quantization.granularity import PerGroup
+from torchao.quantization.granularity import PerAxis, PerGroup
 
 from et_cuda_passes.quant.affine import DEQUANTIZE
 
@@ -19,11 +19,15 @@ Named = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Real:
-    """A model in bf16, its inputs, and the inputs' dynamic dimensions by name."""
+    """A model in bf16, its inputs, and the inputs' dynamic dimensions by name.
+
+    ``int8_words`` asks for its table of words, and the last linear which reads the same one, in int8.
+    """
 
     model: Any
     inputs: Named
     dynamic: dict[str, dict[int, Dim]]
+    int8_words: bool = False
 
 
 def tokens(vocabulary: int, *shape: int) -> Tensor:
@@ -40,7 +44,7 @@ def smollm2() -> Real:
     length = Dim("length", min=2, max=256)
     model = source().model()
     model.config.use_cache = False
-    return Real(model, {"input_ids": tokens(49152, 1, 9)}, {"input_ids": {1: length}})
+    return Real(model, {"input_ids": tokens(49152, 1, 9)}, {"input_ids": {1: length}}, int8_words=True)
 
 
 def whisper() -> Real:
@@ -155,28 +159,51 @@ class Int4Stack(nn.Module):
 
 
 def quantize_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Quantizes every stack of three dimensions; the modules that hold one, by the stack's FQN."""
-    stacks = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    """Quantizes every stack of experts; the modules that hold one, by the stack's FQN.
+
+    Other parameters have three dimensions too: a convolution's kernels, a position for each token.
+    """
+    stacks = [name for name, parameter in model.named_parameters() if ".experts." in name and parameter.dim() == 3]
     held = {name: model.get_submodule(name.rpartition(".")[0]) for name in stacks}
     for name, module in held.items():
         register_parametrization(module, name.rpartition(".")[2], Int4Stack(), unsafe=True)
     return held
 
 
+def quantize_words(model: Any) -> nn.Module:
+    """Quantizes the table of words to int8, one scale a row; the last linear goes on reading the same parameter."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert head.weight is words.weight, "the model ties no table"
+    quantize_(words, IntxWeightOnlyConfig(torch.int8, PerAxis(0)), filter_fn=lambda module, _: module is words)
+    head.weight = words.weight
+    return words
+
+
 def prepare(name: str) -> Prepared:
-    """``name`` in bf16; linears and experts in int4, symmetric or not as the scales' choice finds it, groups of 32."""
+    """``name`` in bf16, quantized.
+
+    Linears and experts are in int4, symmetric or not as the scales' choice finds it, groups of 32; a table of words is
+    in int8 where the model asks for it, with the linear that it is tied to.
+    """
     torch.manual_seed(0)
     real = MODELS[name]()
     model = real.model.to(BF16).eval().requires_grad_(False)
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    words = quantize_words(model) if real.int8_words else None
+    held = words.weight if words is not None else None
+    quantize_(
+        model,
+        IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        filter_fn=lambda module, _: isinstance(module, nn.Linear) and module.weight is not held,
+    )
     stacks = quantize_experts(model)
     dynamic = {key: real.dynamic.get(key) for key in real.inputs} if real.dynamic else None
     with torch.no_grad():
         program = torch.export.export(model, (), real.inputs, dynamic_shapes=dynamic)
     calls: list[str] = []
-    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for path, module in linears.items():
-        module.register_forward_hook(lambda *_, path=path: calls.append(f"{path}.weight"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one's is its first
+    for module in [module for module in model.modules() if isinstance(module, nn.Linear) or module is words]:
+        name = names[id(module.weight)]
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
         # The reference is plain torch: the very numbers that the quantized weight stands for, in a float linear.
         module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
     for path, module in stacks.items():

@@ -73,3 +73,21 @@ def test_linears_of_one_input_are_fused(name: str) -> None:
     program, _ = ecp.rewrite(model.program, "cuda", passes, expect)
     with torch.no_grad():
         assert off(program.module()(**model.inputs).logits, model.wanted) <= RTOL
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_a_tied_table_of_words_is_one_int8_constant(target: str) -> None:
+    """The embedding looks its rows up in what the last linear multiplies by; all other linears are in int4."""
+    model = prepared("smollm2")
+    expect = {"embedding_int8": 1, "linear_int8": 1, "linear_int4": 210, "rewritten": 212, "missed": 0}
+    program, report = ecp.rewrite(model.program, target, expect=expect)
+    tied = [(o.op, o.rule) for o in report.outcomes if o.fqn == "model.embed_tokens.weight"]
+    assert tied == [("aten.embedding", "embedding_int8"), ("aten.linear", "linear_int8")]
+    words = {
+        name: tuple(t.shape) for name, t in program.state_dict.items() if "embed_tokens" in name or "lm_head" in name
+    }
+    assert words == {"model.embed_tokens.weight.packed": (49152, 576), "model.embed_tokens.weight.scale": (49152, 1)}
+    tables = program.graph.find_nodes(op="placeholder", target="p_model_embed_tokens_weight_packed")
+    assert [len(node.users) for node in tables] == [2]
+    with torch.no_grad():
+        assert off(program.module()(**model.inputs).logits, model.wanted) <= RTOL
