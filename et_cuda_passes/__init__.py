@@ -27,6 +27,7 @@ from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
@@ -60,6 +61,7 @@ __all__ = [
     "LinearViews",
     "MetalPartitioner",
     "Outcome",
+    "QuantizedEmbedding",
     "Reason",
     "Report",
     "Rule",

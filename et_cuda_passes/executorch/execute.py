@@ -44,6 +44,7 @@ def _cuda(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def _xnnpack(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    import executorch.kernels.quantized  # noqa: F401  (the kernels of quantized_embedding)
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(_only(files, ".pte")).load_method("forward")

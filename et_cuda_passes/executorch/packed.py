@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.ops import INT4_LINEARS, quantized_embedding
 from et_cuda_passes.targets import Target, get_target, targets
 
 _RECORD = "et_cuda_passes.json"
@@ -57,6 +57,7 @@ def load_model(path: Path, target: str) -> Model:
     # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
     extra = {_RECORD: ""}
     try:
+        _register_operators(path)
         with _quiet_load():
             program = torch.export.load(path, extra_files=extra)
     except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
@@ -116,6 +117,14 @@ def _check_archive(path: Path) -> None:
             "as torch.export.save wrote it"
         )
     raise ModelError(f"{path} holds no exported program, or is only a part of a file: {_AGAIN}")
+
+
+def _register_operators(path: Path) -> None:
+    """Have ExecuTorch register the operators that the program calls, without which it cannot be read."""
+    with zipfile.ZipFile(path) as archive:
+        models = [name for name in archive.namelist() if "/models/" in name and name.endswith(".json")]
+        if any(b"quantized_decomposed.embedding_" in archive.read(name) for name in models):
+            quantized_embedding.register()
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:

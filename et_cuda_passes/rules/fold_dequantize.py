@@ -25,6 +25,10 @@ _ALTERNATIVE = (
     "for a 4-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, "
     "weight_granularity=PerGroup(32))"
 )
+_ALTERNATIVE_FOR_A_TABLE = (
+    "for a quantized embedding quantize with IntxWeightOnlyConfig(torch.int4, PerGroup(32)): quantized_embedding takes "
+    "up to 8 bits in groups along K"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class FoldDequantize(NeedsValues):
         "keep_dynamic_int8",
         "keep_dynamic_per_tensor",
         "keep_static_int8",
+        "quantized_embedding",
     )
 
     def pattern(self) -> Pattern:
@@ -66,9 +71,10 @@ class FoldDequantize(NeedsValues):
     def note(self, m: MatchContext) -> str:
         """What the fold costs and what would avoid it."""
         dtype = str(m.val(m.weight).dtype).removeprefix("torch.")
+        table = all(called(reader) is torch.ops.aten.embedding.default for reader in readers(m.weight))
         return (
             f"target {m.target.name} has no kernel for a weight-only {affine(m).scheme} weight: folded to {dtype}, "
-            f"as large as before it was quantized; {_ALTERNATIVE}"
+            f"as large as before it was quantized; {_ALTERNATIVE_FOR_A_TABLE if table else _ALTERNATIVE}"
         )
 
     def detail(self, m: MatchContext) -> str:

@@ -1,4 +1,7 @@
-"""xnnpack: ExecuTorch's XNNPACK delegate, which wants the pattern it knows left in place and every other one folded."""
+"""xnnpack: ExecuTorch's XNNPACK delegate, which wants the pattern it knows left in place and every other one folded.
+
+Embeddings, which it does not take, go to kernels of ExecuTorch's own beside it.
+"""
 
 from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
@@ -6,6 +9,7 @@ from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
 from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
+from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(
@@ -21,6 +25,7 @@ XNNPACK = Target(
         KeepDynamicInt8(),
         KeepDynamicPerTensor(),
         KeepStaticInt8(),
+        QuantizedEmbedding(),
         FoldDequantize(),
     ],
 )

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli import app
+from tests.quantized import Quantized
 from tests.saved import difference, save
 
 INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]
@@ -72,6 +74,21 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, run: Run) 
     assert method is not None
     for x in INPUTS:
         assert difference(method.execute([x])[0], module(x)) < 1e-6
+
+
+def test_a_quantized_embedding_for_xnnpack_by_way_of_a_packed_program_in_a_new_process(
+    tmp_path: Path, run: Run
+) -> None:
+    """The operators are ExecuTorch's, and unknown to torch until it is imported."""
+    table = Quantized(13, 64, dtype=torch.float32, form=lambda ids, weight, bias: F.embedding(ids, weight))
+    torch.export.save(torch.export.export(table, (torch.tensor([1, 2]),)), tmp_path / "model.pt2")
+    _, report = ecp.rewrite(torch.export.load(tmp_path / "model.pt2"), "xnnpack")
+    packed = tmp_path / "model.xnnpack.packed.pt2"
+    assert run("lower", tmp_path / "model.pt2", "-t", "xnnpack", "-o", tmp_path, "--stop-after", "rewrite").code == 0
+    told = subprocess.run(
+        [sys.executable, "-m", "et_cuda_passes", "explain", packed, "-t", "xnnpack"], capture_output=True, text=True
+    )
+    assert told.stdout == f"{report}\n", told.stderr
 
 
 def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, run: Run) -> None:

@@ -238,31 +238,6 @@ def test_a_bf16_model_is_delegated_and_as_exact_as_eager_where_the_caller_enable
     assert through(ecp.XnnpackPartitioner(enable_bf16=True), model, x) < 1e-2
 
 
-class Embedded(nn.Module):
-    """A quantized table, read by an embedding, then a float linear. Input int64 [rows]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(0)
-        self.register_buffer("table", torch.randint(-8, 8, (50, IN), generator=random).to(torch.int8))
-        self.register_buffer("scale", torch.rand(50, IN // 32, generator=random) * 0.02 + 0.01)
-        self.register_buffer("zero_point", torch.randint(-8, 8, (50, IN // 32), generator=random).to(torch.int8))
-        self.head = nn.Linear(IN, OUT)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        table = torch.ops.torchao.dequantize_affine(
-            self.table, [1, 32], self.scale, self.zero_point, torch.int8, -8, 7, torch.float32
-        )
-        result: Tensor = self.head(F.embedding(rows, table))
-        return result
-
-
-def test_a_quantized_embedding_is_folded_and_right() -> None:
-    ours = ecp.XnnpackPartitioner()
-    assert through(ours, Embedded().eval(), torch.tensor([0, 7, 49])) < FLOAT_ERROR
-    assert fates(ours) == [("rewritten", "fold_dequantize")]
-
-
 class ByHand(nn.Module):
     """linear(fake-quantized x, dequantized int4 weight [OUT, IN]), written out: every argument can be made unusual.
 

@@ -1,0 +1,340 @@
+"""quantized_embedding: every form that the rule accepts, run by ExecuTorch's own runtime, against fp64."""
+
+import io
+from typing import Any
+
+import executorch.kernels.quantized  # noqa: F401  (the runtime's kernels)
+import pytest
+import torch
+import torch.ao.quantization.fx._decomposed
+import torch.nn.functional as F
+from executorch.exir import to_edge_transform_and_lower
+from executorch.runtime import Runtime
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, MappingType, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+
+import et_cuda_passes as ecp
+from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.quantized import Quantized
+
+TAKEN = {"quantized_embedding": 1, "missed": 0}
+
+
+def look_up(table: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.embedding(table, weight)
+
+
+def exact(model: Quantized) -> Tensor:
+    """The table as the scheme says it is, in fp64."""
+    spread = lambda t: t.double().repeat_interleave(model.block[1], 1)  # noqa: E731
+    points = 0.0 if model.zero_point is None else spread(model.zero_point)
+    return (model.data.double() - points) * spread(model.scale)
+
+
+def exported(model: nn.Module, *inputs: Tensor) -> ExportedProgram:
+    return torch.export.export(model.eval(), inputs)
+
+
+def lowered(program: ExportedProgram, partitioner: Any) -> bytes:
+    buffer: bytes = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch().buffer
+    return buffer
+
+
+def output(pte: bytes, *inputs: Tensor) -> Tensor:
+    result: Tensor = Runtime.get().load_program(pte).load_method("forward").execute(list(inputs))[0]
+    return result.clone()
+
+
+def rounded_once(wanted: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a kernel gives that computes in fp32: every product here is of few bits, and rounded there and in dtype."""
+    return wanted.float().to(dtype)
+
+
+FORMS = {
+    # low, high, storage, K, group, the operator
+    "int4 group 32": (-8, 7, torch.int8, 64, 32, "embedding_4bit"),
+    "int4 per-axis": (-8, 7, torch.int8, 36, 36, "embedding_4bit"),
+    "int4 group 2": (-8, 7, torch.int8, 6, 2, "embedding_4bit"),
+    "unsigned int4": (0, 15, torch.uint8, 64, 16, "embedding_4bit"),
+    "int4 of an odd K": (-8, 7, torch.int8, 15, 5, "embedding_byte"),
+    "int3": (-4, 3, torch.int8, 64, 32, "embedding_4bit"),
+    "int2": (-2, 1, torch.int8, 64, 32, "embedding_2bit"),
+    "int2 of K = 6": (-2, 1, torch.int8, 6, 6, "embedding_4bit"),
+    "int8 group 32": (-128, 127, torch.int8, 64, 32, "embedding_byte"),
+    "int8 per-axis": (-128, 127, torch.int8, 40, 40, "embedding_byte"),
+    "unsigned int8": (0, 255, torch.uint8, 40, 8, "embedding_byte"),
+    "int5 in int32": (-16, 15, torch.int32, 64, 32, "embedding_byte"),
+}
+IDS = torch.tensor([[0, 7, 12], [5, 5, 1]])
+
+
+@pytest.mark.parametrize("zero_points", ["random", None])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_width_and_group_against_fp64(form: str, zero_points: str | None) -> None:
+    low, high, storage, k, group, operator = FORMS[form]
+    model = Quantized(13, k, group, low, high, torch.float32, None, zero_points, look_up, storage)
+    ours = ecp.XnnpackPartitioner(expect=TAKEN)
+    found = output(lowered(exported(model, IDS), ours), IDS)
+    assert torch.equal(found, rounded_once(exact(model)[IDS], torch.float32))
+    assert ours.report.outcomes[0].detail.endswith(f" -> {operator}")
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("zero_points", ["random", None])
+@pytest.mark.parametrize("scales", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("low", "high"), [(-8, 7), (-128, 127)])
+def test_every_dtype_of_scales_and_result_against_fp64(
+    low: int, high: int, dtype: torch.dtype, scales: torch.dtype, zero_points: str | None
+) -> None:
+    model = Quantized(13, 64, 32, low, high, dtype, scales, zero_points, look_up)
+    program = exported(model, IDS)
+    wanted = rounded_once(exact(model)[IDS], dtype)
+    found = output(lowered(program, ecp.XnnpackPartitioner(expect=TAKEN)), IDS)
+    assert found.dtype is dtype and torch.equal(found, wanted)
+    rewritten, _ = ecp.rewrite(program, "xnnpack", expect=TAKEN)
+    assert torch.equal(rewritten.module()(IDS), wanted)
+
+
+@pytest.mark.parametrize("ids", [IDS.int(), torch.tensor(7), torch.tensor([[[12]]]), IDS.new_empty(2, 0)], ids=str)
+@pytest.mark.parametrize("check_ids", [True, False])
+def test_ids_of_any_shape_and_of_int32(ids: Tensor, check_ids: bool) -> None:
+    model = Quantized(13, 64, 32, -128, 127, torch.float32, zero_points="random", form=look_up)
+    passes = [ecp.QuantizedEmbedding(check_ids)]
+    found = output(lowered(exported(model, ids), ecp.XnnpackPartitioner(passes=passes, expect=TAKEN)), ids)
+    assert torch.equal(found, rounded_once(exact(model)[ids.long()], torch.float32))
+
+
+def test_the_zero_points_of_pt2e() -> None:
+    class PerChannel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            random = torch.Generator().manual_seed(0)
+            self.register_buffer("q", torch.randint(-127, 128, (13, 20), generator=random).to(torch.int8))
+            self.register_buffer("scale", torch.rand(13, generator=random) * 0.01 + 0.002)
+            self.register_buffer("zero", torch.randint(-5, 5, (13,), generator=random))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+            return F.embedding(ids, dequantize(self.q, self.scale, self.zero, 0, -127, 127, torch.int8))
+
+    model = PerChannel()
+    found = output(lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=TAKEN)), IDS)
+    wanted = (model.q.double() - model.zero.double().unsqueeze(1)) * model.scale.double().unsqueeze(1)
+    assert torch.equal(found, rounded_once(wanted[IDS], torch.float32))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2, 1), (-8, 7), (-128, 127)])
+@pytest.mark.parametrize("beyond", [-1, 13, 10**9])
+def test_an_id_outside_of_the_table_is_an_error_of_the_run(low: int, high: int, beyond: int) -> None:
+    model = Quantized(13, 64, 32, low, high, torch.float32, form=look_up)
+    pte = lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=TAKEN))
+    with pytest.raises(RuntimeError, match="0x12"):
+        output(pte, torch.tensor([[0, 7, 12], [5, beyond, 1]]))
+    assert torch.equal(output(pte, IDS), rounded_once(exact(model)[IDS], torch.float32))
+
+
+def test_what_the_check_of_ids_is_for() -> None:
+    model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
+    passes = [ecp.QuantizedEmbedding(check_ids=False)]
+    pte = lowered(exported(model, torch.tensor([3])), ecp.XnnpackPartitioner(passes=passes))
+    # One row behind the table, which lies inside of the file: some numbers, and no error.
+    assert output(pte, torch.tensor([13])).shape == (1, 64)
+
+
+class Decoder(nn.Module):
+    """An embedding and the last linear, of one parameter if ``tied``. Input int64 [1, length]."""
+
+    def __init__(self, table: Any, head: Any = None, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.head = nn.Embedding(96, 64), nn.Linear(64, 96, bias=False)
+        self.to(dtype)
+        if tied and head is None:
+            quantize_(self, table, filter_fn=lambda module, _: isinstance(module, nn.Embedding))
+            self.head.weight = self.words.weight
+            return
+        if tied:
+            self.head.weight = self.words.weight
+            quantize_(self, head, filter_fn=lambda module, _: isinstance(module, nn.Linear))
+        quantize_(self, table, filter_fn=lambda module, _: isinstance(module, nn.Embedding))
+        if head is not None and not tied:
+            quantize_(self, head, filter_fn=lambda module, _: isinstance(module, nn.Linear))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.head(torch.tanh(self.words(ids)))
+        return result
+
+
+FOUR = IntxWeightOnlyConfig(torch.int4, PerGroup(32))
+EIGHT = IntxWeightOnlyConfig(torch.int8, PerAxis(0), mapping_type=MappingType.ASYMMETRIC)
+LENGTH = Dim("length", min=1, max=32)
+TOKENS = torch.tensor([[3, 1, 95]])
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize("config", [FOUR, EIGHT], ids=["int4", "int8"])
+def test_a_tied_table_is_packed_for_the_embedding_folded_for_the_linear_and_reported(config: Any) -> None:
+    model = Decoder(config, tied=True).eval()
+    program = torch.export.export(model, (TOKENS,), dynamic_shapes=({1: LENGTH},))
+    rewritten, report = assert_rewrites(
+        program, "xnnpack", expect={"quantized_embedding": 1, "fold_dequantize": 1, "missed": 0}, rtol=1e-6
+    )
+    notes = {outcome.op: str(outcome.reasons[0]) for outcome in report.outcomes}
+    assert "the table is tied to aten.linear (linear)" in notes["aten.embedding"]
+    assert "a second time" in notes["aten.embedding"]
+    assert "folded to float32" in notes["aten.linear"]
+    parts = {name.removeprefix("words.weight.").removeprefix("head.weight.") for name in rewritten.state_dict}
+    assert parts == {"packed", "scale", "zeros", "dequantized"} | ({"zero_point"} if config is EIGHT else set())
+
+    ours = ecp.XnnpackPartitioner()
+    pte = lowered(program, ours)
+    for length in (1, 3, 32):
+        ids = torch.arange(length).view(1, -1) * 3
+        assert error(output(pte, ids), model(ids)) < 1e-5
+    # The delegate has a float copy of the linear's weight. Folded, the embedding would have another one beside it.
+    assert len(pte) < len(lowered(program, ecp.XnnpackPartitioner(passes=[ecp.FoldDequantize()]))) - 2 * 96 * 64
+
+
+def test_beside_a_linear_with_dynamic_activations_that_the_delegate_takes() -> None:
+    dynamic = Int8DynamicActivationIntxWeightConfig(
+        weight_dtype=torch.int4, weight_granularity=PerGroup(32), weight_scale_dtype=torch.bfloat16
+    )
+    model = Decoder(FOUR, dynamic).eval()
+    program = torch.export.export(model, (TOKENS,), dynamic_shapes=({1: LENGTH},))
+    ours = ecp.XnnpackPartitioner(expect={"quantized_embedding": 1, "keep_dynamic_int4": 1, "missed": 0})
+    edge = to_edge_transform_and_lower(program, partitioner=[ours])
+    called = [str(node.target) for node in edge.exported_program().graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "embedding_4bit" in name] and not [name for name in called if "linear" in name]
+    pte = edge.to_executorch().buffer
+    folded = lowered(program, ecp.XnnpackPartitioner(passes=[ecp.KeepDynamicInt4(), ecp.FoldDequantize()]))
+    for length in (1, 3, 32):
+        ids = torch.arange(length).view(1, -1) * 3
+        found = output(pte, ids)
+        # Of the same rows the delegate makes the same logits; against eager, an activation may round another way.
+        assert torch.equal(found, output(folded, ids))
+        assert error(found, model(ids)) < 3e-3
+
+
+def test_a_bf16_model_is_the_folded_one_to_the_last_bit() -> None:
+    model = Decoder(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), dtype=torch.bfloat16)
+    program = exported(model, TOKENS)
+    found = output(lowered(program, ecp.XnnpackPartitioner(expect=TAKEN)), TOKENS)
+    folded = output(lowered(program, ecp.XnnpackPartitioner(passes=[ecp.FoldDequantize()])), TOKENS)
+    assert found.dtype is torch.bfloat16 and torch.equal(found, folded)
+
+
+def test_a_program_that_the_runtime_cannot_run_says_what_it_lacks() -> None:
+    model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
+    _, report = ecp.rewrite(exported(model, IDS), "xnnpack", expect=TAKEN)
+    assert "import executorch.kernels.quantized" in str(report.outcomes[0].reasons[0])
+
+
+def test_a_second_rewrite_changes_nothing_and_the_same_program_gives_the_same_bytes() -> None:
+    program = exported(Decoder(EIGHT), TOKENS)
+    first, _ = ecp.rewrite(program, "xnnpack", expect=TAKEN)
+    second, report = ecp.rewrite(first, "xnnpack")
+    assert report.outcomes == [] and report.warnings == []
+    assert str(second.graph) == str(first.graph)
+    assert set(second.state_dict) == set(first.state_dict)
+    assert lowered(program, ecp.XnnpackPartitioner()) == lowered(program, ecp.XnnpackPartitioner())
+
+
+def test_a_rewritten_program_is_saved_and_read_again() -> None:
+    model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
+    rewritten, _ = ecp.rewrite(exported(model, IDS), "xnnpack", expect=TAKEN)
+    file = io.BytesIO()
+    torch.export.save(rewritten, file)
+    again = torch.export.load(io.BytesIO(file.getvalue()))
+    found = output(lowered(again, ecp.XnnpackPartitioner()), IDS)
+    assert torch.equal(found, rounded_once(exact(model)[IDS], torch.float32))
+
+
+def test_two_tables_and_two_readers_of_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
+            self.two = Quantized(13, 64, 64, -128, 127, torch.float32, form=look_up, seed=1)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            weight = self.one.weight()
+            return F.embedding(ids, weight) + self.two(ids) + F.embedding(ids.flip(0), weight)
+
+    model = Twice()
+    ours = ecp.XnnpackPartitioner(expect={"quantized_embedding": 3, "missed": 0})
+    found = output(lowered(exported(model, IDS), ours), IDS)
+    wanted = exact(model.one)[IDS] + exact(model.two)[IDS] + exact(model.one)[IDS.flip(0)]
+    assert error(found, wanted.float()) < 1e-6
+
+
+def test_in_a_branch() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = Quantized(13, 64, 32, dtype=torch.float32, zero_points="random", form=look_up)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            return torch.cond(
+                x.sum() > 0, lambda y, i: F.embedding(i, self.table.weight()) + y, lambda y, i: y * 2, (x, ids)
+            )
+
+    model, x = Lookup(), torch.ones(13, 64)
+    ids = torch.arange(13)
+    program = torch.export.export(model, (x, ids))
+    pte = lowered(program, ecp.XnnpackPartitioner(expect=TAKEN))
+    for sign in (1, -1):
+        assert error(output(pte, x * sign, ids), model(x * sign, ids)) < 1e-6
+
+
+def misses(model: nn.Module, found: str) -> None:
+    """Missed for ``found``, and folded by the default passes, with the right result."""
+    program = exported(model, IDS)
+    assert_misses(program, found, "xnnpack", rule="quantized_embedding", passes=[ecp.QuantizedEmbedding()])
+    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 1, "missed": 0})
+    assert error(output(lowered(program, ours), IDS), model(IDS)) < 1e-6
+    assert "quantized_embedding takes up to 8 bits" in str(ours.report.outcomes[0].reasons[0])
+
+
+def test_what_is_missed_is_folded_and_right() -> None:
+    misses(Quantized(13, 64, 64, -1000, 1000, torch.float32, form=look_up, storage=torch.int16), "found 11 bits")
+    misses(Quantized(13, 64, 1, dtype=torch.float32, form=look_up), "found group size 1")
+    misses(Quantized(13, 64, scale_dtype=torch.float64, dtype=torch.float32, form=look_up), "found float64, float32")
+    odd = Quantized(13, 64, dtype=torch.bfloat16, zero_points="random", form=look_up)
+    odd.zero_point = torch.full((13, 2), 301, dtype=torch.int32)
+    misses(odd, "wanted zero points that are exact in their dtype, found 26 that are not")
+
+
+def test_what_is_missed_and_not_folded_either_stops_the_lowering() -> None:
+    damaged = Quantized(13, 64, dtype=torch.float32, form=look_up)
+    damaged.scale[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="1 NaN or infinite scales"):
+        lowered(exported(damaged, IDS), ecp.XnnpackPartitioner())
+    # A value outside of the stated range is no neighbour's business where the weight is a float one.
+    outside = Quantized(13, 64, dtype=torch.float32, form=look_up)
+    outside.data[0, 0] = 9
+    misses(outside, "found integers -8..9 for a range of -8..7")
+
+
+def test_more_scales_than_the_kernels_count() -> None:
+    class Huge(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            make = lambda k, dtype: torch.empty(1 << 27, k, dtype=dtype, device="meta")  # noqa: E731
+            self.register_buffer("q", make(32, torch.int8))
+            self.register_buffer("scale", make(16, torch.float32))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            dequantize = torch.ops.torchao.dequantize_affine
+            return F.embedding(ids, dequantize(self.q, [1, 2], self.scale, None, torch.int8, -8, 7, torch.float32))
+
+    program = torch.export.export(Huge(), (IDS.to("meta"),))
+    assert_misses(program, "found 2147483648 scales", "xnnpack", passes=[ecp.QuantizedEmbedding()])
