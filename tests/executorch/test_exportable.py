@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import executorch.kernels.quantized  # noqa: F401  (the runtime's kernels)
 import gguf
 import numpy as np
 import pytest
@@ -169,6 +170,27 @@ def test_xnnpack_folds_them_and_is_right(form: str) -> None:
     # The stock partitioner takes the packed bytes for the weight itself.
     with pytest.raises(Exception, match="ConvertToLinearPass"):
         to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [*TYPES, "int4_tensor"])
+def test_an_embedding_of_them_on_xnnpack_is_exact(form: str, dtype: torch.dtype) -> None:
+    if form == "int4_tensor":
+        table = int4_tensor(MappingType.ASYMMETRIC, dtype)[1][0].weight
+    else:
+        table = ExportableGGUFTensor.from_raw(blocks(form), form, dtype)
+    model, ids = nn.Sequential(nn.Embedding(N, K)), torch.arange(N)
+    model[0].weight = nn.Parameter(table, requires_grad=False)
+    program = torch.export.export(model, (ids,))
+    # The minimums of the other two are no zero points.
+    rule = "fold_dequantize" if form in ("q4_k", "q5_k") else "quantized_embedding"
+    ours = ecp.XnnpackPartitioner(expect={rule: 1, "missed": 0})
+    buffer = to_edge_transform_and_lower(program, partitioner=[ours]).to_executorch().buffer
+    found = Runtime.get().load_program(buffer).load_method("forward").execute([ids])[0]
+    assert torch.equal(found, program.module()(ids))
+    if form != "int4_tensor":
+        wanted = torch.from_numpy(gguf.dequantize(blocks(form).numpy(), TYPES[form]))
+        assert (found.double() - wanted.double()).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
 
 
 def test_blocks_of_another_type_say_so() -> None:

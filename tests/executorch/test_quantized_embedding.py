@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.ao.quantization.fx._decomposed
 import torch.nn.functional as F
-from executorch.exir import to_edge_transform_and_lower
+from executorch.exir import EdgeCompileConfig, to_edge, to_edge_transform_and_lower
+from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -256,6 +257,17 @@ def test_a_rewritten_program_is_saved_and_read_again() -> None:
     again = torch.export.load(io.BytesIO(file.getvalue()))
     found = output(lowered(again, ecp.XnnpackPartitioner()), IDS)
     assert torch.equal(found, rounded_once(exact(model)[IDS], torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_the_edge_dialect(dtype: torch.dtype) -> None:
+    model = Quantized(13, 64, 32, -128, 127, dtype, torch.float32, "random", look_up)
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    edge = to_edge(exported(model, IDS.int()), compile_config=config).exported_program()
+    rewritten, _ = ecp.rewrite(edge, "xnnpack", expect=TAKEN)
+    targets = [node.target for node in rewritten.graph.nodes if node.op == "call_function"]
+    assert all(isinstance(target, EdgeOpOverload) for target in targets)
+    assert torch.equal(rewritten.module()(IDS.int()), rounded_once(exact(model)[IDS], dtype))
 
 
 def test_two_tables_and_two_readers_of_one() -> None:
