@@ -34,7 +34,15 @@ def weights(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
 
 
 def test_the_package_names_its_layouts() -> None:
-    assert set(layouts.__all__) == {"cpu", "metal", "mma_tiled", "mps", "scale_and_zero", "tile_packed_to_4d"}
+    assert set(layouts.__all__) == {
+        "cpu",
+        "embedding_table",
+        "metal",
+        "mma_tiled",
+        "mps",
+        "scale_and_zero",
+        "tile_packed_to_4d",
+    }
     for name in layouts.__all__:
         assert callable(getattr(layouts, name).pack) and callable(getattr(layouts, name).unpack)
 
