@@ -10,12 +10,10 @@ import zlib
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor
 
-from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
-from et_cuda_passes.kernels.launching import add, gpu_of, inside, possible, wave
+from et_cuda_passes.kernels.launching import gpu_of, over_buckets, possible, product, wave
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (32, 64, 128)
@@ -44,18 +42,12 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     The tensors are used in the shape that they have: of a view, Inductor would write a copy for every launch.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    y = x.new_empty((*x.shape[:-1], n))
     gpu, processors = gpu_of(x.device)
-    buckets = possible(m, n, k, group_size, gpu)
-    # One for all buckets: only one of them runs, and allocating costs more time than it does space.
-    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
-    parts = x.new_empty(most, dtype=torch.float32) if most else None
-    first: int = 0
-    for bound, tiling in buckets.items():
-        flag = 1 if len(buckets) == 1 else inside(m, first, bound)
-        y, parts = launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
-        first = bound + 1
-    return y
+
+    def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
+        return launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+
+    return over_buckets(x, n, possible(m, n, k, group_size, gpu), processors, one)
 
 
 def launch(
@@ -79,14 +71,13 @@ def launch(
     """
     k, n = x.shape[-1], y.shape[-1]
     programs = wave(tiling, m, n, packed.shape[1] * 8, processors)
-    slots = programs.slots
     # A pointer that is not read still has to be one.
     given = {"bias_ptr": epilogue.bias, "factor_ptr": epilogue.factor, "addend_ptr": epilogue.addend}
     common: dict[str, Any] = {name: qparams if tensor is None else tensor for name, tensor in given.items()}
     common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation}
     common |= {"M": m, "N": n, "K32": k // 32}
-    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": slots}
+    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
     # Inductor makes a kernel of its own for each set of numbers that are passed: these.
     common["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
     arguments = {
@@ -94,19 +85,11 @@ def launch(
         "x_ptr": x,
         "words_ptr": packed,
         "qparams_ptr": qparams,
-        "y_ptr": y,
-        "parts_ptr": parts if slots and parts is not None else qparams,
         "SEGMENTS": tiling.segments,
         "GROUP_SIZE": group_size,
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,
         "USE_ASM": True,
         "WGMMA": wgmma,
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
     }
-    if not slots:
-        (y,) = known_writes.launch(int4_matmul, (programs.grid * flag,), arguments, ["y_ptr"])
-        return y, parts
-    y, parts = known_writes.launch(int4_matmul, (programs.grid * flag,), arguments, ["y_ptr", "parts_ptr"])
-    return add(y, parts, tiling, programs, flag, common), parts
+    return product(int4_matmul, y, parts, tiling, programs, flag, arguments, common)

@@ -4,12 +4,10 @@ import math
 import zlib
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor
 
-from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
-from et_cuda_passes.kernels.launching import add, gpu_of, inside, possible, wave
+from et_cuda_passes.kernels.launching import gpu_of, over_buckets, possible, product, wave
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -28,18 +26,12 @@ def int8_linear(
     every launch.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    y = x.new_empty((*x.shape[:-1], n))
     gpu, processors = gpu_of(x.device)
-    buckets = possible(m, n, k, group_size, gpu, bits=8)
-    # One for all buckets: only one of them runs, and allocating costs more time than it does space.
-    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
-    parts = x.new_empty(most, dtype=torch.float32) if most else None
-    first: int = 0
-    for bound, tiling in buckets.items():
-        flag = 1 if len(buckets) == 1 else inside(m, first, bound)
-        y, parts = launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
-        first = bound + 1
-    return y
+
+    def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
+        return launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+
+    return over_buckets(x, n, possible(m, n, k, group_size, gpu, bits=8), processors, one)
 
 
 def launch(
@@ -64,10 +56,9 @@ def launch(
     """
     k, n = x.shape[-1], y.shape[-1]
     programs = wave(tiling, m, n, k, processors)
-    slots = programs.slots
     # A pointer that is not read still has to be one.
     common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
-    common |= {"M": m, "N": n, "SLOTS": slots}
+    common |= {"M": m, "N": n, "SLOTS": programs.slots}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
     # Inductor makes a kernel of its own for each set of numbers that are passed: these.
     common["SALT"] = 1 + zlib.crc32(f"int8 {m} {n} {k}".encode()) % 2**30
@@ -79,8 +70,6 @@ def launch(
         "packed_ptr": packed,
         "scale_ptr": scale,
         "zero_ptr": scale if zero is None else zero,
-        "y_ptr": y,
-        "parts_ptr": parts if slots and parts is not None else scale,
         "K_UNITS": k // unit,
         "UNIT": unit,
         "SEGMENTS": tiling.segments,
@@ -90,13 +79,7 @@ def launch(
         "HAS_ZERO": zero is not None,
         "USE_ASM": True,
         "WGMMA": wgmma,
-        "num_warps": tiling.warps,
-        "num_stages": tiling.stages,
     }
-    if not slots:
-        (y,) = known_writes.launch(int8_matmul, (programs.grid * flag,), arguments, ["y_ptr"])
-        return y, parts
-    y, parts = known_writes.launch(int8_matmul, (programs.grid * flag,), arguments, ["y_ptr", "parts_ptr"])
-    common |= {"K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}
-    common |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
-    return add(y, parts, tiling, programs, flag, common), parts
+    adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}
+    adding |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
+    return product(int8_matmul, y, parts, tiling, programs, flag, arguments, adding)

@@ -1,6 +1,7 @@
 """What the launches share: the GPU, the buckets of rows that a length can be in, and how the last wave is cut."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,16 +76,63 @@ def wave(tiling: Tiling, m: int | SymInt, n: int, k: int, processors: int) -> Wa
     return Wave(grid, slots, rest)
 
 
-def add(
-    y: Tensor, parts: Tensor, tiling: Tiling, programs: Wave, flag: int | SymInt, arguments: Mapping[str, Any]
+def over_buckets(
+    x: Tensor,
+    n: int,
+    buckets: Mapping[int, Tiling],
+    processors: int,
+    launch: Callable[[Tensor, Tensor | None, Tiling, int | SymInt], tuple[Tensor, Tensor | None]],
 ) -> Tensor:
-    """Sum the parts of the cut tiles into ``y``: behind a launch over ``programs``, with its arguments and ``flag``.
+    """The launches of a linear of ``x [..., K]``, one for each bucket of rows, of which one has programs: [..., N].
+
+    ``launch(y, parts, tiling, flag)`` returns y and parts as they are then; ``parts`` is as :func:`product` takes it.
+    """
+    m = math.prod(x.shape[:-1])
+    y = x.new_empty((*x.shape[:-1], n))
+    # One for all buckets: only one of them runs, and allocating costs more time than it does space.
+    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
+    parts = x.new_empty(most, dtype=torch.float32) if most else None
+    first: int = 0
+    for bound, tiling in buckets.items():
+        y, parts = launch(y, parts, tiling, 1 if len(buckets) == 1 else inside(m, first, bound))
+        first = bound + 1
+    return y
+
+
+def product(
+    kernel: Any,
+    y: Tensor,
+    parts: Tensor | None,
+    tiling: Tiling,
+    programs: Wave,
+    flag: int | SymInt,
+    arguments: Mapping[str, Any],
+    adding: Mapping[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """Launch ``kernel`` over ``programs`` times ``flag``, 0 or 1, and sum the parts of the tiles that it cut.
+
+    Args:
+        kernel: writes to ``y_ptr``, and to ``parts_ptr`` where tiles are cut.
+        y: what is written.
+        parts: fp32, as many as the cut tiles need; None where none is cut.
+        tiling: of the launch.
+        programs: of the launch.
+        flag: 1 where the length is within the tiling's bucket.
+        arguments: of the kernel, but the two pointers; ``bias_ptr`` stands for parts that are not written.
+        adding: what ``add_parts`` takes of them, and more.
 
     Returns:
-        y as it is then.
+        y and parts, as they are then.
     """
+    grid = (programs.grid * flag,)
+    given = {**arguments, "y_ptr": y, "num_warps": tiling.warps, "num_stages": tiling.stages}
+    if not programs.slots or parts is None:
+        (y,) = known_writes.launch(kernel, grid, {**given, "parts_ptr": arguments["bias_ptr"]}, ["y_ptr"])
+        return y, parts
+    y, parts = known_writes.launch(kernel, grid, {**given, "parts_ptr": parts}, ["y_ptr", "parts_ptr"])
     height = min(tiling.block_m, ADDED_ROWS)
-    grid = (programs.rest * flag, tiling.block_m // height)
-    given = {**arguments, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}
-    (y,) = known_writes.launch(add_parts, grid, given, ["y_ptr"])
-    return y
+    adders = (programs.rest * flag, tiling.block_m // height)
+    (y,) = known_writes.launch(
+        add_parts, adders, {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}, ["y_ptr"]
+    )
+    return y, parts

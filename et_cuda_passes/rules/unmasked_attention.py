@@ -15,18 +15,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 _BLOCK = 128
-
-
-def _given(attention: Node) -> dict[str, Any]:
-    """The arguments of a call of attention, by name."""
-    names = [argument.name for argument in ATTENTION._schema.arguments]
-    return {**dict(zip(names, attention.args, strict=False)), **attention.kwargs}
 
 
 @dataclass(frozen=True)
@@ -40,8 +35,8 @@ class UnmaskedAttention(Rule):
     @require("neither a mask nor is_causal")
     def unmasked(self, m: MatchContext) -> Answer:
         """Either of them excludes the places behind the last key."""
-        given = _given(m.root)
-        found = [name for name in ("attn_mask", "is_causal") if given.get(name)]
+        given = arguments(m.root)
+        found = [name for name in ("attn_mask", "is_causal") if given[name]]
         return not found, ", ".join(found)
 
     @require("[batch, heads, rows, head dimension], the last a power of two")
@@ -60,12 +55,12 @@ class UnmaskedAttention(Rule):
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The same attention, with a mask [batch, 1, rows, keys] of ones."""
-        given = _given(m.root)
+        given = arguments(m.root)
         q = m.val(m.q)
         sizes = [self._size(b, m.q, 0), 1, self._size(b, m.q, 2), self._size(b, m.k, 2)]
         mask = b.call(aten.full.default, sizes, True, dtype=torch.bool, device=q.device, pin_memory=False)
         rest = {name: value for name, value in given.items() if name in ("scale", "enable_gqa")}
-        return b.call(ATTENTION, m.q, m.k, m.v, mask, given.get("dropout_p", 0.0), **rest)
+        return b.call(ATTENTION, m.q, m.k, m.v, mask, given["dropout_p"], **rest)
 
     @staticmethod
     def _size(b: Builder, node: Any, dim: int) -> int | Node:
