@@ -1,9 +1,13 @@
-"""What every test has: the golden files, the skip where there is no GPU, reproducible hypothesis examples."""
+"""What every test has: the golden files, the skip where there is no GPU, random numbers that can be drawn again."""
 
 import os
+import random
+import secrets
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -19,12 +23,52 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# In the environment, so that the processes that tests start, and the workers, draw the same.
+SEED = "TEST_SEED"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of all random numbers; by default 0 in CI, elsewhere another each time")
     parser.addoption(
         "--update-golden",
         action="store_true",
         help="write tests/golden from what the code does now, instead of comparing",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    given = config.getoption("--seed")
+    if given is not None:
+        os.environ[SEED] = str(given)
+    else:
+        os.environ.setdefault(SEED, "0" if os.environ.get("CI") else str(secrets.randbelow(2**16)))
+
+
+def pytest_report_header() -> str:
+    return f"random numbers: --seed={os.environ[SEED]} draws them again"
+
+
+def seed(name: str) -> None:
+    """Make what is drawn next depend on the run's seed and on ``name`` alone, not on what ran before."""
+    value = zlib.crc32(f"{os.environ[SEED]} {name}".encode())
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    # A module may draw numbers while it is imported.
+    seed(collector.nodeid)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def seeded_module(request: pytest.FixtureRequest) -> None:
+    seed(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    seed(request.node.nodeid)
 
 
 # First, so that `-m golden` sees the marker.
