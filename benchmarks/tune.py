@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune [--bits 4] [--layers up down] [--groups 32] [--out tuned/sm_90.json]
 
-Without ``--out`` it is the package's own table. With ``--bits 8`` it is the int8 kernel, whose group 0 is one scale a
-row, and the table ``sm_90_int8.json``.
+Without ``--out`` it is the package's own table. Entries of other weights, measured on the same GPU, stay in it. With
+``--bits 8`` it is the int8 kernel, whose group 0 is one scale a row, and the table ``sm_90_int8.json``.
 
 Every candidate is checked against fp64 and for the same bits three times over before it is timed (as
 :mod:`benchmarks.kernels` times); one that is wrong, does not compile or does not fit is left out. Candidates compile in
@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +30,7 @@ from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
 from et_cuda_passes.kernels import int8_launch
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, launch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling
+from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
 from et_cuda_passes.layouts import mma_tiled
 
 MEASURED = {8: (1, 4, 8), **{bound: (bound,) for bound in ROWS[1:]}, UNBOUNDED: (1500, 4096)}
@@ -49,14 +50,23 @@ def candidates(bound: int) -> list[Tiling]:
     if bound <= 64:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
         found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
+        found += [Tiling(bound, 64, 256, 1, 0, 4, 3, 2), *(Tiling(bound, 64, 128, 1, w, 4, 4, 2) for w in (0, 1, 2))]
         found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)] + [Tiling(bound, 16, 128, 4, 0, 4, 3)]
         return [*found, *(Tiling(bound, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
-    if bound <= 512:
-        shapes = [(128, 64, 128, 4, 3), (128, 128, 128, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 4)]
-        shapes += [(64, 64, 128, 4, 4), (64, 128, 128, 8, 4), (128, 64, 64, 4, 4)]
+    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, products; and how many programs a multiprocessor can hold.
+    shapes = [((256, 128, 64, 8, 4, 1), 1), ((256, 128, 64, 8, 4, 2), 1), ((256, 128, 64, 8, 5, 2), 1)]
+    shapes += [((256, 128, 128, 8, 3, 2), 1), ((128, 128, 64, 8, 4, 2), 2), ((256, 64, 64, 4, 3, 2), 2)]
+    if bound > 512:
+        shapes += [((256, 128, 64, 8, 5, 1), 1)]
     else:
-        shapes = [(256, 128, 64, 8, stages) for stages in (3, 4, 5)] + [(128, 128, 64, 8, 4), (128, 256, 64, 8, 4)]
-    return [Tiling(m, n, k, 1, waves, w, s) for (m, n, k, w, s), waves in product(shapes, (0, 1, 2))]
+        shapes += [((128, 128, 64, 8, 4, 1), 1), ((128, 128, 128, 8, 4, 2), 1), ((64, 128, 128, 8, 4, 1), 1)]
+        shapes += [((128, 64, 128, 4, 3, 1), 2), ((128, 64, 128, 4, 3, 2), 2), ((64, 64, 128, 4, 4, 1), 2)]
+        shapes += [((64, 64, 128, 4, 4, 2), 2)]
+    return [
+        Tiling(m, n, k, 1, waves, warps, stages, products)
+        for (m, n, k, warps, stages, products), most in shapes
+        for waves in range(most + 1)
+    ]
 
 
 def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor, group: int) -> torch.Tensor:
@@ -74,8 +84,8 @@ def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Te
 
 
 def fits(tiling: Tiling, bits: int, group: int) -> bool:
-    """Whether the kernel has this tiling: the int4 kernel's steps hold whole groups."""
-    return bits == 8 or tiling.block_k >= group
+    """Whether the kernel has this tiling: steps of the int4 kernel hold whole groups, only its are made in halves."""
+    return tiling.products == 1 if bits == 8 else tiling.block_k >= group
 
 
 def compile_one(job: tuple[Tiling, int, int, int, int, int]) -> bool:
@@ -132,19 +142,29 @@ def tune(bits: int, n: int, k: int, group: int) -> dict[int, Tiling]:
                 continue
             times = [microseconds([lambda w=w, x=x, t=tiling: run(t, x, *w, group) for w in weights]) for x in inputs]
             scores[tiling] = math.prod(time + CUT_COST.get(bound, 1.5) * (tiling.waves > 0) for time in times)
+        if not scores:
+            raise RuntimeError(f"{n} x {k}, group size {group}: no tiling for {bound} rows compiles and is right here")
         best[bound] = min(scores, key=lambda tiling: scores[tiling])
     return best
 
 
-def text(gpu: str, tuned: Sequence[tuple[int, int, int, dict[int, Tiling]]]) -> str:
-    """The table, a line a tiling."""
+def others(out: Path, gpu: str, tuned: Sequence[Tuned]) -> list[Tuned]:
+    """The entries of a table that stay in it: of this GPU, and not measured again."""
+    if not out.exists() or json.loads(out.read_text())["gpu"] != gpu:
+        return []
+    again = {(entry.n, entry.k, entry.group_size) for entry in tuned}
+    return [entry for entry in load_table(out) if (entry.n, entry.k, entry.group_size) not in again]
+
+
+def text(gpu: str, tuned: Sequence[Tuned]) -> str:
+    """The table, a line a tiling, by weight."""
     lines = ["{", f' "gpu": {json.dumps(gpu)},', ' "tuned": [']
-    for number, (n, k, group, tilings) in enumerate(tuned):
-        lines.append(f'  {{"n": {n}, "k": {k}, "group_size": {group}, "tilings": {{')
+    for number, entry in enumerate(sorted(tuned, key=lambda entry: (entry.n, entry.k, entry.group_size))):
+        lines.append(f'  {{"n": {entry.n}, "k": {entry.k}, "group_size": {entry.group_size}, "tilings": {{')
         rows = [
             f'   "{"more" if bound == UNBOUNDED else bound}": '
-            f"{json.dumps([t.block_m, t.block_n, t.block_k, t.segments, t.waves, t.warps, t.stages])}"
-            for bound, t in tilings.items()
+            f"{json.dumps([getattr(t, field.name) for field in fields(Tiling)])}"
+            for bound, t in entry.tilings.items()
         ]
         lines += [row + "," * (row is not rows[-1]) for row in rows]
         lines.append("  }}" + "," * (number + 1 < len(tuned)))
@@ -178,9 +198,11 @@ def main() -> None:
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
             pass
-    tuned = [(n, k, group, tune(bits, n, k, group)) for n, k, group in track(shapes, "timing")]
-    out.write_text(text(torch.cuda.get_device_name(0), tuned))
-    Console().print(f"{out}: {len(tuned)} weights")
+    tuned = [Tuned(n, k, group, tune(bits, n, k, group)) for n, k, group in track(shapes, "timing")]
+    device = torch.cuda.get_device_name(0)
+    kept = others(out, device, tuned)
+    out.write_text(text(device, [*tuned, *kept]))
+    Console().print(f"{out}: {len(tuned)} weights measured, {len(kept)} kept")
 
 
 if __name__ == "__main__":

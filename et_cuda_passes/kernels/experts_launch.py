@@ -60,8 +60,8 @@ def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> list[tup
 
 
 def plain(tiling: Tiling) -> Tiling:
-    """The tiling without what this kernel has not, segments and tiles cut along K: as many rows of N in a tile."""
-    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0)
+    """The tiling without what this kernel has not: segments (as many rows of N are in a tile), cut tiles, halves."""
+    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0, products=1)
 
 
 def _launch(

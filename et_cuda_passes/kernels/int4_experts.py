@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
+from et_cuda_passes.kernels.tiles import multiply
 
 
 @triton.jit
@@ -132,10 +133,7 @@ def int4_experts(
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest), other=0.0)
         w = dequantize_tile(words, scale, zero, BLOCK_N, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
-        if USE_ASM:
-            sums = tl.dot(w, x, sums)
-        else:  # Triton's interpreter takes bf16 operands of a dot for integers
-            sums = tl.dot(w.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+        sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
         scale_at += GROUPS
         zero_at += GROUPS

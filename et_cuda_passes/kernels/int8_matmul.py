@@ -19,7 +19,15 @@ from et_cuda_passes.kernels.int8_dequantize import (
     one_of_pair,
     per_weight,
 )
-from et_cuda_passes.kernels.tiles import add_segments, store_part, store_tile, tile_part, tile_place
+from et_cuda_passes.kernels.tiles import (
+    add_segments,
+    multiply,
+    operand_rows,
+    store_part,
+    store_tile,
+    tile_part,
+    tile_place,
+)
 
 
 @triton.jit
@@ -73,18 +81,10 @@ def int8_matmul(
 
     ROWS: tl.constexpr = SEGMENTS * BLOCK_N
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
-    rows = tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    n = tile_n * BLOCK_N + rows % BLOCK_N
-    n = tl.where(n < N, n, 0)
-    m = tile_m * BLOCK_M + columns % BLOCK_M
-    in_m = (m < M)[None, :]
-    m = tl.where(m < M, m, 0)
-    k = tl.arange(0, BLOCK_K)
     length = tl.cdiv(last - first, SEGMENTS)  # steps of one segment
     tl.assume(length > 0)  # without it, the compiler lets the tensor cores' instructions wait for one another
-    row_step = first + rows // BLOCK_N * length
-    column_step = first + columns // BLOCK_M * length
+    n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
+    k = tl.arange(0, BLOCK_K)
     q_at = packed_ptr + n.to(tl.int64)[:, None] * K + (row_step * BLOCK_K)[:, None] + k[None, :]
     x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
     # Groups of a step; where a group has several steps, they all find the same scale.
@@ -109,7 +109,7 @@ def int8_matmul(
             in_rows = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (row_step + step) * (BLOCK_K // 16)
             in_columns = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (column_step + step) * (BLOCK_K // 16)
             q = tl.load(q_at, mask=(k // 16)[None, :] < in_rows[:, None], other=0)
-            x = tl.load(x_at, mask=in_m & ((k // 16)[:, None] < in_columns[None, :]), other=0.0)
+            x = tl.load(x_at, mask=in_m[None, :] & ((k // 16)[:, None] < in_columns[None, :]), other=0.0)
         scale = q
         zero = q
         if HAS_ZERO and not GROUPED:
@@ -141,10 +141,7 @@ def int8_matmul(
             scale = per_weight(s, ROWS, BLOCK_K)
         magic = magic_bytes(guard_at, x.dtype == tl.float16, HAS_ZERO, WGMMA)
         w = dequantize_bytes(q, scale, zero, magic, x, GROUPED or HAS_ZERO, HAS_ZERO, USE_ASM)
-        if USE_ASM:
-            sums = tl.dot(w, x, sums)
-        else:  # Triton's interpreter takes bf16 operands of a dot for integers
-            sums = tl.dot(w.to(tl.float32), x.to(tl.float32), sums, input_precision="ieee")
+        sums = multiply(w, x, sums, USE_ASM)
         q_at += BLOCK_K
         x_at += BLOCK_K
         guard_at += BLOCK_K // 4

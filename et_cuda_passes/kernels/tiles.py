@@ -40,6 +40,32 @@ def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def operand_rows(
+    tile_n, tile_m, first, length, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
+):
+    """Which rows of the weight and of x a tile reads, and the step along K that each begins at.
+
+    Every BLOCK_N rows of the weight, and BLOCK_M of x, are the same ones ``length`` steps further. What lies beyond N
+    or M is row 0: n and row_step [SEGMENTS BLOCK_N]; m, whether it is one, and column_step [SEGMENTS BLOCK_M].
+    """
+    rows = tl.arange(0, SEGMENTS * BLOCK_N)
+    columns = tl.arange(0, SEGMENTS * BLOCK_M)
+    n = tile_n * BLOCK_N + rows % BLOCK_N
+    m = tile_m * BLOCK_M + columns % BLOCK_M
+    row_step = first + rows // BLOCK_N * length
+    column_step = first + columns // BLOCK_M * length
+    return tl.where(n < N, n, 0), row_step, tl.where(m < M, m, 0), m < M, column_step
+
+
+@triton.jit
+def multiply(w, x, sums, USE_ASM: tl.constexpr):
+    """``sums`` [rows, columns] + ``w`` [rows, K] @ ``x`` [K, columns]."""
+    if not USE_ASM:  # Triton's interpreter takes bf16 operands of a dot for integers
+        w, x = w.to(tl.float32), x.to(tl.float32)
+    return tl.dot(w, x, sums, input_precision="ieee" if w.dtype == tl.float32 else None)
+
+
+@triton.jit
 def add_segments(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
     """[SEGMENTS BLOCK_N, SEGMENTS BLOCK_M] -> [BLOCK_N, BLOCK_M]: the sum of the products of a segment with itself."""
     if SEGMENTS > 1:

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from et_cuda_passes.kernels.tiling import ROWS
+from et_cuda_passes.kernels.int4_launch import Epilogue, launch
+from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.tiling import ROWS, Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
 
@@ -56,6 +58,49 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
         wanted = wanted * (factor.double() if has_factor else 1) + (addend.double() if has_addend else 0)
         assert ((y.double() - wanted).norm() / wanted.norm()).item() < (4e-3 if dtype is torch.bfloat16 else 6e-4), m
         assert all(torch.equal(call(), y) for _ in range(3)), m
+
+
+@pytest.mark.parametrize("products", [1, 2])
+@pytest.mark.parametrize("waves", [0, 1])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (16, 16, 256, 4, 4, 3),
+        (64, 64, 128, 1, 4, 4),
+        (128, 64, 128, 1, 4, 3),
+        (128, 128, 64, 1, 8, 4),
+        (256, 128, 64, 1, 8, 4),
+        (256, 128, 128, 1, 8, 3),
+    ],
+)
+@pytest.mark.parametrize(("k", "group", "zeros"), [(1056, 32, True), (1024, 64, False), (2048, 32, False)])
+def test_every_way_of_making_a_tile(
+    shape: tuple[int, ...], waves: int, products: int, k: int, group: int, zeros: bool
+) -> None:
+    n, dtype = 700, torch.bfloat16
+    *blocks, segments, warps, stages = shape
+    if segments > 1 and waves:
+        pytest.skip("segments and cut tiles are two answers to the same question")
+    if shape[:3] == (256, 128, 128) and products == 1:
+        pytest.skip("more registers than there are")
+    tiling = Tiling(*blocks, segments, waves, warps, stages, products)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
+    packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
+    s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
+    weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
+    gpu, processors = gpu_of(packed.device)
+    for m in (1, 100, 300):
+        x = torch.randn(m, k, device="cuda", dtype=dtype)
+        parts = torch.full((max(waves, 1) * processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
+        results = []
+        for _ in range(3):
+            y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
+            launch(x, m, packed, qparams, Epilogue(), y, parts, group, tiling, 1, gpu.wgmma, processors)
+            results.append(y)
+        wanted = x.double() @ weight.T
+        assert ((results[0].double() - wanted).norm() / wanted.norm()).item() < 4e-3, m
+        assert all(torch.equal(other, results[0]) for other in results[1:]), m
 
 
 @pytest.mark.parametrize("m", [1, 5, 64, 300])

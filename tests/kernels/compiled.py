@@ -27,6 +27,7 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,
         "SEGMENTS": tiling.segments,
+        "HALVES": tiling.products == 2,
         "SLOTS": tiling.waves * processors,
         "GROUP_SIZE": group_size,
         "EVEN_K": True,

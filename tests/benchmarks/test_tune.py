@@ -1,0 +1,46 @@
+"""The table that the tuner writes: read back as it was, other weights of the same GPU kept, every candidate legal."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tune import MEASURED, candidates, fits, others, text
+from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
+
+
+def entry(n: int, warps: int = 4) -> Tuned:
+    return Tuned(n, 1024, 32, dict.fromkeys((*ROWS, UNBOUNDED), Tiling(16, 64, 128, 1, 0, warps, 3, 2)))
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    path = tmp_path / "sm_00.json"
+    path.write_text(text("a GPU", [entry(512), entry(64)]))
+    return path
+
+
+def test_a_table_is_read_as_it_was_written(table: Path) -> None:
+    assert load_table(table) == (entry(64), entry(512))
+
+
+def test_other_weights_of_the_same_gpu_stay(table: Path) -> None:
+    measured = entry(64, warps=8)
+    table.write_text(text("a GPU", [measured, *others(table, "a GPU", [measured])]))
+    assert load_table(table) == (measured, entry(512))
+
+
+def test_what_was_measured_on_another_gpu_goes(table: Path, tmp_path: Path) -> None:
+    assert others(table, "another GPU", [entry(64)]) == []
+    assert others(tmp_path / "none.json", "a GPU", [entry(64)]) == []
+
+
+@pytest.mark.parametrize("bound", MEASURED)
+def test_every_candidate_is_a_tiling_of_its_kernel(bound: int) -> None:
+    tried = candidates(bound)
+    assert len(set(tried)) == len(tried)
+    for tiling in tried:
+        assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, tiling
+        assert tiling.segments == 1 or tiling.waves == 0, tiling
+        assert fits(tiling, 8, 32) == (tiling.products == 1), tiling
+    # A group of 128 needs steps of 128.
+    assert all(any(fits(tiling, bits, 128) for tiling in tried) for bits in (4, 8))
