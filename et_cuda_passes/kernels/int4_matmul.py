@@ -9,7 +9,7 @@ Two ways to fill a GPU when there are few tiles, both summing in a fixed order, 
 - ``SEGMENTS``: a tile holds BLOCK_N rows of the weight at SEGMENTS places along K, side by side. The products of
   different segments are dropped (the tensor cores have time to spare when M is small), the others are added up in
   shared memory at the end. More bytes are in flight, with nothing to write between.
-- ``SPLITS``: the tiles that do not fill the last wave of ``SLOTS`` programs are each cut along K among the idle ones.
+- ``SLOTS``: the tiles that do not fill the last wave of so many programs are each cut along K among the idle ones.
   Their fp32 parts go to ``parts``, and ``add_parts`` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
 
 ``HALVES`` makes a step in two products, of the low and of the high nibbles of its words: the weights of one are made
@@ -40,7 +40,7 @@ def int4_matmul(
     factor_ptr,  # [M, N], not read unless HAS_FACTOR
     addend_ptr,  # [M, N], not read unless HAS_ADDEND
     y_ptr,  # [M, N]
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SPLITS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
     M,
     N,
     K32,  # K / 32

@@ -38,7 +38,7 @@ def int8_matmul(
     zero_ptr,  # fp32, like the scale; not read unless HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
     y_ptr,  # [M, N]
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SPLITS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
     M,
     N,
     K_UNITS,  # K / UNIT
