@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from itertools import product
@@ -125,15 +125,15 @@ def random_pair(bits: int, n: int, k: int, group: int) -> tuple[tuple[torch.Tens
     return pair, exact.bfloat16().double()
 
 
-def tune(bits: int, n: int, k: int, group: int) -> dict[int, Tiling]:
-    """The fastest tiling of each bucket, by the product of its times over the rows that stand for the bucket."""
+def measure(bits: int, n: int, k: int, group: int) -> dict[int, dict[Tiling, float]]:
+    """Microseconds of every candidate, by bucket: the geometric mean over the rows that stand for the bucket."""
     pair, exact = random_pair(bits, n, k, group)
     weights = [pair, *((pair[0].clone(), pair[1].clone()) for _ in range(copies(n * k * bits // 8) - 1))]
-    best: dict[int, Tiling] = {}
+    found: dict[int, dict[Tiling, float]] = {}
     for bound, lengths in MEASURED.items():
         inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in lengths]
         wanted = [x.double() @ exact.T for x in inputs]
-        scores: dict[Tiling, float] = {}
+        found[bound] = {}
         for tiling in candidates(bound):
             if not fits(tiling, bits, group) or not compile_one((tiling, bits, n, k, group, lengths[0])):
                 continue
@@ -141,18 +141,21 @@ def tune(bits: int, n: int, k: int, group: int) -> dict[int, Tiling]:
             if not all(right(result, target) for result, target in zip(results, wanted, strict=True)):
                 continue
             times = [microseconds([lambda w=w, x=x, t=tiling: run(t, x, *w, group) for w in weights]) for x in inputs]
-            scores[tiling] = math.prod(time + CUT_COST.get(bound, 1.5) * (tiling.waves > 0) for time in times)
-        if not scores:
+            found[bound][tiling] = math.prod(times) ** (1 / len(times))
+        if not found[bound]:
             raise RuntimeError(f"{n} x {k}, group size {group}: no tiling for {bound} rows compiles and is right here")
-        best[bound] = min(scores, key=lambda tiling: scores[tiling])
-    return best
+    return found
 
 
-def others(out: Path, gpu: str, tuned: Sequence[Tuned]) -> list[Tuned]:
-    """The entries of a table that stay in it: of this GPU, and not measured again."""
+def fastest(bound: int, times: Mapping[Tiling, float]) -> Tiling:
+    """The tiling of a bucket, cut tiles made dearer by what a second launch costs."""
+    return min(times, key=lambda tiling: times[tiling] + CUT_COST.get(bound, 1.5) * (tiling.waves > 0))
+
+
+def others(out: Path, gpu: str, again: Collection[tuple[int, int, int]]) -> list[Tuned]:
+    """The entries of a table that stay in it: of this GPU, and not measured again (N, K, group size)."""
     if not out.exists() or json.loads(out.read_text())["gpu"] != gpu:
         return []
-    again = {(entry.n, entry.k, entry.group_size) for entry in tuned}
     return [entry for entry in load_table(out) if (entry.n, entry.k, entry.group_size) not in again]
 
 
@@ -171,6 +174,15 @@ def text(gpu: str, tuned: Sequence[Tuned]) -> str:
     return "\n".join([*lines, " ]", "}"]) + "\n"
 
 
+def lines_of(times: Mapping[tuple[int, int, int], Mapping[int, Mapping[Tiling, float]]]) -> Iterator[str]:
+    """A line of text for every weight and bucket."""
+    for (n, k, group), found in times.items():
+        for bound, each in found.items():
+            ranked = sorted(each.items(), key=lambda item: item[1])
+            listed = "; ".join(f"{time:.1f} {tiling}, {tiling.warps} w, {tiling.stages} st" for tiling, time in ranked)
+            yield f"{n} x {k}, group {group}, {'more' if bound == UNBOUNDED else bound}: {listed}\n"
+
+
 def main() -> None:
     """Tune, write, and say what was chosen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -178,6 +190,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--groups", type=int, nargs="+", default=[32], choices=(0, *int8_launch.GROUP_SIZES))
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--times", type=Path, help="a file for the times of every candidate, fastest first")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
@@ -195,13 +208,18 @@ def main() -> None:
         for tiling in candidates(bound)
         if fits(tiling, bits, group)
     ]
+    device = torch.cuda.get_device_name(0)
+    kept = others(out, device, shapes)  # first: a file that can't be read should not cost the measurements
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
             pass
-    tuned = [Tuned(n, k, group, tune(bits, n, k, group)) for n, k, group in track(shapes, "timing")]
-    device = torch.cuda.get_device_name(0)
-    kept = others(out, device, tuned)
+    times = {shape: measure(bits, *shape) for shape in track(shapes, "timing")}
+    tuned = [
+        Tuned(*shape, {bound: fastest(bound, each) for bound, each in found.items()}) for shape, found in times.items()
+    ]
     out.write_text(text(device, [*tuned, *kept]))
+    if options.times:
+        options.times.write_text("".join(lines_of(times)))
     Console().print(f"{out}: {len(tuned)} weights measured, {len(kept)} kept")
 
 

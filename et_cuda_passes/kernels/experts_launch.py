@@ -4,7 +4,6 @@ As for :mod:`et_cuda_passes.kernels.int4_launch`, a number of rows that is not k
 grid multiplied by 0 or 1. How many rows each expert gets is data: a bucket is chosen by their average.
 """
 
-import zlib
 from dataclasses import replace
 
 from torch import SymInt, Tensor
@@ -80,7 +79,7 @@ def _launch(
 ) -> Tensor:
     """One tiling over so many tiles of rows; y as it is then is returned."""
     experts, n, k = packed.shape[0], packed.shape[1], x.shape[-1]
-    told = f"{m} {share} {experts} {n} {k} {grouped} {chosen is not None}"
+    sizes = f"{m} {share} {experts} {n} {k} {grouped} {chosen is not None}"
     arguments = {
         "x_ptr": x,
         "words_ptr": packed,
@@ -104,10 +103,8 @@ def _launch(
         "WIDTH": 1 << experts.bit_length(),
         "USE_ASM": True,
         "WGMMA": wgmma,
-        # Inductor makes a kernel of its own for each set of numbers that are passed: these.
-        "SALT": 1 + zlib.crc32(told.encode()) % 2**30,
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    (y,) = known_writes.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"])
+    (y,) = known_writes.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"], sizes)
     return y

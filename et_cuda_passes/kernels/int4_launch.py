@@ -6,7 +6,6 @@ fix it, and a branch of the graph would cost its own synchronisation.
 """
 
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,8 +77,6 @@ def launch(
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation}
     common |= {"M": m, "N": n, "K32": k // 32}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
-    # Inductor makes a kernel of its own for each set of numbers that are passed: these.
-    common["SALT"] = 1 + zlib.crc32(f"{m} {n} {k}".encode()) % 2**30
     arguments = {
         **common,
         "x_ptr": x,
@@ -93,4 +90,4 @@ def launch(
         "USE_ASM": True,
         "WGMMA": wgmma,
     }
-    return product(int4_matmul, y, parts, tiling, programs, flag, arguments, common)
+    return product(int4_matmul, y, parts, tiling, programs, flag, arguments, common, f"{m} {n} {k}")

@@ -63,8 +63,7 @@ def int4_matmul(
 ):
     """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
 
-    SALT is any positive number, different for every kernel of a program: AOTInductor (torch 2.11) names the object file
-    of a kernel by its machine code, and cannot link a program in which two kernels have the same.
+    SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
     """
     if -SALT == M:
         return

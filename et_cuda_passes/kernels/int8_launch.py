@@ -1,7 +1,6 @@
 """Which kernels compute an int8 linear, and their launches: as :mod:`et_cuda_passes.kernels.int4_launch` does."""
 
 import math
-import zlib
 from typing import Any
 
 from torch import SymInt, Tensor
@@ -60,8 +59,6 @@ def launch(
     common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
     common |= {"M": m, "N": n, "SLOTS": programs.slots}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
-    # Inductor makes a kernel of its own for each set of numbers that are passed: these.
-    common["SALT"] = 1 + zlib.crc32(f"int8 {m} {n} {k}".encode()) % 2**30
     unit = min(k & -k, MOST_UNIT)
     grouped = group_size if group_size != k else 0
     arguments = {
@@ -82,4 +79,4 @@ def launch(
     }
     adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}
     adding |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
-    return product(int8_matmul, y, parts, tiling, programs, flag, arguments, adding)
+    return product(int8_matmul, y, parts, tiling, programs, flag, arguments, adding, f"int8 {m} {n} {k}")

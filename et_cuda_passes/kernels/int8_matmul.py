@@ -60,9 +60,7 @@ def int8_matmul(
     """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
 
     UNIT is a power of two that divides K, a multiple of 16 and of GROUP_SIZE; GROUP_SIZE divides BLOCK_K or is a
-    multiple of it. PAIRS says that a row has an even number of groups. SALT is any positive number, different for every
-    kernel of a program: AOTInductor (torch 2.11) names the object file of a kernel by its machine code, and cannot link
-    a program in which two kernels have the same.
+    multiple of it. PAIRS says that a row has an even number of groups. SALT as for ``int4_matmul``.
     """
     if -SALT == M:
         return

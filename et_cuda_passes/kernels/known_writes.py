@@ -5,6 +5,7 @@ launch, each time the program is traced, which is twice. A model's linears are a
 same node of the graph. (Inductor asks twice more, later.)
 """
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,22 +38,26 @@ class _KnownWrites(TracingTritonHOPifier):
 
 
 def launch(
-    kernel: Any, grid: tuple[int | SymInt, ...], arguments: Mapping[str, Any], writes: Sequence[str]
+    kernel: Any, grid: tuple[int | SymInt, ...], arguments: Mapping[str, Any], writes: Sequence[str], sizes: str
 ) -> list[Tensor]:
     """Launch ``kernel[grid](**arguments)``, or trace it inside a ``triton_op``.
 
     Args:
-        kernel: a ``triton.jit`` function.
+        kernel: a ``triton.jit`` function that has a constant ``SALT``, which changes nothing but its machine code.
         grid: programs, by dimension.
-        arguments: all of them by name, num_warps and num_stages too.
+        arguments: all others by name, num_warps and num_stages too.
         writes: names of the tensors that the kernel writes to; one that is left out is taken to keep its value.
+        sizes: the numbers that are passed. Inductor makes a kernel of its own for each set of them, and AOTInductor
+            (torch 2.11) names its object file by its machine code: with the same in two, a program cannot be linked.
+            A launch made now needs no more than one.
 
     Returns:
         Those tensors as they are then, in order: the given ones, or new ones while functional tensors are traced.
     """
     if not any(isinstance(value, FunctionalTensor) for value in arguments.values()):
-        kernel[grid](**arguments)
+        kernel[grid](**arguments, SALT=1)
         return [arguments[name] for name in writes]
+    salted = {**arguments, "SALT": 1 + zlib.crc32(sizes.encode()) % 2**30}
     wrapped = TraceableTritonKernelWrapper(kernel, None, grid)
-    written: Any = _KnownWrites(writes).call_triton_kernel(wrapped, (), dict(arguments), None)
+    written: Any = _KnownWrites(writes).call_triton_kernel(wrapped, (), salted, None)
     return [written[name] for name in writes]

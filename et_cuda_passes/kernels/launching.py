@@ -108,6 +108,7 @@ def product(
     flag: int | SymInt,
     arguments: Mapping[str, Any],
     adding: Mapping[str, Any],
+    sizes: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch ``kernel`` over ``programs`` times ``flag``, 0 or 1, and sum the parts of the tiles that it cut.
 
@@ -120,6 +121,7 @@ def product(
         flag: 1 where the length is within the tiling's bucket.
         arguments: of the kernel, but the two pointers; ``bias_ptr`` stands for parts that are not written.
         adding: what ``add_parts`` takes of them, and more.
+        sizes: see :func:`known_writes.launch`.
 
     Returns:
         y and parts, as they are then.
@@ -127,12 +129,12 @@ def product(
     grid = (programs.grid * flag,)
     given = {**arguments, "y_ptr": y, "num_warps": tiling.warps, "num_stages": tiling.stages}
     if not programs.slots or parts is None:
-        (y,) = known_writes.launch(kernel, grid, {**given, "parts_ptr": arguments["bias_ptr"]}, ["y_ptr"])
+        (y,) = known_writes.launch(kernel, grid, {**given, "parts_ptr": arguments["bias_ptr"]}, ["y_ptr"], sizes)
         return y, parts
-    y, parts = known_writes.launch(kernel, grid, {**given, "parts_ptr": parts}, ["y_ptr", "parts_ptr"])
+    y, parts = known_writes.launch(kernel, grid, {**given, "parts_ptr": parts}, ["y_ptr", "parts_ptr"], sizes)
     height = min(tiling.block_m, ADDED_ROWS)
     adders = (programs.rest * flag, tiling.block_m // height)
     (y,) = known_writes.launch(
-        add_parts, adders, {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}, ["y_ptr"]
+        add_parts, adders, {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}, ["y_ptr"], sizes
     )
     return y, parts

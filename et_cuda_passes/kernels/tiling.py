@@ -13,7 +13,7 @@ ROWS = (8, 16, 32, 64, 128, 256, 512)
 UNBOUNDED = 2**31 - 1
 """The bound of the last bucket of rows."""
 
-DYNAMIC_ROWS = (8, 32, 64, 256)
+DYNAMIC_ROWS = (8, 16, 64, 256)
 """The buckets of a length that is not known at export: fewer, since each is a kernel in the program."""
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tune import MEASURED, candidates, fits, others, text
+from benchmarks.tune import MEASURED, candidates, fastest, fits, others, text
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
 
 
@@ -25,13 +25,13 @@ def test_a_table_is_read_as_it_was_written(table: Path) -> None:
 
 def test_other_weights_of_the_same_gpu_stay(table: Path) -> None:
     measured = entry(64, warps=8)
-    table.write_text(text("a GPU", [measured, *others(table, "a GPU", [measured])]))
+    table.write_text(text("a GPU", [measured, *others(table, "a GPU", [(64, 1024, 32)])]))
     assert load_table(table) == (measured, entry(512))
 
 
 def test_what_was_measured_on_another_gpu_goes(table: Path, tmp_path: Path) -> None:
-    assert others(table, "another GPU", [entry(64)]) == []
-    assert others(tmp_path / "none.json", "a GPU", [entry(64)]) == []
+    assert others(table, "another GPU", []) == []
+    assert others(tmp_path / "none.json", "a GPU", []) == []
 
 
 @pytest.mark.parametrize("bound", MEASURED)
@@ -44,3 +44,11 @@ def test_every_candidate_is_a_tiling_of_its_kernel(bound: int) -> None:
         assert fits(tiling, 8, 32) == (tiling.products == 1), tiling
     # A group of 128 needs steps of 128.
     assert all(any(fits(tiling, bits, 128) for tiling in tried) for bits in (4, 8))
+
+
+def test_cut_tiles_have_to_be_faster_by_what_their_launch_costs() -> None:
+    whole, cut = Tiling(16, 64, 128, 1, 0, 4, 3), Tiling(16, 64, 128, 1, 1, 4, 3)
+    assert fastest(16, {whole: 10.0, cut: 7.0}) is whole
+    assert fastest(16, {whole: 10.0, cut: 6.0}) is cut
+    # With many rows the GPU is what is slow.
+    assert fastest(512, {whole: 10.0, cut: 8.0}) is cut

@@ -15,14 +15,24 @@ class Doubles:
         self.grid = grid
         return self.run
 
-    def run(self, x_ptr: torch.Tensor, y_ptr: torch.Tensor, num_warps: int) -> None:
+    def run(self, x_ptr: torch.Tensor, y_ptr: torch.Tensor, num_warps: int, SALT: int) -> None:
         y_ptr.copy_(2 * x_ptr)
+        self.salt = SALT
 
 
 def test_it_writes_in_place_and_returns_what_it_was_given() -> None:
     kernel, x, y = Doubles(), torch.randn(4), torch.full((4,), float("nan"))
     arguments: dict[str, Any] = {"x_ptr": x, "y_ptr": y, "num_warps": 4}
-    (written,) = launch(kernel, (3, 2), arguments, ["y_ptr"])
+    (written,) = launch(kernel, (3, 2), arguments, ["y_ptr"], "4")
     assert written is y
     assert torch.equal(y, 2 * x)
     assert kernel.grid == (3, 2)
+
+
+def test_a_launch_made_now_is_of_one_kernel_whatever_the_sizes() -> None:
+    salts = set()
+    for rows in (1, 2, 3):
+        kernel, x = Doubles(), torch.randn(rows)
+        launch(kernel, (rows,), {"x_ptr": x, "y_ptr": torch.empty(rows), "num_warps": 4}, ["y_ptr"], str(rows))
+        salts.add(kernel.salt)
+    assert len(salts) == 1
