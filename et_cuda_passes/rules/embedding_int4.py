@@ -6,7 +6,6 @@ read row by row: a table tied to a linear is then held once for both.
 
 from dataclasses import dataclass
 
-import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
@@ -14,8 +13,9 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS
-from et_cuda_passes.quant.affine import affine, values
-from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
+from et_cuda_passes.quant.affine import affine
+from et_cuda_passes.rules import answers
+from et_cuda_passes.rules.int4_weight import native_group_size, pack
 from et_cuda_passes.rules.packed_table import PackedTable
 
 
@@ -38,8 +38,7 @@ class EmbeddingInt4(PackedTable):
     @require("a table of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
     def four_bits(self, m: MatchContext) -> Answer:
         """The range fits 0..15 once shifted."""
-        weight = affine(m)
-        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+        return answers.four_bits(affine(m))
 
     @require("a group size that one of the layout's divides", hint="quantize with PerGroup(32)")
     def native_group(self, m: MatchContext) -> Answer:
@@ -57,18 +56,12 @@ class EmbeddingInt4(PackedTable):
     def result_dtype(self, m: MatchContext) -> Answer:
         """Scales in bf16 are not precise enough for more."""
         dtype = m.val(m.root).dtype
-        return dtype in self.table(m).dtypes, str(dtype).removeprefix("torch.")
+        return dtype in self.table(m).dtypes, answers.dtype_names([dtype])
 
     @require("scales and zeros that are finite in their dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        weight = affine(m)
-        shift = offset(weight)
-        assert shift is not None
-        dtype = self.table(m).scale_dtype or m.val(m.root).dtype
-        pair = scale_and_zero_of(values(m.program, weight), shift)
-        bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
-        return bad == 0, f"{bad} that are NaN or infinite"
+        return answers.finite_pair(m, affine(m), self.table(m).scale_dtype or m.val(m.root).dtype)
 
     def detail(self, m: MatchContext) -> str:
         """Scheme and layout."""

@@ -6,7 +6,6 @@ Only the rows asked for are dequantized. The constants are those of an int8 line
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
@@ -15,6 +14,7 @@ from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.ops import INT8_EMBEDDING
 from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import offset, pack
 from et_cuda_passes.rules.packed_table import PackedTable
 
@@ -35,9 +35,7 @@ class EmbeddingInt8(PackedTable):
     @require("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        scale = values(m.program, affine(m)).scale.to(m.val(m.root).dtype)
-        bad = int((~torch.isfinite(scale)).sum())
-        return bad == 0, f"{bad} that are NaN or infinite"
+        return answers.finite([values(m.program, affine(m)).scale.to(m.val(m.root).dtype)])
 
     def detail(self, m: MatchContext) -> str:
         """The scheme."""

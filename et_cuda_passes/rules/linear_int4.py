@@ -18,8 +18,9 @@ from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.named import named
 from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.quant.affine import AffineWeight, affine, values
-from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack, scale_and_zero_of
+from et_cuda_passes.quant.affine import AffineWeight, affine
+from et_cuda_passes.rules import answers
+from et_cuda_passes.rules.int4_weight import native_group_size, pack
 from et_cuda_passes.rules.packed_linear import PackedLinear
 
 
@@ -59,8 +60,7 @@ class LinearInt4(PackedLinear):
     @require("a weight of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
     def four_bits(self, m: MatchContext) -> Answer:
         """The range fits 0..15 once shifted."""
-        weight = affine(m)
-        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+        return answers.four_bits(affine(m))
 
     @require("a group size that one of the kernel's divides")
     def native_group(self, m: MatchContext) -> Answer:
@@ -75,36 +75,28 @@ class LinearInt4(PackedLinear):
     @require("in_features that the kernel's tiles divide")
     def in_features(self, m: MatchContext) -> Answer:
         """K a multiple of the kernel's ``in_multiple``; K is never padded."""
-        k, multiple = affine(m).in_features, self.chosen_kernel(m).in_multiple
-        return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
+        return answers.whole_tiles(affine(m), self.chosen_kernel(m).in_multiple)
 
     @require("a place that the kernel is compiled in", hint="take the layer out of the control flow")
     def place(self, m: MatchContext) -> Answer:
         """Some kernels are not compiled inside control flow."""
-        branches = m.program.branches
-        good = self.chosen_kernel(m).in_control_flow or not branches.in_control_flow(m.root)
-        return good, f"control flow at {branches.path(m.root)}"
+        return answers.compiled_there(m, self.chosen_kernel(m))
 
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes, or bf16 by option."""
         kernel, dtype = self.chosen_kernel(m), m.val(m.x).dtype
-        have = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
-        hint = f"{kernel.name} has {have}: export the model in one of these"
+        hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
         if not self.cast_to_bf16:
             hint += ", or opt into bf16 arithmetic with LinearInt4(cast_to_bf16=True)"
-        return self.compute_dtype(m) is not None, str(dtype).removeprefix("torch."), hint
+        return self.compute_dtype(m) is not None, answers.dtype_names([dtype]), hint
 
     @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        weight, kernel = affine(m), self.chosen_kernel(m)
-        parts, shift = values(m.program, weight), offset(weight)
-        assert shift is not None
-        dtype = kernel.scale_dtype or self.compute_dtype(m)
-        pair = scale_and_zero_of(parts, shift)
-        bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
-        return bad == 0, f"{bad} that are NaN or infinite"
+        dtype = self.chosen_kernel(m).scale_dtype or self.compute_dtype(m)
+        assert dtype is not None
+        return answers.finite_pair(m, affine(m), dtype)
 
     def detail(self, m: MatchContext) -> str:
         """Scheme, kernel and layout."""

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
@@ -20,6 +19,7 @@ from et_cuda_passes.kernels.named import named
 from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
 from et_cuda_passes.rules.packed_linear import PackedLinear
 
@@ -73,16 +73,14 @@ class LinearInt8(PackedLinear):
     @require("in_features that the kernel's tiles divide")
     def in_features(self, m: MatchContext) -> Answer:
         """K a multiple of the kernel's ``in_multiple``; K is never padded."""
-        k, multiple = affine(m).in_features, self.chosen_kernel(m).in_multiple
-        return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized"
+        return answers.whole_tiles(affine(m), self.chosen_kernel(m).in_multiple)
 
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes."""
         kernel, dtype = self.chosen_kernel(m), m.val(m.x).dtype
-        have = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
-        hint = f"{kernel.name} has {have}: export the model in one of these"
-        return dtype in kernel.dtypes, str(dtype).removeprefix("torch."), hint
+        hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
+        return dtype in kernel.dtypes, answers.dtype_names([dtype]), hint
 
     @require("zero points that are all 0", stage="values")
     def zeros(self, m: MatchContext) -> Answer:
@@ -96,9 +94,7 @@ class LinearInt8(PackedLinear):
         """A NaN or infinite scale would spread over the output unseen."""
         parts = values(m.program, affine(m))
         dtype = self.chosen_kernel(m).scale_dtype or m.val(m.x).dtype
-        tables = (parts.scale.to(dtype), parts.zero_point, parts.minimum)
-        bad = sum(int((~torch.isfinite(table)).sum()) for table in tables if table is not None)
-        return bad == 0, f"{bad} that are NaN or infinite"
+        return answers.finite((parts.scale.to(dtype), parts.zero_point, parts.minimum))
 
     def detail(self, m: MatchContext) -> str:
         """Scheme and kernel."""

@@ -11,9 +11,10 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.quant.affine import AffineWeight, values
+from et_cuda_passes.quant.affine import AffineWeight
 from et_cuda_passes.quant.experts import number_of, stacked, stacked_columns
-from et_cuda_passes.rules.int4_weight import native_group_size, offset, pack_experts, scale_and_zero_of
+from et_cuda_passes.rules import answers
+from et_cuda_passes.rules.int4_weight import native_group_size, pack_experts
 from et_cuda_passes.rules.needs_values import NeedsValues
 from et_cuda_passes.rules.stack import TURNED
 
@@ -70,8 +71,7 @@ class PackedExperts(NeedsValues):
     @require("weights of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
     def four_bits(self, m: MatchContext) -> Answer:
         """The range fits 0..15 once shifted."""
-        weight = self.weights(m)
-        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+        return answers.four_bits(self.weights(m))
 
     @require("a group size that one of the kernel's divides", hint="quantize in groups of 32")
     def native_group(self, m: MatchContext) -> Answer:
@@ -82,23 +82,19 @@ class PackedExperts(NeedsValues):
     @require("in_features that the kernel's tiles divide")
     def in_features(self, m: MatchContext) -> Answer:
         """K a multiple of the kernel's ``in_multiple``."""
-        k, multiple = self.weights(m).in_features, self.kernel(m).in_multiple
-        return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave these experts unquantized"
+        return answers.whole_tiles(self.weights(m), self.kernel(m).in_multiple, "these experts")
 
     @require("a place that the kernel is compiled in", hint="take the experts out of the control flow")
     def place(self, m: MatchContext) -> Answer:
         """Some kernels are not compiled inside control flow."""
-        branches = m.program.branches
-        good = self.kernel(m).in_control_flow or not branches.in_control_flow(m.root)
-        return good, f"control flow at {branches.path(m.root)}"
+        return answers.compiled_there(m, self.kernel(m))
 
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes."""
         kernel, dtypes = self.kernel(m), {m.val(m.x).dtype, m.val(m.root).dtype}
-        have = ", ".join(str(d).removeprefix("torch.") for d in kernel.dtypes)
-        found = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
-        return dtypes <= {*kernel.dtypes}, found, f"{kernel.name} has {have}: export the model in one of these"
+        hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
+        return dtypes <= {*kernel.dtypes}, answers.dtype_names(sorted(dtypes, key=str)), hint
 
     @require("a stack that is used whole, in its own shape")
     def shape(self, m: MatchContext) -> Answer:
@@ -117,20 +113,12 @@ class PackedExperts(NeedsValues):
     )
     def in_range(self, m: MatchContext) -> Answer:
         """An integer outside of it would overwrite its neighbour."""
-        weight = self.weights(m)
-        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
-        inside = weight.quant_min <= low and high <= weight.quant_max
-        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
+        return answers.in_range(m, self.weights(m))
 
     @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: MatchContext) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        weight, dtype = self.weights(m), self.kernel(m).scale_dtype or m.val(m.x).dtype
-        shift = offset(weight)
-        assert shift is not None
-        pair = scale_and_zero_of(values(m.program, weight), shift)
-        bad = sum(int((~torch.isfinite(part.to(dtype))).sum()) for part in pair)
-        return bad == 0, f"{bad} that are NaN or infinite"
+        return answers.finite_pair(m, self.weights(m), self.kernel(m).scale_dtype or m.val(m.x).dtype)
 
     def detail(self, m: MatchContext) -> str:
         """Scheme, number of experts, kernel and layout."""

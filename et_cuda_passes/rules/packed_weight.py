@@ -1,10 +1,9 @@
 """What every rule demands that packs a weight's integers."""
 
-import torch
-
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.quant.affine import affine
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.needs_values import NeedsValues
 
 
@@ -16,7 +15,4 @@ class PackedWeight(NeedsValues):
     )
     def in_range(self, m: MatchContext) -> Answer:
         """An integer outside of it would overwrite its neighbour, or wrap."""
-        weight = affine(m)
-        low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
-        inside = weight.quant_min <= low and high <= weight.quant_max
-        return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
+        return answers.in_range(m, affine(m))

@@ -21,6 +21,7 @@ from et_cuda_passes.ops.quantized_embedding import quantized_embedding
 from et_cuda_passes.quant.affine import AffineValues, AffineWeight, affine, values
 from et_cuda_passes.quant.candidates import readers
 from et_cuda_passes.quant.forms import is_dequantize
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.packed_table import PackedTable
 
 aten = torch.ops.aten
@@ -65,8 +66,7 @@ class QuantizedEmbedding(PackedTable):
     def dtypes(self, m: MatchContext) -> Answer:
         """What the kernels read and write."""
         found = (affine(m).scale_dtype, m.val(m.root).dtype)
-        text = ", ".join(str(dtype).removeprefix("torch.") for dtype in found)
-        return all(dtype in _DTYPES for dtype in found), text
+        return all(dtype in _DTYPES for dtype in found), answers.dtype_names(found)
 
     @require("no minimum beside the zero points", stage="values", hint="quantize the table with torchao")
     def no_minimum(self, m: MatchContext) -> Answer:

@@ -1,0 +1,55 @@
+"""Answers that several rules give to what they require of a weight, its kernel and the activations."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.rule import Answer
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.quant.affine import AffineWeight, values
+from et_cuda_passes.rules.int4_weight import offset, scale_and_zero_of
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """As in ``bfloat16, float16``."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def four_bits(weight: AffineWeight) -> Answer:
+    """Whether the range fits 0..15 once shifted."""
+    return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+
+
+def whole_tiles(weight: AffineWeight, multiple: int, what: str = "this layer") -> Answer:
+    """Whether K is a multiple of what the kernel's tiles take; ``what`` is left unquantized where it is not."""
+    k = weight.in_features
+    return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave {what} unquantized"
+
+
+def compiled_there(m: MatchContext, kernel: Int4Kernel) -> Answer:
+    """Whether the kernel is compiled where the root stands: some are not inside control flow."""
+    branches = m.program.branches
+    good = kernel.in_control_flow or not branches.in_control_flow(m.root)
+    return good, f"control flow at {branches.path(m.root)}"
+
+
+def in_range(m: MatchContext, weight: AffineWeight) -> Answer:
+    """Whether all integers are in the quantized range."""
+    low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
+    inside = weight.quant_min <= low and high <= weight.quant_max
+    return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
+
+
+def finite(tables: Iterable[Tensor | None]) -> Answer:
+    """Whether no number of the tables that there are is NaN or infinite."""
+    bad = sum(int((~torch.isfinite(table)).sum()) for table in tables if table is not None)
+    return bad == 0, f"{bad} that are NaN or infinite"
+
+
+def finite_pair(m: MatchContext, weight: AffineWeight, dtype: torch.dtype) -> Answer:
+    """Whether the scales and zeros of an int4 kernel are finite in their dtype."""
+    shift = offset(weight)
+    assert shift is not None
+    return finite(part.to(dtype) for part in scale_and_zero_of(values(m.program, weight), shift))
