@@ -48,7 +48,7 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times: list[float] = []
     for _ in range(REPLAYS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -62,10 +62,3 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
 def random_weight(n: int, k: int, group: int) -> tuple[Tensor, Tensor]:
     """q uint8 [N, K] in 0..15 and scales fp32 [N, K / group], on the CPU."""
     return torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.rand(n, k // group) * 0.01 + 0.01
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a large copy on the GPU, read and written ones counted."""
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4) * 1e6

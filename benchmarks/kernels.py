@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.int4 import LAYERS, copies, copy_bandwidth, microseconds, random_weight
+from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
+from benchmarks.limit import Limit
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
@@ -158,28 +159,9 @@ def has_gemlite() -> bool:
     return True
 
 
-def flop_rate() -> float:
-    """Operations a second of a large bf16 product of cuBLAS, on random data."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return float(2 * 8192**3 / microseconds([lambda: F.linear(a, b)] * 3) * 1e6)
-
-
 def shown(times: Iterable[float | None], form: str) -> list[str]:
     """As cells of the table."""
     return ["" if time is None else form.format(time) for time in times]
-
-
-@dataclass(frozen=True)
-class Limit:
-    """Bytes a second of a copy, operations a second of a large product."""
-
-    bandwidth: float
-    rate: float
-
-    def microseconds(self, nbytes: float, operations: float) -> float:
-        """No kernel is faster."""
-        return max(nbytes / self.bandwidth, operations / self.rate) * 1e6
 
 
 def layer_table(
@@ -217,10 +199,10 @@ def main() -> None:
         parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
     if options.tuned and not (options.bits == 4 and has_gemlite()):
         parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
-    limit, rows, console = Limit(copy_bandwidth(), flop_rate()), tuple(options.rows), Console(width=160)
+    limit, rows, console = Limit.measured(), tuple(options.rows), Console(width=160)
     console.print(
         f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, int{options.bits}, group size {options.group}, "
-        f"copy {limit.bandwidth / 1e12:.2f} TB/s, cuBLAS {limit.rate / 1e12:.0f} TFLOP/s; microseconds"
+        f"{limit}; microseconds"
     )
     found = {}
     for name in options.layers:

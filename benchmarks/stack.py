@@ -5,7 +5,8 @@
 Every variant is lowered in a process of its own, ``--jobs`` at once; what the folder holds already is not lowered
 again. Then each library runs alone: the median time of a call, the GPU's own clock around many calls, and how far the
 outputs are from fp64 on the same weights. ``cuBLAS bf16`` is the same stack in eager PyTorch, captured in a CUDA graph
-so that launches cost it nothing.
+so that launches cost it nothing. The last line is how much of the limit the Triton kernels reach: the larger of the
+packed weights' bytes at the speed of a copy and the operations at that of a large product of cuBLAS.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+
+from benchmarks.limit import Limit
 
 BLOCKS, FEATURES, HIDDEN, LONGEST = 4, 3072, 8192, 4096
 ROWS = (1, 4, 16, 64, 256, 1500, 4096)
@@ -234,8 +237,16 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
         del run
     times[CUBLAS] = {m: microseconds(captured(dense, x), calls[m]) for m, x in inputs.items()}
     console = Console(width=180)
-    console.print(table(times, rows, errors, sizes))
-    console.print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, group size {group}")
+    limit = Limit.measured()
+    console.print(table(times, rows, errors, sizes, floors(limit, rows, group)))
+    console.print(f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, group size {group}, {limit}")
+
+
+def floors(limit: Limit, rows: Sequence[int], group: int) -> dict[int, float]:
+    """The least microseconds of a call by rows: four bits a weight, a bf16 scale a group, and x and the result."""
+    weights = 2 * BLOCKS * FEATURES * HIDDEN
+    read = weights * (1 / 2 + 2 / group)
+    return {m: limit.microseconds(read + 2 * 2 * m * FEATURES, 2 * m * weights) for m in rows}
 
 
 def table(
@@ -243,8 +254,9 @@ def table(
     rows: Sequence[int],
     errors: dict[str, float],
     sizes: dict[str, str],
+    least: dict[int, float],
 ) -> Table:
-    """Times, and the ratios of the Triton kernels to every other."""
+    """Times, the ratios of the Triton kernels to every other, and their part of the limit, ``least`` by rows."""
     result = Table("", *(f"M = {m}" for m in rows), "relative error", ".ptd, lowering", title="microseconds a call")
     for name, row in times.items():
         error = f"{errors[name]:.1e}" if name in errors else ""
@@ -254,6 +266,8 @@ def table(
         if name != "triton" and ours:
             ratios = (f"{ours[m] / row[m]:.2f}" if m in row else "" for m in rows)
             result.add_row(f"triton / {name}", *ratios, "", "")
+    if ours:
+        result.add_row("of the limit", *(f"{least[m] / ours[m] * 100:.0f} %" for m in rows), "", "")
     return result
 
 

@@ -3,9 +3,10 @@
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import torch
+
+from benchmarks.limit import Limit
 
 LEAST, MOST, SECONDS = 10, 60, 1.5
 """Calls at least and at most, and seconds after which no more than the least are made."""
@@ -48,15 +49,10 @@ def latency(call: Callable[[], object], device: str) -> dict[str, float]:
 
 def machine() -> dict[str, float | str]:
     """The GPU's name, bytes a second that a copy reads and writes, and operations a second of cuBLAS in bf16."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = latency(partial(target.copy_, source), "cuda")["min_ms"]
-    n = 8192
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = latency(partial(torch.matmul, a, b), "cuda")["median_ms"]
+    limit = Limit.measured()
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
-        "copy_bytes_per_s": 2 * (1 << 31) / copy * 1e3,
-        "bf16_flops_per_s": 2 * n**3 / product * 1e3,
+        "copy_bytes_per_s": limit.bandwidth,
+        "bf16_flops_per_s": limit.rate,
     }

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.limit import Limit
 from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.kernels import CLASSES, OTHER
 from benchmarks.voxtral.variants import VARIANTS
@@ -145,9 +146,8 @@ def floor_ms(case: str, result: Result, dimensions: Dimensions) -> float | None:
     if "machine" not in result:
         return None
     method = "text_decoder" if case in ("prefill", "decode") else case
-    read = result["weight_bytes"][method] / result["machine"]["copy_bytes_per_s"]
-    computed = dimensions.flops[case] / result["machine"]["bf16_flops_per_s"]
-    return float(max(read, computed) * 1e3)
+    limit = Limit(result["machine"]["copy_bytes_per_s"], result["machine"]["bf16_flops_per_s"])
+    return limit.microseconds(result["weight_bytes"][method], dimensions.flops[case]) / 1e3
 
 
 def shares(measured: Mapping[str, Result], dimensions: Dimensions) -> list[list[str]]:

@@ -4,14 +4,15 @@ As for :mod:`et_cuda_passes.kernels.int4_launch`, a number of rows that is not k
 grid multiplied by 0 or 1. How many rows each expert gets is data: a bucket is chosen by their average.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import SymInt, Tensor
 
 from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int4_experts import int4_experts
-from et_cuda_passes.kernels.launching import gpu_of, inside
-from et_cuda_passes.kernels.tiling import Tiling, tiling_for, tilings
+from et_cuda_passes.kernels.launching import flagged, gpu_of, possible
+from et_cuda_passes.kernels.tiling import Tiling
 
 DYNAMIC_ROWS = (8, 64)
 """The buckets of a number of rows that is not known at export: few, since experts come in many layers."""
@@ -44,18 +45,12 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
     return y
 
 
-def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> list[tuple[Size, Tiling, bool]]:
+def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> Iterator[tuple[Size, Tiling, bool]]:
     """For the number of rows that an expert has: (1 if it is within the bucket, else 0; tiling; whether wgmma)."""
     gpu, _ = gpu_of(x.device)
-    n, k = packed.shape[1], x.shape[-1]
-    if isinstance(rows, int):
-        return [(1, plain(tiling_for(gpu, n, k, group_size, rows)), gpu.wgmma)]
-    found: list[tuple[Size, Tiling, bool]] = []
-    first = 0
-    for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS).items():
-        found.append((inside(rows, first, bound), plain(tiling), gpu.wgmma))
-        first = bound + 1
-    return found
+    buckets = possible(rows, packed.shape[1], x.shape[-1], group_size, gpu, bounds=DYNAMIC_ROWS)
+    for flag, tiling in flagged(rows, buckets):
+        yield flag, plain(tiling), gpu.wgmma
 
 
 def plain(tiling: Tiling) -> Tiling:

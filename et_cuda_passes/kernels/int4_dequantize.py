@@ -113,6 +113,28 @@ def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl
 
 
 @triton.jit
+def _pairs_per_word(
+    scale, zero, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZERO: tl.constexpr
+):
+    """Those of the scales and those of the zeros; where there are none, the scales stand for them."""
+    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
+    z0, z1 = s0, s1
+    if HAS_ZERO:
+        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
+    return s0, s1, z0, z1
+
+
+@triton.jit
+def row_lengths(K32, GROUP_SIZE: tl.constexpr):
+    """What a row has of x, of words and of scales, for K = 32 ``K32``.
+
+    Products with constants, so that the compiler knows what divides them: every load is a vector by that.
+    """
+    words_row = tl.cdiv(K32, 2) * 8
+    return K32 * 32, words_row, tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
+
+
+@triton.jit
 def dequantize_tile(
     words,
     scale,
@@ -125,10 +147,7 @@ def dequantize_tile(
     WGMMA: tl.constexpr,
 ):
     """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, BLOCK_K / GROUP_SIZE] -> weights [ROWS, BLOCK_K]."""
-    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
-    z0, z1 = s0, s1
-    if HAS_ZERO:
-        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
+    s0, s1, z0, z1 = _pairs_per_word(scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO)
     WAIT: tl.constexpr = _WAIT if WGMMA else ""
     w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM, WAIT)
     w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM, WAIT)
@@ -153,10 +172,7 @@ def dequantize_half(
     WGMMA: tl.constexpr,
 ):
     """As :func:`dequantize_tile`, of every 64 along K the first 32 or the last: weights [ROWS, BLOCK_K / 2]."""
-    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
-    z0, z1 = s0, s1
-    if HAS_ZERO:
-        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
+    s0, s1, z0, z1 = _pairs_per_word(scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO)
     WAIT: tl.constexpr = _WAIT_BUT_ONE if WGMMA else ""
     w0, w1, w2, w3 = _half_words(words, s1 if HIGH else s0, z1 if HIGH else z0, HIGH, HAS_ZERO, USE_ASM, WAIT)
     w = tl.join(tl.join(w0, w2), tl.join(w1, w3))

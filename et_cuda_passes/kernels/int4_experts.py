@@ -9,7 +9,7 @@ along K, so that equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.int4_dequantize import dequantize_tile
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, row_lengths
 from et_cuda_passes.kernels.tiles import multiply
 
 
@@ -63,10 +63,7 @@ def int4_experts(
     """
     if -SALT == M:
         return
-    # Products with constants, so that the compiler knows what divides them: every load is a vector by that.
-    K = K32 * 32
-    words_row = tl.cdiv(K32, 2) * 8
-    scale_row = tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
+    K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
     pid = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)

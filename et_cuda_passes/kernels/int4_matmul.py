@@ -19,7 +19,7 @@ while the tensor cores have the other.
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.int4_dequantize import dequantize_half, dequantize_tile
+from et_cuda_passes.kernels.int4_dequantize import dequantize_half, dequantize_tile, row_lengths
 from et_cuda_passes.kernels.tiles import (
     add_segments,
     multiply,
@@ -67,10 +67,7 @@ def int4_matmul(
     """
     if -SALT == M:
         return
-    # Products with constants, so that the compiler knows what divides them: every load is a vector by that.
-    K = K32 * 32
-    words_row = tl.cdiv(K32, 2) * 8
-    scale_row = tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
+    K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)

@@ -1,7 +1,7 @@
 """What the launches share: the GPU, the buckets of rows that a length can be in, and how the last wave is cut."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,20 @@ def gpu_of(device: torch.device) -> tuple[Family, int]:
     return family((properties.major, properties.minor)), properties.multi_processor_count
 
 
-def possible(m: int | SymInt, n: int, k: int, group_size: int, gpu: Family, bits: int = 4) -> dict[int, Tiling]:
-    """The buckets of rows that ``m`` can be in: one, if it is known."""
+def possible(
+    m: int | SymInt,
+    n: int,
+    k: int,
+    group_size: int,
+    gpu: Family,
+    bits: int = 4,
+    bounds: Sequence[int] = DYNAMIC_ROWS,
+) -> dict[int, Tiling]:
+    """The buckets of rows that ``m`` can be in: one, if it is known, else those that end at ``bounds``."""
     if isinstance(m, int):
         return {UNBOUNDED: tiling_for(gpu, n, k, group_size, m, bits)}
     buckets: dict[int, Tiling] = {}
-    for bound, tiling in tilings(gpu, n, k, group_size, DYNAMIC_ROWS, bits).items():
+    for bound, tiling in tilings(gpu, n, k, group_size, bounds, bits).items():
         if buckets or not statically_known_true(m > bound):
             buckets[bound] = tiling
         if statically_known_true(m <= bound):
@@ -44,6 +52,14 @@ def inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
     if last != UNBOUNDED:
         flag *= torch.sym_min(1, torch.sym_max(0, last + 1 - m))
     return flag
+
+
+def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[int | SymInt, Tiling]]:
+    """Each bucket's tiling, with 1 if ``m`` is in the bucket, else 0: what its launch multiplies its grid by."""
+    first = 0
+    for bound, tiling in buckets.items():
+        yield 1 if len(buckets) == 1 else inside(m, first, bound), tiling
+        first = bound + 1
 
 
 @dataclass(frozen=True)
@@ -92,10 +108,8 @@ def over_buckets(
     # One for all buckets: only one of them runs, and allocating costs more time than it does space.
     most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
     parts = x.new_empty(most, dtype=torch.float32) if most else None
-    first: int = 0
-    for bound, tiling in buckets.items():
-        y, parts = launch(y, parts, tiling, 1 if len(buckets) == 1 else inside(m, first, bound))
-        first = bound + 1
+    for flag, tiling in flagged(m, buckets):
+        y, parts = launch(y, parts, tiling, flag)
     return y
 
 

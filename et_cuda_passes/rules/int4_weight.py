@@ -70,6 +70,15 @@ def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype, i
     return scale_and_zero.pack(scale, zero, dtype)
 
 
+def _in_bytes(q: Tensor, weight: AffineWeight) -> Tensor:
+    return q if q.dtype in (torch.int8, torch.uint8) else q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
+
+
+def _stored(weight: AffineWeight) -> tuple[object, ...]:
+    """Which sources there are, and what is no source."""
+    return weight.block_size, weight.scale is not None, weight.zero_point is not None, weight.literal
+
+
 def pack(
     b: Builder, weights: Sequence[AffineWeight], kernel: Int4Kernel, dtype: torch.dtype, name: str = ""
 ) -> tuple[Node, Node]:
@@ -95,9 +104,7 @@ def pack(
 
     def packed() -> Tensor:
         parts = [values(b.program, weight).data for weight in weights]
-        q = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if q.dtype not in (torch.int8, torch.uint8):
-            q = q.to(torch.int8 if first.quant_min < 0 else torch.uint8)
+        q = _in_bytes(parts[0] if len(parts) == 1 else torch.cat(parts), first)
         return _PACKERS[kernel.layout](q, shift, rows + padding)
 
     def scales() -> Tensor:
@@ -111,8 +118,7 @@ def pack(
     # Beside the stack's own name and not inside it, since the stack may stay for other readers.
     name += "" if first.expert is None else f"expert_{first.expert}_"
     integers = [weight.data for weight in weights]
-    # Which sources belong to which weight, and what is no source.
-    stored = tuple((w.block_size, w.scale is not None, w.zero_point is not None, w.literal) for w in weights)
+    stored = tuple(map(_stored, weights))
     return (
         b.constant(f"{first.fqn}.{name}packed", integers, (*form, shift), packed),
         b.constant(
@@ -142,9 +148,7 @@ def pack_experts(
     padding = -n % kernel.out_multiple
 
     def packed() -> Tensor:
-        q = values(b.program, weight).data
-        if q.dtype not in (torch.int8, torch.uint8):
-            q = q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
+        q = _in_bytes(values(b.program, weight).data, weight)
         return torch.stack([_PACKERS[kernel.layout](rows, shift, n + padding) for rows in q.split(n)])
 
     def scales() -> Tensor:
@@ -159,8 +163,7 @@ def pack_experts(
         return torch.stack([_pack_scales(s, z, kernel.layout, dtype, weight.in_features) for s, z in pairs_of])
 
     form = ("experts", kernel.layout, kernel.out_multiple, shift, weight.shape, count)
-    stored = (weight.block_size, weight.scale is not None, weight.zero_point is not None, weight.literal)
     return (
         b.constant(f"{weight.fqn}.packed", [weight.data], form, packed),
-        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, stored), scales),
+        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, _stored(weight)), scales),
     )

@@ -13,10 +13,11 @@ from triton.compiler import ASTSource
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiles import add_parts
-from et_cuda_passes.kernels.tiling import Tiling
+from et_cuda_passes.kernels.tiling import Tiling, load_table
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
 """What pointers point to, where it is not the dtype of the activations."""
+_TUNED = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -143,3 +144,26 @@ def overwritten_operands(code: list[tuple[int, str]]) -> list[str]:
             registers = set(range(int(written[2]), int(written[2]) + width))
             found_writes += [f"{text} overwrites {product}" for product, read, _ in flying if read & registers]
     return found_writes
+
+
+def tilings_of(name: str) -> list[Tiling]:
+    """Every tiling of the package's table ``tuned/<name>.json``."""
+    found = {tiling for entry in load_table(_TUNED / f"{name}.json") for tiling in entry.tilings.values()}
+    return sorted(found, key=str)
+
+
+def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int, str]]:
+    """The machine code of a product, checked: it fits, spills nothing, uses wgmma, and waits where it has to."""
+    code = machine_code(kernel, folder)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, folder)["STACK"] == 0
+    assert sum(text.startswith("HGMMA") for _, text in code) >= tiling.block_k // 16
+    assert overwritten_operands(code) == []
+    return code
+
+
+def check_for_others(kernel: Any, folder: Path) -> None:
+    """A product fits the least shared memory that a GPU from 8.0 has (99 KB, consumer cards), and spills nothing."""
+    assert kernel.metadata.shared <= 99 * 1024
+    assert resources(kernel, folder)["STACK"] == 0
+    assert any(text.startswith("HMMA") for _, text in machine_code(kernel, folder))

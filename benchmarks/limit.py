@@ -1,0 +1,34 @@
+"""What no kernel on this machine is faster than: the speed of a copy, and of a large product of cuBLAS in bf16."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.int4 import microseconds
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes a second that a copy reads and writes, operations a second of a product."""
+
+    bandwidth: float
+    rate: float
+
+    @classmethod
+    def measured(cls) -> Self:
+        """On the GPU of this machine, the product on random data: on zeros it would be faster."""
+        a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+        b = torch.empty_like(a)
+        bandwidth = 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4) * 1e6
+        n = 8192
+        x, y = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        return cls(bandwidth, 2 * n**3 / microseconds([lambda: F.linear(x, y)] * 3) * 1e6)
+
+    def microseconds(self, nbytes: float, operations: float) -> float:
+        """The larger of what moving and what computing takes."""
+        return max(nbytes / self.bandwidth, operations / self.rate) * 1e6
+
+    def __str__(self) -> str:
+        return f"copy {self.bandwidth / 1e12:.2f} TB/s, cuBLAS {self.rate / 1e12:.0f} TFLOP/s"
