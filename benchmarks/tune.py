@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from itertools import product
@@ -152,11 +152,17 @@ def fastest(bound: int, times: Mapping[Tiling, float]) -> Tiling:
     return min(times, key=lambda tiling: times[tiling] + CUT_COST.get(bound, 1.5) * (tiling.waves > 0))
 
 
-def others(out: Path, gpu: str, again: Collection[tuple[int, int, int]]) -> list[Tuned]:
-    """The entries of a table that stay in it: of this GPU, and not measured again (N, K, group size)."""
+def earlier(out: Path, gpu: str) -> list[Tuned]:
+    """The entries of a table that was written before, if it is of this GPU."""
     if not out.exists() or json.loads(out.read_text())["gpu"] != gpu:
         return []
-    return [entry for entry in load_table(out) if (entry.n, entry.k, entry.group_size) not in again]
+    return list(load_table(out))
+
+
+def merged(measured: Sequence[Tuned], kept: Iterable[Tuned]) -> list[Tuned]:
+    """What was measured, and of the entries from before those of other weights (N, K, group size)."""
+    again = {(entry.n, entry.k, entry.group_size) for entry in measured}
+    return [*measured, *(entry for entry in kept if (entry.n, entry.k, entry.group_size) not in again)]
 
 
 def text(gpu: str, tuned: Sequence[Tuned]) -> str:
@@ -209,18 +215,20 @@ def main() -> None:
         if fits(tiling, bits, group)
     ]
     device = torch.cuda.get_device_name(0)
-    kept = others(out, device, shapes)  # first: a file that can't be read should not cost the measurements
+    kept = earlier(out, device)  # first: a file that can't be read should not cost the measurements
     with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
             pass
-    times = {shape: measure(bits, *shape) for shape in track(shapes, "timing")}
-    tuned = [
-        Tuned(*shape, {bound: fastest(bound, each) for bound, each in found.items()}) for shape, found in times.items()
-    ]
-    out.write_text(text(device, [*tuned, *kept]))
-    if options.times:
-        options.times.write_text("".join(lines_of(times)))
-    Console().print(f"{out}: {len(tuned)} weights measured, {len(kept)} kept")
+    times: dict[tuple[int, int, int], dict[int, dict[Tiling, float]]] = {}
+    for shape in track(shapes, "timing"):
+        times[shape] = measure(bits, *shape)
+        # After every weight: a run that is ended keeps what it measured.
+        tuned = [Tuned(*each, {b: fastest(b, t) for b, t in found.items()}) for each, found in times.items()]
+        entries = merged(tuned, kept)
+        out.write_text(text(device, entries))
+        if options.times:
+            options.times.write_text("".join(lines_of(times)))
+    Console().print(f"{out}: {len(times)} weights measured, {len(entries) - len(times)} kept")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tune import MEASURED, candidates, fastest, fits, others, text
+from benchmarks.tune import MEASURED, candidates, earlier, fastest, fits, merged, text
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
 
 
@@ -25,13 +25,13 @@ def test_a_table_is_read_as_it_was_written(table: Path) -> None:
 
 def test_other_weights_of_the_same_gpu_stay(table: Path) -> None:
     measured = entry(64, warps=8)
-    table.write_text(text("a GPU", [measured, *others(table, "a GPU", [(64, 1024, 32)])]))
+    table.write_text(text("a GPU", merged([measured], earlier(table, "a GPU"))))
     assert load_table(table) == (measured, entry(512))
 
 
 def test_what_was_measured_on_another_gpu_goes(table: Path, tmp_path: Path) -> None:
-    assert others(table, "another GPU", []) == []
-    assert others(tmp_path / "none.json", "a GPU", []) == []
+    assert earlier(table, "another GPU") == []
+    assert earlier(tmp_path / "none.json", "a GPU") == []
 
 
 @pytest.mark.parametrize("bound", MEASURED)
