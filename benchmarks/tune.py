@@ -43,7 +43,7 @@ MOST_WRONG = 4e-3
 def candidates(bound: int) -> list[Tiling]:
     """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps."""
     if bound == 8:
-        segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 512, 2, 4, 3), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
+        segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
         segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 4)]
         found = [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
         return [*found, Tiling(16, 64, 256, 1, 0, 4, 3), Tiling(16, 64, 256, 1, 2, 4, 3)]

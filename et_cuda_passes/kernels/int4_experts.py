@@ -104,8 +104,9 @@ def int4_experts(
     word = tl.arange(0, BLOCK_K // 8)
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
     group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
-    steps = tl.cdiv(words_row * 8, BLOCK_K)
-    tl.assume(steps > 0)  # without it, the compiler lets the tensor cores' instructions wait for one another
+    # 1 at least: a compiler that does not see it guards the loop, and then lets the tensor cores' instructions wait for
+    # one another.
+    steps = tl.maximum(tl.cdiv(words_row * 8, BLOCK_K), 1)
     matrix = expert.to(tl.int64) * N
     words_at = words_ptr + matrix * words_row + of_n[:, None] * words_row + word[None, :]
     scale_offset = of_n[:, None] * scale_row + group[None, :]

@@ -81,8 +81,9 @@ def int4_matmul(
 
     ROWS: tl.constexpr = SEGMENTS * BLOCK_N
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
-    length = tl.cdiv(last - first, SEGMENTS)  # steps of one segment
-    tl.assume(length > 0)  # without it, the compiler lets the tensor cores' instructions wait for one another
+    # Steps of one segment. It is 1 at least: a compiler that does not see it guards the loop, and then lets the tensor
+    # cores' instructions wait for one another.
+    length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     if HALVES:
