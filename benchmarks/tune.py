@@ -50,21 +50,17 @@ def candidates(bound: int) -> list[Tiling]:
     if bound <= 64:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
         found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
-        found += [Tiling(bound, 64, 256, 1, 0, 4, 3, 2), *(Tiling(bound, 64, 128, 1, w, 4, 4, 2) for w in (0, 1, 2))]
         found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)] + [Tiling(bound, 16, 128, 4, 0, 4, 3)]
         return [*found, *(Tiling(bound, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
-    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, products; and how many programs a multiprocessor can hold.
-    shapes = [((256, 128, 64, 8, 4, 1), 1), ((256, 128, 64, 8, 4, 2), 1), ((256, 128, 64, 8, 5, 2), 1)]
-    shapes += [((256, 128, 128, 8, 3, 2), 1), ((128, 128, 64, 8, 4, 2), 2), ((256, 64, 64, 4, 3, 2), 2)]
+    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
+    shapes = [((256, 128, 64, 8, 4), 1), ((128, 128, 64, 8, 4), 1), ((128, 64, 128, 4, 3), 2)]
     if bound > 512:
-        shapes += [((256, 128, 64, 8, 5, 1), 1)]
+        shapes += [((256, 128, 64, 8, 5), 1)]
     else:
-        shapes += [((128, 128, 64, 8, 4, 1), 1), ((128, 128, 128, 8, 4, 2), 1), ((64, 128, 128, 8, 4, 1), 1)]
-        shapes += [((128, 64, 128, 4, 3, 1), 2), ((128, 64, 128, 4, 3, 2), 2), ((64, 64, 128, 4, 4, 1), 2)]
-        shapes += [((64, 64, 128, 4, 4, 2), 2)]
+        shapes += [((64, 128, 128, 8, 4), 1), ((64, 64, 128, 4, 4), 2)]
     return [
-        Tiling(m, n, k, 1, waves, warps, stages, products)
-        for (m, n, k, warps, stages, products), most in shapes
+        Tiling(m, n, k, 1, waves, warps, stages)
+        for (m, n, k, warps, stages), most in shapes
         for waves in range(most + 1)
     ]
 
@@ -84,8 +80,8 @@ def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Te
 
 
 def fits(tiling: Tiling, bits: int, group: int) -> bool:
-    """Whether the kernel has this tiling: steps of the int4 kernel hold whole groups, only its are made in halves."""
-    return tiling.products == 1 if bits == 8 else tiling.block_k >= group
+    """Whether the kernel has this tiling: steps of the int4 kernel hold whole groups."""
+    return bits == 8 or tiling.block_k >= group
 
 
 def compile_one(job: tuple[Tiling, int, int, int, int, int]) -> bool:

@@ -54,8 +54,8 @@ def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> Iterator
 
 
 def plain(tiling: Tiling) -> Tiling:
-    """The tiling without what this kernel has not: segments (as many rows of N are in a tile), cut tiles, halves."""
-    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0, products=1)
+    """The tiling without what this kernel has not: segments (as many rows of N are in a tile) and cut tiles."""
+    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0)
 
 
 def _launch(

@@ -43,10 +43,8 @@ _HIGH = tl.constexpr("prmt.b32 w, $4, $5, 0x7632; ")
 # flight while the next step writes the same registers (triton-lang/triton#9433). What writes them waits here. The place
 # of a wait is certain: after the loads that it takes its words from, so after the barrier that ends the step before,
 # and before the products that it is for. As a text of its own it would have to be impure, and torch takes a kernel with
-# impure assembly to write to all of its arguments. Of a step made in two products, the one of the other half of the
-# weights may still be running.
+# impure assembly to write to all of its arguments.
 _WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; ")
-_WAIT_BUT_ONE = tl.constexpr("wgmma.wait_group.sync.aligned 1; ")
 _SCALED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r")
 _AFFINE_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
 
@@ -62,11 +60,12 @@ def _nibble(words, scale, zero, place: tl.constexpr, HAS_ZERO: tl.constexpr):
 
 @triton.jit
 def _half_words(
-    words, scale, zero, HIGH: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr, WAIT: tl.constexpr
+    words, scale, zero, HIGH: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr, WGMMA: tl.constexpr
 ):
     """Four nibbles of every word, the low or the high ones: four tensors shaped like ``words``."""
     if USE_ASM:
         HALF: tl.constexpr = scale.dtype == tl.float16
+        WAIT: tl.constexpr = _WAIT if WGMMA else ""
         BEGIN: tl.constexpr = _BEGIN + WAIT + (_HIGH if HIGH else _LOW)
         SCALED: tl.constexpr = BEGIN + (_F16_SCALED if HALF else _BF16_SCALED)
         AFFINE: tl.constexpr = BEGIN + (_F16_AFFINE if HALF else _BF16_AFFINE)
@@ -113,18 +112,6 @@ def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl
 
 
 @triton.jit
-def _pairs_per_word(
-    scale, zero, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZERO: tl.constexpr
-):
-    """Those of the scales and those of the zeros; where there are none, the scales stand for them."""
-    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
-    z0, z1 = s0, s1
-    if HAS_ZERO:
-        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
-    return s0, s1, z0, z1
-
-
-@triton.jit
 def row_lengths(K32, GROUP_SIZE: tl.constexpr):
     """What a row has of x, of words and of scales, for K = 32 ``K32``.
 
@@ -147,35 +134,14 @@ def dequantize_tile(
     WGMMA: tl.constexpr,
 ):
     """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, BLOCK_K / GROUP_SIZE] -> weights [ROWS, BLOCK_K]."""
-    s0, s1, z0, z1 = _pairs_per_word(scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO)
-    WAIT: tl.constexpr = _WAIT if WGMMA else ""
-    w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM, WAIT)
-    w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM, WAIT)
+    s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
+    z0, z1 = s0, s1  # where there are no zeros the scales stand for them
+    if HAS_ZERO:
+        z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
+    w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM, WGMMA)
+    w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM, WGMMA)
     # A nibble's place is (step of 16 along K, 2 bits; half of the step): the last is joined last.
     w = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
     # (row, block, lane, parity, step / 2, step % 2, half of the step) -> K in its own order.
     w = w.reshape(ROWS, BLOCK_K // 64, 4, 2, 2, 2, 2)
     return w.permute(0, 1, 4, 5, 6, 2, 3).reshape(ROWS, BLOCK_K)
-
-
-@triton.jit
-def dequantize_half(
-    words,
-    scale,
-    zero,
-    HIGH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    USE_ASM: tl.constexpr,
-    WGMMA: tl.constexpr,
-):
-    """As :func:`dequantize_tile`, of every 64 along K the first 32 or the last: weights [ROWS, BLOCK_K / 2]."""
-    s0, s1, z0, z1 = _pairs_per_word(scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO)
-    WAIT: tl.constexpr = _WAIT_BUT_ONE if WGMMA else ""
-    w0, w1, w2, w3 = _half_words(words, s1 if HIGH else s0, z1 if HIGH else z0, HIGH, HAS_ZERO, USE_ASM, WAIT)
-    w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    # (row, block, lane, parity, step % 2, half of the step) -> K in its own order.
-    w = w.reshape(ROWS, BLOCK_K // 64, 4, 2, 2, 2)
-    return w.permute(0, 1, 4, 5, 2, 3).reshape(ROWS, BLOCK_K // 2)

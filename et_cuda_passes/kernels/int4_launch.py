@@ -83,7 +83,6 @@ def launch(
         "words_ptr": packed,
         "qparams_ptr": qparams,
         "SEGMENTS": tiling.segments,
-        "HALVES": tiling.products == 2,
         "GROUP_SIZE": group_size,
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,

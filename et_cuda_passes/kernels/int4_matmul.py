@@ -11,15 +11,12 @@ Two ways to fill a GPU when there are few tiles, both summing in a fixed order, 
   shared memory at the end. More bytes are in flight, with nothing to write between.
 - ``SLOTS``: the tiles that do not fill the last wave of so many programs are each cut along K among the idle ones.
   Their fp32 parts go to ``parts``, and ``add_parts`` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
-
-``HALVES`` makes a step in two products, of the low and of the high nibbles of its words: the weights of one are made
-while the tensor cores have the other.
 """
 
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.int4_dequantize import dequantize_half, dequantize_tile, row_lengths
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, row_lengths
 from et_cuda_passes.kernels.tiles import (
     add_segments,
     multiply,
@@ -48,7 +45,6 @@ def int4_matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    HALVES: tl.constexpr,
     SLOTS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -86,10 +82,6 @@ def int4_matmul(
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
-    if HALVES:
-        # The first 32 of every 64: what the low nibbles are multiplied with.
-        k = tl.arange(0, BLOCK_K // 2)
-        k = k // 32 * 64 + k % 32
     word = tl.arange(0, BLOCK_K // 8)
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
     group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
@@ -106,7 +98,6 @@ def int4_matmul(
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
             x = tl.load(x_at)  # with no mask: what stands for rows beyond M is not stored
-            x_high = tl.load(x_at + 32) if HALVES else x
         else:
             # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
             blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
@@ -116,17 +107,8 @@ def int4_matmul(
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest[None, :]), other=0.0)
-            x_high = x
-            if HALVES:
-                x_high = tl.load(x_at + 32, mask=in_m[None, :] & ((k // 32 + 1)[:, None] < rest[None, :]), other=0.0)
-        if HALVES:
-            w = dequantize_half(words, scale, zero, False, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
-            sums = multiply(w, x, sums, USE_ASM)
-            w = dequantize_half(words, scale, zero, True, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
-            sums = multiply(w, x_high, sums, USE_ASM)
-        else:
-            w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
-            sums = multiply(w, x, sums, USE_ASM)
+        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
+        sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
         scale_at += GROUPS
         zero_at += GROUPS

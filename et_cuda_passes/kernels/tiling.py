@@ -29,7 +29,6 @@ class Tiling:
         waves: 0, or programs that a multiprocessor holds at once: tiles that do not fill the last wave are cut.
         warps: warps of a program.
         stages: steps whose loads are in flight.
-        products: 1, or 2 where the int4 kernel makes a step in two products, each of half of its weights.
     """
 
     block_m: int
@@ -39,14 +38,12 @@ class Tiling:
     waves: int
     warps: int
     stages: int
-    products: int = 1
 
     def __str__(self) -> str:
         """As in ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
         parts = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
         parts += [f"{self.segments} segments"] * (self.segments > 1)
         parts += ["cut along K"] * (self.waves > 0)
-        parts += ["in halves"] * (self.products > 1)
         return ", ".join(parts)
 
 
@@ -102,8 +99,8 @@ def load_table(path: Path) -> tuple[Tuned, ...]:
         found = {UNBOUNDED if bound == "more" else int(bound): row for bound, row in entry["tilings"].items()}
         if sorted(found) != [*ROWS, UNBOUNDED]:
             raise ValueError(f"{where}: rows {sorted(found)}, where {[*ROWS, 'more']} are needed")
-        if any(len(row) not in (len(names) - 1, len(names)) for row in found.values()):
-            raise ValueError(f"{where}: a tiling is {names}, the last by default 1")
+        if any(len(row) != len(names) for row in found.values()):
+            raise ValueError(f"{where}: a tiling is {names}")
         tilings = {bound: Tiling(*row) for bound, row in found.items()}
         table.append(Tuned(int(entry["n"]), int(entry["k"]), int(entry["group_size"]), tilings))
     return tuple(table)

@@ -15,22 +15,17 @@ import torch.nn.functional as F
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[2]
 
-# rows, N, K, group size, block_m, block_n, block_k, segments, halves, slots, zeros, bias, activation, factor, addend
+# rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias, activation, factor, addend
 CASES = [
-    (1, 16, 64, 32, 8, 16, 64, 1, False, 0, False, False, "", False, False),
-    (3, 40, 96, 32, 8, 16, 64, 2, False, 0, False, False, "silu", False, False),
-    (17, 70, 256, 64, 16, 32, 128, 1, False, 0, True, True, "gelu", False, True),
-    (5, 33, 384, 128, 8, 16, 128, 1, False, 4, True, True, "", True, False),
-    (9, 64, 640, 32, 8, 16, 128, 1, False, 7, False, True, "relu", True, True),
-    (9, 64, 576, 64, 8, 16, 64, 1, False, 5, True, False, "gelu_tanh", False, False),
-    (2, 24, 1152, 32, 8, 16, 128, 4, False, 0, True, True, "", False, False),
-    (20, 130, 192, 32, 16, 32, 64, 1, False, 264, False, False, "", False, True),
-    (7, 17, 448, 64, 8, 16, 64, 4, False, 0, False, False, "silu", True, True),
-    (3, 40, 96, 32, 8, 16, 64, 1, True, 0, False, False, "silu", False, False),
-    (17, 70, 256, 64, 16, 32, 128, 1, True, 0, True, True, "", False, True),
-    (5, 33, 384, 128, 8, 16, 128, 2, True, 0, True, True, "", True, False),
-    (9, 64, 608, 32, 8, 16, 128, 1, True, 7, False, True, "", False, False),
-    (4, 20, 1024, 32, 8, 16, 256, 1, True, 3, True, False, "", False, False),
+    (1, 16, 64, 32, 8, 16, 64, 1, 0, False, False, "", False, False),
+    (3, 40, 96, 32, 8, 16, 64, 2, 0, False, False, "silu", False, False),
+    (17, 70, 256, 64, 16, 32, 128, 1, 0, True, True, "gelu", False, True),
+    (5, 33, 384, 128, 8, 16, 128, 1, 4, True, True, "", True, False),
+    (9, 64, 640, 32, 8, 16, 128, 1, 7, False, True, "relu", True, True),
+    (9, 64, 576, 64, 8, 16, 64, 1, 5, True, False, "gelu_tanh", False, False),
+    (2, 24, 1152, 32, 8, 16, 128, 4, 0, True, True, "", False, False),
+    (20, 130, 192, 32, 16, 32, 64, 1, 264, False, False, "", False, True),
+    (7, 17, 448, 64, 8, 16, 64, 4, 0, False, False, "silu", True, True),
 ]
 
 
@@ -61,7 +56,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     from et_cuda_passes.kernels.tiles import add_parts
     from et_cuda_passes.layouts import mma_tiled
 
-    m, n, k, group, block_m, block_n, block_k, segments, halves, slots, zeros, has_bias, activation, has_f, has_a = case
+    m, n, k, group, block_m, block_n, block_k, segments, slots, zeros, has_bias, activation, has_f, has_a = case
     random = torch.Generator().manual_seed(m * n * k)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random)
     scale = torch.rand(n, k // group, generator=random) * 0.05 + 0.01
@@ -80,13 +75,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     finish = {"HAS_BIAS": has_bias, "ACTIVATION": activation, "HAS_FACTOR": has_f, "HAS_ADDEND": has_a}
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
-    form = {
-        "EVEN_K": even,
-        "HALVES": halves,
-        "HAS_ZERO": qparams.shape[0] == 2,
-        "GROUP_SIZE": group,
-        "SEGMENTS": segments,
-    }
+    form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     others = (bias, factor, addend)
     int4_matmul[(grid,)](
         x, packed, qparams, *others, y, parts, m, n, k // 32, **shape, **form, **finish, USE_ASM=False, WGMMA=False

@@ -96,12 +96,6 @@ def test_a_tiling_that_is_cut_short_is_refused(tmp_path: Path) -> None:
         load_table(_table(tmp_path, **{"8": [16, 64]}))
 
 
-def test_the_last_number_of_a_tiling_is_one_by_default(tmp_path: Path) -> None:
-    (tuned,) = load_table(_table(tmp_path, **{"8": [16, 64, 128, 1, 0, 4, 3, 2]}))
-    assert tuned.tilings[8].products == 2 and "in halves" in str(tuned.tilings[8])
-    assert tuned.tilings[16].products == 1 and "in halves" not in str(tuned.tilings[16])
-
-
 @pytest.mark.parametrize("name", ["sm_90", "default", "sm_90_int8", "default_int8"])
 def test_the_tables_are_whole(name: str) -> None:
     for tuned in load_table(TABLE / f"{name}.json"):
@@ -111,4 +105,3 @@ def test_the_tables_are_whole(name: str) -> None:
             assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, where
             # Cut tiles and segments are two answers to the same question; EVEN_K holds for either alone.
             assert tiling.segments == 1 or tiling.waves == 0, where
-            assert tiling.products in ((1,) if "int8" in name else (1, 2)), where
