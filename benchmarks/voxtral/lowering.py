@@ -22,6 +22,8 @@ from benchmarks.voxtral.weights import build
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernel."""
     default: list[Any] = ecp.default_passes("cuda")
+    if variant.fuse_up_to:
+        default = [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *default]
     if variant.kernel is None:
         return default
     return [

@@ -37,11 +37,20 @@ class FusedLinearInt4(JointRule, LinearInt4):
         drop_activation_quantization: as for ``LinearInt4``.
         kernel: as for ``LinearInt4``.
         cast_to_bf16: as for ``LinearInt4``.
+        max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone, and
+            what follows such a linear (gate's activation, the product with up) can be part of its own kernel.
     """
 
+    max_out_features: int | None = None
     common: ClassVar[tuple[str, ...]] = ("x",)
     before: ClassVar[tuple[str, ...]] = ("linear_int4",)
     partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
+
+    @require("no more out_features than max_out_features", hint="a larger linear fills the device alone")
+    def small(self, m: MatchContext) -> Answer:
+        """What is fused with others loses what its own kernel could do behind it."""
+        n = affine(m).shape[0]
+        return self.max_out_features is None or n <= self.max_out_features, f"{n}"
 
     @require("a weight that only this linear reads", hint="a tied weight is packed once, by LinearInt4")
     def read_once(self, m: MatchContext) -> Answer:

@@ -194,6 +194,15 @@ def test_one_dequantized_weight_with_two_readers_is_not_fused() -> None:
     assert_rewrites(program, passes=PASSES, expect={"linear_int4": 3, "fused_linear_int4": 0})
 
 
+def test_large_linears_are_left_to_the_rule_behind(block: ExportedProgram) -> None:
+    fused = ecp.FusedLinearInt4(max_out_features=64)
+    _, report = ecp.rewrite(block, "cuda", [fused, ecp.LinearInt4()])
+    counts = report.counts()
+    # gate and up have 100 rows each.
+    assert (counts["fused_linear_int4"], counts["linear_int4"], counts["missed"]) == (3, 4, 0)
+    assert_misses(block, "wanted no more out_features than max_out_features, found 100", passes=[fused])
+
+
 def test_a_computed_bias_is_not_fused() -> None:
     sketch = Sketch()
     x, bias = sketch.input("x", 2, 64, dtype=BF16), sketch.input("bias", 16, dtype=BF16)
