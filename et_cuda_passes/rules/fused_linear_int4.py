@@ -37,8 +37,8 @@ class FusedLinearInt4(JointRule, LinearInt4):
         drop_activation_quantization: as for ``LinearInt4``.
         kernel: as for ``LinearInt4``.
         cast_to_bf16: as for ``LinearInt4``.
-        max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone, and
-            what follows such a linear (gate's activation, the product with up) can be part of its own kernel.
+        max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone,
+            and what follows such a linear (gate's activation, the product with up) can be part of its own kernel.
     """
 
     max_out_features: int | None = None

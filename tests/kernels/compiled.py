@@ -3,6 +3,7 @@
 import re
 import subprocess
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -148,13 +149,12 @@ def overwritten_operands(code: list[tuple[int, str]]) -> list[str]:
 def waits_between_products(code: list[tuple[int, str]]) -> int:
     """How many products of a step wait until the one before them is done.
 
-    ptxas does that to all of them, with a warning that nobody sees, where it can't prove what happens to their registers
-    on every way through the kernel.
+    ptxas does that to all of them, with a warning that nobody sees, where it can't prove what happens to their
+    registers on every way through the kernel.
     """
     products = [index for index, (_, text) in enumerate(code) if text.startswith("HGMMA")]
-    pairs = zip(products, products[1:], strict=False)
     waits = [re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0").match(text) for _, text in code]
-    return sum(any(waits[first:second]) for first, second in pairs)
+    return sum(any(waits[first:second]) for first, second in pairwise(products))
 
 
 def tilings_of(name: str) -> list[Tiling]:
