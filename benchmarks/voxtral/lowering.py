@@ -17,6 +17,7 @@ from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.programs import export
 from benchmarks.voxtral.variants import Variant
 from benchmarks.voxtral.weights import build
+from et_cuda_passes.graph.collector import rare_collector
 
 
 def passes(variant: Variant) -> list[Any]:
@@ -77,7 +78,7 @@ def lower(variant: Variant, dimensions: Dimensions, folder: Path, device: str) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     by_method = partitioners(variant, dimensions)
-    with torch.no_grad():
+    with torch.no_grad(), rare_collector():
         edge = to_edge_transform_and_lower(programs, partitioner=by_method)
         lap("lower")
         lowered = edge.to_executorch()

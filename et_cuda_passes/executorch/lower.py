@@ -13,6 +13,8 @@ import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
 
+from et_cuda_passes.graph.collector import rare_collector
+
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
 
@@ -113,7 +115,7 @@ def _xnnpack(program: ExportedProgram, folder: Path, stem: str, progress: Progre
 def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: str, progress: Progress) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
-    with torch.no_grad():
+    with torch.no_grad(), rare_collector():
         progress("lowering with ExecuTorch")
         edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
         progress("serializing")
@@ -132,5 +134,5 @@ def _cpu(program: ExportedProgram, folder: Path, stem: str, progress: Progress) 
     from torch._inductor import aoti_compile_and_package
 
     progress("compiling with AOTInductor")
-    with torch.no_grad():
+    with torch.no_grad(), rare_collector():
         aoti_compile_and_package(program, package_path=str(folder / f"{stem}.pt2"))
