@@ -1,7 +1,8 @@
 """Rows of a quantized table, dequantized after they are looked up: only those that are asked for.
 
 - ``int4_embedding_<layout>(ids, packed, scale_and_zero, group_size, in_features, dtype)``: rows of
-  ``(q - 8) * scale + zero``, read from the packed weight of an int4 linear: a table tied to one is held once;
+  ``(q - 8) * scale + zero`` (metal: ``q * scale + zero``), read from the packed weight of an int4 linear: a table tied
+  to one is held once;
 - ``int8_embedding(ids, packed, scale, zero, group_size, dtype)``: rows of ``packed * scale + zero``, with the
   constants of ``int8_linear``.
 
@@ -44,6 +45,12 @@ def _mps_rows(ids: Tensor, packed: Tensor) -> Tensor:
     return torch.stack((row & 15, row >> 4), dim=-1).flatten(-2)
 
 
+def _metal_rows(ids: Tensor, packed: Tensor) -> Tensor:
+    """The same bytes in their own shape, [N, K / 2]."""
+    row = F.embedding(ids, packed)
+    return torch.stack((row & 15, row >> 4), dim=-1).flatten(-2)
+
+
 def _mma_tiled_rows(ids: Tensor, packed: Tensor) -> Tensor:
     """A row is the words [K / 64, 8]; bits 4 p and up of word w of a block are its weight 8 p + w."""
     row = F.embedding(ids, packed).unflatten(-1, (-1, 8, 1))
@@ -54,7 +61,7 @@ def _mma_tiled_rows(ids: Tensor, packed: Tensor) -> Tensor:
 
 def _pairs(layout: str, ids: Tensor, qparams: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Scale and zero of each row and group, fp32 [*ids.shape, groups, 1]."""
-    if layout == "mma_tiled":
+    if layout in ("mma_tiled", "metal"):
         scale = F.embedding(ids, qparams[0])[..., :groups]
         zero = F.embedding(ids, qparams[1])[..., :groups] if qparams.shape[0] == 2 else torch.zeros_like(scale)
     else:
@@ -66,6 +73,7 @@ _ROWS: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mma_tiled": _mma_tiled_rows,
     "tile_packed_to_4d": _tile_packed_rows,
     "mps": _mps_rows,
+    "metal": _metal_rows,
 }
 
 
@@ -85,8 +93,9 @@ def _int4(layout: str) -> torch._ops.OpOverload:
 
     def compute(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
         scale, zero = _pairs(layout, ids, qparams, k // group_size)
-        q = (rows_of(ids, packed)[..., :k].float() - 8).unflatten(-1, (-1, group_size))
-        row: Tensor = q * scale + zero
+        # Metal's zero is that of q * scale + zero.
+        q = rows_of(ids, packed)[..., :k].float() - (0 if layout == "metal" else 8)
+        row: Tensor = q.unflatten(-1, (-1, group_size)) * scale + zero
         return row.flatten(-2).to(dtype)
 
     def fake(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -94,7 +103,7 @@ def _int4(layout: str) -> torch._ops.OpOverload:
         if layout == "mma_tiled":
             fits = weights == rows * -(-k // 64) * 64 and qparams.shape[2] * group_size >= k
         else:
-            fits = weights == rows * k and qparams.shape[0] * group_size == k
+            fits = weights == rows * k and qparams.shape[2 if layout == "metal" else 0] * group_size == k
         if not fits:
             raise ValueError(
                 f"{name}: {weights} packed weights, scale_and_zero {tuple(qparams.shape)}, group_size {group_size} and "

@@ -68,13 +68,14 @@ def test_what_each_target_runs() -> None:
             linears = ["linear_int4", "conv_int4"]
         experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4", "einsum_int4"]
         assert (get_target(name).int4_experts is None) == (name == "metal")
-        tables = [] if name == "metal" else ["embedding_int4", "embedding_int8"]
+        tables = ["embedding_int4", "embedding_int8"]
         epilogue = ["int4_activation", "int4_combine", "unmasked_attention"] if name == "cuda" else []
         assert [p.name for p in ecp.default_passes(name)] == [*linears, *experts, *tables, "linear_views", *epilogue]
     assert get_target("cuda").int4_experts is get_target("cuda").int4_kernels[0]
     assert get_target("cpu").int4_experts is get_target("cpu").int4_kernels[0]
     # What a table tied to a linear is packed as.
-    assert get_target("cuda").int4_table is get_target("cuda").int4_kernels[0]
+    for name in ("cuda", "metal"):
+        assert get_target(name).int4_table is get_target(name).int4_kernels[0]
     assert [p.name for p in ecp.default_passes("xnnpack")][-2:] == ["quantized_embedding", "fold_dequantize"]
 
 
