@@ -74,7 +74,7 @@ def launch(
     given = {"bias_ptr": epilogue.bias, "factor_ptr": epilogue.factor, "addend_ptr": epilogue.addend}
     common: dict[str, Any] = {name: qparams if tensor is None else tensor for name, tensor in given.items()}
     common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
-    common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation}
+    common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
     common |= {"M": m, "N": n, "K32": k // 32}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
     arguments = {
@@ -86,7 +86,6 @@ def launch(
         "GROUP_SIZE": group_size,
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,
-        "USE_ASM": True,
         "WGMMA": wgmma,
     }
     return product(int4_matmul, y, parts, tiling, programs, flag, arguments, common, f"{m} {n} {k}")

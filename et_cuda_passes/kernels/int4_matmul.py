@@ -135,4 +135,5 @@ def int4_matmul(
         ACTIVATION,
         HAS_FACTOR,
         HAS_ADDEND,
+        USE_ASM,
     )

@@ -57,7 +57,7 @@ def launch(
     programs = wave(tiling, m, n, k, processors)
     # A pointer that is not read still has to be one.
     common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
-    common |= {"M": m, "N": n, "SLOTS": programs.slots}
+    common |= {"M": m, "N": n, "SLOTS": programs.slots, "USE_ASM": True}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
     unit = min(k & -k, MOST_UNIT)
     grouped = group_size if group_size != k else 0
@@ -74,7 +74,6 @@ def launch(
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "PAIRS": grouped > 0 and k // group_size % 2 == 0,
         "HAS_ZERO": zero is not None,
-        "USE_ASM": True,
         "WGMMA": wgmma,
     }
     adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}

@@ -169,4 +169,5 @@ def int8_matmul(
         "",
         False,
         False,
+        USE_ASM,
     )

@@ -101,6 +101,7 @@ def store_tile(
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    USE_ASM: tl.constexpr,
 ):
     """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between."""
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -108,7 +109,7 @@ def store_tile(
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -130,6 +131,7 @@ def add_parts(
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    USE_ASM: tl.constexpr,
     HEIGHT: tl.constexpr,
     SALT: tl.constexpr,
 ):
@@ -158,5 +160,5 @@ def add_parts(
         part += BLOCK_M * BLOCK_N
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND)
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.kernels.tiling import HOPPER, OTHER, Tiling
 from tests.kernels.compiled import (
     check_for_others,
@@ -51,6 +52,12 @@ ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
 )
 def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path: Path) -> None:
     assert overwritten_operands(machine_code(matmul(ONE, 90, **others), tmp_path)) == []
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("tiling", [Tiling(256, 128, 64, 1, 0, 8, 4), Tiling(128, 64, 128, 1, 1, 4, 3)], ids=str)
+def test_an_activation_spills_nothing(activation: str, tiling: Tiling, tmp_path: Path) -> None:
+    code_for_hopper(matmul(tiling, 90, ACTIVATION=activation), tiling, tmp_path)
 
 
 def _loop(*body: str) -> list[tuple[int, str]]:

@@ -13,6 +13,18 @@ import torch
 import torch.nn.functional as F
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from et_cuda_passes.kernels.epilogue import activate
+
+    @triton.jit
+    def activated(x_ptr, y_ptr, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
+        at = tl.arange(0, SIZE)
+        tl.store(y_ptr + at, activate(tl.load(x_ptr + at), ACTIVATION, False))
+
+
 ROOT = Path(__file__).parents[2]
 
 # rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias, activation, factor, addend
@@ -35,7 +47,7 @@ def test_the_kernels_in_the_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{2 * len(CASES)} passed" in done.stdout
+    assert f"{2 * len(CASES) + len(ACTIVATE) - 1} passed" in done.stdout
 
 
 ACTIVATE = {
@@ -73,13 +85,12 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
         grid = tiles - rest + rest * min(slots // max(rest, 1), steps)
         parts = torch.full((slots, block_m, block_n), float("nan"))
     finish = {"HAS_BIAS": has_bias, "ACTIVATION": activation, "HAS_FACTOR": has_f, "HAS_ADDEND": has_a}
+    finish["USE_ASM"] = False
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
     form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     others = (bias, factor, addend)
-    int4_matmul[(grid,)](
-        x, packed, qparams, *others, y, parts, m, n, k // 32, **shape, **form, **finish, USE_ASM=False, WGMMA=False
-    )
+    int4_matmul[(grid,)](x, packed, qparams, *others, y, parts, m, n, k // 32, **shape, **form, **finish, WGMMA=False)
     if rest:
         add_parts[(rest, block_m // 8)](parts, *others, y, m, n, k // 32, **shape, **finish, HEIGHT=8)
 
@@ -88,3 +99,20 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
     wanted = ACTIVATE[activation](wanted) * (factor.double() if has_f else 1) + (addend.double() if has_a else 0)
     assert ((y.double() - wanted).norm() / wanted.norm()).item() < most
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("activation", [name for name in ACTIVATE if name])
+def test_an_activation_at_every_size(activation: str) -> None:
+    x = torch.cat([torch.linspace(-40, 40, 8188), torch.tensor([1e30, -1e30, float("inf"), float("nan")])])
+    y = torch.full_like(x, 7.0)
+    activated[(1,)](x, y, activation, x.numel())
+    *_, large, small, infinite, not_a_number = y.tolist()
+    assert (large, abs(small), infinite) == (x[-4].item(), 0.0, float("inf")) and not_a_number != not_a_number
+    # gelu by erfc: with 1 + erf there is nothing left of it below -6 even in fp64's reference.
+    exact = {"gelu": lambda t: t * torch.special.erfc(-t * 0.5**0.5) / 2}.get(activation, ACTIVATE[activation])
+    got, wanted = y[:-4].double(), exact(x[:-4].double())
+    off = (got - wanted).abs()
+    assert off.max() < 4e-7 * 40 / 8 and bool((off <= 2e-6 * wanted.abs() + 3e-7).all())
+    near = x[:-4].abs() < 5
+    assert bool((off[near] <= 2e-3 * wanted[near].abs() + 1e-12).all())
