@@ -311,7 +311,7 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
     in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
     if read.kind == "lookup":
         # Tables of 5 to 8 bits, and others that are held as such, have conditions of their own.
-        return False if plan.target == "metal" else (int4 and in_dtype) or None
+        return (int4 and in_dtype) or None
     # Up to 8 bits and groups of 16: all that is drawn.
     int8 = plan.target == "cuda"
     if not (int4 or int8) or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
