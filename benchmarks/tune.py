@@ -53,7 +53,7 @@ def candidates(bound: int) -> list[Tiling]:
         found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)] + [Tiling(bound, 16, 128, 4, 0, 4, 3)]
         return [*found, *(Tiling(bound, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
     # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
-    shapes = [((256, 128, 64, 8, 4), 1), ((128, 128, 64, 8, 4), 1), ((128, 64, 128, 4, 3), 2)]
+    shapes = [((256, 128, 64, 8, 4), 1), ((128, 128, 64, 8, 4), 2), ((128, 64, 128, 4, 3), 2)]
     if bound > 512:
         shapes += [((256, 128, 64, 8, 5), 1)]
     else:
