@@ -16,6 +16,9 @@ EXAMPLES = int(os.environ.get("GENERATED", "200"))
 # Three layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
 # a weight folded to what it was, the order of additions is all that differs.
 RTOL = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-15}
+# tanh makes a norm of tens one of units, and leaves the error of what is near 0: the original in bf16 is then off by up to
+# 1.5e-2 itself, and the rewritten, which rounds elsewhere, by no more, in another direction.
+TANH = 2.0
 
 
 def saved(program: ExportedProgram) -> bytes:
@@ -35,7 +38,7 @@ def test_every_model_keeps_its_meaning_and_the_house_its_word(plan: Plan) -> Non
     passes = ecp.default_passes(plan.target)
     if plan.fused and plan.target != "xnnpack":
         passes = [ecp.FusedLinearInt4(), *passes]
-    rtol = RTOL[plan.dtype]
+    rtol = RTOL[plan.dtype] * (TANH if any(step.after == "tanh" for step in plan.steps) else 1.0)
     # Runs both programs, looks that the input is unchanged and that a second rewrite changes nothing.
     rewritten, report = assert_rewrites(program, plan.target, passes, {}, (example(plan),), rtol)
 
