@@ -16,8 +16,8 @@ EXAMPLES = int(os.environ.get("GENERATED", "200"))
 # Three layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
 # a weight folded to what it was, the order of additions is all that differs.
 RTOL = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-15}
-# tanh makes a norm of tens one of units, and leaves the error of what is near 0: the original in bf16 is then off by up to
-# 1.5e-2 itself, and the rewritten, which rounds elsewhere, by no more, in another direction.
+# tanh makes a norm of tens one of units, and leaves the error of what is near 0: the original in bf16 is then off by up
+# to 1.5e-2 itself, and the rewritten, which rounds elsewhere, by no more, in another direction.
 TANH = 2.0
 
 
