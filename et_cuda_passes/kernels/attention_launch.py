@@ -1,18 +1,20 @@
-"""The blocks in which attention is computed, and its launches: one for many rows, one for few.
+"""The blocks in which attention is computed, by the GPU, the head dimension and the rows, and the launch.
 
-As for the linears, a number of rows that is known picks its launch now, and one that is not is a branch at run time.
+A number of rows that is not known has the blocks for many: of a second launch for few, Inductor would write copies of
+q, k and v where they are computed in place.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import SymInt, Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.attention import attention as kernel
-from et_cuda_passes.kernels.launching import flagged, gpu_of, within
-from et_cuda_passes.kernels.tiling import HOPPER, UNBOUNDED, Family
+from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.tiling import HOPPER, Family
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 FEW_ROWS = 64
@@ -44,42 +46,30 @@ _OTHER = {
 }
 
 
-def blocks(gpu: Family, head_dim: int) -> dict[int, Blocks]:
-    """The blocks for a head dimension of :data:`HEAD_DIMS`, by the most rows that each serves."""
+def blocks(gpu: Family, head_dim: int, rows: int | SymInt) -> Blocks:
+    """The blocks for a head dimension of :data:`HEAD_DIMS` and a number of rows, known or not."""
     table = _HOPPER if gpu == HOPPER else _OTHER
     few, many = table[min(bound for bound in table if head_dim <= bound)]
-    return {UNBOUNDED: many} if few == many else {FEW_ROWS: few, UNBOUNDED: many}
+    return few if statically_known_true(rows <= FEW_ROWS) else many
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
     """Attention without a mask on CUDA, of contiguous bf16 or fp16 tensors; see :mod:`et_cuda_passes.ops.attention`."""
-    rows = q.shape[3 - head_axes[0]]
     gpu, _ = gpu_of(q.device)
-    heads = q.shape[head_axes[0]]
-    sizes = (heads, rows) if head_axes[3] == 1 else (rows, heads)
-    y = q.new_empty((q.shape[0], *sizes, q.shape[3]))
-    for flag, chosen in flagged(rows, within(rows, blocks(gpu, q.shape[3]))):
-        y = launch(q, k, v, y, scale, head_axes, chosen, flag)
-    return y
+    rows = q.shape[3 - head_axes[0]]
+    return launch(q, k, v, scale, head_axes, blocks(gpu, q.shape[3], rows))
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    scale: float,
-    head_axes: Sequence[int],
-    chosen: Blocks,
-    flag: int | SymInt = 1,
-) -> Tensor:
-    """Launch one choice of blocks over a grid multiplied by ``flag``, 0 or 1: y, as it is then."""
+def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], chosen: Blocks) -> Tensor:
+    """:func:`attention` in one choice of blocks."""
     batch, heads, rows = q.shape[0], q.shape[head_axes[0]], q.shape[3 - head_axes[0]]
     length = k.shape[3 - head_axes[1]]
-    grid = batch * heads * -(-rows // chosen.block_m) * flag
-    tensors: Mapping[str, Tensor] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "y_ptr": y}
+    y = q.new_empty((batch, *((heads, rows) if head_axes[3] == 1 else (rows, heads)), q.shape[3]))
     arguments = {
-        **tensors,
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "y_ptr": y,
         "M": rows,
         "L": length,
         "BLOCK_M": chosen.block_m,
@@ -97,5 +87,6 @@ def launch(
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
     }
-    (y,) = known_writes.launch(kernel, (grid,), arguments, ["y_ptr"], f"{batch} {rows} {length}")
+    grid = (batch * heads * -(-rows // chosen.block_m),)
+    (y,) = known_writes.launch(kernel, grid, arguments, ["y_ptr"], f"{batch} {rows} {length}")
     return y

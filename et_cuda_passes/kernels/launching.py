@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import SymInt, Tensor
@@ -15,9 +15,6 @@ from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Famil
 
 ADDED_ROWS = 8
 """Rows of a cut tile that one program of ``add_parts`` sums."""
-
-Form = TypeVar("Form")
-"""How a kernel is launched for a bucket of rows."""
 
 
 def gpu_of(device: torch.device) -> tuple[Family, int]:
@@ -40,18 +37,13 @@ def possible(
     """The buckets of rows that ``m`` can be in: one, if it is known, else those that end at ``bounds``."""
     if isinstance(m, int):
         return {UNBOUNDED: tiling_for(gpu, n, k, group_size, m, bits)}
-    return within(m, tilings(gpu, n, k, group_size, bounds, bits))
-
-
-def within(m: int | SymInt, buckets: Mapping[int, Form]) -> dict[int, Form]:
-    """Those of ``buckets``, by the most rows of each, that ``m`` can be in."""
-    found: dict[int, Form] = {}
-    for bound, form in buckets.items():
-        if found or not statically_known_true(m > bound):
-            found[bound] = form
+    buckets: dict[int, Tiling] = {}
+    for bound, tiling in tilings(gpu, n, k, group_size, bounds, bits).items():
+        if buckets or not statically_known_true(m > bound):
+            buckets[bound] = tiling
         if statically_known_true(m <= bound):
             break
-    return found
+    return buckets
 
 
 def inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
@@ -62,11 +54,11 @@ def inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
     return flag
 
 
-def flagged(m: int | SymInt, buckets: Mapping[int, Form]) -> Iterator[tuple[int | SymInt, Form]]:
-    """Each bucket's form, with 1 if ``m`` is in the bucket, else 0: what its launch multiplies its grid by."""
+def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[int | SymInt, Tiling]]:
+    """Each bucket's tiling, with 1 if ``m`` is in the bucket, else 0: what its launch multiplies its grid by."""
     first = 0
-    for bound, form in buckets.items():
-        yield 1 if len(buckets) == 1 else inside(m, first, bound), form
+    for bound, tiling in buckets.items():
+        yield 1 if len(buckets) == 1 else inside(m, first, bound), tiling
         first = bound + 1
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from et_cuda_passes.kernels.attention import attention
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, Blocks, blocks
-from et_cuda_passes.kernels.tiling import HOPPER, OTHER, UNBOUNDED
+from et_cuda_passes.kernels.tiling import HOPPER, OTHER
 from tests.kernels.compiled import check_for_others, compiled, machine_code, overwritten_operands, resources
 
 
@@ -50,10 +50,10 @@ def check_for_hopper(kernel: Any, folder: Path) -> None:
     assert all(re.search(r"LDGSTS\S*\.(64|128)\b", text) for text in loads)
 
 
-@pytest.mark.parametrize("bound", [FEW_ROWS, UNBOUNDED])
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_hopper(head_dim: int, bound: int, tmp_path: Path) -> None:
-    check_for_hopper(built(blocks(HOPPER, head_dim)[bound], head_dim, 90), tmp_path)
+def test_hopper(head_dim: int, rows: int, tmp_path: Path) -> None:
+    check_for_hopper(built(blocks(HOPPER, head_dim, rows), head_dim, 90), tmp_path)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -67,16 +67,20 @@ def test_hopper(head_dim: int, bound: int, tmp_path: Path) -> None:
     ids=str,
 )
 def test_every_form_on_hopper(others: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
-    check_for_hopper(built(blocks(HOPPER, head_dim)[UNBOUNDED], head_dim, 90, **others), tmp_path)
+    check_for_hopper(built(blocks(HOPPER, head_dim, 1500), head_dim, 90, **others), tmp_path)
 
 
 @pytest.mark.parametrize("arch", [80, 120])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_other_gpus(head_dim: int, arch: int, tmp_path: Path) -> None:
-    for chosen in blocks(OTHER, head_dim).values():
+    for chosen in {blocks(OTHER, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
         check_for_others(built(chosen, head_dim, arch), tmp_path)
 
 
-def test_the_blocks_by_rows() -> None:
-    assert list(blocks(HOPPER, 64)) == [FEW_ROWS, UNBOUNDED]
-    assert list(blocks(OTHER, 256)) == [UNBOUNDED]  # one choice for all
+@pytest.mark.parametrize("ones", [{"M": 1}, {"L": 1}, {"M": 1, "L": 1}], ids=str)
+def test_a_length_of_1_which_triton_makes_a_constant(ones: dict[str, int], tmp_path: Path) -> None:
+    kernel = built(blocks(HOPPER, 64, 1), 64, 90, **ones)
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    # Of one key there is no loop: two products, of four instructions each.
+    products = [text for _, text in machine_code(kernel, tmp_path) if text.startswith("HGMMA")]
+    assert len(products) == (8 if "L" in ones else 16)

@@ -79,7 +79,7 @@ def test_a_known_length_is_one_launch_that_writes_to_its_result() -> None:
     assert launch.kwargs["tensors_to_clone"] == found_written(launch) == ["y_ptr"]
     assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     given = passed(launch)
-    many = [*blocks(HOPPER, 64).values()][-1]
+    many = blocks(HOPPER, 64, 1500)
     wanted = {"M": 1500, "L": 1500, "D": 64, "HEADS": 20, "KV_HEADS": 20, "BLOCK_M": many.block_m, "NEGATED": False}
     assert {name: given[name] for name in wanted} == wanted
     assert given["SCALE"] == pytest.approx(0.125 * 1.442695040888963, rel=1e-12)
@@ -90,7 +90,8 @@ def test_a_known_length_is_one_launch_that_writes_to_its_result() -> None:
 
 
 def test_few_rows_have_blocks_of_their_own() -> None:
-    few, many = blocks(HOPPER, 128).values()
+    few, many = blocks(HOPPER, 128, 1), blocks(HOPPER, 128, 300)
+    assert few.block_m < many.block_m
     for rows, chosen in ((1, few), (FEW_ROWS, few), (FEW_ROWS + 1, many)):
         graph, *_ = traced(Attention([1, 1, 1, 2], -0.5), (2, 32, rows, 128), *[(2, 8, 300, 128)] * 2)
         (launch,) = launches(graph)
@@ -104,24 +105,18 @@ def test_few_rows_have_blocks_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [(2,), (0, 2), (0,)])
-def test_what_is_not_known_costs_no_guard(dynamic: tuple[int, ...]) -> None:
+def test_what_is_not_known_is_one_launch_and_costs_no_guard(dynamic: tuple[int, ...]) -> None:
     graph, _, env = traced(Attention([1, 1, 1, 1]), (3, 4, 50, 64), *[(3, 2, 70, 64)] * 2, dynamic=dynamic)
     assert env.guards == []
-    assert len(launches(graph)) == (2 if 2 in dynamic else 1)
-    for node in launches(graph):
-        assert isinstance(next(iter(node.kwargs["grid"][0])), torch.fx.Node)
-
-
-def test_the_launches_of_an_unknown_length_are_exclusive() -> None:
-    graph, _, env = traced(Attention([1, 1, 1, 1]), (3, 4, 50, 64), *[(3, 4, 70, 64)] * 2, dynamic=(2,))
-    few, many = blocks(HOPPER, 64).values()
-    (symbol,) = {s for s in env.var_to_range if str(s) in str(launches(graph)[0].kwargs["kwargs"]["M"].meta["val"])}
-    for rows in (1, 2, 63, 64, 65, 127, 128, 129, 1500):
-        grids = [next(iter(node.kwargs["grid"][0])).meta["val"].node.expr for node in launches(graph)]
-        counts = [int(grid.subs(symbol, rows).doit()) for grid in grids]
-        chosen = few if rows <= FEW_ROWS else many
-        assert counts[rows > FEW_ROWS] == 12 * -(-rows // chosen.block_m)
-        assert counts[rows <= FEW_ROWS] == 0
+    (launch,) = launches(graph)
+    chosen = blocks(HOPPER, 64, 300 if 2 in dynamic else 50)
+    assert passed(launch)["BLOCK_M"] == chosen.block_m
+    programs = next(iter(launch.kwargs["grid"][0])).meta["val"].node.expr
+    batch, rows = (node.meta["val"].shape[axis] for node in graph.nodes if node.name == "arg0_1" for axis in (0, 2))
+    for b, m in ((1, 1), (3, 50), (2, 127), (2, 128), (5, 129), (1, 1500)):
+        sizes = {s.node.expr: n for s, n in ((batch, b), (rows, m)) if isinstance(s, torch.SymInt)}
+        b, m = b if 0 in dynamic else 3, m if 2 in dynamic else 50
+        assert int(programs.subs(sizes).doit()) == b * 4 * -(-m // chosen.block_m)
 
 
 def test_what_is_not_contiguous_is_copied() -> None:
