@@ -44,12 +44,18 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return (powers / powers.sum(-1, keepdim=True)) @ v
 
 
+def before_nan(tensor: Tensor) -> Tensor:
+    """A contiguous copy with NaN behind its end in memory."""
+    memory = torch.full((tensor.numel() + 2**15,), float("nan"), dtype=tensor.dtype)
+    return memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
 def computed(q: Tensor, k: Tensor, v: Tensor, scale: float, axes: tuple[int, ...] = (1, 1, 1, 1)) -> Tensor:
     """By the kernel, its result set to NaN before; [B, heads, rows, D]."""
     from et_cuda_passes.kernels.attention import attention
 
     (batch, heads, rows, d), (_, kv_heads, keys, _) = q.shape, k.shape
-    given = [t if at == 1 else t.transpose(1, 2).contiguous() for t, at in zip((q, k, v), axes, strict=False)]
+    given = [before_nan(t if at == 1 else t.transpose(1, 2)) for t, at in zip((q, k, v), axes, strict=False)]
     y = torch.full((batch, *((heads, rows) if axes[3] == 1 else (rows, heads)), d), float("nan"), dtype=q.dtype)
     names = ("Q_ROWS_FIRST", "K_ROWS_FIRST", "V_ROWS_FIRST", "Y_ROWS_FIRST")
     attention[(batch * heads * -(-rows // BLOCK_M),)](
