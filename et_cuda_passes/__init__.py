@@ -10,6 +10,7 @@ from et_cuda_passes.graph.driver import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
+from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
+    "AttentionViews",
     "BmmInt4",
     "ChosenExpertsInt4",
     "ConvInt4",

@@ -1,11 +1,15 @@
-"""attention(q, k, v) -> attention(q, k, v, mask of ones), for ExecuTorch's CUDA backend
+"""attention(q, k, v) -> attention(q, k, v, mask of ones), or our own operator, for ExecuTorch's CUDA backend
 
 The backend computes attention with a Triton kernel of its own. Where the head dimension is a power of two, that kernel
 (executorch 1.5, ``backends/cuda/triton/kernels/sdpa.py``) takes keys in blocks of up to 128, and gives the places of
 the last block that no key fills the score 0, not minus infinity: without a mask, the outputs are too small by whatever
 weight those places get. A mask, even one that hides nothing, is compared with the number of keys, and excludes them.
+
+Reading a mask costs time. ``kernel="triton"`` calls the operator of :mod:`et_cuda_passes.ops.attention` instead, which
+needs none.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,18 +19,38 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.kernels.attention_launch import HEAD_DIMS
+from et_cuda_passes.ops import ATTENTION as OURS
+from et_cuda_passes.ops import ATTENTION_DTYPES
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+KERNELS = ("backend", "triton")
 _BLOCK = 128
+
+
+def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    return statically_known_true(a == b)
 
 
 @dataclass(frozen=True)
 class UnmaskedAttention(Rule):
-    """attention(q, k, v) -> attention(q, k, v, mask of ones)"""
+    """attention(q, k, v) -> attention(q, k, v, mask of ones), or our own operator
+
+    Attributes:
+        kernel: "backend", the one that ExecuTorch's backend has, which needs a mask where keys fill no whole block; or
+            "triton", ours, for any number of keys. It has bf16 and fp16, head dimensions from 16 to 256, key heads that
+            divide the others, and no dropout; what it lacks is left to the backend's, with the mask.
+    """
+
+    kernel: str = "backend"
+
+    def __post_init__(self) -> None:
+        if self.kernel not in KERNELS:
+            raise ValueError(f"there is no attention kernel {self.kernel!r}; there is: {', '.join(KERNELS)}")
 
     def pattern(self, q: Capture, k: Capture, v: Capture) -> Pattern:
         """Attention, whatever else it is given."""
@@ -49,13 +73,30 @@ class UnmaskedAttention(Rule):
 
     @require(f"a number of keys that is not a multiple of {_BLOCK}, or not known to be")
     def ragged(self, m: MatchContext) -> Answer:
-        """Whole blocks need no mask."""
+        """Whole blocks need no mask. Our kernel takes them as well."""
         keys = m.val(m.k).shape[-2]
-        return not statically_known_true(keys % _BLOCK == 0), f"{keys} keys"
+        return self._is_ours(m) or not statically_known_true(keys % _BLOCK == 0), f"{keys} keys"
+
+    def _is_ours(self, m: MatchContext) -> bool:
+        """Whether our kernel is asked for and has this: nothing dropped or broadcast, and numbers of heads known."""
+        q, k, v = (m.val(node) for node in (m.q, m.k, m.v))
+        given = arguments(m.root)
+        if self.kernel != "triton" or given["dropout_p"] or not q.dim() == k.dim() == v.dim() == 4:
+            return False
+        if not q.dtype == k.dtype == v.dtype or q.dtype not in ATTENTION_DTYPES or q.shape[3] not in HEAD_DIMS:
+            return False
+        heads, kv_heads = q.shape[1], k.shape[1]
+        if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0:
+            return False
+        shared = heads == kv_heads or (given["enable_gqa"] and heads % kv_heads == 0)
+        alike = all(_same(a, b) for a, b in zip(k.shape, v.shape, strict=True))
+        return shared and alike and _same(q.shape[0], k.shape[0]) and _same(q.shape[3], k.shape[3])
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
-        """The same attention, with a mask [batch, 1, rows, keys] of ones."""
+        """The same attention: with a mask [batch, 1, rows, keys] of ones, or by our operator."""
         given = arguments(m.root)
+        if self._is_ours(m):
+            return self._ours(b, m, given)
         q = m.val(m.q)
         sizes = [self._size(b, m.q, 0), 1, self._size(b, m.q, 2), self._size(b, m.k, 2)]
         mask = b.call(aten.full.default, sizes, True, dtype=torch.bool, device=q.device, pin_memory=False)
@@ -63,7 +104,25 @@ class UnmaskedAttention(Rule):
         return b.call(ATTENTION, m.q, m.k, m.v, mask, given["dropout_p"], **rest)
 
     @staticmethod
+    def _ours(b: Builder, m: MatchContext, given: Mapping[str, Any]) -> Node:
+        scale = given["scale"]
+        if scale is None:
+            scale = m.val(m.q).shape[3] ** -0.5
+        read = [_before_transposition(m, node) for node in (m.q, m.k, m.v)]
+        return b.call(OURS, *(node for node, _ in read), float(scale), [*(at for _, at in read), 1])
+
+    @staticmethod
     def _size(b: Builder, node: Any, dim: int) -> int | Node:
         """The size of an axis: a number, or the node that computes it."""
         size = node.meta["val"].shape[dim]
         return size if isinstance(size, int) else b.call(aten.sym_size.int, node, dim)
+
+
+def _before_transposition(m: MatchContext, node: Node) -> tuple[Node, int]:
+    """What ``node`` [B, heads, rows, D] is the transposition of, and 2, the axis of the heads there; or it, and 1."""
+    given = list(arguments(node).values())
+    swapped = called(node) is aten.transpose.int and {given[1] % 4, given[2] % 4} == {1, 2}
+    swapped |= called(node) is aten.permute.default and [dim % 4 for dim in given[1]] == [0, 2, 1, 3]
+    if not swapped or node in m.program.written or given[0] in m.program.written:
+        return node, 1
+    return given[0], 2

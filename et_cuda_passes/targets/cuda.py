@@ -4,6 +4,7 @@ import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -71,5 +72,6 @@ CUDA = Target(
         Int4Activation(),
         Int4Combine(),
         UnmaskedAttention(),
+        AttentionViews(),
     ],
 )

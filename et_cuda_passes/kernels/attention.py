@@ -1,0 +1,117 @@
+"""The Triton kernel of attention without a mask: a softmax over keys that is corrected as larger scores come up.
+
+``y[m] = sum over n of softmax(scale * q[m] . k[n]) v[n]``, over blocks of keys. A row's running maximum is what its
+exponentials are relative to; where a block raises it, the sums so far are multiplied by what that changes (Milakov and
+Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). Scores are never in
+memory.
+
+The last block, which the keys may not fill, is the first that is computed, so that nothing in the loop over the others
+is masked. Powers are of two, log2 e being part of the scale: what the GPU's instruction computes.
+"""
+
+import triton
+import triton.language as tl
+
+from et_cuda_passes.kernels.tiles import multiply
+
+
+@triton.jit
+def sequence(ptr, batch, head, length, HEADS: tl.constexpr, ROWS_FIRST: tl.constexpr, D: tl.constexpr):
+    """Where one head of one batch begins in [B, length, HEADS, D] if ROWS_FIRST, else [B, HEADS, length, D]."""
+    at = batch.to(tl.int64) * length * (HEADS * D)
+    at += head * D if ROWS_FIRST else head.to(tl.int64) * length * D
+    return ptr + at
+
+
+@triton.jit
+def keys_block(q, k, v, most, total, sums, left, SCALE: tl.constexpr, MASKED: tl.constexpr, USE_ASM: tl.constexpr):
+    """A block of keys k and values v [BLOCK_N, D], of which ``left`` are, if MASKED.
+
+    Returns:
+        ``most`` and ``total`` [BLOCK_M], the rows' greatest score and sum of powers, and ``sums`` [BLOCK_M, D], with
+        these keys in them.
+    """
+    scores = multiply(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), USE_ASM)
+    if MASKED:
+        scores = tl.where((tl.arange(0, k.shape[0]) < left)[None, :], scores * SCALE, float("-inf"))
+        higher = tl.maximum(most, tl.max(scores, 1))
+        powers = tl.exp2(scores - higher[:, None])
+    else:  # scaled twice, so that it is a part of the subtraction
+        higher = tl.maximum(most, tl.max(scores, 1) * SCALE)
+        powers = tl.exp2(scores * SCALE - higher[:, None])
+    change = tl.exp2(most - higher)
+    total = total * change + tl.sum(powers, 1)
+    sums = multiply(powers.to(v.dtype), v, sums * change[:, None], USE_ASM)
+    return higher, total, sums
+
+
+@triton.jit
+def attention(
+    q_ptr,  # [B, HEADS, M, D] or [B, M, HEADS, D]
+    k_ptr,  # [B, KV_HEADS, L, D] or [B, L, KV_HEADS, D]
+    v_ptr,  # as k
+    y_ptr,  # as q
+    M,
+    L,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    Q_ROWS_FIRST: tl.constexpr,
+    K_ROWS_FIRST: tl.constexpr,
+    V_ROWS_FIRST: tl.constexpr,
+    Y_ROWS_FIRST: tl.constexpr,
+    SCALE: tl.constexpr,  # not negative, times log2 e
+    NEGATED: tl.constexpr,  # whether it is of -q
+    USE_ASM: tl.constexpr,
+    SALT: tl.constexpr,
+):
+    """BLOCK_M rows of one head of one batch.
+
+    SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
+    """
+    if -SALT == M:
+        return
+    tiles = tl.cdiv(M, BLOCK_M)
+    pid = tl.program_id(0)
+    head = pid // tiles % HEADS
+    batch = pid // tiles // HEADS
+    kv_head = head // (HEADS // KV_HEADS)
+    Q_ROW: tl.constexpr = HEADS * D if Q_ROWS_FIRST else D
+    K_ROW: tl.constexpr = KV_HEADS * D if K_ROWS_FIRST else D
+    V_ROW: tl.constexpr = KV_HEADS * D if V_ROWS_FIRST else D
+    Y_ROW: tl.constexpr = HEADS * D if Y_ROWS_FIRST else D
+
+    d = tl.arange(0, D)[None, :]
+    n = tl.arange(0, BLOCK_N)[:, None]
+    m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.where(m < M, m, 0)[:, None].to(tl.int64)  # with no mask: what stands for rows beyond M is not stored
+    q = tl.load(sequence(q_ptr, batch, head, M, HEADS, Q_ROWS_FIRST, D) + row * Q_ROW + d)
+    if NEGATED:
+        q = (-q.to(tl.float32)).to(q.dtype)
+    k_at = sequence(k_ptr, batch, kv_head, L, KV_HEADS, K_ROWS_FIRST, D) + n * K_ROW + d
+    v_at = sequence(v_ptr, batch, kv_head, L, KV_HEADS, V_ROWS_FIRST, D) + n * V_ROW + d
+
+    most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, D), tl.float32)
+    whole = tl.maximum(tl.cdiv(L, BLOCK_N), 1) - 1
+    first = whole * BLOCK_N
+    k = tl.load(k_at + first.to(tl.int64) * K_ROW, mask=n < L - first, other=0.0)
+    v = tl.load(v_at + first.to(tl.int64) * V_ROW, mask=n < L - first, other=0.0)
+    most, total, sums = keys_block(q, k, v, most, total, sums, L - first, SCALE, True, USE_ASM)
+    if whole > 0:
+        # A compiler that does not see that it runs guards the loop by a condition of its own, and then lets the tensor
+        # cores' instructions wait for one another.
+        for _ in range(tl.maximum(whole, 1)):
+            k = tl.load(k_at)
+            v = tl.load(v_at)
+            most, total, sums = keys_block(q, k, v, most, total, sums, 0, SCALE, False, USE_ASM)
+            k_at += BLOCK_N * K_ROW
+            v_at += BLOCK_N * V_ROW
+
+    # Over no keys the result is 0, as a sum of nothing.
+    y = tl.where(L > 0, sums / total[:, None], 0.0)
+    y_at = sequence(y_ptr, batch, head, M, HEADS, Y_ROWS_FIRST, D) + m[:, None].to(tl.int64) * Y_ROW + d
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])

@@ -1,0 +1,39 @@
+"""transpose(attention(q, k, v), 1, 2) -> attention(q, k, v), its result [B, rows, heads, D]
+
+The operator writes its result either way. In the edge dialect each transposition is a copy; what follows attention in
+nearly every model is one, and then a linear.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Node
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
+from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.ops import ATTENTION
+
+aten = torch.ops.aten
+_SWAPS = ((1, 2), (2, 1), (-3, -2), (-2, -3))
+
+
+@dataclass(frozen=True)
+class AttentionViews(Rule):
+    """transpose(attention(q, k, v), 1, 2) -> attention(q, k, v), its result [B, rows, heads, D]"""
+
+    after: ClassVar[tuple[str, ...]] = ("unmasked_attention",)
+
+    def pattern(self, q: Capture) -> Pattern:
+        """A transposition of heads and rows that alone reads the result of our operator."""
+        attention = op(ATTENTION)(q, ..., name="attention")
+        swapped = (op(aten.transpose.int)(attention, *swap) for swap in _SWAPS)
+        return any_of(*swapped, op(aten.permute.default)(attention, [0, 2, 1, 3]))
+
+    def emit(self, b: Builder, m: MatchContext) -> Node:
+        """The same attention, with the heads of its result on the other axis."""
+        q, k, v, scale, head_axes = arguments(m.attention).values()
+        return b.call(ATTENTION, q, k, v, scale, [*head_axes[:3], 3 - head_axes[3]])

@@ -1,0 +1,86 @@
+"""Every choice of blocks compiled for its GPUs: it fits, spills nothing, and its products do not wait one by one."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from et_cuda_passes.kernels.attention import attention
+from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, Blocks, blocks
+from et_cuda_passes.kernels.tiling import HOPPER, OTHER
+from tests.kernels.compiled import check_for_others, compiled, machine_code, overwritten_operands, resources
+
+
+def built(chosen: Blocks, head_dim: int, arch: int, dtype: str = "bf16", **others: Any) -> Any:
+    """The kernel for 20 heads, all tensors as linears write and read them."""
+    constants = {
+        "BLOCK_M": chosen.block_m,
+        "BLOCK_N": chosen.block_n,
+        "D": head_dim,
+        "HEADS": 20,
+        "KV_HEADS": 20,
+        **{f"{name}_ROWS_FIRST": True for name in "QKVY"},
+        "SCALE": head_dim**-0.5 * math.log2(math.e),
+        "NEGATED": False,
+        "USE_ASM": True,
+        "SALT": 1,
+    }
+    return compiled(attention, constants | others, arch, chosen.warps, chosen.stages, dtype)
+
+
+def check_for_hopper(kernel: Any, folder: Path) -> None:
+    """wgmma, no spills, and one wait for the products of a whole block: for each of two, before the loop and in it."""
+    code = machine_code(kernel, folder)
+    assert kernel.metadata.shared <= 227 * 1024
+    assert resources(kernel, folder)["STACK"] == 0
+    products = [address for address, text in code if text.startswith("HGMMA")]
+    back = [(int(found[1], 16), at) for at, text in code if (found := re.search(r"\bBRA.*?(0x[0-9a-f]+)", text))]
+    loops = [begin for begin, end in back if begin <= products[-1] < end]
+    assert len(loops) == 1
+    waits = [text for _, text in code if text.startswith("WARPGROUP.DEPBAR.LE gsb0")]
+    assert len(waits) <= 4
+    inside = [(at, text) for at, text in code if at >= loops[0]]
+    assert len(products) == 2 * sum(text.startswith("HGMMA") for _, text in inside)
+    assert overwritten_operands(inside) == []
+    # Keys and values come ahead of their use, 8 or 16 bytes at a time.
+    loads = [text for _, text in inside if re.search(r"\bLDG(STS)?\.", text)]
+    assert loads
+    assert all(re.search(r"LDGSTS\S*\.(64|128)\b", text) for text in loads)
+
+
+@pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_hopper(head_dim: int, rows: int, tmp_path: Path) -> None:
+    check_for_hopper(built(blocks(HOPPER, head_dim, rows), head_dim, 90), tmp_path)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"dtype": "fp16", "NEGATED": True, "KV_HEADS": 4},
+        {"Q_ROWS_FIRST": False, "K_ROWS_FIRST": False, "V_ROWS_FIRST": False, "Y_ROWS_FIRST": False},
+        {"K_ROWS_FIRST": False, "HEADS": 32, "KV_HEADS": 8},
+    ],
+    ids=str,
+)
+def test_every_form_on_hopper(others: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
+    check_for_hopper(built(blocks(HOPPER, head_dim, 1500), head_dim, 90, **others), tmp_path)
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_other_gpus(head_dim: int, arch: int, tmp_path: Path) -> None:
+    for chosen in {blocks(OTHER, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
+        check_for_others(built(chosen, head_dim, arch), tmp_path)
+
+
+@pytest.mark.parametrize("ones", [{"M": 1}, {"L": 1}, {"M": 1, "L": 1}], ids=str)
+def test_a_length_of_1_which_triton_makes_a_constant(ones: dict[str, int], tmp_path: Path) -> None:
+    kernel = built(blocks(HOPPER, 64, 1), 64, 90, **ones)
+    assert resources(kernel, tmp_path)["STACK"] == 0
+    # Of one key there is no loop: two products, of four instructions each.
+    products = [text for _, text in machine_code(kernel, tmp_path) if text.startswith("HGMMA")]
+    assert len(products) == (8 if "L" in ones else 16)

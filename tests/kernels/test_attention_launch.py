@@ -1,0 +1,141 @@
+"""What AOTInductor is told of attention: which launches, over which grids, of what, and what they write to."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import nn
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
+from et_cuda_passes.kernels.tiling import HOPPER
+from et_cuda_passes.ops import ATTENTION
+from tests.kernels.test_launch import Absent, found_written
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> Iterator[None]:
+    if torch.cuda.is_available():
+        pytest.skip("asks what would be compiled for a GPU that is not here")
+    triton.runtime.driver.set_active(Absent())
+    yield
+    with suppress(RuntimeError):  # there is no driver to go back to
+        triton.runtime.driver.reset_active()
+
+
+class Attention(nn.Module):
+    def __init__(self, axes: Sequence[int], scale: float = 0.125, swap: bool = False) -> None:
+        super().__init__()
+        self.axes, self.scale, self.swap = list(axes), scale, swap
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor]:
+        if self.swap:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return (ATTENTION(q, k, v, self.scale, self.axes),)
+
+
+def traced(
+    module: nn.Module, *shapes: tuple[int, ...], dynamic: Sequence[int] = (), dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, Any, ShapeEnv]:
+    """Graph, signature and shapes of ``module``; ``dynamic`` axes can have any size, equal ones are one symbol."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    given = []
+    for shape in shapes:
+        kinds = [DimDynamic.DUCK if axis in dynamic else DimDynamic.STATIC for axis in range(4)]
+        sizes = StatelessSymbolicContext(dynamic_sizes=kinds)
+        fake = mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=sizes)
+        with mode:
+            given.append(torch.empty(fake.shape, dtype=dtype, device="cuda"))
+    graph_module, signature = aot_export_module(module, tuple(given), trace_joint=False)
+    assert mode.shape_env is not None
+    return graph_module.graph, signature, mode.shape_env
+
+
+def launches(graph: Any) -> list[Any]:
+    return [node for node in graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+
+
+def table() -> Any:
+    return torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+
+
+def passed(node: Any) -> dict[str, Any]:
+    """Everything that a launch passes, constants too."""
+    return table().get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"]
+
+
+VOXTRAL = (1, 1500, 20, 64)
+
+
+def test_a_known_length_is_one_launch_that_writes_to_its_result() -> None:
+    graph, signature, _ = traced(Attention([2, 2, 2, 2]), VOXTRAL, VOXTRAL, VOXTRAL)
+    (launch,) = launches(graph)
+    assert next(iter(launch.kwargs["grid"][0])) == 20 * 12
+    assert launch.kwargs["tensors_to_clone"] == found_written(launch) == ["y_ptr"]
+    assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
+    given = passed(launch)
+    many = blocks(HOPPER, 64, 1500)
+    wanted = {"M": 1500, "L": 1500, "D": 64, "HEADS": 20, "KV_HEADS": 20, "BLOCK_M": many.block_m, "NEGATED": False}
+    assert {name: given[name] for name in wanted} == wanted
+    assert given["SCALE"] == pytest.approx(0.125 * 1.442695040888963, rel=1e-12)
+    # The inputs themselves: nothing is copied.
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert not any("clone" in name or "transpose" in name or "permute" in name for name in called)
+    assert [node.name for node in (given["q_ptr"], given["k_ptr"], given["v_ptr"])] == ["arg0_1", "arg1_1", "arg2_1"]
+
+
+def test_few_rows_have_blocks_of_their_own() -> None:
+    few, many = blocks(HOPPER, 128, 1), blocks(HOPPER, 128, 300)
+    assert few.block_m < many.block_m
+    for rows, chosen in ((1, few), (FEW_ROWS, few), (FEW_ROWS + 1, many)):
+        graph, *_ = traced(Attention([1, 1, 1, 2], -0.5), (2, 32, rows, 128), *[(2, 8, 300, 128)] * 2)
+        (launch,) = launches(graph)
+        given = passed(launch)
+        assert (given["BLOCK_M"], given["BLOCK_N"]) == (chosen.block_m, chosen.block_n)
+        (config,) = table().get_kernel(launch.kwargs["kernel_idx"]).configs
+        assert (config.num_warps, config.num_stages) == (chosen.warps, chosen.stages)
+        assert (given["HEADS"], given["KV_HEADS"], given["NEGATED"]) == (32, 8, True)
+        assert [given[f"{name}_ROWS_FIRST"] for name in "QKVY"] == [False, False, False, True]
+        assert next(iter(launch.kwargs["grid"][0])) == 2 * 32 * -(-rows // chosen.block_m)
+
+
+@pytest.mark.parametrize("dynamic", [(2,), (0, 2), (0,)])
+def test_what_is_not_known_is_one_launch_and_costs_no_guard(dynamic: tuple[int, ...]) -> None:
+    graph, _, env = traced(Attention([1, 1, 1, 1]), (3, 4, 50, 64), *[(3, 2, 70, 64)] * 2, dynamic=dynamic)
+    assert env.guards == []
+    (launch,) = launches(graph)
+    chosen = blocks(HOPPER, 64, 300 if 2 in dynamic else 50)
+    assert passed(launch)["BLOCK_M"] == chosen.block_m
+    programs = next(iter(launch.kwargs["grid"][0])).meta["val"].node.expr
+    batch, rows = (node.meta["val"].shape[axis] for node in graph.nodes if node.name == "arg0_1" for axis in (0, 2))
+    for b, m in ((1, 1), (3, 50), (2, 127), (2, 128), (5, 129), (1, 1500)):
+        sizes = {s.node.expr: n for s, n in ((batch, b), (rows, m)) if isinstance(s, torch.SymInt)}
+        b, m = b if 0 in dynamic else 3, m if 2 in dynamic else 50
+        assert int(programs.subs(sizes).doit()) == b * 4 * -(-m // chosen.block_m)
+
+
+def test_what_is_not_contiguous_is_copied() -> None:
+    graph, *_ = traced(Attention([1, 1, 1, 1], swap=True), VOXTRAL, VOXTRAL, VOXTRAL)
+    (launch,) = launches(graph)
+    for name in ("q_ptr", "k_ptr", "v_ptr"):
+        assert launch.kwargs["kwargs"][name].meta["val"].stride() == (20 * 1500 * 64, 1500 * 64, 64, 1)
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 64), (torch.bfloat16, 24), (torch.bfloat16, 512)])
+def test_what_the_kernel_lacks_is_refused(dtype: torch.dtype, d: int) -> None:
+    assert d not in HEAD_DIMS or dtype is torch.float32
+    with pytest.raises(Exception, match="the CUDA kernel has bf16 and fp16 and head dimensions 16, 32, 64, 128, 256"):
+        traced(Attention([1, 1, 1, 1]), *[(1, 2, 3, d)] * 3, dtype=dtype)
+
+
+def test_different_lengths_are_kernels_of_different_names() -> None:
+    salts = set()
+    for rows, keys in ((300, 300), (300, 301), (301, 300)):
+        graph, *_ = traced(Attention([1, 1, 1, 1]), (1, 2, rows, 64), *[(1, 2, keys, 64)] * 2)
+        salts.add(passed(launches(graph)[0])["SALT"])
+    assert len(salts) == 3
