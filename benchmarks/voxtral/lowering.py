@@ -21,15 +21,15 @@ from et_cuda_passes.graph.collector import rare_collector
 
 
 def passes(variant: Variant) -> list[Any]:
-    """The default passes for cuda, with the variant's kernel."""
-    default: list[Any] = ecp.default_passes("cuda")
-    if variant.fuse_up_to:
-        default = [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *default]
-    if variant.kernel is None:
-        return default
-    return [
-        dataclasses.replace(rule, kernel=variant.kernel) if rule.name == "linear_int4" else rule for rule in default
+    """The default passes for cuda, with the variant's kernels."""
+    options = {"unmasked_attention": variant.attention}
+    if variant.kernel is not None:
+        options["linear_int4"] = variant.kernel
+    made: list[Any] = [
+        dataclasses.replace(rule, kernel=options[rule.name]) if rule.name in options else rule
+        for rule in ecp.default_passes("cuda")
     ]
+    return [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *made] if variant.fuse_up_to else made
 
 
 def partitioners(variant: Variant, dimensions: Dimensions) -> dict[str, list[Any]]:
