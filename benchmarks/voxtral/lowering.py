@@ -25,10 +25,8 @@ def passes(variant: Variant) -> list[Any]:
     options = {"unmasked_attention": variant.attention}
     if variant.kernel is not None:
         options["linear_int4"] = variant.kernel
-    made: list[Any] = [
-        dataclasses.replace(rule, kernel=options[rule.name]) if rule.name in options else rule
-        for rule in ecp.default_passes("cuda")
-    ]
+    default: list[Any] = ecp.default_passes("cuda")
+    made = [dataclasses.replace(rule, kernel=options[rule.name]) if rule.name in options else rule for rule in default]
     return [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *made] if variant.fuse_up_to else made
 
 
