@@ -30,3 +30,13 @@ class Int8Kernel:
         if group_size == in_features:
             return in_features
         return max((size for size in self.group_sizes if group_size % size == 0), default=None)
+
+
+PLAIN = Int8Kernel(
+    "plain operators",
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    group_sizes=(8, 16, 32, 64, 128, 256),
+    zeros=True,
+    scale_dtype=torch.float32,
+)
+"""No kernel: what ``int8_linear`` computes where there is none. The compiler makes the weight anew for each call."""

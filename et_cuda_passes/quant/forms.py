@@ -33,6 +33,9 @@ _FORMS: Mapping[str, Decode] = {
 }
 
 
+_UNCOMPILED = frozenset({"torchao::dequantize_int4_tensor", "torchao::dequantize_gguf"})
+
+
 def decoder_of(target: Any) -> Decode | None:
     """What reads a call of the operator ``target``; None for one that does not dequantize."""
     # Torch's registry holds one operator under a qualified name.
@@ -42,6 +45,12 @@ def decoder_of(target: Any) -> Decode | None:
 def is_dequantize(node: Node) -> bool:
     """Whether ``node`` dequantizes something, in ATen or edge form."""
     return decoder_of(called(node)) is not None
+
+
+def is_uncompiled(node: Node) -> bool:
+    """Whether ``node`` dequantizes by an operator that AOTInductor can only call, which no library of its own has."""
+    target = called(node)
+    return isinstance(target, torch._ops.OpOverload) and target.name() in _UNCOMPILED
 
 
 def dequantized_data(node: Node) -> Node | None:

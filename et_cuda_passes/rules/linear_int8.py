@@ -19,6 +19,7 @@ from et_cuda_passes.kernels.named import named
 from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.quant.forms import is_uncompiled
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
 from et_cuda_passes.rules.packed_linear import PackedLinear
@@ -38,12 +39,15 @@ class LinearInt8(PackedLinear):
     kernel: str | None = None
 
     def chosen_kernel(self, m: MatchContext) -> Int8Kernel:
-        """The kernel that ``kernel`` names.
+        """The kernel that ``kernel`` names; by default plain operators for what the target would not compile as it is.
 
         Raises:
             ValueError: the target has no kernel of that name.
             Unmet: the target has no int8 kernel at all.
         """
+        plain: Int8Kernel | None = m.target.int8_plain
+        if plain is not None and self.kernel is None and is_uncompiled(m.weight):
+            return plain
         kernels: tuple[Int8Kernel, ...] = m.target.int8_kernels
         chosen = named(kernels, self.kernel, f"target {m.target.name} has no int8 kernel")
         if chosen is None:

@@ -3,7 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.int8 import PLAIN, Int8Kernel
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -43,6 +43,7 @@ CPU = Target(
         out_multiple=1,
     ),
     int8_kernels=(Int8Kernel("int8pack_cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), in_multiple=16),),
+    int8_plain=PLAIN,
     # The linear's own layout depends on the instruction set, and cannot be read row by row.
     int4_table=Int4Kernel(
         "rows",

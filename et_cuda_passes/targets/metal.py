@@ -3,6 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.int8 import PLAIN
 from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
@@ -12,6 +13,7 @@ from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.targets.target import Target
 
@@ -42,9 +44,11 @@ METAL = Target(
     # Rows of a table are plain operators, which Inductor fuses there as everywhere.
     int4_table=_TORCHAO,
     # It has no int8 linear.
+    int8_plain=PLAIN,
     advised=Advised(eight_bits=Advised.four_bits),
     passes=lambda: [
         LinearInt4(),
+        LinearInt8(),
         ConvInt4(),
         BmmInt4(),
         ChosenExpertsInt4(),

@@ -15,8 +15,9 @@ class Target:
 
     ``int4_table`` is the form of an int4 embedding's table: that of a linear where it can be read row by row.
     ``int4_experts`` is that of experts' weights of which a product reads all or a part that is sorted by expert, and
-    ``int4_chosen_experts`` where a tensor chooses among them. ``advised`` is what to quantize with in place of a form
-    that no rule knows.
+    ``int4_chosen_experts`` where a tensor chooses among them. ``int8_plain`` stands for the plain operators of
+    ``int8_linear``, which hold a weight whose own operator the target's compiler has no code for. ``advised`` is what
+    to quantize with in place of a form that no rule knows.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Target:
     int4_kernels: tuple[Int4Kernel, ...]
     passes: Callable[[], list[Rule]] = field(compare=False)
     int8_kernels: tuple[Int8Kernel, ...] = ()
+    int8_plain: Int8Kernel | None = None
     int4_table: Int4Kernel | None = None
     int4_experts: Int4Kernel | None = None
     int4_chosen_experts: Int4Kernel | None = None

@@ -1,6 +1,7 @@
 """ExecuTorch's packed weights, int4 tensors and GGUF blocks: decoded as gguf decodes them, packed for each kernel."""
 
 import dataclasses
+from pathlib import Path
 
 import executorch.kernels.quantized  # noqa: F401  (the runtime's kernels)
 import gguf
@@ -13,6 +14,7 @@ from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from executorch.extension.llm.export.int4 import ExportableInt4Tensor
 from executorch.runtime import Runtime
 from torch import Tensor, nn
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -125,11 +127,33 @@ def test_wider_blocks_on_cuda_are_exact_to_the_precision_of_bf16(kind: str, grou
     assert bool((np.abs(got - wanted) <= bound).all())
 
 
-def test_wider_blocks_are_missed_where_no_kernel_has_them() -> None:
-    for kind, bits in (("q5_k", "5 bits, 0..31"), ("q6_k", "6 bits, -32..31")):
-        exported, _ = from_gguf(kind)
-        assert_misses(exported, f"at most 4 bits, found {bits}", "metal", rule="linear_int4")
-    assert_misses(exported, "found group size 16; int8pack_cpu has one scale a row", "cpu", rule="linear_int8")
+@pytest.mark.parametrize("target", ["cpu", "metal"])
+@pytest.mark.parametrize(("kind", "group"), [("q5_k", 32), ("q6_k", 16)])
+def test_wider_blocks_elsewhere_are_held_as_integers_and_made_anew(kind: str, group: int, target: str) -> None:
+    exported, wanted = from_gguf(kind)
+    rewritten, report = ecp.rewrite(exported, target, expect={"linear_int8": 1, "missed": 0})
+    assert report.outcomes[0].detail == f"int{kind[1]} group {group} -> plain operators"
+    assert not any(is_dequantize(node) for node in rewritten.graph.nodes)
+    got = rewritten.module()(torch.eye(K).bfloat16()).T.double().numpy()
+    # The scales are fp32: each weight is rounded once.
+    assert bool((np.abs(got - wanted) <= ROUNDOFF * np.abs(wanted) + 1e-6).all())
+
+
+def test_the_cpu_compiles_and_runs_them(tmp_path: Path) -> None:
+    exported, _ = from_gguf("q6_k")
+    rewritten, _ = ecp.rewrite(exported, "cpu")
+    with torch.no_grad():
+        library = aoti_load_package(aoti_compile_and_package(rewritten, package_path=str(tmp_path / "model.pt2")))
+    x = torch.randn(K, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(library(x), rewritten.module()(x), rtol=2e-2, atol=2e-2)
+
+
+def test_int8_weights_that_compile_as_they_are_are_left_to_kernels() -> None:
+    model = nn.Sequential(nn.Linear(K, N, bias=False)).bfloat16().eval()
+    quantize_(model, IntxWeightOnlyConfig(torch.int8, PerGroup(32)))
+    exported = torch.export.export(model, (torch.randn(2, K).bfloat16(),))
+    assert_misses(exported, "found group size 32; int8pack_cpu has one scale a row", "cpu", rule="linear_int8")
+    assert_misses(exported, "target metal, which has no int8 kernel", "metal", rule="linear_int8")
 
 
 def int4_tensor(mapping: MappingType, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
