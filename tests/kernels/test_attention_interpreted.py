@@ -4,18 +4,14 @@ The interpreter is chosen while a kernel is decorated, so these run in a process
 """
 
 import math
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).parents[2]
+from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+
 BLOCK_M, BLOCK_N = 16, 32
 
 # batch, heads, key heads, rows, keys, head dimension
@@ -29,11 +25,7 @@ INPUTS = ["random", "large", "rising", "falling", "equal", "negative scale", "no
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{len(SHAPES) + len(AXES) + 2 * len(INPUTS)} passed" in done.stdout
+    check_in_interpreter(__file__, len(SHAPES) + len(AXES) + 2 * len(INPUTS))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

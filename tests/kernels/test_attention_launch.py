@@ -1,12 +1,10 @@
 """What AOTInductor is told of attention: which launches, over which grids, of what, and what they write to."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import nn
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,17 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
 from et_cuda_passes.kernels.tiling import HOPPER
 from et_cuda_passes.ops import ATTENTION
-from tests.kernels.test_launch import Absent, found_written
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> Iterator[None]:
-    if torch.cuda.is_available():
-        pytest.skip("asks what would be compiled for a GPU that is not here")
-    triton.runtime.driver.set_active(Absent())
-    yield
-    with suppress(RuntimeError):  # there is no driver to go back to
-        triton.runtime.driver.reset_active()
+from tests.kernels.test_launch import found_written, hopper  # noqa: F401  (a fixture, for every test here)
 
 
 class Attention(nn.Module):

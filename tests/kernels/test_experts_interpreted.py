@@ -3,17 +3,11 @@
 The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).parents[2]
+from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
 
 # experts, N, K, group size, block_m, block_n, block_k, zeros
 SHAPES = [
@@ -42,11 +36,7 @@ COUNT = 2 * (len(SHAPES) * len(BATCHES) + len(GROUPS)) + 2
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_experts_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{COUNT} passed" in done.stdout
+    check_in_interpreter(__file__, COUNT)
 
 
 class Experts:

@@ -1,15 +1,9 @@
 """The int8 kernel in Triton's interpreter, on ragged shapes, against fp64; see test_interpreted.py."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ROOT = Path(__file__).parents[2]
+from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
 
 # rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias
 CASES = [
@@ -35,11 +29,7 @@ CASES = [
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernel_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert f"{2 * len(CASES)} passed" in done.stdout
+    check_in_interpreter(__file__, 2 * len(CASES))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
