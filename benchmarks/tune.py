@@ -33,9 +33,9 @@ from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
 from et_cuda_passes.layouts import mma_tiled
 
-MEASURED = {8: (1, 4, 8), **{bound: (bound,) for bound in ROWS[1:]}, UNBOUNDED: (1500, 4096)}
+MEASURED = {**{bound: (bound,) for bound in ROWS}, 8: (1, 4, 8), 2048: (400, 1500), UNBOUNDED: (4096,)}
 """Bucket of rows -> the numbers of rows that are timed for it."""
-CUT_COST = {8: 3.5, 16: 3.5, 32: 3.5, 64: 3.5}
+CUT_COST = {8: 3.5, 16: 3.5, 32: 3.5}
 """Microseconds by bucket of rows, 1.5 in the others: with few rows it is the host that is slow, by launches."""
 MOST_WRONG = 4e-3
 
@@ -44,20 +44,23 @@ def candidates(bound: int) -> list[Tiling]:
     """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps."""
     if bound == 8:
         segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
-        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 4)]
-        found = [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
-        return [*found, Tiling(16, 64, 256, 1, 0, 4, 3), Tiling(16, 64, 256, 1, 2, 4, 3)]
+        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3)]
+        return [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
     if bound <= 64:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
         found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
-        found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)] + [Tiling(bound, 16, 128, 4, 0, 4, 3)]
-        return [*found, *(Tiling(bound, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
+        if bound == 64:
+            return [*found, *(Tiling(64, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
+        return [*found, *(Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)), Tiling(bound, 16, 128, 4, 0, 4, 3)]
     # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
-    shapes = [((256, 128, 64, 8, 4), 1), ((128, 128, 64, 8, 4), 2), ((128, 64, 128, 4, 3), 2)]
+    shapes = [((128, 128, 64, 8, 4), 2)]
+    if bound > 128:
+        shapes += [((256, 128, 64, 8, 4), 1)]
     if bound > 512:
-        shapes += [((256, 128, 64, 8, 5), 1)]
+        shapes += [((256, 128, 64, 8, 5), 1), ((256, 128, 128, 8, 2), 1)]  # the last for groups of 128
     else:
-        shapes += [((64, 128, 128, 8, 4), 1), ((64, 64, 128, 4, 4), 2)]
+        shapes += [((128, 64, 128, 4, 3), 2), ((64, 64, 128, 4, 4), 2)]
+        shapes += [((64, 128, 128, 8, 4), 1), ((64, 128, 128, 4, 3), 2)]
     return [
         Tiling(m, n, k, 1, waves, warps, stages)
         for (m, n, k, warps, stages), most in shapes

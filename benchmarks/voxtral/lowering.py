@@ -1,8 +1,8 @@
 """A variant, from random weights to a .pte and a .ptd."""
 
-import dataclasses
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from et_cuda_passes.graph.collector import rare_collector
 
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernels."""
-    options = {"unmasked_attention": variant.attention}
+    made: list[Any] = ecp.default_passes("cuda")
     if variant.kernel is not None:
-        options["linear_int4"] = variant.kernel
-    default: list[Any] = ecp.default_passes("cuda")
-    made = [dataclasses.replace(rule, kernel=options[rule.name]) if rule.name in options else rule for rule in default]
+        made = [replace(rule, kernel=variant.kernel) if rule.name == "linear_int4" else rule for rule in made]
     return [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *made] if variant.fuse_up_to else made
 
 

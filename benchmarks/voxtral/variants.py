@@ -19,7 +19,6 @@ class Variant:
         ours: lowered with ``ecp.CudaPartitioner``; else with the stock one.
         kernel: the int4 kernel that ``LinearInt4`` is told to use; None for its own choice.
         fuse_up_to: linears of one input with at most so many rows are packed and launched as one; 0 fuses none.
-        attention: the kernel that ``UnmaskedAttention`` is told to use.
         for_prompt: exported with an example as long as the prompt instead of ``HINT``.
     """
 
@@ -29,7 +28,6 @@ class Variant:
     ours: bool = False
     kernel: str | None = None
     fuse_up_to: int = 0
-    attention: str = "backend"
     for_prompt: bool = False
 
     def hint(self, dimensions: Dimensions) -> int:
@@ -49,7 +47,7 @@ VARIANTS = {
         Variant("generic", "int4 in int8, unrewritten, stock partitioner"),
         Variant("tinygemm", 'int4 packed, `LinearInt4(kernel="tinygemm")`', ours=True, kernel="tinygemm"),
         Variant("ours", "int4 packed, default passes", ours=True),
-        Variant("fused", "int4 packed, q, k, v as one, own attention", ours=True, fuse_up_to=4096, attention="triton"),
+        Variant("fused", "int4 packed, default passes, q, k, v as one", ours=True, fuse_up_to=4096),
         Variant("bf16-prompt", "bf16, stock, tuned for the prompt's length", quantized=False, for_prompt=True),
     )
 }

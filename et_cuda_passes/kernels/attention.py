@@ -16,10 +16,12 @@ from et_cuda_passes.kernels.tiles import multiply
 
 
 @triton.jit
-def sequence(ptr, batch, head, length, HEADS: tl.constexpr, ROWS_FIRST: tl.constexpr, D: tl.constexpr):
-    """Where one head of one batch begins in [B, length, HEADS, D] if ROWS_FIRST, else [B, HEADS, length, D]."""
-    at = batch.to(tl.int64) * length * (HEADS * D)
-    at += head * D if ROWS_FIRST else head.to(tl.int64) * length * D
+def sequence(ptr, batch, head, length, HEADS: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr):
+    """Where one head of one batch begins in [B, HEADS, length, D] if ROW is D, else in [B, length, HEADS, D].
+
+    ROW is what is from a row to the next.
+    """
+    at = (batch * HEADS + head).to(tl.int64) * length * D if ROW == D else batch.to(tl.int64) * length * ROW + head * D
     return ptr + at
 
 
@@ -47,7 +49,7 @@ def keys_block(q, k, v, most, total, sums, left, SCALE: tl.constexpr, MASKED: tl
 
 @triton.jit
 def attention(
-    q_ptr,  # [B, HEADS, M, D] or [B, M, HEADS, D]
+    q_ptr,  # [B, HEADS, M, D], or [B, M, HEADS, D] with Q_ROW from row to row
     k_ptr,  # [B, KV_HEADS, L, D] or [B, L, KV_HEADS, D]
     v_ptr,  # as k
     y_ptr,  # as q
@@ -58,16 +60,19 @@ def attention(
     D: tl.constexpr,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
-    Q_ROWS_FIRST: tl.constexpr,
-    K_ROWS_FIRST: tl.constexpr,
-    V_ROWS_FIRST: tl.constexpr,
-    Y_ROWS_FIRST: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    Y_ROW: tl.constexpr,
     SCALE: tl.constexpr,  # not negative, times log2 e
     NEGATED: tl.constexpr,  # whether it is of -q
     USE_ASM: tl.constexpr,
     SALT: tl.constexpr,
 ):
     """BLOCK_M rows of one head of one batch.
+
+    Q_ROW to Y_ROW are how many elements are from a row to the next: D where the heads come first; else the heads' D, or
+    more, where these are columns of a wider tensor.
 
     SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
     """
@@ -78,20 +83,15 @@ def attention(
     head = pid // tiles % HEADS
     batch = pid // tiles // HEADS
     kv_head = head // (HEADS // KV_HEADS)
-    Q_ROW: tl.constexpr = HEADS * D if Q_ROWS_FIRST else D
-    K_ROW: tl.constexpr = KV_HEADS * D if K_ROWS_FIRST else D
-    V_ROW: tl.constexpr = KV_HEADS * D if V_ROWS_FIRST else D
-    Y_ROW: tl.constexpr = HEADS * D if Y_ROWS_FIRST else D
-
     d = tl.arange(0, D)[None, :]
     n = tl.arange(0, BLOCK_N)[:, None]
     m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.where(m < M, m, 0)[:, None].to(tl.int64)  # with no mask: what stands for rows beyond M is not stored
-    q = tl.load(sequence(q_ptr, batch, head, M, HEADS, Q_ROWS_FIRST, D) + row * Q_ROW + d)
+    q = tl.load(sequence(q_ptr, batch, head, M, HEADS, Q_ROW, D) + row * Q_ROW + d)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
-    k_at = sequence(k_ptr, batch, kv_head, L, KV_HEADS, K_ROWS_FIRST, D) + n * K_ROW + d
-    v_at = sequence(v_ptr, batch, kv_head, L, KV_HEADS, V_ROWS_FIRST, D) + n * V_ROW + d
+    k_at = sequence(k_ptr, batch, kv_head, L, KV_HEADS, K_ROW, D) + n * K_ROW + d
+    v_at = sequence(v_ptr, batch, kv_head, L, KV_HEADS, V_ROW, D) + n * V_ROW + d
 
     most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -113,5 +113,5 @@ def attention(
 
     # Over no keys the result is 0, as a sum of nothing.
     y = tl.where(L > 0, sums / total[:, None], 0.0)
-    y_at = sequence(y_ptr, batch, head, M, HEADS, Y_ROWS_FIRST, D) + m[:, None].to(tl.int64) * Y_ROW + d
+    y_at = sequence(y_ptr, batch, head, M, HEADS, Y_ROW, D) + m[:, None].to(tl.int64) * Y_ROW + d
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -53,15 +54,43 @@ def blocks(gpu: Family, head_dim: int, rows: int | SymInt) -> Blocks:
     return few if statically_known_true(rows <= FEW_ROWS) else many
 
 
+def row_length(tensor: Tensor, head_axis: int) -> int | None:
+    """Elements from a row of one head to the next, where the kernel can read ``tensor`` as it lies; None where not.
+
+    It can where the heads of a row lie side by side, these rows at any distance, 16 bytes wide each: columns of a wider
+    tensor, as a linear that was fused with others leaves them. And where everything is contiguous, heads first.
+    """
+    batch, d = tensor.shape[0], tensor.shape[3]
+    heads, rows = tensor.shape[head_axis], tensor.shape[3 - head_axis]
+    of_batch, of_head, of_row = tensor.stride(0), tensor.stride(head_axis), tensor.stride(3 - head_axis)
+
+    def lies(*pairs: tuple[int | SymInt, int | SymInt, int | SymInt]) -> bool:
+        return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs)
+
+    if not lies((d, tensor.stride(3), 1)):
+        return None
+    if isinstance(of_row, int) and of_row % 8 == 0 and of_row >= heads * d and lies((heads, of_head, d)):
+        return of_row if lies((batch, of_batch, rows * of_row)) else None
+    first = lies((rows, of_row, d), (heads, of_head, rows * d), (batch, of_batch, heads * rows * d))
+    return int(d) if first else None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
-    """Attention without a mask on CUDA, of contiguous bf16 or fp16 tensors; see :mod:`et_cuda_passes.ops.attention`."""
+    """Attention without a mask on CUDA, of bf16 or fp16 tensors; see :mod:`et_cuda_passes.ops.attention`.
+
+    What the kernel cannot read as it lies is copied.
+    """
+    q, k, v = (
+        t if row_length(t, at) is not None else t.clone(memory_format=torch.contiguous_format)
+        for t, at in zip((q, k, v), head_axes, strict=False)
+    )
     gpu, _ = gpu_of(q.device)
     rows = q.shape[3 - head_axes[0]]
     return launch(q, k, v, scale, head_axes, blocks(gpu, q.shape[3], rows))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], chosen: Blocks) -> Tensor:
-    """:func:`attention` in one choice of blocks."""
+    """:func:`attention` in one choice of blocks, of tensors that have a :func:`row_length`."""
     batch, heads, rows = q.shape[0], q.shape[head_axes[0]], q.shape[3 - head_axes[0]]
     length = k.shape[3 - head_axes[1]]
     y = q.new_empty((batch, *((heads, rows) if head_axes[3] == 1 else (rows, heads)), q.shape[3]))
@@ -77,10 +106,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[in
         "D": q.shape[3],
         "HEADS": heads,
         "KV_HEADS": k.shape[head_axes[1]],
-        "Q_ROWS_FIRST": head_axes[0] == 2,
-        "K_ROWS_FIRST": head_axes[1] == 2,
-        "V_ROWS_FIRST": head_axes[2] == 2,
-        "Y_ROWS_FIRST": head_axes[3] == 2,
+        **{f"{name}_ROW": row_length(t, at) for name, t, at in zip("QKVY", (q, k, v, y), head_axes, strict=True)},
         "SCALE": abs(scale) * math.log2(math.e),
         "NEGATED": scale < 0,
         "USE_ASM": True,

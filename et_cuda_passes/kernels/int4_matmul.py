@@ -19,6 +19,7 @@ import triton.language as tl
 from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, row_lengths
 from et_cuda_passes.kernels.tiles import (
     add_segments,
+    load_columns,
     multiply,
     operand_rows,
     store_part,
@@ -97,7 +98,7 @@ def int4_matmul(
             words = tl.load(words_at)
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
-            x = tl.load(x_at)  # with no mask: what stands for rows beyond M is not stored
+            x = load_columns(x_at, in_m, BLOCK_M)
         else:
             # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
             blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)

@@ -21,6 +21,7 @@ from et_cuda_passes.kernels.int8_dequantize import (
 )
 from et_cuda_passes.kernels.tiles import (
     add_segments,
+    load_columns,
     multiply,
     operand_rows,
     store_part,
@@ -102,7 +103,7 @@ def int8_matmul(
     for step in range(length):
         if EVEN_K:
             q = tl.load(q_at)
-            x = tl.load(x_at)  # with no mask: what stands for rows beyond M is not stored
+            x = load_columns(x_at, in_m, BLOCK_M)
         else:
             # In units of 16, which the vectors of a load never straddle. What is beyond K is 0 times 0.
             in_rows = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (row_step + step) * (BLOCK_K // 16)

@@ -5,6 +5,9 @@ import triton.language as tl
 
 from et_cuda_passes.kernels.epilogue import finish
 
+MASKED = tl.constexpr(64)
+"""Tiles of so many rows of x and fewer load those that are there; see ``load_columns``."""
+
 
 @triton.jit
 def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr):
@@ -45,8 +48,11 @@ def operand_rows(
 ):
     """Which rows of the weight and of x a tile reads, and the step along K that each begins at.
 
-    Every BLOCK_N rows of the weight, and BLOCK_M of x, are the same ones ``length`` steps further. What lies beyond N
-    or M is row 0: n and row_step [SEGMENTS BLOCK_N]; m, whether it is one, and column_step [SEGMENTS BLOCK_M].
+    Every BLOCK_N rows of the weight, and BLOCK_M of x, are the same ones ``length`` steps further: n and row_step
+    [SEGMENTS BLOCK_N]; m, whether it is one, and column_step [SEGMENTS BLOCK_M].
+
+    What stands for rows beyond N or M are other rows, each once. Were they all one row, every program would wait for
+    the few lines of the cache that hold it: a tile of 256 rows of which 132 are there took twice as long.
     """
     rows = tl.arange(0, SEGMENTS * BLOCK_N)
     columns = tl.arange(0, SEGMENTS * BLOCK_M)
@@ -54,7 +60,18 @@ def operand_rows(
     m = tile_m * BLOCK_M + columns % BLOCK_M
     row_step = first + rows // BLOCK_N * length
     column_step = first + columns // BLOCK_M * length
-    return tl.where(n < N, n, 0), row_step, tl.where(m < M, m, 0), m < M, column_step
+    # Those of the tile before, if there is one: a remainder costs a division.
+    in_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))
+    return in_n, row_step, m % M if BLOCK_M > MASKED else tl.where(m < M, m, 0), m < M, column_step
+
+
+@triton.jit
+def load_columns(at, in_m, BLOCK_M: tl.constexpr):
+    """A tile of x [K, columns], with no mask where tiles are of many rows: what stands for rows beyond M is not stored.
+
+    With few rows the bytes that are not read count: a tile of eight rows reads as many bytes of x as of its weights.
+    """
+    return tl.load(at, mask=in_m[None, :], other=0.0) if BLOCK_M <= MASKED else tl.load(at)
 
 
 @triton.jit

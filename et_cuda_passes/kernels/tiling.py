@@ -7,14 +7,17 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 
-ROWS = (8, 16, 32, 64, 128, 256, 512)
+ROWS = (8, 16, 32, 64, 128, 256, 512, 2048)
 """Rows M up to which one tiling serves; more than the last have one of their own."""
 
 UNBOUNDED = 2**31 - 1
 """The bound of the last bucket of rows."""
 
 DYNAMIC_ROWS = (8, 16, 64, 256)
-"""The buckets of a length that is not known at export: fewer, since each is a kernel in the program."""
+"""The buckets of a length that is not known at export: fewer, since each is a kernel in the program. All longer ones
+have the tiling of up to 2048 rows: there are more prompts of hundreds of tokens than of thousands."""
+
+MOST_STAGES = 6
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,13 @@ def tilings(
 ) -> dict[int, Tiling]:
     """The tiling of each bucket of rows, those of equal tilings merged: bound -> tiling, ascending, to UNBOUNDED."""
     tuned = nearest(_table(gpu.name if bits == 4 else f"{gpu.name}_int{bits}"), n, k, group_size).tilings
+    last_entry = UNBOUNDED if bounds[-1] == ROWS[-1] else ROWS[-1]
     chosen: dict[int, Tiling] = {}
     for bound in (*bounds, UNBOUNDED):
-        # The int8 kernel takes groups of several steps too.
-        tiling = _legal(tuned[bound], group_size) if bits == 4 else tuned[bound]
+        tiling = tuned[bound if bound != UNBOUNDED else last_entry]
+        if bits == 4:  # the int8 kernel takes groups of several steps too
+            tiling = _whole_groups(tiling, group_size)
+        tiling = _even(tiling, k, group_size if bits == 4 else 0)
         last = next(reversed(chosen), None)
         if last is not None and chosen[last] == tiling:
             del chosen[last]
@@ -151,9 +157,19 @@ def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HO
     return "; ".join(parts)
 
 
-def _legal(tiling: Tiling, group_size: int) -> Tiling:
+def _whole_groups(tiling: Tiling, group_size: int) -> Tiling:
     """A step along K holds whole groups."""
     if tiling.block_k >= group_size:
         return tiling
     stages = max(2, tiling.stages * tiling.block_k // group_size)
     return replace(tiling, block_k=group_size, stages=stages)
+
+
+def _even(tiling: Tiling, k: int, least: int) -> Tiling:
+    """Shorter steps, more of them in flight, where that makes K whole steps: others are masked, at twice the time."""
+    step = tiling.block_k
+    while k % (step * tiling.segments) and step // 2 >= max(64, least):
+        step //= 2
+    if step == tiling.block_k or k % (step * tiling.segments):
+        return tiling
+    return replace(tiling, block_k=step, stages=min(MOST_STAGES, tiling.stages * tiling.block_k // step))

@@ -6,7 +6,8 @@ rounds once more.
 
 ``head_axes`` says where q, k, v and the result have their heads, in this order: 1 for [B, heads, rows, D], as
 ``scaled_dot_product_attention`` takes and gives them, or 2 for [B, rows, heads, D], as linears do. So nothing is copied
-for a transposition, which in ExecuTorch's edge dialect is always a copy; nor does anything depend on strides.
+for a transposition, which in ExecuTorch's edge dialect is always a copy. The result does not depend on strides; columns
+of a wider tensor are read where they lie, and what lies otherwise is copied.
 
 A ``triton_op``: AOTInductor sees through it and compiles the kernel into the library that it builds, while export and
 ExecuTorch's passes see one operator. On a device that has no Triton it computes with torch's own attention.
@@ -17,7 +18,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS, attention
 from et_cuda_passes.ops.int4_linear import NAMESPACE
@@ -49,16 +49,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, head_axes: Sequence[int]) -> None:
         )
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    """``tensor``, or a copy, asking nothing of a size that is not known."""
-    expected: int | torch.SymInt = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
-            return tensor.clone(memory_format=torch.contiguous_format)
-        expected = expected * size
-    return tensor
-
-
 @torch.library.triton_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
     _check(q, k, v, head_axes)
@@ -71,7 +61,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequenc
             f"attention: the CUDA kernel has bf16 and fp16 and head dimensions {', '.join(map(str, HEAD_DIMS))}; given "
             f"{q.dtype} and {q.shape[3]}"
         )
-    return attention(_contiguous(q), _contiguous(k), _contiguous(v), scale, head_axes)
+    return attention(q, k, v, scale, head_axes)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:

@@ -1,12 +1,11 @@
-"""attention(q, k, v) -> attention(q, k, v, mask of ones), or our own operator, for ExecuTorch's CUDA backend
+"""attention(q, k, v) -> our own operator, or attention(q, k, v, mask of ones), for ExecuTorch's CUDA backend
 
 The backend computes attention with a Triton kernel of its own. Where the head dimension is a power of two, that kernel
 (executorch 1.5, ``backends/cuda/triton/kernels/sdpa.py``) takes keys in blocks of up to 128, and gives the places of
 the last block that no key fills the score 0, not minus infinity: without a mask, the outputs are too small by whatever
-weight those places get. A mask, even one that hides nothing, is compared with the number of keys, and excludes them.
-
-Reading a mask costs time. ``kernel="triton"`` calls the operator of :mod:`et_cuda_passes.ops.attention` instead, which
-needs none.
+weight those places get. The operator of :mod:`et_cuda_passes.ops.attention` is right, and faster. Where that does not
+have the dtype or the head dimension, the backend's kernel is given a mask: even one that hides nothing is compared with
+the number of keys, and excludes those places.
 """
 
 from collections.abc import Mapping
@@ -28,7 +27,7 @@ from et_cuda_passes.ops import ATTENTION_DTYPES
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
-KERNELS = ("backend", "triton")
+KERNELS = ("triton", "backend")
 _BLOCK = 128
 
 
@@ -38,15 +37,15 @@ def _same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
 
 @dataclass(frozen=True)
 class UnmaskedAttention(Rule):
-    """attention(q, k, v) -> attention(q, k, v, mask of ones), or our own operator
+    """attention(q, k, v) -> our own operator, or attention(q, k, v, mask of ones)
 
     Attributes:
-        kernel: "backend", the one that ExecuTorch's backend has, which needs a mask where keys fill no whole block; or
-            "triton", ours, for any number of keys. It has bf16 and fp16, head dimensions from 16 to 256, key heads that
-            divide the others, and no dropout; what it lacks is left to the backend's, with the mask.
+        kernel: "triton", ours, for any number of keys: it has bf16 and fp16, head dimensions from 16 to 256, key heads
+            that divide the others, and no dropout, and what it lacks is left to the backend's, with the mask; or
+            "backend", the one that ExecuTorch's backend has, which needs a mask where keys fill no whole block.
     """
 
-    kernel: str = "backend"
+    kernel: str = "triton"
 
     def __post_init__(self) -> None:
         if self.kernel not in KERNELS:
@@ -93,7 +92,7 @@ class UnmaskedAttention(Rule):
         return shared and alike and _same(q.shape[0], k.shape[0]) and _same(q.shape[3], k.shape[3])
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
-        """The same attention: with a mask [batch, 1, rows, keys] of ones, or by our operator."""
+        """The same attention: by our operator, or with a mask [batch, 1, rows, keys] of ones."""
         given = arguments(m.root)
         if self._is_ours(m):
             return self._ours(b, m, given)

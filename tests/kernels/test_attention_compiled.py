@@ -21,7 +21,7 @@ def built(chosen: Blocks, head_dim: int, arch: int, dtype: str = "bf16", **other
         "D": head_dim,
         "HEADS": 20,
         "KV_HEADS": 20,
-        **{f"{name}_ROWS_FIRST": True for name in "QKVY"},
+        **{f"{name}_ROW": 20 * head_dim for name in "QKVY"},
         "SCALE": head_dim**-0.5 * math.log2(math.e),
         "NEGATED": False,
         "USE_ASM": True,
@@ -60,13 +60,14 @@ def test_hopper(head_dim: int, rows: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "others",
     [
-        {"dtype": "fp16", "NEGATED": True, "KV_HEADS": 4},
-        {"Q_ROWS_FIRST": False, "K_ROWS_FIRST": False, "V_ROWS_FIRST": False, "Y_ROWS_FIRST": False},
-        {"K_ROWS_FIRST": False, "HEADS": 32, "KV_HEADS": 8},
+        {"dtype": "fp16", "NEGATED": True, "KV_HEADS": 4, "K_ROW": 512, "V_ROW": 512},
+        {"Q_ROW": "heads first", "K_ROW": "heads first", "V_ROW": "heads first", "Y_ROW": "heads first"},
+        {"Q_ROW": 6144, "K_ROW": "heads first", "V_ROW": 6144, "HEADS": 32, "KV_HEADS": 8},
     ],
     ids=str,
 )
 def test_every_form_on_hopper(others: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
+    others = {name: head_dim if value == "heads first" else value for name, value in others.items()}
     check_for_hopper(built(blocks(HOPPER, head_dim, 1500), head_dim, 90, **others), tmp_path)
 
 

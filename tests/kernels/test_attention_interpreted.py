@@ -25,7 +25,7 @@ INPUTS = ["random", "large", "rising", "falling", "equal", "negative scale", "no
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernel_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, len(SHAPES) + len(AXES) + 2 * len(INPUTS))
+    check_in_interpreter(__file__, len(SHAPES) + len(AXES) + 2 + 2 * len(INPUTS))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -42,14 +42,24 @@ def before_nan(tensor: Tensor) -> Tensor:
     return memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
-def computed(q: Tensor, k: Tensor, v: Tensor, scale: float, axes: tuple[int, ...] = (1, 1, 1, 1)) -> Tensor:
-    """By the kernel, its result set to NaN before; [B, heads, rows, D]."""
+def wide(tensor: Tensor, more: int) -> Tensor:
+    """The same [B, rows, heads, D] as columns of a tensor that has ``more`` on either side, all NaN."""
+    batch, rows, heads, d = tensor.shape
+    memory = torch.full((batch, rows, heads * d + 2 * more), float("nan"), dtype=tensor.dtype)
+    return memory[..., more:-more].unflatten(2, (heads, d)).copy_(tensor)
+
+
+def computed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, axes: tuple[int, ...] = (1, 1, 1, 1), wider: int = 0
+) -> Tensor:
+    """By the kernel, its result set to NaN before; [B, heads, rows, D]. With ``wider``, of columns of wider tensors."""
     from et_cuda_passes.kernels.attention import attention
 
     (batch, heads, rows, d), (_, kv_heads, keys, _) = q.shape, k.shape
     given = [before_nan(t if at == 1 else t.transpose(1, 2)) for t, at in zip((q, k, v), axes, strict=False)]
     y = torch.full((batch, *((heads, rows) if axes[3] == 1 else (rows, heads)), d), float("nan"), dtype=q.dtype)
-    names = ("Q_ROWS_FIRST", "K_ROWS_FIRST", "V_ROWS_FIRST", "Y_ROWS_FIRST")
+    given = [t if not wider else wide(t, wider) for t in given]
+    rows_of = {f"{name}_ROW": t.stride(3 - at) for name, t, at in zip("QKVY", (*given, y), axes, strict=True)}
     attention[(batch * heads * -(-rows // BLOCK_M),)](
         *given,
         y,
@@ -60,7 +70,7 @@ def computed(q: Tensor, k: Tensor, v: Tensor, scale: float, axes: tuple[int, ...
         D=d,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        **{name: at == 2 for name, at in zip(names, axes, strict=True)},
+        **rows_of,
         SCALE=abs(scale) * math.log2(math.e),
         NEGATED=scale < 0,
         USE_ASM=False,
@@ -97,6 +107,13 @@ def test_heads_on_either_axis(axes: tuple[int, ...]) -> None:
     q, k, v = (t.half() for t in random_qkv(2, 4, 2, 21, 45, 16))
     assert torch.equal(computed(q, k, v, 0.25, axes), computed(q, k, v, 0.25))
     assert off(computed(q, k, v, 0.25, axes), exact(q, k, v, 0.25)) < 2e-3
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("heads", [1, 4])
+def test_columns_of_wider_tensors(heads: int) -> None:
+    q, k, v = (t.half() for t in random_qkv(2, heads, 1, 21, 45, 16))
+    assert torch.equal(computed(q, k, v, 0.25, (2, 2, 2, 2), wider=8), computed(q, k, v, 0.25))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")

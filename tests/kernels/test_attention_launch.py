@@ -34,7 +34,7 @@ def traced(
     mode = FakeTensorMode(shape_env=ShapeEnv())
     given = []
     for shape in shapes:
-        kinds = [DimDynamic.DUCK if axis in dynamic else DimDynamic.STATIC for axis in range(4)]
+        kinds = [DimDynamic.DUCK if axis in dynamic else DimDynamic.STATIC for axis in range(len(shape))]
         sizes = StatelessSymbolicContext(dynamic_sizes=kinds)
         fake = mode.from_tensor(torch.empty(shape, device="meta"), symbolic_context=sizes)
         with mode:
@@ -88,7 +88,7 @@ def test_few_rows_have_blocks_of_their_own() -> None:
         (config,) = table().get_kernel(launch.kwargs["kernel_idx"]).configs
         assert (config.num_warps, config.num_stages) == (chosen.warps, chosen.stages)
         assert (given["HEADS"], given["KV_HEADS"], given["NEGATED"]) == (32, 8, True)
-        assert [given[f"{name}_ROWS_FIRST"] for name in "QKVY"] == [False, False, False, True]
+        assert [given[f"{name}_ROW"] for name in "QKVY"] == [128, 128, 128, 32 * 128]
         assert next(iter(launch.kwargs["grid"][0])) == 2 * 32 * -(-rows // chosen.block_m)
 
 
@@ -107,11 +107,38 @@ def test_what_is_not_known_is_one_launch_and_costs_no_guard(dynamic: tuple[int, 
         assert int(programs.subs(sizes).doit()) == b * 4 * -(-m // chosen.block_m)
 
 
-def test_what_is_not_contiguous_is_copied() -> None:
-    graph, *_ = traced(Attention([1, 1, 1, 1], swap=True), VOXTRAL, VOXTRAL, VOXTRAL)
+class OfOne(nn.Module):
+    """q, k and v from columns of one tensor [B, rows, columns], as they lie or transposed."""
+
+    def __init__(self, heads: int, skipped: int = 0, swap: bool = False, step: int = 1) -> None:
+        super().__init__()
+        self.heads, self.skipped, self.swap, self.step = heads, skipped, swap, step
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        columns = torch.ops.aten.slice.Tensor(x, 2, self.skipped, None, self.step).split(self.heads * 64, 2)
+        parts = [part.view(*part.shape[:2], self.heads, 64) for part in columns]
+        q, k, v = (part.transpose(1, 2) if self.swap else part for part in parts)
+        return (ATTENTION(q, k, v, 0.125, [1 if self.swap else 2] * 3 + [2]),)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize("dynamic", [(), (0,), (1,)])
+def test_columns_of_one_tensor_are_read_where_they_lie(swap: bool, dynamic: tuple[int, ...]) -> None:
+    graph, *_ = traced(OfOne(20, swap=swap), (2, 1500, 3 * 1280), dynamic=dynamic)
     (launch,) = launches(graph)
-    for name in ("q_ptr", "k_ptr", "v_ptr"):
-        assert launch.kwargs["kwargs"][name].meta["val"].stride() == (20 * 1500 * 64, 1500 * 64, 64, 1)
+    assert [passed(launch)[f"{name}_ROW"] for name in "QKVY"] == [3840, 3840, 3840, 1280]
+    assert not any("clone" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize(("skipped", "step", "columns"), [(0, 2, 7680), (4, 1, 3844)])
+def test_what_cannot_be_read_where_it_lies_is_copied(skipped: int, step: int, columns: int) -> None:
+    """Every other column; rows that are no multiple of 16 bytes apart."""
+    graph, *_ = traced(OfOne(20, skipped, step=step), (1, 1500, columns))
+    (launch,) = launches(graph)
+    given = passed(launch)
+    assert [given[f"{name}_ROW"] for name in "QKVY"] == [1280] * 4
+    assert given["q_ptr"].meta["val"].is_contiguous()
+    assert sum("clone" in str(node.target) for node in graph.nodes) == 3
 
 
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 64), (torch.bfloat16, 24), (torch.bfloat16, 512)])

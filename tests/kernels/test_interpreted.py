@@ -32,6 +32,9 @@ CASES = [
     (2, 24, 1152, 32, 8, 16, 128, 4, 0, True, True, "", False, False),
     (20, 130, 192, 32, 16, 32, 64, 1, 264, False, False, "", False, True),
     (7, 17, 448, 64, 8, 16, 64, 4, 0, False, False, "silu", True, True),
+    # Tiles of many rows, which are loaded with no mask.
+    (70, 24, 128, 32, 128, 16, 64, 1, 0, False, False, "", False, False),
+    (150, 20, 192, 64, 128, 16, 64, 1, 3, True, False, "", False, True),
 ]
 
 

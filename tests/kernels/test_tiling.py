@@ -60,6 +60,23 @@ def test_buckets_ascend_to_the_last_and_hold_whole_groups(
         assert all(first != second for first, second in itertools.pairwise(following))
 
 
+@pytest.mark.parametrize("gpu", [HOPPER, OTHER], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, 9728)])
+def test_k_is_whole_steps_where_shorter_ones_make_it_so(gpu: Family, bits: int, group: int) -> None:
+    """A step that is masked takes twice the time: 9728 is 38 steps of 256, so not four segments of those."""
+    for n, k in ((2560, 9728), (896, 4864), (4096, 11008)):
+        for tiling in tilings(gpu, n, k, group, bits=bits).values():
+            whole = k % (tiling.block_k * tiling.segments) == 0
+            least = 64 if bits == 8 else max(64, group)
+            assert whole or k % (least * tiling.segments), (n, k, tiling)
+            assert 2 <= tiling.stages <= 8, (n, k, tiling)
+
+
+def test_lengths_beyond_the_dynamic_buckets_have_the_tiling_of_prompts() -> None:
+    for n, k in ((1024, 3072), (3072, 8192)):
+        assert tilings(HOPPER, n, k, 32, DYNAMIC_ROWS)[UNBOUNDED] == tiling_for(HOPPER, n, k, 32, ROWS[-1])
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9, 512, 513, 100_000])
 def test_the_tiling_of_a_length_is_its_buckets(rows: int) -> None:
     chosen = tiling_for(HOPPER, 8192, 3072, 32, rows)

@@ -13,7 +13,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.rules.unmasked_attention import ATTENTION, UnmaskedAttention
 from et_cuda_passes.testing import assert_rewrites
 
-PASSES = [ecp.UnmaskedAttention()]
+PASSES = [ecp.UnmaskedAttention(kernel="backend")]
 
 
 class Attention(nn.Module):
@@ -86,7 +86,7 @@ def test_what_needs_no_mask_is_left_alone(options: dict[str, Any], sizes: dict[s
     assert str(program.graph) == str(before.graph)
 
 
-OURS = [ecp.UnmaskedAttention(kernel="triton"), ecp.AttentionViews()]
+OURS = [ecp.UnmaskedAttention(), ecp.AttentionViews()]
 
 
 def operators(program: ExportedProgram) -> list[str]:
@@ -260,7 +260,7 @@ def test_what_is_right_without_is_left_alone(options: dict[str, Any], sizes: dic
 
 
 def test_a_kernel_that_there_is_not() -> None:
-    with pytest.raises(ValueError, match="no attention kernel 'flash'; there is: backend, triton"):
+    with pytest.raises(ValueError, match="no attention kernel 'flash'; there is: triton, backend"):
         ecp.UnmaskedAttention(kernel="flash")
 
 
