@@ -68,6 +68,16 @@ def test_heads_on_either_axis_give_the_same_bits(axes: tuple[int, ...]) -> None:
     assert torch.equal(y if axes[3] == 1 else y.transpose(1, 2), wanted)
 
 
+@pytest.mark.parametrize("heads", [1, 5])
+def test_columns_of_one_tensor_give_the_same_bits(heads: int) -> None:
+    x = torch.randn(2, 190, 3 * heads * 64, device="cuda").bfloat16()
+    q, k, v = (part.unflatten(2, (heads, 64)) for part in x.split(heads * 64, dim=2))
+    assert not q.is_contiguous()
+    wanted = ATTENTION(*(t.contiguous() for t in (q, k, v)), 0.125, [2, 2, 2, 2])
+    assert torch.equal(ATTENTION(q, k, v, 0.125, [2, 2, 2, 2]), wanted)
+    assert torch.equal(ATTENTION(*(t.transpose(1, 2) for t in (q, k, v)), 0.125, [1, 1, 1, 2]), wanted)
+
+
 @pytest.mark.parametrize("kind", ["large", "rising", "falling", "equal", "negative scale", "no scale"])
 def test_scores_of_every_kind(kind: str) -> None:
     q, k, v = random_qkv(2, 2, 150, 700, 64, torch.bfloat16)
