@@ -56,6 +56,8 @@ def candidates(bound: int) -> list[Tiling]:
     shapes = [((128, 128, 64, 8, 4), 2)]
     if bound > 128:
         shapes += [((256, 128, 64, 8, 4), 1)]
+    if bound in (256, 512):
+        shapes += [((128, 128, 64, 4, 4), 2)]
     if bound > 512:
         shapes += [((256, 128, 64, 8, 5), 1), ((256, 128, 128, 8, 2), 1)]  # the last for groups of 128
     else:
