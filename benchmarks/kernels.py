@@ -101,7 +101,8 @@ def gemlite(weight: Weight) -> list[Linear]:
     x = torch.randn(3, weight.q.shape[1], device="cuda", dtype=torch.bfloat16)
     wanted = ours(weight)[0](x)
     off = float((made[0](x) - wanted).norm() / wanted.norm())
-    if not off <= 1e-2:
+    # Seen on an H100: 1.2e-2 to 1.9e-2, where ours is within 4e-3 of fp64. Of another weight it is above 1.
+    if not off <= 3e-2:
         raise RuntimeError(f"gemlite's result is another, by {off:.1e}")
     return made
 

@@ -64,6 +64,9 @@ def row_length(tensor: Tensor, head_axis: int) -> int | None:
     heads, rows = tensor.shape[head_axis], tensor.shape[3 - head_axis]
     of_batch, of_head, of_row = tensor.stride(0), tensor.stride(head_axis), tensor.stride(3 - head_axis)
 
+    if any(statically_known_true(size == 0) for size in (batch, heads, rows)):
+        return int(d)  # of nothing, nothing is read: its strides say nothing
+
     def lies(*pairs: tuple[int | SymInt, int | SymInt, int | SymInt]) -> bool:
         return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs)
 

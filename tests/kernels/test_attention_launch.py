@@ -130,6 +130,16 @@ def test_columns_of_one_tensor_are_read_where_they_lie(swap: bool, dynamic: tupl
     assert not any("clone" in str(node.target) for node in graph.nodes)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize(("batch", "rows", "keys"), [(2, 3, 0), (2, 0, 3), (0, 3, 3), (1, 1, 1)])
+def test_nothing_is_read_of_nothing_whatever_its_strides(batch: int, rows: int, keys: int, axis: int) -> None:
+    shapes = [(batch, 2, n, 64) if axis == 1 else (batch, n, 2, 64) for n in (rows, keys, keys)]
+    graph, *_ = traced(Attention([axis] * 4), *shapes)
+    (launch,) = launches(graph)
+    assert all(isinstance(passed(launch)[f"{name}_ROW"], int) for name in "QKVY")
+    assert not any("clone" in str(node.target) for node in graph.nodes)
+
+
 @pytest.mark.parametrize(("skipped", "step", "columns"), [(0, 2, 7680), (4, 1, 3844)])
 def test_what_cannot_be_read_where_it_lies_is_copied(skipped: int, step: int, columns: int) -> None:
     """Every other column; rows that are no multiple of 16 bytes apart."""
