@@ -37,7 +37,7 @@ def test_every_model_keeps_its_meaning_and_the_house_its_word(plan: Plan) -> Non
     program, reads = exported(plan)
     passes = ecp.default_passes(plan.target)
     if plan.fused and plan.target != "xnnpack":
-        passes = [ecp.FusedLinearInt4(), *passes]
+        passes = [ecp.FusedLinearInt4(), *(rule for rule in passes if rule.name != "fused_linear_int4")]
     rtol = RTOL[plan.dtype] * (TANH if any(step.after == "tanh" for step in plan.steps) else 1.0)
     # Runs both programs, looks that the input is unchanged and that a second rewrite changes nothing.
     rewritten, report = assert_rewrites(program, plan.target, passes, {}, (example(plan),), rtol)

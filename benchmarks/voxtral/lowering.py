@@ -23,9 +23,12 @@ from et_cuda_passes.graph.collector import rare_collector
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernels."""
     made: list[Any] = ecp.default_passes("cuda")
+    if not variant.fused:
+        made = [rule for rule in made if rule.name != "fused_linear_int4"]
     if variant.kernel is not None:
-        made = [replace(rule, kernel=variant.kernel) if rule.name == "linear_int4" else rule for rule in made]
-    return [ecp.FusedLinearInt4(max_out_features=variant.fuse_up_to), *made] if variant.fuse_up_to else made
+        named = ("linear_int4", "fused_linear_int4")
+        made = [replace(rule, kernel=variant.kernel) if rule.name in named else rule for rule in made]
+    return made
 
 
 def partitioners(variant: Variant, dimensions: Dimensions) -> dict[str, list[Any]]:

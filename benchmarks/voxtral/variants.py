@@ -18,7 +18,7 @@ class Variant:
         quantized: whether the linears are int4 in groups of 32.
         ours: lowered with ``ecp.CudaPartitioner``; else with the stock one.
         kernel: the int4 kernel that ``LinearInt4`` is told to use; None for its own choice.
-        fuse_up_to: linears of one input with at most so many rows are packed and launched as one; 0 fuses none.
+        fused: whether linears of one input (q, k and v) are packed and launched as one.
         for_prompt: exported with an example as long as the prompt instead of ``HINT``.
     """
 
@@ -27,7 +27,7 @@ class Variant:
     quantized: bool = True
     ours: bool = False
     kernel: str | None = None
-    fuse_up_to: int = 0
+    fused: bool = True
     for_prompt: bool = False
 
     def hint(self, dimensions: Dimensions) -> int:
@@ -47,7 +47,7 @@ VARIANTS = {
         Variant("generic", "int4 in int8, unrewritten, stock partitioner"),
         Variant("tinygemm", 'int4 packed, `LinearInt4(kernel="tinygemm")`', ours=True, kernel="tinygemm"),
         Variant("ours", "int4 packed, default passes", ours=True),
-        Variant("fused", "int4 packed, default passes, q, k, v as one", ours=True, fuse_up_to=4096),
+        Variant("unfused", "int4 packed, default passes but `FusedLinearInt4`", ours=True, fused=False),
         Variant("bf16-prompt", "bf16, stock, tuned for the prompt's length", quantized=False, for_prompt=True),
     )
 }

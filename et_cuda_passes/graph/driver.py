@@ -20,7 +20,7 @@ from et_cuda_passes.graph.ledger import Candidate, Ledger
 from et_cuda_passes.graph.match import Miss, match
 from et_cuda_passes.graph.memory import viewed
 from et_cuda_passes.graph.ops import called
-from et_cuda_passes.graph.passes import Pass, parse, stages
+from et_cuda_passes.graph.passes import Pass, parse, stages, untold
 from et_cuda_passes.graph.pattern import roots
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
@@ -80,7 +80,7 @@ def apply_passes(
     report = Report(target.name, [entry.name for entry in entries], bytes_before=_constant_bytes(exported))
     with paused_collector():
         program = Program(exported, pool)
-        ledger = Ledger(report, find_candidates(program))
+        ledger = Ledger(report, find_candidates(program), untold(entries))
     for stage in stages(entries):
         if stage[0].rule is None:
             program = _run_opaque(stage[0], program)
@@ -96,13 +96,13 @@ def apply_passes(
 
 
 def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> None:
-    program.refresh()
     claims = _match_stage(stage, program, target, ledger)
     chosen, lost = resolve(claims)
     for loser, winner in lost.items():
         for m in claims[loser].ms:
             ledger.lost(claims[loser].rule.name, m.match, claims[winner].rule.name, claims[winner].root)
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
+    changed = False
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
         for m in ms:
@@ -116,7 +116,10 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
                 ledger.rewrite(rule.name, m.match, *told)
         if ms and not isinstance(rule, Keep):
             _emit(rule, ms, program)
-    program.sweep()
+            changed = True
+    if changed:  # what was read from the program stays known to the next stage otherwise
+        program.sweep()
+        program.refresh()
 
 
 def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> list[_Claim]:

@@ -1,7 +1,7 @@
 """Who did what to which candidate: open until one outcome is written, never two, never none."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -36,8 +36,10 @@ class Candidate:
 class Ledger:
     """The candidates of one run and their outcomes, written into a report in graph order by :meth:`close`."""
 
-    def __init__(self, report: Report, candidates: Iterable[Candidate]) -> None:
+    def __init__(self, report: Report, candidates: Iterable[Candidate], untold: Container[str] = ()) -> None:
+        """``untold`` are the rules whose reasons for a miss are left out."""
         self.report = report
+        self._untold = untold
         self._candidates: dict[Node, Candidate] = {}
         self._outcomes: dict[Node, Outcome] = {}
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
@@ -73,12 +75,14 @@ class Ledger:
 
     def miss(self, node: Node, reason: Reason) -> None:
         """Note why a rule did not take ``node``."""
-        self._misses[node].append(reason)
+        if reason.rule not in self._untold:
+            self._misses[node].append(reason)
 
     def unmet(self, match: Match, reasons: Sequence[Reason]) -> None:
         """Note the requires that did not hold for every candidate that the match would have decided."""
         for node in self._covers(match):
-            self._misses[node].extend(reasons)
+            for reason in reasons:
+                self.miss(node, reason)
 
     def lost(self, rule: str, match: Match, winner: str, at: Node) -> None:
         """Note a match whose nodes went to another."""

@@ -110,3 +110,9 @@ def stages(entries: Sequence[Pass]) -> list[list[Pass]]:
         else:
             result.append([entry])
     return result
+
+
+def untold(entries: Sequence[Pass]) -> set[str]:
+    """The joint rules whose misses another rule of the list tells."""
+    names = {entry.name for entry in entries}
+    return {entry.name for entry in entries if isinstance(entry.rule, JointRule) and entry.rule.alone in names}

@@ -115,6 +115,8 @@ class JointRule(Rule):
 
     partner: ClassVar[str] = "another match to be taken together with"
     """What a match without others wanted, for the report."""
+    alone: ClassVar[str] = ""
+    """The rule that takes a match alone: where it is in the pass list too, a miss has its reasons, not this rule's."""
     common: ClassVar[tuple[str, ...]] = ()
     """Captures that hold one value in all matches of a :meth:`key`, so that the first one's is as good as any."""
 

@@ -1,8 +1,8 @@
 """linear(x, weight 1), linear(x, weight 2), ... -> slices of int4_linear(x, their rows packed as one)
 
 For the q, k and v of attention, and for gate and up of a feed-forward layer: one kernel that reads x once, and more
-rows to spread over the device. Each slice is a tensor of its own, as the linear's result was. On no target by default:
-put it into ``passes`` before ``LinearInt4``, which takes the linears that are left.
+rows to spread over the device. Each slice is a tensor of its own, as the linear's result was. ``LinearInt4``, behind it
+in ``passes``, takes the linears that are left.
 """
 
 from collections import defaultdict
@@ -21,6 +21,8 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Answer, JointRule, require
 from et_cuda_passes.quant.affine import affine
 from et_cuda_passes.quant.dynamic import decode_dynamic
+from et_cuda_passes.rules.int4_activation import ACTIVATIONS
+from et_cuda_passes.rules.int4_combine import COMBINED
 from et_cuda_passes.rules.int4_weight import offset
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 
@@ -31,26 +33,35 @@ aten = torch.ops.aten
 class FusedLinearInt4(JointRule, LinearInt4):
     """linear(x, weight 1), linear(x, weight 2), ... -> slices of int4_linear(x, their rows packed as one)
 
-    Its requires are those of ``LinearInt4``, and two more.
+    Its requires are those of ``LinearInt4``, and some more.
 
     Attributes:
         drop_activation_quantization: as for ``LinearInt4``.
         kernel: as for ``LinearInt4``.
         cast_to_bf16: as for ``LinearInt4``.
-        max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone,
-            and what follows such a linear (gate's activation, the product with up) can be part of its own kernel.
+        max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone.
+        leave_epilogues: linears behind which an activation function, a product or a sum stands alone (gate and up) are
+            left to ``LinearInt4``: on cuda the Triton kernel of such a linear computes that as well.
     """
 
     max_out_features: int | None = None
+    leave_epilogues: bool = False
     common: ClassVar[tuple[str, ...]] = ("x",)
     before: ClassVar[tuple[str, ...]] = ("linear_int4",)
+    alone: ClassVar[str] = "linear_int4"
     partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
 
     @require("no more out_features than max_out_features", hint="a larger linear fills the device alone")
     def small(self, m: MatchContext) -> Answer:
-        """What is fused with others loses what its own kernel could do behind it."""
+        """Weights are packed together at no gain then."""
         n = affine(m).shape[0]
         return self.max_out_features is None or n <= self.max_out_features, f"{n}"
+
+    @require("with leave_epilogues, nothing behind it that its own kernel computes", hint="LinearInt4 takes it")
+    def bare(self, m: MatchContext) -> Answer:
+        """What is fused with others has several results, and nothing is computed behind those."""
+        follower = _epilogue(m) if self.leave_epilogues else None
+        return follower is None, f"{follower.name if follower else ''}, which alone reads it"
 
     @require("a weight that only this linear reads", hint="a tied weight is packed once, by LinearInt4")
     def read_once(self, m: MatchContext) -> Answer:
@@ -95,6 +106,22 @@ class FusedLinearInt4(JointRule, LinearInt4):
             results.append(b.at(m).columns(y, start, end))
             start = end
         return results
+
+
+def _epilogue(m: MatchContext) -> Node | None:
+    """What alone reads the linear's result, or views of it, and can be computed by its kernel; else None."""
+    node = m.root
+    while len(node.users) == 1:
+        (user,) = node.users
+        if called(user) in ACTIVATIONS:
+            return user
+        if called(user) in COMBINED:
+            others = [other for other in user.all_input_nodes if other is not node]
+            return user if others and m.val(others[0]).shape == m.val(node).shape else None
+        if called(user) is not aten.view.default:
+            return None
+        node = user
+    return None
 
 
 def _quantization(m: MatchContext) -> set[Node]:

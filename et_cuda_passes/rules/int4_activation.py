@@ -19,7 +19,8 @@ from et_cuda_passes.ops import INT4_LINEARS
 
 aten = torch.ops.aten
 LINEAR = INT4_LINEARS["mma_tiled"].op
-_NAMES: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
+"""What can stand behind a linear, and what its kernel calls it."""
 
 
 def epilogue_of(linear: Node) -> dict[str, Any]:
@@ -48,7 +49,7 @@ class Int4Activation(Rule):
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The linear again, with the activation."""
-        name = _NAMES[called(m.root)]
+        name = ACTIVATIONS[called(m.root)]
         if m.root.kwargs.get("approximate", "none") == "tanh":
             name = "gelu_tanh"
         return b.call(LINEAR, *m.linear.args[:6], name)

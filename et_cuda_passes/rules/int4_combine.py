@@ -18,7 +18,7 @@ from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
 
 aten = torch.ops.aten
-_ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
+COMBINED = _ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
+from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
@@ -58,6 +59,7 @@ CUDA = Target(
     int4_experts=_TRITON,
     int4_chosen_experts=_TRITON,
     passes=lambda: [
+        FusedLinearInt4(max_out_features=4096, leave_epilogues=True),
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),

@@ -328,7 +328,7 @@ def test_rules(run: Run) -> None:
     assert list(listed) == list(ecp.targets())
     for name, about in listed.items():
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
-    linear = listed["cuda"]["passes"][0]
+    linear = next(entry for entry in listed["cuda"]["passes"] if entry["name"] == "linear_int4")
     assert linear["rewrite"].endswith("-> int4_linear(x, packed, scale_and_zero, bias)")
     assert linear["options"] == {"drop_activation_quantization": False, "kernel": None, "cast_to_bf16": False}
     assert {"wanted", "hint", "stage"} == set(linear["requires"][0])

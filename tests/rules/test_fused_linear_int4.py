@@ -258,8 +258,44 @@ def test_it_comes_before_linear_int4_wherever_it_stands(block: ExportedProgram) 
     assert_rewrites(block, passes=PASSES[::-1], expect={"fused_linear_int4": 5})
 
 
-def test_it_is_on_no_target_by_default() -> None:
-    assert not any(isinstance(r, ecp.FusedLinearInt4) for t in ecp.targets() for r in ecp.default_passes(t))
+def test_by_default_cuda_fuses_where_nothing_is_lost(block: ExportedProgram) -> None:
+    """q, k and v; not gate and up, whose kernels compute the activation, and the product with it."""
+    having = [t for t in ecp.targets() if any(isinstance(r, ecp.FusedLinearInt4) for r in ecp.default_passes(t))]
+    assert having == ["cuda"]
+    expect = {"fused_linear_int4": 3, "linear_int4": 4, "missed": 0}
+    program, report = assert_rewrites(block, "cuda", None, expect, inputs=(X,))
+    assert [o.fqn for o in report.outcomes if o.rule == "fused_linear_int4"] == ["q.weight", "k.weight", "v.weight"]
+    last = [node.args[6:] for node in program.graph.nodes if node.target is ecp.ops.INT4_LINEARS["mma_tiled"].op]
+    assert [(*args, "")[0] for args in last] == ["", "", "silu", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("use", "fused"),
+    [
+        (lambda pair, x: (F.silu(pair.a(x)), pair.b(x)), False),
+        (lambda pair, x: (F.gelu(pair.a(x).view(-1, 16)), pair.b(x)), False),
+        (lambda pair, x: (pair.a(x) + x[..., :16], pair.b(x)), False),
+        (lambda pair, x: (pair.a(x) * pair.b(x), x), False),
+        (lambda pair, x: (pair.a(x) * x[..., :1], pair.b(x)), True),  # broadcast: not the kernel's
+        (lambda pair, x: (pair.a(x) + 1, pair.b(x)), True),
+        (lambda pair, x: ((y := pair.a(x)) + F.silu(y), pair.b(x)), True),  # read twice: it is stored anyway
+        (lambda pair, x: (pair.a(x).tanh(), pair.b(x).view(-1, 4, 4).transpose(1, 2)), True),
+    ],
+)
+def test_what_has_something_behind_it_is_left_by_option(use: Callable[..., Any], fused: bool) -> None:
+    passes = [ecp.FusedLinearInt4(leave_epilogues=True), ecp.LinearInt4()]
+    expect = {"fused_linear_int4": 2} if fused else {"linear_int4": 2}
+    assert_rewrites(pair(use), "cuda", passes, {**expect, "missed": 0}, inputs=(X,))
+    assert_rewrites(pair(use), "cuda", PASSES, {"fused_linear_int4": 2}, inputs=(X,))
+
+
+def test_its_misses_are_told_by_the_rule_that_takes_one_alone() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64)  # fp32, which the kernel has not
+    program = sketch.program(*(sketch.call(aten.linear.default, x, sketch.weight(name)) for name in "ab"))
+    for passes, rule in ((PASSES, "linear_int4"), (PASSES[:1], "fused_linear_int4")):
+        _, report = ecp.rewrite(program, "cuda", passes)
+        assert {reason.rule for outcome in report.outcomes for reason in outcome.reasons} == {rule}
 
 
 def test_of_views_of_one_input() -> None:

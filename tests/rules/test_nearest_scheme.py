@@ -225,11 +225,13 @@ def test_a_model_of_all_schemes_is_rewritten_at_once(target: str, without: tuple
     else:  # which no CPU computes
         _, report = ecp.rewrite(program, target)
     rules = {name: f"linear_int{bits}" for name, bits in REWRITTEN[target].items()}
+    if target == "cuda":  # two of one scheme, of one input
+        rules |= dict.fromkeys(("int4_32", "again"), "fused_linear_int4")
     found = {outcome.fqn.split(".")[1]: outcome.rule for outcome in report.outcomes}
     assert found == {name: rules.get(name) for name in configs}
     assert len(report.outcomes) == len(configs)
     text = str(report)
-    assert "  2 x linear_int4  int4 group 32 -> " in text
+    assert f"  2 x {rules['again']}  int4 group 32 -> " in text
     assert "(layers.int4_32.weight, ...)" in text
     if target == "cuda":
         assert "  1 x linear_int8  int4 group 16 -> triton  (layers.int4_16.weight)" in text

@@ -66,6 +66,8 @@ def test_what_each_target_runs() -> None:
         linears = ["linear_int4", "linear_int8", "conv_int4", "conv_int8"]
         if name == "metal":
             linears = ["linear_int4", "linear_int8", "conv_int4"]
+        if name == "cuda":
+            linears = ["fused_linear_int4", *linears]
         experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4", "einsum_int4"]
         assert (get_target(name).int4_experts is None) == (name == "metal")
         tables = ["embedding_int4", "embedding_int8"]
