@@ -30,7 +30,7 @@ from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
 from et_cuda_passes.kernels import int8_launch
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, launch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
+from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, even, load_table
 from et_cuda_passes.layouts import mma_tiled
 
 MEASURED = {**{bound: (bound,) for bound in ROWS}, 8: (1, 4, 8), 2048: (400, 1500), UNBOUNDED: (4096,)}
@@ -70,6 +70,13 @@ def candidates(bound: int) -> list[Tiling]:
     ]
 
 
+def of_weight(bound: int, bits: int, k: int, group: int) -> list[Tiling]:
+    """The candidates that the kernel has for groups of this size, those with steps that K is whole ones of as well."""
+    # Steps of the int4 kernel hold whole groups.
+    found = [tiling for tiling in candidates(bound) if bits == 8 or tiling.block_k >= group]
+    return list(dict.fromkeys([*found, *(even(tiling, k, group if bits == 4 else 0) for tiling in found)]))
+
+
 def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor, group: int) -> torch.Tensor:
     """One call in this tiling, of the kernel that takes such a weight."""
     gpu, processors = gpu_of(x.device)
@@ -82,11 +89,6 @@ def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Te
     else:
         launch(x, x.shape[0], packed, qparams, Epilogue(), *last)
     return y
-
-
-def fits(tiling: Tiling, bits: int, group: int) -> bool:
-    """Whether the kernel has this tiling: steps of the int4 kernel hold whole groups."""
-    return bits == 8 or tiling.block_k >= group
 
 
 def compile_one(job: tuple[Tiling, int, int, int, int, int]) -> bool:
@@ -135,8 +137,8 @@ def measure(bits: int, n: int, k: int, group: int) -> dict[int, dict[Tiling, flo
         inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in lengths]
         wanted = [x.double() @ exact.T for x in inputs]
         found[bound] = {}
-        for tiling in candidates(bound):
-            if not fits(tiling, bits, group) or not compile_one((tiling, bits, n, k, group, lengths[0])):
+        for tiling in of_weight(bound, bits, k, group):
+            if not compile_one((tiling, bits, n, k, group, lengths[0])):
                 continue
             results = ([run(tiling, x, *pair, group) for _ in range(3)] for x in inputs)
             if not all(right(result, target) for result, target in zip(results, wanted, strict=True)):
@@ -212,8 +214,7 @@ def main() -> None:
         (tiling, bits, n, k, group, lengths[0])
         for n, k, group in shapes
         for bound, lengths in MEASURED.items()
-        for tiling in candidates(bound)
-        if fits(tiling, bits, group)
+        for tiling in of_weight(bound, bits, k, group)
     ]
     device = torch.cuda.get_device_name(0)
     kept = earlier(out, device)  # first: a file that can't be read should not cost the measurements

@@ -102,7 +102,6 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
         for m in claims[loser].ms:
             ledger.lost(claims[loser].rule.name, m.match, claims[winner].rule.name, claims[winner].root)
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
-    changed = False
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
         for m in ms:
@@ -116,8 +115,7 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
                 ledger.rewrite(rule.name, m.match, *told)
         if ms and not isinstance(rule, Keep):
             _emit(rule, ms, program)
-            changed = True
-    if changed:  # what was read from the program stays known to the next stage otherwise
+    if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
         program.sweep()
         program.refresh()
 

@@ -128,14 +128,15 @@ def tilings(
     gpu: Family, n: int, k: int, group_size: int, bounds: Sequence[int] = ROWS, bits: int = 4
 ) -> dict[int, Tiling]:
     """The tiling of each bucket of rows, those of equal tilings merged: bound -> tiling, ascending, to UNBOUNDED."""
-    tuned = nearest(_table(gpu.name if bits == 4 else f"{gpu.name}_int{bits}"), n, k, group_size).tilings
+    entry = nearest(_table(gpu.name if bits == 4 else f"{gpu.name}_int{bits}"), n, k, group_size)
     last_entry = UNBOUNDED if bounds[-1] == ROWS[-1] else ROWS[-1]
     chosen: dict[int, Tiling] = {}
     for bound in (*bounds, UNBOUNDED):
-        tiling = tuned[bound if bound != UNBOUNDED else last_entry]
+        tiling = entry.tilings[bound if bound != UNBOUNDED else last_entry]
         if bits == 4:  # the int8 kernel takes groups of several steps too
             tiling = _whole_groups(tiling, group_size)
-        tiling = _even(tiling, k, group_size if bits == 4 else 0)
+        if entry.k != k:  # else it was measured as it is
+            tiling = even(tiling, k, group_size if bits == 4 else 0)
         last = next(reversed(chosen), None)
         if last is not None and chosen[last] == tiling:
             del chosen[last]
@@ -165,8 +166,11 @@ def _whole_groups(tiling: Tiling, group_size: int) -> Tiling:
     return replace(tiling, block_k=group_size, stages=stages)
 
 
-def _even(tiling: Tiling, k: int, least: int) -> Tiling:
-    """Shorter steps, more of them in flight, where that makes K whole steps: others are masked, at twice the time."""
+def even(tiling: Tiling, k: int, least: int) -> Tiling:
+    """Shorter steps, of ``least`` at least and more of them in flight, where that makes ``k`` whole steps.
+
+    Others are masked, which can take twice the time.
+    """
     step = tiling.block_k
     while k % (step * tiling.segments) and step // 2 >= max(64, least):
         step //= 2

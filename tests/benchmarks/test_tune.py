@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tune import MEASURED, candidates, earlier, fastest, fits, merged, text
+from benchmarks.tune import MEASURED, candidates, earlier, fastest, merged, of_weight, text
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
 
 
@@ -41,9 +41,13 @@ def test_every_candidate_is_a_tiling_of_its_kernel(bound: int) -> None:
     for tiling in tried:
         assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, tiling
         assert tiling.segments == 1 or tiling.waves == 0, tiling
-        assert fits(tiling, 8, 32) and fits(tiling, 4, 32), tiling
+    assert of_weight(bound, 4, 4096, 32) == tried == of_weight(bound, 8, 4096, 128)
     # A group of 128 needs steps of 128.
-    assert all(any(fits(tiling, bits, 128) for tiling in tried) for bits in (4, 8))
+    assert of_weight(bound, 4, 4096, 128) == [tiling for tiling in tried if tiling.block_k >= 128] != []
+    # 576 is nine steps of 64, and no whole number of longer ones.
+    added = [tiling for tiling in of_weight(bound, 4, 576, 32) if tiling not in tried]
+    assert all(576 % (tiling.block_k * tiling.segments) == 0 for tiling in added)
+    assert added or bound in (8, 2048, UNBOUNDED)  # segments of 64 are no whole number either; or it is there already
 
 
 def test_cut_tiles_have_to_be_faster_by_what_their_launch_costs() -> None:

@@ -61,10 +61,10 @@ def test_buckets_ascend_to_the_last_and_hold_whole_groups(
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, OTHER], ids=lambda gpu: gpu.name)
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, 9728)])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 128), (8, 32), (8, 11008)])
 def test_k_is_whole_steps_where_shorter_ones_make_it_so(gpu: Family, bits: int, group: int) -> None:
-    """A step that is masked takes twice the time: 9728 is 38 steps of 256, so not four segments of those."""
-    for n, k in ((2560, 9728), (896, 4864), (4096, 11008)):
+    """A step that is masked can take twice the time: 11008 is 43 steps of 256, so not four segments of those."""
+    for n, k in ((2560, 9856), (896, 4864), (4096, 11008)):
         for tiling in tilings(gpu, n, k, group, bits=bits).values():
             whole = k % (tiling.block_k * tiling.segments) == 0
             least = 64 if bits == 8 else max(64, group)
