@@ -1,17 +1,17 @@
 """The one loop that applies a pass list: match, require, choose, emit, check; each candidate ends with one outcome."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.claims import Claim, joined
 from et_cuda_passes.graph.collector import paused_collector
 from et_cuda_passes.graph.conflict import resolve
 from et_cuda_passes.graph.constants import ConstantPool, NameTaken
@@ -31,24 +31,6 @@ FindCandidates = Callable[[Program], Iterable[Candidate]]
 
 class RuleError(Exception):
     """A rule claimed a place and then failed to rewrite it, or emitted something of another shape or dtype."""
-
-
-@dataclass(frozen=True)
-class _Claim:
-    """A match whose requires all hold, or several that a joint rule takes together, in graph order."""
-
-    rule: Rule
-    ms: tuple[MatchContext, ...]
-    rank: int
-    weight: int
-
-    @property
-    def wants(self) -> Sequence[Node]:
-        return [node for m in self.ms for node in m.match.owned]
-
-    @property
-    def root(self) -> Node:
-        return self.ms[0].root
 
 
 def apply_passes(
@@ -120,14 +102,14 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
         program.refresh()
 
 
-def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> list[_Claim]:
+def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> list[Claim]:
     """Every match of the stage's rules whose requires hold; what fell short is in the ledger."""
     nodes: dict[Any, list[Node]] = defaultdict(list)
     order: dict[Node, int] = {}
     for position, node in enumerate(program.branches.nodes()):
         order[node] = position
         nodes[called(node)].append(node)
-    claims: list[_Claim] = []
+    claims: list[Claim] = []
     for rank, entry in enumerate(stage):
         rule = entry.rule
         assert rule is not None
@@ -144,35 +126,10 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             if reasons:
                 ledger.unmet(found, reasons)
             elif program.kept.isdisjoint(found.owned):
-                claims.append(_Claim(rule, (m,), rank, ledger.worth(found)))
+                claims.append(Claim(rule, (m,), rank, ledger.worth(found)))
         if isinstance(rule, JointRule):
-            claims = _joined(rule, claims, order, ledger)
+            claims = joined(rule, claims, order, ledger)
     return claims
-
-
-def _joined(rule: JointRule, claims: Sequence[_Claim], order: Mapping[Node, int], ledger: Ledger) -> list[_Claim]:
-    """The claims of a joint rule, those taken together as one; a match that nothing goes with is missed."""
-    groups: dict[tuple[Graph, Hashable], list[_Claim]] = defaultdict(list)
-    joined: list[_Claim] = []
-    for claim in claims:
-        (m,) = claim.ms
-        group = groups[m.root.graph, rule.key(m)]
-        first = group[0].root if group else m.root
-        inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
-        late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]
-        late += [n for n in inputs.values() if n in m.program.written]
-        if late:
-            wanted = "inputs that stand where the first of them is computed, and that nothing writes in place"
-            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late[0].name)])
-        else:
-            group.append(claim)
-    for group in groups.values():
-        if len(group) > 1:
-            ms = tuple(claim.ms[0] for claim in group)
-            joined.append(_Claim(rule, ms, group[0].rank, sum(claim.weight for claim in group)))
-        for claim in group if len(group) == 1 else ():
-            ledger.unmet(claim.ms[0].match, [Reason(rule.name, "match", rule.partner, "none")])
-    return joined
 
 
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:

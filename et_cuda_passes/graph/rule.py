@@ -120,6 +120,11 @@ class JointRule(Rule):
     common: ClassVar[tuple[str, ...]] = ()
     """Captures that hold one value in all matches of a :meth:`key`, so that the first one's is as good as any."""
 
+    @property
+    def most(self) -> int | None:
+        """How many matches are taken together at most, in graph order; None for any number."""
+        return None
+
     @abstractmethod
     def key(self, m: "MatchContext") -> Hashable:
         """Equal for the matches that are taken together."""

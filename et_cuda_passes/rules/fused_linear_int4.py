@@ -40,11 +40,14 @@ class FusedLinearInt4(JointRule, LinearInt4):
         kernel: as for ``LinearInt4``.
         cast_to_bf16: as for ``LinearInt4``.
         max_out_features: linears with more are left to ``LinearInt4``; None takes all. Many rows fill a device alone.
+        max_together: so many are packed as one at most; None for any number. Their results are in memory at one time,
+            which counts where all layers' k and v are computed from one encoding.
         leave_epilogues: linears behind which an activation function, a product or a sum stands alone (gate and up) are
             left to ``LinearInt4``: on cuda the Triton kernel of such a linear computes that as well.
     """
 
     max_out_features: int | None = None
+    max_together: int | None = None
     leave_epilogues: bool = False
     common: ClassVar[tuple[str, ...]] = ("x",)
     before: ClassVar[tuple[str, ...]] = ("linear_int4",)
@@ -84,6 +87,11 @@ class FusedLinearInt4(JointRule, LinearInt4):
         good = bias.shape == affine(m).shape[:1] and bias.dtype == m.val(m.x).dtype
         kind = "constant" if m.program.constant(m.bias) is not None else "computed"
         return good and kind == "constant", f"{m.bias.name}, a {kind} one {list(bias.shape)} in {bias.dtype}"
+
+    @property
+    def most(self) -> int | None:
+        """As many as the option says."""
+        return self.max_together
 
     def key(self, m: MatchContext) -> Hashable:
         """The input, whatever view of it the linear reads, and all of the weight's form but N."""

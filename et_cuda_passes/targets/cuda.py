@@ -59,7 +59,7 @@ CUDA = Target(
     int4_experts=_TRITON,
     int4_chosen_experts=_TRITON,
     passes=lambda: [
-        FusedLinearInt4(max_out_features=4096, leave_epilogues=True),
+        FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),

@@ -196,3 +196,22 @@ def test_transposed_views_through_the_backend(dynamic: bool, tmp_path: Path) -> 
         x = torch.randn(2, rows, 128, device="cuda").bfloat16()
         with torch.no_grad():
             assert off(run(x)[0], exactly(x.double())) < 1.5e-2, rows
+
+
+class OfOne(nn.Module):
+    """q, k and v are columns of one tensor, which a pointwise operator computes: the compiler may lay it out anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (x * 2).split(x.shape[-1] // 3, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in parts)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_columns_of_a_computed_tensor_through_the_backend(dynamic: bool, tmp_path: Path) -> None:
+    sizes = ({1: Dim("length", min=2, max=1024)},) if dynamic else None
+    run = lowered(OfOne(), (torch.randn(2, 60, 3 * 128).bfloat16(),), sizes, "triton", tmp_path)
+    for rows in (60, 129, 300) if dynamic else (60,):
+        x = torch.randn(2, rows, 3 * 128, device="cuda").bfloat16()
+        q, k, v = (part.unflatten(-1, (2, 64)).transpose(1, 2) for part in (x * 2).split(128, dim=-1))
+        assert off(run(x)[0].transpose(1, 2), exact(q, k, v, 64**-0.5)) < MOST[torch.bfloat16], rows

@@ -289,6 +289,19 @@ def test_what_has_something_behind_it_is_left_by_option(use: Callable[..., Any],
     assert_rewrites(pair(use), "cuda", PASSES, {"fused_linear_int4": 2}, inputs=(X,))
 
 
+@pytest.mark.parametrize(("most", "fused", "alone"), [(None, [5], 0), (2, [2, 2], 1), (3, [3, 2], 0), (4, [4], 1)])
+def test_no_more_together_than_the_option_says(most: int | None, fused: list[int], alone: int) -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64, dtype=BF16)
+    weights = [sketch.weight(name, seed=seed) for seed, name in enumerate("abcde")]
+    program = sketch.program(*(sketch.call(aten.linear.default, x, weight) for weight in weights))
+    passes = [ecp.FusedLinearInt4(max_together=most), ecp.LinearInt4()]
+    expect = {"fused_linear_int4": sum(fused), "linear_int4": alone, "missed": 0}
+    _, report = assert_rewrites(program, "cuda", passes, expect)
+    told = [outcome.detail.rpartition(", ")[2] for outcome in report.outcomes if outcome.rule == "fused_linear_int4"]
+    assert told == [f"{n} in one" for n in fused for _ in range(n)]
+
+
 def test_its_misses_are_told_by_the_rule_that_takes_one_alone() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64)  # fp32, which the kernel has not
