@@ -54,6 +54,10 @@ class FusedLinearInt4(JointRule, LinearInt4):
     alone: ClassVar[str] = "linear_int4"
     partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
 
+    def __post_init__(self) -> None:
+        if self.max_together is not None and self.max_together < 2:
+            raise ValueError(f"max_together={self.max_together} leaves nothing to take together: 2 or more, or None")
+
     @require("no more out_features than max_out_features", hint="a larger linear fills the device alone")
     def small(self, m: MatchContext) -> Answer:
         """Weights are packed together at no gain then."""

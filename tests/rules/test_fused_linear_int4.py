@@ -302,6 +302,12 @@ def test_no_more_together_than_the_option_says(most: int | None, fused: list[int
     assert told == [f"{n} in one" for n in fused for _ in range(n)]
 
 
+@pytest.mark.parametrize("most", [1, 0, -3])
+def test_an_option_that_leaves_nothing_is_refused(most: int) -> None:
+    with pytest.raises(ValueError, match=f"max_together={most} leaves nothing to take together: 2 or more, or None"):
+        ecp.FusedLinearInt4(max_together=most)
+
+
 def test_its_misses_are_told_by_the_rule_that_takes_one_alone() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64)  # fp32, which the kernel has not
