@@ -21,6 +21,7 @@ from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
+from et_cuda_passes.rules.int4_gate import Int4Gate
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
@@ -52,6 +53,7 @@ __all__ = [
     "FoldDequantize",
     "FusedLinearInt4",
     "GroupedMmInt4",
+    "Int4Gate",
     "JointRule",
     "Keep",
     "KeepDynamicInt4",

@@ -27,12 +27,15 @@ class Epilogue:
         activation: one of :data:`~et_cuda_passes.kernels.epilogue.ACTIVATIONS`.
         factor: [..., N], multiplied.
         addend: [..., N], added.
+        gated: whether the weight has 2 N rows, of every 16 the first eight a gate's and the others what it is
+            multiplied by: the bias is [2 N] then, and ``activation`` the gate's.
     """
 
     bias: Tensor | None = None
     activation: str = ""
     factor: Tensor | None = None
     addend: Tensor | None = None
+    gated: bool = False
 
 
 def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue) -> Tensor:
@@ -46,7 +49,7 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
         return launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
 
-    return over_buckets(x, n, possible(m, n, k, group_size, gpu), processors, one)
+    return over_buckets(x, n // 2 if epilogue.gated else n, possible(m, n, k, group_size, gpu), processors, one)
 
 
 def launch(
@@ -68,13 +71,14 @@ def launch(
     Returns:
         y and parts, as they are then.
     """
-    k, n = x.shape[-1], y.shape[-1]
+    k, n = x.shape[-1], packed.shape[0]
     programs = wave(tiling, m, n, packed.shape[1] * 8, processors)
     # A pointer that is not read still has to be one.
     given = {"bias_ptr": epilogue.bias, "factor_ptr": epilogue.factor, "addend_ptr": epilogue.addend}
     common: dict[str, Any] = {name: qparams if tensor is None else tensor for name, tensor in given.items()}
     common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
+    common |= {"GATED": epilogue.gated}
     common |= {"M": m, "N": n, "K32": k // 32}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
     arguments = {

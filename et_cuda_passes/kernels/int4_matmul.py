@@ -35,9 +35,9 @@ def int4_matmul(
     words_ptr,  # int32 [N, padded K / 8]
     qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
-    factor_ptr,  # [M, N], not read unless HAS_FACTOR
-    addend_ptr,  # [M, N], not read unless HAS_ADDEND
-    y_ptr,  # [M, N]
+    factor_ptr,  # as y, not read unless HAS_FACTOR
+    addend_ptr,  # as y, not read unless HAS_ADDEND
+    y_ptr,  # [M, N], or [M, N / 2] if GATED: see ``store_tile``
     parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
     M,
     N,
@@ -54,6 +54,7 @@ def int4_matmul(
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    GATED: tl.constexpr,
     USE_ASM: tl.constexpr,
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
@@ -136,5 +137,6 @@ def int4_matmul(
         ACTIVATION,
         HAS_FACTOR,
         HAS_ADDEND,
+        GATED,
         USE_ASM,
     )

@@ -77,5 +77,5 @@ def launch(
         "WGMMA": wgmma,
     }
     adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}
-    adding |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False}
+    adding |= {"ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False, "GATED": False}
     return product(int8_matmul, y, parts, tiling, programs, flag, arguments, adding, f"int8 {m} {n} {k}")

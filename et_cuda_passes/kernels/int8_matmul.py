@@ -170,5 +170,6 @@ def int8_matmul(
         "",
         False,
         False,
+        False,
         USE_ASM,
     )

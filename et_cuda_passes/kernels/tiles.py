@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.epilogue import finish
+from et_cuda_passes.kernels.epilogue import activate, finish
 
 MASKED = tl.constexpr(64)
 """Tiles of so many rows of x and fewer load those that are there; see ``load_columns``."""
@@ -118,15 +118,29 @@ def store_tile(
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    GATED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between."""
+    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between.
+
+    GATED: of every 16 rows of the weight the first eight are a gate's, and the others what it is multiplied by. A
+    thread's sums of a row and of the one eight further lie side by side in the tensor cores' order: nothing moves.
+    """
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
+    if GATED:
+        if HAS_BIAS:
+            sums += bias  # in fp32, as sums are
+        gate, other = tl.split(sums.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+        sums = (activate(gate, ACTIVATION, USE_ASM) * other).reshape(BLOCK_N // 2, BLOCK_M)
+        n = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        N = N // 2
     at = m.to(tl.int64)[None, :] * N + n[:, None]
     inside = (m < M)[None, :] & (n < N)[:, None]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
+    BIAS: tl.constexpr = HAS_BIAS and not GATED
+    FUNCTION: tl.constexpr = "" if GATED else ACTIVATION
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, BIAS, FUNCTION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -134,9 +148,9 @@ def store_tile(
 def add_parts(
     parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N]
     bias_ptr,  # [N], not read unless HAS_BIAS
-    factor_ptr,  # [M, N], not read unless HAS_FACTOR
-    addend_ptr,  # [M, N], not read unless HAS_ADDEND
-    y_ptr,  # [M, N]
+    factor_ptr,  # as y, not read unless HAS_FACTOR
+    addend_ptr,  # as y, not read unless HAS_ADDEND
+    y_ptr,  # [M, N], or [M, N / 2] if GATED
     M,
     N,
     K32,  # K / 32, rounded up
@@ -148,11 +162,12 @@ def add_parts(
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
+    GATED: tl.constexpr,
     USE_ASM: tl.constexpr,
     HEIGHT: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """Sum the parts of HEIGHT rows of one cut tile, first to last. SALT as in the product whose parts they are."""
+    """Sum the parts of HEIGHT rows of one cut tile, first to last. GATED and SALT as in the product that made them."""
     if -SALT == M:
         return
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -176,6 +191,16 @@ def add_parts(
         sums += tl.load(part, mask=inside, other=0.0)
         part += BLOCK_M * BLOCK_N
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
+    if GATED:
+        if HAS_BIAS:
+            sums += bias  # in fp32, as sums are
+        gate, other = tl.split(sums.reshape(HEIGHT, BLOCK_N // 16, 2, 8).permute(0, 1, 3, 2))
+        sums = (activate(gate, ACTIVATION, USE_ASM) * other).reshape(HEIGHT, BLOCK_N // 2)
+        n = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        N = N // 2
+        inside = (m < M)[:, None] & (n < N)[None, :]
     at = m.to(tl.int64)[:, None] * N + n[None, :]
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, HAS_BIAS, ACTIVATION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
+    BIAS: tl.constexpr = HAS_BIAS and not GATED
+    FUNCTION: tl.constexpr = "" if GATED else ACTIVATION
+    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, BIAS, FUNCTION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)

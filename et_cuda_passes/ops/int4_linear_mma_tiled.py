@@ -1,8 +1,11 @@
 """``int4_linear_mma_tiled``: the int4 linear of our Triton kernel, and what may follow it in the same kernel.
 
-``int4_linear_mma_tiled(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend)`` is
-``activation(linear(x, (q - 8) * scale + zero, bias)) * factor + addend``; the three last may be left out. The kernel
+``int4_linear_mma_tiled(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated)``
+is ``activation(linear(x, (q - 8) * scale + zero, bias)) * factor + addend``; the four last may be left out. The kernel
 computes all of it in fp32 and rounds once.
+
+``gated``, the weight has 2 out_features rows: of every 16 the first eight are a gate's and the others another linear's,
+and it is ``activation(gate) * other * factor + addend``, out_features being a multiple of 8.
 
 A ``triton_op``: AOTInductor sees through it and compiles the kernels into the library that it builds, while export and
 ExecuTorch's passes see one operator. On a device that has no Triton it computes from the packed layout.
@@ -38,10 +41,21 @@ def _reference(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> T
     return F.linear(x, weight)
 
 
+def _halves(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every 16 columns the first eight, and the others."""
+    gate, other = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return gate.flatten(-2), other.flatten(-2)
+
+
 def _check(
-    x: Tensor, packed: Tensor, qparams: Tensor, group: int, n: int, activation: str, *others: Tensor | None
+    x: Tensor, packed: Tensor, qparams: Tensor, group: int, n: int, activation: str, gated: bool, *others: Tensor | None
 ) -> None:
     check(_LAYOUT, x, packed, qparams, group, n)
+    if gated and (n % 8 or packed.shape[0] != 2 * n):
+        raise ValueError(
+            f"int4_linear_{_LAYOUT}: gated, a weight has 2 out_features rows, and out_features is a multiple of 8; "
+            f"given {packed.shape[0]} rows and out_features {n}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"int4_linear_{_LAYOUT} has no activation {activation!r}; it has {', '.join(ACTIVATIONS[1:])}")
     for other in others:
@@ -63,11 +77,14 @@ def _int4_linear(
     activation: str = "",
     factor: Tensor | None = None,
     addend: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    _check(x, packed, scale_and_zero, group_size, out_features, activation, factor, addend)
+    _check(x, packed, scale_and_zero, group_size, out_features, activation, gated, factor, addend)
     if x.device.type != "cuda":
-        y = _reference(x, packed, scale_and_zero, group_size)[..., :out_features]
-        y = _ACTIVATE[activation](y if bias is None else y + bias)
+        y = _reference(x, packed, scale_and_zero, group_size)[..., : out_features * (1 + gated)]
+        y, other = _halves(y if bias is None else y + bias) if gated else (y if bias is None else y + bias, None)
+        y = _ACTIVATE[activation](y)
+        y = y if other is None else y * other
         y = y if factor is None else y * factor
         return (y if addend is None else y + addend).contiguous()
     if group_size not in GROUP_SIZES or scale_and_zero.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.half):
@@ -75,11 +92,12 @@ def _int4_linear(
             f"int4_linear_{_LAYOUT}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
             f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, group {group_size}"
         )
-    if out_features != packed.shape[0]:
+    if out_features * (1 + gated) != packed.shape[0]:
         raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {out_features}")
-    whole = [t if t is None or t.is_contiguous() else t.contiguous() for t in (x, factor, addend)]
-    assert whole[0] is not None
-    return int4_linear(whole[0], packed, scale_and_zero, group_size, Epilogue(bias, activation, *whole[1:]))
+    rows, factor, addend = (t if t is None or t.is_contiguous() else t.contiguous() for t in (x, factor, addend))
+    assert rows is not None
+    epilogue = Epilogue(bias, activation, factor, addend, gated)
+    return int4_linear(rows, packed, scale_and_zero, group_size, epilogue)
 
 
 def _fake(
@@ -92,8 +110,9 @@ def _fake(
     activation: str = "",
     factor: Tensor | None = None,
     addend: Tensor | None = None,
+    gated: bool = False,
 ) -> Tensor:
-    _check(x, packed, scale_and_zero, group_size, out_features, activation, factor, addend)
+    _check(x, packed, scale_and_zero, group_size, out_features, activation, gated, factor, addend)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -10,6 +10,7 @@ from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import ROWS, Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.rules.int4_gate import interleaved
 
 pytestmark = pytest.mark.gpu
 LINEAR = INT4_LINEARS["mma_tiled"].op
@@ -95,6 +96,33 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
         wanted = x.double() @ weight.T
         assert ((results[0].double() - wanted).norm() / wanted.norm()).item() < 4e-3, m
         assert all(torch.equal(other, results[0]) for other in results[1:]), m
+
+
+GATES = [(8192, 3072, 32, False, False, "silu"), (1000, 1536, 128, True, True, "gelu")]
+"""N, K, group size, zeros, bias, activation"""
+
+
+@pytest.mark.parametrize("case", GATES, ids=str)
+def test_a_gate_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
+    n, k, group, zeros, has_bias, activation = case
+    torch.manual_seed(n)
+    parts = []
+    for _ in range(2):
+        q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+        scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
+        pair = mma_tiled.scale_and_zero(scale, zero, torch.bfloat16, k)
+        s, z = (part.bfloat16().double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
+        weight = ((q.cuda().double() - 8) * s + z).bfloat16().double()
+        parts.append((mma_tiled.pack(q).cuda(), pair.cuda(), torch.randn(n, device="cuda").bfloat16(), weight))
+    packed, qparams, bias = (interleaved(parts[0][i], parts[1][i], dim) for i, dim in ((0, 0), (1, 1), (2, 0)))
+    for m in EDGES:
+        x, addend = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
+        given = (x, packed, qparams, bias if has_bias else None, group, n, activation, None, addend, True)
+        y = LINEAR(*given)
+        both = [x.double() @ weight.T + (b.double() if has_bias else 0) for *_, b, weight in parts]
+        wanted = ACTIVATE[activation](both[0]) * both[1] + addend.double()
+        assert ((y.double() - wanted).norm() / wanted.norm()).item() < 4e-3, m
+        assert all(torch.equal(LINEAR(*given), y) for _ in range(3)), m
 
 
 @pytest.mark.parametrize("m", [1, 5, 64, 300])

@@ -37,6 +37,7 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
         "ACTIVATION": "",
         "HAS_FACTOR": False,
         "HAS_ADDEND": False,
+        "GATED": False,
         "USE_ASM": True,
         "WGMMA": True,
         "SALT": 1,

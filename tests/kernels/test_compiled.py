@@ -47,6 +47,7 @@ ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
         {"group_size": 128, "ACTIVATION": "silu"},
         {"ACTIVATION": "gelu", "HAS_FACTOR": True, "HAS_ADDEND": True},
         {"ACTIVATION": "gelu_tanh", "dtype": "fp16", "HAS_ZERO": True},
+        {"GATED": True, "ACTIVATION": "silu", "HAS_BIAS": True, "HAS_ADDEND": True},
     ],
     ids=str,
 )
@@ -58,6 +59,33 @@ def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path:
 @pytest.mark.parametrize("tiling", [Tiling(256, 128, 64, 1, 0, 8, 4), Tiling(128, 64, 128, 1, 1, 4, 3)], ids=str)
 def test_an_activation_spills_nothing(activation: str, tiling: Tiling, tmp_path: Path) -> None:
     code_for_hopper(matmul(tiling, 90, ACTIVATION=activation), tiling, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling(8, 16, 256, 4, 0, 4, 3),
+        Tiling(64, 64, 256, 1, 0, 4, 3),
+        Tiling(128, 64, 128, 1, 1, 4, 3),
+        Tiling(256, 128, 64, 1, 0, 8, 4),
+    ],
+    ids=str,
+)
+def test_a_gate_costs_no_more_than_two_activations(tiling: Tiling, tmp_path: Path) -> None:
+    """Half of the sums are activated and stored; that the halves meet in one thread is seen by what is not there."""
+    gated = code_for_hopper(matmul(tiling, 90, GATED=True, ACTIVATION="silu"), tiling, tmp_path)
+    plain = code_for_hopper(matmul(tiling, 90, ACTIVATION="silu"), tiling, tmp_path)
+    assert len(gated) <= len(plain)
+    moved = [[text for _, text in code if text.startswith(("SHFL", "STS."))] for code in (gated, plain)]
+    assert len(moved[0]) <= len(moved[1]) + 2
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+def test_a_gate_on_other_gpus(arch: int, tmp_path: Path) -> None:
+    for tiling in tilings_of(OTHER.name):
+        kernel = matmul(tiling, arch, GATED=True, ACTIVATION="silu", WGMMA=False)
+        assert kernel.metadata.shared <= 99 * 1024
+        assert resources(kernel, tmp_path)["STACK"] <= 8
 
 
 def _loop(*body: str) -> list[tuple[int, str]]:

@@ -3,6 +3,9 @@
 The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +43,7 @@ CASES = [
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernels_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, 2 * len(CASES) + len(ACTIVATE) - 1)
+    check_in_interpreter(__file__, 2 * len(CASES) + 2 * len(GATES) + len(ACTIVATE) - 1)
 
 
 ACTIVATE = {
@@ -78,7 +81,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
         grid = tiles - rest + rest * min(slots // max(rest, 1), steps)
         parts = torch.full((slots, block_m, block_n), float("nan"))
     finish = {"HAS_BIAS": has_bias, "ACTIVATION": activation, "HAS_FACTOR": has_f, "HAS_ADDEND": has_a}
-    finish["USE_ASM"] = False
+    finish |= {"USE_ASM": False, "GATED": False}
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
     form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
@@ -92,6 +95,60 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
     wanted = ACTIVATE[activation](wanted) * (factor.double() if has_f else 1) + (addend.double() if has_a else 0)
     assert ((y.double() - wanted).norm() / wanted.norm()).item() < most
+
+
+# rows, out_features, block_m, block_n, segments, waves, zeros, bias, activation, addend
+GATES = [
+    (1, 8, 8, 16, 4, 0, False, False, "silu", False),
+    (5, 40, 8, 32, 2, 0, True, True, "gelu", True),
+    (19, 72, 16, 64, 1, 0, False, True, "", False),
+    (17, 56, 16, 32, 1, 5, True, True, "gelu_tanh", True),
+    (70, 24, 128, 16, 1, 3, False, False, "relu", False),
+]
+
+
+def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Sequence[str], _: str) -> list[Any]:
+    """As ``known_writes.launch``."""
+    off = {name: False for name in ("USE_ASM", "WGMMA") if name in given}
+    kernel[grid](**{n: value for n, value in given.items() if n not in ("num_warps", "num_stages")} | off, SALT=1)
+    return [given[name] for name in writes]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", GATES, ids=str)
+def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from et_cuda_passes.kernels import int4_launch, known_writes
+    from et_cuda_passes.kernels.tiling import Tiling
+    from et_cuda_passes.layouts import mma_tiled
+    from et_cuda_passes.rules.int4_gate import interleaved
+
+    m, n, block_m, block_n, segments, waves, zeros, has_bias, activation, has_addend = case
+    k, group = 256, 64
+    random = torch.Generator().manual_seed(m * n)
+    q = [torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random) for _ in range(2)]
+    scale = [torch.rand(n, k // group, generator=random) * 0.05 + 0.01 for _ in range(2)]
+    zero = [torch.randn(n, k // group, generator=random) * 0.05 * zeros for _ in range(2)]
+    bias = [torch.randn(n, generator=random).to(dtype) for _ in range(2)]
+    x, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((m, k), (m, n)))
+    packed = interleaved(*(mma_tiled.pack(part) for part in q), 0)
+    pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
+    both = interleaved(*bias, 0) if has_bias else None
+    epilogue = int4_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
+    y = torch.full((m, n), float("nan"), dtype=dtype)
+    parts = torch.full((max(waves, 1) * block_m * block_n,), float("nan"))
+    monkeypatch.setattr(known_writes, "launch", in_interpreter)
+    tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3)
+    # As on a GPU of one multiprocessor: ``waves`` programs at once.
+    int4_launch.launch(x, m, packed, interleaved(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+
+    def exact(which: int) -> torch.Tensor:
+        s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
+        wanted = x.double() @ ((q[which].double() - 8) * s + z).T
+        return wanted + bias[which].double() if has_bias else wanted
+
+    wanted = ACTIVATE[activation](exact(0)) * exact(1) + (addend.double() if has_addend else 0)
+    assert ((y.double() - wanted).norm() / wanted.norm()).item() < (1e-3 if dtype is torch.float16 else 1.6e-2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")

@@ -67,6 +67,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     )  # fmt: skip
     if rest:
         finish = {"HAS_BIAS": has_bias, "ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False, "USE_ASM": False}
+        finish["GATED"] = False
         add_parts[(rest, block_m // 8)](
             parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, HEIGHT=8
         )  # fmt: skip

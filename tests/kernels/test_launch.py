@@ -152,6 +152,35 @@ def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard(block: Calla
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
+class Gate(nn.Module):
+    """A gated layer of n columns."""
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.n = n
+        self.register_buffer("packed", torch.empty(2 * n, k // 8, dtype=torch.int32, device="cuda"))
+        qparams = torch.empty(1, 2 * n, mma_tiled.scale_row(k, 32), dtype=torch.bfloat16, device="cuda")
+        self.register_buffer("qparams", qparams)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (LINEAR(x, self.packed, self.qparams, None, 32, self.n, "silu", None, None, True),)
+
+
+@pytest.mark.parametrize("rows", [1, 300, None])
+def test_a_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None) -> None:
+    _, nodes = launches(rows, 8192, 3072, Gate)
+    table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+    sizes = (16384, 3072, 32)
+    chosen = possible(rows, *sizes, HOPPER) if rows else tilings(HOPPER, *sizes, DYNAMIC_ROWS)
+    given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
+    products = [one for one in given if "words_ptr" in one]
+    assert [one["BLOCK_M"] for one in products] == [tiling.block_m for tiling in chosen.values()]
+    for one in given:
+        assert (one["GATED"], one["N"], one["ACTIVATION"]) == (True, 16384, "silu")
+        assert one["y_ptr"].meta["val"].shape[-1] == 8192
+    assert all(set(node.kwargs["tensors_to_clone"]) == set(found_written(node)) for node in nodes)
+
+
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
 def test_exactly_one_bucket_has_programs_at_any_length(rows: int) -> None:
     bounds = [*possible(rows, 8192, 3072, 32, HOPPER)]

@@ -1,0 +1,41 @@
+"""What int4_linear_mma_tiled has beyond the other int4 linears: a gate. What else follows it, the rules' tests have."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from et_cuda_passes.layouts import mma_tiled
+from et_cuda_passes.ops import INT4_LINEARS
+
+LINEAR = INT4_LINEARS["mma_tiled"].op
+N, K, GROUP = 24, 96, 32
+
+
+def parts(rows: int = 2 * N) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, the packed weight and its pair, and the weight in fp32."""
+    random = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (rows, K), dtype=torch.uint8, generator=random)
+    scale = torch.rand(rows, K // GROUP, generator=random) * 0.1 + 0.01
+    x = torch.randn(2, 5, K, generator=random)
+    weight = (q.float() - 8) * scale.repeat_interleave(GROUP, dim=1)
+    return x, mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, scale * 0, torch.float32, K), weight
+
+
+def test_of_every_sixteen_rows_eight_are_the_gates() -> None:
+    x, packed, pair, weight = parts()
+    bias, addend = torch.randn(2 * N), torch.randn(2, 5, N)
+    rows = torch.arange(2 * N).view(-1, 2, 8)
+    gate, other = (F.linear(x, weight[which.flatten()], bias[which.flatten()]) for which in rows.unbind(1))
+    y = LINEAR(x, packed, pair, bias, GROUP, N, "silu", None, addend, True)
+    torch.testing.assert_close(y, F.silu(gate) * other + addend)
+    assert y.is_contiguous()
+    given = (x, packed, pair, bias, GROUP, N, "silu", None, addend, True)
+    torch.library.opcheck(LINEAR, given, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+@pytest.mark.parametrize(("rows", "n"), [(N, N), (3 * N, N), (2 * 12, 12)])
+def test_a_gate_of_other_rows_is_refused(rows: int, n: int) -> None:
+    x, packed, pair, _ = parts(rows)
+    with pytest.raises(ValueError, match=f"2 out_features rows.*given {rows} rows and out_features {n}"):
+        LINEAR(x, packed, pair, None, GROUP, n, "", None, None, True)

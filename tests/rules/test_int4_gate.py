@@ -1,0 +1,120 @@
+"""Int4Gate: a gated layer as one product: what is taken and what is not, the numbers, and the constants."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.testing import assert_rewrites
+from tests.quantized import Quantized
+
+OP = INT4_LINEARS["mma_tiled"].op
+PASSES = [*ecp.default_passes("cuda"), ecp.Int4Gate()]
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+
+
+def without_bias(x: Tensor, weight: Tensor, _: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+class Gated(nn.Module):
+    """``use(self, x)`` of the quantized linears [48, 64] that it names: a and b with biases, c and d with none."""
+
+    def __init__(self, use: Callable[[Any, Tensor], Any], n: int = 48, zero_points: str | None = "zero") -> None:
+        super().__init__()
+        for seed, name in enumerate(name for name in "abcd" if name in use.__code__.co_names):
+            form = F.linear if name in "ab" else without_bias
+            setattr(self, name, Quantized(n, 64, seed=seed, zero_points=zero_points, form=form))
+        self.use = use
+
+    def forward(self, x: Tensor) -> Any:
+        return self.use(self, x)
+
+
+def exported(use: Callable[[Any, Tensor], Any], dynamic: Any = None, **options: Any) -> ExportedProgram:
+    return torch.export.export(Gated(use, **options), (X,), dynamic_shapes=dynamic)
+
+
+def linears(program: ExportedProgram) -> list[dict[str, Any]]:
+    return [arguments(node) for node in program.graph.nodes if called(node) is OP]
+
+
+def gated(program: ExportedProgram, x: Tensor = X) -> ExportedProgram:
+    """Rewritten, and found to compute what each operator by itself does."""
+    after, _ = ecp.rewrite(program, "cuda", PASSES, {"missed": 0})
+    plain, _ = ecp.rewrite(program, "cuda", [ecp.LinearInt4()])
+    got, wanted = after.module()(x).double(), plain.module()(x).double()
+    assert (got - wanted).norm() <= 2**-6 * wanted.norm()
+    again, _ = ecp.rewrite(after, "cuda", PASSES)
+    assert str(again.graph) == str(after.graph)
+    return after
+
+
+@pytest.mark.parametrize(
+    ("use", "activation"),
+    [
+        (lambda net, x: F.silu(net.c(x)) * net.d(x), "silu"),
+        (lambda net, x: net.b(x) * F.gelu(net.a(x)), "gelu"),
+        (lambda net, x: F.gelu(net.a(x), approximate="tanh") * net.b(x), "gelu_tanh"),
+        (lambda net, x: net.c(x) * net.d(x), ""),
+        (lambda net, x: F.relu(net.d(x)) * net.c(x), "relu"),
+    ],
+)
+@pytest.mark.parametrize("zero_points", ["zero", "random"])
+def test_a_gated_layer_is_one_product(use: Callable[[Any, Tensor], Any], activation: str, zero_points: str) -> None:
+    program = gated(exported(use, zero_points=zero_points))
+    (linear,) = linears(program)
+    assert (linear["activation"], linear["gated"], linear["out_features"]) == (activation, True, 48)
+    assert (linear["factor"], linear["addend"]) == (None, None)
+    read = [linear[name] for name in ("packed", "scale_and_zero", "bias") if linear[name] is not None]
+    assert all(node.target.endswith("_gated") and node.meta["val"].shape.count(96) == 1 for node in read)
+    # Of what they are made of nothing is left.
+    others = [node.target for node in program.graph.find_nodes(op="placeholder") if node not in read]
+    assert others == ["x"] or others == ["p_c_bias", "p_d_bias", "x"]  # biases that no linear reads
+
+
+def test_of_any_length() -> None:
+    length = ({0: Dim("length", min=2, max=512)},)
+    program = exported(lambda net, x: F.silu(net.c(x)) * net.d(x), length)
+    for rows in (2, 9):
+        after, report = assert_rewrites(program, "cuda", PASSES, {"missed": 0}, (X[:1].repeat(rows, 1),), 2**-6)
+        assert [linear["gated"] for linear in linears(after)] == [True] and report.applied["int4_gate"] == 1
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda net, x: F.silu(net.c(x)) * net.d(x * 2),  # another input
+        lambda net, x: torch.cat([(y := F.silu(net.c(x))) * net.d(x), y]),  # the gate is read again
+        lambda net, x: F.silu(net.c(x)) * F.silu(net.d(x)),  # two activations
+        lambda net, x: F.silu(net.a(x)) * net.d(x),  # one bias
+        lambda net, x: F.silu(net.c(x)) * net.d(x) + net.c(x + 1),  # a weight that is read again
+        lambda net, x: F.silu(net.c(x)).tanh() * net.d(x),
+    ],
+)
+def test_what_is_not_such_a_layer_is_left_as_it_was(use: Callable[[Any, Tensor], Any]) -> None:
+    assert not any(linear["gated"] for linear in linears(gated(exported(use))))
+
+
+def test_rows_that_are_no_multiple_of_eight() -> None:
+    program = gated(exported(lambda net, x: F.silu(net.c(x)) * net.d(x), n=44))
+    assert [linear["gated"] for linear in linears(program)] == [False, False]
+
+
+def test_two_methods_share_what_is_put_together() -> None:
+    from et_cuda_passes.graph.constants import ConstantPool
+    from et_cuda_passes.targets.rewrite import rewrite
+
+    model, pool = Gated(lambda net, x: F.silu(net.c(x)) * net.d(x)), ConstantPool()
+    programs = [torch.export.export(model, (x,)) for x in (X, X[:1])]
+    after = [rewrite(program, "cuda", PASSES, pool=pool)[0] for program in programs]
+    first, second = ({n: t for n, t in program.state_dict.items() if "gated" in n} for program in after)
+    assert first.keys() == second.keys() and len(first) == 2
+    assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
