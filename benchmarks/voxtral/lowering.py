@@ -28,7 +28,7 @@ def passes(variant: Variant) -> list[Any]:
     if variant.kernel is not None:
         named = ("linear_int4", "fused_linear_int4")
         made = [replace(rule, kernel=variant.kernel) if rule.name in named else rule for rule in made]
-    return made
+    return [*made, ecp.Int4Gate()] if variant.gated else made
 
 
 def partitioners(variant: Variant, dimensions: Dimensions) -> dict[str, list[Any]]:

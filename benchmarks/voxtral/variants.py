@@ -19,6 +19,7 @@ class Variant:
         ours: lowered with ``ecp.CudaPartitioner``; else with the stock one.
         kernel: the int4 kernel that ``LinearInt4`` is told to use; None for its own choice.
         fused: whether linears of one input (q, k and v) are packed and launched as one.
+        gated: whether a gated layer is one product.
         for_prompt: exported with an example as long as the prompt instead of ``HINT``.
     """
 
@@ -28,6 +29,7 @@ class Variant:
     ours: bool = False
     kernel: str | None = None
     fused: bool = True
+    gated: bool = False
     for_prompt: bool = False
 
     def hint(self, dimensions: Dimensions) -> int:
@@ -48,6 +50,7 @@ VARIANTS = {
         Variant("tinygemm", 'int4 packed, `LinearInt4(kernel="tinygemm")`', ours=True, kernel="tinygemm"),
         Variant("ours", "int4 packed, default passes", ours=True),
         Variant("unfused", "int4 packed, default passes but `FusedLinearInt4`", ours=True, fused=False),
+        Variant("gated", "int4 packed, default passes and `Int4Gate`", ours=True, gated=True),
         Variant("bf16-prompt", "bf16, stock, tuned for the prompt's length", quantized=False, for_prompt=True),
     )
 }
