@@ -18,6 +18,7 @@ DYNAMIC_ROWS = (8, 16, 64, 256)
 have the tiling of up to 2048 rows: there are more prompts of hundreds of tokens than of thousands."""
 
 MOST_STAGES = 6
+"""Steps in flight at most, where they are made shorter and more."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "re
 
 
 def epilogue_of(linear: Node) -> dict[str, Any]:
-    """What the linear does after the product: activation, factor and addend, as far as they are given."""
+    """What the linear does after the product: activation, factor, addend and gated, as far as they are given."""
     names = [argument.name for argument in LINEAR._schema.arguments]
     given = {**dict(zip(names, linear.args, strict=False)), **linear.kwargs}
     return {name: given[name] for name in names[6:] if given.get(name) not in (None, "")}

@@ -55,5 +55,7 @@ class Int4Combine(Rule):
         """The linear again, with the other tensor."""
         given = epilogue_of(m.linear)
         given["addend" if called(m.root) is _ADD else "factor"] = m.other
-        tail = (given.get("activation", ""), given.get("factor"), given.get("addend"))
+        tail = [given.get("activation", ""), given.get("factor"), given.get("addend")]
+        if "gated" in given:
+            tail.append(given["gated"])
         return b.call(LINEAR, *m.linear.args[:6], *tail)

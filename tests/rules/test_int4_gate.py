@@ -118,3 +118,15 @@ def test_two_methods_share_what_is_put_together() -> None:
     first, second = ({n: t for n, t in program.state_dict.items() if "gated" in n} for program in after)
     assert first.keys() == second.keys() and len(first) == 2
     assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+
+
+@pytest.mark.parametrize("use", [lambda y, x: x[..., :48] + y, lambda y, x: y * x[..., :48], lambda y, x: F.relu(y)])
+def test_what_follows_a_gated_layer_in_a_later_rewrite_keeps_the_gate(use: Callable[[Tensor, Tensor], Tensor]) -> None:
+    before = exported(lambda net, x: use(F.silu(net.c(x)) * net.d(x), x))
+    once, _ = ecp.rewrite(before, "cuda", PASSES)
+    twice, _ = ecp.rewrite(once, "cuda", PASSES)
+    plain, _ = ecp.rewrite(before, "cuda", [ecp.LinearInt4()])
+    wanted = plain.module()(X).double()
+    for program in (once, twice):
+        assert [linear["gated"] for linear in linears(program)] == [True]
+        assert (program.module()(X).double() - wanted).norm() <= 2**-6 * wanted.norm()
