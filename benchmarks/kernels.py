@@ -17,6 +17,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.compiling import Job, compile_all
 from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
+from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.tiling import tiling_for
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
@@ -191,6 +195,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32, choices=(0, 16, 32, 64, 128, 256))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
+    parser.add_argument("--jobs", type=int, help="processes that compile side by side")
     parser.add_argument("--tuned", action="store_true", help="gemlite after its own autotuning too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -199,10 +204,17 @@ def main() -> None:
         parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
     if options.tuned and not (options.bits == 4 and has_gemlite()):
         parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
+    gpu, _ = gpu_of(torch.device("cuda"))
+    weights = [(options.bits, *LAYERS[name], options.group or LAYERS[name][1]) for name in options.layers]
+    jobs = [
+        Job(tiling_for(gpu, n, k, group, m, bits), bits, n, k, group, m)
+        for (bits, n, k, group), m in product(weights, options.rows)
+    ]
+    compile_all(jobs, options.jobs)
     limit, rows, console = Limit.measured(), tuple(options.rows), Console(width=160)
     console.print(
         f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, int{options.bits}, group size {options.group}, "
-        f"{limit}; microseconds"
+        f"{limit}, a kernel of one element {limit.start:.1f} µs; microseconds"
     )
     found = {}
     for name in options.layers:

@@ -1,9 +1,10 @@
 """Find the Triton kernel's tilings for the GPU of this machine, and write its table.
 
-    python -m benchmarks.tune [--bits 4] [--layers up down] [--groups 32] [--out tuned/sm_90.json]
+    python -m benchmarks.tune [--bits 4] [--layers up down] [--groups 32] [--rows 64 256] [--out tuned/sm_90.json]
 
-Without ``--out`` it is the package's own table. Entries of other weights, measured on the same GPU, stay in it. With
-``--bits 8`` it is the int8 kernel, whose group 0 is one scale a row, and the table ``sm_90_int8.json``.
+Without ``--out`` it is the package's own table. Entries of other weights, measured on the same GPU, stay in it, with
+``--rows`` the other buckets of rows as well. With ``--bits 8`` it is the int8 kernel, whose group 0 is one scale a row,
+and the table ``sm_90_int8.json``.
 
 Every candidate is checked against fp64 and for the same bits three times over before it is timed (as
 :mod:`benchmarks.kernels` times); one that is wrong, does not compile or does not fit is left out. Candidates compile in
@@ -14,21 +15,19 @@ allocation, which a CUDA graph hides in part: it has to be faster by CUT_COST.
 import argparse
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks.compiling import Job, compile_all, compile_one, run
 from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
 from et_cuda_passes.kernels import int8_launch
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, launch
+from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, even, load_table
 from et_cuda_passes.layouts import mma_tiled
@@ -38,6 +37,8 @@ MEASURED = {**{bound: (bound,) for bound in ROWS}, 8: (1, 4, 8), 2048: (400, 150
 CUT_COST = {8: 3.5, 16: 3.5, 32: 3.5}
 """Microseconds by bucket of rows, 1.5 in the others: with few rows it is the host that is slow, by launches."""
 MOST_WRONG = 4e-3
+FEW_COLUMNS = (Tiling(64, 32, 128, 2, 0, 4, 3), Tiling(64, 32, 64, 2, 0, 4, 4), Tiling(64, 16, 64, 4, 0, 4, 4))
+"""For weights of so few rows that tiles of 64 leave most of a GPU idle."""
 
 
 def candidates(bound: int) -> list[Tiling]:
@@ -50,24 +51,26 @@ def candidates(bound: int) -> list[Tiling]:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
         found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
         if bound == 64:
-            return [*found, *(Tiling(64, 128, 128, 1, waves, 8, 4) for waves in (0, 1))]
+            found += [Tiling(64, 128, 128, 1, waves, 8, 4) for waves in (0, 1)]
+            return [*found, *FEW_COLUMNS]
         return [*found, *(Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)), Tiling(bound, 16, 128, 4, 0, 4, 3)]
     # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
     shapes = [((128, 128, 64, 8, 4), 2)]
     if bound > 128:
-        shapes += [((256, 128, 64, 8, 4), 1)]
-    if bound in (256, 512):
-        shapes += [((128, 128, 64, 4, 4), 2)]
+        shapes += [((256, 128, 64, 8, 4), 1), ((128, 256, 64, 8, 4), 1)]
+    if 128 < bound <= ROWS[-1]:
+        shapes += [((128, 128, 64, 4, 4), 2), ((128, 64, 64, 4, 4), 3)]
     if bound > 512:
         shapes += [((256, 128, 64, 8, 5), 1), ((256, 128, 128, 8, 2), 1)]  # the last for groups of 128
     else:
         shapes += [((128, 64, 128, 4, 3), 2), ((64, 64, 128, 4, 4), 2)]
         shapes += [((64, 128, 128, 8, 4), 1), ((64, 128, 128, 4, 3), 2)]
-    return [
+    found = [
         Tiling(m, n, k, 1, waves, warps, stages)
         for (m, n, k, warps, stages), most in shapes
         for waves in range(most + 1)
     ]
+    return [*found, *FEW_COLUMNS] if bound <= 256 else found
 
 
 def of_weight(bound: int, bits: int, k: int, group: int) -> list[Tiling]:
@@ -75,38 +78,6 @@ def of_weight(bound: int, bits: int, k: int, group: int) -> list[Tiling]:
     # Steps of the int4 kernel hold whole groups.
     found = [tiling for tiling in candidates(bound) if bits == 8 or tiling.block_k >= group]
     return list(dict.fromkeys([*found, *(even(tiling, k, group if bits == 4 else 0) for tiling in found)]))
-
-
-def run(tiling: Tiling, x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor, group: int) -> torch.Tensor:
-    """One call in this tiling, of the kernel that takes such a weight."""
-    gpu, processors = gpu_of(x.device)
-    y = x.new_empty(x.shape[0], packed.shape[0])
-    most = tiling.waves * processors * tiling.block_m * tiling.block_n
-    parts = x.new_empty(most, dtype=torch.float32) if most else None
-    last = (y, parts, group, tiling, 1, gpu.wgmma, processors)
-    if packed.dtype is torch.int8:
-        int8_launch.launch(x, x.shape[0], packed, qparams, None, None, *last)
-    else:
-        launch(x, x.shape[0], packed, qparams, Epilogue(), *last)
-    return y
-
-
-def compile_one(job: tuple[Tiling, int, int, int, int, int]) -> bool:
-    """Whether a candidate compiles and starts; its machine code then lies in Triton's cache."""
-    tiling, bits, n, k, group, m = job
-    x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
-    if bits == 8:
-        packed = torch.zeros(n, k, device="cuda", dtype=torch.int8)
-        qparams = torch.zeros(n, k // group, device="cuda", dtype=torch.bfloat16)
-    else:
-        packed = torch.zeros(n, mma_tiled.padded(k) // 8, device="cuda", dtype=torch.int32)
-        qparams = torch.zeros(1, n, mma_tiled.scale_row(k, group), device="cuda", dtype=torch.bfloat16)
-    try:
-        run(tiling, x, packed, qparams, group)
-        torch.cuda.synchronize()
-    except Exception:  # ptxas, shared memory, registers: all of them mean the same here
-        return False
-    return True
 
 
 def right(y: Iterable[torch.Tensor], wanted: torch.Tensor) -> bool:
@@ -128,17 +99,18 @@ def random_pair(bits: int, n: int, k: int, group: int) -> tuple[tuple[torch.Tens
     return pair, exact.bfloat16().double()
 
 
-def measure(bits: int, n: int, k: int, group: int) -> dict[int, dict[Tiling, float]]:
+def measure(bits: int, n: int, k: int, group: int, bounds: Iterable[int]) -> dict[int, dict[Tiling, float]]:
     """Microseconds of every candidate, by bucket: the geometric mean over the rows that stand for the bucket."""
     pair, exact = random_pair(bits, n, k, group)
     weights = [pair, *((pair[0].clone(), pair[1].clone()) for _ in range(copies(n * k * bits // 8) - 1))]
     found: dict[int, dict[Tiling, float]] = {}
-    for bound, lengths in MEASURED.items():
+    for bound in bounds:
+        lengths = MEASURED[bound]
         inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in lengths]
         wanted = [x.double() @ exact.T for x in inputs]
         found[bound] = {}
         for tiling in of_weight(bound, bits, k, group):
-            if not compile_one((tiling, bits, n, k, group, lengths[0])):
+            if not compile_one(Job(tiling, bits, n, k, group, lengths[0])):
                 continue
             results = ([run(tiling, x, *pair, group) for _ in range(3)] for x in inputs)
             if not all(right(result, target) for result, target in zip(results, wanted, strict=True)):
@@ -162,10 +134,17 @@ def earlier(out: Path, gpu: str) -> list[Tuned]:
     return list(load_table(out))
 
 
-def merged(measured: Sequence[Tuned], kept: Iterable[Tuned]) -> list[Tuned]:
-    """What was measured, and of the entries from before those of other weights (N, K, group size)."""
-    again = {(entry.n, entry.k, entry.group_size) for entry in measured}
-    return [*measured, *(entry for entry in kept if (entry.n, entry.k, entry.group_size) not in again)]
+def merged(measured: Iterable[Tuned], kept: Iterable[Tuned]) -> list[Tuned]:
+    """The entries from before, and what was measured: by weight (N, K, group size) and bucket."""
+    entries = {(entry.n, entry.k, entry.group_size): dict(entry.tilings) for entry in kept}
+    for entry in measured:
+        entries.setdefault((entry.n, entry.k, entry.group_size), {}).update(entry.tilings)
+    return [Tuned(*weight, dict(sorted(tilings.items()))) for weight, tilings in entries.items()]
+
+
+def without_all_buckets(tuned: Iterable[Tuned]) -> list[str]:
+    """The weights of which a table would lack a bucket of rows."""
+    return [f"{one.n} x {one.k} in groups of {one.group_size}" for one in tuned if len(one.tilings) != len(MEASURED)]
 
 
 def text(gpu: str, tuned: Sequence[Tuned]) -> str:
@@ -192,12 +171,24 @@ def lines_of(times: Mapping[tuple[int, int, int], Mapping[int, Mapping[Tiling, f
             yield f"{n} x {k}, group {group}, {'more' if bound == UNBOUNDED else bound}: {listed}\n"
 
 
+def bucket(text: str) -> int:
+    """A bucket of rows as it is written in a table."""
+    bound = UNBOUNDED if text == "more" else int(text)
+    if bound not in MEASURED:
+        raise argparse.ArgumentTypeError(f"{text}: the buckets are {', '.join(map(str, ROWS))} and more")
+    return bound
+
+
 def main() -> None:
     """Tune, write, and say what was chosen."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--groups", type=int, nargs="+", default=[32], choices=(0, *int8_launch.GROUP_SIZES))
+    parser.add_argument(
+        "--rows", type=bucket, nargs="+", default=list(MEASURED), help="buckets of rows, the last is more"
+    )
+    parser.add_argument("--jobs", type=int, help="processes that compile side by side")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--times", type=Path, help="a file for the times of every candidate, fastest first")
     options = parser.parse_args()
@@ -210,20 +201,21 @@ def main() -> None:
     name = gpu.name if bits == 4 else f"{gpu.name}_int8"
     out = options.out or Path("et_cuda_passes/kernels/tuned") / f"{name}.json"
     shapes = [(*LAYERS[layer], group or LAYERS[layer][1]) for layer, group in product(options.layers, options.groups)]
-    jobs = [
-        (tiling, bits, n, k, group, lengths[0])
-        for n, k, group in shapes
-        for bound, lengths in MEASURED.items()
-        for tiling in of_weight(bound, bits, k, group)
-    ]
     device = torch.cuda.get_device_name(0)
     kept = earlier(out, device)  # first: a file that can't be read should not cost the measurements
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
-            pass
+    asked = [Tuned(*shape, dict.fromkeys(options.rows)) for shape in shapes]  # type: ignore[arg-type]
+    if lacking := without_all_buckets(merged(asked, kept)):
+        parser.error(f"{out} has no entry yet for {', '.join(lacking)}: measure all rows first, without --rows")
+    jobs = [
+        Job(tiling, bits, n, k, group, MEASURED[bound][0])
+        for n, k, group in shapes
+        for bound in options.rows
+        for tiling in of_weight(bound, bits, k, group)
+    ]
+    compile_all(jobs, options.jobs)
     times: dict[tuple[int, int, int], dict[int, dict[Tiling, float]]] = {}
     for shape in track(shapes, "timing"):
-        times[shape] = measure(bits, *shape)
+        times[shape] = measure(bits, *shape, options.rows)
         # After every weight: a run that is ended keeps what it measured.
         tuned = [Tuned(*each, {b: fastest(b, t) for b, t in found.items()}) for each, found in times.items()]
         entries = merged(tuned, kept)

@@ -21,7 +21,7 @@ from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
-OPTIONAL: tuple[ecp.Rule, ...] = (ecp.Int4Gate(),)
+OPTIONAL: tuple[ecp.Rule, ...] = ()
 NOTICE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
 
 

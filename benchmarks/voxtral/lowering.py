@@ -22,13 +22,12 @@ from et_cuda_passes.graph.collector import rare_collector
 
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernels."""
-    made: list[Any] = ecp.default_passes("cuda")
-    if not variant.fused:
-        made = [rule for rule in made if rule.name != "fused_linear_int4"]
+    left_out = ["fused_linear_int4"] * (not variant.fused) + ["int4_gate"] * (not variant.gated)
+    made: list[Any] = [rule for rule in ecp.default_passes("cuda") if rule.name not in left_out]
     if variant.kernel is not None:
         named = ("linear_int4", "fused_linear_int4")
         made = [replace(rule, kernel=variant.kernel) if rule.name in named else rule for rule in made]
-    return [*made, ecp.Int4Gate()] if variant.gated else made
+    return made
 
 
 def partitioners(variant: Variant, dimensions: Dimensions) -> dict[str, list[Any]]:

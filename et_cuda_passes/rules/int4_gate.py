@@ -2,7 +2,7 @@
 
 The gated layer of a feed-forward network: one kernel reads x once and stores the product alone. The rows of the two
 weights take turns, eight of one and eight of the other, in which order a thread of the tensor cores has the sums of a
-row of each side by side. On no target by default: put it into ``passes`` behind the others.
+row of each side by side.
 """
 
 from collections.abc import Mapping

@@ -16,6 +16,7 @@ from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_activation import Int4Activation
 from et_cuda_passes.rules.int4_combine import Int4Combine
+from et_cuda_passes.rules.int4_gate import Int4Gate
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
@@ -73,6 +74,7 @@ CUDA = Target(
         LinearViews(),
         Int4Activation(),
         Int4Combine(),
+        Int4Gate(),
         UnmaskedAttention(),
         AttentionViews(),
     ],

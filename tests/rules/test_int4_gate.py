@@ -16,7 +16,7 @@ from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized
 
 OP = INT4_LINEARS["mma_tiled"].op
-PASSES = [*ecp.default_passes("cuda"), ecp.Int4Gate()]
+PASSES = ecp.default_passes("cuda")
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
 
 
