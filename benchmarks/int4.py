@@ -41,7 +41,7 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
     """Median time of one call, all of ``calls`` being one CUDA graph, so that launches cost nothing."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for call in calls:
+        for call in calls[:2]:  # the others are of the same kernels
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

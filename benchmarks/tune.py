@@ -45,7 +45,7 @@ def candidates(bound: int) -> list[Tiling]:
     """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps."""
     if bound == 8:
         segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
-        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3)]
+        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 3), (16, 64, 8, 8, 4)]
         return [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
     if bound <= 64:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
@@ -53,15 +53,16 @@ def candidates(bound: int) -> list[Tiling]:
         if bound == 64:
             found += [Tiling(64, 128, 128, 1, waves, 8, 4) for waves in (0, 1)]
             return [*found, *FEW_COLUMNS]
-        return [*found, *(Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)), Tiling(bound, 16, 128, 4, 0, 4, 3)]
+        found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)]
+        return [*found, Tiling(bound, 16, 128, 4, 0, 4, 3)]
     # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
-    shapes = [((128, 128, 64, 8, 4), 2)]
+    shapes = [((128, 128, 64, 8, 4), 2), ((128, 128, 128, 8, 3), 1)]
     if bound > 128:
-        shapes += [((256, 128, 64, 8, 4), 1), ((128, 256, 64, 8, 4), 1)]
+        shapes += [((256, 128, 64, 8, 4), 1), ((256, 128, 128, 8, 3), 1), ((128, 256, 64, 8, 4), 1)]
     if 128 < bound <= ROWS[-1]:
-        shapes += [((128, 128, 64, 4, 4), 2), ((128, 64, 64, 4, 4), 3)]
+        shapes += [((128, 128, 64, 4, 4), 2), ((128, 64, 64, 4, 4), 2)]
     if bound > 512:
-        shapes += [((256, 128, 64, 8, 5), 1), ((256, 128, 128, 8, 2), 1)]  # the last for groups of 128
+        shapes += [((256, 128, 64, 8, 5), 1), ((128, 256, 128, 8, 3), 1)]
     else:
         shapes += [((128, 64, 128, 4, 3), 2), ((64, 64, 128, 4, 4), 2)]
         shapes += [((64, 128, 128, 8, 4), 1), ((64, 128, 128, 4, 3), 2)]
