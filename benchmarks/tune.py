@@ -37,48 +37,49 @@ MEASURED = {**{bound: (bound,) for bound in ROWS}, 8: (1, 4, 8), 2048: (400, 150
 CUT_COST = {8: 3.5, 16: 3.5, 32: 3.5}
 """Microseconds by bucket of rows, 1.5 in the others: with few rows it is the host that is slow, by launches."""
 MOST_WRONG = 4e-3
-FEW_COLUMNS = (Tiling(64, 32, 128, 2, 0, 4, 3), Tiling(64, 32, 64, 2, 0, 4, 4), Tiling(64, 16, 64, 4, 0, 4, 4))
+FEW_COLUMNS = (Tiling(64, 32, 128, 2, 0, 4, 3), Tiling(64, 16, 64, 4, 0, 4, 4))
 """For weights of so few rows that tiles of 64 leave most of a GPU idle."""
 
 
-def candidates(bound: int) -> list[Tiling]:
-    """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps."""
+def candidates(bound: int, bulk: int = 1) -> list[Tiling]:
+    """Tilings worth a try for a bucket of rows, from what won anywhere in wider sweeps; with bulk copies, if 1."""
     if bound == 8:
         segmented = [(32, 256, 2, 4, 3), (32, 256, 2, 4, 4), (32, 128, 2, 4, 4), (64, 256, 2, 8, 3)]
-        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 3), (16, 64, 8, 8, 4)]
+        segmented += [(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (32, 256, 4, 8, 3), (16, 128, 8, 8, 3)]
         return [Tiling(8, n, k, segments, 0, warps, stages) for n, k, segments, warps, stages in segmented]
     if bound <= 64:
         found = [Tiling(bound, 64, k, 1, waves, 4, 3) for k, waves in product((128, 256), (0, 1, 2, 3))]
         found += [Tiling(bound, 64, 128, 1, waves, 4, 4) for waves in (0, 1, 2)]
         if bound == 64:
             found += [Tiling(64, 128, 128, 1, waves, 8, 4) for waves in (0, 1)]
-            return [*found, *FEW_COLUMNS]
+            found += [Tiling(64, 64, 64, 1, waves, 4, 6, bulk) for waves in (0, 1, 2)]
+            return [*found, Tiling(64, 128, 64, 1, 1, 8, 6, bulk), *FEW_COLUMNS]
         found += [Tiling(bound, 32, k, 2, 0, 4, 3) for k in (128, 256)]
         return [*found, Tiling(bound, 16, 128, 4, 0, 4, 3)]
-    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; and how many programs a multiprocessor can hold.
-    shapes = [((128, 128, 64, 8, 4), 2), ((128, 128, 128, 8, 3), 1)]
+    # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages, bulk; and how many programs a multiprocessor can hold.
+    shapes = [((128, 128, 64, 8, 4, bulk), 2), ((128, 128, 128, 8, 3, 0), 1)]
     if bound > 128:
-        shapes += [((256, 128, 64, 8, 4), 1), ((256, 128, 128, 8, 3), 1), ((128, 256, 64, 8, 4), 1)]
-    if 128 < bound <= ROWS[-1]:
-        shapes += [((128, 128, 64, 4, 4), 2), ((128, 64, 64, 4, 4), 2)]
+        shapes += [((256, 128, 64, 8, 4, bulk), 1)]
     if bound > 512:
-        shapes += [((256, 128, 64, 8, 5), 1), ((128, 256, 128, 8, 3), 1)]
-    else:
-        shapes += [((128, 64, 128, 4, 3), 2), ((64, 64, 128, 4, 4), 2)]
-        shapes += [((64, 128, 128, 8, 4), 1), ((64, 128, 128, 4, 3), 2)]
-    found = [
-        Tiling(m, n, k, 1, waves, warps, stages)
-        for (m, n, k, warps, stages), most in shapes
+        shapes += [((256, 128, 64, 8, 5, bulk), 1)]
+    if bound <= 512:
+        shapes += [((64, 64, 64, 4, 6, bulk), 2), ((64, 64, 128, 4, 4, 0), 1), ((128, 64, 64, 4, 6, bulk), 2)]
+    if bound <= ROWS[-1]:
+        shapes += [((128, 64, 64, 4, 4, bulk), 3), ((128, 128, 64, 4, 4, bulk), 2), ((256, 64, 64, 4, 3, bulk), 2)]
+    return [
+        Tiling(m, n, k, 1, waves, warps, stages, each)
+        for (m, n, k, warps, stages, each), most in shapes
         for waves in range(most + 1)
+        if bound > 512 or m <= bound
     ]
-    return [*found, *FEW_COLUMNS] if bound <= 256 else found
 
 
-def of_weight(bound: int, bits: int, k: int, group: int) -> list[Tiling]:
-    """The candidates that the kernel has for groups of this size, those with steps that K is whole ones of as well."""
-    # Steps of the int4 kernel hold whole groups.
-    found = [tiling for tiling in candidates(bound) if bits == 8 or tiling.block_k >= group]
-    return list(dict.fromkeys([*found, *(even(tiling, k, group if bits == 4 else 0) for tiling in found)]))
+def of_weight(bound: int, bits: int, k: int, bulk: int = 1) -> list[Tiling]:
+    """The candidates for a weight of ``bits``, those with steps that K is whole ones of as well."""
+    found = candidates(bound, bulk if bits == 4 else 0)
+    # A tile that is copied in bulk has to be whole.
+    found = [tiling for tiling in found if not (tiling.bulk and k % tiling.block_k)]
+    return list(dict.fromkeys([*found, *(even(tiling, k) for tiling in found)]))
 
 
 def right(y: Iterable[torch.Tensor], wanted: torch.Tensor) -> bool:
@@ -100,7 +101,7 @@ def random_pair(bits: int, n: int, k: int, group: int) -> tuple[tuple[torch.Tens
     return pair, exact.bfloat16().double()
 
 
-def measure(bits: int, n: int, k: int, group: int, bounds: Iterable[int]) -> dict[int, dict[Tiling, float]]:
+def measure(bits: int, n: int, k: int, group: int, bounds: Iterable[int], bulk: int) -> dict[int, dict[Tiling, float]]:
     """Microseconds of every candidate, by bucket: the geometric mean over the rows that stand for the bucket."""
     pair, exact = random_pair(bits, n, k, group)
     weights = [pair, *((pair[0].clone(), pair[1].clone()) for _ in range(copies(n * k * bits // 8) - 1))]
@@ -110,7 +111,7 @@ def measure(bits: int, n: int, k: int, group: int, bounds: Iterable[int]) -> dic
         inputs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in lengths]
         wanted = [x.double() @ exact.T for x in inputs]
         found[bound] = {}
-        for tiling in of_weight(bound, bits, k, group):
+        for tiling in of_weight(bound, bits, k, bulk):
             if not compile_one(Job(tiling, bits, n, k, group, lengths[0])):
                 continue
             results = ([run(tiling, x, *pair, group) for _ in range(3)] for x in inputs)
@@ -196,7 +197,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     gpu, _ = gpu_of(torch.device("cuda"))
-    bits = options.bits
+    bits, bulk = options.bits, int(gpu.wgmma)  # what has the one instruction has the other
     if bits == 4 and not set(options.groups) <= set(GROUP_SIZES):
         parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
     name = gpu.name if bits == 4 else f"{gpu.name}_int8"
@@ -211,12 +212,12 @@ def main() -> None:
         Job(tiling, bits, n, k, group, MEASURED[bound][0])
         for n, k, group in shapes
         for bound in options.rows
-        for tiling in of_weight(bound, bits, k, group)
+        for tiling in of_weight(bound, bits, k, bulk)
     ]
     compile_all(jobs, options.jobs)
     times: dict[tuple[int, int, int], dict[int, dict[Tiling, float]]] = {}
     for shape in track(shapes, "timing"):
-        times[shape] = measure(bits, *shape, options.rows)
+        times[shape] = measure(bits, *shape, options.rows, bulk)
         # After every weight: a run that is ended keeps what it measured.
         tuned = [Tuned(*each, {b: fastest(b, t) for b, t in found.items()}) for each, found in times.items()]
         entries = merged(tuned, kept)

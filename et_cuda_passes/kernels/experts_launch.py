@@ -50,12 +50,16 @@ def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> Iterator
     gpu, _ = gpu_of(x.device)
     buckets = possible(rows, packed.shape[1], x.shape[-1], group_size, gpu, bounds=DYNAMIC_ROWS)
     for flag, tiling in flagged(rows, buckets):
-        yield flag, plain(tiling), gpu.wgmma
+        yield flag, plain(tiling, group_size), gpu.wgmma
 
 
-def plain(tiling: Tiling) -> Tiling:
-    """The tiling without what this kernel has not: segments (as many rows of N are in a tile) and cut tiles."""
-    return replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0)
+def plain(tiling: Tiling, group_size: int) -> Tiling:
+    """The tiling without what this kernel has not: segments (as many rows of N are in a tile), tiles that are cut or
+    copied in bulk, steps shorter than a group."""
+    tiling = replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0, bulk=0)
+    if tiling.block_k >= group_size:
+        return tiling
+    return replace(tiling, block_k=group_size, stages=max(2, tiling.stages * tiling.block_k // group_size))
 
 
 def _launch(

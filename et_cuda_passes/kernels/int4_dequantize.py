@@ -88,11 +88,11 @@ def _half_words(
 
 @triton.jit
 def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Scales or zeros [ROWS, at least BLOCK_K / GROUP_SIZE] -> those of nibbles 0..3 and of 4..7, [ROWS, BLOCK_K / 8].
+    """Scales or zeros [ROWS, all groups of a step or more] -> those of nibbles 0..3 and of 4..7, [ROWS, BLOCK_K / 8].
 
     A word reaches over 64 values of K: a block's words are (lane of four, parity).
     """
-    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if BLOCK_K > GROUP_SIZE else 1
     if qparams.shape[1] > GROUPS:
         # Four were loaded, so that a thread's share is wide enough for an asynchronous copy.
         qparams, _ = tl.split(qparams.reshape(ROWS, 2, 2).permute(0, 2, 1))
@@ -103,12 +103,26 @@ def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl
     else:
         low = qparams
         high = low
-    REACH: tl.constexpr = GROUP_SIZE // 8 if GROUP_SIZE > 32 else 8
+    REACH: tl.constexpr = (GROUP_SIZE if GROUP_SIZE < BLOCK_K else BLOCK_K) // 8 if GROUP_SIZE > 32 else 8
     low = low.reshape(ROWS, BLOCK_K // 8 // REACH, 1)
     high = high.reshape(ROWS, BLOCK_K // 8 // REACH, 1)
     low = low.broadcast_to(ROWS, BLOCK_K // 8 // REACH, REACH).reshape(ROWS, BLOCK_K // 8)
     high = high.broadcast_to(ROWS, BLOCK_K // 8 // REACH, REACH).reshape(ROWS, BLOCK_K // 8)
     return low, high
+
+
+@triton.jit
+def load_one(qparams_at, number, there, dtype: tl.constexpr):
+    """Scale ``number`` of each row, [ROWS, 1], where it is ``there``, else 0. Rows begin at ``qparams_at``, of int32.
+
+    For a step that lies in one group: one scale is too few bytes for an asynchronous copy, and a step would wait for
+    it. A pair is not; which of it is meant is said by masks of the two loads, since the compiler does not follow a
+    selection back to where the words are loaded, and then moves the weights from thread to thread.
+    """
+    pair = qparams_at + number // 2
+    first = tl.load(pair, mask=there & (number % 2 == 0), other=0)
+    second = tl.load(pair, mask=there & (number % 2 == 1), other=0)
+    return (first | (second >> 16)).to(tl.int16).to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -133,7 +147,7 @@ def dequantize_tile(
     USE_ASM: tl.constexpr,
     WGMMA: tl.constexpr,
 ):
-    """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, BLOCK_K / GROUP_SIZE] -> weights [ROWS, BLOCK_K]."""
+    """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, groups of the step] -> weights [ROWS, BLOCK_K]."""
     s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
     z0, z1 = s0, s1  # where there are no zeros the scales stand for them
     if HAS_ZERO:

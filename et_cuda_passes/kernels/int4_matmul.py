@@ -16,9 +16,10 @@ Two ways to fill a GPU when there are few tiles, both summing in a fixed order, 
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, row_lengths
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, load_one, row_lengths
 from et_cuda_passes.kernels.tiles import (
     add_segments,
+    load_block,
     load_columns,
     multiply,
     operand_rows,
@@ -31,7 +32,7 @@ from et_cuda_passes.kernels.tiles import (
 
 @triton.jit
 def int4_matmul(
-    x_ptr,  # [M, K]
+    x_ptr,  # [M, K]; its tensor descriptor, of BULK dimensions, the first one 1 if they are three, if BULK
     words_ptr,  # int32 [N, padded K / 8]
     qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
@@ -49,6 +50,7 @@ def int4_matmul(
     SLOTS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -85,36 +87,58 @@ def int4_matmul(
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
+    ONE_GROUP: tl.constexpr = BLOCK_K <= GROUP_SIZE
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
     group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
     words_at = words_ptr + n[:, None] * words_row + (row_step * (BLOCK_K // 8))[:, None] + word[None, :]
-    scale_offset = n[:, None] * scale_row + (row_step * GROUPS)[:, None] + group[None, :]
-    scale_at = qparams_ptr + scale_offset
-    zero_at = qparams_ptr + N * scale_row + scale_offset
-    x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
+    if ONE_GROUP:
+        DTYPE: tl.constexpr = qparams_ptr.dtype.element_ty
+        pairs_ptr = qparams_ptr.to(tl.pointer_type(tl.int32))
+        scale_at = pairs_ptr + n[:, None] * (scale_row // 2)  # a row's scales are a multiple of eight
+        zero_at = pairs_ptr + (N + n)[:, None] * (scale_row // 2)
+    else:
+        scale_offset = n[:, None] * scale_row + (row_step * GROUPS)[:, None] + group[None, :]
+        scale_at = qparams_ptr + scale_offset
+        zero_at = qparams_ptr + N * scale_row + scale_offset
+    if not BULK:
+        x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
 
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(length):
-        if EVEN_K:
-            words = tl.load(words_at)
+        # In units of 64, which the vectors of a load never straddle.
+        blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
+        if ONE_GROUP:
+            begin = row_step[:, None] if SEGMENTS > 1 else tl.full((1, 1), first, tl.int32)
+            number = (begin + step) * BLOCK_K // GROUP_SIZE
+            there = number >= 0 if EVEN_K else blocks[:, None] > 0
+            scale = load_one(scale_at, number, there, DTYPE)
+            zero = load_one(zero_at, number, there, DTYPE) if HAS_ZERO else scale
+        elif EVEN_K:
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
-            x = load_columns(x_at, in_m, BLOCK_M)
         else:
-            # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
-            blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
-            rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
+            # A scale of 0 makes a weight of 0.
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks[:, None]
-            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
+        if EVEN_K:
+            words = tl.load(words_at)
+            if BULK:
+                x = load_block(x_ptr, tile_m * BLOCK_M, (first + step) * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
+            else:
+                x = load_columns(x_at, in_m, BLOCK_M)
+        else:
+            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
+            rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest[None, :]), other=0.0)
         w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
         sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
-        scale_at += GROUPS
-        zero_at += GROUPS
-        x_at += BLOCK_K
+        if not ONE_GROUP:
+            scale_at += GROUPS
+            zero_at += GROUPS
+        if not BULK:
+            x_at += BLOCK_K
     sums = add_segments(sums, BLOCK_M, BLOCK_N, SEGMENTS)
 
     if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)

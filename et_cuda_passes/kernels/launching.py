@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels.known_writes import Blocks
 from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
+
+ALIGNMENT = 16
+"""Bytes that divide the address of a tensor that has a descriptor."""
 
 ADDED_ROWS = 8
 """Rows of a cut tile that one program of ``add_parts`` sums."""
@@ -60,6 +66,29 @@ def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[in
     for bound, tiling in buckets.items():
         yield 1 if len(buckets) == 1 else inside(m, first, bound), tiling
         first = bound + 1
+
+
+def blocks_of(x: Tensor, tiling: Tiling) -> Blocks | None:
+    """Tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies; None without these, or if no descriptor is possible.
+
+    AOTInductor writes sizes and strides of a descriptor into C++ as sympy prints them, which for a floor division is a
+    comment.
+    """
+    rows, k = x.shape[-2:] if x.dim() > 1 else (1, x.shape[-1])
+    offset = x.storage_offset() * x.element_size()
+    possible = (
+        tiling.bulk
+        and x.dim() in (2, 3)
+        and statically_known_true(math.prod(x.shape[:-2]) == 1)
+        and statically_known_true(rows > 0)
+        and isinstance(k, int)
+        and k % tiling.block_k == 0
+        and statically_known_true(offset % ALIGNMENT == 0)
+        and (isinstance(rows, int) or rows.node.expr.is_polynomial())
+    )
+    if not possible or (not isinstance(x, (FakeTensor, FunctionalTensor)) and x.data_ptr() % ALIGNMENT):
+        return None
+    return Blocks(x, (*[1] * (x.dim() - 2), tiling.block_m, tiling.block_k))
 
 
 @dataclass(frozen=True)

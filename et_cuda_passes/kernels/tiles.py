@@ -75,6 +75,17 @@ def load_columns(at, in_m, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_block(x, m, k, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile of x [K, columns] from row ``m`` and column ``k`` on, by its tensor descriptor of RANK 2 or 3 dimensions.
+
+    One instruction of one thread copies it all (TMA), where every thread copies 16 bytes at a time else: those take the
+    shared memory's time, which the tensor cores need, and made a product of 1500 rows a tenth slower or more. Rows
+    beyond M come as zeros.
+    """
+    return (x.load([m, k]) if RANK == 2 else x.load([0, m, k]).reshape(BLOCK_M, BLOCK_K)).T
+
+
+@triton.jit
 def multiply(w, x, sums, USE_ASM: tl.constexpr):
     """``sums`` [rows, columns] + ``w`` [rows, K] @ ``x`` [K, columns]."""
     if not USE_ASM:  # Triton's interpreter takes bf16 operands of a dot for integers

@@ -17,6 +17,9 @@ DYNAMIC_ROWS = (8, 16, 64, 256)
 """The buckets of a length that is not known at export: fewer, since each is a kernel in the program. All longer ones
 have the tiling of up to 2048 rows: there are more prompts of hundreds of tokens than of thousands."""
 
+BULK_K = 64
+"""Step along K of a tiling with bulk copies: 128 bytes of a row. AOTInductor describes no tile that is wider."""
+
 MOST_STAGES = 6
 """Steps in flight at most, where they are made shorter and more."""
 
@@ -33,6 +36,8 @@ class Tiling:
         waves: 0, or programs that a multiprocessor holds at once: tiles that do not fill the last wave are cut.
         warps: warps of a program.
         stages: steps whose loads are in flight.
+        bulk: 1 if one thread copies a tile of x by its tensor descriptor (TMA, from sm_90 on), 0 if all copy parts of
+            it. ``block_k`` is BULK_K then and ``segments`` 1.
     """
 
     block_m: int
@@ -42,12 +47,14 @@ class Tiling:
     waves: int
     warps: int
     stages: int
+    bulk: int = 0
 
     def __str__(self) -> str:
         """As in ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
         parts = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
         parts += [f"{self.segments} segments"] * (self.segments > 1)
         parts += ["cut along K"] * (self.waves > 0)
+        parts += ["bulk copies"] * self.bulk
         return ", ".join(parts)
 
 
@@ -106,6 +113,8 @@ def load_table(path: Path) -> tuple[Tuned, ...]:
         if any(len(row) != len(names) for row in found.values()):
             raise ValueError(f"{where}: a tiling is {names}")
         tilings = {bound: Tiling(*row) for bound, row in found.items()}
+        if any(one.bulk and (one.block_k, one.segments) != (BULK_K, 1) for one in tilings.values()):
+            raise ValueError(f"{where}: bulk copies are for steps of {BULK_K} in one segment")
         table.append(Tuned(int(entry["n"]), int(entry["k"]), int(entry["group_size"]), tilings))
     return tuple(table)
 
@@ -134,10 +143,8 @@ def tilings(
     chosen: dict[int, Tiling] = {}
     for bound in (*bounds, UNBOUNDED):
         tiling = entry.tilings[bound if bound != UNBOUNDED else last_entry]
-        if bits == 4:  # the int8 kernel takes groups of several steps too
-            tiling = _whole_groups(tiling, group_size)
         if entry.k != k:  # else it was measured as it is
-            tiling = even(tiling, k, group_size if bits == 4 else 0)
+            tiling = even(tiling, k)
         last = next(reversed(chosen), None)
         if last is not None and chosen[last] == tiling:
             del chosen[last]
@@ -159,21 +166,13 @@ def describe(rows: int | None, n: int, k: int, group_size: int, gpu: Family = HO
     return "; ".join(parts)
 
 
-def _whole_groups(tiling: Tiling, group_size: int) -> Tiling:
-    """A step along K holds whole groups."""
-    if tiling.block_k >= group_size:
-        return tiling
-    stages = max(2, tiling.stages * tiling.block_k // group_size)
-    return replace(tiling, block_k=group_size, stages=stages)
-
-
-def even(tiling: Tiling, k: int, least: int) -> Tiling:
-    """Shorter steps, of ``least`` at least and more of them in flight, where that makes ``k`` whole steps.
+def even(tiling: Tiling, k: int) -> Tiling:
+    """Shorter steps, and more of them in flight, where that makes ``k`` whole steps.
 
     Others are masked, which can take twice the time.
     """
     step = tiling.block_k
-    while k % (step * tiling.segments) and step // 2 >= max(64, least):
+    while k % (step * tiling.segments) and step // 2 >= 64:
         step //= 2
     if step == tiling.block_k or k % (step * tiling.segments):
         return tiling

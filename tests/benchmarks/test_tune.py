@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.tune import MEASURED, candidates, earlier, fastest, merged, of_weight, text
-from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, load_table
+from et_cuda_passes.kernels.tiling import BULK_K, ROWS, UNBOUNDED, Tiling, Tuned, load_table
 
 
 def entry(n: int, warps: int = 4) -> Tuned:
@@ -41,11 +41,13 @@ def test_every_candidate_is_a_tiling_of_its_kernel(bound: int) -> None:
     for tiling in tried:
         assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, tiling
         assert tiling.segments == 1 or tiling.waves == 0, tiling
-    assert of_weight(bound, 4, 4096, 32) == tried == of_weight(bound, 8, 4096, 128)
-    # A group of 128 needs steps of 128.
-    assert of_weight(bound, 4, 4096, 128) == [tiling for tiling in tried if tiling.block_k >= 128] != []
+        assert not tiling.bulk or (tiling.block_k, tiling.segments) == (BULK_K, 1), tiling
+    assert of_weight(bound, 4, 4096) == tried
+    # The int8 kernel has no bulk copies, and neither have other GPUs.
+    assert of_weight(bound, 8, 4096) == candidates(bound, 0) == of_weight(bound, 4, 4096, 0)
+    assert not any(tiling.bulk for tiling in candidates(bound, 0)) and (bound < 64 or any(t.bulk for t in tried))
     # 576 is nine steps of 64, and no whole number of longer ones.
-    added = [tiling for tiling in of_weight(bound, 4, 576, 32) if tiling not in tried]
+    added = [tiling for tiling in of_weight(bound, 4, 576) if tiling not in tried]
     assert all(576 % (tiling.block_k * tiling.segments) == 0 for tiling in added)
     assert added or bound in (8, 2048, UNBOUNDED)  # segments of 64 are no whole number either; or it is there already
 

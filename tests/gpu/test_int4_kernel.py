@@ -65,20 +65,24 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 @pytest.mark.parametrize(
     "shape",
     [
-        (16, 16, 256, 4, 4, 3),
-        (64, 64, 128, 1, 4, 4),
-        (128, 64, 128, 1, 4, 3),
-        (128, 128, 64, 1, 8, 4),
-        (256, 128, 64, 1, 8, 4),
+        (16, 16, 256, 4, 4, 3, 0),
+        (64, 64, 128, 1, 4, 4, 0),
+        (128, 64, 128, 1, 4, 3, 0),
+        (128, 128, 64, 1, 8, 4, 0),
+        (64, 64, 64, 1, 4, 6, 1),
+        (128, 64, 64, 1, 4, 4, 1),
+        (256, 128, 64, 1, 8, 4, 1),
     ],
 )
-@pytest.mark.parametrize(("k", "group", "zeros"), [(1056, 32, True), (1024, 64, False), (2048, 32, False)])
+@pytest.mark.parametrize(
+    ("k", "group", "zeros"), [(1056, 32, True), (1024, 64, False), (2048, 32, False), (640, 128, True)]
+)
 def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool) -> None:
     n, dtype = 700, torch.bfloat16
-    *blocks, segments, warps, stages = shape
+    *blocks, segments, warps, stages, bulk = shape
     if segments > 1 and waves:
         pytest.skip("segments and cut tiles are two answers to the same question")
-    tiling = Tiling(*blocks, segments, waves, warps, stages)
+    tiling = Tiling(*blocks, segments, waves, warps, stages, bulk)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
@@ -89,10 +93,12 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
         x = torch.randn(m, k, device="cuda", dtype=dtype)
         parts = torch.full((max(waves, 1) * processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
         results = []
-        for _ in range(3):
-            y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(x, m, packed, qparams, Epilogue(), y, parts, group, tiling, 1, gpu.wgmma, processors)
-            results.append(y)
+        for batch in ((), (1,), (1,), (1, 1)):
+            y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)
+            launch(
+                x.view(*batch, m, k), m, packed, qparams, Epilogue(), y, parts, group, tiling, 1, gpu.wgmma, processors
+            )
+            results.append(y.view(m, n))
         wanted = x.double() @ weight.T
         assert ((results[0].double() - wanted).norm() / wanted.norm()).item() < 4e-3, m
         assert all(torch.equal(other, results[0]) for other in results[1:]), m
@@ -123,6 +129,15 @@ def test_a_gate_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) ->
         wanted = ACTIVATE[activation](both[0]) * both[1] + addend.double()
         assert ((y.double() - wanted).norm() / wanted.norm()).item() < 4e-3, m
         assert all(torch.equal(LINEAR(*given), y) for _ in range(3)), m
+
+
+def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_by_all_threads() -> None:
+    m, n, k = 300, 1024, 512
+    packed, qparams = mma_tiled.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8)), torch.rand(n, k // 32) * 0.02
+    weight = (packed.cuda(), mma_tiled.scale_and_zero(qparams, qparams * 0, torch.bfloat16, k).cuda(), None, 32, n)
+    memory = torch.randn(m * k + 3, device="cuda").bfloat16()
+    x = memory[3:].view(m, k)
+    torch.testing.assert_close(LINEAR(x, *weight), LINEAR(x.clone(), *weight), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("m", [1, 5, 64, 300])

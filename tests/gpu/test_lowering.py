@@ -56,22 +56,28 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("features", "granularity"),
-    [((256, 512), PerGroup(32)), ((576, 1536), PerGroup(64)), ((320, 512), PerAxis(0)), ((256, 896), PerGroup(128))],
+    ("features", "granularity", "batch"),
+    [
+        ((256, 512), PerGroup(32), ()),
+        ((576, 1536), PerGroup(64), (1,)),
+        ((320, 512), PerAxis(0), (2,)),
+        ((256, 896), PerGroup(128), (1,)),
+    ],
 )
 def test_a_lowered_program_gives_what_eager_gives(
-    features: tuple[int, int], granularity: object, tmp_path: Path
+    features: tuple[int, int], granularity: object, batch: tuple[int, ...], tmp_path: Path
 ) -> None:
     model = quantized(*features, granularity=granularity)
-    x = torch.randn(16, features[0]).bfloat16()
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: Dim("length", min=1, max=2048)},))
+    x = torch.randn(*batch, 16, features[0]).bfloat16()
+    length = {len(batch): Dim("length", min=1, max=2048)}
+    program = torch.export.export(model, (x,), dynamic_shapes=(length,))
     pte, partitioner = lower(program, tmp_path, expect={"linear_int4": 2, "missed": 0})
     run = load(pte)
     assert partitioner.report.counts()["rewritten"] == 2
     assert {name for name in run.weights if "packed" in name} == {"up.weight.packed", "down.weight.packed"}
-    for length in (1, 2, 16, 17, 100, 1000):
-        x = torch.randn(length, features[0]).bfloat16()
-        assert relative(run(x.cuda())[0], model(x)) < 8e-3
+    for rows in (1, 2, 16, 17, 100, 300, 1000):
+        x = torch.randn(*batch, rows, features[0]).bfloat16()
+        assert relative(run(x.cuda())[0], model(x)) < 8e-3, rows
 
 
 def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:

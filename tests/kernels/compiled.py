@@ -32,6 +32,7 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
         "SLOTS": tiling.waves * processors,
         "GROUP_SIZE": group_size,
         "EVEN_K": True,
+        "BULK": 3 * tiling.bulk,
         "HAS_ZERO": False,
         "HAS_BIAS": False,
         "ACTIVATION": "",
@@ -52,11 +53,14 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name == "x_ptr" and constants.get("BULK"):
+            block = [1] * (constants["BULK"] - 2) + [constants["BLOCK_M"], constants["BLOCK_K"]]
+            signature[name] = f"tensordesc<{dtype}{block}>"
         elif name.endswith("_ptr"):
             signature[name] = f"*{KINDS.get(name, dtype)}"
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name == "N":
+        if signature[name][0] == "*" or name == "N":
             aligned[(place,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature, values, aligned)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
 
@@ -38,6 +39,12 @@ CASES = [
     # Tiles of many rows, which are loaded with no mask.
     (70, 24, 128, 32, 128, 16, 64, 1, 0, False, False, "", False, False),
     (150, 20, 192, 64, 128, 16, 64, 1, 3, True, False, "", False, True),
+    # Steps within a group, of which one is not whole in the second and third.
+    (3, 40, 384, 128, 8, 16, 64, 1, 0, True, False, "", False, False),
+    (5, 24, 640, 128, 8, 16, 256, 1, 2, True, False, "", False, False),
+    (2, 20, 320, 64, 8, 16, 128, 2, 0, True, False, "", False, False),
+    (6, 36, 512, 128, 8, 16, 64, 2, 0, True, False, "", False, False),
+    (4, 16, 1152, 128, 8, 16, 64, 1, 5, False, True, "silu", False, False),
 ]
 
 
@@ -84,11 +91,24 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     finish |= {"USE_ASM": False, "GATED": False}
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
+    # The same bits by tensor descriptors of both ranks.
+    described = (2, 3) if even and segments == 1 else ()
     form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     others = (bias, factor, addend)
-    int4_matmul[(grid,)](x, packed, qparams, *others, y, parts, m, n, k // 32, **shape, **form, **finish, WGMMA=False)
-    if rest:
-        add_parts[(rest, block_m // 8)](parts, *others, y, m, n, k // 32, **shape, **finish, HEIGHT=8)
+    results = []
+    for bulk in (0, *described):
+        first = [1] * (bulk - 2)
+        given = TensorDescriptor.from_tensor(x.view(*first, m, k), [*first, block_m, block_k]) if bulk else x
+        last = (m, n, k // 32)
+        int4_matmul[(grid,)](
+            given, packed, qparams, *others, y, parts, *last, **shape, **form, **finish, BULK=bulk, WGMMA=False
+        )
+        if rest:
+            add_parts[(rest, block_m // 8)](parts, *others, y, *last, **shape, **finish, HEIGHT=8)
+        results.append(y.clone())
+        y.fill_(float("nan"))
+    assert all(torch.equal(result, results[0]) for result in results)
+    y = results[0]
 
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
     weight = (q.double() - 8) * s + z
