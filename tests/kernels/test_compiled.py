@@ -29,6 +29,36 @@ def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
         assert resources(parts_adder(tiling, 90), tmp_path)["STACK"] == 0
 
 
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        Tiling(256, 128, 64, 1, 0, 8, 4, 1),
+        Tiling(128, 64, 64, 1, 1, 4, 4, 1),
+        Tiling(64, 64, 128, 1, 1, 4, 4),
+        Tiling(8, 16, 128, 4, 0, 4, 4),
+    ],
+    ids=str,
+)
+def test_no_step_waits_for_its_scales(tiling: Tiling, group: int, tmp_path: Path) -> None:
+    """They come asynchronously, and to the threads that need them: nothing is loaded into registers."""
+    code = code_for_hopper(matmul(tiling, 90, group_size=group, HAS_ZERO=True), tiling, tmp_path)
+    products = [index for index, (_, text) in enumerate(code) if text.startswith(("HGMMA", "HMMA"))]
+    loop = [text for _, text in code[products[0] - 100 : products[-1]]]
+    assert not any(text.startswith(("LDG.", "SHFL", "STS")) for text in loop)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_tile_of_x_is_copied_by_one_instruction(rank: int, tmp_path: Path) -> None:
+    tiling = Tiling(256, 128, 64, 1, 0, 8, 4, 1)
+    code = code_for_hopper(matmul(tiling, 90, BULK=rank), tiling, tmp_path)
+    # Each buffer's first copy stands before the loop, and one in it.
+    assert sum(f"UTMALDG.{rank}D" in text for _, text in code) == tiling.stages
+    by_all = code_for_hopper(matmul(tiling, 90, BULK=0), tiling, tmp_path)
+    copies = [sum("LDGSTS" in text for _, text in each) for each in (code, by_all)]
+    assert copies[0] == copies[1] - 8 * (tiling.stages - 1 + 1)  # of 16 bytes by 256 threads: 8 for 256 x 64
+
+
 @pytest.mark.parametrize("arch", [80, 120])
 @pytest.mark.parametrize("tiling", tilings_of(OTHER.name), ids=str)
 def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
 
 
 def of(family: Any) -> list[Tiling]:
-    return sorted({plain(tiling) for tiling in tilings_of(family.name)}, key=str)
+    return sorted({plain(tiling, 32) for tiling in tilings_of(family.name)}, key=str)
 
 
 @cache

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from et_cuda_passes.kernels.experts_launch import DYNAMIC_ROWS, plain
-from et_cuda_passes.kernels.tiling import HOPPER, tiling_for, tilings
+from et_cuda_passes.kernels.tiling import HOPPER, Tiling, tiling_for, tilings
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.kernels.test_launch import hopper  # noqa: F401  (a fixture, for every test here)
@@ -68,7 +68,7 @@ def test_only_the_output_is_written_to(form: str, rows: int | None) -> None:
 )
 def test_a_known_number_of_rows_is_one_launch(form: str, rows: int, tiles: int) -> None:
     _, (node,) = launches(form, rows)
-    tiling = plain(tiling_for(HOPPER, N, K, 32, 8))
+    tiling = plain(tiling_for(HOPPER, N, K, 32, 8), 32)
     assert node.kwargs["grid"] == [(tiles, -(-N // tiling.block_n), 1)]
 
 
@@ -83,3 +83,9 @@ def test_any_number_of_chosen_experts_is_one_launch() -> None:
     """Each has one row."""
     _, (node,) = launches("chosen", None)
     assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node)
+
+
+def test_a_tiling_has_whole_groups_and_nothing_that_the_kernel_has_not() -> None:
+    given = Tiling(256, 32, 64, 2, 1, 8, 5, 1)
+    assert plain(given, 32) == Tiling(256, 64, 64, 1, 0, 8, 5, 0)
+    assert plain(given, 128) == Tiling(256, 64, 128, 1, 0, 8, 2, 0)

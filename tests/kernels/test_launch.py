@@ -53,10 +53,12 @@ class Absent(DriverBase):
 
 
 @pytest.fixture(autouse=True)
-def hopper() -> Iterator[None]:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("asks what would be compiled for a GPU that is not here")
     triton.runtime.driver.set_active(Absent())
+    # torch reads a descriptor's kernel only where a GPU is that has them.
+    monkeypatch.setattr(torch.utils._triton, "has_triton_tensor_descriptor_host_tma", lambda: True)
     yield
     with suppress(RuntimeError):  # there is no driver to go back to
         triton.runtime.driver.reset_active()
@@ -96,11 +98,11 @@ class Int8Block(nn.Module):
 
 
 def launches(
-    rows: int | None, n: int = 8192, k: int = 3072, block: Callable[[int, int], nn.Module] = Block
+    rows: int | None, n: int = 8192, k: int = 3072, block: Callable[[int, int], nn.Module] = Block, batch: int = 2
 ) -> tuple[Any, list[torch.fx.Node]]:
-    """The graph signature and the launches of a block, for a number of rows or for any."""
+    """The graph signature and the launches of a block, for a number of rows of each batch or for any."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    given = torch.empty(2, rows or 16, k, dtype=torch.bfloat16, device="meta")
+    given = torch.empty(batch, rows or 16, k, dtype=torch.bfloat16, device="meta")
     length = DimDynamic.DYNAMIC if rows is None else DimDynamic.STATIC
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.STATIC, length, DimDynamic.STATIC])
     shape = mode.from_tensor(given, symbolic_context=sizes).shape
@@ -116,19 +118,38 @@ def found_written(launch: torch.fx.Node) -> list[str]:
     given: Any = launch.kwargs["kwargs"]
     values = {name: v.meta["val"] if isinstance(v, torch.fx.Node) else v for name, v in given.items()}
     numbers: Any = (launch.kwargs["kernel_idx"], launch.kwargs["constant_args_idx"])
-    return get_mutated_tensors(*numbers, values, {})
+    return get_mutated_tensors(*numbers, values, launch.kwargs["tma_descriptor_metadata"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rows", [None, 1, 700])
-@pytest.mark.parametrize("block", [Block, Int8Block])
-def test_only_the_output_and_the_parts_are_written_to(rows: int | None, block: Callable[..., nn.Module]) -> None:
-    signature, nodes = launches(rows, block=block)
+@pytest.mark.parametrize(("block", "batch"), [(Block, 1), (Block, 2), (Int8Block, 2)])
+def test_only_the_output_and_the_parts_are_written_to(
+    rows: int | None, block: Callable[..., nn.Module], batch: int
+) -> None:
+    signature, nodes = launches(rows, block=block, batch=batch)
     assert len(nodes) >= 2
     assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     assert len(signature.user_outputs) == 1
     for node in nodes:
         assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr", "parts_ptr"}
         assert set(node.kwargs["tensors_to_clone"]) == set(found_written(node))
+
+
+def described(node: torch.fx.Node) -> Any:
+    """The block of x that a launch has a descriptor for, if it has one."""
+    return node.kwargs["tma_descriptor_metadata"].get("x_ptr")  # type: ignore[union-attr]
+
+
+def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
+    _, nodes = launches(None, batch=1)
+    products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
+    chosen = [*tilings(HOPPER, 8192, 3072, 32, DYNAMIC_ROWS).values()]
+    chosen += tilings(HOPPER, 3072, 8192, 32, DYNAMIC_ROWS).values()
+    assert any(tiling.bulk for tiling in chosen) and not all(tiling.bulk for tiling in chosen)
+    wanted = [("stable", ((1, tiling.block_m, 64),)) if tiling.bulk else None for tiling in chosen]
+    assert [described(node) for node in products] == wanted
+    # Tiles of a batch of two would reach over its end.
+    assert not any(described(node) for node in launches(None, batch=2)[1])
 
 
 @pytest.mark.parametrize("block", [Block, Int8Block])

@@ -48,14 +48,11 @@ def test_the_order_of_a_table_does_not_matter() -> None:
 @pytest.mark.parametrize("group", GROUP_SIZES)
 @pytest.mark.parametrize("bounds", [ROWS, DYNAMIC_ROWS])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_buckets_ascend_to_the_last_and_hold_whole_groups(
-    gpu: Family, group: int, bounds: tuple[int, ...], bits: int
-) -> None:
+def test_buckets_ascend_to_the_last(gpu: Family, group: int, bounds: tuple[int, ...], bits: int) -> None:
     for n, k in ((8192, 3072), (3072, 8192), (576, 576), (131072, 3072), (45, 128)):
         chosen = tilings(gpu, n, k, group, bounds, bits)
         assert list(chosen) == sorted(chosen) and max(chosen) == UNBOUNDED
-        # The int8 kernel takes groups of several steps too.
-        assert all((tiling.block_k >= group or bits == 8) and tiling.stages >= 2 for tiling in chosen.values())
+        assert all(tiling.stages >= 2 for tiling in chosen.values())
         following = list(chosen.values())
         assert all(first != second for first, second in itertools.pairwise(following))
 
@@ -67,8 +64,7 @@ def test_k_is_whole_steps_where_shorter_ones_make_it_so(gpu: Family, bits: int, 
     for n, k in ((2560, 9856), (896, 4864), (4096, 11008)):
         for tiling in tilings(gpu, n, k, group, bits=bits).values():
             whole = k % (tiling.block_k * tiling.segments) == 0
-            least = 64 if bits == 8 else max(64, group)
-            assert whole or k % (least * tiling.segments), (n, k, tiling)
+            assert whole or k % (64 * tiling.segments), (n, k, tiling)
             assert 2 <= tiling.stages <= 8, (n, k, tiling)
 
 
@@ -105,7 +101,12 @@ def _table(tmp_path: Path, **change: object) -> Path:
 
 def test_a_table_with_a_bucket_too_many_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mine.json: 4096 x 4096, group size 32: rows .*48.* are needed"):
-        load_table(_table(tmp_path, **{"48": [16, 64, 128, 1, 0, 4, 3]}))
+        load_table(_table(tmp_path, **{"48": [16, 64, 128, 1, 0, 4, 3, 0]}))
+
+
+def test_bulk_copies_of_wide_steps_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine.json: 4096 x 4096, .*bulk copies are for steps of 64 in one segment"):
+        load_table(_table(tmp_path, **{"8": [16, 64, 128, 1, 0, 4, 3, 1]}))
 
 
 def test_a_tiling_that_is_cut_short_is_refused(tmp_path: Path) -> None:
@@ -122,3 +123,5 @@ def test_the_tables_are_whole(name: str) -> None:
             assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, where
             # Cut tiles and segments are two answers to the same question; EVEN_K holds for either alone.
             assert tiling.segments == 1 or tiling.waves == 0, where
+            # Bulk copies are for a GPU that has them, and for the int4 kernel.
+            assert tiling.bulk in ((0, 1) if name == "sm_90" else (0,)), where

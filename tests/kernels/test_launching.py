@@ -1,0 +1,37 @@
+"""Which tensors are read through a descriptor."""
+
+import pytest
+import torch
+
+from et_cuda_passes.kernels.known_writes import Blocks
+from et_cuda_passes.kernels.launching import blocks_of
+from et_cuda_passes.kernels.tiling import Tiling
+
+BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
+
+
+@pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64))])
+def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    found = blocks_of(x, BULK)
+    assert isinstance(found, Blocks) and found.tensor is x and found.shape == block
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 5, 128),  # a tile would reach over the first batch's end
+        torch.randn(1, 1, 5, 128),  # more dimensions than the kernel has
+        torch.randn(128),
+        torch.randn(5, 96),  # not whole steps
+        torch.randn(0, 128),  # a descriptor of nothing is an error of the driver
+        torch.randn(5 * 128 + 1).bfloat16()[1:].view(5, 128),  # not at a multiple of 16 bytes
+    ],
+    ids=lambda x: str(tuple(x.shape)),
+)
+def test_others_are_not(x: torch.Tensor) -> None:
+    assert blocks_of(x, BULK) is None
+
+
+def test_a_tiling_without_bulk_copies_has_none() -> None:
+    assert blocks_of(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4)) is None
