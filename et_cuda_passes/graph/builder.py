@@ -24,7 +24,8 @@ class Builder:
         self.program = program
         self.roots = roots
         self.rule = rule
-        self.created: set[Node] = set()
+        self.created: dict[Node, Sequence[Node]] = {}
+        """Each node that was built, with those of ``roots`` that it stands for."""
         self._before = roots[0]
 
     def at(self, m: MatchContext) -> "Builder":
@@ -39,7 +40,7 @@ class Builder:
         graph = self._before.graph
         with graph.inserting_before(self._before):
             node = graph.call_function(form, args, kwargs)
-        self.created.add(node)
+        self.created[node] = self.roots
 
         def fake(argument: Any) -> Any:
             return argument.meta["val"] if isinstance(argument, Node) else argument

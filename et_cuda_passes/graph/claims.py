@@ -24,7 +24,7 @@ class Claim:
     @property
     def wants(self) -> Sequence[Node]:
         """The nodes that the claim takes for itself."""
-        return [node for m in self.ms for node in m.match.owned]
+        return [node for m in self.ms for node in (*m.match.owned, *self.rule.takes(m))]
 
     @property
     def root(self) -> Node:

@@ -1,7 +1,7 @@
 """The one loop that applies a pass list: match, require, choose, emit, check; each candidate ends with one outcome."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,16 +87,16 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
         for m in ms:
-            detail = rule.detail(m) + (f", {len(ms)} in one" if len(ms) > 1 else "")
+            detail = ", ".join(filter(None, (rule.detail(m), f"{len(ms)} in one" if len(ms) > 1 else "")))
             told = (rule.note(m), detail, rule.explain(*ms))
             if isinstance(rule, Keep):
                 program.kept.update(m.match.owned)
                 program.kept_inputs.update(m.match.shared)
                 ledger.keep(rule.name, m.match, *told)
             else:
-                ledger.rewrite(rule.name, m.match, *told)
+                ledger.rewrite(rule.name, m.match, rule.takes(m), *told)
         if ms and not isinstance(rule, Keep):
-            _emit(rule, ms, program)
+            ledger.made(_emit(rule, ms, program))
     if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
         program.sweep()
         program.refresh()
@@ -125,7 +125,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             reasons = _unmet(rule, m, "metadata") or _unmet(rule, m, "values")
             if reasons:
                 ledger.unmet(found, reasons)
-            elif program.kept.isdisjoint(found.owned):
+            elif program.kept.isdisjoint((*found.owned, *rule.takes(m))):
                 claims.append(Claim(rule, (m,), rank, ledger.worth(found)))
         if isinstance(rule, JointRule):
             claims = joined(rule, claims, order, ledger)
@@ -135,7 +135,8 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     """Every require of ``stage`` that does not hold, with what it found."""
     reasons: dict[str, Reason] = {}
-    for node in m.program.at_boundaries.intersection(m.match.owned[1:]):
+    inner = m.match.owned[1:] if stage == "metadata" else rule.takes(m)
+    for node in m.program.at_boundaries.intersection(inner):
         reasons[""] = Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)
     for requirement in rule.requires:
         if requirement.stage != stage:
@@ -163,7 +164,8 @@ def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
     return answer
 
 
-def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> None:
+def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> Mapping[Node, Sequence[Node]]:
+    """Rewrite ``ms``; returns each node that was built, with the roots that it stands for."""
     root = ms[0].root
     b = Builder(program, [m.root for m in ms], rule.name)
     try:
@@ -178,6 +180,7 @@ def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> None:
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {len(new)} nodes; emit one for each of them")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.at(m))
+    return b.created
 
 
 def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:

@@ -1,8 +1,8 @@
 """Who did what to which candidate: open until one outcome is written, never two, never none."""
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -45,6 +45,8 @@ class Ledger:
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
         self._readers: dict[Node, list[Node]] = defaultdict(list)
         self._replaced: dict[Node, set[Node]] = defaultdict(set)
+        # The candidates that stand behind a root that a rule rewrote, and behind each node that it built.
+        self._origins: dict[Node, tuple[Node, ...]] = {}
         self._enroll(candidates)
 
     def _enroll(self, candidates: Iterable[Candidate]) -> None:
@@ -94,9 +96,29 @@ class Ledger:
         """A rule keeps its match as it is; ``details`` are an outcome's detail and explanation."""
         self._write("kept", rule, match, note, *details)
 
-    def rewrite(self, rule: str, match: Match, note: str, *details: str) -> None:
-        """A rule rewrites its match; ``details`` as for :meth:`keep`."""
+    def rewrite(self, rule: str, match: Match, taken: Sequence[Node], note: str, *details: str) -> None:
+        """A rule rewrites its match, and ``taken`` with it; ``details`` as for :meth:`keep`.
+
+        Where earlier rules made these nodes of other candidates, the outcomes of those say it as well.
+        """
+        earlier = [origin for node in (*match.owned, *taken) for origin in self._origins.get(node, ())]
+        self._origins[match.root] = tuple(dict.fromkeys([*earlier, *self._covers(match)]))
+        for node in dict.fromkeys(earlier):
+            if node in self._outcomes:
+                self._amend(node, *details)
         self._write("rewritten", rule, match, note, *details)
+
+    def made(self, created: Mapping[Node, Sequence[Node]]) -> None:
+        """A rewrite built ``created``, each node for the roots given with it, whose candidates it comes from."""
+        for node, roots in created.items():
+            self._origins[node] = tuple(dict.fromkeys(origin for root in roots for origin in self._origins[root]))
+
+    def _amend(self, node: Node, detail: str = "", explanation: str = "") -> None:
+        """Say of a candidate with an outcome what a later rule made of it, once."""
+        outcome = self._outcomes[node]
+        if detail and not f", {outcome.detail}".endswith(f", {detail}"):
+            outcome = replace(outcome, detail=f"{outcome.detail}, {detail}" if outcome.detail else detail)
+        self._outcomes[node] = replace(outcome, explanation=explanation or outcome.explanation)
 
     def _write(self, status: Status, rule: str, match: Match, note: str, *details: str) -> None:
         self.report.applied[rule] = self.report.applied.get(rule, 0) + 1

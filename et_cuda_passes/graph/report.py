@@ -112,7 +112,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """One look: what happened how often and to what, then every miss with its reasons."""
+        """One look: what happened how often and to what, what was made of that, then every miss with its reasons."""
         total = len(self.outcomes)
         if not total and not self.applied:
             none = f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
@@ -133,6 +133,9 @@ class Report:
             did, rule, detail, notes = group
             lines.append(f"  {did:<9} {count:>5} x {rule}  {detail}  ({example[group]}{', ...' if count > 1 else ''})")
             lines += [f"            {notes}"] if notes else []
+        rules = {outcome.rule for outcome in self.outcomes}
+        then = [f"{count} x {rule}" for rule, count in self.applied.items() if rule not in rules]
+        lines += [f"  {'then':<9} {', '.join(then)}"] if then else []
         lines += self._missed()
         lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
         lines += [f"  warning   {warning}" for warning in self.warnings]

@@ -92,16 +92,29 @@ class Rule(ABC):
     def emit(self, b: "Builder", m: "MatchContext") -> Node:
         """Build the nodes that take the match's place and return the one that replaces its root."""
 
+    def takes(self, m: "MatchContext") -> Sequence[Node]:
+        """Nodes outside the match that become part of what this rule makes, and that it needs alone.
+
+        Asked where every require that reads metadata holds.
+        """
+        return ()
+
     def note(self, m: "MatchContext") -> str:
         """A remark for the report on a place this rule acted on; empty for none."""
         return ""
 
     def detail(self, m: "MatchContext") -> str:
-        """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``)."""
+        """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``).
+
+        Where it takes what earlier rules made, the outcomes that they wrote have it behind their own detail.
+        """
         return ""
 
     def explain(self, *ms: "MatchContext") -> str:
-        """What there is to know of a place beyond ``detail``, or of the places that are taken together, ``ms``."""
+        """What there is to know of a place beyond ``detail``, or of the places that are taken together, ``ms``.
+
+        Where it takes what earlier rules made, it stands in the outcomes that they wrote in place of theirs.
+        """
         return ""
 
 

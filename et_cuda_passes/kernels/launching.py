@@ -15,6 +15,7 @@ from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.known_writes import Blocks
 from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
+from et_cuda_passes.kernels.traced import has_memory_of_its_own
 
 ALIGNMENT = 16
 """Bytes that divide the address of a tensor that has a descriptor."""
@@ -85,6 +86,7 @@ def blocks_of(x: Tensor, tiling: Tiling) -> Blocks | None:
         and k % tiling.block_k == 0
         and statically_known_true(offset % ALIGNMENT == 0)
         and (isinstance(rows, int) or rows.node.expr.is_polynomial())
+        and has_memory_of_its_own(x)
     )
     if not possible or (not isinstance(x, (FakeTensor, FunctionalTensor)) and x.data_ptr() % ALIGNMENT):
         return None

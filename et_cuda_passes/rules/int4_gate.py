@@ -5,7 +5,7 @@ weights take turns, eight of one and eight of the other, in which order a thread
 row of each side by side.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -19,6 +19,7 @@ from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, Unmet, require
 from et_cuda_passes.rules.int4_activation import LINEAR
+from et_cuda_passes.rules.tilings_told import tilings_told
 
 _CONSTANTS = ("packed", "scale_and_zero", "bias")
 
@@ -33,8 +34,7 @@ def interleaved(gate: Tensor, up: Tensor, dim: int) -> Tensor:
 class Int4Gate(Rule):
     """activation(int4_linear(x, gate)) * int4_linear(x, up) -> int4_linear(x, gate and up, activation, gated)
 
-    It matches what ``Int4Activation`` and ``Int4Combine`` make of such a layer. ``explain`` gives the tilings of each
-    linear alone.
+    It matches what ``Int4Activation`` and ``Int4Combine`` make of such a layer.
     """
 
     after: ClassVar[tuple[str, ...]] = ("int4_combine",)
@@ -79,6 +79,20 @@ class Int4Gate(Rule):
         nodes = [one[name] for one in both for name in _CONSTANTS if one[name] is not None]
         others = [node.name for node in nodes if m.program.constant(node) is None or len(node.users) != 1]
         return not others, ", ".join(others)
+
+    def takes(self, m: MatchContext) -> Sequence[Node]:
+        """The linear that is a factor."""
+        return (arguments(m.root)["factor"],)
+
+    def detail(self, m: MatchContext) -> str:
+        """The same of every gate and of what it is multiplied by."""
+        return "gated, 2 in one"
+
+    def explain(self, *ms: MatchContext) -> str:
+        """Which tilings the Triton kernel has for the rows of both weights together."""
+        x, root = ms[0].val(ms[0].x), arguments(ms[0].root)
+        told = tilings_told(x, 2 * root["out_features"], x.shape[-1], root["group_size"])
+        return f"gate and up in one product: {told}"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """One linear of both weights."""

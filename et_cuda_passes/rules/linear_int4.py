@@ -4,7 +4,6 @@ The weight is packed once, at compile time, for the target's int4 kernel. Nothin
 rounding of scale and zero to the kernel's dtype.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,12 +15,12 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.named import named
-from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.quant.affine import AffineWeight, affine
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int4_weight import native_group_size, pack
 from et_cuda_passes.rules.packed_linear import PackedLinear
+from et_cuda_passes.rules.tilings_told import tilings_told
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,7 @@ class LinearInt4(PackedLinear):
         if kernel.layout != "mma_tiled" or group_size is None:
             return ""
         n, k = sum(affine(m).out_features for m in ms), affine(first).in_features
-        sizes = first.val(first.x).shape
-        rows = math.prod(sizes) // k if all(isinstance(size, int) for size in sizes) else None
-        chosen = describe(rows, n, k, group_size, HOPPER)
-        return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
+        return tilings_told(first.val(first.x), n, k, group_size)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weight and call the kernel's operator."""

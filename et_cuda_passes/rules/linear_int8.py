@@ -5,7 +5,6 @@ kernel's dtype. It also takes a weight of fewer bits that no narrower kernel of 
 ones as well.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,13 +15,13 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.kernels.named import named
-from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
 from et_cuda_passes.quant.forms import is_uncompiled
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
 from et_cuda_passes.rules.packed_linear import PackedLinear
+from et_cuda_passes.rules.tilings_told import tilings_told
 
 
 @dataclass(frozen=True)
@@ -111,10 +110,7 @@ class LinearInt8(PackedLinear):
         group_size = kernel.native_group_size(weight.group_size, weight.in_features)
         if kernel.name != "triton" or group_size is None:
             return ""
-        n, k, sizes = weight.out_features, weight.in_features, m.val(m.x).shape
-        rows = math.prod(sizes) // k if all(isinstance(size, int) for size in sizes) else None
-        chosen = describe(rows, n, k, group_size, HOPPER, bits=8)
-        return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
+        return tilings_told(m.val(m.x), weight.out_features, weight.in_features, group_size, bits=8)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Take the integers and call the operator."""

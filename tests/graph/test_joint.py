@@ -64,7 +64,7 @@ def test_matches_of_one_key_become_one_rewrite_and_each_has_its_outcome() -> Non
     after, report = apply(siblings(3), [Together()], aten.relu.default)
     assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.abs", "aten.relu"]
     assert outcomes(report)[:3] == [(f"relu_default{i}", "rewritten", "together") for i in ("", "_1", "_2")]
-    assert [o.detail for o in report.outcomes[:3]] == [", 3 in one"] * 3
+    assert [o.detail for o in report.outcomes[:3]] == ["3 in one"] * 3
     assert report.counts()["together"] == 3
     (reason,) = report.outcomes[3].reasons
     assert str(reason) == "together wanted another relu of this input, found none"

@@ -44,6 +44,17 @@ def test_the_text_names_every_miss_with_reason_hint_and_line() -> None:
         assert part in text
 
 
+def test_the_text_counts_what_rules_did_that_no_candidate_names() -> None:
+    given = report()
+    assert "then" not in str(given)
+    given.applied |= {"gate": 30, "combine": 1}
+    lines = str(given).splitlines()
+    assert lines[4] == "  then      30 x gate, 1 x combine"  # behind what was rewritten and kept
+    assert lines[:4] + lines[5:] == str(report()).splitlines()
+    alone = str(Report("cuda", applied={"combine": 2}))
+    assert alone == "cuda: 0 candidates: 0 rewritten, 0 kept, 0 missed; constants 0 B -> 0 B\n  then      2 x combine"
+
+
 def test_without_candidates_the_text_says_so_and_still_warns() -> None:
     text = str(Report("cuda", warnings=["look here"]))
     assert text == (

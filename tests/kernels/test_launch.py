@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -150,6 +150,41 @@ def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
     assert [described(node) for node in products] == wanted
     # Tiles of a batch of two would reach over its end.
     assert not any(described(node) for node in launches(None, batch=2)[1])
+
+
+class Sources(nn.Module):
+    """One weight [K, K], and x from everywhere; ``get`` names a way to make it of an input [1, M, K]."""
+
+    ways: ClassVar[dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]]] = {
+        "the input itself": (lambda x: x, True),
+        "a sum": (lambda x: x + 1, True),
+        "a norm": (lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5), True),
+        "a conversion": (lambda x: (x.float() * 2).bfloat16(), True),
+        "another view": (lambda x: (x * 2).view(1, -1, 2, x.shape[-1] // 2).flatten(-2), False),
+        "the heads of attention": (
+            lambda x: (x.view(1, -1, 2, 1536).transpose(1, 2) * 2).transpose(1, 2).flatten(2),
+            False,
+        ),
+        "a copy of a view": (lambda x: (x * 2).view(1, -1, 2, 1536).flatten(2).clone(), False),
+        "a dense linear": (lambda x: x @ torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), False),
+    }
+
+    def __init__(self, n: int, k: int, way: str) -> None:
+        super().__init__()
+        self.make = self.ways[way][0]
+        self.register_buffer("packed", torch.empty(n, k // 8, dtype=torch.int32, device="cuda"))
+        qparams = torch.empty(1, n, mma_tiled.scale_row(k, 32), dtype=torch.bfloat16, device="cuda")
+        self.register_buffer("qparams", qparams)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (LINEAR(self.make(x), self.packed, self.qparams, None, 32, self.packed.shape[0]),)
+
+
+@pytest.mark.parametrize("rows", [None, 700])
+@pytest.mark.parametrize("way", Sources.ways)
+def test_what_inductor_may_hold_as_a_view_has_no_descriptor(way: str, rows: int | None) -> None:
+    _, nodes = launches(rows, block=lambda n, k: Sources(n, k, way), batch=1)
+    assert any(described(node) for node in nodes) == Sources.ways[way][1]
 
 
 @pytest.mark.parametrize("block", [Block, Int8Block])

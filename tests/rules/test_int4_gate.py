@@ -103,6 +103,39 @@ def test_what_is_not_such_a_layer_is_left_as_it_was(use: Callable[[Any, Tensor],
     assert not any(linear["gated"] for linear in linears(gated(exported(use))))
 
 
+@pytest.mark.parametrize("preserved", ["c", "d"])
+def test_a_linear_whose_module_is_preserved_stays_one(preserved: str) -> None:
+    model = Gated(lambda net, x: net.d(x) * F.silu(net.c(x)))
+    after = gated(torch.export.export(model, (X,), preserve_module_call_signature=(preserved,)))
+    assert [linear["gated"] for linear in linears(after)] == [False, False]
+    assert torch.equal(torch.export.unflatten(after)(X), after.module()(X))
+
+
+ONE = "int4 group 32 -> triton (mma_tiled), gated, 2 in one"
+
+
+class Chosen(Gated):
+    """What ``use`` says, or another thing."""
+
+    def forward(self, x: Tensor) -> Any:
+        return torch.cond(x.sum() > 0, lambda x: self.use(self, x), lambda x: x + 1, (x,))
+
+
+@pytest.mark.parametrize("model", [Gated, Chosen])
+@pytest.mark.parametrize(("dynamic", "rows"), [(None, "= 3: "), (({0: Dim("length", min=2, max=512)},), "<= 8: ")])
+def test_the_report_tells_it_of_both_linears(model: type[Gated], dynamic: Any, rows: str) -> None:
+    net = model(lambda net, x: net.a(F.silu(net.c(x)) * net.d(x)), n=64)
+    program = torch.export.export(net, (X,), dynamic_shapes=dynamic, strict=True)
+    _, report = ecp.rewrite(program, "cuda", expect={"linear_int4": 3, "int4_gate": 1, "rewritten": 3})
+    assert [outcome.detail for outcome in report.outcomes] == [ONE, ONE, ONE.partition(", ")[0]]
+    gate, up, other = (outcome.explanation for outcome in report.outcomes)
+    wanted = "gate and up in one product: tilings on sm_90 for 128 x 64, group size 32: M "
+    assert gate == up and gate.startswith(wanted + rows)
+    assert other.startswith(f"tilings on sm_90 for 64 x 64, group size 32: M {rows}")
+    assert f"  rewritten     2 x linear_int4  {ONE}  (c.data, ...)\n" in str(report)
+    assert "\n  then      1 x int4_activation, 1 x int4_combine, 1 x int4_gate" in str(report)
+
+
 def test_rows_that_are_no_multiple_of_eight() -> None:
     program = gated(exported(lambda net, x: F.silu(net.c(x)) * net.d(x), n=44))
     assert [linear["gated"] for linear in linears(program)] == [False, False]

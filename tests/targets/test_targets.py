@@ -71,7 +71,7 @@ def test_what_each_target_runs() -> None:
         experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4", "einsum_int4"]
         assert (get_target(name).int4_experts is None) == (name == "metal")
         tables = ["embedding_int4", "embedding_int8"]
-        epilogue = ["int4_activation", "int4_combine"] if name == "cuda" else []
+        epilogue = ["int4_activation", "int4_combine", "int4_gate"] if name == "cuda" else []
         epilogue += ["unmasked_attention", "attention_views"] if name == "cuda" else []
         assert [p.name for p in ecp.default_passes(name)] == [*linears, *experts, *tables, "linear_views", *epilogue]
     assert get_target("cuda").int4_experts is get_target("cuda").int4_kernels[0]
