@@ -80,6 +80,41 @@ def test_a_lowered_program_gives_what_eager_gives(
         assert relative(run(x.cuda())[0], model(x)) < 8e-3, rows
 
 
+class Heads(torch.nn.Module):
+    """Linears of a norm, of what looks like attention's result, of a dense linear's, of a sum and of an embedding."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.linears = torch.nn.ModuleList(torch.nn.Linear(features, features) for _ in range(5))
+        self.dense = torch.nn.Linear(features, features)
+        self.norm = torch.nn.LayerNorm(features)
+        self.embedding = torch.nn.Embedding(50, features)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        y = self.linears[0](self.norm(x))
+        heads = y.view(1, x.shape[1], 4, -1).transpose(1, 2) * 2
+        y = self.linears[1](heads.transpose(1, 2).reshape(x.shape))
+        y = self.linears[2](self.dense(y))
+        y = self.linears[3](y + x)
+        result: Tensor = y + self.linears[4](self.embedding(tokens))
+        return result
+
+
+def test_whatever_a_linear_reads_it_lowers(tmp_path: Path) -> None:
+    """A descriptor of what Inductor holds as a view would end its compilation."""
+    torch.manual_seed(0)
+    model = Heads(256).bfloat16().eval()
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, config, filter_fn=lambda module, name: "linears." in name)
+    given = (torch.randn(1, 16, 256).bfloat16(), torch.randint(50, (1, 16)))
+    length = Dim("length", min=1, max=2048)
+    program = torch.export.export(model, given, dynamic_shapes=({1: length}, {1: length}))
+    run = load(lower(program, tmp_path, expect={"linear_int4": 5, "missed": 0})[0])
+    for rows in (1, 100, 300, 1000):
+        given = (torch.randn(1, rows, 256).bfloat16(), torch.randint(50, (1, rows)))
+        assert relative(run(*(each.cuda() for each in given))[0], model(*given)) < 1.2e-2, rows
+
+
 def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(128, 45).bfloat16().eval()
