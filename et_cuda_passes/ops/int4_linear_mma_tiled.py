@@ -56,6 +56,8 @@ def _check(
             f"int4_linear_{_LAYOUT}: gated, a weight has 2 out_features rows, and out_features is a multiple of 8; "
             f"given {packed.shape[0]} rows and out_features {n}"
         )
+    if not gated and packed.shape[0] != n:
+        raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {n}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"int4_linear_{_LAYOUT} has no activation {activation!r}; it has {', '.join(ACTIVATIONS[1:])}")
     for other in others:
@@ -81,7 +83,7 @@ def _int4_linear(
 ) -> Tensor:
     _check(x, packed, scale_and_zero, group_size, out_features, activation, gated, factor, addend)
     if x.device.type != "cuda":
-        y = _reference(x, packed, scale_and_zero, group_size)[..., : out_features * (1 + gated)]
+        y = _reference(x, packed, scale_and_zero, group_size)
         y, other = _halves(y if bias is None else y + bias) if gated else (y if bias is None else y + bias, None)
         y = _ACTIVATE[activation](y)
         y = y if other is None else y * other
@@ -92,8 +94,6 @@ def _int4_linear(
             f"int4_linear_{_LAYOUT}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
             f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, group {group_size}"
         )
-    if out_features * (1 + gated) != packed.shape[0]:
-        raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {out_features}")
     rows, factor, addend = (t if t is None or t.is_contiguous() else t.contiguous() for t in (x, factor, addend))
     assert rows is not None
     epilogue = Epilogue(bias, activation, factor, addend, gated)

@@ -34,6 +34,14 @@ def test_of_every_sixteen_rows_eight_are_the_gates() -> None:
     torch.library.opcheck(LINEAR, given, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.parametrize("rows", [N + 8, 2 * N])
+def test_rows_that_are_not_out_features_are_refused(rows: int) -> None:
+    """Those of a gated weight, say, whose ``gated`` was lost: half of the result would be left out unseen."""
+    x, packed, pair, _ = parts(rows)
+    with pytest.raises(ValueError, match=f"{rows} packed rows for out_features = {N}"):
+        LINEAR(x, packed, pair, None, GROUP, N)
+
+
 @pytest.mark.parametrize(("rows", "n"), [(N, N), (3 * N, N), (2 * 12, 12)])
 def test_a_gate_of_other_rows_is_refused(rows: int, n: int) -> None:
     x, packed, pair, _ = parts(rows)
