@@ -12,7 +12,7 @@ from typing import Any
 from torch import SymInt, Tensor
 
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
-from et_cuda_passes.kernels.launching import blocks_of, gpu_of, over_buckets, possible, product, wave
+from et_cuda_passes.kernels.launching import gpu_of, in_blocks, over_buckets, possible, product, wave
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUP_SIZES = (32, 64, 128)
@@ -81,7 +81,7 @@ def launch(
     common |= {"GATED": epilogue.gated}
     common |= {"M": m, "N": n, "K32": k // 32}
     common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
-    described = blocks_of(x, tiling)
+    described = in_blocks(x, tiling)
     arguments = {
         **common,
         "x_ptr": described or x,

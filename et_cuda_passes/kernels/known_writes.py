@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Described:
     """An argument that the kernel reads in blocks of one shape, by a tensor descriptor (TMA).
 
     Attributes:
@@ -38,11 +38,11 @@ class Blocks:
 class _KnownWrites(TracingTritonHOPifier):
     """Traces a launch as the functional operator, which returns what is written."""
 
-    def __init__(self, writes: Sequence[str], blocks: Mapping[str, Blocks]) -> None:
+    def __init__(self, writes: Sequence[str], described: Mapping[str, Described]) -> None:
         self._writes = list(writes)
-        self._described: TMADescriptorMetadata = {
+        self._metadata: TMADescriptorMetadata = {
             name: create_tma_stable_metadata(each.shape)  # type: ignore[arg-type]
-            for name, each in blocks.items()
+            for name, each in described.items()
         }
 
     def call_HOP(self, variable: Any, grids: Any, combined_args: dict[str, Any], tx: None) -> Any:
@@ -52,7 +52,7 @@ class _KnownWrites(TracingTritonHOPifier):
             kernel_idx=variable.kernel_idx,
             constant_args_idx=constants,
             grid=grids,
-            tma_descriptor_metadata=self._described,
+            tma_descriptor_metadata=self._metadata,
             kwargs=given,
             tensors_to_clone=self._writes,
         )
@@ -66,7 +66,7 @@ def launch(
     Args:
         kernel: a ``triton.jit`` function that has a constant ``SALT``, which changes nothing but its machine code.
         grid: programs, by dimension.
-        arguments: all others by name, num_warps and num_stages too; :class:`Blocks` for a tensor descriptor.
+        arguments: all others by name, num_warps and num_stages too; :class:`Described` for a tensor descriptor.
         writes: names of the tensors that the kernel writes to; one that is left out is taken to keep its value.
         sizes: the numbers that are passed. Inductor makes a kernel of its own for each set of them, and AOTInductor
             (torch 2.11) names its object file by its machine code: with the same in two, a program cannot be linked.
@@ -75,13 +75,13 @@ def launch(
     Returns:
         Those tensors as they are then, in order: the given ones, or new ones while functional tensors are traced.
     """
-    blocks = {name: value for name, value in arguments.items() if isinstance(value, Blocks)}
-    tensors = {**arguments, **{name: each.tensor for name, each in blocks.items()}}
+    described = {name: value for name, value in arguments.items() if isinstance(value, Described)}
+    tensors = {**arguments, **{name: each.tensor for name, each in described.items()}}
     if not any(isinstance(value, FunctionalTensor) for value in tensors.values()):
-        described = {name: TensorDescriptor.from_tensor(each.tensor, list(each.shape)) for name, each in blocks.items()}
-        kernel[grid](**{**tensors, **described}, SALT=1)
+        descriptors = {name: TensorDescriptor.from_tensor(d.tensor, list(d.shape)) for name, d in described.items()}
+        kernel[grid](**{**tensors, **descriptors}, SALT=1)
         return [tensors[name] for name in writes]
     salted = {**tensors, "SALT": 1 + zlib.crc32(sizes.encode()) % 2**30}
     wrapped = TraceableTritonKernelWrapper(kernel, None, grid)
-    written: Any = _KnownWrites(writes, blocks).call_triton_kernel(wrapped, (), salted, None)
+    written: Any = _KnownWrites(writes, described).call_triton_kernel(wrapped, (), salted, None)
     return [written[name] for name in writes]

@@ -12,7 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
-from et_cuda_passes.kernels.known_writes import Blocks
+from et_cuda_passes.kernels.known_writes import Described
 from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
 from et_cuda_passes.kernels.traced import has_memory_of_its_own
@@ -69,7 +69,7 @@ def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[in
         first = bound + 1
 
 
-def blocks_of(x: Tensor, tiling: Tiling) -> Blocks | None:
+def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
     """Tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies; None without these, or if no descriptor is possible.
 
     AOTInductor writes sizes and strides of a descriptor into C++ as sympy prints them, which for a floor division is a
@@ -90,7 +90,7 @@ def blocks_of(x: Tensor, tiling: Tiling) -> Blocks | None:
     )
     if not possible or (not isinstance(x, (FakeTensor, FunctionalTensor)) and x.data_ptr() % ALIGNMENT):
         return None
-    return Blocks(x, (*[1] * (x.dim() - 2), tiling.block_m, tiling.block_k))
+    return Described(x, (*[1] * (x.dim() - 2), tiling.block_m, tiling.block_k))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from et_cuda_passes.kernels.known_writes import Blocks
-from et_cuda_passes.kernels.launching import blocks_of
+from et_cuda_passes.kernels.known_writes import Described
+from et_cuda_passes.kernels.launching import in_blocks
 from et_cuda_passes.kernels.tiling import Tiling
 
 BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
@@ -13,8 +13,8 @@ BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 @pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64))])
 def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    found = blocks_of(x, BULK)
-    assert isinstance(found, Blocks) and found.tensor is x and found.shape == block
+    found = in_blocks(x, BULK)
+    assert isinstance(found, Described) and found.tensor is x and found.shape == block
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ..
     ids=lambda x: str(tuple(x.shape)),
 )
 def test_others_are_not(x: torch.Tensor) -> None:
-    assert blocks_of(x, BULK) is None
+    assert in_blocks(x, BULK) is None
 
 
 def test_a_tiling_without_bulk_copies_has_none() -> None:
-    assert blocks_of(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4)) is None
+    assert in_blocks(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4)) is None
