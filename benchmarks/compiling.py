@@ -1,10 +1,10 @@
 """The packed kernels in a tiling that is named, and many of them compiled in processes side by side."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import track
@@ -61,8 +61,17 @@ def compile_one(job: Job) -> bool:
 
 
 def compile_all(jobs: Sequence[Job], processes: int | None = None) -> None:
-    """Fill Triton's cache, in ``processes`` processes; by default one for each processor, 16 at most."""
+    """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`."""
+    side_by_side(compile_one, jobs, processes)
+
+
+def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int | None = None) -> None:
+    """Call ``work`` for each job, in ``processes`` processes; by default one for each processor, 16 at most.
+
+    Raises:
+        What ``work`` raises.
+    """
     processes = processes or min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(compile_one, jobs, chunksize=4), "compiling", len(jobs)):
+        for _ in track(pool.map(work, jobs), "compiling", len(jobs)):
             pass

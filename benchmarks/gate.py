@@ -7,21 +7,18 @@ one wrote. Weights are rotated past the L2 cache, and launches cost nothing (a C
 """
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.int4 import copies, microseconds, random_weight
+from benchmarks.compiling import side_by_side
+from benchmarks.int4 import copies, int4_pair, microseconds, random_weight
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
-from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.int4_gate import interleaved
 
@@ -35,8 +32,7 @@ Packed = tuple[Tensor, Tensor]
 
 def packed(n: int, k: int, group: int) -> Packed:
     """A random weight and its scales, as the kernel takes them."""
-    q, scale = random_weight(n, k, group)
-    return mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, scale * 0, torch.bfloat16, k).cuda()
+    return int4_pair(*random_weight(n, k, group))
 
 
 def apart(x: Tensor, gate: Packed, up: Packed, group: int) -> Tensor:
@@ -89,13 +85,12 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=32, choices=GROUP_SIZES)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
-    parser.add_argument("--jobs", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--jobs", type=int, help="processes that compile side by side")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     jobs = [(*LAYERS[name], options.group, m) for name, m in product(options.layers, options.rows)]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        list(pool.map(warm, jobs))
+    side_by_side(warm, jobs, options.jobs)
     console = Console(width=160)
     console.print(
         f"{torch.cuda.get_device_name(0)}, torch {torch.__version__}, group size {options.group}; microseconds"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from et_cuda_passes.layouts import mma_tiled
+
 LAYERS = {
     "qkv": (6144, 3072),
     "k": (1024, 3072),
@@ -57,6 +59,12 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
         end.synchronize()
         times.append(begin.elapsed_time(end) * 1e3 / len(calls))
     return statistics.median(times)
+
+
+def int4_pair(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as the Triton kernel takes it, on the GPU: packed, and its scales in bf16, with no zeros."""
+    pair = mma_tiled.scale_and_zero(scale, torch.zeros_like(scale), torch.bfloat16, q.shape[1])
+    return mma_tiled.pack(q).cuda(), pair.cuda()
 
 
 def random_weight(n: int, k: int, group: int) -> tuple[Tensor, Tensor]:

@@ -26,12 +26,12 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.compiling import Job, compile_all
-from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
+from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import tiling_for
-from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
 ROWS = (1, 4, 16, 64, 256, 1500, 4096)
@@ -81,9 +81,8 @@ def tinygemm(weight: Weight) -> list[Linear]:
 
 def ours(weight: Weight) -> list[Linear]:
     """The Triton kernel of this package."""
-    n, k = weight.q.shape
-    packed = mma_tiled.pack(weight.q).cuda()
-    pair = mma_tiled.scale_and_zero(weight.scale, weight.zero, torch.bfloat16, k).cuda()
+    n = weight.q.shape[0]
+    packed, pair = int4_pair(weight.q, weight.scale)
 
     def make() -> Linear:
         p, s = packed.clone(), pair.clone()

@@ -25,12 +25,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.compiling import Job, compile_all, compile_one, run
-from benchmarks.int4 import LAYERS, copies, microseconds, random_weight
+from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from et_cuda_passes.kernels import int8_launch
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import ROWS, UNBOUNDED, Tiling, Tuned, even, load_table
-from et_cuda_passes.layouts import mma_tiled
 
 MEASURED = {**{bound: (bound,) for bound in ROWS}, 8: (1, 4, 8), 2048: (400, 1500), UNBOUNDED: (4096,)}
 """Bucket of rows -> the numbers of rows that are timed for it."""
@@ -96,7 +95,7 @@ def random_pair(bits: int, n: int, k: int, group: int) -> tuple[tuple[torch.Tens
         packed, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8).cuda(), (scale / 16).bfloat16().cuda()
         exact = packed.double() * scale.double().repeat_interleave(group, dim=1)
         return (packed, scale), exact if group == k else exact.bfloat16().double()
-    pair = (mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, scale * 0, torch.bfloat16, k).cuda())
+    pair = int4_pair(q, scale)
     exact = (q.cuda().double() - 8) * scale.bfloat16().double().cuda().repeat_interleave(group, dim=1)
     return pair, exact.bfloat16().double()
 

@@ -21,13 +21,12 @@ from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "docs" / "reference"
-OPTIONAL: tuple[ecp.Rule, ...] = ()
 NOTICE = "<!-- Written by `make docs` from the code. Change the code, not this page. -->"
 
 
 def rules() -> dict[str, tuple[Any, list[str]]]:
-    """Each rule by name, with the targets that have it in their default list: none for what is chosen by the user."""
-    found: dict[str, tuple[Any, list[str]]] = {rule.name: (rule, []) for rule in OPTIONAL}
+    """Each rule by name, with the targets that have it in their default list."""
+    found: dict[str, tuple[Any, list[str]]] = {}
     for target in ecp.targets():
         for entry in ecp.default_passes(target):
             if isinstance(entry, ecp.Rule):
@@ -94,7 +93,7 @@ def rules_page() -> str:
         listed = ", ".join(f"[{target}](targets.md#{target})" for target in targets)
         parts += [f"## {name}", f"```text\n{docstring(cls)[0]}\n```"]
         parts += [text for text in (docstring(sys.modules[cls.__module__])[1], prose) if text]
-        parts.append(f"`{cls.__name__}`, in the list of {listed or 'no target: put it into `passes` yourself'}.")
+        parts.append(f"`{cls.__name__}`, in the list of {listed}.")
         fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
         if fields:
             rows = [(f"`{f.name}`", f"`{getattr(rule, f.name)!r}`", options.get(f.name, "")) for f in fields]
