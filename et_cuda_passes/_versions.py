@@ -4,7 +4,7 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 
 RANGES = {
-    "torch": ("2.11", "2.14"),
+    "torch": ("2.11", "2.16"),
     "torchao": ("0.18", "0.19"),
     "executorch": ("1.5.1", "1.6"),
     "triton": ("3.6", "3.10"),

@@ -28,6 +28,8 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Report
 
 aten = torch.ops.aten
+NO_DEVICE = "CUDA|NVIDIA driver"
+"""What lowering to a GPU that is not there says, with torch built for CPUs and for GPUs."""
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
 
 

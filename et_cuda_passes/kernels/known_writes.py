@@ -45,8 +45,11 @@ class _KnownWrites(TracingTritonHOPifier):
             for name, each in described.items()
         }
 
-    def call_HOP(self, variable: Any, grids: Any, combined_args: dict[str, Any], tx: None) -> Any:
-        """Called by torch with the arguments in their final form."""
+    def call_HOP(self, variable: Any, grids: Any, combined_args: dict[str, Any], *_: Any) -> Any:
+        """Called by torch with the arguments in their final form.
+
+        From torch 2.14 on their names come too, for those that are options of Triton's backend: none of ours is.
+        """
         given, constants = self.store_non_graphable_args(combined_args)
         return triton_kernel_wrapper_functional(
             kernel_idx=variable.kernel_idx,

@@ -192,26 +192,30 @@ def add_parts(
     used = tl.cdiv(steps, tl.cdiv(steps, ways))
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
     row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
-    m = tile_m * BLOCK_M + row
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (m < M)[:, None] & (n < N)[None, :]
+    column = tl.arange(0, BLOCK_N)
+    inside = (tile_n * BLOCK_N + column < N)[:, None] & (tile_m * BLOCK_M + row < M)[None, :]
     part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
-    part += row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    sums = tl.zeros((HEIGHT, BLOCK_N), tl.float32)
+    part += row[None, :] * BLOCK_N + column[:, None]
+    sums = tl.zeros((BLOCK_N, HEIGHT), tl.float32)
     for _ in range(used):
         sums += tl.load(part, mask=inside, other=0.0)
         part += BLOCK_M * BLOCK_N
-    bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[None, :] if HAS_BIAS else 0.0
-    if GATED:
-        if HAS_BIAS:
-            sums += bias  # in fp32, as sums are
-        gate, other = tl.split(sums.reshape(HEIGHT, BLOCK_N // 16, 2, 8).permute(0, 1, 3, 2))
-        sums = (activate(gate, ACTIVATION, USE_ASM) * other).reshape(HEIGHT, BLOCK_N // 2)
-        n = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        N = N // 2
-        inside = (m < M)[:, None] & (n < N)[None, :]
-    at = m.to(tl.int64)[:, None] * N + n[None, :]
-    BIAS: tl.constexpr = HAS_BIAS and not GATED
-    FUNCTION: tl.constexpr = "" if GATED else ACTIVATION
-    y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, BIAS, FUNCTION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    store_tile(
+        y_ptr,
+        sums,
+        bias_ptr,
+        factor_ptr,
+        addend_ptr,
+        tile_m * (BLOCK_M // HEIGHT) + tl.program_id(1),
+        tile_n,
+        M,
+        N,
+        HEIGHT,
+        BLOCK_N,
+        HAS_BIAS,
+        ACTIVATION,
+        HAS_FACTOR,
+        HAS_ADDEND,
+        GATED,
+        USE_ASM,
+    )

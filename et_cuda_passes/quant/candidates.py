@@ -138,20 +138,27 @@ def _converted(
     """
     narrow = multiplied_weight(program, node)
     if narrow is not None:
-        why = advice(program, narrow, "multiplied as it is", advised)
+        why = advice(program, narrow, "multiplied as it is", _elements(narrow), advised)
         yield Candidate(node, (narrow,), program.fqn(narrow) or narrow.name, program.branches.path(node), why)
         return
     if converted_weight(program, node) is not None:
         converted[node] = node
         return
-    sources = [converted[source] for source in node.all_input_nodes if source in converted]
-    if sources and node in constant:
-        converted[node] = sources[0]
-    elif sources and called(node) in PRODUCTS:
-        weight = converted_weight(program, sources[0])
+    operand = next((source for source in node.all_input_nodes if source in converted), None)
+    if operand is None:
+        return
+    if node in constant:
+        converted[node] = converted[operand]
+    elif called(node) in PRODUCTS:
+        weight = converted_weight(program, converted[operand])
         assert weight is not None
-        fqn, why = program.fqn(weight) or weight.name, advice(program, weight, "converted", advised)
-        yield Candidate(node, (sources[0],), fqn, program.branches.path(node), why)
+        fqn, why = program.fqn(weight) or weight.name, advice(program, weight, "converted", _elements(operand), advised)
+        yield Candidate(node, (converted[operand],), fqn, program.branches.path(node), why)
+
+
+def _elements(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, torch.Tensor) else 0
 
 
 def _wrapped(program: Program, node: Node, whole: dict[Node, Node], advised: Advised, why: str) -> Iterator[Candidate]:

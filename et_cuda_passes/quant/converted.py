@@ -78,8 +78,8 @@ def _moved(source: object) -> Node | None:
     return source if isinstance(source, Node) else None
 
 
-def advice(program: Program, weight: Node, how: str, advised: Advised) -> str:
-    """Why no kernel takes it, which the program computes with as ``how`` says, and what to do."""
+def advice(program: Program, weight: Node, how: str, elements: int, advised: Advised) -> str:
+    """Why no kernel takes a weight of so many elements, which the program computes with as ``how`` says; what to do."""
     held = program.constant(weight)
     assert held is not None
     kind, bits = str(held.dtype).removeprefix("torch."), 4 if held.dtype is torch.float4_e2m1fn_x2 else 8
@@ -87,7 +87,19 @@ def advice(program: Program, weight: Node, how: str, advised: Advised) -> str:
     if whole is not None and bits_of(whole) < bits:
         # Its scales are what is converted.
         kind, bits = type(whole).__name__, bits_of(whole)
+    elif held.numel() * 8 // bits < elements:
+        largest = _largest_part(program, weight)
+        bits = 8 * largest.numel() * largest.element_size() // elements
+        scales = "" if largest is held else f", with scales in {kind}"
+        kind = f"packed in {bits} bits an element{scales}"
     return (
         f"its weight is {kind}, {how} by the program itself, and no kernel takes that: "
         f"quantize with {advised.instead_of(bits)}, which leaves a dequantize"
     )
+
+
+def _largest_part(program: Program, part: Node) -> torch.Tensor:
+    """Of the constants of the weight that ``part`` is one of, the one of the most bytes: they share its FQN."""
+    fqn = program.fqn(part)
+    parts = (program.constant(node) for node in part.graph.find_nodes(op="placeholder") if program.fqn(node) == fqn)
+    return max((held for held in parts if held is not None), key=lambda held: held.numel() * held.element_size())
