@@ -6,7 +6,7 @@ The public interface; everything else may change.
 from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
-from et_cuda_passes.graph.driver import RuleError
+from et_cuda_passes.graph.asking import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require

@@ -8,9 +8,11 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
+from torch.utils import _pytree as pytree
 
+from et_cuda_passes.graph.asking import no_guards
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import Target, in_edge_form, op_name
+from et_cuda_passes.graph.ops import Target, checked, in_edge_form, op_name
 from et_cuda_passes.graph.program import Program
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
@@ -35,8 +37,22 @@ class Builder:
         return other
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:
-        """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``."""
-        form = in_edge_form(target) if self.program.is_edge else target
+        """A call of ``target``, its value computed on fake tensors and put into ``meta["val"]``.
+
+        Args:
+            target: an operator's overload, as an exported graph calls it.
+            *args: nodes that stand before the match's first root, numbers and lists of these; a dynamic size is
+                :meth:`size`, a new tensor :meth:`constant`.
+            **kwargs: the same, by the names of the operator's schema.
+
+        Raises:
+            TypeError: ``target`` is no overload, or an argument is a tensor or a symbolic number.
+            ValueError: an argument is a node that is not computed where the new one stands, or the operator holds for
+                some of the program's dynamic sizes alone.
+        """
+        form = in_edge_form(checked(target)) if self.program.is_edge else checked(target)
+        for argument in pytree.tree_leaves((args, kwargs)):
+            self._check(argument)
         graph = self._before.graph
         with graph.inserting_before(self._before):
             node = graph.call_function(form, args, kwargs)
@@ -47,15 +63,9 @@ class Builder:
 
         # With the dispatcher's Python kernels: the compiled ones of some operators (slice_copy) take a dynamic size for
         # what it is in the export's example.
-        mode, shapes = self.program.fake_mode, self.program.fake_mode.shape_env
-        known = 0 if shapes is None else len(shapes.guards)
-        with mode, enable_python_dispatcher(), torch.no_grad():
+        mode = self.program.fake_mode
+        with no_guards(self.program, op_name(target)), mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
-        if shapes is not None and len(shapes.guards) > known:
-            expression = shapes.guards[-1].expr
-            raise ValueError(
-                f"{op_name(target)} holds for {expression} alone, which the program's dynamic shapes leave open"
-            )
         for key in _INHERITED:
             if key in self.roots[0].meta:
                 node.meta[key] = self.roots[0].meta[key]
@@ -66,6 +76,30 @@ class Builder:
             source.node_info.graph_id = 0
         node.meta["from_node"] = sources
         return node
+
+    def _check(self, argument: Any) -> None:
+        """Look that a new node may have ``argument``."""
+        if isinstance(argument, torch.Tensor):
+            raise TypeError("b.call takes nodes; a new tensor is made a constant of the program with b.constant")
+        if isinstance(argument, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise TypeError(
+                f"b.call takes no symbolic number ({argument}); the size of a node's axis is b.size(node, dim)"
+            )
+        if not isinstance(argument, Node):
+            return
+        if argument in self.roots:
+            raise ValueError(
+                f"{argument.name} is what emit replaces, and cannot be read by it: build its operator again"
+            )
+        if argument.graph is not self._before.graph or argument.prev.next is not argument:
+            raise ValueError(f"{argument.name} is not in the graph that {self._before.name} stands in, or was removed")
+        if not argument < self._before:
+            raise ValueError(f"{argument.name} is computed behind {self._before.name}, where the new nodes stand")
+
+    def size(self, node: Node, dim: int) -> int | Node:
+        """The size of an axis of ``node``: a number, or the node that computes one which is dynamic."""
+        size = MatchContext.val(node).shape[dim]
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """``node`` in ``dtype``; the edge dialect has a conversion of its own for it."""
@@ -83,5 +117,8 @@ class Builder:
         return self.call(torch.ops.aten.clone.default, part, memory_format=torch.contiguous_format)
 
     def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
-        """A new parameter; see :meth:`Program.add_constant`."""
+        """The node of a new parameter ``fqn`` that holds ``make()``, once for each ``sources`` and ``layout``.
+
+        See :meth:`Program.add_constant`.
+        """
         return self.program.add_constant(fqn, sources, layout, make, self._before.graph)

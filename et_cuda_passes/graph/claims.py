@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from et_cuda_passes.graph.asking import asked
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ledger import Ledger
 from et_cuda_passes.graph.report import Reason
@@ -24,12 +25,17 @@ class Claim:
     @property
     def wants(self) -> Sequence[Node]:
         """The nodes that the claim takes for itself."""
-        return [node for m in self.ms for node in (*m.match.owned, *self.rule.takes(m))]
+        return [node for m in self.ms for node in (*m.match.owned, *taken(self.rule, m))]
 
     @property
     def root(self) -> Node:
         """Where the first match stands."""
         return self.ms[0].root
+
+
+def taken(rule: Rule, m: MatchContext) -> Sequence[Node]:
+    """The nodes outside of match ``m`` that ``rule`` needs alone."""
+    return asked(rule, "takes", m.root, m.program, lambda: rule.takes(m))
 
 
 def joined(rule: JointRule, claims: Sequence[Claim], order: Mapping[Node, int], ledger: Ledger) -> list[Claim]:
@@ -39,7 +45,7 @@ def joined(rule: JointRule, claims: Sequence[Claim], order: Mapping[Node, int], 
     found: list[Claim] = []
     for claim in claims:
         (m,) = claim.ms
-        group = groups[m.root.graph, rule.key(m)]
+        group = groups[m.root.graph, _key(rule, m)]
         first = group[0].root if group else m.root
         inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
         late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]
@@ -57,3 +63,12 @@ def joined(rule: JointRule, claims: Sequence[Claim], order: Mapping[Node, int], 
         for claim in group if len(group) == 1 else ():
             ledger.unmet(claim.ms[0].match, [Reason(rule.name, "match", rule.partner, "none")])
     return found
+
+
+def _key(rule: JointRule, m: MatchContext) -> Hashable:
+    def key() -> Hashable:
+        found = rule.key(m)
+        hash(found)
+        return found
+
+    return asked(rule, "key", m.root, m.program, key)

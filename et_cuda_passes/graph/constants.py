@@ -5,8 +5,10 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from et_cuda_passes.graph.rule import Mistake
 
-class NameTaken(ValueError):
+
+class NameTaken(Mistake):
     """The program has a constant under the name that a packed one would get."""
 
 
@@ -21,18 +23,30 @@ class ConstantPool:
         self._names: set[str] = set()
 
     def get(
-        self, fqn: str, sources: tuple[torch.Tensor, ...], layout: Hashable, make: Callable[[], torch.Tensor]
+        self, fqn: str, sources: tuple[torch.Tensor | None, ...], layout: Hashable, make: Callable[[], torch.Tensor]
     ) -> tuple[str, torch.Tensor]:
         """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time.
 
         Another constant under the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
+
+        Raises:
+            TypeError: a source is None, being no constant of the program, or there is none; or no tensor was made.
         """
-        key = (tuple(identity(source) for source in sources), layout)
+        held = tuple(source for source in sources if source is not None)
+        if not held or len(held) < len(sources):
+            raise TypeError(
+                f"{fqn} has no sources, or some that are no constants of the program, by which it is told from other "
+                "constants: those of a quantized weight are affine(m).sources"
+            )
+        key = (tuple(map(identity, held)), layout)
         if key not in self._entries:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._names)
+            made: object = make()
+            if not isinstance(made, torch.Tensor):
+                raise TypeError(f"what was to make {fqn} returned {made!r}, which is no tensor")
             self._names.add(name)
-            self._entries[key] = (name, make(), sources)
+            self._entries[key] = (name, made, held)
         name, tensor, _ = self._entries[key]
         return name, tensor
 

@@ -42,9 +42,14 @@ class MatchContext:
     @staticmethod
     def val(node: Node) -> torch.Tensor:
         """The fake tensor that stands for ``node``'s value: shape, dtype and device, no data."""
+        if not isinstance(node, Node):
+            raise TypeError(f"{node!r} stands where a node was asked for: an optional capture may be absent")
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{node.name} has no tensor metadata; export the program with torch.export")
+            raise TypeError(
+                f"{node.name} has no tensor in meta['val']: export the program with torch.export, and let a pass of "
+                "your own set it on the nodes that it makes"
+            )
         return value
 
     def derive(self, function: "Callable[[Program, Node], _T]", name: str) -> _T:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,11 +11,12 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.passes.infra.pass_base import PassResult
 
+from et_cuda_passes.graph.asking import RuleError, asked
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.claims import Claim, joined
+from et_cuda_passes.graph.claims import Claim, joined, taken
 from et_cuda_passes.graph.collector import paused_collector
 from et_cuda_passes.graph.conflict import resolve
-from et_cuda_passes.graph.constants import ConstantPool, NameTaken
+from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ledger import Candidate, Ledger
 from et_cuda_passes.graph.match import Miss, match
@@ -27,10 +29,6 @@ from et_cuda_passes.graph.report import Reason, Report
 from et_cuda_passes.graph.rule import Answer, JointRule, Keep, Requirement, Rule, Stage, Unmet, compiled
 
 FindCandidates = Callable[[Program], Iterable[Candidate]]
-
-
-class RuleError(Exception):
-    """A rule claimed a place and then failed to rewrite it, or emitted something of another shape or dtype."""
 
 
 def apply_passes(
@@ -87,19 +85,26 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         rule, ms = claim.rule, [m for m in claim.ms if not ledger.is_settled(m.match)]
         for m in ms:
-            detail = ", ".join(filter(None, (rule.detail(m), f"{len(ms)} in one" if len(ms) > 1 else "")))
-            told = (rule.note(m), detail, rule.explain(*ms))
+            note, detail, explanation = asked(
+                rule, "note, detail or explain", m.root, program, partial(_told, rule, m, ms)
+            )
+            detail = ", ".join(filter(None, (detail, f"{len(ms)} in one" if len(ms) > 1 else "")))
+            told = (note, detail, explanation)
             if isinstance(rule, Keep):
                 program.kept.update(m.match.owned)
                 program.kept_inputs.update(m.match.shared)
                 ledger.keep(rule.name, m.match, *told)
             else:
-                ledger.rewrite(rule.name, m.match, rule.takes(m), *told)
+                ledger.rewrite(rule.name, m.match, taken(rule, m), *told)
         if ms and not isinstance(rule, Keep):
             ledger.made(_emit(rule, ms, program))
     if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
         program.sweep()
         program.refresh()
+
+
+def _told(rule: Rule, m: MatchContext, ms: Sequence[MatchContext]) -> tuple[str, str, str]:
+    return rule.note(m), rule.detail(m), rule.explain(*ms)
 
 
 def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: Ledger) -> list[Claim]:
@@ -125,7 +130,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
             reasons = _unmet(rule, m, "metadata") or _unmet(rule, m, "values")
             if reasons:
                 ledger.unmet(found, reasons)
-            elif program.kept.isdisjoint((*found.owned, *rule.takes(m))):
+            elif program.kept.isdisjoint((*found.owned, *taken(rule, m))):
                 claims.append(Claim(rule, (m,), rank, ledger.worth(found)))
         if isinstance(rule, JointRule):
             claims = joined(rule, claims, order, ledger)
@@ -134,10 +139,10 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
 
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     """Every require of ``stage`` that does not hold, with what it found."""
-    reasons: dict[str, Reason] = {}
-    inner = m.match.owned[1:] if stage == "metadata" else rule.takes(m)
+    reasons: list[Reason] = []
+    inner = m.match.owned[1:] if stage == "metadata" else taken(rule, m)
     for node in m.program.at_boundaries.intersection(inner):
-        reasons[""] = Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)
+        reasons = [Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)]
     for requirement in rule.requires:
         if requirement.stage != stage:
             continue
@@ -146,20 +151,21 @@ def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
         except Unmet as unmet:
             # A question that cannot be asked fails every require that asks it; once in the report is enough.
             holds, found, better = False, str(unmet), []
-            if any(reason.found == found for reason in reasons.values()):
+            if any(reason.found == found for reason in reasons):
                 continue
         if not holds:
             hint = better[0] if better else requirement.hint
-            reasons[requirement.wanted] = Reason(rule.name, stage, requirement.wanted, found, hint)
-    return list(reasons.values())
+            reasons.append(Reason(rule.name, stage, requirement.wanted, found, hint))
+    return reasons
 
 
 def _answer(rule: Rule, requirement: Requirement, m: MatchContext) -> Answer:
-    answer = requirement.check(rule, m)
+    what = f"require {requirement.wanted!r}"
+    answer = asked(rule, what, m.root, m.program, lambda: requirement.check(rule, m))
     if not isinstance(answer, tuple) or len(answer) not in (2, 3) or not isinstance(answer[0], bool):
         raise RuleError(
             f"rule {rule.name}: the require {requirement.wanted!r} must return (holds, found) or (holds, found, hint), "
-            f"with holds a bool; it returned {answer!r}"
+            f"with holds a bool (of a dynamic size, what statically_known_true says); it returned {answer!r}"
         )
     return answer
 
@@ -168,25 +174,25 @@ def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> Mapping[N
     """Rewrite ``ms``; returns each node that was built, with the roots that it stands for."""
     root = ms[0].root
     b = Builder(program, [m.root for m in ms], rule.name)
-    try:
-        new = rule.emit_together(b, ms) if isinstance(rule, JointRule) else [rule.emit(b, ms[0])]
-    except NameTaken:
-        raise
-    except Exception as error:
-        raise RuleError(
-            f"rule {rule.name} matched {root.name} and its requires hold, but its emit failed: {error}"
-        ) from error
-    if len(new) != len(ms):
-        raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {len(new)} nodes; emit one for each of them")
+    new = asked(rule, "emit", root, program, partial(_emitted, rule, ms, b))
+    if not isinstance(new, (list, tuple)) or len(new) != len(ms):
+        raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return a node for each of them")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.at(m))
+    program.abandon(b.created)
     return b.created
+
+
+def _emitted(rule: Rule, ms: Sequence[MatchContext], b: Builder) -> Sequence[Node]:
+    return rule.emit_together(b, ms) if isinstance(rule, JointRule) else [rule.emit(b, ms[0])]
 
 
 def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:
     root, program = m.root, b.program
     if not isinstance(new, Node):
         raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; emit must return the node that replaces it")
+    if new is root:
+        raise RuleError(f"rule {rule.name} left {root.name} as it was; a rule that keeps its matches derives from Keep")
     _check(rule, root, new)
     shares = new not in b.created or viewed(new) is not None
     if shares and (root in program.written or program.branches.is_handed_back(root)):
@@ -203,7 +209,8 @@ def _check(rule: Rule, old: Node, new: Node) -> None:
     if not isinstance(before, torch.Tensor):
         return
     if not isinstance(after, torch.Tensor):
-        raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is none")
+        fix = "build it with b.call" if after is None else "take one of its results: b.call(operator.getitem, node, 0)"
+        raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is none; {fix}")
     same = (
         len(before.shape) == len(after.shape)
         and not any(statically_known_true(a != b) for a, b in zip(before.shape, after.shape, strict=True))
@@ -212,7 +219,8 @@ def _check(rule: Rule, old: Node, new: Node) -> None:
     )
     if not same:
         raise RuleError(
-            f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)})"
+            f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)}), and the "
+            "two must be of one shape, dtype and device"
         )
 
 

@@ -1,5 +1,6 @@
 """Operator identity: which overload a node calls; edge and ATen forms of one operator are equated here alone."""
 
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -30,6 +31,22 @@ _VIEW_OF_COPY: dict[Target, Target] = {
     aten._unsafe_view.default: aten.view.default,
     aten.reshape.default: aten.view.default,
 }
+
+
+def checked(target: Target) -> Target:
+    """``target``, if a graph that torch.export made can call it.
+
+    Raises:
+        TypeError: it is a packet of overloads, a name, or a Python function that such a graph has no calls of.
+    """
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        name = str(target)
+        overloads = " or ".join(f"{name}.{overload}" for overload in target.overloads()[:2])
+        raise TypeError(f"{name} has several overloads, of which a graph calls one: write {overloads}")
+    function = isinstance(target, FunctionType) and not target.__name__.startswith("sym_")
+    if function or not callable(target):
+        raise TypeError(f"{target!r} is no operator of an exported graph: write its overload, as aten.linear.default")
+    return target
 
 
 def canonical(target: Target) -> Target:
@@ -96,5 +113,10 @@ def arguments(node: Node) -> dict[str, Any]:
 def argument_names(node: Node) -> list[str]:
     """The names of a call's arguments, those of the canonical operator where the two forms differ in them."""
     schema = schema_of(node)
-    names = [] if schema is None else [argument.name for argument in schema.arguments]
-    return ["size" if name == "shape" and called(node) is aten.view.default else name for name in names]
+    return [] if schema is None else names_in(schema, called(node))
+
+
+def names_in(schema: torch.FunctionSchema, canonically: Target = None) -> list[str]:
+    """The names of a schema's arguments; of an operator that is ``canonically`` another, as they are called there."""
+    names = [argument.name for argument in schema.arguments]
+    return ["size" if name == "shape" and canonically is aten.view.default else name for name in names]

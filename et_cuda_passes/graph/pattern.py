@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
 
-from et_cuda_passes.graph.ops import Target, canonical, op_name
+from et_cuda_passes.graph.ops import Target, canonical, checked, names_in, op_name
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,16 @@ def op(*targets: Target) -> Callable[..., Call]:
     Keywords are schema argument names, except ``name`` (binds the node) and ``shared`` (see :class:`Call`). ``...`` as
     an argument matches anything there; as the last positional one it also leaves open what is not named. A list of
     patterns matches a list argument item by item.
+
+    Raises:
+        TypeError: a target is no overload, or the call has arguments that no target's schema has.
+        ValueError: there is no target.
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
-    forms = tuple(dict.fromkeys(canonical(target) for target in targets))
+    forms = tuple(dict.fromkeys(canonical(checked(target)) for target in targets))
+    schemas = [schema for form in forms if (schema := getattr(form, "_schema", None)) is not None]
+    known = {name for schema in schemas for name in names_in(schema)} if len(schemas) == len(forms) else None
 
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
@@ -117,6 +123,11 @@ def op(*targets: Target) -> Callable[..., Call]:
             schema = getattr(form, "_schema", None)
             if schema is not None and len(positional) > len(schema.arguments):
                 raise TypeError(f"{op_name(form)} has {len(schema.arguments)} arguments, not {len(positional)}")
+        for key in kwargs:
+            if known is not None and key not in known:
+                raise TypeError(
+                    f"{op_name(forms[0])} has no argument called {key!r}; it has {', '.join(sorted(known))}"
+                )
         return Call(
             forms,
             tuple(_lift(arg) for arg in positional),
@@ -161,6 +172,21 @@ def names(pattern: Pattern) -> Iterator[str]:
             yield pattern.name
         for _, child in (*enumerate(pattern.args), *pattern.kwargs):
             yield from names(child)
+
+
+def always(pattern: Pattern) -> set[str]:
+    """The names that every match of ``pattern`` binds, whichever alternatives fit."""
+    if isinstance(pattern, Capture):
+        return {pattern.name}
+    if isinstance(pattern, AnyOf):
+        return set.intersection(*map(always, pattern.alternatives))
+    children: list[Pattern] = []
+    if isinstance(pattern, Call):
+        children = [*pattern.args, *(child for _, child in pattern.kwargs)]
+    elif isinstance(pattern, Items):
+        children = list(pattern.patterns)
+    named = {pattern.name} if isinstance(pattern, Call) and pattern.name is not None else set()
+    return named.union(*map(always, children))
 
 
 def roots(pattern: Pattern) -> Iterator[Target]:

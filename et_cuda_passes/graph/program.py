@@ -160,8 +160,7 @@ class Program:
             Its placeholder in ``graph``, with a fake value in ``meta["val"]``.
         """
         nodes = tuple(sources)
-        held = tuple(cast(torch.Tensor, self.constant(node)) for node in nodes)
-        name, tensor = self.pool.get(fqn, held, layout, make)
+        name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
         if name not in self._added:
             self._added[name] = self._placeholder_of(name, tensor, nodes[0])
         return self.branches.hand_in(self._added[name], graph)

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, captures_of, names
+from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always, captures_of, names
 
 if TYPE_CHECKING:
     from et_cuda_passes.graph.builder import Builder
@@ -26,6 +26,10 @@ RESERVED = frozenset({"match", "captures", "program", "target", "root", "val", "
 
 class Unmet(Exception):
     """Raised inside a require whose question cannot even be asked; its text is what was found."""
+
+
+class Mistake(ValueError):
+    """What a caller asked for cannot be had: raised as it is, being no fault of the rule that found out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +50,15 @@ def require(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[
         hint: what the user changes to meet it; the method may return a better one as its third value.
         stage: ``"metadata"`` reads shapes, dtypes and users only; ``"values"`` may read tensors and is asked after
             every metadata condition holds.
+
+    Raises:
+        TypeError: ``wanted`` is no text (``@require`` without its parentheses, say).
+        ValueError: there is no such stage.
     """
+    if not isinstance(wanted, str):
+        raise TypeError("require is given what is wanted, as text: @require('...') above the method")
+    if stage not in get_args(Stage):
+        raise ValueError(f"a require is asked at one of the stages {get_args(Stage)}, not {stage!r}")
 
     def mark(check: _C) -> _C:
         check._requirement = Requirement(wanted, hint, stage, check)  # type: ignore[attr-defined]
@@ -174,7 +186,7 @@ def compiled(rule: Rule) -> Compiled:
     """``rule``'s pattern as data.
 
     Raises:
-        TypeError: the rule has no pattern, or one that is not rooted in a call.
+        TypeError: the rule has no pattern, one that is not rooted in a call, or names in it that cannot work.
     """
     function = getattr(rule, "pattern", None)
     if function is None:
@@ -183,6 +195,14 @@ def compiled(rule: Rule) -> Compiled:
     pattern = function(**captures)
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
-    for taken in sorted({*captures, *names(pattern)} & RESERVED):
+    bound, sure = set(names(pattern)), always(pattern)
+    for taken in sorted({*captures, *bound} & RESERVED):
         raise TypeError(f"rule {rule.name}: nothing in a pattern can be called {taken!r}, which a match has already")
+    for name, capture in captures.items():
+        if name not in bound:
+            raise TypeError(f"rule {rule.name}: pattern() takes the capture {name!r} and its pattern has it nowhere")
+        if name not in sure and not capture.optional:
+            raise TypeError(
+                f"rule {rule.name}: some alternatives of the pattern do not have {name!r}; give it the default None"
+            )
     return Compiled(pattern, tuple(captures))

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
+from et_cuda_passes.graph.rule import Mistake
+
 
 class Named(Protocol):
     """Anything with a name."""
@@ -19,11 +21,11 @@ def named(kernels: Sequence[Kernel], name: str | None, kind: str) -> Kernel | No
     """The kernel of that name, the first for None; None where there is none to choose from and none was named.
 
     Raises:
-        ValueError: there is no kernel of that name; ``kind`` says of what, as in "target cuda has no int4 kernel".
+        Mistake: there is no kernel of that name; ``kind`` says of what, as in "target cuda has no int4 kernel".
     """
     if name is None:
         return kernels[0] if kernels else None
     for kernel in kernels:
         if kernel.name == name:
             return kernel
-    raise ValueError(f"{kind} {name!r}; it has: {', '.join(kernel.name for kernel in kernels) or 'none'}")
+    raise Mistake(f"{kind} {name!r}; it has: {', '.join(kernel.name for kernel in kernels) or 'none'}")

@@ -97,7 +97,7 @@ class UnmaskedAttention(Rule):
         if self._is_ours(m):
             return self._ours(b, m, given)
         q = m.val(m.q)
-        sizes = [self._size(b, m.q, 0), 1, self._size(b, m.q, 2), self._size(b, m.k, 2)]
+        sizes = [b.size(m.q, 0), 1, b.size(m.q, 2), b.size(m.k, 2)]
         mask = b.call(aten.full.default, sizes, True, dtype=torch.bool, device=q.device, pin_memory=False)
         rest = {name: value for name, value in given.items() if name in ("scale", "enable_gqa")}
         return b.call(ATTENTION, m.q, m.k, m.v, mask, given["dropout_p"], **rest)
@@ -109,12 +109,6 @@ class UnmaskedAttention(Rule):
             scale = m.val(m.q).shape[3] ** -0.5
         read = [_before_transposition(m, node) for node in (m.q, m.k, m.v)]
         return b.call(OURS, *(node for node, _ in read), float(scale), [*(at for _, at in read), 1])
-
-    @staticmethod
-    def _size(b: Builder, node: Any, dim: int) -> int | Node:
-        """The size of an axis: a number, or the node that computes it."""
-        size = node.meta["val"].shape[dim]
-        return size if isinstance(size, int) else b.call(aten.sym_size.int, node, dim)
 
 
 def _before_transposition(m: MatchContext, node: Node) -> tuple[Node, int]:

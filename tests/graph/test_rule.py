@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.pattern import Capture, op
+from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import Keep, Rule, Unmet, compiled, require
 from tests.helpers import Sketch, apply, names
@@ -163,7 +163,8 @@ def test_captures_and_named_calls_are_attributes_and_nothing_else_is() -> None:
 
     class Look(Rule):
         def pattern(self, x: Capture, bias: Capture | None = None) -> Any:
-            return op(aten.relu.default)(op(aten.neg.default)(x, name="inner"))
+            plain = op(aten.relu.default)(op(aten.neg.default)(x, name="inner"))
+            return any_of(plain, op(aten.relu.default)(op(aten.add.Tensor)(x, bias, name="inner")))
 
         @require("to look")
         def look(self, m: Any) -> Any:
