@@ -179,7 +179,7 @@ def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> Mapping[N
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return a node for each of them")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.at(m))
-    program.abandon(b.created)
+    program.abandon(node for node in b.created if not node.is_impure())
     return b.created
 
 

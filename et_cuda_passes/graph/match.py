@@ -120,6 +120,11 @@ class _Matcher:
         bound = state.bind(pattern.name, node)
         if bound is None:
             return self.fail(node, pattern, state, f"the same {pattern.name} in both places")
+        if node is not self.root and not pattern.shared:
+            for source in node.all_input_nodes:
+                if source in self.written:
+                    # Read here, it would be read at the root instead, after it may have been written.
+                    return self.fail(source, pattern, bound, f"{pattern} of what nothing writes in place")
         owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
         states = [_State(bound.bindings, owned, shared)]
         for child, value in self.pair(pattern, node):

@@ -10,8 +10,27 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.ops import arguments
 
-_CHANGES_NO_VALUE = torch.ops.aten.detach_.default
+aten = torch.ops.aten
+
+_CHANGES_NO_VALUE = aten.detach_.default
 """In place by its schema. A ``torch.tensor([...])`` in a model is exported with one behind it."""
+
+_MAYBE_THEIR_INPUT = frozenset(
+    {
+        aten.dropout,
+        aten.feature_dropout,
+        aten.alpha_dropout,
+        aten.feature_alpha_dropout,
+        aten.einsum,
+        aten.chain_matmul,
+        aten.type_as,
+        aten.sum_to_size,
+        aten.atleast_1d,
+        aten.atleast_2d,
+        aten.atleast_3d,
+    }
+)
+"""They return what they are given, or a view of it, where there is nothing to do, and their schemas do not say so."""
 
 
 def memory_of(held: torch.Tensor | None) -> int | None:
@@ -72,6 +91,11 @@ def _base(node: Node, views: Mapping[Node, Node]) -> Node:
 
 def viewed(node: Node) -> Node | None:
     """The node that ``node`` is a view of, or None."""
+    if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _MAYBE_THEIR_INPUT:
+        # One operand of einsum is permuted; several are multiplied.
+        first = node.args[0] if node.target is not aten.einsum.default else node.args[1]
+        operands = first if isinstance(first, (list, tuple)) else [first]
+        return operands[0] if len(operands) == 1 and isinstance(operands[0], Node) else None
     if node.target is operator.getitem:
         # One of the results of a call; where they are views (split, unbind), it is one. An operator whose arguments
         # alias nothing (topk, sort) makes each of them anew.

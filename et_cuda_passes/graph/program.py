@@ -15,7 +15,6 @@ from torch.export.graph_signature import (
     ExportGraphSignature,
     InputKind,
     InputSpec,
-    OutputKind,
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
@@ -26,6 +25,7 @@ from et_cuda_passes.graph.copying import Places, copied, counterparts, places
 from et_cuda_passes.graph.memory import written_in
 from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, renamed_calls
 from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.strides import settle_strides
 from et_cuda_passes.graph.sweep import sweep
 
 _T = TypeVar("_T")
@@ -45,6 +45,7 @@ class Program:
         self.constants: dict[str, Any] = dict(exported.constants)
         self._specs = {spec.arg.name: spec for spec in copy.deepcopy(exported.graph_signature.input_specs)}
         self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
+        self._updated = {spec.target for spec in self._outputs} - {None}
         self._derived: dict[tuple[Any, Node], Any] = {}
         self._abandoned: dict[Node, None] = {}
         self._added: dict[str, Node] = {}
@@ -76,9 +77,8 @@ class Program:
         """Its graphs, those that control flow calls among them."""
         self.at_boundaries = at_boundaries(self.graph, self._source.module_call_graph, self._renamed)
         nodes = list(self.branches.nodes())
-        mutated = {spec.target for spec in self._outputs if spec.kind is OutputKind.BUFFER_MUTATION}
-        buffers = [n for n in self.graph.find_nodes(op="placeholder") if self.target(n) in mutated]
-        self.written = written_in(nodes, buffers, self.constant, self.branches.views)
+        updated = filter(self.is_output, self.graph.find_nodes(op="placeholder"))
+        self.written = written_in(nodes, updated, self.constant, self.branches.views)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -131,6 +131,10 @@ class Program:
         """
         held = self.constant(self._owner(node))
         return None if held is None else unparametrized(self._first_name[identity(held)])
+
+    def is_output(self, node: Node) -> bool:
+        """Whether the program's signature says that it updates constant ``node``."""
+        return self.target(node) in self._updated
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
@@ -231,14 +235,9 @@ class Program:
 
     def drop(self, node: Node) -> None:
         """Forget constant ``node``, which is about to be erased, and what it holds."""
-        target = self._specs.pop(node.name).target
-        if target is None or any(spec.target == target for spec in self._outputs):
-            return
+        target = cast(str, self._specs.pop(node.name).target)
         self._added.pop(target, None)
-        for table in (self.state_dict, self.constants):
-            dropped = table.pop(target, None)
-            if dropped is not None:
-                self._dropped.append(dropped)
+        self._dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
     def adopt(self, module: GraphModule, name: str) -> None:
         """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
@@ -273,16 +272,16 @@ class Program:
 
     def finish(self) -> ExportedProgram:
         """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
+        settle_strides(self, self._replaced)
         forget_tied(self, self._dropped)
         make_room(self, self._added)
         self.branches.recompile()
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
             if isinstance(value, Node) and not isinstance(spec.arg, ConstantArgument):
                 spec.arg.name = value.name
-        signature = ExportGraphSignature([self._specs[node.name] for node in placeholders], self._outputs)
-        source = self._source
+        source, inputs = self._source, self.graph.find_nodes(op="placeholder")
+        signature = ExportGraphSignature([self._specs[node.name] for node in inputs], self._outputs)
         # The constructor lints the graph and runs the dialect's verifier.
         program = ExportedProgram(
             root=self._root,

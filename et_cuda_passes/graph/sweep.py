@@ -25,7 +25,7 @@ def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
             branches.unread(node)
             continue
         if node.op == "placeholder":
-            if program.target(node) is None:
+            if program.target(node) is None or program.is_output(node):
                 continue
             program.drop(node)
         elif node.op != "call_function":
