@@ -69,6 +69,7 @@ def apply_passes(
             with paused_collector():
                 _run_rules(stage, program, target, ledger)
     with paused_collector():
+        ledger.look_over(find_candidates(program))
         result = program.finish()
     ledger.close()
     report.bytes_after = _constant_bytes(result)
@@ -123,8 +124,8 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
         for node in sorted(starts, key=order.__getitem__):
             found = match(form.pattern, node, program.written)
             if isinstance(found, Miss):
-                if ledger.is_open(node):
-                    ledger.miss(node, Reason(rule.name, "match", found.wanted, found.found))
+                for reached in filter(ledger.is_open, dict.fromkeys((node, *found.reached))):
+                    ledger.miss(reached, Reason(rule.name, "match", found.wanted, found.found))
                 continue
             m = MatchContext(found, program, target, form.captures)
             reasons = _unmet(rule, m, "metadata") or _unmet(rule, m, "values")

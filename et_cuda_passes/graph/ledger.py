@@ -85,6 +85,9 @@ class Ledger:
         for node in self._covers(match):
             for reason in reasons:
                 self.miss(node, reason)
+        if match.root not in self._readers and self._candidates.keys().isdisjoint(match.owned):
+            texts = (f"{match.root.name}: {reason}" for reason in reasons if reason.rule not in self._untold)
+            self.report.untaken.setdefault(reasons[0].rule or "", []).extend(texts)
 
     def lost(self, rule: str, match: Match, winner: str, at: Node) -> None:
         """Note a match whose nodes went to another."""
@@ -163,6 +166,15 @@ class Ledger:
         self._readers.clear()
         self._enroll(known)
         self._enroll(now)
+
+    def look_over(self, candidates: Iterable[Candidate]) -> None:
+        """Warn of what rules made that reads a dequantized weight still, of those there are in the end."""
+        for candidate in candidates:
+            if candidate.node not in self._candidates and candidate.weights:
+                self.report.warnings.append(
+                    f"{candidate.op} {candidate.name or candidate.node.name} still reads the quantized weight "
+                    f"{candidate.fqn}: a rule built it, and no later pass took it"
+                )
 
     def close(self) -> None:
         """Write the outcomes; what nobody took is missed, with every reason that was given."""

@@ -27,13 +27,17 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """Where the attempt that matched most nodes came to its end; the text is made only when somebody reads it."""
+    """Where the attempt that matched most nodes came to its end; the text is made only when somebody reads it.
+
+    ``reached`` are the nodes that a match would have owned, of those that fitted, root first.
+    """
 
     root: Node
     node: Any
     pattern: Pattern
     progress: int
     why: str = ""
+    reached: tuple[Node, ...] = ()
 
     @property
     def wanted(self) -> str:
@@ -76,7 +80,7 @@ class _Matcher:
     def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "") -> None:
         progress = len(state.owned) + len(state.shared)
         if self.miss is None or progress > self.miss.progress:
-            self.miss = Miss(self.root, node, pattern, progress, why)
+            self.miss = Miss(self.root, node, pattern, progress, why, state.owned)
 
     def match(self, pattern: Pattern, value: Any, state: _State) -> Iterator[_State]:
         """All the ways in which ``value`` fits, the preferred first; usually one or none."""
@@ -120,36 +124,41 @@ class _Matcher:
         bound = state.bind(pattern.name, node)
         if bound is None:
             return self.fail(node, pattern, state, f"the same {pattern.name} in both places")
-        if node is not self.root and not pattern.shared:
-            for source in node.all_input_nodes:
-                if source in self.written:
-                    # Read here, it would be read at the root instead, after it may have been written.
-                    return self.fail(source, pattern, bound, f"{pattern} of what nothing writes in place")
         owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
         states = [_State(bound.bindings, owned, shared)]
-        for child, value in self.pair(pattern, node):
+        for name, child, value in self.pair(pattern, node):
             if isinstance(child, Anything):
                 continue
+            if not states:
+                return
+            if isinstance(child, Literal) and (isinstance(value, Node) or value != child.value):
+                argument = "" if name.isdigit() else f"{pattern}({name}={child})"
+                return self.fail(value, child, states[0], argument)
             for part, item in _items(child, value):
                 if isinstance(part, Capture) and node is not self.root and item in self.written:
                     # Read here, it would be read at the root instead, after it may have been written.
                     return self.fail(item, part, bound, f"{part}, which nothing writes in place")
             states = [after for before in states for after in self.match(child, value, before)]
+        if node is not self.root and not pattern.shared:
+            # What the pattern does not name is read at the root as well. Of a weight a rule reads the constants.
+            for source in node.all_input_nodes:
+                if source in self.written:
+                    return self.fail(source, pattern, bound, f"{pattern} of what nothing writes in place")
         yield from states
 
-    def pair(self, pattern: Call, node: Node) -> Iterator[tuple[Pattern, Any]]:
-        """Each argument's pattern with the value that stands there; a default that nobody named is a literal."""
+    def pair(self, pattern: Call, node: Node) -> Iterator[tuple[str, Pattern, Any]]:
+        """Each argument's name and pattern, and the value there; a default that nobody named is a literal."""
         actual, schema = arguments(node), schema_of(node)
         names = list(actual) if schema is None else argument_names(node)
         defaults = {} if schema is None else dict(zip(names, (a.default_value for a in schema.arguments), strict=True))
         wanted = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
         for name in sorted(wanted.keys() - set(names)):
-            yield Literal(f"an argument called {name}"), None
+            yield name, Literal(f"an argument called {name}"), None
         for name in names:
             if name in wanted:
-                yield wanted[name], actual.get(name)
+                yield name, wanted[name], actual.get(name)
             elif not pattern.open:
-                yield Literal(defaults.get(name)), actual.get(name)
+                yield name, Literal(defaults.get(name)), actual.get(name)
 
 
 def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:

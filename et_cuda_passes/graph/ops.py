@@ -1,6 +1,5 @@
 """Operator identity: which overload a node calls; edge and ATen forms of one operator are equated here alone."""
 
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -43,8 +42,9 @@ def checked(target: Target) -> Target:
         name = str(target)
         overloads = " or ".join(f"{name}.{overload}" for overload in target.overloads()[:2])
         raise TypeError(f"{name} has several overloads, of which a graph calls one: write {overloads}")
-    function = isinstance(target, FunctionType) and not target.__name__.startswith("sym_")
-    if function or not callable(target):
+    is_overload = isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or hasattr(target, "_op")
+    of_numbers = getattr(target, "__module__", "") in ("_operator", "math")
+    if not is_overload and not of_numbers and not getattr(target, "__name__", "").startswith("sym_"):
         raise TypeError(f"{target!r} is no operator of an exported graph: write its overload, as aten.linear.default")
     return target
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import networkx as nx
 
+from et_cuda_passes.graph.report import STATUSES
 from et_cuda_passes.graph.rule import JointRule, Rule
 
 ACCEPTED = (
@@ -48,7 +49,7 @@ def parse(passes: Iterable[Any], is_program_pass: Callable[[Any], bool]) -> list
 
     Raises:
         TypeError: an entry is none of what is accepted.
-        ValueError: two passes have one name, or the constraints form a cycle.
+        ValueError: two passes have one name, one has that of a status, or the constraints form a cycle.
     """
     if isinstance(passes, (str, bytes)) or not isinstance(passes, Iterable):
         raise TypeError(f"passes must be a list of {ACCEPTED}; got {passes!r}")
@@ -57,6 +58,8 @@ def parse(passes: Iterable[Any], is_program_pass: Callable[[Any], bool]) -> list
     for entry in entries:
         if entry.name in seen:
             raise ValueError(f"two passes are named {entry.name!r}; give each pass of a list its own name")
+        if entry.name in STATUSES:
+            raise ValueError(f"a pass is named {entry.name!r}, which is what reports call an outcome; rename it")
         seen.add(entry.name)
     return _sorted(entries)
 

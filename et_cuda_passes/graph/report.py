@@ -1,6 +1,7 @@
 """The fate of every candidate: outcomes with reasons, counts, and the report as text, dict and JSON."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -56,8 +57,9 @@ class Report:
     """The outcomes of one rewrite, in graph order.
 
     ``passes`` are the names in the order in which they ran, ``applied`` how often each rule acted, ``conflicts`` the
-    matches that lost to another, ``warnings`` what the user probably did not intend, and the byte counts are those of
-    all constants before and after.
+    matches that lost to another, ``warnings`` what the user probably did not intend, ``untaken`` for each rule the
+    matches without a candidate in them whose requires did not hold (an attention, say), and the byte counts are those
+    of all constants before and after.
     """
 
     target: str
@@ -66,6 +68,7 @@ class Report:
     conflicts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
+    untaken: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -80,6 +83,7 @@ class Report:
         parts = list(reports)
         if len(parts) == 1:
             return parts[0]
+        names = dict.fromkeys(rule for part in parts for rule in part.untaken)
         applied: Counter[str] = Counter()
         for part in parts:
             applied.update(part.applied)
@@ -90,6 +94,7 @@ class Report:
             conflicts=[conflict for part in parts for conflict in part.conflicts],
             warnings=[warning for part in parts for warning in part.warnings],
             applied=dict(applied),
+            untaken={rule: [text for part in parts for text in part.untaken.get(rule, ())] for rule in names},
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
         )
@@ -104,6 +109,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "conflicts": self.conflicts,
+            "untaken": self.untaken,
             "warnings": self.warnings,
         }
 
@@ -142,17 +148,19 @@ class Report:
         return "\n".join(lines)
 
     def _missed(self) -> list[str]:
-        """The misses, those of one operator with the same reasons together, each with the line of the first of them."""
+        """The misses, those of one operator with like reasons together, each with the text of the first of them."""
         groups: dict[tuple[str, ...], list[Outcome]] = {}
         for outcome in self.outcomes:
             if outcome.status == "missed":
-                groups.setdefault((outcome.op, *map(str, outcome.reasons)), []).append(outcome)
+                # The numbers at the end of nodes' names differ from layer to layer.
+                alike = (re.sub(r"(?<=[a-z])_\d+\b", "", str(reason)) for reason in outcome.reasons)
+                groups.setdefault((outcome.op, *alike), []).append(outcome)
         lines = []
-        for (op, *reasons), outcomes in groups.items():
+        for outcomes in groups.values():
             first = outcomes[0]
             others = f", {outcomes[1].fqn}" + (", ..." if len(outcomes) > 2 else "") if len(outcomes) > 1 else ""
-            lines.append(f"  missed    {len(outcomes):>5} x {op}  ({first.fqn}{others})")
-            lines += [f"            {reason}" for reason in reasons]
+            lines.append(f"  missed    {len(outcomes):>5} x {first.op}  ({first.fqn}{others})")
+            lines += [f"            {reason}" for reason in first.reasons]
             lines += [f"            at {first.source}"] if first.source else []
         return lines
 
@@ -170,7 +178,9 @@ class ExpectationError(Exception):
 
     def __init__(self, expect: Mapping[str, int], report: Report) -> None:
         counts = report.counts()
-        wrong = [f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in expect.items()]
-        wrong = [text for text, (name, want) in zip(wrong, expect.items(), strict=True) if counts.get(name, 0) != want]
-        super().__init__(f"{'; '.join(wrong)}\n{report}")
+        wrong = {name: want for name, want in expect.items() if counts.get(name, 0) != want}
+        text = "; ".join(f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in wrong.items())
+        # What is no candidate has no line in the report.
+        untaken = [f"  untaken   {each}" for name in wrong for each in report.untaken.get(name, ())]
+        super().__init__("\n".join([text, str(report), *untaken]))
         self.report = report

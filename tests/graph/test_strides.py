@@ -1,0 +1,86 @@
+"""A result that lies in memory in another order than what it replaced: views behind it, in the decomposed form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from et_cuda_passes.testing import assert_rewrites
+from tests.quantized import Quantized
+
+aten = torch.ops.aten
+
+
+class Tokens(nn.Module):
+    """Patches of an image as tokens, with a residual: [B, C, H, W] -> [B, C H W], the channels in front again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 4, 4).bfloat16()
+        self.linear = Quantized(32, 32)
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.patches(image).flatten(2).transpose(1, 2)
+        return (tokens + F.linear(tokens, self.linear.weight())).transpose(1, 2).reshape(tokens.shape[0], -1)
+
+
+class Heads(nn.Module):
+    """Attention whose result is read as it is, and transposed and flattened."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        heads = x.view(x.shape[0], 5, 4, 32).transpose(1, 2)
+        y = F.scaled_dot_product_attention(heads, heads, heads)
+        return y.transpose(1, 2).reshape(x.shape[0], 5, 128), y.amax()
+
+
+class Kept(nn.Module):
+    """Elementwise operators hand the order on to the view behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Quantized(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        return torch.sin(x + F.linear(x, self.linear.weight())).neg().transpose(1, 2).reshape(x.shape[0], -1)
+
+
+def copies(program: ExportedProgram) -> int:
+    return sum(node.target is aten.clone.default for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (Tokens(), torch.randn(2, 3, 16, 16).bfloat16()),
+        (Heads(), torch.randn(2, 5, 128).bfloat16()),
+        (Kept(), torch.randn(2, 32, 6).bfloat16()),
+    ],
+    ids=["conv tokens", "attention read twice", "pointwise"],
+)
+def test_what_a_view_cannot_be_made_of_is_copied(model: nn.Module, x: Tensor, dynamic: bool) -> None:
+    shapes = ({0: Dim("n", min=1, max=64)},) if dynamic else None
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes).run_decompositions({})
+    rewritten, _ = assert_rewrites(program, "cuda")
+    assert copies(rewritten) == copies(program) + 1
+    if dynamic:
+        more = torch.cat([x, x, x])
+        for got, wanted in zip(rewritten.module()(more), program.module()(more), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
+
+
+def test_values_behind_a_replacement_say_how_they_lie() -> None:
+    program = torch.export.export(Kept(), (torch.randn(2, 32, 6).bfloat16(),)).run_decompositions({})
+    rewritten, _ = assert_rewrites(program, "cuda")
+    strides = {node.target: node.meta["val"].stride() for node in rewritten.graph.nodes if node.op == "call_function"}
+    assert strides[aten.neg.default] == (192, 32, 1)
+    assert strides[aten.clone.default] == (192, 6, 1)
+
+
+def test_a_view_that_can_be_made_of_it_is_left_alone() -> None:
+    model = Quantized(32, 64, form=lambda x, w, b: F.linear(x, w, b).reshape(-1, 16))
+    program = torch.export.export(model, (torch.randn(4, 64).bfloat16(),)).run_decompositions({})
+    rewritten, _ = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
+    assert copies(rewritten) == copies(program)
