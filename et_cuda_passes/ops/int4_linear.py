@@ -1,7 +1,7 @@
 """The int4 linears that stand in a rewritten program: one operator a layout, each the same function of its weight.
 
 ``int4_linear_<layout>(x, packed, scale_and_zero, bias, group_size, out_features)`` is
-``linear(x, (q - 8) * scale + zero, bias)``, with ``q`` the integers 0..15 that ``packed`` holds.
+``linear(x, (q - 8) * scale + zero, bias)``, with ``q`` the integers 0..15 that ``packed`` holds and a bias [N] or None.
 
 Why operators of our own: ExecuTorch's verifier refuses ``aten._weight_int4pack_mm`` in an edge program (it is not in
 the core ATen operator set) and accepts an operator of another namespace. Inductor then decomposes ours into the kernel
@@ -71,6 +71,23 @@ def check(layout: str, x: Tensor, packed: Tensor, qparams: Tensor, group_size: i
         raise ValueError(f"int4_linear_{layout}: x {tuple(x.shape)} for a weight of K = {k}")
 
 
+def check_bias(name: str, x: Tensor, bias: Tensor | None, n: int) -> None:
+    """A kernel reads n numbers, whatever the shape of the bias, and the result is of x's dtype.
+
+    Raises:
+        ValueError: the bias is another one; added behind the linear, it may be.
+    """
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype is not x.dtype):
+        raise ValueError(
+            f"{name}: bias {bias.dtype} {tuple(bias.shape)}; wanted {x.dtype} [{n}]: add any other behind the linear"
+        )
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """Itself or a contiguous copy, which is what a Triton kernel reads."""
+    return tensor if tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """``(q - 8) * scale + zero``, rounded once to ``dtype`` as the kernels' fused multiply-add does; [N, K]."""
     return affine(q.float() - 8, scale, zero, group_size).to(dtype)
@@ -138,11 +155,13 @@ def _define(layout: str, kernels: Mapping[str, Matmul], reference: Matmul) -> In
 
     def compute(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
         check(layout, x, packed, qparams, group_size, n)
+        check_bias(name, x, bias, n)
         matmul = kernels.get(x.device.type, reference)
         return linear(matmul, x, packed, qparams, bias, group_size, n)
 
     def fake(x: Tensor, packed: Tensor, qparams: Tensor, bias: Tensor | None, group_size: int, n: int) -> Tensor:
         check(layout, x, packed, qparams, group_size, n)
+        check_bias(name, x, bias, n)
         return x.new_empty((*x.shape[:-1], n))
 
     _LIBRARY.impl(name, compute, "CompositeExplicitAutograd")

@@ -20,7 +20,7 @@ from torch import Tensor
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, int4_linear
 from et_cuda_passes.layouts import mma_tiled
-from et_cuda_passes.ops.int4_linear import NAMESPACE, Int4Linear, check, dequantize
+from et_cuda_passes.ops.int4_linear import NAMESPACE, Int4Linear, check, check_bias, dequantize, in_rows
 
 _LAYOUT = "mma_tiled"
 _NAME = f"{NAMESPACE}::int4_linear_{_LAYOUT}"
@@ -48,9 +48,18 @@ def _halves(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check(
-    x: Tensor, packed: Tensor, qparams: Tensor, group: int, n: int, activation: str, gated: bool, *others: Tensor | None
+    x: Tensor,
+    packed: Tensor,
+    qparams: Tensor,
+    bias: Tensor | None,
+    group: int,
+    n: int,
+    activation: str,
+    gated: bool,
+    *others: Tensor | None,
 ) -> None:
     check(_LAYOUT, x, packed, qparams, group, n)
+    check_bias(f"int4_linear_{_LAYOUT}", x, bias, 2 * n if gated else n)
     if gated and (n % 8 or packed.shape[0] != 2 * n):
         raise ValueError(
             f"int4_linear_{_LAYOUT}: gated, a weight has 2 out_features rows, and out_features is a multiple of 8; "
@@ -81,7 +90,7 @@ def _int4_linear(
     addend: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    _check(x, packed, scale_and_zero, group_size, out_features, activation, gated, factor, addend)
+    _check(x, packed, scale_and_zero, bias, group_size, out_features, activation, gated, factor, addend)
     if x.device.type != "cuda":
         y = _reference(x, packed, scale_and_zero, group_size)
         y, other = _halves(y if bias is None else y + bias) if gated else (y if bias is None else y + bias, None)
@@ -94,10 +103,9 @@ def _int4_linear(
             f"int4_linear_{_LAYOUT}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
             f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, group {group_size}"
         )
-    rows, factor, addend = (t if t is None or t.is_contiguous() else t.contiguous() for t in (x, factor, addend))
-    assert rows is not None
+    bias, factor, addend = (None if tensor is None else in_rows(tensor) for tensor in (bias, factor, addend))
     epilogue = Epilogue(bias, activation, factor, addend, gated)
-    return int4_linear(rows, packed, scale_and_zero, group_size, epilogue)
+    return int4_linear(in_rows(x), packed, scale_and_zero, group_size, epilogue)
 
 
 def _fake(
@@ -112,7 +120,7 @@ def _fake(
     addend: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    _check(x, packed, scale_and_zero, group_size, out_features, activation, gated, factor, addend)
+    _check(x, packed, scale_and_zero, bias, group_size, out_features, activation, gated, factor, addend)
     return x.new_empty((*x.shape[:-1], out_features))
 
 

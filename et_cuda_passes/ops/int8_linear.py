@@ -7,7 +7,7 @@
 - ``scale`` [N, K / group_size], floating;
 - ``zero`` [N, K / group_size], float32, or None for a symmetric weight: a zero point of 200 steps, rounded to bf16,
   would be off by half a step;
-- ``bias`` [N] or None.
+- ``bias`` [N] of x's dtype, or None.
 
 A ``triton_op``: on CUDA AOTInductor sees through it and compiles the Triton kernel into the library that it builds,
 while export and ExecuTorch's passes see one operator. Elsewhere it is the kernel that the device's library has, and
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from et_cuda_passes.kernels import int8_launch
-from et_cuda_passes.ops.int4_linear import NAMESPACE
+from et_cuda_passes.ops.int4_linear import NAMESPACE, check_bias, in_rows
 
 _NAME = "int8_linear"
 
 
-def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> None:
+def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
     """The constants must fit each other: a kernel that reads past too few scales gives no error.
 
     Raises:
@@ -40,6 +40,7 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_
         )
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"{_NAME}: x {tuple(x.shape)} for a weight of K = {k}")
+    check_bias(_NAME, x, bias, rows)
 
 
 def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
@@ -72,10 +73,10 @@ def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
 def _int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    _check(x, packed, scale, zero, group_size)
+    _check(x, packed, scale, zero, bias, group_size)
     if x.device.type == "cuda" and _has_triton(x, scale, group_size):
-        whole = x if x.is_contiguous() else x.contiguous()
-        return int8_launch.int8_linear(whole, packed, scale, zero, bias, group_size)
+        bias = None if bias is None else in_rows(bias)
+        return int8_launch.int8_linear(in_rows(x), packed, scale, zero, bias, group_size)
     matmul = _int8pack if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
@@ -85,7 +86,7 @@ def _int8_linear(
 def _fake(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    _check(x, packed, scale, zero, group_size)
+    _check(x, packed, scale, zero, bias, group_size)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

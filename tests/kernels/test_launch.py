@@ -180,6 +180,31 @@ class Sources(nn.Module):
         return (LINEAR(self.make(x), self.packed, self.qparams, None, 32, self.packed.shape[0]),)
 
 
+class Strided(nn.Module):
+    """Two linears [K, K], int4 and int8, with one bias that does not lie in a row."""
+
+    def __init__(self, k: int, stride: int) -> None:
+        super().__init__()
+        self.register_buffer("bias", torch.empty_strided((k,), (stride,), dtype=torch.bfloat16, device="cuda"))
+        self.register_buffer("packed", torch.empty(k, k // 8, dtype=torch.int32, device="cuda"))
+        self.register_buffer("integers", torch.empty(k, k, dtype=torch.int8, device="cuda"))
+        self.register_buffer("scale", torch.empty(k, 1, dtype=torch.bfloat16, device="cuda"))
+        qparams = torch.empty(1, k, mma_tiled.scale_row(k, 32), dtype=torch.bfloat16, device="cuda")
+        self.register_buffer("qparams", qparams)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        y = LINEAR(x, self.packed, self.qparams, self.bias, 32, x.shape[-1])
+        return (INT8_LINEAR(y, self.integers, self.scale, None, self.bias, x.shape[-1]),)
+
+
+@pytest.mark.parametrize("stride", [0, 2, 3], ids=["expanded", "every other", "a column"])
+def test_the_kernels_read_a_bias_that_lies_in_a_row(stride: int) -> None:
+    _, nodes = launches(4, 1024, 1024, lambda n, k: Strided(k, stride))
+    biases = [node.kwargs["kwargs"]["bias_ptr"].meta["val"] for node in nodes]  # type: ignore[index, union-attr]
+    assert len(biases) >= 2
+    assert all(bias.shape == (1024,) and bias.is_contiguous() for bias in biases)
+
+
 @pytest.mark.parametrize("rows", [None, 700])
 @pytest.mark.parametrize("way", Sources.ways)
 def test_what_inductor_may_hold_as_a_view_has_no_descriptor(way: str, rows: int | None) -> None:

@@ -1,5 +1,6 @@
 """The int4 linears: against the real CUDA op's recorded results, against fp64, and their decomposition per device."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,33 @@ def test_constants_that_do_not_fit_are_refused(
     packed, pair, _ = packed_weight(layout, 16, 512, 32, torch.float32)
     with pytest.raises(ValueError, match=text):
         INT4_LINEARS[layout].op(torch.randn(2, in_features), packed, pair, None, group, features)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 16), (1, 16), (3, 1), (1,), (15,)], ids=str)
+def test_a_bias_that_is_not_out_features_numbers_is_refused(layout: str, shape: tuple[int, ...]) -> None:
+    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.float32)
+    for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with mode, pytest.raises(ValueError, match=r"bias torch.float32 .*wanted torch.float32 \[16\]"):
+            INT4_LINEARS[layout].op(torch.zeros(3, 64), packed, pair, torch.zeros(shape), 32, 16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bias_of_another_dtype_is_refused(layout: str) -> None:
+    """The sum would be of another dtype than the result is said to be."""
+    packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.bfloat16)
+    with pytest.raises(ValueError, match="bias torch.float32"):
+        INT4_LINEARS[layout].op(torch.zeros(3, 64).bfloat16(), packed, pair, torch.zeros(16), 32, 16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bias_of_any_strides(layout: str) -> None:
+    packed, pair, weight = packed_weight(layout, 16, 64, 32, torch.float32)
+    x = torch.randn(3, 64)
+    for bias in (torch.randn(32)[::2], torch.randn(16, 3)[:, 1], torch.randn(1).expand(16)):
+        y = INT4_LINEARS[layout].op(x, packed, pair, bias, 32, 16)
+        wanted = x.double().numpy() @ weight.T + bias.double().numpy()
+        np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-4)
 
 
 KERNELS = [

@@ -42,6 +42,12 @@ def test_rows_that_are_not_out_features_are_refused(rows: int) -> None:
         LINEAR(x, packed, pair, None, GROUP, N)
 
 
+def test_the_bias_of_a_gate_is_that_of_both() -> None:
+    x, packed, pair, _ = parts()
+    with pytest.raises(ValueError, match=rf"wanted torch.float32 \[{2 * N}\]"):
+        LINEAR(x, packed, pair, torch.zeros(N), GROUP, N, "", None, None, True)
+
+
 @pytest.mark.parametrize(("rows", "n"), [(N, N), (3 * N, N), (2 * 12, 12)])
 def test_a_gate_of_other_rows_is_refused(rows: int, n: int) -> None:
     x, packed, pair, _ = parts(rows)

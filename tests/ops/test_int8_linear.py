@@ -73,6 +73,9 @@ def test_registration(group: int, zeros: bool) -> None:
         ({"packed": torch.zeros(N, K, dtype=torch.uint8)}, "do not fit each other"),
         ({"zero": torch.zeros(N, 2)}, "do not fit each other"),
         ({"x": torch.randn(2, 32)}, "weight of K = 64"),
+        ({"bias": torch.zeros(1)}, r"wanted torch.float32 \[13\]"),
+        ({"bias": torch.zeros(2, N)}, r"wanted torch.float32 \[13\]"),
+        ({"bias": torch.zeros(N).bfloat16()}, r"wanted torch.float32 \[13\]"),
     ],
 )
 def test_constants_that_do_not_fit_are_refused(change: dict[str, object], text: str) -> None:
