@@ -16,6 +16,7 @@ from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
+from et_cuda_passes.rules.int4_activation import epilogue_of
 
 _view = op(torch.ops.aten.view.default)
 
@@ -30,6 +31,12 @@ class LinearViews(Rule):
         """A linear of ours between two views."""
         operators = op(*(form.op for form in INT4_LINEARS.values()), INT8_LINEAR)
         return _view(operators(_view(x, ..., shared=True), ..., name="linear"), ...)
+
+    @require("a linear with nothing behind its product")
+    def bare(self, m: MatchContext) -> Answer:
+        """What follows it came between the views: it reads and makes tensors of the inner shape."""
+        given = epilogue_of(m.linear)
+        return not given, ", ".join(given)
 
     @require("views that only join and split the rows")
     def rows(self, m: MatchContext) -> Answer:
