@@ -11,11 +11,13 @@ A ``triton_op``: AOTInductor sees through it and compiles the kernels into the l
 ExecuTorch's passes see one operator. On a device that has no Triton it computes from the packed layout.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, int4_linear
@@ -69,12 +71,20 @@ def _check(
         raise ValueError(f"int4_linear_{_LAYOUT}: {packed.shape[0]} packed rows for out_features = {n}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"int4_linear_{_LAYOUT} has no activation {activation!r}; it has {', '.join(ACTIVATIONS[1:])}")
+    shape = (*x.shape[:-1], n)
     for other in others:
-        if other is not None and (other.dim() != x.dim() or other.shape[-1] != n or other.dtype != x.dtype):
+        if other is not None and (other.dtype != x.dtype or not _may_be(other.shape, shape)):
             raise ValueError(
-                f"int4_linear_{_LAYOUT}: factor and addend are like the output, {x.dtype} of {x.dim()} dimensions and "
-                f"{n} last; given {other.dtype} {tuple(other.shape)}"
+                f"int4_linear_{_LAYOUT}: factor and addend are like the output, {x.dtype} {shape}; given {other.dtype} "
+                f"{tuple(other.shape)}"
             )
+
+
+def _may_be(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether the shapes are of one rank, and no size of one is known to differ from the other's."""
+    return len(shape) == len(wanted) and not any(
+        statically_known_true(a != b) for a, b in zip(shape, wanted, strict=True)
+    )
 
 
 @torch.library.triton_op(_NAME, mutates_args=())

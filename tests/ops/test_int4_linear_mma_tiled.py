@@ -48,6 +48,16 @@ def test_the_bias_of_a_gate_is_that_of_both() -> None:
         LINEAR(x, packed, pair, torch.zeros(N), GROUP, N, "", None, None, True)
 
 
+@pytest.mark.parametrize("shape", [(1, 5, N), (2, 1, N), (5, N), (2, 5, 1), (2, 6, N)], ids=str)
+def test_a_factor_or_addend_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    """The kernel would read behind the end of one that has fewer rows."""
+    x, packed, pair, _ = parts(N)
+    other = torch.zeros(shape)
+    for given in ((other, None), (None, other)):
+        with pytest.raises(ValueError, match=r"like the output, torch.float32 \(2, 5, 24\)"):
+            LINEAR(x, packed, pair, None, GROUP, N, "", *given)
+
+
 @pytest.mark.parametrize(("rows", "n"), [(N, N), (3 * N, N), (2 * 12, 12)])
 def test_a_gate_of_other_rows_is_refused(rows: int, n: int) -> None:
     x, packed, pair, _ = parts(rows)
