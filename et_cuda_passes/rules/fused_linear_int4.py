@@ -25,6 +25,7 @@ from et_cuda_passes.rules.int4_activation import ACTIVATIONS
 from et_cuda_passes.rules.int4_combine import COMBINED
 from et_cuda_passes.rules.int4_weight import offset
 from et_cuda_passes.rules.linear_int4 import LinearInt4
+from et_cuda_passes.rules.packed_linear import is_vector
 
 aten = torch.ops.aten
 
@@ -88,7 +89,7 @@ class FusedLinearInt4(JointRule, LinearInt4):
         if m.bias is None:
             return True, ""
         bias = m.val(m.bias)
-        good = bias.shape == affine(m).shape[:1] and bias.dtype == m.val(m.x).dtype
+        good = is_vector(bias, affine(m).shape[0]) and bias.dtype == m.val(m.x).dtype
         kind = "constant" if m.program.constant(m.bias) is not None else "computed"
         return good and kind == "constant", f"{m.bias.name}, a {kind} one {list(bias.shape)} in {bias.dtype}"
 

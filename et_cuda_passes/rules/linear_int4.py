@@ -114,7 +114,7 @@ class LinearInt4(PackedLinear):
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weight and call the kernel's operator."""
-        return self.output(b, m, self.packed_linear(b, m, [affine(m)], m.bias))
+        return self.output(b, m, self.packed_linear(b, m, [affine(m)], self.kernel_bias(m)))
 
     def packed_linear(
         self, b: Builder, m: MatchContext, weights: Sequence[AffineWeight], bias: Node | None, name: str = ""

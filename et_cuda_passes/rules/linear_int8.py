@@ -117,4 +117,4 @@ class LinearInt8(PackedLinear):
         weight, kernel, x = affine(m), self.chosen_kernel(m), self.input(b, m)
         packed, scale, zero = pack(b, weight, kernel, kernel.scale_dtype or m.val(m.x).dtype)
         group_size = kernel.native_group_size(weight.group_size, weight.in_features)
-        return self.output(b, m, b.call(INT8_LINEAR, x, packed, scale, zero, m.bias, group_size))
+        return self.output(b, m, b.call(INT8_LINEAR, x, packed, scale, zero, self.kernel_bias(m), group_size))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
@@ -15,6 +16,11 @@ from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.packed_weight import PackedWeight
 
 aten = torch.ops.aten
+
+
+def is_vector(tensor: torch.Tensor, length: int) -> bool:
+    """Whether it is known to be one of ``length`` numbers."""
+    return tensor.dim() == 1 and statically_known_true(tensor.shape[0] == length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +75,14 @@ class PackedLinear(PackedWeight):
         view = aten.view_copy.default if b.program.is_edge else aten.view.default
         return b.call(view, x, *m.rows.args[1:])
 
+    def kernel_bias(self, m: MatchContext) -> Node | None:
+        """The bias if it is what a kernel adds, a vector [N]; a matrix product takes whatever broadcasts."""
+        bias: Node | None = m.bias
+        return bias if bias is not None and is_vector(m.val(bias), affine(m).shape[0]) else None
+
     def output(self, b: Builder, m: MatchContext, y: Node) -> Node:
         """What replaces the root, from the kernel's result [..., N]."""
-        return y
+        return y if m.bias is self.kernel_bias(m) else b.call(aten.add.Tensor, y, m.bias)
 
     def dropped(self, m: MatchContext) -> str:
         """For :meth:`detail`: that the activations are no longer quantized."""

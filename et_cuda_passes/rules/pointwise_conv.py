@@ -70,7 +70,7 @@ class PointwiseConv(PackedLinear):
 
     def output(self, b: Builder, m: MatchContext, y: Node) -> Node:
         """The channels where a convolution has them, in its memory format: a view after it may rely on that."""
-        channels = self._channels(m)
+        channels, y = self._channels(m), super().output(b, m, y)
         order = list(range(m.val(y).dim() - 1))
         y = self._permute(b, y, [*order[:channels], len(order), *order[channels:]])
         if b.program.is_edge or statically_known_true(m.val(m.root).stride(channels) == 1):

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import et_cuda_passes as ecp
+from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -76,6 +77,40 @@ def test_dynamic_lengths(rank: int, decompose: bool) -> None:
         other = torch.randn((*SHAPES[rank][: rank - 2], length, 64)).bfloat16()
         wanted = model(other)
         assert (rewritten.module()(other) - wanted).norm() / wanted.norm() < 6e-3
+
+
+BIASES: dict[str, Form] = {
+    "addmm [M, N]": lambda x, w, b: torch.addmm(x[:, :48], x, w.t()),
+    "addmm [M, 1]": lambda x, w, b: torch.addmm(x[:, :1], x, w.t()),
+    "addmm [1, N]": lambda x, w, b: torch.addmm(b[None], x, w.t()),
+    "addmm [1]": lambda x, w, b: torch.addmm(b[:1], x, w.t()),
+    "addmm []": lambda x, w, b: torch.addmm(b.sum(), x, w.t()),
+    "linear [1]": lambda x, w, b: F.linear(x, w, b[:1]),
+    "linear, expanded": lambda x, w, b: F.linear(x, w, b[:1].expand(48)),
+    "linear, every other": lambda x, w, b: F.linear(x, w, b.repeat(2)[::2]),
+    "linear, a column": lambda x, w, b: F.linear(x, w, torch.stack([b, b + 1], 1)[:, 0]),
+    "between views": lambda x, w, b: torch.addmm(x[:, :48], x[:, None].view(-1, 64), w.t()).view(-1, 1, 48),
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "group", "dynamic"),
+    [("cuda", 32, False), ("cuda", 32, True), ("cuda", 64, False), ("cpu", 64, True), ("metal", 32, False)],
+)
+@pytest.mark.parametrize("form", BIASES)
+def test_every_form_of_bias(form: str, target: str, group: int, dynamic: bool) -> None:
+    """A kernel adds N numbers; what is no vector of them is added behind it."""
+    bits = {} if group == 32 else {"low": -128, "high": 127}
+    model, x = Quantized(48, 64, group, form=BIASES[form], **bits), torch.randn(5, 64).bfloat16()
+    length = ({0: Dim("length", min=2, max=64)},) if dynamic else None
+    program = torch.export.export(model, (x,), dynamic_shapes=length)
+    expect = {"linear_int4" if group == 32 else "linear_int8": 1, "missed": 0}
+    rewritten, _ = assert_rewrites(program, target, expect=expect)
+    (linear,) = (node for node in rewritten.graph.nodes if "et_cuda_passes" in str(node.target))
+    bias = linear.args[3 if group == 32 else 4]
+    assert bias is None or bias.meta["val"].shape == (48,)
+    if target == "cuda" and form == "addmm [M, N]" and group == 32:
+        assert linear.args[8] is not None  # where it is of the result's shape, the kernel adds it after all
 
 
 def test_a_product_with_other_factors_is_no_linear() -> None:
