@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer
@@ -15,6 +16,16 @@ from et_cuda_passes.rules.int4_weight import offset, scale_and_zero_of
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     """As in ``bfloat16, float16``."""
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def one_dtype(m: MatchContext, *read: Node) -> Answer:
+    """Whether all of ``read`` is of the result's dtype: under autocast an operator converts it, a kernel does not."""
+    wanted = m.val(m.root).dtype
+    dtypes = [m.val(node).dtype for node in read]
+    name = dtype_names([wanted])
+    hint = f"autocast converts unseen: export the model outside of it, in {name}, or, where the weights are in that "
+    hint += "already, run_decompositions({}) first, which writes the conversions into the graph"
+    return all(dtype is wanted for dtype in dtypes), f"{dtype_names(dtypes)} for a result in {name}", hint
 
 
 def four_bits(weight: AffineWeight) -> Answer:

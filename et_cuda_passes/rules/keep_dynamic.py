@@ -18,6 +18,7 @@ from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, values
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.quant.forms import is_dequantize
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.keep_for_xnnpack import KeepForXnnpack
 
 _LINEAR = torch.ops.aten.linear.default
@@ -85,6 +86,11 @@ class KeepDynamic(KeepForXnnpack):
         dtype = m.val(m.x).dtype
         good = dtype in (torch.float32, torch.float16) or (self.bf16 and dtype is torch.bfloat16)
         return good, str(dtype).removeprefix("torch.")
+
+    @require("activations, bias and result of one dtype")
+    def one_dtype(self, m: MatchContext) -> Answer:
+        """As they are but under autocast, whose conversions the lowering writes between what the delegate looks for."""
+        return answers.one_dtype(m, m.x, *([] if m.bias is None else [m.bias]))
 
     @require("no bias, or a constant one")
     def constant_bias(self, m: MatchContext) -> Answer:

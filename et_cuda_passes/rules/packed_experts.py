@@ -92,9 +92,14 @@ class PackedExperts(NeedsValues):
     @require("activations of a dtype that the kernel has")
     def activations(self, m: MatchContext) -> Answer:
         """The kernel's own dtypes."""
-        kernel, dtypes = self.kernel(m), {m.val(m.x).dtype, m.val(m.root).dtype}
+        kernel, dtype = self.kernel(m), m.val(m.x).dtype
         hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
-        return dtypes <= {*kernel.dtypes}, answers.dtype_names(sorted(dtypes, key=str)), hint
+        return dtype in kernel.dtypes, answers.dtype_names([dtype]), hint
+
+    @require("activations and result of one dtype")
+    def one_dtype(self, m: MatchContext) -> Answer:
+        """As they are but under autocast."""
+        return answers.one_dtype(m, m.x)
 
     @require("a stack that is used whole, in its own shape")
     def shape(self, m: MatchContext) -> Answer:

@@ -12,6 +12,7 @@ from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine, matrix
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
+from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.packed_weight import PackedWeight
 
@@ -45,6 +46,11 @@ class PackedLinear(PackedWeight):
             return x
         quantized = dynamically_quantized(x, name="activation")
         return any_of(quantized, op(aten.view.default)(quantized, ..., name="rows", shared=True), x)
+
+    @require("activations, bias and result of one dtype")
+    def one_dtype(self, m: MatchContext) -> Answer:
+        """As they are but under autocast."""
+        return answers.one_dtype(m, m.x, *([] if m.bias is None else [m.bias]))
 
     @require(
         "activations whose quantization can be left out",

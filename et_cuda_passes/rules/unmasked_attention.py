@@ -24,6 +24,7 @@ from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS
 from et_cuda_passes.ops import ATTENTION as OURS
 from et_cuda_passes.ops import ATTENTION_DTYPES
+from et_cuda_passes.rules import answers
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -61,6 +62,11 @@ class UnmaskedAttention(Rule):
         given = arguments(m.root)
         found = [name for name in ("attn_mask", "is_causal") if given[name]]
         return not found, ", ".join(found)
+
+    @require("q, k, v and result of one dtype")
+    def one_dtype(self, m: MatchContext) -> Answer:
+        """As they are but under autocast."""
+        return answers.one_dtype(m, m.q, m.k, m.v)
 
     @require("[batch, heads, rows, head dimension], the last a power of two")
     def taken(self, m: MatchContext) -> Answer:
