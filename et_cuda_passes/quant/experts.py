@@ -63,7 +63,7 @@ def decode_expert(program: Program, node: Node) -> AffineWeight:
         return AffineValues(lambda: whole.data[rows], whole.scale[rows], points)
 
     block = (min(stack.block_size[0], n), stack.block_size[1])
-    return replace(stack, shape=(n, stack.shape[1]), block_size=block, read=read, expert=expert)
+    return replace(stack, shape=(n, stack.shape[1]), block_size=block, read=read, stored="expert", expert=expert)
 
 
 def _picked(node: Node) -> tuple[Node, Any]:
@@ -145,7 +145,7 @@ def stacked_columns(program: Program, node: Node) -> AffineWeight:
     if whole.scale is None:  # one number for all weights, whichever way they lie
         raise Unmet("a scale that is no tensor")
     block = (_rows(whole, 2), whole.block_size[1])
-    return replace(whole, shape=(experts * n, k), block_size=block, read=read)
+    return replace(whole, shape=(experts * n, k), block_size=block, read=read, stored="columns")
 
 
 def _whole(program: Program, node: Node) -> AffineWeight:

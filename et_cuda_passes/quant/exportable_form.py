@@ -41,6 +41,7 @@ def decode_int4_tensor(program: Program, node: Node) -> AffineWeight:
         scale_dtype=scales.dtype,
         output_dtype=_output(bound["output_dtype"]),
         read=_read_int4_tensor,
+        stored="int4_tensor",
     )
     check_blocks(weight, scales, points)
     return weight
@@ -88,6 +89,7 @@ def decode_gguf(program: Program, node: Node) -> AffineWeight:
         scale_dtype=torch.float32,
         output_dtype=_output(bound["output_dtype"]),
         read=read,
+        stored=kind,
     )
 
 

@@ -1,6 +1,6 @@
 """A quantized weight as its dequantize node describes it, whichever operator that is, and its tensors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class AffineWeight:
         output_dtype: dtype of the dequantized weight.
         literal: the scale and the zero point of the whole weight where the graph holds them as numbers.
         read: gives the tensors of a weight that is stored otherwise than an integer an element.
+        stored: names what ``read`` does, where there is one.
         expert: which of the experts it is whose weights are stored together in ``data``; None for all that is stored.
     """
 
@@ -65,6 +66,7 @@ class AffineWeight:
     output_dtype: torch.dtype
     literal: tuple[float, int] | None = None
     read: "Callable[[Program, AffineWeight], AffineValues] | None" = None
+    stored: str = ""
     expert: int | None = None
 
     @property
@@ -77,6 +79,17 @@ class AffineWeight:
         """The constants that the weight is computed from."""
         parts = (self.data, self.scale, self.zero_point)
         return tuple(part for part in parts if part is not None)
+
+    @property
+    def integers(self) -> Hashable:
+        """What the integers [N, K] depend on beside ``data``: in the layout of every constant that is made of them."""
+        return self.shape, self.stored, self.expert
+
+    @property
+    def numbers(self) -> Hashable:
+        """What all of its tensors depend on beside :attr:`sources`: in the layout of what is made of them."""
+        present = (self.scale is not None, self.zero_point is not None)
+        return self.integers, self.block_size, self.literal, present
 
     @property
     def out_features(self) -> int:

@@ -13,7 +13,7 @@ from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Pattern
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine, dequantize, values
@@ -96,5 +96,7 @@ class FoldDequantize(NeedsValues):
             result: torch.Tensor = operator(*args, **kwargs)
             return result
 
-        form = ("dequantized", weight.output_dtype, weight.block_size, weight.quant_min, weight.quant_max)
+        # All that is no constant: numbers and dtypes as the graph has them, under their names.
+        said = [(name, "" if isinstance(given, Node) else repr(given)) for name, given in arguments(node).items()]
+        form = ("dequantized", operator, tuple(said))
         return b.constant(f"{weight.fqn}.dequantized", weight.sources, form, folded)

@@ -74,11 +74,6 @@ def _in_bytes(q: Tensor, weight: AffineWeight) -> Tensor:
     return q if q.dtype in (torch.int8, torch.uint8) else q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
 
 
-def _stored(weight: AffineWeight) -> tuple[object, ...]:
-    """Which sources there are, and what is no source."""
-    return weight.block_size, weight.scale is not None, weight.zero_point is not None, weight.literal
-
-
 def pack(
     b: Builder, weights: Sequence[AffineWeight], kernel: Int4Kernel, dtype: torch.dtype, name: str = ""
 ) -> tuple[Node, Node]:
@@ -113,18 +108,16 @@ def pack(
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
         return _pack_scales(scale, zero, kernel.layout, dtype, first.in_features)
 
-    experts = tuple(weight.expert for weight in weights)
-    form = (kernel.layout, kernel.out_multiple, experts)
+    form = (kernel.layout, kernel.out_multiple, shift)
     # Beside the stack's own name and not inside it, since the stack may stay for other readers.
     name += "" if first.expert is None else f"expert_{first.expert}_"
-    integers = [weight.data for weight in weights]
-    stored = tuple(map(_stored, weights))
+    integers, numbers = (tuple(part) for part in zip(*((w.integers, w.numbers) for w in weights), strict=True))
     return (
-        b.constant(f"{first.fqn}.{name}packed", integers, (*form, shift), packed),
+        b.constant(f"{first.fqn}.{name}packed", [weight.data for weight in weights], (*form, integers), packed),
         b.constant(
             f"{first.fqn}.{name}scale_and_zero",
             [part for weight in weights for part in weight.sources],
-            (*form, native, dtype, shift, stored),
+            (*form, native, dtype, numbers),
             scales,
         ),
     )
@@ -162,8 +155,8 @@ def pack_experts(
         pairs_of = zip(*split, strict=True)
         return torch.stack([_pack_scales(s, z, kernel.layout, dtype, weight.in_features) for s, z in pairs_of])
 
-    form = ("experts", kernel.layout, kernel.out_multiple, shift, weight.shape, count)
+    form = ("experts", kernel.layout, kernel.out_multiple, shift, count)
     return (
-        b.constant(f"{weight.fqn}.packed", [weight.data], form, packed),
-        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, _stored(weight)), scales),
+        b.constant(f"{weight.fqn}.packed", [weight.data], (*form, weight.integers), packed),
+        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, weight.numbers), scales),
     )

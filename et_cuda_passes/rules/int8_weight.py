@@ -63,11 +63,11 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int8Kernel, dtype: torch.dtyp
         zero = zero if parts.minimum is None else zero - parts.minimum.float()
         return zero.repeat_interleave(repeats, dim=1)
 
-    form = ("int8", native, dtype, shift, weight.block_size, weight.literal, weight.expert)
+    form = ("int8", native, dtype, shift, weight.numbers)
     name = weight.fqn + ("." if weight.expert is None else f".expert_{weight.expert}_")
     symmetric = is_symmetric(values(b.program, weight), weight)
     return (
-        b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.expert), packed),
+        b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.integers), packed),
         b.constant(f"{name}scale", weight.sources, (*form, "scale"), scales),
         None if symmetric else b.constant(f"{name}zero", weight.sources, (*form, "zero"), zeros),
     )

@@ -108,7 +108,7 @@ class QuantizedEmbedding(PackedTable):
         shift = _offset(weight, bits)
         assert shift is not None
         form = ("embedding_table", bits, shift)
-        numbers = (*form, read_in, weight.block_size, weight.literal, weight.zero_point is None)
+        numbers = (*form, read_in, weight.numbers)
 
         def points() -> Tensor:
             return _points(values(b.program, weight), weight).to(read_in)
@@ -116,7 +116,7 @@ class QuantizedEmbedding(PackedTable):
         packed = b.constant(
             f"{weight.fqn}.packed",
             (weight.data,),
-            form,
+            (*form, weight.integers),
             lambda: embedding_table.pack(values(b.program, weight).data, bits, shift),
         )
         scale = b.constant(
