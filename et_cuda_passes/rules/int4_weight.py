@@ -26,13 +26,17 @@ def native_group_size(group_size: int, kernel: Int4Kernel) -> int | None:
     return max((size for size in kernel.group_sizes if group_size % size == 0), default=None)
 
 
-def offset(weight: AffineWeight) -> int | None:
+def offset(weight: AffineWeight, layout: str = "") -> int | None:
     """What is added to the weight's integers so that they lie in 0..15, or None where nothing in 0..15 does it.
 
-    8 where the range is within -8..7, so that a zero point of 0 stays a zero of 0.
+    8 where the range is within -8..7, so that a zero point of 0 stays a zero of 0. The metal layout holds the zero of
+    0..15 itself, -(offset + zero point) * scale: there it is the least power of two, or 0, so that the zero is small,
+    and that of a zero point of 0 is a scale with another exponent.
     """
-    for candidate in (MIDDLE, 0, -weight.quant_min):
-        if 0 <= candidate <= 15 and weight.quant_min + candidate >= 0 and weight.quant_max + candidate <= 15:
+    low = weight.quant_min
+    least = 1 << (-low - 1).bit_length() if low < 0 else 0
+    for candidate in (*([least] if layout == "metal" else []), MIDDLE, 0, -low):
+        if 0 <= candidate <= 15 and low + candidate >= 0 and weight.quant_max + candidate <= 15:
             return candidate
     return None
 
@@ -91,7 +95,7 @@ def pack(
         name: put before ``packed`` and ``scale_and_zero``.
     """
     first = weights[0]
-    native, shift = native_group_size(first.group_size, kernel), offset(first)
+    native, shift = native_group_size(first.group_size, kernel), offset(first, kernel.layout)
     assert native is not None and shift is not None
     repeats = first.group_size // native
     rows = sum(weight.shape[0] for weight in weights)
@@ -135,7 +139,7 @@ def pack_experts(
         kernel: the kernel that will read them.
         dtype: of scale_and_zero.
     """
-    native, shift = native_group_size(weight.group_size, kernel), offset(weight)
+    native, shift = native_group_size(weight.group_size, kernel), offset(weight, kernel.layout)
     assert native is not None and shift is not None
     repeats, n = weight.group_size // native, weight.shape[0] // count
     padding = -n % kernel.out_multiple

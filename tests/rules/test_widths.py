@@ -11,6 +11,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.quantized import Quantized
 
 WIDTHS = {bits: getattr(torch, f"int{bits}") for bits in range(1, 9)}
 
@@ -41,6 +42,25 @@ def test_up_to_four_bits_are_exact_in_int4_groups(bits: int, target: str) -> Non
     rewritten, report = assert_rewrites(program, target, expect={"linear_int4": 1}, rtol=0)
     assert report.outcomes[0].detail.startswith(f"int{bits} group 32")
     assert torch.equal(rewritten.module()(torch.eye(64).bfloat16()).T, model[0].weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    "ends", [(-1, 0), (-2, 1), (-3, 3), (-4, 3), (-7, 7), (-8, 7), (0, 3), (0, 7), (0, 15), (-5, 10)]
+)
+@pytest.mark.parametrize("zero_points", ["random", None])
+def test_on_metal_a_zero_costs_no_more_than_the_range_is_wide(ends: tuple[int, int], zero_points: str | None) -> None:
+    low, high = ends
+    model = Quantized(24, 64, 32, low, high, zero_points=zero_points, form=lambda x, weight, bias: x @ weight.T)
+    program = torch.export.export(model, (torch.eye(64).bfloat16(),))
+    rewritten, _ = ecp.rewrite(program, "metal", expect={"linear_int4": 1})
+    scale, points = (
+        0 if part is None else part.double().repeat_interleave(32, dim=1) for part in (model.scale, model.zero_point)
+    )
+    exact = (model.data.double() - points) * scale
+    off = (rewritten.module()(torch.eye(64).bfloat16()).T.double() - exact).abs()
+    # A scale is bf16 already; Z = -(zero point - low) * S is rounded once, and then each weight.
+    zero = 0 if zero_points is None and low != -5 else high - low
+    assert bool((off <= 2.0**-8 * (zero * scale + exact.abs())).all())
 
 
 @pytest.mark.parametrize("bits", [5, 6, 7, 8])
