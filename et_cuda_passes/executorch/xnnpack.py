@@ -8,7 +8,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.rewriting import RewritingPartitioner
-from et_cuda_passes.rules.keep_dynamic import KeepDynamic
+from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.targets import default_passes
 
 
@@ -38,7 +38,7 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         super().__init__(*args, **kwargs)
         if passes is None and kwargs.get("enable_bf16"):
             passes = [
-                dataclasses.replace(rule, bf16=True) if isinstance(rule, KeepDynamic) else rule
+                dataclasses.replace(rule, bf16=True) if isinstance(rule, KeepDynamicInt4) else rule
                 for rule in default_passes(self._target)
             ]
         self._set_passes(passes, expect)

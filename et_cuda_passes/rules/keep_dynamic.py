@@ -30,13 +30,7 @@ _LARGEST_EPS = 1.2e-7
 
 @dataclass(frozen=True)
 class KeepDynamic(KeepForXnnpack):
-    """linear(dequantize(quantize(x)), dequantize(weight), bias) -> itself
-
-    Attributes:
-        bf16: the partitioner was given ``enable_bf16=True``; without it it leaves bf16 linears alone.
-    """
-
-    bf16: bool = False
+    """linear(dequantize(quantize(x)), dequantize(weight), bias) -> itself"""
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A linear as written, both its inputs dequantized; a decomposed one the delegate takes for a float one."""
@@ -80,12 +74,11 @@ class KeepDynamic(KeepForXnnpack):
         """The delegate fails on a vector."""
         return m.val(m.x).dim() >= 2, f"{m.val(m.x).dim()} dimension"
 
-    @require("activations in float32 or float16", hint="export in float32, or lower with enable_bf16=True")
+    @require("activations in float32 or float16", hint="export in float32")
     def dtype(self, m: MatchContext) -> Answer:
-        """The partitioner takes no bf16 unless it is told to."""
+        """The delegate's kernels have no others; that of 8 bits does not load with bf16."""
         dtype = m.val(m.x).dtype
-        good = dtype in (torch.float32, torch.float16) or (self.bf16 and dtype is torch.bfloat16)
-        return good, str(dtype).removeprefix("torch.")
+        return dtype in (torch.float32, torch.float16), str(dtype).removeprefix("torch.")
 
     @require("activations, bias and result of one dtype")
     def one_dtype(self, m: MatchContext) -> Answer:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import AffineWeight, affine
@@ -10,7 +12,19 @@ from et_cuda_passes.rules.keep_dynamic import KeepDynamic
 
 @dataclass(frozen=True)
 class KeepDynamicInt4(KeepDynamic):
-    """linear(dequantize(quantize(x)), dequantize(int4 weight), bias) -> itself, for XNNPACK's own kernel"""
+    """linear(dequantize(quantize(x)), dequantize(int4 weight), bias) -> itself, for XNNPACK's own kernel
+
+    Attributes:
+        bf16: the partitioner was given ``enable_bf16=True``; without it it leaves bf16 linears alone.
+    """
+
+    bf16: bool = False
+
+    @require("activations in float32 or float16", hint="export in float32, or lower with enable_bf16=True")
+    def dtype(self, m: MatchContext) -> Answer:
+        """The partitioner takes no bf16 unless it is told to."""
+        good, found, *_ = super().dtype(m)
+        return good or (self.bf16 and m.val(m.x).dtype is torch.bfloat16), found
 
     @require("a 4-bit weight", hint="quantize with weight_dtype=torch.int4")
     def four_bits(self, m: MatchContext) -> Answer:

@@ -25,5 +25,6 @@ class KeepDynamicInt8(KeepDynamic):
         if weight.group_size != weight.shape[1]:
             return f"group size {weight.group_size}, where int8 is per-axis only: quantize with PerAxis(0)"
         if weight.scale_dtype is not torch.float32:
-            return f"{str(weight.scale_dtype).removeprefix('torch.')} scales, read as float32: export in float32"
+            dtype = str(weight.scale_dtype).removeprefix("torch.")
+            return f"{dtype} scales, read as float32: quantize with weight_scale_dtype=torch.float32"
         return ""

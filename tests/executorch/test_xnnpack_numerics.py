@@ -238,6 +238,36 @@ def test_a_bf16_model_is_delegated_and_as_exact_as_eager_where_the_caller_enable
     assert through(ecp.XnnpackPartitioner(enable_bf16=True), model, x) < 1e-2
 
 
+def test_8da4w_in_bf16_is_kept_where_the_caller_enables_bf16() -> None:
+    model, x = mlp(dynamic(), torch.bfloat16), example(5, IN, dtype=torch.bfloat16)
+    ours = ecp.XnnpackPartitioner(enable_bf16=True, expect={"keep_dynamic_int4": 2})
+    pte = lowered(torch.export.export(model, (x,)), ours)
+    try:
+        found = output(pte, x)
+    except RuntimeError:
+        pytest.skip("this CPU has no XNNPACK kernel for bf16")
+    assert error(found, model(x)) < 2e-2
+
+
+@pytest.mark.parametrize("enable_bf16", [False, True])
+def test_8da8w_in_bf16_which_the_runtime_does_not_load_is_refused(enable_bf16: bool) -> None:
+    model, x = mlp(dynamic(8, None, weight_scale_dtype=torch.float32), torch.bfloat16), example(5, IN).bfloat16()
+    program, partitioner = torch.export.export(model, (x,)), ecp.XnnpackPartitioner(enable_bf16=enable_bf16)
+    stock = lowered(program, Stock(enable_bf16=True))
+    with pytest.raises(RuntimeError):
+        output(stock, x)
+    with pytest.raises(ValueError, match="keep_dynamic_int8 wanted activations .* found bfloat16; export in float32"):
+        lowered(program, partitioner)
+
+
+def test_8da8w_in_fp16_is_right_with_scales_in_float32() -> None:
+    x = example(5, IN, dtype=torch.float16)
+    with pytest.raises(ValueError, match="float16 scales, .* quantize with weight_scale_dtype=torch.float32"):
+        lowered(torch.export.export(mlp(dynamic(8, None), torch.float16), (x,)), ecp.XnnpackPartitioner())
+    model = mlp(dynamic(8, None, weight_scale_dtype=torch.float32), torch.float16)
+    assert through(ecp.XnnpackPartitioner(expect={"keep_dynamic_int8": 2}), model, x) < DYNAMIC_ERROR_ROUNDED_SCALES
+
+
 class ByHand(nn.Module):
     """linear(fake-quantized x, dequantized int4 weight [OUT, IN]), written out: every argument can be made unusual.
 
