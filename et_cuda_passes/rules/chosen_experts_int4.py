@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
@@ -47,11 +48,15 @@ class ChosenExpertsInt4(PackedExperts):
         ids = m.val(m.ids)
         return ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), f"ids {ids.dtype} {list(ids.shape)}"
 
-    @require("a batch of rows for each of them", hint="reshape x to [S, M, K]")
+    @require(
+        "a batch of rows for each of them, or one for all",
+        hint="give x as many batches as there are ids, [S, M, K]; repeat the id where all read one expert",
+    )
     def dimensions(self, m: MatchContext) -> Answer:
         """Nothing is broadcast but one batch to all."""
-        x, root = m.val(m.x), m.val(m.root)
-        return x.dim() == 3 and root.dim() == 3, f"x {list(x.shape)} for ids {list(m.val(m.ids).shape)}"
+        x, ids = m.val(m.x), m.val(m.ids)
+        fits = x.dim() == 3 and any(statically_known_true(x.shape[0] == count) for count in (1, *ids.shape[:1]))
+        return fits, f"x {list(x.shape)} for ids {list(ids.shape)}"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """Pack the weights and call the operator."""

@@ -97,6 +97,13 @@ def test_any_number_of_tokens(name: str, target: str) -> None:
         assert off(rewritten.module()(*given), wanted) < MOST
 
 
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_one_expert_for_a_number_of_batches_that_is_not_known_is_missed(target: str) -> None:
+    model = Experts(lambda w, x, ids: torch.matmul(x, w[ids].mT))
+    program = export(model, floats(4, 5, K), IDS[:1], dynamic=({0: Dim("batches", min=2, max=64)}, None))
+    assert_misses(program, "for ids [1]; give x as many batches as there are ids", target)
+
+
 def test_rows_that_no_expert_has_are_zero() -> None:
     program = export(Experts(GROUPED), floats(14, K), OFFS)
     for target in ("cuda", "cpu"):
@@ -234,6 +241,12 @@ MISSES: dict[str, tuple[Any, tuple[Tensor, ...], str, str]] = {
         (floats(3, 2, 1, K), IDS.view(3, 2)),
         "cuda",
         "wanted a list of experts' numbers, found ids torch.int64 [3, 2]; flatten the ids",
+    ),
+    "one expert for several batches": (
+        lambda: Experts(lambda w, x, ids: torch.matmul(x, w[ids].mT)),
+        (floats(4, 5, K), IDS[:1]),
+        "cpu",
+        "wanted a batch of rows for each of them, or one for all, found x [4, 5, 96] for ids [1]; give x as many",
     ),
     "a part of the stack": (
         lambda: Experts(lambda w, x: torch.bmm(x, w[1:3].mT)),
