@@ -22,7 +22,7 @@ from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import AffineWeight, dequantize
 from et_cuda_passes.quant.einsum import Product, read
 from et_cuda_passes.quant.experts import stacked, stacked_columns
-from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts
+from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts, in_memory
 from et_cuda_passes.rules.stack import chosen
 
 aten = torch.ops.aten
@@ -78,33 +78,48 @@ class EinsumInt4(PackedExperts):
         pairs = [(of_x[axes.x.index(a)], n) for a, n in zip(letters, weights, strict=True) if a in axes.x]
         return all(statically_known_true(a == b) for a, b in pairs), f"x {list(of_x)} for weights {list(weights)}"
 
-    @require("at most one size that is not known at export", hint="flatten x and the ids to one axis of tokens each")
+    @require(
+        "sizes that are known at export, of all axes but one", hint="flatten x and the ids to one axis of tokens each"
+    )
     def sizes(self, m: MatchContext) -> Answer:
-        """Of what is put side by side, a view can leave one open."""
+        """Of axes that become one, a view can leave one product open."""
         axes, x = self.axes(m), m.val(m.x).shape
         unknown = [letter for letter in axes.shared + axes.rows if not isinstance(x[axes.x.index(letter)], int)]
-        return len(unknown) <= 1, ", ".join(unknown)
+        joined = [part for part in (axes.shared, axes.rows) if len(part) > 1 and {*part} & {*unknown}]
+        return len(joined) <= 1, ", ".join(unknown)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """x as batches of rows, the product, and its axes as the equation has them."""
         axes, ids = self.axes(m), m.ids
-        size = dict(zip(axes.x + axes.out, (*m.val(m.x).shape, *m.val(m.root).shape), strict=True))
-
-        def open_product(letters: str) -> int:
-            """Of their sizes; -1 where one is not known."""
-            sizes = [size[letter] for letter in letters]
-            return prod(sizes) if all(isinstance(n, int) for n in sizes) else -1
-
         x = self._ordered(b, m.x, axes.x, axes.shared + axes.rows + axes.k)
-        x = b.call(aten.reshape.default, x, [open_product(axes.shared), open_product(axes.rows), size[axes.k]])
+        x = b.call(aten.reshape.default, x, self._shape(b, m, (axes.shared, axes.rows, axes.k)))
         if ids is not None and m.val(ids).dim() != 1:
             ids = b.call(aten.reshape.default, ids, [-1])
         y = self.product(b, m, INT4_EXPERTS[self.kernel(m).layout].bmm, x, ids)
         made = axes.batch + axes.rows + axes.n
-        y = b.call(aten.reshape.default, y, [open_product(letter) for letter in made])
-        if made == axes.out:
-            return y
-        return b.call(aten.clone.default, self._ordered(b, y, made, axes.out), memory_format=torch.contiguous_format)
+        y = b.call(aten.reshape.default, y, self._shape(b, m, made))
+        # In memory as the sum itself lies, whose axes a view behind it may put together.
+        lies = "".join(axes.out[axis] for axis in in_memory(m.val(m.root)))
+        if lies != made:
+            y = b.call(aten.clone.default, self._ordered(b, y, made, lies), memory_format=torch.contiguous_format)
+        return self._ordered(b, y, lies, axes.out)
+
+    def _shape(self, b: Builder, m: MatchContext, parts: Sequence[str]) -> list[int | Node]:
+        """The product of the sizes of each part's axes; -1 for one of those that are not known, a joined one first."""
+        axes, of_x = self.axes(m), m.val(m.x).shape
+        size = dict(zip(axes.x + axes.out, (*of_x, *m.val(m.root).shape), strict=True))
+        known = [all(isinstance(size[letter], int) for letter in part) for part in parts]
+        joined = [not good and len(part) > 1 for good, part in zip(known, parts, strict=True)]
+        left_open = joined.index(True) if any(joined) else known.index(False) if False in known else None
+
+        def one(index: int, part: str) -> int | Node:
+            if known[index]:
+                return int(prod(size[letter] for letter in part))
+            if index == left_open:
+                return -1
+            return b.size(m.x, axes.x.index(part)) if part in axes.x else b.size(m.ids, axes.batch.index(part))
+
+        return [one(index, part) for index, part in enumerate(parts)]
 
     @staticmethod
     def _ordered(b: Builder, node: Node, letters: str, wanted: Sequence[str]) -> Node:

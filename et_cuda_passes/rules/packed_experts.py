@@ -1,9 +1,11 @@
 """What the rules share that pack the int4 weights of experts for a product with all or some of them."""
 
 from abc import abstractmethod
+from functools import cmp_to_key
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -21,6 +23,17 @@ from et_cuda_passes.rules.stack import TURNED
 aten = torch.ops.aten
 LEFT = "left"
 """Bound to the product where the weights are its left operand."""
+
+
+def in_memory(value: Tensor) -> list[int]:
+    """The axes of a dense tensor as they lie in memory, the outermost first; of the same stride, as they are."""
+
+    def farther(axis: int, other: int) -> int:
+        strides = value.stride(axis), value.stride(other)
+        ahead = statically_known_true(strides[0] >= strides[1]) - statically_known_true(strides[1] >= strides[0])
+        return -ahead
+
+    return sorted(range(value.dim()), key=cmp_to_key(farther))
 
 
 class PackedExperts(NeedsValues):

@@ -104,6 +104,48 @@ def test_one_expert_for_a_number_of_batches_that_is_not_known_is_missed(target: 
     assert_misses(program, "for ids [1]; give x as many batches as there are ids", target)
 
 
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+@pytest.mark.parametrize("equation", ["tk,snk->stn", "tk,snk->tsn", "snk,tk->nts"])
+def test_an_einsum_of_any_tokens_with_any_experts(equation: str, target: str) -> None:
+    left = equation.startswith("s")
+    model = Experts(lambda w, x, ids: torch.einsum(equation, *((w[ids], x) if left else (x, w[ids]))))
+    dynamic = ({0: Dim("tokens", min=2, max=64)}, {0: Dim("ids", min=2, max=64)})
+    program = export(model, floats(5, K), IDS, dynamic=dynamic)
+    rewritten, _ = assert_rewrites(program, target, expect={"einsum_int4": 1})
+    for tokens, count in ((5, 6), (2, 3), (33, 7)):
+        x, ids = floats(tokens, K, seed=tokens), torch.arange(count) % E
+        weight = model.exact()[ids]
+        wanted = torch.einsum(equation, *((weight, x.double()) if left else (x.double(), weight)))
+        assert off(rewritten.module()(x, ids), wanted) < MOST
+
+
+SUMS = {
+    # The equation, and the shape of x.
+    "ebk,enk->ben": (E, 5, K),
+    "ebk,enk->ebn": (E, 5, K),
+    "tk,enk->etn": (5, K),
+    "tk,enk->nte": (5, K),
+    "abk,enk->bane": (2, 3, K),
+    "eabk,enk->aenb": (E, 2, 3, K),
+}
+
+
+@pytest.mark.parametrize("equation", SUMS)
+def test_an_einsum_lies_in_memory_as_it_did(equation: str) -> None:
+    model, x = Experts(lambda w, x: torch.einsum(equation, x, w)), floats(*SUMS[equation])
+    program = export(model, x)
+    rewritten, _ = assert_rewrites(program, "cuda", expect={"einsum_int4": 1})
+    assert rewritten.module()(x).stride() == program.module()(x).stride()
+
+
+def test_a_view_of_an_einsum_that_was_taken_apart_stays_one() -> None:
+    model, x = (
+        Experts(lambda w, x: torch.einsum("ebk,enk->ben", x, w).transpose(0, 1).reshape(E * 5, N)),
+        floats(E, 5, K),
+    )
+    assert_rewrites(export(model, x).run_decompositions({}), "cuda", expect={"missed": 0, "rewritten": 1})
+
+
 def test_rows_that_no_expert_has_are_zero() -> None:
     program = export(Experts(GROUPED), floats(14, K), OFFS)
     for target in ("cuda", "cpu"):
