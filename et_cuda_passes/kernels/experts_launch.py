@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import SymInt, Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.int4_experts import int4_experts
@@ -27,10 +28,12 @@ def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_si
     """
     (batches, m, _), experts = x.shape, packed.shape[0]
     count = experts if ids is None else ids.shape[0]
+    # Of no ids no batch is read.
+    share: Size = 1 if statically_known_true(batches == count) else count // batches
     y = x.new_empty((count, m, packed.shape[1]))
     for flag, tiling, wgmma in _buckets(x, m, packed, group_size):
         tiles = count * -(-m // tiling.block_m)
-        y = _launch(x, packed, qparams, ids, y, m, count // batches, tiles * flag, tiling, group_size, False, wgmma)
+        y = _launch(x, packed, qparams, ids, y, m, share, tiles * flag, tiling, group_size, False, wgmma)
     return y
 
 

@@ -84,7 +84,9 @@ def _check(name: str, x: Tensor, packed: Tensor, qparams: Tensor, chosen: Tensor
             raise ValueError(f"{name}: {chosen.shape[0]} offs for {experts} experts")
         return
     batches, count = x.shape[0], experts if chosen is None else chosen.shape[0]
-    if isinstance(batches, int) and isinstance(count, int) and (batches == 0 or count % batches):
+    # Without tokens there are neither.
+    known = isinstance(batches, int) and isinstance(count, int) and batches != count
+    if known and (batches == 0 or count % batches):
         raise ValueError(f"{name}: x has {batches} batches for {count} matrices, which they do not divide")
 
 

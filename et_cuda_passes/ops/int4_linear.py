@@ -95,7 +95,7 @@ def dequantize(q: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: t
 
 def affine(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     """``q * scale + zero`` in fp32 from q fp32 [N, K], scale and zero [N, K / group_size]."""
-    grouped = q.view(q.shape[0], -1, group_size)
+    grouped = q.view(q.shape[0], q.shape[1] // group_size, group_size)
     return (grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).view(q.shape)
 
 

@@ -56,6 +56,15 @@ def test_chosen_experts_share_the_rows_of_a_batch() -> None:
         assert off(y, x.double()[shared] @ weight[IDS].transpose(1, 2)) < 6e-3
 
 
+@pytest.mark.parametrize("batches", [0, 1])
+def test_no_expert_is_chosen(batches: int) -> None:
+    words, pair, _ = packed("mma_tiled")
+    y = INT4_EXPERTS["mma_tiled"].bmm(floats(batches, 3, K), words, pair, IDS[:0], GROUP, N)
+    assert y.shape == (0, 3, N) and y.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="x has 0 batches for 4 matrices"):
+        INT4_EXPERTS["mma_tiled"].bmm(floats(0, 3, K), words, pair, IDS, GROUP, N)
+
+
 def test_rows_of_padding_are_cut_off() -> None:
     words, pair, weight = packed("cpu")
     y = INT4_EXPERTS["cpu"].bmm(floats(E, 2, K), words, pair, None, GROUP, N - 3)

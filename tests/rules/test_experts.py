@@ -146,6 +146,17 @@ def test_a_view_of_an_einsum_that_was_taken_apart_stays_one() -> None:
     assert_rewrites(export(model, x).run_decompositions({}), "cuda", expect={"missed": 0, "rewritten": 1})
 
 
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["index", "index, rows on the left", TOKENS])
+def test_no_tokens_at_all(name: str, target: str) -> None:
+    _, form, _, inputs = FORMS[name]
+    tokens = Dim("tokens", min=0, max=64)
+    program = export(Experts(form), *inputs, dynamic=({0: tokens}, {0: tokens}))
+    rewritten, _ = assert_rewrites(program, target, expect={"missed": 0})
+    none = [given[:0] for given in inputs]
+    assert rewritten.module()(*none).shape == program.module()(*none).shape
+
+
 def test_rows_that_no_expert_has_are_zero() -> None:
     program = export(Experts(GROUPED), floats(14, K), OFFS)
     for target in ("cuda", "cpu"):
