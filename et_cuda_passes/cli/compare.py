@@ -79,6 +79,9 @@ def compare(index: int, got: Any, wanted: Any, tolerance: float | None, dynamic_
             limit,
             f"{count} of {a.numel()} elements are infinite or NaN in only one of the two",
         )
+    if a.numel() and not bool(finite.any()):
+        problem = f"none of its {a.numel()} elements is finite, so that none was compared; give other inputs"
+        return Comparison(what, math.inf, math.inf, limit, problem)
     difference, size = (a - b)[finite], float(b[finite].norm())
     largest = float(difference.abs().max()) if difference.numel() else 0.0
     if exact:

@@ -174,6 +174,20 @@ def test_results_that_are_wrong(got: object, wanted: object, said: str) -> None:
     assert str(told).endswith("WRONG")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_where_nothing_is_finite_nothing_was_compared(value: float) -> None:
+    both = torch.full((2, 3), value)
+    comparison = compare(0, both, both.clone(), None, False)
+    assert not comparison.holds
+    assert str(comparison).endswith(
+        "none of its 6 elements is finite, so that none was compared; give other inputs: WRONG"
+    )
+
+
+def test_an_output_without_elements_is_right() -> None:
+    assert compare(0, torch.ones(0, 3), torch.ones(0, 3), None, False).holds
+
+
 def test_what_is_infinite_in_both_is_right() -> None:
     odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 2.0])
     assert compare(0, odd, odd.clone(), None, False).holds
