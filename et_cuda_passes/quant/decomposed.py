@@ -17,35 +17,43 @@ _VIEWS = frozenset({aten.view.default, aten.unsqueeze.default})
 
 
 def decomposed_weights(exported: ExportedProgram) -> list[str]:
-    """The names of integer matrices that the program itself converts to floating point, in graph order.
+    """The names of integer matrices that the program itself scales as floating point, in graph order.
 
     The default decomposition table takes ``dequantize_affine`` apart, into a view, a conversion, a subtraction and a
-    multiplication; ``run_decompositions({})`` leaves it whole.
+    multiplication by another constant; ``run_decompositions({})`` leaves it whole. A buffer that the program writes is
+    no weight.
     """
     signature = exported.graph_signature
     targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    constants = {**targets, **signature.inputs_to_lifted_tensor_constants}
+    written = set(signature.buffers_to_mutate.values())
+    fixed: set[Node] = set()
     names: dict[Node, str] = {}
-    found: dict[str, None] = {}
+    conversions: list[Node] = []
     branches = Branches(exported.graph_module, exported.graph)
     for node in branches.nodes():
-        value, operand = node.meta.get("val"), branches.outer(node)
-        source = cast(Node, node.args[0]) if node.args else None
-        if operand is not None:
-            names.update({node: names[operand]} if operand in names else {})
-        elif node.op == "placeholder" and isinstance(value, torch.Tensor):
-            if node.name in targets and value.dtype in (torch.int8, torch.uint8) and value.dim() > 1:
-                names[node] = targets[node.name]
-        elif called(node) in _VIEWS and source in names:
+        value, source = node.meta.get("val"), branches.outer(node)
+        if called(node) in _VIEWS | _CONVERSIONS:
+            source = cast(Node, node.args[0])
+        if source in fixed or (source is None and constants.get(node.name, "") not in {"", *written}):
+            fixed.add(node)
+        if source in names:
             names[node] = names[source]
-        elif called(node) in _CONVERSIONS and source in names and _scaled_as_float(node):
-            found[names[source]] = None
-    return list(found)
+            conversions += [node] if called(node) in _CONVERSIONS else []
+        elif node in fixed and node.name in targets and _is_integer_matrix(value):
+            names[node] = targets[node.name]
+    return list(dict.fromkeys(names[node] for node in conversions if _scaled_as_float(node, fixed)))
 
 
-def _scaled_as_float(conversion: Node) -> bool:
+def _is_integer_matrix(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.int8, torch.uint8) and value.dim() > 1
+
+
+def _scaled_as_float(conversion: Node, fixed: set[Node]) -> bool:
     value = conversion.meta.get("val")
-    return (
-        isinstance(value, torch.Tensor)
-        and value.dtype.is_floating_point
-        and any(called(user) in STEPS for user in conversion.users)
-    )
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return False
+    less = (user for user in conversion.users if called(user) is aten.sub.Tensor and user.args[0] is conversion)
+    moved = [conversion, *less]
+    scaled = (user for node in moved for user in node.users if called(user) is aten.mul.Tensor)
+    return any(source in fixed for user in scaled for source in user.all_input_nodes if source not in moved)

@@ -61,7 +61,8 @@ def rewrite(
     exported_program, still_wrapped = unwrapped(exported_program)
     find = partial(find_candidates, advised=chosen.advised, wrapped=still_wrapped)
     program, report = apply_passes(exported_program, listed, chosen, find, is_program_pass, pool)
-    lost = [] if report.outcomes else decomposed_weights(exported_program)
+    told = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
+    lost = [fqn for fqn in decomposed_weights(exported_program) if fqn not in told]
     if lost:
         report.warnings.append(
             f"the program converts {len(lost)} integer matrices itself ({lost[0]}, ...): their dequantize was "

@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import ExportedProgram
-from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization import (
+    Int8DynamicActivationIntxWeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    quantize_,
+)
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
@@ -167,6 +172,35 @@ def test_a_decomposed_dequantize_is_warned_about() -> None:
     assert "run_decompositions({})" in warning
     assert "0." in warning
     assert warning in str(report)
+
+
+def test_a_decomposed_dequantize_is_warned_about_beside_other_candidates() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(torch.bfloat16)
+    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, int4, lambda _, name: name == "0")
+    quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name == "1")
+    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
+    _, report = ecp.rewrite(program, "cuda")
+    assert [outcome.fqn for outcome in report.outcomes] == ["1.weight"]
+    (warning,) = report.warnings
+    assert "converts 1 integer matrices itself (0." in warning
+
+
+def test_integers_that_are_no_weight_are_not_warned_about() -> None:
+    class Bytes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.uint8))
+            self.register_buffer("cache", torch.ones(4, 4, dtype=torch.int8))
+            self.register_buffer("scale", torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.add_(1)
+            return x + (self.mask.to(x.dtype) - 1) * 1e4 + self.cache.to(x.dtype) * self.scale
+
+    program = torch.export.export(Bytes(), (torch.randn(4, 4),))
+    for form in (program, program.run_decompositions()):
+        assert ecp.rewrite(form, "cuda")[1].warnings == []
 
 
 def test_a_program_without_quantized_weights_has_no_candidates_and_no_warning() -> None:
