@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
-from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
-from et_cuda_passes.ops import INT4_LINEARS, quantized_embedding
-from et_cuda_passes.targets import Target, get_target, targets
+from et_cuda_passes.ops import quantized_embedding
+from et_cuda_passes.targets import Target, get_target
+from et_cuda_passes.targets.packed import foreign_layouts, packed_for, packed_layouts
 
 _RECORD = "et_cuda_passes.json"
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
@@ -37,7 +36,7 @@ class Model:
 
     Attributes:
         program: as it was saved.
-        packed: how many int4 linears it holds already, by layout.
+        packed: how many operators in it read packed int4 weights already, by layout.
         report: of the rewrite that packed it; None where it was not saved by :func:`save_packed`.
     """
 
@@ -88,14 +87,6 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
     torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
 
 
-def packed_layouts(program: ExportedProgram) -> Counter[str]:
-    """How many int4 linears ``program`` holds, by the layout that they read, in branches of control flow too."""
-    layout_of = {form.op: form.layout for form in INT4_LINEARS.values()}
-    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    nodes = [called(node) for graph in graphs for node in graph.nodes]
-    return Counter(layout_of[operator] for operator in nodes if operator in layout_of)
-
-
 def _check_archive(path: Path) -> None:
     """Tell what is no archive of an exported program, which torch.export.load does in many ways or not at all."""
     if not path.exists():
@@ -128,9 +119,8 @@ def _register_operators(path: Path) -> None:
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
-    own = {kernel.layout for kernel in target.int4_kernels}
-    foreign = [layout for layout in model.packed if layout not in own]
-    made_for = record.get("target") or next((name for name in targets() if _has_layout(name, foreign)), "")
+    foreign = foreign_layouts(model.program, target)
+    made_for = record.get("target") or (next(iter(packed_for(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
         raise ModelError(
@@ -143,10 +133,6 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
             f"{path} is packed for {record['cpu_capability']}, and this host has {here}; the cpu layout depends on the "
             "instruction set: pack the original program on this host"
         )
-
-
-def _has_layout(target: str, layouts: list[str]) -> bool:
-    return any(kernel.layout in layouts for kernel in get_target(target).int4_kernels)
 
 
 def _report(data: dict[str, Any]) -> Report:

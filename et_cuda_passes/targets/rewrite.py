@@ -14,6 +14,7 @@ from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
 from et_cuda_passes.quant.unwrapping import unwrapped
 from et_cuda_passes.targets import default_passes, get_target
+from et_cuda_passes.targets.packed import packed_warnings
 from et_cuda_passes.targets.target import Target
 
 
@@ -68,6 +69,8 @@ def rewrite(
             f"the program converts {len(lost)} integer matrices itself ({lost[0]}, ...): their dequantize was "
             "decomposed; rewrite before run_decompositions(), or decompose with run_decompositions({})"
         )
+    nothing_else = not (report.outcomes or any(report.applied.values()) or lost)
+    report.warnings += packed_warnings(exported_program, chosen, nothing_else)
     check_expectations(expect, report)
     return program, report
 

@@ -17,7 +17,8 @@ from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSeria
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
 from et_cuda_passes.executorch.lower import lower, missing, staged
-from et_cuda_passes.executorch.packed import ModelError, load_model, packed_layouts, save_packed
+from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
+from et_cuda_passes.targets.packed import packed_layouts
 from tests.saved import save
 
 
