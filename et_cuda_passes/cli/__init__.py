@@ -29,7 +29,7 @@ from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.targets.packed import packed_layouts
-from et_cuda_passes.targets.rewrite import check_expectations
+from et_cuda_passes.targets.rewrite import check_expectations, check_expected
 
 require_version("typer")
 require_version("rich")
@@ -213,10 +213,11 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
         parts = re.fullmatch(r"(\w+)=(\d+)", text)
         if parts is None:
             raise UsageError(f"--expect {text}: write NAME=COUNT, such as linear_int4=211 or missed=0")
+        if parts[1] in demanded:
+            raise UsageError(f"--expect {text}: {parts[1]} was given a count before; give each name one")
         demanded[parts[1]] = int(parts[2])
-    nothing = ecp.Report(target, [entry.name for entry in ecp.default_passes(target)])
     try:
-        check_expectations(dict.fromkeys(demanded, 0), nothing)
+        check_expected(demanded, [entry.name for entry in ecp.default_passes(target)])
     except ValueError as error:
         raise UsageError(f"--expect: {error}") from None
     return demanded

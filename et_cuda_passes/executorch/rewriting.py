@@ -11,21 +11,22 @@ from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.passes import parse
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.targets import default_passes
-from et_cuda_passes.targets.rewrite import check_expectations, is_program_pass, rewrite
+from et_cuda_passes.targets.rewrite import check_expectations, check_expected, is_program_pass, rewrite
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
     """Mixed in before a stock partitioner: rewrites each method on the host, when ExecuTorch asks for it.
 
-    One partitioner may lower several methods: a weight that they share is packed once, under one FQN.
+    One partitioner may lower several methods: a weight that they share is packed once, under one FQN. Its report is of
+    everything that was lowered with it: give each lowering a partitioner of its own.
     """
 
     _target: str
 
     def _set_passes(self, passes: Iterable[Any] | None, expect: Mapping[str, int] | None) -> None:
         self._passes = default_passes(self._target) if passes is None else list(passes)
-        # A pass list that cannot run is refused where it is written, not minutes into a lowering.
-        parse(self._passes, is_program_pass)
+        # A pass list that cannot run is refused where it is written, not minutes into a lowering; so is a demand.
+        check_expected(expect, [entry.name for entry in parse(self._passes, is_program_pass)])
         self._expect = expect
         self._pool = ConstantPool()
         self.reports: list[Report] = []
@@ -33,6 +34,8 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     @property
     def report(self) -> Report:
         """What became of every reader of a quantized weight, in all methods lowered with this partitioner.
+
+        A second lowering with the same partitioner adds its outcomes to those of the first.
 
         Raises:
             RuntimeError: nothing was lowered with it yet.

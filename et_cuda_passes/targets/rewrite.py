@@ -48,8 +48,9 @@ def rewrite(
 
     Raises:
         ValueError: the target is unknown, two passes have one name, their constraints form a cycle, or ``expect``
-            names what is neither a pass nor a status.
-        TypeError: ``exported_program`` is none, or ``passes`` holds something else than is accepted.
+            names what is neither a pass nor a status or asks for a negative count.
+        TypeError: ``exported_program`` is none, ``passes`` holds something else than is accepted, or ``expect`` is no
+            mapping of names to counts.
         ExpectationError: the counts are not those expected.
     """
     if not isinstance(exported_program, ExportedProgram):
@@ -57,6 +58,7 @@ def rewrite(
             f"rewrite takes a torch.export.ExportedProgram, not {type(exported_program).__name__}; "
             "export the model with torch.export.export(model, args) first"
         )
+    check_expected(expect)
     chosen = get_target(target)
     listed = default_passes(chosen) if passes is None else passes
     exported_program, still_wrapped = unwrapped(exported_program)
@@ -75,19 +77,35 @@ def rewrite(
     return program, report
 
 
+def check_expected(expect: object, passes: Iterable[str] | None = None) -> None:
+    """Look that ``expect`` maps names to counts, and that the names are those of ``passes`` or statuses.
+
+    Raises:
+        TypeError: it is no mapping, or holds something else than text and numbers.
+        ValueError: a count is negative, or a name is neither a pass nor a status.
+    """
+    if expect is None:
+        return
+    known = None if passes is None else [*STATUSES, *passes]
+    if not isinstance(expect, Mapping):
+        raise TypeError(f"expect maps names to counts, {{'missed': 0}}; it is no {type(expect).__name__}")
+    for name, count in expect.items():
+        if not isinstance(name, str) or not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"expect maps names to counts, {{'missed': 0}}; {name!r}: {count!r} is no name and number")
+        if count < 0:
+            raise ValueError(f"expect asks {name!r} for the count {count}; it is 0 or more")
+        if known is not None and name not in known:
+            raise ValueError(f"expect names {name!r}; known here are {', '.join(known)}")
+
+
 def check_expectations(expect: Mapping[str, int] | None, report: Report) -> None:
     """Compare demanded counts with a report's.
 
     Raises:
-        ValueError: ``expect`` names what is neither a pass of the report nor a status.
+        TypeError, ValueError: see :func:`check_expected`.
         ExpectationError: a count differs.
     """
-    if not expect:
-        return
-    known = [*STATUSES, *report.passes]
-    for name in expect:
-        if name not in known:
-            raise ValueError(f"expect names {name!r}; known here are {', '.join(known)}")
+    check_expected(expect, report.passes)
     counts = report.counts()
-    if any(counts.get(name, 0) != count for name, count in expect.items()):
+    if expect and any(counts.get(name, 0) != count for name, count in expect.items()):
         raise ExpectationError(expect, report)

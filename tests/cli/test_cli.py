@@ -294,6 +294,7 @@ def test_a_traceback_only_under_debug(tmp_path: Path, run: Run) -> None:
         (["--target", "cpu", "--expect", "linear_int4"], "NAME=COUNT"),
         (["--target", "cpu", "--expect", "linear_int4=-1"], "NAME=COUNT"),
         (["--target", "cpu", "--expect", "linear_int5=1"], "linear_int4"),
+        (["--target", "cpu", "--expect", "missed=0", "--expect", "missed=1"], "missed was given a count before"),
     ],
 )
 def test_bad_usage(arguments: list[str], said: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

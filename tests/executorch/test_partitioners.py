@@ -76,6 +76,14 @@ def test_a_pass_list_that_cannot_run_is_refused_where_it_is_written(ours: Any, s
         ours(passes=[ecp.LinearInt4(), ecp.LinearInt4(cast_to_bf16=True)])
 
 
+@pytest.mark.parametrize(("ours", "stock", "target"), ALL)
+def test_a_demand_that_makes_no_sense_is_refused_where_it_is_written(ours: Any, stock: type, target: str) -> None:
+    with pytest.raises(TypeError, match="expect maps names to counts"):
+        ours(expect=["missed"])
+    with pytest.raises(ValueError, match="expect names 'linear_int3'"):
+        ours(expect={"linear_int3": 1})
+
+
 def test_there_is_no_report_before_a_lowering() -> None:
     with pytest.raises(RuntimeError, match="give this partitioner to to_edge_transform_and_lower first"):
         _ = ecp.CudaPartitioner().report

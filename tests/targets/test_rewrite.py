@@ -108,6 +108,20 @@ def test_a_demand_on_what_is_neither_a_pass_nor_a_status_is_refused(program: Exp
         ecp.rewrite(program, "cuda", expect={"linear_int3": 1})
 
 
+WRONG_DEMANDS: list[Any] = [["missed"], 2, "missed", {"missed": "0"}, {"missed": None}, {"missed": False}, {3: 1}]
+
+
+@pytest.mark.parametrize("expect", WRONG_DEMANDS)
+def test_a_demand_that_is_no_mapping_of_names_to_counts_is_refused(program: ExportedProgram, expect: Any) -> None:
+    with pytest.raises(TypeError, match=r"expect maps names to counts, \{'missed': 0\}; "):
+        ecp.rewrite(program, "cuda", expect=expect)
+
+
+def test_a_negative_count_is_refused(program: ExportedProgram) -> None:
+    with pytest.raises(ValueError, match="expect asks 'missed' for the count -1; it is 0 or more"):
+        ecp.rewrite(program, "cuda", expect={"missed": -1})
+
+
 def test_a_failed_demand_leaves_the_input_as_it_was(program: ExportedProgram) -> None:
     before = str(program.graph), list(program.state_dict)
     with pytest.raises(ecp.ExpectationError):
