@@ -17,7 +17,9 @@ InputsPath = Annotated[
     ),
 ]
 RandomSeed = Annotated[
-    int | None, typer.Option("--random-seed", metavar="N", help="Make random inputs from this seed.")
+    int | None,
+    # What a torch.Generator takes.
+    typer.Option("--random-seed", metavar="N", min=0, max=2**64 - 1, help="Make random inputs from this seed."),
 ]
 
 # 4 GiB of float32: beyond it, an upper bound of a size is no size that anyone means.

@@ -1,5 +1,6 @@
 """What a target runs, made from a rewritten program: a .pte with its .ptd, or an AOTInductor package."""
 
+import errno
 import os
 import platform
 import shutil
@@ -75,13 +76,20 @@ def staged(folder: Path) -> Iterator[Path]:
     """A folder whose files move into ``folder`` when the block ends; with an error, none does.
 
     It lies inside ``folder``, so that the move is a rename and never leaves half a file under its final name.
+
+    Raises:
+        IsADirectoryError: a file would have the name of a directory.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
         staging = Path(name)
         yield staging
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
+        files = {path: folder / path.name for path in sorted(staging.iterdir())}
+        for file in files.values():
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a file is to be written where a directory is", str(file))
+        for path, file in files.items():
+            os.replace(path, file)
 
 
 def _has_torchao_mps() -> bool:

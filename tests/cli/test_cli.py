@@ -307,6 +307,25 @@ def test_bad_usage(arguments: list[str], said: str, tmp_path: Path, run: Run, mo
     assert names(tmp_path) == ["model.pt2"]
 
 
+@pytest.mark.parametrize("taken", ["report.json", "model.xnnpack.pte"])
+def test_a_directory_where_a_file_is_to_be_written(taken: str, tmp_path: Path, run: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    out = tmp_path / "out"
+    (out / taken).mkdir(parents=True)
+    result = run("lower", path, "-t", "xnnpack", "-o", out)
+    assert result.code == 1
+    assert str(out / taken) in result.error
+    assert ".unfinished" not in result.err
+
+
+@pytest.mark.parametrize("seed", ["99999999999999999999", "-1"])
+def test_a_seed_that_no_generator_takes(seed: str, run: Run) -> None:
+    for command in (["verify", "model.pt2", "-t", "cpu"], ["run", "model.pte"]):
+        result = run(*command, "--random-seed", seed)
+        assert result.code == 2
+        assert "Invalid value for '--random-seed'" in result.err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["lower"], ["lower", "model.pt2"], ["lower", "model.pt2", "-t", "cpu", "--stop-after", "x"], ["nothing"]],
