@@ -1,6 +1,7 @@
 """For people who add patterns: one assertion that a rule rewrites rightly, one that it misses and says why."""
 
 import copy
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,11 @@ def assert_rewrites(
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite, and look at everything that a rewrite promises.
 
-    The counts are those expected; the program given is unchanged (graph, signature, every tensor and its bytes); a
-    second rewrite changes nothing; and the outputs, with the buffers that the program writes, equal the original's.
+    The counts are those expected; the program given is unchanged (graph, signature, every tensor and its bytes); the
+    outputs, with the buffers that the program writes, equal the original's; and a second rewrite changes nothing.
+
+    The numbers are those of one set of inputs. Where the program's shapes are dynamic, ask a second time with
+    ``inputs=`` of another length than the example's: what was fixed by mistake holds for that one alone.
 
     Args:
         exported_program: the program before.
@@ -43,8 +47,11 @@ def assert_rewrites(
 
     Raises:
         AssertionError: one of these does not hold; the message says which, and has the report.
+        TypeError: ``inputs`` is no tuple.
         ValueError: there are no inputs to run on.
     """
+    if inputs is not None and not isinstance(inputs, (tuple, list)):
+        raise TypeError(f"inputs are the positional inputs as a tuple, (x,), and no {type(inputs).__name__}")
     listed = None if passes is None else list(passes)
     before = _Snapshot.of(exported_program)
     try:
@@ -54,11 +61,11 @@ def assert_rewrites(
     _same_snapshot(before, _Snapshot.of(exported_program), "the rewrite changed the program that it was given")
     if expect is None:
         assert report.counts()["rewritten"] or any(report.applied.values()), f"nothing was rewritten\n{report}"
+    args, kwargs = _inputs_for(exported_program, inputs)
+    _same_results(_run(program, args, kwargs), _run(exported_program, args, kwargs), rtol, report)
     first = _Snapshot.of(program)
     again, _ = rewrite(program, target, listed)
     _same_snapshot(first, _Snapshot.of(again), f"a second rewrite changed the program again\n{report}")
-    args, kwargs = _inputs_for(exported_program, inputs)
-    _same_results(_run(program, args, kwargs), _run(exported_program, args, kwargs), rtol, report)
     return program, report
 
 
@@ -146,7 +153,9 @@ def _bytes(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _same_snapshot(wanted: _Snapshot, got: _Snapshot, complaint: str) -> None:
-    assert got.text == wanted.text, f"{complaint}: before\n{wanted.text}\nafter\n{got.text}"
+    texts = (wanted.text.splitlines(), got.text.splitlines())
+    changed = "\n".join(difflib.unified_diff(*texts, "before", "after", n=1, lineterm=""))
+    assert got.text == wanted.text, f"{complaint}\n{changed}"
     assert list(got.tensors) == list(wanted.tensors), (
         f"{complaint}: its constants were {list(wanted.tensors)} and are {list(got.tensors)}"
     )
@@ -158,7 +167,7 @@ def _same_snapshot(wanted: _Snapshot, got: _Snapshot, complaint: str) -> None:
 
 def _inputs_for(program: ExportedProgram, inputs: tuple[Any, ...] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if inputs is not None:
-        return inputs, {}
+        return tuple(inputs), {}
     if program.example_inputs is None:
         raise ValueError("the program carries no example inputs; give inputs=")
     args, kwargs = program.example_inputs

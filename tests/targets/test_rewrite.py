@@ -188,8 +188,26 @@ def test_assert_rewrites_sees_a_pass_that_never_settles() -> None:
 
     sketch = Sketch()
     simple = sketch.program(sketch.call(aten.abs.default, sketch.input("x", 8)))
-    with pytest.raises(AssertionError, match="a second rewrite changed the program again"):
+    with pytest.raises(AssertionError, match="a second rewrite changed the program again") as error:
         assert_rewrites(simple, passes=[again], expect={"missed": 0})
+    # What changed, and not the whole of both.
+    changed = str(error.value).partition("--- before\n+++ after\n")[2].splitlines()
+    assert any(line.startswith("+    %alias_default_1 ") for line in changed)
+    assert not any("placeholder" in line for line in changed)
+
+
+def test_assert_rewrites_tells_wrong_numbers_before_it_rewrites_again() -> None:
+    def negate(module: torch.fx.GraphModule) -> None:
+        (node,) = module.graph.output_node().args[0]
+        with module.graph.inserting_after(node):
+            new = module.graph.call_function(aten.neg.default, (node,))
+        new.meta = dict(node.meta)
+        module.graph.output_node().args = ((new,),)
+
+    sketch = Sketch()
+    simple = sketch.program(sketch.call(aten.abs.default, sketch.input("x", 8)))
+    with pytest.raises(AssertionError, match="output 0 is off by"):
+        assert_rewrites(simple, passes=[negate], expect={"missed": 0}, inputs=(torch.ones(8),))
 
 
 def test_assert_rewrites_sees_a_pass_that_writes_the_weights_it_was_given() -> None:
@@ -207,6 +225,11 @@ def test_assert_rewrites_needs_inputs() -> None:
     bare._example_inputs = None
     with pytest.raises(ValueError, match="give inputs="):
         assert_rewrites(bare)
+
+
+def test_assert_rewrites_takes_its_inputs_as_a_tuple(program: ExportedProgram) -> None:
+    with pytest.raises(TypeError, match=r"inputs are the positional inputs as a tuple, \(x,\), and no Tensor"):
+        assert_rewrites(program, inputs=torch.ones(2, 64))  # type: ignore[arg-type]
 
 
 def test_assert_misses_finds_the_reason(program: ExportedProgram) -> None:
