@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
 from et_cuda_passes.graph.asking import RuleError
-from et_cuda_passes.graph.pattern import any_of, op
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
+from et_cuda_passes.graph.rule import JointRule, Keep, Rule, Unmet, require
+from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
@@ -40,8 +44,11 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
+    "DEQUANTIZE",
     "AttentionViews",
     "BmmInt4",
+    "Builder",
+    "Capture",
     "ChosenExpertsInt4",
     "ConvInt4",
     "ConvInt8",
@@ -54,6 +61,7 @@ __all__ = [
     "FusedLinearInt4",
     "GroupedMmInt4",
     "Int4Gate",
+    "Int4Kernel",
     "JointRule",
     "Keep",
     "KeepDynamicInt4",
@@ -63,8 +71,10 @@ __all__ = [
     "LinearInt4",
     "LinearInt8",
     "LinearViews",
+    "MatchContext",
     "MetalPartitioner",
     "Outcome",
+    "Pattern",
     "QuantizedEmbedding",
     "Reason",
     "Report",
@@ -72,9 +82,12 @@ __all__ = [
     "RuleError",
     "Target",
     "UnmaskedAttention",
+    "Unmet",
     "XnnpackPartitioner",
+    "affine",
     "any_of",
     "default_passes",
+    "dequantize",
     "layouts",
     "op",
     "ops",
@@ -87,9 +100,11 @@ __all__ = [
 _PARTITIONERS = {"CudaPartitioner": "cuda", "MetalPartitioner": "metal", "XnnpackPartitioner": "xnnpack"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PARTITIONERS:
-        from importlib import import_module
+if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
 
-        return getattr(import_module(f"et_cuda_passes.executorch.{_PARTITIONERS[name]}"), name)
-    raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _PARTITIONERS:
+            from importlib import import_module
+
+            return getattr(import_module(f"et_cuda_passes.executorch.{_PARTITIONERS[name]}"), name)
+        raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")

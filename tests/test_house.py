@@ -78,6 +78,16 @@ def test_importing_the_package_loads_neither_executorch_nor_a_model_loader() -> 
     assert not loaded & {"executorch", "transformers", "gguf", "accelerate", "pytest"}
 
 
+@pytest.mark.parametrize("name", ecp.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(ecp, name) is not None
+
+
+def test_a_name_that_is_not_public_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'et_cuda_passes' has no attribute 'Anything'"):
+        ecp.Anything()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=where)
 def test_a_module_is_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
