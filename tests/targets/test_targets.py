@@ -62,24 +62,12 @@ def test_what_each_target_runs() -> None:
     assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
     assert [k.name for k in get_target("cuda").int8_kernels] == ["triton"]
     assert get_target("metal").int8_kernels == ()
-    for name in ("cuda", "metal", "cpu"):
-        linears = ["linear_int4", "linear_int8", "conv_int4", "conv_int8"]
-        if name == "metal":
-            linears = ["linear_int4", "linear_int8", "conv_int4"]
-        if name == "cuda":
-            linears = ["fused_linear_int4", *linears]
-        experts = ["bmm_int4", "chosen_experts_int4", "grouped_mm_int4", "einsum_int4"]
-        assert (get_target(name).int4_experts is None) == (name == "metal")
-        tables = ["embedding_int4", "embedding_int8"]
-        epilogue = ["int4_activation", "int4_combine", "int4_gate"] if name == "cuda" else []
-        epilogue += ["unmasked_attention", "attention_views"] if name == "cuda" else []
-        assert [p.name for p in ecp.default_passes(name)] == [*linears, *experts, *tables, "linear_views", *epilogue]
-    assert get_target("cuda").int4_experts is get_target("cuda").int4_kernels[0]
-    assert get_target("cpu").int4_experts is get_target("cpu").int4_kernels[0]
+    assert get_target("metal").int4_experts is None
+    for name in ("cuda", "cpu"):
+        assert get_target(name).int4_experts is get_target(name).int4_kernels[0]
     # What a table tied to a linear is packed as.
     for name in ("cuda", "metal"):
         assert get_target(name).int4_table is get_target(name).int4_kernels[0]
-    assert [p.name for p in ecp.default_passes("xnnpack")][-2:] == ["quantized_embedding", "fold_dequantize"]
 
 
 def test_a_target_of_one_s_own_is_accepted_everywhere() -> None:
