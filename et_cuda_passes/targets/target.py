@@ -1,11 +1,12 @@
 """What a target is: data. A kernel's abilities and which passes run are stated here, never in a rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.quant.advised import Advised
 
 
@@ -18,6 +19,9 @@ class Target:
     ``int4_chosen_experts`` where a tensor chooses among them. ``int8_plain`` stands for the plain operators of
     ``int8_linear``, which hold a weight whose own operator the target's compiler has no code for. ``advised`` is what
     to quantize with in place of a form that no rule knows.
+
+    Raises:
+        ValueError: a kernel reads a layout that no operator reads.
     """
 
     name: str
@@ -30,3 +34,18 @@ class Target:
     int4_experts: Int4Kernel | None = None
     int4_chosen_experts: Int4Kernel | None = None
     advised: Advised = field(default_factory=Advised)
+
+    def __post_init__(self) -> None:
+        for kernel in self.int4_kernels:
+            _check_layout(kernel, INT4_LINEARS)
+        _check_layout(self.int4_table, INT4_EMBEDDINGS)
+        for experts in (self.int4_experts, self.int4_chosen_experts):
+            _check_layout(experts, INT4_EXPERTS)
+
+
+def _check_layout(kernel: Int4Kernel | None, known: Iterable[str]) -> None:
+    if kernel is not None and kernel.layout not in known:
+        raise ValueError(
+            f"kernel {kernel.name!r} reads the layout {kernel.layout!r}, and no operator does there; known are "
+            f"{', '.join(known)}"
+        )

@@ -80,3 +80,11 @@ def test_a_target_of_one_s_own_is_accepted_everywhere() -> None:
     _, report = ecp.rewrite(program, own, expect={"linear_int4": 1})
     assert (report.target, report.passes) == ("mine", ["linear_int4"])
     assert str(report).startswith("mine: 1 candidate")
+
+
+@pytest.mark.parametrize("where", ["int4_kernels", "int4_table", "int4_experts", "int4_chosen_experts"])
+def test_a_layout_that_nothing_reads_is_refused_where_the_target_is_made(where: str) -> None:
+    cpu = get_target("cpu")
+    odd = dataclasses.replace(cpu.int4_kernels[0], name="mine", layout="my_layout")
+    with pytest.raises(ValueError, match=r"kernel 'mine' reads the layout 'my_layout', .*; known are .*mma_tiled"):
+        dataclasses.replace(cpu, **{where: (odd,) if where == "int4_kernels" else odd})
