@@ -14,11 +14,11 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.named import named
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.quant.affine import AffineWeight, affine
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int4_weight import native_group_size, pack
+from et_cuda_passes.rules.named import named
 from et_cuda_passes.rules.packed_linear import PackedLinear
 from et_cuda_passes.rules.tilings_told import tilings_told
 

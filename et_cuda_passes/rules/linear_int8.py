@@ -14,12 +14,12 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.rule import Answer, Unmet, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
-from et_cuda_passes.kernels.named import named
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import affine, values
 from et_cuda_passes.quant.forms import is_uncompiled
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
+from et_cuda_passes.rules.named import named
 from et_cuda_passes.rules.packed_linear import PackedLinear
 from et_cuda_passes.rules.tilings_told import tilings_told
 
