@@ -23,14 +23,22 @@ from tests.experts import Experts
 from tests.quantized import Quantized
 
 Kind = Literal[
-    "linear", "matmul", "no bias", "subclass", "no_grad", "cond", "cond both", "nested", "map", "lookup", "expert",
-    "all experts", "chosen experts", "grouped experts",
+    "linear", "matmul", "no bias", "written bias", "wide bias", "gate", "subclass", "no_grad", "cond", "cond both",
+    "nested", "map", "lookup", "expert", "all experts", "both ways", "chosen experts", "grouped experts",
 ]  # fmt: skip
 # A branch is traced by dynamo, which takes longer than all the rest of a model: one kind in each draw of several.
-KINDS: list[Kind] = ["linear", "linear", "linear", "no bias", "no bias", "matmul", "subclass", "no_grad", "lookup"]
-EXPERTS: list[Kind] = ["expert", "all experts", "chosen experts", "grouped experts"]
+KINDS: list[Kind] = [
+    "linear", "linear", "linear", "no bias", "no bias", "written bias", "wide bias", "gate", "matmul", "subclass",
+    "no_grad", "lookup",
+]  # fmt: skip
+EXPERTS: list[Kind] = ["expert", "all experts", "both ways", "chosen experts", "grouped experts"]
 BRANCHES: list[Kind] = ["cond", "cond both", "nested", "map"]
-After = Literal["", "relu", "tanh", "transpose", "in place", "view", "store"]
+After = Literal[
+    "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout"
+]
+AFTER: list[After] = [
+    "", "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,8 +117,7 @@ def plans(draw: Callable[[Any], Any]) -> Plan:
     """Plans of up to three weights and three steps that read them."""
     held = tuple(draw(weights(index)) for index in range(draw(st.integers(1, 3))))
     kinds = KINDS + EXPERTS + (2 * BRANCHES if draw(st.integers(0, 14)) == 0 else [])
-    after: list[After] = ["", "", "relu", "tanh", "transpose", "in place", "view", "store"]
-    step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(after))
+    step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(AFTER))
     rank = draw(st.integers(1, 4))
     return Plan(
         # Of a width that some weight fits.
@@ -175,6 +182,8 @@ class Generated(nn.Module):
             if any(self._has(kind) for kind in EXPERTS)
             else {}
         )
+        # One scale an expert: in groups of 32 along either axis.
+        self.square = Experts(lambda w: w, (1, 32, 32), dtype=plan.dtype, shape=(STACK, 32, 32))
         quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
         for k in self._widths() if self._has("store") else ():
             self.register_buffer(f"stored{k}", torch.zeros((), dtype=plan.dtype))
@@ -209,6 +218,11 @@ class Generated(nn.Module):
             # Of other dtypes, torch exports no grouped mm.
             if str(k) not in self.stacks or (step.kind == "grouped experts" and x.dtype is not torch.bfloat16):
                 return None
+            if step.kind == "both ways":
+                if k != 32:
+                    return None
+                self.log.reads += [Read(step.kind, INT4)] * 2
+                return self.experts(step.kind, self.square(), x)
             self.log.reads.append(Read(step.kind, INT4))
             return self.experts(step.kind, self.stacks[str(k)](), x)
         fitting = [i for i, weight in enumerate(self.plan.weights) if weight.k == k]
@@ -217,7 +231,7 @@ class Generated(nn.Module):
         index = fitting[step.weight % len(fitting)]
         module: Any = self.held[index]
         kind: Kind = "linear" if step.kind == "map" and x.dim() == 1 else step.kind
-        times = {"cond both": 2, "nested": 3}.get(kind, 1)
+        times = {"cond both": 2, "nested": 3, "gate": 2}.get(kind, 1)
         self.log.reads += [Read(kind, self.plan.weights[index], vector=x.dim() == 1)] * times
         return self.use(kind, module, x, positive, large)
 
@@ -234,6 +248,17 @@ class Generated(nn.Module):
                 return x @ module.weight().t()
             case "no bias":
                 return F.linear(x, module.weight())
+            case "written bias":
+                bias = module.bias * 1
+                y = F.linear(x, module.weight(), bias)
+                bias.add_(5)
+                return y
+            case "wide bias":
+                rows = x.reshape(-1, x.shape[-1])
+                wide = torch.addmm(module.bias * rows.amax(1, keepdim=True), rows, module.weight().t())
+                return wide.reshape(*x.shape[:-1], -1)
+            case "gate":
+                return F.silu(module(x)) * F.linear(x, module.weight())
             case "no_grad":
                 with torch.no_grad():
                     return module(x)
@@ -257,6 +282,8 @@ class Generated(nn.Module):
         rows, ids = x.reshape(-1, x.shape[-1]), torch.tensor([2, 0])
         if kind == "all experts":
             return rows @ weight.mT
+        if kind == "both ways":
+            return rows @ weight.mT + rows @ weight
         if kind == "chosen experts":
             return torch.bmm(rows.expand(2, *rows.shape), weight[ids].mT)
         # What lies beyond the last offset is undefined.
@@ -274,6 +301,17 @@ class Generated(nn.Module):
             return y.transpose(0, 1) * 2
         if what == "in place":
             return y.add_(1)
+        if what in ("sum", "product and sum"):
+            other = torch.linspace(0.5, 1.5, y.shape[-1], dtype=y.dtype).expand_as(y) * 1
+            return y + other if what == "sum" else y * other + other
+        if what == "turned sum" and y.dim() > 2:
+            other = torch.linspace(0.5, 1.5, y.shape[0], dtype=y.dtype).expand(y.shape[::-1]) * 1
+            return (other.permute(*reversed(range(y.dim()))) + y).transpose(0, -1).flatten(1)
+        if what == "dropout":
+            # In eval it returns its input.
+            same = F.dropout(y, 0.1, training=False)
+            same += 1
+            return y
         if what == "view" and y.dim() > 1:
             return y.view((*y.shape[:-1], y.shape[-1] // 4, 4)).flatten(-2)
         if what == "store" and hasattr(self, f"stored{y.shape[-1]}"):

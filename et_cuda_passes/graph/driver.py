@@ -124,7 +124,8 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
         for node in sorted(starts, key=order.__getitem__):
             found = match(form.pattern, node, program.written)
             if isinstance(found, Miss):
-                for reached in filter(ledger.is_open, dict.fromkeys((node, *found.reached))):
+                places = () if found.of_a_rewrite else dict.fromkeys((node, *found.reached))
+                for reached in filter(ledger.is_open, places):
                     ledger.miss(reached, Reason(rule.name, "match", found.wanted, found.found))
                 continue
             m = MatchContext(found, program, target, form.captures)

@@ -40,6 +40,12 @@ class Miss:
     reached: tuple[Node, ...] = ()
 
     @property
+    def of_a_rewrite(self) -> bool:
+        """Whether an operator was asked for that only rewrites make: what was exported cannot have it."""
+        targets = self.pattern.targets if isinstance(self.pattern, Call) else ()
+        return bool(targets) and all(op_name(target).startswith("et_cuda_passes.") for target in targets)
+
+    @property
     def wanted(self) -> str:
         """What the pattern asked for."""
         if self.why:

@@ -1,7 +1,7 @@
 """Weights that an export left wrapped: a tensor subclass read as it is, its dequantize not yet in the graph.
 
-``run_decompositions({})`` unwraps most. torchao's ``NVFP4Tensor`` it does not (torch 2.13): the constants that its
-dequantize makes are not found again.
+``run_decompositions({})`` unwraps most. torchao's ``NVFP4Tensor`` it does not before torch 2.14: the constants that
+its dequantize makes are not found again.
 """
 
 from typing import Any

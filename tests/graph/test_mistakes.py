@@ -293,3 +293,12 @@ def test_a_pattern_rooted_behind_a_candidate_says_why_it_missed_it() -> None:
     behind = made(pattern=lambda self, x: relu(op(aten.linear.default)(op(aten.gelu.default)(x), ...)))
     _, report = ecp.rewrite(quantized(), "cpu", [behind])
     assert [str(reason) for reason in report.outcomes[0].reasons] == ["faulty wanted aten.gelu, found placeholder x"]
+
+
+def test_a_rule_for_what_others_make_says_nothing_of_what_was_exported() -> None:
+    """A weight that is doubled: the pass list has a sum of packed linears, which this never was."""
+    sketch = Sketch()
+    doubled = sketch.call(aten.mul.Tensor, sketch.weight("w"), 2)
+    _, report = ecp.rewrite(sketch.program(doubled), "cuda")
+    (reason,) = report.outcomes[0].reasons
+    assert str(reason).startswith("no pass for target cuda takes aten.mul; ")
