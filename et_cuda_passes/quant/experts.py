@@ -143,7 +143,7 @@ def stacked_columns(program: Program, node: Node) -> AffineWeight:
         return AffineValues(lambda: turned(data, experts, k, n).reshape(-1, k), table(scale), points)
 
     if whole.scale is None:  # one number for all weights, whichever way they lie
-        raise Unmet("a scale that is no tensor")
+        raise Unmet("a scale that is no tensor: quantize in blocks of (1, group size, 1)")
     block = (_rows(whole, 2), whole.block_size[1])
     return replace(whole, shape=(experts * n, k), block_size=block, read=read, stored="columns")
 
@@ -154,7 +154,8 @@ def _whole(program: Program, node: Node) -> AffineWeight:
         raise TypeError(f"{node.name} calls no operator that dequantizes")
     whole = decoder(program, node)
     if len(whole.shape) != 3:
-        raise Unmet(f"a weight of shape {list(whole.shape)}, which is no stack of experts [E, N, K]")
+        matrix = ": write a product with a matrix [N, K] as linear(x, weight)" if len(whole.shape) == 2 else ""
+        raise Unmet(f"a weight of shape {list(whole.shape)}, which is no stack of experts [E, N, K]{matrix}")
     return whole
 
 
@@ -162,5 +163,8 @@ def _rows(whole: AffineWeight, axis: int) -> int:
     """How many rows of all experts' rows share their scales; ``axis`` is that of N."""
     experts, n = whole.block_size[0], whole.block_size[axis]
     if experts != 1 and n != whole.shape[axis]:
-        raise Unmet(f"scales in blocks of {list(whole.block_size)}, which several experts share in part")
+        raise Unmet(
+            f"scales in blocks of {list(whole.block_size)}, which several experts share in part: quantize in blocks of "
+            "(1, 1, group size)"
+        )
     return experts * n

@@ -136,9 +136,15 @@ def constant(program: Program, value: Any, what: str) -> tuple[Node, Tensor]:
     tensor = program.constant(value)
     if tensor is None:
         made = op_name(called(value)) if called(value) is not None else value.op
-        raise Unmet(f"{what} comes from {made} ({value.name}), not straight from a parameter or buffer")
+        raise Unmet(
+            f"{what} comes from {made} ({value.name}), not straight from a parameter or buffer: compute it before the "
+            "export, and hold the result in a buffer"
+        )
     if program.is_written(value):
-        raise Unmet(f"{value.name}, which the program writes while it runs")
+        raise Unmet(
+            f"{value.name}, which the program writes while it runs, and which a packed weight would not follow: read a "
+            "copy that nothing writes, or leave this layer unquantized"
+        )
     return value, tensor
 
 

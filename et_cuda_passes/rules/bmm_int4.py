@@ -17,6 +17,7 @@ from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import dequantize
+from et_cuda_passes.quant.experts import number_of
 from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts
 from et_cuda_passes.rules.stack import operand
 
@@ -44,7 +45,7 @@ class BmmInt4(PackedExperts):
     @require("rows [E, M, K], or [M, K] for all experts", hint="reshape x")
     def dimensions(self, m: MatchContext) -> Answer:
         """Nothing else is broadcast."""
-        x, experts = m.val(m.x), m.val(m.weight).shape[0]
+        x, experts = m.val(m.x), m.derive(number_of, "weight")
         of_all = x.dim() == 2 and LEFT not in m.match.bindings
         fits = x.dim() == 3 and any(statically_known_true(x.shape[0] == batches) for batches in (1, experts))
         return of_all or fits, f"x {list(x.shape)} for {experts} experts"

@@ -69,6 +69,7 @@ class LinearInt4(PackedLinear):
         k = affine(m).in_features
         nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
         hint = f"the nearest that {kernel.name} has is {nearest}: quantize with PerGroup({nearest})"
+        hint = "" if k % nearest else hint
         return native_group_size(size, kernel) is not None, f"group size {size}", hint
 
     @require("in_features that the kernel's tiles divide")
@@ -86,8 +87,9 @@ class LinearInt4(PackedLinear):
         """The kernel's own dtypes, or bf16 by option."""
         kernel, dtype = self.chosen_kernel(m), m.val(m.x).dtype
         hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
-        if not self.cast_to_bf16:
-            hint += ", or opt into bf16 arithmetic with LinearInt4(cast_to_bf16=True)"
+        if not self.cast_to_bf16 and answers.four_bits(affine(m))[0]:
+            mine = f"{type(self).__name__}(cast_to_bf16=True)"
+            hint += f", or opt into bf16 arithmetic with {mine} in place of the default's {self.name}"
         return self.compute_dtype(m) is not None, answers.dtype_names([dtype]), hint
 
     @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")

@@ -53,6 +53,18 @@ class LinearInt8(PackedLinear):
             raise Unmet(f"target {m.target.name}, which has no int8 kernel")
         return chosen
 
+    @require("a target with an int8 kernel")
+    def has_kernel(self, m: MatchContext) -> Answer:
+        """Metal has none; what its int4 kernel takes is the nearest."""
+        try:
+            self.chosen_kernel(m)
+        except Unmet as unmet:
+            k, narrower = affine(m).in_features, m.target.int4_kernels
+            whole = any(k % kernel.in_multiple == 0 for kernel in narrower)
+            advised = f"quantize with {m.target.advised.eight_bits}"
+            return False, str(unmet), advised if whole else "leave this layer unquantized"
+        return True, ""
+
     @require("a weight of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
     def eight_bits(self, m: MatchContext) -> Answer:
         """The range fits -128..127 once shifted."""
@@ -68,9 +80,10 @@ class LinearInt8(PackedLinear):
             has = f"{kernel.name} has {', '.join(map(str, kernel.group_sizes))} and their multiples"
             # One that divides K too, if there is any.
             nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
-            hint = f"{has}: quantize with PerGroup({nearest})"
+            hint = has if k % nearest else f"{has}: quantize with PerGroup({nearest})"
         else:
-            hint = f"{kernel.name} has one scale a row: quantize with PerAxis(0), or in groups with torch.int4"
+            hint = f"{kernel.name} has one scale a row: quantize with PerAxis(0)"
+            hint += ", or in groups with torch.int4" if weight.bits > 4 else ""
         return kernel.native_group_size(size, weight.in_features) is not None, f"group size {size}", hint
 
     @require("in_features that the kernel's tiles divide")

@@ -8,10 +8,8 @@ from et_cuda_passes.quant.affine import affine, has_data
 class NeedsValues(Rule):
     """A rule over a dequantized weight that its pattern calls ``weight``."""
 
-    @require(
-        "a constant weight that holds data",
-        hint="export with real weights, not on the meta device or under FakeTensorMode",
-    )
+    @require("a constant weight that holds data")
     def data(self, m: MatchContext) -> Answer:
         """Values are needed at compile time."""
-        return has_data(m.program, affine(m)), "meta or fake tensors"
+        hint = "export with real weights, not on the meta device or under FakeTensorMode"
+        return has_data(m.program, affine(m)), "meta or fake tensors", hint

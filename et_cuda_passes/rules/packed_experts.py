@@ -70,9 +70,7 @@ class PackedExperts(NeedsValues):
         """Metal has none."""
         return self.form(m) is not None, f"target {m.target.name}, which has none"
 
-    @require(
-        "weights [E, N, K] of experts, quantized in groups along K", hint="quantize in blocks of (1, 1, group size)"
-    )
+    @require("weights [E, N, K] of experts, quantized in groups along K")
     def groups(self, m: MatchContext) -> Answer:
         """One scale for each row and group."""
         weight = self.weights(m)

@@ -39,6 +39,11 @@ class PointwiseConv(PackedLinear):
         """A convolution, its weight dequantized."""
         return _convolution(self.activation(x), dequantize(..., name="weight", shared=True), bias, ...)
 
+    @require("a weight [N, K] quantized in groups along K")
+    def groups(self, m: MatchContext) -> Answer:
+        """Only kernels of size 1 make a matrix, whatever granularity is asked for."""
+        return super().groups(m)
+
     @require("kernels of size 1", hint="larger kernels have no quantized form: leave this layer unquantized")
     def kernel_size(self, m: MatchContext) -> Answer:
         """What makes it a linear."""
