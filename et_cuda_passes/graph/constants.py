@@ -1,7 +1,7 @@
 """Constants across methods: packed once from the same sources, and named after the weight they come from."""
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
@@ -15,11 +15,12 @@ class NameTaken(Mistake):
 class ConstantPool:
     """Packed constants by source and layout, so that what methods share is packed and stored once.
 
-    The sources are held alive: a freed tensor's address could come back as another tensor's.
+    The sources are held alive: a freed tensor's address could come back as another tensor's. What is written to them
+    between two rewrites is packed anew.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...], list[int]]] = {}
         self._names: set[str] = set()
 
     def get(
@@ -39,16 +40,21 @@ class ConstantPool:
                 "constants: those of a quantized weight are affine(m).sources"
             )
         key = (tuple(map(identity, held)), layout)
-        if key not in self._entries:
+        if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._names)
             made: object = make()
             if not isinstance(made, torch.Tensor):
                 raise TypeError(f"what was to make {fqn} returned {made!r}, which is no tensor")
             self._names.add(name)
-            self._entries[key] = (name, made, held)
-        name, tensor, _ = self._entries[key]
+            self._entries[key] = (name, made, held, _versions(held))
+        name, tensor, *_ = self._entries[key]
         return name, tensor
+
+
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """How often the memory of each was written in place; an inference tensor's is not counted."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def identity(tensor: torch.Tensor) -> Hashable:

@@ -240,6 +240,24 @@ def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
     assert not torch.equal(one.module()(x), two.module()(x))
 
 
+def test_a_weight_that_was_changed_between_two_rewrites_is_packed_anew() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    program, pool = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))), ConstantPool()
+    rows = torch.randn(2, 64, dtype=torch.bfloat16)
+    first, _ = ecp.rewrite(program, "cuda", pool=pool)
+    before = first.module()(rows)
+    program.state_dict["w.scale"].mul_(2)
+    again, _ = ecp.rewrite(program, "cuda", pool=pool)
+    assert torch.equal(again.module()(rows), before * 2)
+    assert torch.equal(first.module()(rows), before)
+    assert set(again.state_dict) == {"w.data.packed", "w.data.scale_and_zero_2"}
+    with torch.inference_mode():
+        program.state_dict["w.scale"] = program.state_dict["w.scale"].clone()
+        third, _ = ecp.rewrite(program, "cuda", pool=pool)
+    assert torch.equal(third.module()(rows), before * 2)
+
+
 # Outputs and buffers -----------------------------------------------------------------------------------------------
 
 
