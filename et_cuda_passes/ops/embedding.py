@@ -1,8 +1,8 @@
 """Rows of a quantized table, dequantized after they are looked up: only those that are asked for.
 
-- ``int4_embedding_<layout>(ids, packed, scale_and_zero, group_size, in_features, dtype)``: rows of
+- ``int4_embedding_<layout>(ids, packed, scale_and_zero, group_size, in_features, dtype, rows)``: rows of
   ``(q - 8) * scale + zero`` (metal: ``q * scale + zero``), read from the packed weight of an int4 linear: a table tied
-  to one is held once;
+  to one is held once; ``rows`` is how many it has where some of the packed ones are padding;
 - ``int8_embedding(ids, packed, scale, zero, group_size, dtype)``: rows of ``packed * scale + zero``, with the
   constants of ``int8_linear``.
 
@@ -20,7 +20,8 @@ from torch._inductor.decomposition import register_decomposition
 from et_cuda_passes.ops.int4_linear import NAMESPACE
 
 _INT4 = (
-    "(Tensor ids, Tensor packed, Tensor scale_and_zero, int group_size, int in_features, ScalarType dtype) -> Tensor"
+    "(Tensor ids, Tensor packed, Tensor scale_and_zero, int group_size, int in_features, ScalarType dtype, "
+    "int? rows=None) -> Tensor"
 )
 _INT8 = "(Tensor ids, Tensor packed, Tensor scale, Tensor? zero, int group_size, ScalarType dtype) -> Tensor"
 
@@ -91,19 +92,35 @@ def _define(
 def _int4(layout: str) -> torch._ops.OpOverload:
     name, rows_of = f"int4_embedding_{layout}", _ROWS[layout]
 
-    def compute(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
-        scale, zero = _pairs(layout, ids, qparams, k // group_size)
+    def compute(
+        ids: Tensor,
+        packed: Tensor,
+        qparams: Tensor,
+        group_size: int,
+        k: int,
+        dtype: torch.dtype,
+        rows: int | None = None,
+    ) -> Tensor:
+        scale, zero = _pairs(layout, ids, qparams[:, :rows], k // group_size)
         # Metal's zero is that of q * scale + zero.
         q = rows_of(ids, packed)[..., :k].float() - (0 if layout == "metal" else 8)
         row: Tensor = q.unflatten(-1, (-1, group_size)) * scale + zero
         return row.flatten(-2).to(dtype)
 
-    def fake(ids: Tensor, packed: Tensor, qparams: Tensor, group_size: int, k: int, dtype: torch.dtype) -> Tensor:
-        weights, rows = packed.numel() * packed.element_size() * 2, qparams.shape[1]
+    def fake(
+        ids: Tensor,
+        packed: Tensor,
+        qparams: Tensor,
+        group_size: int,
+        k: int,
+        dtype: torch.dtype,
+        rows: int | None = None,
+    ) -> Tensor:
+        weights, there = packed.numel() * packed.element_size() * 2, qparams.shape[1]
         if layout == "mma_tiled":
-            fits = weights == rows * -(-k // 64) * 64 and qparams.shape[2] * group_size >= k
+            fits = weights == there * -(-k // 64) * 64 and qparams.shape[2] * group_size >= k
         else:
-            fits = weights == rows * k and qparams.shape[2 if layout == "metal" else 0] * group_size == k
+            fits = weights == there * k and qparams.shape[2 if layout == "metal" else 0] * group_size == k
         if not fits:
             raise ValueError(
                 f"{name}: {weights} packed weights, scale_and_zero {tuple(qparams.shape)}, group_size {group_size} and "

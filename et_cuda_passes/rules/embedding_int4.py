@@ -72,4 +72,7 @@ class EmbeddingInt4(PackedTable):
         weight, form, dtype = affine(m), self.table(m), m.val(m.root).dtype
         packed, qparams = pack(b, [weight], form, form.scale_dtype or dtype)
         group_size = native_group_size(weight.group_size, form)
-        return b.call(INT4_EMBEDDINGS[form.layout], m.ids, packed, qparams, group_size, weight.in_features, dtype)
+        # Said where there is padding behind them, which an id may not name.
+        rows = [weight.out_features] if weight.out_features % form.out_multiple else []
+        operator = INT4_EMBEDDINGS[form.layout]
+        return b.call(operator, m.ids, packed, qparams, group_size, weight.in_features, dtype, *rows)

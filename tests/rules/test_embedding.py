@@ -166,6 +166,17 @@ def test_every_layout_is_read_alike(layout: str, k: int) -> None:
         INT4_EMBEDDINGS[layout](ids, *constants, 32, k + 64, torch.bfloat16)
 
 
+@pytest.mark.parametrize("layout", INT4_EMBEDDINGS)
+@pytest.mark.parametrize("beyond", [33, 35])
+def test_an_id_that_is_no_row_s_is_an_error_though_the_table_is_padded(layout: str, beyond: int) -> None:
+    model, last = Quantized(33, 64, form=look_up), torch.tensor([[32]])
+    program, _ = ecp.rewrite(exported(model, last), held_as(layout), expect={"embedding_int4": 1})
+    assert program.module()(last).shape == (1, 1, 64)
+    for table in (model, program.module()):
+        with pytest.raises(IndexError):
+            table(last - 32 + beyond)
+
+
 @pytest.mark.parametrize("zeros", [False, True])
 def test_registration_of_int8(zeros: bool) -> None:
     packed, scale = torch.randint(-128, 128, (9, 64), dtype=torch.int8), torch.rand(9, 2)
