@@ -123,9 +123,11 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
     made_for = record.get("target") or (next(iter(packed_for(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
+        # For none, where two targets' rewrites stand in one program.
+        made, instead = (f" for target {made_for}", f", or --target {made_for}") if made_for else ("", "")
         raise ModelError(
-            f"{path} is {what} for target {made_for}, which target {target.name} does not run: give the program as it "
-            f"was before, or --target {made_for}"
+            f"{path} is {what}{made}, which target {target.name} does not run: give the program as it was before"
+            f"{instead}"
         )
     here = torch.backends.cpu.get_cpu_capability()
     if model.packed["cpu"] and record.get("cpu_capability", here) != here:

@@ -19,6 +19,7 @@ from et_cuda_passes.executorch import lower as module
 from et_cuda_passes.executorch.lower import lower, missing, staged
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.targets.packed import packed_layouts
+from tests.helpers import Sketch
 from tests.saved import save
 
 
@@ -173,3 +174,16 @@ def test_lower_for_cuda(tmp_path: Path) -> None:
     assert b"CudaBackend" in files[1].read_bytes()
     for fqn in ("up.weight", "down.weight"):
         assert f"{fqn}.packed".encode() in files[0].read_bytes()
+
+
+def test_what_two_targets_packed_is_for_none(tmp_path: Path) -> None:
+    aten, sketch = torch.ops.aten, Sketch()
+    weight, table = sketch.weight("weight", n=64), sketch.weight("table", n=64)
+    x, ids = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("ids", 3, dtype=torch.int64)
+    y = sketch.call(aten.linear.default, x, weight)
+    program = sketch.program(y, sketch.call(aten.embedding.default, table, ids))
+    linear, _ = ecp.rewrite(program, "cpu", [ecp.LinearInt4()])
+    both, _ = ecp.rewrite(linear, "cuda", [ecp.EmbeddingInt4()])
+    torch.export.save(both, tmp_path / "both.pt2")
+    with pytest.raises(ModelError, match=r"is packed \(cpu\), which target cuda does not run: .* as it was before$"):
+        load_model(tmp_path / "both.pt2", "cuda")
