@@ -169,6 +169,6 @@ class PackedExperts(NeedsValues):
             return y
         y = self.swapped(b, y)
         # Contiguous, as a product's result is; of one row it is so already.
-        if b.program.is_edge or m.val(y).shape[2] == 1:
+        if b.program.is_edge or statically_known_true(m.val(y).shape[2] == 1):
             return y
         return b.call(aten.clone.default, y, memory_format=torch.contiguous_format)

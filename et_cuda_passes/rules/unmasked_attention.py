@@ -88,9 +88,11 @@ class UnmaskedAttention(Rule):
         given = arguments(m.root)
         if self.kernel != "triton" or given["dropout_p"] or not q.dim() == k.dim() == v.dim() == 4:
             return False
-        if not q.dtype == k.dtype == v.dtype or q.dtype not in ATTENTION_DTYPES or q.shape[3] not in HEAD_DIMS:
+        if not q.dtype == k.dtype == v.dtype or q.dtype not in ATTENTION_DTYPES:
             return False
-        heads, kv_heads = q.shape[1], k.shape[1]
+        heads, kv_heads, features = q.shape[1], k.shape[1], q.shape[3]
+        if not isinstance(features, int) or features not in HEAD_DIMS:
+            return False
         if not isinstance(heads, int) or not isinstance(kv_heads, int) or kv_heads == 0:
             return False
         shared = heads == kv_heads or (given["enable_gqa"] and heads % kv_heads == 0)

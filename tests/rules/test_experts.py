@@ -380,3 +380,9 @@ def test_values_that_cannot_be_packed_are_missed() -> None:
 
     assert_misses(broken(infinite), "found 2 that are NaN or infinite; quantize the weight again", rule="bmm_int4")
     assert_misses(broken(outside), "found integers -8..8 for a range of -8..7", rule="bmm_int4")
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu"])
+def test_rows_that_are_data_beside_weights_on_the_left(target: str) -> None:
+    model = Experts(lambda weight, x: torch.bmm(weight, x[:, (x[0, :, 0] > 0).nonzero().squeeze(1)].mT))
+    assert_rewrites(export(model, floats(E, 5, K)), target, expect={"bmm_int4": 1, "missed": 0})

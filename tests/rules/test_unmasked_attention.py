@@ -56,6 +56,15 @@ def test_the_mask_covers_rows_and_keys_and_changes_no_number(options: dict[str, 
     assert str(again.graph) == str(program.graph)
 
 
+def test_a_head_dimension_that_is_not_known_is_left_alone() -> None:
+    features = {3: Dim("features", min=2, max=64)}
+    inputs = tuple(t.bfloat16() for t in qkv())
+    program = torch.export.export(Attention(), inputs, dynamic_shapes=dict.fromkeys("qkv", features))
+    for passes in (PASSES, [ecp.UnmaskedAttention()]):
+        rewritten, report = ecp.rewrite(program, "cuda", passes)
+        assert not report.applied and str(rewritten.graph) == str(program.graph)
+
+
 def test_lengths_that_are_not_known_and_the_edge_dialect() -> None:
     length, keys = Dim("length", min=2, max=512), Dim("keys", min=2, max=512)
     shapes = {"q": {2: length}, "k": {2: keys}, "v": {2: keys}}
