@@ -22,7 +22,7 @@ from et_cuda_passes.graph.rule import Answer, JointRule, require
 from et_cuda_passes.quant.affine import affine
 from et_cuda_passes.quant.dynamic import decode_dynamic
 from et_cuda_passes.rules.int4_activation import ACTIVATIONS
-from et_cuda_passes.rules.int4_combine import COMBINED
+from et_cuda_passes.rules.int4_combine import COMBINED, combinable
 from et_cuda_passes.rules.int4_weight import offset
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.packed_linear import is_vector
@@ -130,7 +130,7 @@ def _epilogue(m: MatchContext) -> Node | None:
             return user
         if called(user) in COMBINED:
             others = [other for other in user.all_input_nodes if other is not node]
-            return user if others and m.val(others[0]).shape == m.val(node).shape else None
+            return user if others and combinable(others[0], m.val(node)) else None
         if called(user) is not aten.view.default:
             return None
         node = user

@@ -21,6 +21,14 @@ aten = torch.ops.aten
 COMBINED = _ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
 
 
+def combinable(other: Any, result: torch.Tensor) -> bool:
+    """Whether ``other`` is a node of a tensor like ``result``, so that nothing is broadcast or promoted."""
+    value = other.meta.get("val") if isinstance(other, Node) else None
+    if not isinstance(value, torch.Tensor) or value.dtype is not result.dtype or value.dim() != result.dim():
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(value.shape, result.shape, strict=True))
+
+
 @dataclass(frozen=True)
 class Int4Combine(Rule):
     """other + int4_linear(x) -> int4_linear(x, addend=other), and the same for a product"""
@@ -35,14 +43,12 @@ class Int4Combine(Rule):
     @require("a tensor of the same shape and dtype")
     def alike(self, m: MatchContext) -> Answer:
         """Nothing is broadcast or promoted."""
-        value: Any = m.val(m.other) if isinstance(m.other, Node) else None
-        if not isinstance(value, torch.Tensor):
-            return False, str(m.other)
-        result: Any = m.val(m.linear)
-        same = value.dtype is result.dtype and len(value.shape) == len(result.shape)
-        pairs = zip(value.shape, result.shape, strict=True) if same else ()
-        alike = same and all(statically_known_true(a == b) for a, b in pairs)
-        return alike, f"{value.dtype} {list(value.shape)} beside {result.dtype} {list(result.shape)}"
+        result = m.val(m.linear)
+        if combinable(m.other, result):
+            return True, ""
+        value = m.other.meta.get("val") if isinstance(m.other, Node) else m.other
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+        return False, f"{found} beside {result.dtype} {list(result.shape)}"
 
     @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
     def free(self, m: MatchContext) -> Answer:

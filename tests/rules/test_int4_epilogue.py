@@ -16,6 +16,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.int4_activation import Int4Activation, epilogue_of
 from et_cuda_passes.rules.int4_combine import Int4Combine
+from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import DEQUANTIZE, apply, names
 from tests.quantized import Quantized
 
@@ -134,6 +135,45 @@ def test_the_edge_dialect_too() -> None:
         assert set(epilogue_of(node)) == wanted
         got, reference = program.module()(X), exported(use).module()(X)
         assert (got - reference).norm() <= 2**-6 * reference.norm()
+
+
+def test_a_dynamic_number_is_no_tensor_that_a_kernel_takes() -> None:
+    rows = torch.export.Dim("rows", min=2, max=64)
+    for use in (lambda net, x: net.a(x) * x.shape[0], lambda net, x: F.silu(net.a(x)) + x.shape[0]):
+        program = torch.export.export(Net(use), (X,), dynamic_shapes=({0: rows},))
+        rewritten, _ = assert_rewrites(program, "cuda", expect={"linear_int4": 1, "missed": 0})
+        assert not any({"factor", "addend"} & given.keys() for given in epilogues(rewritten))
+
+
+def test_a_number_that_is_data_is_none_either() -> None:
+    class Scaled(Net):
+        def forward(self, x: Tensor, by: Tensor) -> Any:  # type: ignore[override]
+            return self.a(x) * by.item()
+
+    program = torch.export.export(Scaled(lambda net, x: x), (X, torch.tensor(3)))
+    assert_rewrites(program, "cuda", expect={"linear_int4": 1, "missed": 0})
+
+
+@pytest.mark.parametrize(
+    ("use", "wanted"),
+    [
+        (lambda y, rows: y + rows[:1], set()),
+        (lambda y, rows: y * rows[0], set()),
+        (lambda y, rows: y[:, None] + rows[:1, None], set()),
+        (lambda y, rows: y + rows, {"addend"}),
+        (lambda y, rows: F.silu(y) * rows, {"activation", "factor"}),
+    ],
+)
+def test_rows_that_are_data(use: Any, wanted: set[str]) -> None:
+    """How many is not even assumed; what is broadcast to them is left, and what is of as many is taken."""
+
+    def chosen(net: Any, x: Tensor) -> Tensor:
+        some = x[(x[:, 0] < 1).nonzero().squeeze(1)]
+        result: Tensor = use(net.a(some), x[:1] if wanted == set() else some)
+        return result
+
+    program, _ = assert_rewrites(exported(chosen), "cuda", expect={"linear_int4": 1, "missed": 0})
+    assert [set(given) for given in epilogues(program)] == [wanted]
 
 
 # What stays as it is -------------------------------------------------------------------------------------------------
