@@ -17,6 +17,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ops import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Answer, Rule, Unmet, require
 from et_cuda_passes.rules.int4_activation import LINEAR
 from et_cuda_passes.rules.tilings_told import tilings_told
@@ -70,15 +71,19 @@ class Int4Gate(Rule):
         shapes = [list(m.val(one["scale_and_zero"]).shape) for one in (gate, up)]
         return same and up["out_features"] % 8 == 0, f"scale_and_zero {shapes[0]} and {shapes[1]}"
 
-    @require("constants that nothing else reads; two biases or none")
+    @require("constants that nothing else reads or writes; two biases or none")
     def own_constants(self, m: MatchContext) -> Answer:
         """They are put together at compile time, and would be there twice."""
         both = _both(m)
         if (both[0]["bias"] is None) != (both[1]["bias"] is None):
             return False, "one bias"
         nodes = [one[name] for one in both for name in _CONSTANTS if one[name] is not None]
-        others = [node.name for node in nodes if m.program.constant(node) is None or len(node.users) != 1]
+        others = [node.name for node in nodes if not self._is_own(m.program, node)]
         return not others, ", ".join(others)
+
+    @staticmethod
+    def _is_own(program: Program, node: Node) -> bool:
+        return program.constant(node) is not None and len(node.users) == 1 and not program.is_written(node)
 
     def takes(self, m: MatchContext) -> Sequence[Node]:
         """The linear that is a factor."""

@@ -1,5 +1,6 @@
 """Int4Gate: a gated layer as one product: what is taken and what is not, the numbers, and the constants."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -163,3 +164,54 @@ def test_what_follows_a_gated_layer_in_a_later_rewrite_keeps_the_gate(use: Calla
     for program in (once, twice):
         assert [linear["gated"] for linear in linears(program)] == [True]
         assert (program.module()(X).double() - wanted).norm() <= 2**-6 * wanted.norm()
+
+
+class Biased(nn.Module):
+    """A gated layer [48, 64] behind which ``update`` writes its biases, or the table whose rows they are."""
+
+    def __init__(self, update: Callable[[Any, Tensor], Any] = lambda net, x: None, shared: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = (Quantized(48, 64, seed=seed) for seed in (1, 2))
+        self.register_buffer("table", torch.randn(2, 48, generator=torch.Generator().manual_seed(3)).bfloat16())
+        for name, row in zip(("first", "second"), self.table, strict=True):
+            self.register_buffer(name, row if shared else row.clone())
+        self.update = update
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(F.linear(x, self.a.weight(), self.first)) * F.linear(x, self.b.weight(), self.second)
+        self.update(self, x)
+        return y
+
+
+def assert_not_baked_in(program: ExportedProgram) -> None:
+    after, report = ecp.rewrite(program, "cuda", PASSES, {"linear_int4": 2})
+    assert "int4_gate" not in report.applied
+    runs = [copy.deepcopy(one.module()) for one in (after, program)]
+    for _ in range(3):
+        got, wanted = (run(X).double() for run in runs)
+        assert (got - wanted).norm() <= 2**-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("decompose", [False, True])
+@pytest.mark.parametrize("update", [lambda net, x: net.first.copy_(x[0, :48] * 3), lambda net, x: net.second.add_(1)])
+def test_a_bias_that_changes_is_read_in_every_run(update: Callable[[Any, Tensor], Any], decompose: bool) -> None:
+    program = torch.export.export(Biased(update), (X,))
+    assert_not_baked_in(program.run_decompositions({}) if decompose else program)
+
+
+def test_biases_that_are_views_of_what_changes_are_read_in_every_run() -> None:
+    assert_not_baked_in(torch.export.export(Biased(lambda net, x: net.table.mul_(2), shared=True), (X,)))
+
+
+@pytest.mark.parametrize("bias", [lambda b: b[None], lambda b: b[:1], lambda b: b.repeat(3, 1)])
+def test_biases_that_are_no_vectors_stand_between(bias: Callable[[Tensor], Tensor]) -> None:
+    class Added(Biased):
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = (
+                torch.addmm(bias(b), x, layer.weight().t())
+                for layer, b in ((self.a, self.first), (self.b, self.second))
+            )
+            return F.silu(gate) * up
+
+    program = gated(torch.export.export(Added(), (X,)))
+    assert not any(linear["gated"] for linear in linears(program))
