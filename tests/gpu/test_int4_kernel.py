@@ -140,6 +140,20 @@ def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_by_all_threads() 
     torch.testing.assert_close(LINEAR(x, *weight), LINEAR(x.clone(), *weight), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("m", [1, 300])
+def test_a_bias_of_any_strides(m: int) -> None:
+    n, k = 96, 512
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    packed = mma_tiled.pack(q).cuda()
+    qparams = mma_tiled.scale_and_zero(torch.rand(n, k // 32), torch.zeros(n, k // 32), torch.bfloat16, k).cuda()
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    table = torch.randn(2 * n, 3, device="cuda", dtype=torch.bfloat16)
+    for bias in (table[::2, 1], table[:n, 0], table[0, :1].expand(n)):
+        y = LINEAR(x, packed, qparams, bias, 32, n)
+        assert torch.equal(y, LINEAR(x, packed, qparams, bias.clone(memory_format=torch.contiguous_format), 32, n))
+        assert not torch.equal(y, LINEAR(x, packed, qparams, None, 32, n))
+
+
 @pytest.mark.parametrize("m", [1, 5, 64, 300])
 def test_it_computes_what_tinygemm_computes(m: int) -> None:
     n, k, group = 1024, 2048, 64
