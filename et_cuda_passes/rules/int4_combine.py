@@ -1,9 +1,5 @@
-"""other + int4_linear(x) -> int4_linear(x, addend=other), and the same for a product
+"""What the two rules have in common that make a product or a sum with an int4 linear a part of it."""
 
-A residual connection, or the product of a gated layer, computed by the kernel on its sums before it rounds them.
-"""
-
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,13 +8,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
 
-aten = torch.ops.aten
-COMBINED = _ADD, _MUL = aten.add.Tensor, aten.mul.Tensor
+COMBINED = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 
 
 def combinable(other: Any, result: torch.Tensor) -> bool:
@@ -29,21 +23,25 @@ def combinable(other: Any, result: torch.Tensor) -> bool:
     return all(statically_known_true(a == b) for a, b in zip(value.shape, result.shape, strict=True))
 
 
-@dataclass(frozen=True)
 class Int4Combine(Rule):
-    """other + int4_linear(x) -> int4_linear(x, addend=other), and the same for a product"""
+    """operator(other, int4_linear(x)) -> int4_linear(x, argument=other)"""
 
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
+    operator: ClassVar[Any]
+    """What combines the two, in either order."""
+    argument: ClassVar[str]
+    """What the linear calls the other one."""
 
     def pattern(self, x: Capture, other: Capture) -> Pattern:
-        """A sum, with alpha=1, or a product with an int4 linear that nothing else reads."""
+        """With an int4 linear that nothing else reads; a sum has alpha=1."""
         linear = op(LINEAR)(x, ..., name="linear")
-        return any_of(op(_ADD, _MUL)(other, linear), op(_ADD, _MUL)(linear, other))
+        return any_of(op(self.operator)(other, linear), op(self.operator)(linear, other))
 
     @require("a tensor of the same shape and dtype")
     def alike(self, m: MatchContext) -> Answer:
         """Nothing is broadcast or promoted."""
         result = m.val(m.linear)
+        if m.other is m.linear:
+            return False, "the linear itself"
         if combinable(m.other, result):
             return True, ""
         value = m.other.meta.get("val") if isinstance(m.other, Node) else m.other
@@ -54,13 +52,11 @@ class Int4Combine(Rule):
     def free(self, m: MatchContext) -> Answer:
         """The order is activation, product, sum."""
         given = epilogue_of(m.linear)
-        taken = {"addend"} if called(m.root) is _ADD else {"addend", "factor"}
-        return not taken & given.keys(), ", ".join(given)
+        return not {"addend", self.argument} & given.keys(), ", ".join(given)
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """The linear again, with the other tensor."""
-        given = epilogue_of(m.linear)
-        given["addend" if called(m.root) is _ADD else "factor"] = m.other
+        given = {**epilogue_of(m.linear), self.argument: m.other}
         tail = [given.get("activation", ""), given.get("factor"), given.get("addend")]
         if "gated" in given:
             tail.append(given["gated"])

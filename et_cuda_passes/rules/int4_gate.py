@@ -5,9 +5,8 @@ weights take turns, eight of one and eight of the other, in which order a thread
 row of each side by side.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.ops import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Answer, Rule, Unmet, require
-from et_cuda_passes.rules.int4_activation import LINEAR
+from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
 from et_cuda_passes.rules.tilings_told import tilings_told
 
+aten = torch.ops.aten
 _CONSTANTS = ("packed", "scale_and_zero", "bias")
 
 
@@ -35,37 +35,31 @@ def interleaved(gate: Tensor, up: Tensor, dim: int) -> Tensor:
 class Int4Gate(Rule):
     """activation(int4_linear(x, gate)) * int4_linear(x, up) -> int4_linear(x, gate and up, activation, gated)
 
-    It matches what ``Int4Activation`` and ``Int4Combine`` make of such a layer.
+    It matches what ``Int4Activation`` leaves of such a layer.
     """
 
-    after: ClassVar[tuple[str, ...]] = ("int4_combine",)
+    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
 
     def pattern(self, x: Capture) -> Pattern:
-        """An int4 linear, whatever it does after its product."""
-        return op(LINEAR)(x, ...)
+        """A product of two int4 linears of one input, which nothing else reads."""
+        return op(aten.mul.Tensor)(op(LINEAR)(x, ..., name="first"), op(LINEAR)(x, ..., name="second"))
 
-    @require("a factor that is an int4 linear of the same input, which nothing else reads")
-    def factor_of_x(self, m: MatchContext) -> Answer:
-        """Anything else stays a factor."""
-        root = arguments(m.root)
-        other = root["factor"]
-        if not isinstance(other, Node) or called(other) is not LINEAR:
-            return False, getattr(other, "name", "none")
-        return arguments(other)["x"] is m.x and len(other.users) == 1 and root["addend"] is not other, other.name
+    @require("two linears")
+    def two(self, m: MatchContext) -> Answer:
+        """The square of one would be computed twice."""
+        return m.first is not m.second, m.first.name
 
-    @require("one activation at most, and nothing behind the product of the factor")
+    @require("one activation at most, and nothing else behind the two products")
     def plain(self, m: MatchContext) -> Answer:
         """What the kernel computes is activation(gate) * up."""
-        gate, up = _both(m)
-        other = arguments(arguments(m.root)["factor"])
-        found = [name for name in ("factor", "addend") if other[name]]
-        found += ["gated"] * (gate["gated"] or up["gated"]) + [up["activation"]] * bool(up["activation"])
-        return not found, ", ".join(found)
+        gate, up = (epilogue_of(node) for node in _both(m))
+        found = [*(gate.keys() - {"activation"}), *up]
+        return not found, ", ".join(sorted(found))
 
     @require("weights of one form, out_features a multiple of 8")
     def alike(self, m: MatchContext) -> Answer:
         """The rows of one weight stand between those of the other."""
-        gate, up = _both(m)
+        gate, up = map(arguments, _both(m))
         same = all(gate[name] == up[name] for name in ("group_size", "out_features"))
         same &= all(m.val(gate[name]).shape == m.val(up[name]).shape for name in ("packed", "scale_and_zero"))
         shapes = [list(m.val(one["scale_and_zero"]).shape) for one in (gate, up)]
@@ -74,7 +68,7 @@ class Int4Gate(Rule):
     @require("constants that nothing else reads or writes; two biases or none")
     def own_constants(self, m: MatchContext) -> Answer:
         """They are put together at compile time, and would be there twice."""
-        both = _both(m)
+        both = [arguments(node) for node in _both(m)]
         if (both[0]["bias"] is None) != (both[1]["bias"] is None):
             return False, "one bias"
         nodes = [one[name] for one in both for name in _CONSTANTS if one[name] is not None]
@@ -85,35 +79,28 @@ class Int4Gate(Rule):
     def _is_own(program: Program, node: Node) -> bool:
         return program.constant(node) is not None and len(node.users) == 1 and not program.is_written(node)
 
-    def takes(self, m: MatchContext) -> Sequence[Node]:
-        """The linear that is a factor."""
-        return (arguments(m.root)["factor"],)
-
     def detail(self, m: MatchContext) -> str:
         """The same of every gate and of what it is multiplied by."""
         return "gated, 2 in one"
 
     def explain(self, *ms: MatchContext) -> str:
         """Which tilings the Triton kernel has for the rows of both weights together."""
-        x, root = ms[0].val(ms[0].x), arguments(ms[0].root)
-        told = tilings_told(x, 2 * root["out_features"], x.shape[-1], root["group_size"])
+        x, gate = ms[0].val(ms[0].x), arguments(ms[0].first)
+        told = tilings_told(x, 2 * gate["out_features"], x.shape[-1], gate["group_size"])
         return f"gate and up in one product: {told}"
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
         """One linear of both weights."""
-        gate, up = _both(m)
+        gate, up = map(arguments, _both(m))
         made = [_constant(b, name, gate[name], up[name]) for name in _CONSTANTS]
-        rest = (up["group_size"], up["out_features"], gate["activation"], None, arguments(m.root)["addend"], True)
+        rest = (up["group_size"], up["out_features"], gate["activation"], None, None, True)
         return b.call(LINEAR, m.x, *made, *rest)
 
 
-def _both(m: MatchContext) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The arguments of the gate, which is the one with an activation, and of the linear that it is multiplied by."""
-    root = arguments(m.root)
-    other = root["factor"]
-    if not isinstance(other, Node) or called(other) is not LINEAR:
-        raise Unmet("no linear")
-    return (root, arguments(other)) if root["activation"] else (arguments(other), root)
+def _both(m: MatchContext) -> tuple[Node, Node]:
+    """The gate, which is the one with an activation, and the linear that it is multiplied by."""
+    first, second = m.first, m.second
+    return (second, first) if "activation" in epilogue_of(second) else (first, second)
 
 
 def _constant(b: Builder, name: str, gate: Node | None, up: Node | None) -> Node | None:

@@ -15,8 +15,9 @@ from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
 from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_activation import Int4Activation
-from et_cuda_passes.rules.int4_combine import Int4Combine
 from et_cuda_passes.rules.int4_gate import Int4Gate
+from et_cuda_passes.rules.int4_product import Int4Product
+from et_cuda_passes.rules.int4_sum import Int4Sum
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
@@ -73,8 +74,9 @@ CUDA = Target(
         EmbeddingInt8(),
         LinearViews(),
         Int4Activation(),
-        Int4Combine(),
         Int4Gate(),
+        Int4Product(),
+        Int4Sum(),
         UnmaskedAttention(),
         AttentionViews(),
     ],

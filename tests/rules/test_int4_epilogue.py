@@ -1,4 +1,4 @@
-"""Int4Activation and Int4Combine: what follows an int4 linear becomes a part of it, if its kernel can.
+"""Int4Activation, Int4Product and Int4Sum: what follows an int4 linear becomes a part of it, if its kernel can.
 
 The reference is the program with the linears alone packed: the same weights, each following operator by itself.
 """
@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.int4_activation import Int4Activation, epilogue_of
-from et_cuda_passes.rules.int4_combine import Int4Combine
+from et_cuda_passes.rules.int4_product import Int4Product
+from et_cuda_passes.rules.int4_sum import Int4Sum
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import DEQUANTIZE, apply, names
 from tests.quantized import Quantized
@@ -86,6 +87,12 @@ def test_a_product_in_either_order(use: Any) -> None:
     program = fused(use)
     assert names(program) == [NAME]
     assert epilogues(program) == [{"factor": "x"}]
+
+
+def test_a_product_and_a_sum_in_one_rewrite() -> None:
+    program = exported(lambda net, x: torch.tanh(x) + F.silu(net.a(x)) * x)
+    rewritten, _ = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
+    assert [set(given) for given in epilogues(rewritten)] == [{"activation", "factor", "addend"}]
 
 
 def test_a_gated_layer_with_its_residual_is_two_linears() -> None:
@@ -205,7 +212,7 @@ ALIKE = "a tensor of the same shape and dtype"
     ids=["one row", "a vector", "more dimensions", "another dtype", "a number", "alpha"],
 )
 def test_what_a_sum_needs(use: Any, wanted: str, found: str) -> None:
-    (reason,) = reasons(use, Int4Combine(), aten.add.Tensor)
+    (reason,) = reasons(use, Int4Sum(), aten.add.Tensor)
     assert reason[0] == wanted
     assert found in reason[1]
     assert epilogues(fused(use)) == [{}]
@@ -220,7 +227,7 @@ def test_a_linear_that_something_else_reads_too_is_left_alone(function: Callable
     program = fused(use)
     assert epilogues(program) == [{}]
     target = aten.silu.default if function is F.silu else aten.add.Tensor
-    rule = Int4Activation() if function is F.silu else Int4Combine()
+    rule = Int4Activation() if function is F.silu else Int4Sum()
     assert any("this one user" in wanted for wanted, _ in reasons(use, rule, target))
 
 
@@ -229,7 +236,7 @@ def test_an_activation_behind_a_sum_stays() -> None:
     use = lambda net, x: F.relu(net.a(x) + x)  # noqa: E731
     program = fused(use)
     assert names(program) == [NAME, "aten.relu"]
-    assert reasons(use, Int4Activation(), aten.relu.default, Int4Combine()) == [
+    assert reasons(use, Int4Activation(), aten.relu.default, Int4Sum()) == [
         ("a linear with nothing after its product", "addend")
     ]
 
@@ -243,7 +250,7 @@ def test_a_product_behind_a_sum_stays() -> None:
 
 def test_kernels_without_an_epilogue_are_untouched() -> None:
     before = exported(lambda net, x: x + F.silu(net.a(x)))
-    passes = [ecp.LinearInt4(kernel="tinygemm"), Int4Activation(), Int4Combine()]
+    passes = [ecp.LinearInt4(kernel="tinygemm"), Int4Activation(), Int4Product(), Int4Sum()]
     program, report = ecp.rewrite(before, "cuda", passes)
     assert names(program) == ["et_cuda_passes.int4_linear_tile_packed_to_4d", "aten.silu", "aten.add"]
     assert report.applied == {"linear_int4": 1}

@@ -134,7 +134,7 @@ def test_the_report_tells_it_of_both_linears(model: type[Gated], dynamic: Any, r
     assert gate == up and gate.startswith(wanted + rows)
     assert other.startswith(f"tilings on sm_90 for 64 x 64, group size 32: M {rows}")
     assert f"  rewritten     2 x linear_int4  {ONE}  (c.data, ...)\n" in str(report)
-    assert "\n  then      1 x int4_activation, 1 x int4_combine, 1 x int4_gate" in str(report)
+    assert "\n  then      1 x int4_activation, 1 x int4_gate" in str(report)
 
 
 def test_rows_that_are_no_multiple_of_eight() -> None:
@@ -152,6 +152,28 @@ def test_two_methods_share_what_is_put_together() -> None:
     first, second = ({n: t for n, t in program.state_dict.items() if "gated" in n} for program in after)
     assert first.keys() == second.keys() and len(first) == 2
     assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+
+
+@pytest.mark.parametrize(
+    ("use", "wanted"),
+    [
+        (lambda y, x: y + x, {"addend"}),
+        (lambda y, x: y * x, {"factor"}),
+        (lambda y, x: x + y * x.tanh(), {"factor", "addend"}),
+    ],
+)
+def test_what_follows_a_gated_layer_is_computed_with_it(
+    use: Callable[[Tensor, Tensor], Tensor], wanted: set[str]
+) -> None:
+    program = gated(exported(lambda net, x: use(F.silu(net.c(x)) * net.d(x), x[:, :48])))
+    (linear,) = linears(program)
+    assert linear["gated"] and {name for name in ("factor", "addend") if linear[name]} == wanted
+
+
+def test_the_square_of_a_linear_is_computed_once() -> None:
+    program = gated(exported(lambda net, x: (y := net.a(x)) * y))
+    (linear,) = linears(program)
+    assert not linear["gated"] and linear["factor"] is None
 
 
 @pytest.mark.parametrize("use", [lambda y, x: x[..., :48] + y, lambda y, x: y * x[..., :48], lambda y, x: F.relu(y)])
