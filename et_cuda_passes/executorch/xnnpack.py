@@ -8,6 +8,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.rewriting import RewritingPartitioner
+from et_cuda_passes.rules.bias_apart import BiasApart
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.targets import default_passes
 
@@ -21,7 +22,8 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
 
     Args:
         *args: as for the stock partitioner.
-        passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``.
+        passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``. ``BiasApart`` comes first
+            where it is not among them: the delegate reads a bias of another shape wrongly.
         expect: see :func:`et_cuda_passes.rewrite`; asked of every method.
         **kwargs: as for the stock partitioner.
     """
@@ -41,7 +43,10 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
                 dataclasses.replace(rule, bf16=True) if isinstance(rule, KeepDynamicInt4) else rule
                 for rule in default_passes(self._target)
             ]
-        self._set_passes(passes, expect)
+        listed = default_passes(self._target) if passes is None else list(passes)
+        if not any(isinstance(rule, BiasApart) for rule in listed):
+            listed = [BiasApart(), *listed]
+        self._set_passes(listed, expect)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """ExecuTorch's hook.

@@ -99,6 +99,7 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, ledger: Led
                 ledger.rewrite(rule.name, m.match, taken(rule, m), *told)
         if ms and not isinstance(rule, Keep):
             ledger.made(_emit(rule, ms, program))
+    ledger.move()
     if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
         program.sweep()
         program.refresh()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.ops import op_name
+from et_cuda_passes.graph.ops import called, op_name
 from et_cuda_passes.graph.report import Outcome, Reason, Report, Status
 from et_cuda_passes.graph.source import source_of
 
@@ -47,6 +47,7 @@ class Ledger:
         self._replaced: dict[Node, set[Node]] = defaultdict(set)
         # The candidates that stand behind a root that a rule rewrote, and behind each node that it built.
         self._origins: dict[Node, tuple[Node, ...]] = {}
+        self._moved: dict[Node, Node] = {}
         self._enroll(candidates)
 
     def _enroll(self, candidates: Iterable[Candidate]) -> None:
@@ -86,8 +87,9 @@ class Ledger:
             for reason in reasons:
                 self.miss(node, reason)
         if match.root not in self._readers and self._candidates.keys().isdisjoint(match.owned):
-            texts = (f"{match.root.name}: {reason}" for reason in reasons if reason.rule not in self._untold)
-            self.report.untaken.setdefault(reasons[0].rule or "", []).extend(texts)
+            for reason in reasons:
+                if reason.rule is not None and reason.rule not in self._untold:
+                    self.report.untaken.setdefault(reason.rule, []).append(f"{match.root.name}: {reason}")
 
     def lost(self, rule: str, match: Match, winner: str, at: Node) -> None:
         """Note a match whose nodes went to another."""
@@ -112,9 +114,35 @@ class Ledger:
         self._write("rewritten", rule, match, note, *details)
 
     def made(self, created: Mapping[Node, Sequence[Node]]) -> None:
-        """A rewrite built ``created``, each node for the roots given with it, whose candidates it comes from."""
+        """A rewrite built ``created``, each node for the roots given with it, whose candidates it comes from.
+
+        A candidate whose operator, of one of its weights, is among them has moved there, and is open again.
+        """
         for node, roots in created.items():
             self._origins[node] = tuple(dict.fromkeys(origin for root in roots for origin in self._origins[root]))
+            for origin in self._origins[node]:
+                same = called(node) is called(origin)
+                if same and not set(node.all_input_nodes).isdisjoint(self._candidates[origin].weights):
+                    self._moved[origin] = node
+
+    def move(self) -> None:
+        """Let candidates stand where the rewrites of a stage have moved them."""
+        if not self._moved:
+            return
+        for node in self._moved:
+            self._outcomes.pop(node, None)
+        known = [
+            replace(candidate, node=self._moved.get(node, node), name=candidate.name or node.name)
+            for node, candidate in self._candidates.items()
+        ]
+        for table in (self._misses, self._replaced):
+            for old, new in self._moved.items():
+                if old in table:
+                    table[new] = table.pop(old)  # type: ignore[assignment]
+        self._moved.clear()
+        self._candidates.clear()
+        self._readers.clear()
+        self._enroll(known)
 
     def _amend(self, node: Node, detail: str = "", explanation: str = "") -> None:
         """Say of a candidate with an outcome what a later rule made of it, once."""

@@ -42,7 +42,7 @@ class Miss:
     @property
     def of_a_rewrite(self) -> bool:
         """Whether an operator was asked for that only rewrites make: what was exported cannot have it."""
-        targets = self.pattern.targets if isinstance(self.pattern, Call) else ()
+        targets = self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
         return bool(targets) and all(op_name(target).startswith("et_cuda_passes.") for target in targets)
 
     @property

@@ -116,6 +116,7 @@ def stages(entries: Sequence[Pass]) -> list[list[Pass]]:
 
 
 def untold(entries: Sequence[Pass]) -> set[str]:
-    """The joint rules whose misses another rule of the list tells."""
+    """The rules whose misses nobody is told, or that another rule of the list tells."""
     names = {entry.name for entry in entries}
-    return {entry.name for entry in entries if isinstance(entry.rule, JointRule) and entry.rule.alone in names}
+    alone = {entry.name for entry in entries if isinstance(entry.rule, JointRule) and entry.rule.alone in names}
+    return alone | {entry.name for entry in entries if entry.rule is not None and entry.rule.silent}

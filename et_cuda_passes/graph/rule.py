@@ -80,6 +80,8 @@ class Rule(ABC):
     """Names of passes that run after this one."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that run before this one."""
+    silent: ClassVar[bool] = False
+    """Whether nobody is told where it does not act: it repairs what few programs have."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Every require of the class, in the order written, a base class's first."""
 

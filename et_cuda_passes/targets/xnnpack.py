@@ -4,6 +4,7 @@ Embeddings, which it does not take, go to kernels of ExecuTorch's own beside it.
 """
 
 from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.rules.bias_apart import BiasApart
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
@@ -21,6 +22,7 @@ XNNPACK = Target(
         eight_bits="Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))",
     ),
     passes=lambda: [
+        BiasApart(),
         KeepDynamicInt4(),
         KeepDynamicInt8(),
         KeepDynamicPerTensor(),

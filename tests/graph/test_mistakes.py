@@ -281,12 +281,32 @@ class Again(Rule):
         return b.call(aten.linear.default, m.x, m.w)
 
 
-def test_what_a_rule_left_quantized_is_warned_of() -> None:
+class Transposed(Again):
+    """linear(x, w) -> x @ t(w): another operator reads the weight"""
+
+    def emit(self, b: Any, m: Any) -> Node:
+        return b.call(aten.mm.default, m.x, b.call(aten.t.default, m.w))
+
+
+def test_a_linear_that_a_rule_left_quantized_is_open_to_later_rules() -> None:
     _, report = ecp.rewrite(quantized(), "cpu", [Again()])
-    (warning,) = report.warnings
-    assert warning.startswith("aten.linear linear_default still reads the quantized weight w.data: a rule built it")
-    _, report = ecp.rewrite(quantized(), "cpu")
+    (outcome,) = report.outcomes
+    assert (outcome.status, outcome.node, report.applied) == ("missed", "linear_default", {"again": 1})
+    first = type("First", (Again,), {"before": ("linear_int4",)})()
+    _, report = ecp.rewrite(quantized(), "cpu", [first, *ecp.default_passes("cpu")])
+    (outcome,) = report.outcomes
+    assert (outcome.status, outcome.rule, report.applied) == (
+        "rewritten",
+        "linear_int4",
+        {"first": 1, "linear_int4": 1},
+    )
     assert report.warnings == []
+
+
+def test_another_operator_that_a_rule_left_quantized_is_warned_of() -> None:
+    _, report = ecp.rewrite(quantized(), "cpu", [Transposed()])
+    (warning,) = report.warnings
+    assert warning.startswith("aten.mm linear_default still reads the quantized weight w.data: a rule built it")
 
 
 def test_a_pattern_rooted_behind_a_candidate_says_why_it_missed_it() -> None:

@@ -207,7 +207,7 @@ ALIKE = "a tensor of the same shape and dtype"
         (lambda net, x: net.a(x) + x[None], ALIKE, "[1, 3, 64] beside"),
         (lambda net, x: net.a(x) + x.float(), ALIKE, "torch.float32 [3, 64] beside torch.bfloat16"),
         (lambda net, x: net.a(x) + 2, ALIKE, "2"),
-        (lambda net, x: torch.add(x, net.a(x), alpha=2), "aten.add or aten.mul(alpha=1)", "2"),
+        (lambda net, x: torch.add(x, net.a(x), alpha=2), "aten.add(alpha=1)", "2"),
     ],
     ids=["one row", "a vector", "more dimensions", "another dtype", "a number", "alpha"],
 )
