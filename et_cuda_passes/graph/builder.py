@@ -31,9 +31,13 @@ class Builder:
         self._before = roots[0]
 
     def at(self, m: MatchContext) -> "Builder":
-        """Builds what stands for ``m`` alone, of several matches that are rewritten together; in the same place."""
+        """Builds what stands for ``m`` alone, of several matches that are rewritten together, just before its root.
+
+        There a module's nodes stay side by side: ``torch.export.unflatten`` takes a module's second stretch for another
+        call of it.
+        """
         other = copy.copy(self)
-        other.roots = (m.root,)
+        other.roots, other._before = (m.root,), m.root
         return other
 
     def call(self, target: Target, *args: Any, **kwargs: Any) -> Node:

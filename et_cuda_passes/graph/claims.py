@@ -41,11 +41,12 @@ def taken(rule: Rule, m: MatchContext) -> Sequence[Node]:
 def joined(rule: JointRule, claims: Sequence[Claim], order: Mapping[Node, int], ledger: Ledger) -> list[Claim]:
     """The claims of a joint rule, those taken together as one; a match that nothing goes with is missed."""
     most = rule.most or len(claims) or 1
-    groups: dict[tuple[Graph, Hashable], list[Claim]] = defaultdict(list)
+    groups: dict[tuple[Graph, tuple[str, ...], Hashable], list[Claim]] = defaultdict(list)
     found: list[Claim] = []
     for claim in claims:
         (m,) = claim.ms
-        group = groups[m.root.graph, _key(rule, m)]
+        # A preserved module is given what its signature says, and nothing that is made in another.
+        group = groups[m.root.graph, m.program.preserving(m.root), _key(rule, m)]
         first = group[0].root if group else m.root
         inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
         late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]

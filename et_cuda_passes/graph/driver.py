@@ -143,7 +143,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, ledger: L
 def _unmet(rule: Rule, m: MatchContext, stage: Stage) -> list[Reason]:
     """Every require of ``stage`` that does not hold, with what it found."""
     reasons: list[Reason] = []
-    inner = m.match.owned[1:] if stage == "metadata" else taken(rule, m)
+    inner = (*m.match.owned[1:], *m.match.shared) if stage == "metadata" else taken(rule, m)
     for node in m.program.at_boundaries.intersection(inner):
         reasons = [Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)]
     for requirement in rule.requires:
@@ -248,7 +248,14 @@ def _run_opaque(entry: Pass, program: Program) -> Program:
         raise TypeError(
             f"pass {entry.name} returned {type(returned).__name__}; return None, a GraphModule or a PassResult"
         )
-    program.adopt(module if returned is None else returned, entry.name)
+    left = module if returned is None else returned
+    for node in left.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(left, str(node.target), None), torch.Tensor):
+            raise ValueError(
+                f"pass {entry.name} reads a tensor of its own, {node.target}; a pass that adds constants must be an "
+                "ExecuTorch ExportedProgramPassBase, which can change the signature"
+            )
+    program.adopt(left, entry.name)
     return program
 
 

@@ -73,6 +73,13 @@ def at_boundaries(graph: Graph, calls: Sequence[ModuleCallEntry], names: Mapping
     return {node for node in graph.nodes if node.name in named}
 
 
+def preserving(node: Node, calls: Sequence[ModuleCallEntry]) -> tuple[str, ...]:
+    """The preserved modules that ``node`` stands in, outermost first: what it reads of elsewhere they must be given."""
+    preserved = {call.fqn for call in calls if call.signature and call.fqn}
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return tuple(fqn for fqn, _ in stack if preserved and fqn in preserved)
+
+
 def renamed_calls(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:
     """The signatures of preserved modules, by the names that their values have now."""
 

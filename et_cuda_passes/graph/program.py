@@ -23,7 +23,7 @@ from et_cuda_passes.graph.branches import Branches
 from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
 from et_cuda_passes.graph.copying import Places, copied, counterparts, places
 from et_cuda_passes.graph.memory import written_in
-from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, renamed_calls
+from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, preserving, renamed_calls
 from et_cuda_passes.graph.ops import ACCESS, called
 from et_cuda_passes.graph.strides import settle_strides
 from et_cuda_passes.graph.sweep import sweep
@@ -64,7 +64,7 @@ class Program:
 
     def as_graph_module(self) -> GraphModule:
         """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
-        self._inputs = [node.name for node in self.graph.nodes if node.op == "placeholder"]
+        self._inputs = [node.name for node in self.graph.find_nodes(op="placeholder")]
         self.branches.recompile()
         module = GraphModule(self._root, self.graph)
         module.meta.update(self._meta)
@@ -114,9 +114,8 @@ class Program:
         """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
         node = self.outermost(node)
         if called(node) is ACCESS:
-            owner, attribute = node.args
-            whole = self.constant(cast(Node, owner))
-            return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, attribute)))
+            whole = self.constant(cast(Node, node.args[0]))
+            return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, node.args[1])))
         target = self.target(node)
         if node.op != "placeholder" or target is None:
             return None
@@ -126,15 +125,19 @@ class Program:
     def fqn(self, node: Node) -> str | None:
         """The FQN of the weight that a constant belongs to: one name, in whichever form the weight stands in the graph.
 
-        ``l.weight`` for the inner tensors of a subclass parameter ``l.weight`` and for what ``run_decompositions``
-        makes of it, ``l.parametrizations.weight.original0``; the first of a tied weight's names.
+        ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
+        ``l.parametrizations.weight.original0``; the first of a tied weight's names, its own of one that was added.
         """
-        held = self.constant(self._owner(node))
-        return None if held is None else unparametrized(self._first_name[identity(held)])
+        held, target = self.constant(node := self._owner(node)), self.target(node)
+        return None if held is None or target is None else unparametrized(self._first_name.get(identity(held), target))
 
     def is_output(self, node: Node) -> bool:
         """Whether the program's signature says that it updates constant ``node``."""
         return self.target(node) in self._updated
+
+    def preserving(self, node: Node) -> tuple[str, ...]:
+        """See :func:`~et_cuda_passes.graph.naming.preserving`."""
+        return preserving(node, self._source.module_call_graph)
 
     def is_written(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
@@ -254,8 +257,7 @@ class Program:
                 f"pass {name} changed the program's inputs ({changed}); a pass that adds or removes constants must be "
                 "an ExecuTorch ExportedProgramPassBase, which can change the signature"
             )
-        outputs = self.graph.output_node().args[0]
-        if len(cast(tuple[Any, ...], outputs)) != len(self._outputs):
+        if len(cast(tuple[Any, ...], self.graph.output_node().args[0])) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
         self.refresh()
         nodes = ((self.target(n), n) for n in self.graph.find_nodes(op="placeholder"))

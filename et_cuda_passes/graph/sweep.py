@@ -24,6 +24,8 @@ def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
         if branches.is_input(node):
             branches.unread(node)
             continue
+        if node in program.at_boundaries and program.current(node) is node:
+            continue  # a preserved module's signature names it
         if node.op == "placeholder":
             if program.target(node) is None or program.is_output(node):
                 continue

@@ -124,6 +124,8 @@ def _before_transposition(m: MatchContext, node: Node) -> tuple[Node, int]:
     given = list(arguments(node).values())
     swapped = called(node) is aten.transpose.int and {given[1] % 4, given[2] % 4} == {1, 2}
     swapped |= called(node) is aten.permute.default and [dim % 4 for dim in given[1]] == [0, 2, 1, 3]
-    if not swapped or node in m.program.written or given[0] in m.program.written:
+    # What a preserved module is given is read as it is given.
+    stays = node in m.program.written or node in m.program.at_boundaries
+    if not swapped or stays or given[0] in m.program.written:
         return node, 1
     return given[0], 2
