@@ -13,7 +13,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 from et_cuda_passes.rules.int4_activation import epilogue_of
@@ -28,9 +29,11 @@ class LinearViews(Rule):
     after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_int8")
 
     def pattern(self, x: Capture) -> Pattern:
-        """A linear of ours between two views."""
+        """A linear of ours between views, those behind it one of another up to three times."""
         operators = op(*(form.op for form in INT4_LINEARS.values()), INT8_LINEAR)
-        return _view(operators(_view(x, ..., shared=True), ..., name="linear"), ...)
+        once = _view(operators(_view(x, ..., shared=True), ..., name="linear"), ...)
+        twice = _view(once, ...)
+        return any_of(_view(twice, ...), twice, once)
 
     @require("a linear with nothing behind its product")
     def bare(self, m: MatchContext) -> Answer:
@@ -40,18 +43,24 @@ class LinearViews(Rule):
 
     @require("views that only join and split the rows")
     def rows(self, m: MatchContext) -> Answer:
-        """The outer view has x's own shape with N in place of K."""
+        """The outer view has the shape of what x is a view of, or of x itself, with N in place of K."""
         given, result = m.val(m.x).shape, m.val(m.root).shape
-        wanted = (*given[:-1], m.val(m.linear).shape[-1])
-        same = len(result) == len(wanted) and all(
-            statically_known_true(a == b) for a, b in zip(result, wanted, strict=True)
-        )
-        return same and statically_known_true(given[-1] == self._in_features(m)), f"{list(given)} -> {list(result)}"
+        return self._source(m) is not None, f"{list(given)} -> {list(result)}"
 
     @staticmethod
-    def _in_features(m: MatchContext) -> int | torch.SymInt:
-        return m.val(m.linear.args[0]).shape[-1]
+    def _source(m: MatchContext) -> Node | None:
+        """The farthest from the linear of what its input is a view of, that has the result's rows."""
+        node, found = m.linear.args[0], None
+        n, k = m.val(m.linear).shape[-1], m.val(node).shape[-1]
+        rows = m.val(m.root).shape[:-1]
+        while called(node) is torch.ops.aten.view.default and node not in m.program.at_boundaries:
+            node = node.args[0]
+            wanted, shape = (*rows, k), m.val(node).shape
+            alike = len(shape) == len(wanted) and statically_known_true(m.val(m.root).shape[-1] == n)
+            if alike and all(statically_known_true(a == b) for a, b in zip(shape, wanted, strict=True)):
+                found = node
+        return found
 
     def emit(self, b: Builder, m: MatchContext) -> Node:
-        """The same linear, of x itself."""
-        return b.call(m.linear.target, m.x, *m.linear.args[1:])
+        """The same linear, of that."""
+        return b.call(m.linear.target, self._source(m), *m.linear.args[1:])

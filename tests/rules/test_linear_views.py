@@ -39,3 +39,23 @@ def test_a_linear_that_does_more_is_left_alone_in_a_later_rewrite(use: Use) -> N
     assert "linear_views" not in report.applied and any("view" in name for name in names(program))
     twice, report = ecp.rewrite(program, "cuda")
     assert not report.applied and twice.module()(X).shape == program.module()(X).shape
+
+
+@pytest.mark.parametrize(
+    ("use", "left"),
+    [
+        (lambda x, w, b: F.linear(x.view(2, 3, 64).view(6, 64), w, b).view(2, 3, 48).view(6, 1, 48), 1),
+        (lambda x, w, b: F.linear(x.view(2, 3, 64).view(6, 64), w, b).view(3, 2, 48).view(6, 1, 48), 1),
+        (lambda x, w, b: F.linear(x.view(2, 3, 64).view(6, 64), w, b).view(6, 1, 48), 1),
+        (lambda x, w, b: F.linear(x.view(6, 64), w, b).view(2, 3, 48).view(3, 2, 48).view(6, 1, 48), 1),
+        # What it is a view of has other rows, and the first view has the result's.
+        (lambda x, w, b: F.linear(x.view(2, 3, 64).view(6, 64), w, b).view(2, 3, 48), 2),
+        (lambda x, w, b: F.linear(x.view(2, 3, 64).view(6, 64), w, b).view(2, 3, 48).sum(0), 3),
+    ],
+)
+@pytest.mark.parametrize("decompose", [False, True])
+def test_views_of_views_go_in_one_rewrite(use: Use, left: int, decompose: bool) -> None:
+    program = torch.export.export(Quantized(48, 64, form=use), (X,))
+    program = program.run_decompositions({}) if decompose else program
+    rewritten, report = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
+    assert report.applied["linear_views"] == 1 and len(names(rewritten)) == left
