@@ -48,7 +48,8 @@ test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real
 
-nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000)
+nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000); every tiling of the tables in every group size
+	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels
 	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py
 
 lint: setup  ## ruff: lint and format (FIX=1 repairs what it can)

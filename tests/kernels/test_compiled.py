@@ -29,6 +29,13 @@ def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
         assert resources(parts_adder(tiling, 90), tmp_path)["STACK"] == 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("group", [64, 128])
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER.name), ids=str)
+def test_a_tiling_of_hopper_in_larger_groups(tiling: Tiling, group: int, tmp_path: Path) -> None:
+    code_for_hopper(matmul(tiling, 90, group_size=group), tiling, tmp_path)
+
+
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize(
     "tiling",
