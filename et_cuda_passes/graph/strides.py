@@ -53,6 +53,8 @@ def settle_strides(program: "Program", replaced: Mapping[Node, Node]) -> None:
 
 def _value(program: "Program", node: Node) -> Any:
     """What ``node`` gives, computed again; None where it cannot be."""
+    if any("val" not in source.meta for source in node.all_input_nodes):
+        return None  # a pass of the caller's made it and did not say
     shapes = program.fake_mode.shape_env
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     known = None if shapes is None else len(shapes.guards)

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._export.verifier import SpecViolationError
 from torch.export import Dim, ExportedProgram
 
+import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized
 
@@ -84,3 +86,18 @@ def test_a_view_that_can_be_made_of_it_is_left_alone() -> None:
     program = torch.export.export(model, (torch.randn(4, 64).bfloat16(),)).run_decompositions({})
     rewritten, _ = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
     assert copies(rewritten) == copies(program)
+
+
+def test_a_node_that_a_pass_left_without_a_value_is_left_to_the_verifier() -> None:
+    """Which names it."""
+
+    def adds(module: torch.fx.GraphModule) -> None:
+        last = next(node for node in module.graph.nodes if node.target is aten.neg.default)
+        with module.graph.inserting_after(last):
+            again = module.graph.call_function(aten.neg.default, (last,))
+        last.replace_all_uses_with(again, delete_user_cb=lambda user: user is not again)
+        last.meta.pop("val")
+
+    program = torch.export.export(Kept(), (torch.randn(2, 32, 6).bfloat16(),)).run_decompositions({})
+    with pytest.raises(SpecViolationError, match="Node.meta neg is missing val field"):
+        ecp.rewrite(program, "cuda", [ecp.LinearInt4(), adds])
