@@ -117,14 +117,15 @@ def assert_misses(
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a program is: its text, and each constant with a copy of its bytes."""
+    """What a program is: its text with the guards and ranges of its sizes, and each constant with a copy of its bytes."""
 
     text: str
     tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]
 
     @staticmethod
     def of(program: ExportedProgram) -> "_Snapshot":
-        text = "\n".join([*(str(graph) for graph in _graphs(program)), str(program.graph_signature)])
+        graphs = _graphs(program)
+        text = "\n".join([*map(str, graphs), str(program.graph_signature), *_sizes(program, graphs)])
         constants = {**program.constants, **program.state_dict}
         tensors = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
         return _Snapshot(text, {name: (tensor, _bytes(tensor)) for name, tensor in tensors.items()})
@@ -133,6 +134,18 @@ class _Snapshot:
 def _graphs(program: ExportedProgram) -> list[torch.fx.Graph]:
     """The program's graph and those of its branches."""
     return [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+
+
+def _sizes(program: ExportedProgram, graphs: list[torch.fx.Graph]) -> list[str]:
+    """What the program and the shape environments of its values say about dynamic sizes."""
+    values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
+    modes = dict.fromkeys(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
+    lines = [f"range of {symbol}: {bounds}" for symbol, bounds in program.range_constraints.items()]
+    for shapes in dict.fromkeys(mode.shape_env for mode in modes if mode.shape_env is not None):
+        lines += [f"guard {guard.expr}" for guard in shapes.guards]
+        lines += [f"range of {symbol} at export: {bounds}" for symbol, bounds in shapes.var_to_range.items()]
+        lines += [f"{symbol} is {expression}" for symbol, expression in shapes.replacements.items()]
+    return lines
 
 
 def _nodes(program: ExportedProgram) -> dict[str, Any]:

@@ -45,7 +45,9 @@ class Branches:
         self._added: dict[Node, list[Node]] = defaultdict(list)
         self._unread: dict[Node, None] = {}
         self._last: dict[Graph, Node] = {}
-        calls: dict[Node, list[Graph]] = {}
+        self.bodies: dict[Node, list[Graph]] = {}
+        """The graphs that each call of control flow runs, understood or not."""
+        calls = self.bodies
         self._find(root, graph, calls)
         uses = Counter(child for children in calls.values() for child in children)
         for caller, children in calls.items():

@@ -20,7 +20,7 @@ from et_cuda_passes.graph.constants import ConstantPool
 from et_cuda_passes.graph.context import MatchContext
 from et_cuda_passes.graph.ledger import Candidate, Ledger
 from et_cuda_passes.graph.match import Miss, match
-from et_cuda_passes.graph.memory import viewed
+from et_cuda_passes.graph.memory import alias_root, mutated_operands
 from et_cuda_passes.graph.ops import called
 from et_cuda_passes.graph.passes import Pass, parse, stages, untold
 from et_cuda_passes.graph.pattern import roots
@@ -182,7 +182,7 @@ def _emit(rule: Rule, ms: Sequence[MatchContext], program: Program) -> Mapping[N
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return a node for each of them")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.at(m))
-    program.abandon(node for node in b.created if not node.is_impure())
+    program.abandon(b.created)
     return b.created
 
 
@@ -197,10 +197,12 @@ def _replace(rule: Rule, m: MatchContext, new: Node, b: Builder) -> None:
     if new is root:
         raise RuleError(f"rule {rule.name} left {root.name} as it was; a rule that keeps its matches derives from Keep")
     _check(rule, root, new)
-    shares = new not in b.created or viewed(new) is not None
-    if shares and (root in program.written or program.branches.is_handed_back(root)):
-        # What writes the result would write what others read too: a constant, for the next run as well. A branch may
-        # not hand back what it was handed.
+    _check_mutations(rule, root, b)
+    owner = alias_root(new, program.branches.views)
+    mutated = root in program.written or owner in program.written
+    if (new not in b.created or new is not owner) and (mutated or program.branches.is_handed_back(root)):
+        # `new` has memory that others read as well: a mutation of either would reach the readers of the other. And a
+        # branch may not return memory of its operands.
         new = b.call(torch.ops.aten.clone.default, new)
     program.replace(root, new)
     program.abandon((*m.match.owned, *m.match.shared))
@@ -224,6 +226,18 @@ def _check(rule: Rule, old: Node, new: Node) -> None:
         raise RuleError(
             f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)}), and the "
             "two must be of one shape, dtype and device"
+        )
+
+
+def _check_mutations(rule: Rule, old: Node, b: Builder) -> None:
+    """Where a rule replaces an operator that mutates, the replacement must mutate the same memory."""
+    views = b.program.branches.views
+    kept = {alias_root(operand, views) for node in b.created for operand in mutated_operands(node)}
+    lost = [operand.name for operand in mutated_operands(old) if alias_root(operand, views) not in kept]
+    if lost:
+        raise RuleError(
+            f"rule {rule.name} replaced {old.name}, which mutates {', '.join(lost)}, by nodes that do not; build an "
+            "operator with the same mutation, or match an operator without one"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.memory import mutated_operands, viewed
 from et_cuda_passes.graph.ops import argument_names, arguments, called, op_name, schema_of
 from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Items, Literal, Pattern
 
@@ -125,6 +126,9 @@ class _Matcher:
             return self.fail(node, pattern, state)
         if node in self.written and node is not self.root:
             return self.fail(node, pattern, state, f"{pattern} whose result nothing writes in place")
+        if node is self.root and node in self.written and viewed(node) is not None and not mutated_operands(node):
+            # What replaces it would have memory of its own, in which the mutation is not seen.
+            return self.fail(node, pattern, state, f"{pattern}, a view of memory that nothing mutates")
         if node is not self.root and not pattern.shared and len(node.users) != 1:
             return self.fail(node, pattern, state, f"{pattern} with this one user")
         bound = state.bind(pattern.name, node)

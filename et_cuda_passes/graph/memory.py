@@ -1,4 +1,4 @@
-"""Which values change while a program runs: written in place, under whatever name and through whatever view."""
+"""Aliases, mutations and other effects: which values change while a program runs, and which calls may not be removed."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -6,9 +6,9 @@ from types import MappingProxyType
 from typing import cast
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.ops import arguments, schema_of
 
 aten = torch.ops.aten
 
@@ -28,9 +28,31 @@ _MAYBE_THEIR_INPUT = frozenset(
         aten.atleast_1d,
         aten.atleast_2d,
         aten.atleast_3d,
+        aten._unsafe_view,
+        aten.conj_physical,
+        aten.data,
+        aten.dequantize,
+        aten.lift,
+        aten.to_dense,
     }
 )
-"""They return what they are given, or a view of it, where there is nothing to do, and their schemas do not say so."""
+"""They return their input, or a view of it, where there is nothing to compute, and their schemas do not say so. Found by
+calling every operator of torch 2.13 and comparing the memory of its results with that of its first argument."""
+
+_VIEWS_OF_THEIR_INPUTS = frozenset(
+    {
+        aten.broadcast_tensors,
+        aten.meshgrid,
+        aten.unsafe_chunk,
+        aten.unsafe_split,
+        aten.unsafe_split_with_sizes,
+        aten.atleast_1d,
+        aten.atleast_2d,
+        aten.atleast_3d,
+    }
+)
+"""Each of their results is a view: of the one tensor, or of the tensor at its place in a list. Their schemas do not say
+so."""
 
 
 def memory_of(held: torch.Tensor | None) -> int | None:
@@ -68,22 +90,55 @@ def written_nodes(
     nodes: Sequence[Node], constants: Iterable[Node] = (), views: Mapping[Node, Node] = MappingProxyType({})
 ) -> set[Node]:
     """Every node whose memory is written in place: what some node writes, ``constants``, and every view of either."""
-    written = {_base(node, views) for node in constants}
+    written = {alias_root(node, views) for node in constants}
     for node in nodes:
-        target = node.target
-        if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target is _CHANGES_NO_VALUE:
-            continue
-        for argument in target._schema.arguments:
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
+        written.update(alias_root(operand, views) for operand in mutated_operands(node))
+    return {node for node in nodes if alias_root(node, views) in written} if written else set()
+
+
+def mutated_operands(node: Node) -> list[Node]:
+    """The operands that the call ``node`` mutates by its schema; empty for a graph's call of another graph."""
+    schema = schema_of(node) if node.op == "call_function" else None
+    if schema is None or node.target is _CHANGES_NO_VALUE:
+        return []
+    found = []
+    for argument in schema.arguments:
+        if argument.alias_info is not None and argument.alias_info.is_write:
             value = arguments(node).get(argument.name)
             items = value if isinstance(value, (list, tuple)) else [value]
-            written.update(_base(item, views) for item in items if isinstance(item, Node))
-    return {node for node in nodes if _base(node, views) in written} if written else set()
+            found += [item for item in items if isinstance(item, Node)]
+    return found
 
 
-def _base(node: Node, views: Mapping[Node, Node]) -> Node:
-    """The node whose memory ``node`` is a view of, itself if of none."""
+def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
+    """Whether the call ``node`` does more than return its results, so that it stays even if nothing reads those.
+
+    These effects count:
+
+    - a mutation of an operand, by the operator's schema. ``detach_`` is none: it changes no value;
+    - an operator without results, which can only be called for its effect;
+    - what ``torch.fx.Node.is_impure`` names: assertions, constraints of symbolic sizes, profiler records, operators
+      registered as effectful, and random numbers, since each draw changes those that follow;
+    - control flow with such a call in one of its bodies;
+    - any other higher-order operator of which no body is known.
+
+    Args:
+        node: a node of any kind; only a call has an effect.
+        bodies: the graphs that each higher-order call runs.
+    """
+    if node.op != "call_function" or node.target is _CHANGES_NO_VALUE:
+        return False
+    schema = schema_of(node)
+    if node.is_impure() or (schema is not None and (schema.is_mutable or not schema.returns)):
+        return True
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    graphs = bodies.get(node, ())
+    return not graphs or any(has_effect(inner, bodies) for graph in graphs for inner in graph.nodes)
+
+
+def alias_root(node: Node, views: Mapping[Node, Node] = MappingProxyType({})) -> Node:
+    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`written_in`."""
     while (source := views.get(node) or viewed(node)) is not None:
         node = source
     return node
@@ -100,6 +155,10 @@ def viewed(node: Node) -> Node | None:
         # One of the results of a call; where they are views (split, unbind), it is one. An operator whose arguments
         # alias nothing (topk, sort) makes each of them anew.
         call = cast(Node, node.args[0])
+        if getattr(call.target, "overloadpacket", None) in _VIEWS_OF_THEIR_INPUTS:
+            first = call.args[0]
+            source = first[cast(int, node.args[1])] if isinstance(first, (list, tuple)) else first
+            return source if isinstance(source, Node) else None
         if isinstance(call.target, torch._ops.OpOverload):
             aliases = any(argument.alias_info is not None for argument in call.target._schema.arguments)
             return call if aliases else None

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.memory import has_effect
+
 if TYPE_CHECKING:
     from et_cuda_passes.graph.program import Program
 
@@ -12,7 +14,8 @@ if TYPE_CHECKING:
 def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
     """Erase ``abandoned`` nodes, and then their inputs, as long as nothing reads them; yields each that is gone.
 
-    Linear in what is removed.
+    A node with an effect (:func:`~et_cuda_passes.graph.memory.has_effect`) stays, whether its result is read or not,
+    unless a rule replaced it: then the replacement has that effect. Linear in what is removed.
     """
     branches = program.branches
     work = [*branches.settle(), *abandoned]
@@ -31,6 +34,8 @@ def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
                 continue
             program.drop(node)
         elif node.op != "call_function":
+            continue
+        elif program.current(node) is node and has_effect(node, branches.bodies):
             continue
         gone.add(node)
         work.extend(node.all_input_nodes)

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.advised import Advised
 
 
@@ -42,7 +43,8 @@ def unwrapped(exported: ExportedProgram) -> tuple[ExportedProgram, str]:
     if not weights:
         return exported, ""
     try:
-        program = exported.run_decompositions({})
+        # Of a copy: a retrace may add guards to the shape environment of the program that it is given.
+        program = Program(exported).finish().run_decompositions({})
     except Exception as error:  # whatever a subclass makes of being traced
         why = str(error).partition("\n")[0].rstrip(".")
     else:
