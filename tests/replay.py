@@ -9,6 +9,7 @@ exported program is recorded too: where it differs, the model or torch changed, 
 """
 
 import argparse
+import difflib
 import gzip
 import hashlib
 import importlib.metadata
@@ -47,13 +48,15 @@ KINDS = {
     "provenance": "module stack, source line and from_node of nodes",
     "signature": "inputs, outputs, dynamic ranges and module calls",
     "constant": "constants: FQN, order, dtype, shape, stride, aliasing and bytes",
-    "report": "reports",
+    "passes": "the names of the passes, in order",
+    "report": "reports, without the names of the passes",
 }
 TEXTS = ("wanted", "found", "hint", "detail", "explanation", "text")
 """Fields of a report, and of an error, that hold sentences."""
 LISTS_OF_TEXTS = ("conflicts", "warnings", "untaken")
 """Fields of a report that hold lists of sentences."""
-SHOWN_LINES = 6
+DIFFED_LINES = 200
+SHOWN_LINES = 12
 FORMAT = 1
 """Of a recording; counted up with each change of what is recorded, so that two of them are not compared."""
 
@@ -213,9 +216,10 @@ def described(program: ExportedProgram) -> Record:
 
 
 def reported(report: Any) -> Record:
-    """A report as plain data, and its text."""
+    """A report as plain data and as text, and the passes apart: that list alone differs for every program."""
     cleaned: Record = json.loads(clean(json.dumps(report.to_dict())))
-    return cleaned | {"text": clean(str(report))}
+    passes = cleaned.pop("passes")
+    return {"passes": passes, "report": cleaned | {"text": clean(str(report))}}
 
 
 def failed(error: Exception) -> Record:
@@ -370,7 +374,7 @@ def replay(item: Item) -> Record:
         except Exception as error:
             record["programs"][target] = {"error": failed(error)}
         else:
-            record["programs"][target] = described(rewritten) | {"report": reported(report)}
+            record["programs"][target] = described(rewritten) | reported(report)
     return record
 
 
@@ -430,8 +434,8 @@ def read(folder: Path, family: str) -> Iterator[Record]:
 class Allowed:
     """What may differ: old words with the new ones, and whether the sentences of reports are compared.
 
-    Words are replaced in the names of passes in ``from_node``, in reports and in errors of the recording; never in
-    graphs, signatures and constants.
+    Words of the recording are replaced in the names of passes in ``from_node``, in lists of passes, in reports and in
+    errors; never in graphs, signatures and constants.
     """
 
     renames: dict[str, str] = field(default_factory=dict)
@@ -469,8 +473,6 @@ class Allowed:
         for key, each in value.items():
             new, each = self.word(key), self.words(each)
             result[new] = result[new] + each if new in result and isinstance(each, (int, list)) else each
-        if isinstance(result.get("passes"), list):
-            result["passes"] = list(dict.fromkeys(result["passes"]))
         return result
 
     def sources(self, sources: list[Any]) -> list[Any]:
@@ -493,6 +495,9 @@ class Allowed:
         for key in ("report", "error"):
             if key in result:
                 result[key] = self.words(result[key])
+        if "passes" in result:
+            # Two that became one stand where the first of them stood.
+            result["passes"] = list(dict.fromkeys(self.words(result["passes"])))
         if "provenance" in result and self.renames:
             result["provenance"] = [[*rest, self.sources(sources)] for *rest, sources in result["provenance"]]
         return result
@@ -524,16 +529,13 @@ class Difference:
 
 
 def changed_lines(old: Sequence[str], new: Sequence[str]) -> str:
-    """The lines between the first and the last that differ, those of ``old`` with a minus; the first few of each."""
+    """The first lines that differ, those of ``old`` with a minus."""
     start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    end = 0
-    while end < min(len(old), len(new)) - start and old[-1 - end] == new[-1 - end]:
-        end += 1
-    lines = []
-    for sign, side in (("-", old[start : len(old) - end]), ("+", new[start : len(new) - end])):
-        lines += [f"{sign} {line}" for line in side[:SHOWN_LINES]]
-        lines += [f"{sign} ... {len(side) - SHOWN_LINES} more lines"] if len(side) > SHOWN_LINES else []
-    return "\n".join(lines)
+    # A diff takes time that grows with the square of its lines, and no more than the first of them are shown.
+    sides = [list(side[start : start + DIFFED_LINES]) for side in (old, new)]
+    lines = [line[0] + " " + line[1:] for line in difflib.unified_diff(*sides, n=0, lineterm="") if line[0] != "@"][2:]
+    more = len(lines) > SHOWN_LINES or any(len(side) > start + DIFFED_LINES for side in (old, new))
+    return "\n".join([*lines[:SHOWN_LINES], *(["... there may be more"] if more else [])])
 
 
 def as_lines(part: Any) -> list[str]:
@@ -549,7 +551,7 @@ def compare_programs(name: str, old: Record, new: Record, allowed: Allowed) -> l
     if "error" in old or "error" in new:
         parts: tuple[str, ...] = ("error",)
     else:
-        parts = ("graph", "provenance", "signature", "constant", "report")
+        parts = ("graph", "provenance", "signature", "constant", "passes", "report")
     differences = []
     for kind in parts:
         before, after = old.get(kind), new.get(kind)

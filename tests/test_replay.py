@@ -116,6 +116,10 @@ def one_limit(program: ExportedProgram, report: Report) -> None:
     program.range_constraints.clear()
 
 
+def one_pass(program: ExportedProgram, report: Report) -> None:
+    report.passes.reverse()
+
+
 def one_warning(program: ExportedProgram, report: Report) -> None:
     report.warnings.append("the weather is bad")
 
@@ -124,7 +128,7 @@ def as_recorded(change: Change | None = None) -> Record:
     program, report = ecp.rewrite(exported("4w"), "cuda")
     if change is not None:
         change(program, report)
-    described = replay.described(program) | {"report": replay.reported(report)}
+    described = replay.described(program) | replay.reported(report)
     restored: Record = json.loads(json.dumps(described))
     return restored
 
@@ -149,6 +153,7 @@ def kinds(old: Record, new: Record, allowed: Allowed | None = None) -> list[str]
         (one_source, "provenance"),
         (one_module, "provenance"),
         (one_limit, "signature"),
+        (one_pass, "passes"),
         (one_warning, "report"),
     ],
 )
@@ -182,16 +187,25 @@ def test_renames_apply_to_rules_and_reports_alone(unchanged: Record) -> None:
     old, new = unchanged, copy.deepcopy(unchanged)
     new["report"] = json.loads(json.dumps(new["report"]).replace("int4_activation", "fuse_activation"))
     new["provenance"] = json.loads(json.dumps(new["provenance"]).replace('"int4_activation"', '"fuse_activation"'))
-    assert kinds(old, new) == ["provenance", "report"]
+    new["passes"] = ["fuse_activation" if name == "int4_activation" else name for name in new["passes"]]
+    assert kinds(old, new) == ["provenance", "passes", "report"]
     assert kinds(old, new, Allowed({"int4_activation": "fuse_activation"})) == []
     new["constant"] = [line.replace("up.bias", "up.other") for line in new["constant"]]
     assert kinds(old, new, Allowed({"int4_activation": "fuse_activation", "up.bias": "up.other"})) == ["constant"]
 
 
-def test_renames_add_up_the_counts_of_two_rules_that_become_one() -> None:
+def test_renames_make_one_rule_of_two() -> None:
     allowed = Allowed({"conv_int4": "conv", "conv_int8": "conv"})
-    old = {"passes": ["conv_int4", "linear", "conv_int8"], "counts": {"conv_int4": 1, "linear": 1, "conv_int8": 2}}
-    assert allowed.words(old) == {"passes": ["conv", "linear"], "counts": {"conv": 3, "linear": 1}}
+    counts = {"conv_int4": 1, "linear": 1, "conv_int8": 2}
+    old = {"passes": ["conv_int4", "linear", "conv_int8"], "report": {"counts": counts}}
+    assert allowed.renamed(old) == {"passes": ["conv", "linear"], "report": {"counts": {"conv": 3, "linear": 1}}}
+
+
+def test_changed_lines_are_those_that_differ_alone() -> None:
+    old = [str(number) for number in range(1000)]
+    new = [*old[:5], "new", *old[5:50], *old[51:]]
+    assert replay.changed_lines(old, new) == "+ new\n- 50\n... there may be more"
+    assert replay.changed_lines(old[:60], new[:60]) == "+ new\n- 50"
 
 
 def test_ignored_texts_leave_statuses_and_counts_of_sentences(unchanged: Record) -> None:
