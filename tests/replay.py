@@ -35,10 +35,10 @@ from torch.fx import GraphModule, Node
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("real", "golden", "generated")
-"""The slowest first, so that one worker has it while the others do the rest."""
+"""The slowest family comes first, so that the other workers are busy while one rewrites the largest model."""
 TARGETS = ("cuda", "cpu", "metal", "xnnpack")
 EVERY = 5
-"""One random model of so many is rewritten for all targets, the others for the target in their plan."""
+"""Every fifth random model is rewritten for all targets, the others for the target in their plan."""
 KINDS = {
     "missing": "programs of the recording that are not made any more",
     "new": "programs that the recording does not have",
@@ -52,13 +52,13 @@ KINDS = {
     "report": "reports, without the names of the passes",
 }
 TEXTS = ("wanted", "found", "hint", "detail", "explanation", "text")
-"""Fields of a report, and of an error, that hold sentences."""
+"""Fields of a report or an error that hold a sentence."""
 LISTS_OF_TEXTS = ("conflicts", "warnings", "untaken")
 """Fields of a report that hold lists of sentences."""
 DIFFED_LINES = 200
 SHOWN_LINES = 12
 FORMAT = 1
-"""Of a recording; counted up with each change of what is recorded, so that two of them are not compared."""
+"""The format of a recording. Raise it when the content of a record changes: two formats do not compare."""
 
 Record = dict[str, Any]
 
@@ -351,7 +351,7 @@ def replay(item: Item) -> Record:
     torch.set_num_threads(1)
     # torch says it to itself, whenever a program is copied.
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.", category=FutureWarning)
-    # Otherwise what dynamo traces depends on what this process traced before.
+    # Without it, what dynamo traces depends on what this process traced before.
     torch._dynamo.reset()
     record: Record = {"name": item.name, "targets": list(item.targets), "plan": item.plan, "programs": {}}
     try:
@@ -608,7 +608,7 @@ def summary(programs: int, differences: Sequence[Difference], shown: int) -> str
 
 def items_to_record(families: Sequence[str], count: int, pool: ProcessPoolExecutor) -> list[Item]:
     """All models of ``families``, ``count`` random ones."""
-    # First of all that a worker does, so that it has not imported the package.
+    # The worker's first task, so that it has not imported the package yet.
     drawn = pool.submit(draw, count).result() if "generated" in families else []
     named = [item for family in FAMILIES[:2] if family in families for item in named_items(family)]
     return [*named, *(generated_item(index, plan) for index, plan in enumerate(drawn))]
