@@ -118,7 +118,7 @@ def assert_misses(
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a program is: its text with the guards and ranges of its sizes, and each constant with a copy of its bytes."""
+    """What a program is: its text, the guards and ranges of its sizes, and each constant with a copy of its bytes."""
 
     text: str
     tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]

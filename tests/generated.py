@@ -389,7 +389,6 @@ class Generated(nn.Module):
             getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().amax())
         return y
 
-
     def cached(self, what: After, y: Tensor) -> Tensor:
         """``y`` with the rows of a cache, of which some are written with ``y`` before or between."""
         cache, row = getattr(self, f"cache{y.shape[-1]}"), y.detach().reshape(-1, y.shape[-1])[:1]

@@ -1,4 +1,4 @@
-"""Aliases, mutations and other effects: which values change while a program runs, and which calls may not be removed."""
+"""Aliases, mutations and other effects: which values change while a program runs, and which calls must stay."""
 
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +36,10 @@ _MAYBE_THEIR_INPUT = frozenset(
         aten.to_dense,
     }
 )
-"""They return their input, or a view of it, where there is nothing to compute, and their schemas do not say so. Found by
-calling every operator of torch 2.13 and comparing the memory of its results with that of its first argument."""
+"""They return their input, or a view of it, where there is nothing to compute, and their schemas do not say so.
+
+Found by calling every operator of torch 2.13 and comparing the memory of its results with that of its first argument.
+"""
 
 _VIEWS_OF_THEIR_INPUTS = frozenset(
     {

@@ -33,9 +33,7 @@ def sweep(program: "Program", abandoned: Iterable[Node]) -> Iterator[Node]:
             if program.target(node) is None or program.is_output(node):
                 continue
             program.drop(node)
-        elif node.op != "call_function":
-            continue
-        elif program.current(node) is node and has_effect(node, branches.bodies):
+        elif node.op != "call_function" or (program.current(node) is node and has_effect(node, branches.bodies)):
             continue
         gone.add(node)
         work.extend(node.all_input_nodes)
