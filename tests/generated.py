@@ -361,7 +361,8 @@ class Generated(nn.Module):
         if what == "relu" and (weight.low < 0 or weight.zero_points == "random"):
             return torch.relu(y)
         if what == "tanh":
-            return torch.tanh(y)
+            # Of numbers up to 1: of larger ones nothing is left but the error of those near 0.
+            return torch.tanh(y / y.abs().amax().clamp_min(1))
         if what == "transpose" and y.dim() > 2:
             return y.transpose(0, 1) * 2
         if what == "in place":
