@@ -9,7 +9,7 @@ import logging
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from et_cuda_passes.executorch import archive
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import Target, get_target
@@ -45,20 +46,25 @@ class Model:
     report: Report | None
 
 
-def load_model(path: Path, target: str) -> Model:
+def load_model(path: Path, target: str, trust: bool = False) -> Model:
     """Read a program that ``target`` is to run.
 
+    Args:
+        trust: leave the file to ``torch.export.load``, which runs code that stands in it. By default a file is refused
+            if it holds more than data (:mod:`et_cuda_passes.executorch.archive`).
+
     Raises:
-        ModelError: the file is missing, truncated or no exported program, or it is packed for another target or for
-            another instruction set than this host's.
+        ModelError: the file is missing, truncated or no exported program, or holds something that could run code, or it
+            is packed for another target or for another instruction set than this host's.
     """
-    _check_archive(path)
+    _check_kind(path, trust)
     # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
     extra = {_RECORD: ""}
     try:
-        _register_operators(path)
-        with _quiet_load():
-            program = torch.export.load(path, extra_files=extra)
+        with _opened(path, trust) as file, _quiet_load():
+            program = torch.export.load(file, extra_files=extra)
+    except ModelError:
+        raise
     except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
         text = str(error).strip().partition("\n")[0]
         raise ModelError(
@@ -68,7 +74,7 @@ def load_model(path: Path, target: str) -> Model:
     try:
         record = json.loads(extra[_RECORD] or "{}")
         report = _report(record["report"]) if record else None
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} was packed by another version of et_cuda_passes: pack the original program again"
         ) from error
@@ -87,22 +93,24 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
     torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
 
 
-def _check_archive(path: Path) -> None:
+def _check_kind(path: Path, trust: bool) -> None:
     """Tell what is no archive of an exported program, which torch.export.load does in many ways or not at all."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; MODEL is a .pt2 that torch.export.save wrote")
-    if path.is_dir():
-        raise ModelError(f"{path} is a directory; MODEL is a .pt2 that torch.export.save wrote")
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise ModelError(f"{path} is {kind}; MODEL is a .pt2 that torch.export.save wrote")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
+        names = _trusted_names(path) if trust else archive.member_names(path)
+    except (archive.NoArchive, zipfile.BadZipFile):
         raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
+    except archive.Refused as error:
+        raise _distrust(path, error) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    if any("/models/" in name for name in names):
+    if any(name.startswith("models/") for name in names):
         return
-    if any("/data/aotinductor/" in name for name in names):
+    if any(name.startswith("data/aotinductor/") for name in names):
         raise ModelError(
             f"{path} is an AOTInductor package, which is compiled already: give the program that it was compiled from, "
             "as torch.export.save wrote it"
@@ -110,12 +118,41 @@ def _check_archive(path: Path) -> None:
     raise ModelError(f"{path} holds no exported program, or is only a part of a file: {_AGAIN}")
 
 
-def _register_operators(path: Path) -> None:
+@contextmanager
+def _opened(path: Path, trust: bool) -> Iterator[Any]:
+    """What torch.export.load is given: the checked file, or the path; the operators that it calls are registered."""
+    if trust:
+        with zipfile.ZipFile(path) as file:
+            _register_operators(b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
+        yield path
+        return
+    with ExitStack() as stack:
+        try:
+            checked = stack.enter_context(archive.checked(path))
+        except archive.NoArchive:
+            raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
+        except archive.Refused as error:
+            raise _distrust(path, error) from None
+        _register_operators(checked.program)
+        yield checked.file
+
+
+def _trusted_names(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as file:
+        return [name.partition("/")[2] for name in file.namelist()]
+
+
+def _distrust(path: Path, error: archive.Refused) -> ModelError:
+    return ModelError(
+        f"{path}: {error}. It was not read, because reading it could run code that its author put there: {_AGAIN}; or, if "
+        "you know where the file comes from, give --trust (trust=True in Python)"
+    )
+
+
+def _register_operators(program: bytes) -> None:
     """Have ExecuTorch register the operators that the program calls, without which it cannot be read."""
-    with zipfile.ZipFile(path) as archive:
-        models = [name for name in archive.namelist() if "/models/" in name and name.endswith(".json")]
-        if any(b"quantized_decomposed.embedding_" in archive.read(name) for name in models):
-            quantized_embedding.register()
+    if b"quantized_decomposed.embedding_" in program:
+        quantized_embedding.register()
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
