@@ -31,12 +31,17 @@ __all__ = ["NoArchive", "Refused", "checked", "member_names"]
 _PROGRAM = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
 # Tensors as they are, or one pickle of all of them, as torch before 2.10 wrote it.
-_FOLDERS = {"data/weights/": ("weight_", "model_weights_config.json"), "data/constants/": ("tensor_", "model_constants_config.json")}
+_FOLDERS = {
+    "data/weights/": ("weight_", "model_weights_config.json"),
+    "data/constants/": ("tensor_", "model_constants_config.json"),
+}
 _OTHERS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.format_version|\.storage_alignment|\.data/(version|serialization_id)"
     r"|extra/.+"
 )
-_INNER = re.compile(r"byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data\.pkl|data/\d+")
+_INNER = re.compile(
+    r"byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data\.pkl|data/\d+"
+)
 _LONGEST_JSON = 1 << 30
 _LONGEST_PICKLE = 16 << 20
 _LONGEST_TEXT = 64 << 20
@@ -116,7 +121,9 @@ def _check_folder(
         return
     records = {name.removeprefix(folder): span.size for name, span in members.items() if name.startswith(folder)}
     with _naming(folder + table):
-        pickled = check_payloads(b"".join(part for part in content[folder + table] if isinstance(part, bytes)), records, prefix)
+        pickled = check_payloads(
+            b"".join(part for part in content[folder + table] if isinstance(part, bytes)), records, prefix
+        )
     for record in sorted(pickled):
         with _naming(folder + record):
             content[folder + record] = _pickled(file, members[folder + record], tensor=True)

@@ -3,7 +3,7 @@
 import ast
 import re
 
-from et_cuda_passes.executorch.archive_zip import Refused
+from et_cuda_passes.executorch.archive_zip import Refused, short
 
 _LONGEST = 20_000
 # Bits of a number that sympy computes at once while it parses.
@@ -11,7 +11,18 @@ _MOST_BITS = 4096
 _SYMBOL = re.compile(r"[A-Za-z]\w{0,60}", re.ASCII)
 _CONSTANTS = frozenset(("oo", "zoo", "nan", "int_oo", "true", "false"))
 _ASSUMPTIONS = frozenset(
-    ("integer", "positive", "nonnegative", "negative", "nonpositive", "nonzero", "real", "extended_real", "finite", "zero")
+    (
+        "integer",
+        "positive",
+        "nonnegative",
+        "negative",
+        "nonpositive",
+        "nonzero",
+        "real",
+        "extended_real",
+        "finite",
+        "zero",
+    )
     + ("precision", "evaluate", "commutative", "infinite")
 )
 # What sympy's srepr and torch's own printers write.
@@ -44,11 +55,11 @@ def check_guard(text: str, place: str) -> None:
 def _parsed(text: str, place: str) -> ast.expr:
     # Nothing but what source of this kind is written in: no quotes inside quotes, no line breaks, no other scripts.
     if len(text) > _LONGEST or not re.fullmatch(r"[\w .,'=<>!+\-*/%()\[\]&|~]*", text, re.ASCII):
-        raise Refused(f"{place} is no arithmetic: {_short(text)}")
+        raise Refused(f"{place} is no arithmetic: {short(text)}")
     try:
         return ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise Refused(f"{place} is no arithmetic: {_short(text)}") from None
+        raise Refused(f"{place} is no arithmetic: {short(text)}") from None
 
 
 def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
@@ -80,13 +91,13 @@ def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
             for keyword in keywords:
                 fine = keyword.arg in _ASSUMPTIONS and isinstance(keyword.value, ast.Constant)
                 if not fine or not isinstance(keyword.value.value, (bool, int)) or int(keyword.value.value) > 256:
-                    raise Refused(f"{place} is no arithmetic: {_short(ast.unparse(node))}")
+                    raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
             if name in ("Symbol", "Float", "Integer") and len(arguments) == 1:
                 return _made(name, arguments[0], place)
             if name in _POWERS:
                 return _power(arguments, place, depth)
             return _limited(sum(map(inner, arguments)), node, place)
-    raise Refused(f"{place} is no arithmetic: {_short(ast.unparse(node))}")
+    raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
 
 
 def _made(name: str, argument: ast.expr, place: str) -> int:
@@ -94,11 +105,15 @@ def _made(name: str, argument: ast.expr, place: str) -> int:
     match argument:
         case ast.Constant(value=str(text)) if name == "Symbol" and _SYMBOL.fullmatch(text):
             return 1
-        case ast.Constant(value=str(text)) if name == "Float" and re.fullmatch(r"[+-]?[\d.]{1,40}(e[+-]?\d{1,3})?", text):
+        case ast.Constant(value=str(text)) if name == "Float" and re.fullmatch(
+            r"[+-]?[\d.]{1,40}(e[+-]?\d{1,3})?", text
+        ):
             return 1100
-        case ast.Constant(value=int() | float()) | ast.UnaryOp(operand=ast.Constant(value=int() | float())) if name != "Symbol":
+        case ast.Constant(value=int() | float()) | ast.UnaryOp(operand=ast.Constant(value=int() | float())) if (
+            name != "Symbol"
+        ):
             return _bits(argument, place)
-    raise Refused(f"{place} is no arithmetic: {_short(ast.unparse(argument))}")
+    raise Refused(f"{place} is no arithmetic: {short(ast.unparse(argument))}")
 
 
 def _power(arguments: list[ast.expr], place: str, depth: int) -> int:
@@ -107,14 +122,19 @@ def _power(arguments: list[ast.expr], place: str, depth: int) -> int:
     if len(arguments) != 2:
         raise Refused(f"{place} has a power of {len(arguments)} operands")
     exponent = arguments[1]
-    if any(isinstance(part, ast.Name) and re.fullmatch(r"[a-z]+\d+", part.id) for part in ast.walk(exponent)) or any(
-        isinstance(part, ast.Constant) and isinstance(part.value, str) for part in ast.walk(exponent)
+    parts = list(ast.walk(exponent))
+    if any(isinstance(part, ast.Name) and re.fullmatch(r"[a-z]+\d+", part.id) for part in parts) or any(
+        isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts
     ):
         return total
-    numbers = [part.value for part in ast.walk(exponent) if isinstance(part, ast.Constant)]
-    largest = max((abs(float(number)) for number in numbers), default=0)
-    if len(numbers) > 2 or largest > 64:
-        raise Refused(f"{place} has a power of {_short(ast.unparse(exponent))}")
+    # A number, perhaps negative, or a call such as Integer(2) or Rational(1, 2): nothing that computes a larger one.
+    numbers = [part.value for part in parts if isinstance(part, ast.Constant)]
+    calls = [part for part in parts if isinstance(part, ast.Call | ast.BinOp)]
+    if len(calls) > 1 or len(numbers) > 2 or any(isinstance(part, ast.BinOp) for part in calls):
+        raise Refused(f"{place} has a power of {short(ast.unparse(exponent))}")
+    largest = max((abs(number) for number in numbers if isinstance(number, (int, float))), default=0)
+    if largest > 64:
+        raise Refused(f"{place} has a power of {short(ast.unparse(exponent))}")
     return _limited(total * max(1, int(largest)), exponent, place)
 
 
@@ -126,7 +146,7 @@ def _of_number(value: int | float, node: ast.expr, place: str) -> int:
 
 def _limited(bits: int, node: ast.expr, place: str) -> int:
     if bits > _MOST_BITS:
-        raise Refused(f"{place} computes with numbers that are too large: {_short(ast.unparse(node))}")
+        raise Refused(f"{place} computes with numbers that are too large: {short(ast.unparse(node))}")
     return bits
 
 
@@ -160,7 +180,7 @@ def _guard(node: ast.expr, place: str, depth: int = 0) -> None:
         case _ if _is_source(node):
             children = []
         case _:
-            raise Refused(f"{place} is no comparison of sizes: {_short(ast.unparse(node))}")
+            raise Refused(f"{place} is no comparison of sizes: {short(ast.unparse(node))}")
     for child in children:
         _guard(child, place, depth + 1)
 
@@ -177,8 +197,3 @@ def _is_source(node: ast.expr) -> bool:
         case ast.Call(func=ast.Attribute(value=value, attr=name), args=[], keywords=[]) if name in _SHAPE:
             return _is_source(value)
     return False
-
-
-def _short(text: str) -> str:
-    shown = repr(text)
-    return shown if len(shown) <= 80 else shown[:77] + "..."

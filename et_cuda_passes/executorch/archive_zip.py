@@ -25,7 +25,13 @@ _ENTRY = struct.Struct("<4s6HIIIHHHHHII")
 _END = struct.Struct("<4s4HIIH")
 _END_64 = struct.Struct("<4sQHHIIQQQQ")
 _LOCATOR = struct.Struct("<4sIQI")
-_SIGNED = {"local": b"PK\x03\x04", "entry": b"PK\x01\x02", "end": b"PK\x05\x06", "end64": b"PK\x06\x06", "at": b"PK\x06\x07"}
+_SIGNED = {
+    "local": b"PK\x03\x04",
+    "entry": b"PK\x01\x02",
+    "end": b"PK\x05\x06",
+    "end64": b"PK\x06\x06",
+    "at": b"PK\x06\x07",
+}
 _ZIP64 = 0xFFFFFFFF
 _ENCRYPTED, _LINK = 0x1, 0xA000
 
@@ -36,6 +42,12 @@ class NoArchive(ValueError):
 
 class Refused(ValueError):
     """The archive is not what ``torch.export.save`` writes; the message names the member."""
+
+
+def short(value: object) -> str:
+    """``value`` as Python writes it, cut to what a message has room for."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 @dataclass(frozen=True)
@@ -76,7 +88,9 @@ def read_zip(file: BinaryIO, outer: Span) -> dict[str, Span]:
     """
     directory, count = _directory(file, outer)
     if count > _MOST_MEMBERS or directory.size > _LONGEST_DIRECTORY:
-        raise Refused(f"the archive lists {count:,} members in {directory.size:,} bytes; at most {_MOST_MEMBERS:,} are read")
+        raise Refused(
+            f"the archive lists {count:,} members in {directory.size:,} bytes; at most {_MOST_MEMBERS:,} are read"
+        )
     listed = _at(file, directory.start, directory.size)
     members: dict[str, Span] = {}
     at = 0
@@ -102,7 +116,9 @@ def write_zip(members: Mapping[str, Content]) -> Content:
         crc = zlib.crc32(b"".join(part for part in content if isinstance(part, bytes)))
         crc = 0 if any(isinstance(part, Span) for part in content) else crc
         extra = struct.pack("<HHQQ", 1, 16, size, size)
-        head = _LOCAL.pack(_SIGNED["local"], 45, 0x800, 0, 0, 0, crc, _ZIP64, _ZIP64, len(path), len(extra)) + path + extra
+        head = (
+            _LOCAL.pack(_SIGNED["local"], 45, 0x800, 0, 0, 0, crc, _ZIP64, _ZIP64, len(path), len(extra)) + path + extra
+        )
         extra = struct.pack("<HHQQQ", 1, 24, size, size, offset)
         sizes = (crc, _ZIP64, _ZIP64, len(path), len(extra), 0, 0, 0, 0, _ZIP64)
         entries.append(_ENTRY.pack(_SIGNED["entry"], 45, 45, 0x800, 0, 0, 0, *sizes) + path + extra)
@@ -250,7 +266,7 @@ def _in_64_bits(extra: bytes, packed: int, size: int, offset: int, name: str) ->
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
         if kind == 1:
-            wide = [value for value, in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length // 8 * 8])]
+            wide = [value for (value,) in struct.iter_unpack("<Q", extra[at + 4 : at + 4 + length // 8 * 8])]
             try:
                 size = wide.pop(0) if size == _ZIP64 else size
                 packed = wide.pop(0) if packed == _ZIP64 else packed

@@ -10,9 +10,9 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch.export import ExportedProgram
@@ -61,7 +61,7 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
     # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
     extra = {_RECORD: ""}
     try:
-        with _opened(path, trust) as file, _quiet_load():
+        with _opened(path, trust) as file, quiet_load():
             program = torch.export.load(file, extra_files=extra)
     except ModelError:
         raise
@@ -74,7 +74,11 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
     try:
         record = json.loads(extra[_RECORD] or "{}")
         report = _report(record["report"]) if record else None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if type(record) is not dict or any(
+            type(text) is not str for text in record.values() if text is not record.get("report")
+        ):
+            raise TypeError("the record is none")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} was packed by another version of et_cuda_passes: pack the original program again"
         ) from error
@@ -175,24 +179,69 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
 
 
 def _report(data: dict[str, Any]) -> Report:
-    """The inverse of :meth:`Report.to_dict`."""
+    """The inverse of :meth:`Report.to_dict`; raises what comes of data that are none."""
     outcomes = [
         Outcome(**{**outcome, "reasons": [Reason(**reason) for reason in outcome["reasons"]]})
         for outcome in data["outcomes"]
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
-    return Report(outcomes=outcomes, applied=applied, **rest)
+    report = Report(outcomes=outcomes, applied=applied, **rest)
+    _check_types(report)
+    return report
+
+
+def _check_types(value: Any) -> None:
+    """Raise TypeError where a report or a part of it has a value of another type than it should, or a text has control
+    characters, which a terminal would take for commands."""
+    hints = get_type_hints(type(value))
+    for field in fields(value):
+        held, kind = getattr(value, field.name), hints[field.name]
+        parts = list(held.items()) if isinstance(held, dict) else held if isinstance(held, list) else [held]
+        if get_origin(kind) in (list, dict) and type(held) is not get_origin(kind):
+            raise TypeError(f"{field.name} is no {kind}")
+        for part in _leaves(parts):
+            if is_dataclass(part):
+                _check_types(part)
+            elif type(part) not in _leaf_types(kind):
+                raise TypeError(f"{field.name} has a {type(part).__name__}")
+            elif isinstance(part, str) and not part.replace("\n", "").replace("\t", "").isprintable():
+                raise TypeError(f"{field.name} has control characters")
+    if isinstance(value, Outcome) and value.status not in STATUSES:
+        raise TypeError("there is no such status")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _leaf_types(kind: Any) -> set[type]:
+    """The types that values in ``kind`` have: of a ``dict[str, list[str]]``, str."""
+    if kind is None or kind is type(None):
+        return {type(None)}
+    if get_origin(kind) is Literal:
+        return {str}
+    inner = get_args(kind)
+    return set().union(*map(_leaf_types, inner)) if inner else {kind}
 
 
 @contextmanager
-def _quiet_load() -> Iterator[None]:
-    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details."""
-    log = logging.getLogger("torch.export")
-    before = log.level
-    if log.getEffectiveLevel() > logging.DEBUG:
-        log.setLevel(logging.ERROR)
+def quiet_load() -> Iterator[None]:
+    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details.
+
+    Its log of inputs that are more than tensors and containers is badly formatted, and prints a traceback of its own.
+    """
+    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
+    before = [log.level for log in logs]
+    for log in logs:
+        if log.getEffectiveLevel() > logging.DEBUG:
+            log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
