@@ -46,17 +46,46 @@ class Model:
     report: Report | None
 
 
-def load_model(path: Path, target: str, trust: bool = False) -> Model:
-    """Read a program that ``target`` is to run.
+def load(path: Path | str, trust: bool = False) -> ExportedProgram:
+    """Read a program that ``torch.export.save`` wrote, without running code that stands in the file.
+
+    ``torch.export.load`` unpickles and evaluates what a file holds. Here a file is refused first if it holds more than
+    data; what it may hold is in docs/reference/trust.md.
 
     Args:
-        trust: leave the file to ``torch.export.load``, which runs code that stands in it. By default a file is refused
-            if it holds more than data (:mod:`et_cuda_passes.executorch.archive`).
+        path: a .pt2.
+        trust: leave the file to ``torch.export.load`` as it is.
 
     Raises:
-        ModelError: the file is missing, truncated or no exported program, or holds something that could run code, or it
-            is packed for another target or for another instruction set than this host's.
+        ModelError: the file is missing, truncated or no exported program, or holds something that could run code.
     """
+    return _read(Path(path), trust)[0]
+
+
+def load_model(path: Path, target: str, trust: bool = False) -> Model:
+    """Read a program that ``target`` is to run, as :func:`load` does.
+
+    Raises:
+        ModelError: as :func:`load`; or the program is packed for another target or for another instruction set than
+            this host's.
+    """
+    program, text = _read(path, trust)
+    try:
+        record = json.loads(text or "{}")
+        report = _report(record["report"]) if record else None
+        if type(record) is not dict or any(type(record[name]) is not str for name in record if name != "report"):
+            raise TypeError("the record is none")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{path} was packed by another version of et_cuda_passes: pack the original program again"
+        ) from error
+    model = Model(program, packed_layouts(program), report)
+    _check_target(path, model, record, get_target(target))
+    return model
+
+
+def _read(path: Path, trust: bool) -> tuple[ExportedProgram, str]:
+    """The program, and the record of our own beside it."""
     _check_kind(path, trust)
     # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
     extra = {_RECORD: ""}
@@ -71,20 +100,7 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
             f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
             f"{_AGAIN}"
         ) from error
-    try:
-        record = json.loads(extra[_RECORD] or "{}")
-        report = _report(record["report"]) if record else None
-        if type(record) is not dict or any(
-            type(text) is not str for text in record.values() if text is not record.get("report")
-        ):
-            raise TypeError("the record is none")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{path} was packed by another version of et_cuda_passes: pack the original program again"
-        ) from error
-    model = Model(program, packed_layouts(program), report)
-    _check_target(path, model, record, get_target(target))
-    return model
+    return program, extra[_RECORD]
 
 
 def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:

@@ -225,6 +225,15 @@ def calls_a_compiled_library(content: Members, marker: Path) -> Members:
     return _called(content, "torch.ops.higher_order.aoti_call_delegate")
 
 
+def in_a_compiled_library(content: Members, marker: Path) -> Members:
+    """torch.export.load loads a library of AOTInductor that stands beside a program."""
+    return {**content, "data/aotinductor/model/model.so": b"\x7fELF"}
+
+
+def in_an_object_of_torchscript(content: Members, marker: Path) -> Members:
+    return {**content, "data/constants/custom_obj_0": saved(MakesFolder(marker))}
+
+
 # The attack, and the member that the refusal names.
 LIVE: dict[Callable[[Members, Path], Members], str] = {
     in_sample_inputs: INPUTS,
@@ -245,4 +254,6 @@ REFUSED_ONLY: dict[Callable[[Members, Path], Members], str] = {
     calls_a_function_of_python: PROGRAM,
     calls_an_operator_that_writes_files: PROGRAM,
     calls_a_compiled_library: PROGRAM,
+    in_a_compiled_library: "data/aotinductor/model/model.so",
+    in_an_object_of_torchscript: "data/constants/custom_obj_0",
 }

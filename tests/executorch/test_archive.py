@@ -9,6 +9,7 @@ import sys
 import zipfile
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> hostile.Members:
 
 
 def refusal(path: Path) -> str:
-    with pytest.raises(ModelError) as error:
-        load_model(path, "cpu")
+    with pytest.raises(ecp.ModelError) as error:
+        ecp.load(path)
     return str(error.value)
 
 
@@ -81,7 +82,11 @@ def test_code_in_a_file_is_refused_and_runs_with_trust_only(
     assert hostile.LIVE[attack] in message and "--trust" in message and "trust=True" in message
     assert not evil_module.exists()
     try:
-        load_model(path, "cpu", trust=True).program.module()(torch.zeros(3, 4), y={"a": torch.ones(4)})
+        program = ecp.load(path, trust=True)
+        # In a thread of its own: torch leaves out guards where a file on the stack has "executorch" in its path.
+        with ThreadPoolExecutor(1) as pool:
+            module = pool.submit(program.module).result()
+        module(torch.zeros(3, 4), y={"a": torch.ones(4)})
     except Exception as error:  # what the attack returned is no part of a program, often
         print(error)
     assert evil_module.exists(), "the file does nothing, and its refusal shows nothing"
@@ -475,7 +480,8 @@ def test_an_empty_record_is_no_weight_of_zeros(tmp_path: Path, content: hostile.
 )
 def test_a_record_that_is_no_report_is_refused(record: Any, tmp_path: Path, content: hostile.Members) -> None:
     path = written(tmp_path / "odd.pt2", {**content, "extra/et_cuda_passes.json": json.dumps(record).encode()})
-    assert "another version of et_cuda_passes" in refusal(path)
+    with pytest.raises(ModelError, match="another version of et_cuda_passes"):
+        load_model(path, "cpu")
 
 
 # ---- archives ----
