@@ -1,8 +1,8 @@
 """A .pt2 read before torch reads it: nothing that stands in the file decides which code runs.
 
-``torch.export.load`` unpickles, evaluates expressions and looks up functions and classes by names in the file. Here every
-member is checked first, and torch is given an archive that holds the checked bytes under headers of our own. JSON and
-pickles are read once, into memory; tensor data stay in the file.
+``torch.export.load`` unpickles, evaluates expressions and looks up functions and classes by names in the file. Here
+every member is checked first, and torch is given an archive that holds the checked bytes under headers of our own. JSON
+and pickles are read once, into memory; tensor data stay in the file.
 """
 
 import io

@@ -10,30 +10,19 @@ _LONGEST = 20_000
 _MOST_BITS = 4096
 _SYMBOL = re.compile(r"[A-Za-z]\w{0,60}", re.ASCII)
 _CONSTANTS = frozenset(("oo", "zoo", "nan", "int_oo", "true", "false"))
-_ASSUMPTIONS = frozenset(
-    (
-        "integer",
-        "positive",
-        "nonnegative",
-        "negative",
-        "nonpositive",
-        "nonzero",
-        "real",
-        "extended_real",
-        "finite",
-        "zero",
-    )
-    + ("precision", "evaluate", "commutative", "infinite")
-)
+_ASSUMPTIONS = frozenset((
+    "integer", "positive", "nonnegative", "negative", "nonpositive", "nonzero", "real", "extended_real",
+    "finite", "infinite", "zero", "commutative", "precision", "evaluate",
+))  # fmt: skip
 # What sympy's srepr and torch's own printers write.
-_FUNCTIONS = frozenset(
-    ("Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "floor", "ceiling")
-    + ("Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan")
-    + ("Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "ITE", "Piecewise", "ExprCondPair")
-    + ("FloorDiv", "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift")
-    + ("RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "IsNonOverlappingAndDenseIndicator")
-    + ("TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity")
-)
+_FUNCTIONS = frozenset((
+    "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "floor",
+    "ceiling", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "Eq",
+    "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not", "ITE", "Piecewise", "ExprCondPair", "FloorDiv",
+    "ModularIndexing", "Where", "PythonMod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "LShift",
+    "RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "IsNonOverlappingAndDenseIndicator",
+    "TruncToFloat", "TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity",
+))  # fmt: skip
 _POWERS = frozenset(("Pow", "PowByNatural", "FloatPow", "LShift"))
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow)
 _COMPARED = (ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
@@ -88,16 +77,20 @@ def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
         case ast.Tuple(elts=items):
             return _limited(sum(map(inner, items)), node, place)
         case ast.Call(func=ast.Name(id=name), args=arguments, keywords=keywords) if name in _FUNCTIONS:
-            for keyword in keywords:
-                fine = keyword.arg in _ASSUMPTIONS and isinstance(keyword.value, ast.Constant)
-                if not fine or not isinstance(keyword.value.value, (bool, int)) or int(keyword.value.value) > 256:
-                    raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
+            if not all(_is_assumption(keyword) for keyword in keywords):
+                raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
             if name in ("Symbol", "Float", "Integer") and len(arguments) == 1:
                 return _made(name, arguments[0], place)
             if name in _POWERS:
                 return _power(arguments, place, depth)
             return _limited(sum(map(inner, arguments)), node, place)
     raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
+
+
+def _is_assumption(keyword: ast.keyword) -> bool:
+    """``integer=True`` of a symbol, or the ``precision=53`` of a float."""
+    value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+    return keyword.arg in _ASSUMPTIONS and isinstance(value, (bool, int)) and 0 <= value <= 256
 
 
 def _made(name: str, argument: ast.expr, place: str) -> int:

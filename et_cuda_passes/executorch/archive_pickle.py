@@ -1,8 +1,8 @@
 """Pickles in a .pt2, checked without a single call of what they name.
 
-``torch.load`` may call whatever a pickle names. Python's own unpickler runs here first over the same bytes, and each name
-that the pickle looks up gives a stand-in: it checks what it is called with and returns a value without behaviour. A
-name without a stand-in is refused. Tensor data are not read.
+``torch.load`` may call whatever a pickle names. Python's own unpickler runs here first over the same bytes, and each
+name that the pickle looks up gives a stand-in: it checks what it is called with and returns a value without behaviour.
+A name without a stand-in is refused. Tensor data are not read.
 """
 
 import io
@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torchao.quantization  # noqa: F401 - registers its tensors as safe to unpickle
 from torch.utils import _pytree
 
 from et_cuda_passes.executorch.archive_standins import (
@@ -54,6 +55,7 @@ def check_pickle(
     """Refuse ``data`` unless unpickling it makes nothing but tensors, containers, numbers and inputs that pytree knows.
 
     Args:
+        data: the pickle.
         records: sizes in bytes of the storages, by the key under which the pickle refers to them.
         check_tensor_meta: raises for a description of a fake tensor, as JSON, that torch must not read.
         tensor: whether it must hold one tensor; else a tuple or dict of values.
@@ -82,13 +84,11 @@ def check_pickle(
 
 
 def _check_operations(data: bytes) -> None:
-    count = 0
-    for opcode, argument, _ in pickletools.genops(data):
-        count += 1
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
         if opcode.name not in _OPCODES:
             raise Refused(f"it uses the pickle operation {opcode.name}")
         # The unpickler's memory grows with the largest index.
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > count:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise Refused("it numbers its values with gaps")
 
 
@@ -121,7 +121,7 @@ class _Unpickler(pickle.Unpickler):
         # As torch.load calls it.
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._records = records
-        self._classes: dict[str, type[InstanceStandIn]] = {}
+        self._classes: dict[str, NoAttributes] = {}
         self._functions = functions(check_tensor_meta)
 
     def persistent_load(self, saved: Any) -> StorageStandIn:
@@ -185,8 +185,8 @@ def _allowed_class(module: str, name: str) -> type | None:
             return cls
     # A cache is an input that pytree knows once an export registered it; its layers are a part of it.
     if module == "transformers.cache_utils" and re.fullmatch(r"\w+(Cache|Layer)", name):
-        cls = getattr(sys.modules.get(module), name, None)
-        return cls if isinstance(cls, type) and cls.__module__ == module else None
+        found = getattr(sys.modules.get(module), name, None)
+        return found if isinstance(found, type) and found.__module__ == module else None
     return None
 
 

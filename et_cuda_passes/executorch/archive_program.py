@@ -45,7 +45,8 @@ def check_payloads(data: bytes, records: Mapping[str, int], prefix: str) -> froz
     """
     table = read_json(data)
     _Walk().check(schema.PayloadConfig, table, "")
-    pickled, raw = set(), {}
+    pickled: set[str] = set()
+    raw: dict[str, tuple[str, dict[str, Any]]] = {}
     for fqn, payload in table.get("config", {}).items():
         record, meta = payload["path_name"], payload["tensor_meta"]
         if not re.fullmatch(re.escape(prefix) + r"\d+", record):

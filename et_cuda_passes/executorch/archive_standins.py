@@ -64,6 +64,7 @@ class InstanceStandIn(metaclass=NoAttributes):
     """An object of an allowed class; ``state`` holds what it is made from."""
 
     __slots__ = ("state",)
+    state: list[object]
     is_tensor = False
 
     def __new__(cls, *arguments: Any) -> "InstanceStandIn":

@@ -1,8 +1,8 @@
 """The texts in a .pt2 that torch evaluates, looks up, compiles, or writes into source, and what they may hold.
 
-Names of values and inputs, and keys of keyword arguments, become names in Python source. Expressions of sizes go through
-``sympy.sympify``, which evaluates Python. ``ExportedProgram.module`` compiles guards. Targets are looked up by name.
-Texts in operator arguments reach C++ and Python source that Inductor writes, and texts in metadata its comments.
+Names of values and inputs, and keys of keyword arguments, become names in Python source. Expressions of sizes go
+through ``sympy.sympify``, which evaluates Python. ``ExportedProgram.module`` compiles guards. Targets are looked up by
+name. Texts in operator arguments reach C++ and Python source that Inductor writes, and texts in metadata its comments.
 """
 
 import re
@@ -34,10 +34,10 @@ _VMAP = re.compile(
     r"|torch\._C\._functorch\.(_add_batch_dim|_remove_batch_dim|_vmap_increment_nesting|_vmap_decrement_nesting)"
     r"|torch\._functorch\.(predispatch|vmap)\.lazy_load_decompositions"
 )
-_NAMESPACES = frozenset(
-    ("aten", "prims", "export", "torchao", "quantized_decomposed", "et_cuda_passes", "dim_order_ops", "llama")
-    + ("transformers", "torchvision")
-)
+_NAMESPACES = frozenset((
+    "aten", "prims", "export", "torchao", "quantized_decomposed", "et_cuda_passes", "dim_order_ops", "llama",
+    "transformers", "torchvision",
+))  # fmt: skip
 # Operators of these namespaces that reach for something outside the program.
 _OUTSIDE = frozenset(("aten.from_file", "aten.save", "aten._print", "aten.warn", "aten.get_pool_allocator"))
 
@@ -95,7 +95,7 @@ def _device(text: str, place: str) -> None:
 
 
 def _target(text: str, place: str) -> None:
-    """A function that torch writes into graphs. Others that torch would find by name are refused, also uncalled ones."""
+    """A function that torch writes into graphs. Torch would find any other by its name too."""
     if (
         _SYMBOLIC.fullmatch(text)
         or _SYMBOLIC_TORCH.fullmatch(text)

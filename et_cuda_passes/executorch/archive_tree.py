@@ -89,7 +89,7 @@ def _transformers_object(value: dict[str, Any], place: str) -> None:
     """An object as transformers' exporters describe it: of a class that they import by its path, and may call."""
     kind, path, name = value["_t"], value.get("p"), value.get("n")
     if kind in ("obj", "type"):
-        known = isinstance(path, str) and re.fullmatch(r"transformers\.cache_utils:\w+(Cache|Layer)", path, re.ASCII)
+        known = bool(re.fullmatch(r"transformers\.cache_utils:\w+(Cache|Layer)", str(path), re.ASCII))
     elif kind in ("seq", "map"):
         known = path in ("builtins:tuple", "builtins:set", "builtins:frozenset", "collections:OrderedDict")
     elif kind in ("dtype", "layout"):

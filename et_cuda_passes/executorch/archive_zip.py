@@ -14,6 +14,7 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import BinaryIO
 
 # Bounds of what is parsed before any of it is believed. A model of 100 B parameters has some thousand members.
@@ -99,7 +100,7 @@ def read_zip(file: BinaryIO, outer: Span) -> dict[str, Span]:
     if at != len(listed):
         raise Refused(f"the archive's directory has {len(listed) - at} bytes more than its {count} members")
     ends = sorted((span.start, span.start + span.size, name) for name, span in members.items())
-    for (_, end, one), (start, _, other) in zip(ends, ends[1:], strict=False):
+    for (_, end, one), (start, _, other) in pairwise(ends):
         if start < end:
             raise Refused(f"members {one} and {other} share bytes")
     return _without_root(members)
@@ -180,7 +181,7 @@ class Contents(io.RawIOBase):
 
 
 def _fill(file: BinaryIO, view: memoryview) -> int:
-    return file.readinto(view) or 0  # type: ignore[attr-defined,no-any-return]
+    return int(file.readinto(view) or 0)  # type: ignore[attr-defined]
 
 
 def _at(file: BinaryIO, start: int, size: int) -> bytes:
@@ -244,7 +245,7 @@ def _read_entry(file: BinaryIO, outer: Span, directory: Span, listed: bytes, at:
     if local[0] != _SIGNED["local"] or local[3] or _at(file, start - local[9] - local[10], local[9]) != raw:
         raise Refused(f"member {name} has another header than the archive's list says")
     members[name] = Span(start, size)
-    return after
+    return int(after)
 
 
 def _name(raw: bytes) -> str:

@@ -164,8 +164,8 @@ def _trusted_names(path: Path) -> list[str]:
 
 def _distrust(path: Path, error: archive.Refused) -> ModelError:
     return ModelError(
-        f"{path}: {error}. It was not read, because reading it could run code that its author put there: {_AGAIN}; or, if "
-        "you know where the file comes from, give --trust (trust=True in Python)"
+        f"{path}: {error}. It was not read, because reading it could run code that its author put there: {_AGAIN}; or, "
+        "if you know where the file comes from, give --trust (trust=True in Python)"
     )
 
 
