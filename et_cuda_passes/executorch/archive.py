@@ -94,9 +94,7 @@ def _checked(file: BinaryIO, name: str, span: Span) -> Content:
     """What torch is to read as member ``name``; the tensors in a folder are checked with the folder's table."""
     with _naming(name):
         if name == _PROGRAM:
-            data = read_all(file, (span,), _LONGEST_JSON, name)
-            check_program(data)
-            return (data,)
+            return (check_program(read_all(file, (span,), _LONGEST_JSON, name)),)
         if name == _INPUTS or name in ("data/weights/model.pt", "data/constants/model.pt"):
             return _pickled(file, span, tensor=False) if span.size else ()
         for folder, (prefix, table) in _FOLDERS.items():

@@ -8,7 +8,8 @@ from et_cuda_passes.executorch.archive_zip import Refused, short
 _LONGEST = 20_000
 # Bits of a number that sympy computes at once while it parses.
 _MOST_BITS = 4096
-_SYMBOL = re.compile(r"[A-Za-z]\w{0,60}", re.ASCII)
+# Backed and unbacked sizes and floats, as torch numbers them.
+_SYMBOL = re.compile(r"(s|u|f|i|zf|zuf)\d{1,18}", re.ASCII)
 _CONSTANTS = frozenset(("oo", "zoo", "nan", "int_oo", "true", "false"))
 _ASSUMPTIONS = frozenset((
     "integer", "positive", "nonnegative", "negative", "nonpositive", "nonzero", "real", "extended_real",
@@ -64,7 +65,7 @@ def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
             return 1
         case ast.Constant(value=int() | float() as value):
             return _of_number(value, node, place)
-        case ast.Name(id=name) if name in _CONSTANTS or re.fullmatch(r"[a-z]+\d+", name):
+        case ast.Name(id=name) if name in _CONSTANTS or _SYMBOL.fullmatch(name):
             return 1
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Invert(), operand=operand):
             return inner(operand)
@@ -116,7 +117,7 @@ def _power(arguments: list[ast.expr], place: str, depth: int) -> int:
         raise Refused(f"{place} has a power of {len(arguments)} operands")
     exponent = arguments[1]
     parts = list(ast.walk(exponent))
-    if any(isinstance(part, ast.Name) and re.fullmatch(r"[a-z]+\d+", part.id) for part in parts) or any(
+    if any(isinstance(part, ast.Name) and _SYMBOL.fullmatch(part.id) for part in parts) or any(
         isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts
     ):
         return total

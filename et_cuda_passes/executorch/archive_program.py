@@ -5,10 +5,11 @@ What the texts may hold is said in :mod:`et_cuda_passes.executorch.archive_texts
 """
 
 import dataclasses
+import json
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import IntEnum
 from typing import Any
 
@@ -25,13 +26,35 @@ from et_cuda_passes.executorch.archive_zip import Refused
 _MOST_DEPTH = 200
 
 
-def check_program(data: bytes) -> None:
+def check_program(data: bytes) -> bytes:
     """Refuse a ``models/model.json`` in which a text could become code.
+
+    Returns:
+        what torch is to read: ``data``, or where a traceback in it has ``)"``, the same with a space between the two.
+        Inductor can write tracebacks into raw strings of C++, which end there.
 
     Raises:
         Refused: the message names the field and its value.
     """
-    _Walk().check(schema.ExportedProgram, read_json(data), "")
+    program = read_json(data)
+    _Walk().check(schema.ExportedProgram, program, "")
+    changed = [_part_raw_string(node["metadata"]) for node in _nodes(program["graph_module"]["graph"])]
+    return json.dumps(program).encode() if any(changed) else data
+
+
+def _nodes(value: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of a graph and of the graphs in it."""
+    if isinstance(value, dict):
+        yield from value.get("nodes", ())
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _nodes(item)
+
+
+def _part_raw_string(metadata: dict[str, str]) -> bool:
+    trace = metadata.get("stack_trace", "")
+    if ')"' in trace:
+        metadata["stack_trace"] = trace.replace(')"', ') "')
+    return ')"' in trace
 
 
 def check_payloads(data: bytes, records: Mapping[str, int], prefix: str) -> frozenset[str]:

@@ -36,10 +36,10 @@ _VMAP = re.compile(
 )
 _NAMESPACES = frozenset((
     "aten", "prims", "export", "torchao", "quantized_decomposed", "et_cuda_passes", "dim_order_ops", "llama",
-    "transformers", "torchvision",
+    "transformers",
 ))  # fmt: skip
 # Operators of these namespaces that reach for something outside the program.
-_OUTSIDE = frozenset(("aten.from_file", "aten.save", "aten._print", "aten.warn", "aten.get_pool_allocator"))
+_OUTSIDE = frozenset(("aten.from_file", "aten.save", "aten._print", "aten.warn"))
 
 # Refuses a text, at a place that the message names.
 Rule = Callable[[str, str], None]
@@ -73,8 +73,14 @@ def _fqn(text: str, place: str) -> None:
         raise Refused(f"{place} is no name of a module or tensor: {short(text)}")
 
 
+def _option(text: str, place: str) -> None:
+    """An option of a kernel, which a template writes into source without quotes."""
+    if not re.fullmatch(r"[\w.\-]*", text, re.ASCII):
+        raise Refused(f"{place} is no plain value: {short(text)}")
+
+
 def _literal(text: str, place: str) -> None:
-    """A text that stands in quotes of generated source must not end them."""
+    """A text that stands in double quotes of generated source must not end them."""
     if re.search(r'["\\\x00-\x1f\x7f]', text):
         raise Refused(f"{place} has quotes, backslashes or control characters: {short(text)}")
 
@@ -104,7 +110,8 @@ def _target(text: str, place: str) -> None:
     ):
         return
     parts = _OPERATOR.fullmatch(text)
-    if parts is None or parts[1] not in _NAMESPACES or f"{parts[1]}.{parts[2]}" in _OUTSIDE:
+    name = "" if parts is None else f"{parts[1]}.{parts[2]}"
+    if parts is None or parts[1] not in _NAMESPACES or name in _OUTSIDE or name.startswith("prims.inductor_"):
         raise Refused(f"{place} calls {short(text)}, which is no operator of an exported program")
 
 
@@ -127,8 +134,9 @@ def _metadata(value: dict[str, str], place: str) -> None:
     for key, text in value.items():
         where = f"{place}.{key}"
         if key == "stack_trace":
-            continue
-        if key in ("nn_module_stack", "torch_fn"):
+            if re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text):
+                raise Refused(f"{where} has control characters")
+        elif key in ("nn_module_stack", "torch_fn"):
             _one_line(text, where)
         elif key == "source_fn_stack":
             # torch looks up what stands behind the comma.
@@ -155,6 +163,13 @@ def _plain(value: Any, place: str) -> None:
 def _keys_are_names(value: dict[str, Any], place: str) -> None:
     for key in value:
         _name(key, place)
+
+
+def _options(value: dict[str, Any], place: str) -> None:
+    _keys_are_names(value, place)
+    for key, argument in value.items():
+        for text in argument.get("as_strings", [argument.get("as_string", "")]):
+            _option(text, f"{place}.{key}")
 
 
 def _keys_are_fqns(value: dict[str, Any], place: str) -> None:
@@ -207,7 +222,7 @@ OBJECTS: dict[tuple[str, str], Callable[[Any, str], None]] = {
     ("Graph", "sym_float_values"): _keys_are_names,
     ("Graph", "custom_obj_values"): _no_objects,
     ("ExportedProgram", "range_constraints"): _keys_are_names,
-    ("Argument", "as_string_to_argument"): _keys_are_names,
+    ("Argument", "as_string_to_argument"): _options,
     ("Argument", "as_custom_obj"): _no_objects,
     ("InputSpec", "custom_obj"): _no_objects,
     ("Graph", "inputs"): _input_texts,

@@ -23,9 +23,9 @@ def read_json(data: bytes) -> Any:
 
 
 def check_literal(text: str, place: str) -> None:
-    """A text that stands in quotes of either kind in generated source must not end them."""
-    if re.search(r"[\"'\\\x00-\x1f\x7f]", text):
-        raise Refused(f"{place} has quotes, backslashes or control characters: {short(text)}")
+    """A text that stands in quotes of either kind, or in a raw string of C++, must not end them."""
+    if re.search(r"[\"'\\()\x00-\x1f\x7f]", text):
+        raise Refused(f"{place} has quotes, parentheses, backslashes or control characters: {short(text)}")
 
 
 def check_tree(text: str, place: str) -> None:

@@ -73,7 +73,8 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
     try:
         record = json.loads(text or "{}")
         report = _report(record["report"]) if record else None
-        if type(record) is not dict or any(type(record[name]) is not str for name in record if name != "report"):
+        texts = [record[name] for name in record if name != "report"]
+        if type(record) is not dict or not all(type(text) is str and text.isprintable() for text in texts):
             raise TypeError("the record is none")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(

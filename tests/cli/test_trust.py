@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from et_cuda_passes.cli import app
+from et_cuda_passes.cli.console import UsageError
+from et_cuda_passes.cli.inputs import read_inputs
 from tests.executorch import hostile
 from tests.executorch.hostile import INPUTS, MakesFolder, honest, members, saved, written
 
@@ -106,10 +108,11 @@ def test_a_hostile_safetensors_is_refused(name: str, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_hostile_name_in_safetensors_reaches_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hostile_name_in_safetensors_reaches_no_terminal(tmp_path: Path) -> None:
     save_file({"\x1b[2J": torch.zeros(1), "1": torch.zeros(1)}, tmp_path / "inputs.safetensors")
-    _, text = run(capsys, "verify", honest(tmp_path), "--target", "cpu", "--inputs", tmp_path / "inputs.safetensors")
-    assert "name the inputs 0, 1, ... in order" in text and "\x1b[2J" not in text
+    with pytest.raises(UsageError) as error:
+        read_inputs(tmp_path / "inputs.safetensors")
+    assert r"holds '\x1b[2J', 1: name the inputs" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["a pickle", "a zip file", "an empty file", "zeros"])

@@ -236,6 +236,8 @@ HARMFUL = [
     "__import__('os')",
     "Symbol('s0').__class__",
     "Symbol(\"__import__('os')\")",
+    "Symbol('exit')",
+    "factorial2",
     "(lambda: 0)()",
     "[s0 for s0 in (1,)]",
     "eval('1')",
@@ -355,10 +357,34 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda program: nodes(program)[0]["inputs"][0].update(arg={"as_custom_obj": {"name": "a", "class_fqn": "b"}}),
         "object of Python or TorchScript",
     ),
+    "an option that a template writes into source": (
+        lambda program: nodes(program)[0]["inputs"][0].update(
+            arg={"as_string_to_argument": {"BLOCK": {"as_string": "__import__('os').getpid()"}}}
+        ),
+        "no plain value",
+    ),
+    "an operator of Inductor's own": (
+        lambda program: nodes(program)[0].update(target="torch.ops.prims.inductor_random.default"),
+        "calls",
+    ),
+    "an operator that writes files": (
+        lambda program: nodes(program)[0].update(target="torch.ops.torchvision.write_file.default"),
+        "calls",
+    ),
+    "a traceback with a terminal's commands": (
+        lambda program: nodes(program)[0]["metadata"].update(stack_trace="a\x1b[2J"),
+        "control characters",
+    ),
+    "a key that ends a raw string of C++": (
+        lambda program: first_signature(program).update(
+            in_spec=first_signature(program)["in_spec"].replace('[\\"a\\"]', '[\\"a)\\"]')
+        ),
+        "has quotes, parentheses",
+    ),
     "an unknown verifier's name": (lambda program: program.update(verifiers=["a b"]), "is no name"),
     "a keyword argument with code": (
         lambda program: first_signature(program).update(
-            in_spec=first_signature(program)["in_spec"].replace('[\\"y\\"]', '[\\"y=print(1)\\"]')
+            in_spec=first_signature(program)["in_spec"].replace('[\\"y\\"]', '[\\"y=0\\"]')
         ),
         "is no name",
     ),
@@ -406,6 +432,15 @@ def test_a_program_with_a_text_that_could_become_code_is_refused(
     edit, reason = EDITS[name]
     message = refusal(written(tmp_path / "evil.pt2", edited(content, PROGRAM, edit)))
     assert f"member {PROGRAM}: " in message and reason in message
+
+
+def test_a_traceback_ends_no_raw_string_of_cpp(tmp_path: Path, content: hostile.Members) -> None:
+    def edit(program: Any) -> None:
+        nodes(program)[0]["metadata"]["stack_trace"] = 'print("f(x)"); )"'
+
+    program = ecp.load(written(tmp_path / "odd.pt2", edited(content, PROGRAM, edit)))
+    traces = [node.meta.get("stack_trace", "") for node in program.graph.nodes]
+    assert 'print("f(x) "); ) "' in traces
 
 
 def test_every_text_field_of_the_schema_has_a_rule() -> None:
