@@ -84,6 +84,14 @@ def test_a_program_from_the_command_line_alone_runs_nothing(evil: Path) -> None:
     assert not (evil.parent / "marker").exists()
 
 
+def test_a_compiled_program_is_never_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    library = {"data/aotinductor/model/model.so": b"\x7fELF", "archive_format": b"pt2", "archive_version": b"0"}
+    path = written(tmp_path / "compiled.pt2", library)
+    for trust in ((), ("--trust",)):
+        code, text = run(capsys, "explain", path, "--target", "cpu", *trust)
+        assert code == 2 and "is an AOTInductor package" in text
+
+
 def _header(**tensors: object) -> bytes:
     text = json.dumps(tensors).encode()
     return struct.pack("<Q", len(text)) + text

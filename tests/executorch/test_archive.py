@@ -150,6 +150,10 @@ PICKLES: dict[str, tuple[bytes, str]] = {
         _pickle(_look_up("torch", "Tensor"), pickle.NONE, b"}X\x01\x00\x00\x00aNs", pickle.TUPLE2, pickle.BUILD),
         "no pickle that torch.save writes",
     ),
+    "a tensor of a length": (
+        _pickle(_look_up("torch", "Tensor"), b"\x8a\x06" + bytes(5) + b"\x01", b"\x85\x81\x85"),
+        "by another function",
+    ),
     "an extension": (_pickle(pickle.EXT1 + b"\x01"), "operation EXT1"),
     "an instance by name": (_pickle(pickle.MARK, pickle.INST + b"os\nsystem\n"), "operation INST"),
     "an index with gaps": (_pickle(b"(t", pickle.LONG_BINPUT + struct.pack("<I", 2**31 - 1)), "with gaps"),
