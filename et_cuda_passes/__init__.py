@@ -41,6 +41,7 @@ from et_cuda_passes.targets.rewrite import rewrite
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
+    from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
@@ -73,6 +74,7 @@ __all__ = [
     "LinearViews",
     "MatchContext",
     "MetalPartitioner",
+    "ModelError",
     "Outcome",
     "Pattern",
     "QuantizedEmbedding",
@@ -89,6 +91,7 @@ __all__ = [
     "default_passes",
     "dequantize",
     "layouts",
+    "load",
     "op",
     "ops",
     "require",
@@ -97,14 +100,20 @@ __all__ = [
 ]
 
 # ExecuTorch takes seconds to import, and only lowering needs it.
-_PARTITIONERS = {"CudaPartitioner": "cuda", "MetalPartitioner": "metal", "XnnpackPartitioner": "xnnpack"}
+_LAZY = {
+    "CudaPartitioner": "cuda",
+    "MetalPartitioner": "metal",
+    "XnnpackPartitioner": "xnnpack",
+    "ModelError": "packed",
+    "load": "packed",
+}
 
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
 
     def __getattr__(name: str) -> Any:
-        if name in _PARTITIONERS:
+        if name in _LAZY:
             from importlib import import_module
 
-            return getattr(import_module(f"et_cuda_passes.executorch.{_PARTITIONERS[name]}"), name)
+            return getattr(import_module(f"et_cuda_passes.executorch.{_LAZY[name]}"), name)
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")

@@ -37,6 +37,9 @@ def verify(
     ] = None,
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which runs code that stands in it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
     """Lower MODEL for a target, run it, and compare it with the original program in eager; nothing is written.
@@ -54,7 +57,7 @@ def verify(
             raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
         with Steps() as step:
             step(f"loading {model}")
-            loaded = load_model(model, target)
+            loaded = load_model(model, target, trust)
             program = loaded.program
             args, kwargs = _arguments(program, given, random_seed)
             step("running the original in eager")
