@@ -6,12 +6,12 @@ The public interface; everything else may change.
 from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
-from et_cuda_passes.graph.asking import RuleError
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.errors import RuleError, Unmet
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import JointRule, Keep, Rule, Unmet, require
+from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize
 from et_cuda_passes.rules.attention_views import AttentionViews

@@ -22,8 +22,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called, op_name
+from et_cuda_passes.graph.operators import called, op_name
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Report
 

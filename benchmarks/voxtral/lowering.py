@@ -17,7 +17,7 @@ from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.programs import export
 from benchmarks.voxtral.variants import Variant
 from benchmarks.voxtral.weights import build
-from et_cuda_passes.graph.collector import rare_collector
+from et_cuda_passes.executorch.lower import rare_collector
 
 
 def passes(variant: Variant) -> list[Any]:

@@ -1,6 +1,7 @@
 """What a target runs, made from a rewritten program: a .pte with its .ptd, or an AOTInductor package."""
 
 import errno
+import gc
 import os
 import platform
 import shutil
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
-
-from et_cuda_passes.graph.collector import rare_collector
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -90,6 +89,24 @@ def staged(folder: Path) -> Iterator[Path]:
                 raise IsADirectoryError(errno.EISDIR, "a file is to be written where a directory is", str(file))
         for path, file in files.items():
             os.replace(path, file)
+
+
+@contextmanager
+def rare_collector() -> Iterator[None]:
+    """Cyclic garbage collection a hundredth as often, and of what is made inside alone.
+
+    For lowering, which is long, builds much and keeps nearly all of it, but whose garbage can hold tensors: it must be
+    collected now and then. What there was before is left out of it until the end.
+    """
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(thresholds[0] * 100, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
 
 
 def _has_torchao_mps() -> bool:

@@ -10,10 +10,9 @@ from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
-from et_cuda_passes.graph.asking import no_guards
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import Target, checked, in_edge_form, op_name
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import Target, checked, in_edge_form, op_name
+from et_cuda_passes.graph.program import Program, no_guards
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")

@@ -5,12 +5,6 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from et_cuda_passes.graph.rule import Mistake
-
-
-class NameTaken(Mistake):
-    """The program has a constant under the name that a packed one would get."""
-
 
 class ConstantPool:
     """Packed constants by source and layout, so that what methods share is packed and stored once.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
 
-from et_cuda_passes.graph.ops import Target, canonical, checked, names_in, op_name
+from et_cuda_passes.graph.operators import Target, canonical, checked, names_in, op_name
 
 
 @dataclass(frozen=True)

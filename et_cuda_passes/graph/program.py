@@ -1,10 +1,11 @@
 """ExportedProgram surgery: a private copy, constants read, added and dropped by FQN, without a retrace.
 
-Everything here is linear in the graph: signature tables are read once and written once, in :meth:`Program.finish`.
+Everything here is linear in the graph. The signature is read once and written once, in :meth:`Program.to_exported`.
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,18 +19,23 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
-from et_cuda_passes.graph.copying import Places, copied, counterparts, places
-from et_cuda_passes.graph.memory import written_in
-from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, preserving, renamed_calls
-from et_cuda_passes.graph.ops import ACCESS, called
-from et_cuda_passes.graph.strides import settle_strides
-from et_cuda_passes.graph.sweep import sweep
+from et_cuda_passes.graph.aliasing import written_in
+from et_cuda_passes.graph.constants import ConstantPool, identity, unparametrized
+from et_cuda_passes.graph.errors import NameTaken
+from et_cuda_passes.graph.module_calls import at_boundaries, preserving, renamed_calls
+from et_cuda_passes.graph.operators import ACCESS, Target, called
+from et_cuda_passes.graph.subgraphs import Branches
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+Places = set[tuple[str, Target]]
+"""Where nodes stand, and what they call."""
 
 
 class Program:
@@ -47,14 +53,18 @@ class Program:
         self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
         self._updated = {spec.target for spec in self._outputs} - {None}
         self._derived: dict[tuple[Any, Node], Any] = {}
-        self._abandoned: dict[Node, None] = {}
-        self._added: dict[str, Node] = {}
+        self.abandoned: dict[Node, None] = {}
+        """Nodes that what read them no longer wants."""
+        self.added: dict[str, Node] = {}
+        """The placeholders of new constants, by FQN."""
         self.kept: set[Node] = set()
         """Nodes that a rule decided to leave as they are."""
         self.kept_inputs: set[Node] = set()
         """Matched nodes that kept ones read: what replaces them is for other readers."""
-        self._replaced: dict[Node, Node] = {}
-        self._dropped: list[Any] = []
+        self.replaced: dict[Node, Node] = {}
+        """Each node that was replaced with what it was replaced by, in the order in which that was done."""
+        self.dropped: list[Any] = []
+        """The tensors of constants that were dropped."""
         self._renamed: dict[str, str] = {}
         self.refresh()
         self._first_name: dict[Hashable, str] = {}
@@ -136,7 +146,7 @@ class Program:
         return self.target(node) in self._updated
 
     def preserving(self, node: Node) -> tuple[str, ...]:
-        """See :func:`~et_cuda_passes.graph.naming.preserving`."""
+        """See :func:`~et_cuda_passes.graph.module_calls.preserving`."""
         return preserving(node, self._source.module_call_graph)
 
     def is_written(self, node: Node) -> bool:
@@ -168,9 +178,9 @@ class Program:
         """
         nodes = tuple(sources)
         name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
-        if name not in self._added:
-            self._added[name] = self._placeholder_of(name, tensor, nodes[0])
-        return self.branches.hand_in(self._added[name], graph)
+        if name not in self.added:
+            self.added[name] = self._placeholder_of(name, tensor, nodes[0])
+        return self.branches.hand_in(self.added[name], graph)
 
     def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
         held_already = self.state_dict.get(name)
@@ -208,27 +218,21 @@ class Program:
         """Make every reader of ``old`` read ``new``; one that is kept together with ``old`` goes on reading that."""
         leave = self.kept if old in self.kept_inputs else set()
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
-        self._replaced[old] = new
+        self.replaced[old] = new
 
     def current(self, node: Node) -> Node:
         """What now stands for ``node``: matches are found before their neighbours are rewritten."""
-        while node in self._replaced:
-            node = self._replaced[node]
+        while node in self.replaced:
+            node = self.replaced[node]
         return node
 
     def abandon(self, nodes: Iterable[Node]) -> None:
-        """Mark ``nodes`` as no longer wanted by what read them; :meth:`sweep` removes those that nobody reads."""
-        self._abandoned.update(dict.fromkeys(nodes))
+        """Mark ``nodes`` as dead for what read them; :func:`.finish.sweep` removes those that nothing else reads."""
+        self.abandoned.update(dict.fromkeys(nodes))
 
-    def sweep(self) -> None:
-        """Remove abandoned nodes, and then their inputs, as long as nothing reads them."""
-        for node in sweep(self, list(self._abandoned)):
-            self._hand_over_name(node)
-        self._abandoned.clear()
-
-    def _hand_over_name(self, gone: Node) -> None:
+    def transfer_name(self, gone: Node) -> None:
         """What replaced ``gone`` takes its name: the signatures of preserved modules, and people, go by it."""
-        new = self._replaced.get(gone)
+        new = self.replaced.get(gone)
         if new is None:
             return
         if new.op == "call_function" and new.name not in self._renamed.values():
@@ -239,8 +243,8 @@ class Program:
     def drop(self, node: Node) -> None:
         """Forget constant ``node``, which is about to be erased, and what it holds."""
         target = cast(str, self._specs.pop(node.name).target)
-        self._added.pop(target, None)
-        self._dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
+        self.added.pop(target, None)
+        self.dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
     def adopt(self, module: GraphModule, name: str) -> None:
         """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
@@ -261,7 +265,7 @@ class Program:
             raise ValueError(f"pass {name} changed the number of the program's outputs")
         self.refresh()
         nodes = ((self.target(n), n) for n in self.graph.find_nodes(op="placeholder"))
-        self._added = {target: node for target, node in nodes if target in self._added}
+        self.added = {target: node for target, node in nodes if target in self.added}
         self.keep_again(kept, kept_inputs)
 
     def places(self) -> tuple[Places, Places]:
@@ -272,11 +276,8 @@ class Program:
         """Keep what nodes of an earlier form of this program have become: a pass may have copied them."""
         self.kept, self.kept_inputs = counterparts(kept, self.branches), counterparts(inputs, self.branches)
 
-    def finish(self) -> ExportedProgram:
-        """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
-        settle_strides(self, self._replaced)
-        forget_tied(self, self._dropped)
-        make_room(self, self._added)
+    def to_exported(self) -> ExportedProgram:
+        """The program, its signature in step with the graph; torch lints the graph and runs the dialect's verifier."""
         self.branches.recompile()
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
@@ -284,7 +285,6 @@ class Program:
                 spec.arg.name = value.name
         source, inputs = self._source, self.graph.find_nodes(op="placeholder")
         signature = ExportGraphSignature([self._specs[node.name] for node in inputs], self._outputs)
-        # The constructor lints the graph and runs the dialect's verifier.
         program = ExportedProgram(
             root=self._root,
             graph=self.graph,
@@ -298,3 +298,134 @@ class Program:
         )
         program.graph_module.meta.update(self._meta)
         return program
+
+
+def copied(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
+    """The submodules that control flow calls, and the graph; tensors stay shared, only structure is copied.
+
+    The values in ``node.meta`` get a shape environment of their own: a guard on a dynamic size of the copy does not
+    change the program that was copied.
+    """
+    tensors = {id(tensor): tensor for tensor in (*exported.state_dict.values(), *exported.constants.values())}
+    root = torch.nn.Module()
+    for name, child in exported.graph_module.named_children():
+        root.add_module(name, copy.deepcopy(child, tensors))
+    graph = Graph()
+    ours: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(exported.graph, ours)).meta.update(exported.graph.output_node().meta)
+    for old, new in ours.items():
+        # The copy renames what looks like a Python builtin, `input` say; the signature goes by the old names.
+        new.name = old.name
+    shapes = _PrivateShapes()
+    for each in (graph, *(module.graph for module in root.modules() if isinstance(module, GraphModule))):
+        for node in each.nodes:
+            for key in _VALUES & node.meta.keys():
+                node.meta[key] = shapes.move(node.meta[key])
+    return root, graph
+
+
+_VALUES = {"val", "tensor_meta", "example_value"}
+"""The entries of ``node.meta`` that hold sizes."""
+
+
+class _PrivateShapes:
+    """Copies of values that refer to copies of their fake mode and of its shape environment."""
+
+    def __init__(self) -> None:
+        self._environments: dict[ShapeEnv, ShapeEnv] = {}
+        self._modes: dict[FakeTensorMode, FakeTensorMode] = {}
+        self._moved: dict[int, tuple[Any, Any]] = {}
+        """By the identity of a tensor: the tensor, which is held so that its identity stays its own, and its copy."""
+
+    def move(self, value: Any) -> Any:
+        """``value``, or a copy of it where it belongs to an environment with symbols; containers are copied."""
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._moved:
+                self._moved[id(value)] = (value, self._tensor(value))
+            return self._moved[id(value)][1]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._number(value)
+        if isinstance(value, torch.Size):
+            return torch.Size(map(self.move, value))
+        return value if pytree.tree_is_leaf(value) else pytree.tree_map(self.move, value)
+
+    def _number(self, number: Any) -> Any:
+        node = number.node
+        environment = getattr(node, "shape_env", None)
+        if environment is None:
+            return number
+        return type(number)(SymNode(node.expr, self._environment(environment), node.pytype, node._hint, node.constant))
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return self._fake(tensor)
+        if not is_traceable_wrapper_subclass(tensor):
+            return tensor
+        attributes, context = tensor.__tensor_flatten__()
+        parts = {name: self.move(getattr(tensor, name)) for name in attributes}
+        if all(part is getattr(tensor, name) for name, part in parts.items()):
+            return tensor
+        sizes, strides = map(self.move, tensor.shape), map(self.move, tensor.stride())
+        return type(tensor).__tensor_unflatten__(parts, context, torch.Size(sizes), tuple(strides))
+
+    def _fake(self, tensor: FakeTensor) -> torch.Tensor:
+        old = tensor.fake_mode
+        if old.shape_env is None or not old.shape_env.var_to_range or tensor.layout is not torch.strided:
+            return tensor  # without symbols there is nothing to guard on
+        if old not in self._modes:
+            self._modes[old] = FakeTensorMode(
+                allow_fallback_kernels=old.allow_fallback_kernels,
+                allow_non_fake_inputs=old.allow_non_fake_inputs,
+                shape_env=self._environment(old.shape_env),
+                static_shapes=old.static_shapes,
+            )
+        sizes, strides, offset = (self.move(form) for form in (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        with self._modes[old]:
+            new = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+            if not isinstance(offset, int) or offset:
+                new = new.as_strided(sizes, strides, offset)
+        assert isinstance(new, FakeTensor)
+        new.constant = tensor.constant
+        return new.requires_grad_(tensor.requires_grad)
+
+    def _environment(self, old: ShapeEnv) -> ShapeEnv:
+        if old not in self._environments:
+            new = copy.copy(old)
+            for name, value in vars(old).items():
+                if isinstance(value, dict):
+                    value = copy.copy(value)
+                    value.update((key, list(item)) for key, item in value.items() if isinstance(item, list))
+                    setattr(new, name, value)
+                elif isinstance(value, (list, set)):
+                    setattr(new, name, copy.copy(value))
+            new.fake_tensor_cache = {}  # its values refer to the old environment
+            self._environments[old] = new
+        return self._environments[old]
+
+
+def places(nodes: Iterable[Node], branches: Branches) -> Places:
+    """By what ``nodes`` can be found again in another copy of their program: where they stand and what they call."""
+    return {(branches.path(node), node.target) for node in nodes}
+
+
+def counterparts(wanted: Places, branches: Branches) -> set[Node]:
+    """The nodes at the places ``wanted`` in another copy; those that are gone are left out."""
+    return {node for node in branches.nodes() if (branches.path(node), node.target) in wanted} if wanted else set()
+
+
+@contextmanager
+def no_guards(program: Program, who: str) -> Iterator[None]:
+    """Within it, nothing may compare a dynamic size in Python: torch would hold what came out for true of every run.
+
+    Raises:
+        ValueError: ``who`` did.
+    """
+    shapes = program.fake_mode.shape_env
+    known = 0 if shapes is None else len(shapes.guards)
+    yield
+    if shapes is not None and len(shapes.guards) > known:
+        expression = shapes.guards[-1].expr
+        raise ValueError(
+            f"{who} holds for {expression} alone, which the program's dynamic shapes leave open; ask "
+            "torch.fx.experimental.symbolic_shapes.statically_known_true(...) instead of comparing in Python"
+        )

@@ -4,32 +4,25 @@ import dataclasses
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.errors import Mistake, RuleError, Unmet
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always, captures_of, names
-
-if TYPE_CHECKING:
-    from et_cuda_passes.graph.builder import Builder
-    from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.program import Program, no_guards
 
 Stage = Literal["metadata", "values"]
 Answer = tuple[bool, str] | tuple[bool, str, str]
-Check = Callable[[Any, "MatchContext"], Answer]
+Check = Callable[[Any, MatchContext], Answer]
 _C = TypeVar("_C", bound=Check)
+_T = TypeVar("_T")
 
 
 # What a MatchContext itself has; a capture of the same name could not be reached.
 RESERVED = frozenset({"match", "captures", "program", "target", "root", "val", "derive"})
-
-
-class Unmet(Exception):
-    """Raised inside a require whose question cannot even be asked; its text is what was found."""
-
-
-class Mistake(ValueError):
-    """What a caller asked for cannot be had: raised as it is, being no fault of the rule that found out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,28 +96,28 @@ class Rule(ABC):
     """The graph form this rule is about, written with :func:`~et_cuda_passes.graph.pattern.op`."""
 
     @abstractmethod
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def emit(self, b: Builder, m: MatchContext) -> Node:
         """Build the nodes that take the match's place and return the one that replaces its root."""
 
-    def takes(self, m: "MatchContext") -> Sequence[Node]:
+    def takes(self, m: MatchContext) -> Sequence[Node]:
         """Nodes outside the match that become part of what this rule makes, and that it needs alone.
 
         Asked where every require that reads metadata holds.
         """
         return ()
 
-    def note(self, m: "MatchContext") -> str:
+    def note(self, m: MatchContext) -> str:
         """A remark for the report on a place this rule acted on; empty for none."""
         return ""
 
-    def detail(self, m: "MatchContext") -> str:
+    def detail(self, m: MatchContext) -> str:
         """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``).
 
         Where it takes what earlier rules made, the outcomes that they wrote have it behind their own detail.
         """
         return ""
 
-    def explain(self, *ms: "MatchContext") -> str:
+    def explain(self, *ms: MatchContext) -> str:
         """What there is to know of a place beyond ``detail``, or of the places that are taken together, ``ms``.
 
         Where it takes what earlier rules made, it stands in the outcomes that they wrote in place of theirs.
@@ -153,17 +146,17 @@ class JointRule(Rule):
         return None
 
     @abstractmethod
-    def key(self, m: "MatchContext") -> Hashable:
+    def key(self, m: MatchContext) -> Hashable:
         """Equal for the matches that are taken together."""
 
     @abstractmethod
-    def emit_together(self, b: "Builder", ms: Sequence["MatchContext"]) -> Sequence[Node]:
+    def emit_together(self, b: Builder, ms: Sequence[MatchContext]) -> Sequence[Node]:
         """Build the nodes that take the matches' place and return for each match, in order, what replaces its root.
 
         ``b.at(m)`` builds a node that is only the place of ``m``: it has its source line and provenance.
         """
 
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def emit(self, b: Builder, m: MatchContext) -> Node:
         """A match alone, which there is none of."""
         return self.emit_together(b, [m])[0]
 
@@ -171,7 +164,7 @@ class JointRule(Rule):
 class Keep(Rule):
     """A rule whose match is left exactly as it is, because the target executes it in that form; ``note`` says why."""
 
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def emit(self, b: Builder, m: MatchContext) -> Node:
         """Keep the match."""
         return m.root
 
@@ -208,3 +201,19 @@ def compiled(rule: Rule) -> Compiled:
                 f"rule {rule.name}: some alternatives of the pattern do not have {name!r}; give it the default None"
             )
     return Compiled(pattern, tuple(captures))
+
+
+def asked(rule: Rule, what: str, root: Node, program: Program, question: Callable[[], _T]) -> _T:
+    """``question()``, of ``rule`` at ``root``.
+
+    Raises:
+        RuleError: it failed; ``what`` says what was asked.
+    """
+    try:
+        with no_guards(program, what):
+            return question()
+    except (Unmet, RuleError, Mistake):
+        raise
+    except Exception as error:
+        told = str(error) or type(error).__name__
+        raise RuleError(f"rule {rule.name}: at {root.name} its {what} failed: {told}") from error

@@ -9,8 +9,8 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import called
 from et_cuda_passes.graph.pattern import AnyOf, Call, any_of, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.experts import decode_expert, expert_of

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.operators import ACCESS, called
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.subgraphs import Branches
 from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.quant.converted import PRODUCTS, advice, converted_weight, multiplied_weight
 from et_cuda_passes.quant.dynamic import is_quantize

@@ -8,7 +8,7 @@ product is one of the narrow numbers themselves.
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.operators import ACCESS, called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.advised import Advised
 from et_cuda_passes.quant.decomposed import STEPS

@@ -6,8 +6,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import called
+from et_cuda_passes.graph.subgraphs import Branches
 
 aten = torch.ops.aten
 _CONVERSIONS = frozenset({aten._to_copy.default, aten.to.dtype})

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.weight import AffineWeight, check_blocks, constant, integer_range, optional_constant
 
 Shape = tuple[int, ...]

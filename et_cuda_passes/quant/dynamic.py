@@ -9,10 +9,10 @@ import torch
 import torchao.quantization.quant_primitives  # noqa: F401  (registers the operators)
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called, op_name
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments, called, op_name
 from et_cuda_passes.graph.pattern import Call, Pattern, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.forms import DEQUANTIZE, dequantized_data
 
 QUANTIZE = torch.ops.torchao.quantize_affine.default

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from et_cuda_passes.graph.rule import Unmet
+from et_cuda_passes.graph.errors import Unmet
 
 
 @dataclass(frozen=True)

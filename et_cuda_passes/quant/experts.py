@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.forms import decoder_of
 from et_cuda_passes.quant.weight import AffineValues, AffineWeight, plain_values
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.weight import AffineValues, AffineWeight, check_blocks, constant
 
 _BLOCK = 256

@@ -11,7 +11,7 @@ import torch
 import torchao.quantization.quant_primitives  # noqa: F401  (registers the operator)
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant import decomposed_form, exportable_form, torchao_form
 from et_cuda_passes.quant.weight import AffineWeight

@@ -6,10 +6,10 @@ import torch
 import torch.ao.quantization.fx._decomposed
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.pattern import Call, Pattern, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.dynamic import chosen_together
 
 _decomposed = torch.ops.quantized_decomposed

@@ -10,7 +10,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.finish import finish_program
+from et_cuda_passes.graph.operators import ACCESS, called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.advised import Advised
 
@@ -44,7 +45,7 @@ def unwrapped(exported: ExportedProgram) -> tuple[ExportedProgram, str]:
         return exported, ""
     try:
         # Of a copy: a retrace may add guards to the shape environment of the program that it is given.
-        program = Program(exported).finish().run_decompositions({})
+        program = finish_program(Program(exported)).run_decompositions({})
     except Exception as error:  # whatever a subclass makes of being traced
         why = str(error).partition("\n")[0].rstrip(".")
     else:

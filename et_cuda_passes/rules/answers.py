@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.quant.affine import AffineWeight, values

@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.ops import ATTENTION

@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.rules.packed_linear import is_vector

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS
 from et_cuda_passes.quant.affine import affine

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.ops import INT8_EMBEDDING

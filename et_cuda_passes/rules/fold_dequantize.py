@@ -12,8 +12,8 @@ import torch
 from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.pattern import Pattern
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine, dequantize, values

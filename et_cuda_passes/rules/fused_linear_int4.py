@@ -15,8 +15,8 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.constants import identity
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import ACCESS, called
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import ACCESS, called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Answer, JointRule, require
 from et_cuda_passes.quant.affine import affine

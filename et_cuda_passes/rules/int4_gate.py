@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Answer, Rule, require

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine
 from et_cuda_passes.quant.static import same_both_ways

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, values

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import AffineWeight, affine
 from et_cuda_passes.rules.keep_dynamic import KeepDynamic

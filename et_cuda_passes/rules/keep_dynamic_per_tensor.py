@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine, dequantize

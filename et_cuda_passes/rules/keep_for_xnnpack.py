@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, Keep, require
 from et_cuda_passes.rules.needs_values import NeedsValues
 

@@ -11,8 +11,9 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.quant.affine import AffineWeight, affine

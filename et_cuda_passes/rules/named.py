@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from et_cuda_passes.graph.rule import Mistake
+from et_cuda_passes.graph.errors import Mistake
 
 
 class Named(Protocol):

@@ -1,6 +1,6 @@
 """What every rule asks that computes something from a weight's values at compile time."""
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.quant.affine import affine, has_data
 

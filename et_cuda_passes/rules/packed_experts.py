@@ -10,8 +10,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.quant.affine import AffineWeight
 from et_cuda_passes.quant.experts import number_of, stacked, stacked_columns

@@ -1,6 +1,6 @@
 """What every rule demands that packs a weight's integers."""
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import MatchContext
 from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.quant.affine import affine
 from et_cuda_passes.rules import answers

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called, op_name
-from et_cuda_passes.graph.rule import Answer, Unmet, require
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import called, op_name
+from et_cuda_passes.graph.rule import Answer, require
 from et_cuda_passes.layouts import embedding_table
 from et_cuda_passes.ops.quantized_embedding import quantized_embedding
 from et_cuda_passes.quant.affine import AffineValues, AffineWeight, affine, values

@@ -17,8 +17,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import MatchContext
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, require
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS

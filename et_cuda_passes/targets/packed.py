@@ -7,7 +7,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import called
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.targets import get_target, targets

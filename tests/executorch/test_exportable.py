@@ -20,8 +20,8 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.quant.affine import AffineWeight, decode, values
 from et_cuda_passes.quant.forms import is_dequantize

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from et_cuda_passes.graph.collector import paused_collector, rare_collector
+from et_cuda_passes.executorch.lower import rare_collector
+from et_cuda_passes.graph.driver import paused_collector
 
 
 class Cycle:

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule, Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.asking import RuleError
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.errors import RuleError
+from et_cuda_passes.graph.operators import called
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Keep, Rule, require

@@ -12,8 +12,8 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.memory import has_effect
+from et_cuda_passes.graph.aliasing import has_effect
+from et_cuda_passes.graph.subgraphs import Branches
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch
 from tests.quantized import Quantized

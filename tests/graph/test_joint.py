@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 from torch.fx import Node
 
-from et_cuda_passes.graph.asking import RuleError
+from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.rule import JointRule, Rule, require
 from tests.helpers import Sketch, apply, names

@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import called
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
 from et_cuda_passes.targets.rewrite import is_program_pass

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.asking import RuleError
+from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.rule import JointRule, Rule, compiled, require
 from tests.helpers import Sketch, apply, names

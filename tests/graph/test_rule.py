@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.fx import Node
 
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Keep, Rule, Unmet, compiled, require
+from et_cuda_passes.graph.rule import Keep, Rule, compiled, require
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from et_cuda_passes.graph.source import source_of
+from et_cuda_passes.graph.report import source_of
 
 HERE = '  File "/src/model.py", line 12, in forward\n    y = self.up(x)\n'
 INNER = '  File "/src/blocks.py", line 3, in up\n    return F.linear(x, w)\n'

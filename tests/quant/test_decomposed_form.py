@@ -9,8 +9,8 @@ import torch.ao.quantization.fx._decomposed
 from torch.fx import Node
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.affine import decode, values
 from et_cuda_passes.quant.forms import is_dequantize
 from tests.helpers import Sketch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from et_cuda_passes.graph.rule import Unmet
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.quant.einsum import Product, read
 
 

@@ -14,7 +14,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantPool
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import called
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.helpers import DEQUANTIZE, Sketch
 from tests.quantized import Quantized

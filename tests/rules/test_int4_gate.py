@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.operators import arguments, called
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, Node
 
-from et_cuda_passes.graph.ops import arguments, schema_of
+from et_cuda_passes.graph.operators import arguments, schema_of
 
 aten = torch.ops.aten
 
@@ -76,7 +76,7 @@ def written_in(
         nodes: all of them.
         mutated: placeholders of buffers that the program's signature says it updates.
         constant: the tensor that a placeholder holds, None for an input.
-        views: what a branch's inputs and results may lie in the memory of (:class:`~.branches.Branches`).
+        views: what a branch's inputs and results may lie in the memory of (:class:`~.subgraphs.Branches`).
     """
     mutated = list(mutated)
     written = written_nodes(nodes, mutated, views)

@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from et_cuda_passes.graph.memory import viewed
-from et_cuda_passes.graph.ops import Target
+from et_cuda_passes.graph.aliasing import viewed
+from et_cuda_passes.graph.operators import Target
 
 _flow = torch.ops.higher_order
 

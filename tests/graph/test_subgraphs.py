@@ -20,7 +20,7 @@ from torchao.utils import unwrap_tensor_subclass
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantPool
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import called
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.helpers import DEQUANTIZE

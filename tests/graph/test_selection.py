@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from et_cuda_passes.graph.conflict import resolve
+from et_cuda_passes.graph.selection import resolve
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.ops import called, op_name
-from et_cuda_passes.graph.report import Outcome, Reason, Report, Status
-from et_cuda_passes.graph.source import source_of
+from et_cuda_passes.graph.matcher import Match
+from et_cuda_passes.graph.operators import called, op_name
+from et_cuda_passes.graph.report import Outcome, Reason, Report, Status, source_of
 
 
 @dataclass(frozen=True)

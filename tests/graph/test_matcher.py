@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph import match as engine
-from et_cuda_passes.graph.match import Match, Miss, match
-from et_cuda_passes.graph.memory import written_nodes
+from et_cuda_passes.graph import matcher as engine
+from et_cuda_passes.graph.aliasing import written_nodes
+from et_cuda_passes.graph.matcher import Match, Miss, match
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from tests.helpers import Sketch
 
