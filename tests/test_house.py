@@ -90,6 +90,11 @@ def test_a_name_that_is_not_public_is_refused() -> None:
         ecp.Anything()
 
 
+def test_renamed_name_is_refused_with_its_new_name() -> None:
+    with pytest.raises(AttributeError, match=r"et_cuda_passes\.MatchContext is now et_cuda_passes\.Match"):
+        ecp.MatchContext()
+
+
 @pytest.mark.parametrize("path", MODULES, ids=where)
 def test_a_module_is_short(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())

@@ -92,7 +92,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def rare_collector() -> Iterator[None]:
+def gc_throttled() -> Iterator[None]:
     """Cyclic garbage collection a hundredth as often, and of what is made inside alone.
 
     For lowering, which is long, builds much and keeps nearly all of it, but whose garbage can hold tensors: it must be
@@ -140,7 +140,7 @@ def _xnnpack(program: ExportedProgram, folder: Path, stem: str, progress: Progre
 def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: str, progress: Progress) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
-    with torch.no_grad(), rare_collector():
+    with torch.no_grad(), gc_throttled():
         progress("lowering with ExecuTorch")
         edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
         progress("serializing")
@@ -159,5 +159,5 @@ def _cpu(program: ExportedProgram, folder: Path, stem: str, progress: Progress) 
     from torch._inductor import aoti_compile_and_package
 
     progress("compiling with AOTInductor")
-    with torch.no_grad(), rare_collector():
+    with torch.no_grad(), gc_throttled():
         aoti_compile_and_package(program, package_path=str(folder / f"{stem}.pt2"))

@@ -2,14 +2,14 @@
 
 
 class RuleError(Exception):
-    """A rule claimed a place and then failed to rewrite it, or emitted something of another shape or dtype."""
+    """A rule claimed a place and then failed to rewrite it, or built something of another shape or dtype."""
 
 
-class Mistake(ValueError):
+class UsageError(ValueError):
     """What a caller asked for cannot be had: raised as it is, being no fault of the rule that found out."""
 
 
-class NameTaken(Mistake):
+class NameTaken(UsageError):
     """The program has a constant under the name that a packed one would get."""
 
 

@@ -9,8 +9,8 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import has_effect
-from et_cuda_passes.graph.constants import identity
-from et_cuda_passes.graph.operators import ACCESS, called
+from et_cuda_passes.graph.constants import tensor_identity
+from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.program import Program
 
 aten = torch.ops.aten
@@ -18,35 +18,37 @@ aten = torch.ops.aten
 
 def finish_program(program: Program) -> ExportedProgram:
     """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
-    settle_strides(program, program.replaced)
-    forget_tied(program, program.dropped)
-    make_room(program, program.added)
+    repair_views(program, program.replaced)
+    drop_unused_aliases(program, program.dropped)
+    separate_colliding_names(program, program.added)
     return program.to_exported()
 
 
-def sweep(program: Program) -> None:
+def eliminate_dead_nodes(program: Program) -> None:
     """Erase the abandoned nodes of ``program``, and then their inputs, as long as nothing reads them.
 
     A node with an effect (:func:`~et_cuda_passes.graph.aliasing.has_effect`) stays, whether its result is read or not,
     unless a rule replaced it: then the replacement has that effect. Linear in what is removed.
     """
-    branches = program.branches
-    work = [*branches.settle(), *program.abandoned]
+    subgraphs = program.subgraphs
+    work = [*subgraphs.flush(), *program.abandoned]
     gone: set[Node] = set()
-    while work := work or branches.settle():
+    while work := work or subgraphs.flush():
         node = work.pop()
         if node in gone or node.users:
             continue
-        if branches.is_input(node):
-            branches.unread(node)
+        if subgraphs.is_input(node):
+            subgraphs.mark_unused(node)
             continue
-        if node in program.at_boundaries and program.current(node) is node:
+        if node in program.boundary_nodes and program.replacement_of(node) is node:
             continue  # a preserved module's signature names it
         if node.op == "placeholder":
-            if program.target(node) is None or program.is_output(node):
+            if program.fqn_key(node) is None or program.is_mutated_buffer(node):
                 continue
-            program.drop(node)
-        elif node.op != "call_function" or (program.current(node) is node and has_effect(node, branches.bodies)):
+            program.remove_constant(node)
+        elif node.op != "call_function" or (
+            program.replacement_of(node) is node and has_effect(node, subgraphs.bodies)
+        ):
             continue
         gone.add(node)
         work.extend(node.all_input_nodes)
@@ -55,7 +57,7 @@ def sweep(program: Program) -> None:
     program.abandoned.clear()
 
 
-def make_room(program: Program, added: Iterable[str]) -> None:
+def separate_colliding_names(program: Program, added: Iterable[str]) -> None:
     """Let ``w.packed`` stand beside a ``w`` that is still read: no module holds both a tensor and something inside it.
 
     A subclass parameter becomes its parts, under the names that ``run_decompositions`` would give them; a plain tensor
@@ -63,17 +65,17 @@ def make_room(program: Program, added: Iterable[str]) -> None:
     """
     crowded = {name.rpartition(".")[0] for name in added}
     for node in [node for node in program.graph.nodes if node.op == "placeholder"]:
-        target = program.target(node)
+        target = program.fqn_key(node)
         if target is None or target not in crowded:
             continue
         whole = cast(torch.Tensor, program.constant(node))
         if type(whole) in (torch.Tensor, torch.nn.Parameter):
             program.rename_constant(node, f"{target}.original")
         else:
-            _unwrap(program, node, target, whole)
+            _split_subclass_parameter(program, node, target, whole)
 
 
-def _unwrap(program: Program, node: Node, target: str, whole: torch.Tensor) -> None:
+def _split_subclass_parameter(program: Program, node: Node, target: str, whole: torch.Tensor) -> None:
     """Replace subclass parameter ``node`` by one plain parameter for each inner tensor that is still read."""
     attributes, _ = whole.__tensor_flatten__()  # type: ignore[attr-defined]
     parent, _, field = target.rpartition(".")
@@ -81,7 +83,7 @@ def _unwrap(program: Program, node: Node, target: str, whole: torch.Tensor) -> N
     parts: dict[str, Node] = {}
     readers = list(node.users)
     for reader in readers:
-        if called(reader) is not ACCESS:
+        if op_of(reader) is not ACCESS_SUBCLASS_TENSOR:
             raise ValueError(
                 f"{target} is read whole by {reader.name} and packed for another reader: unwrap the weight first, "
                 "with ep.run_decompositions({})"
@@ -92,21 +94,21 @@ def _unwrap(program: Program, node: Node, target: str, whole: torch.Tensor) -> N
             parts[attribute] = program.insert_parameter(name, getattr(whole, attribute), before=node)
         reader.replace_all_uses_with(parts[attribute])
     # The readers have no users now, and then neither has the parameter; a tied one may have had none before.
-    program.abandon([*readers, node])
-    sweep(program)
+    program.mark_dead([*readers, node])
+    eliminate_dead_nodes(program)
 
 
-def forget_tied(program: Program, dropped: Iterable[torch.Tensor]) -> None:
+def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> None:
     """Drop the other names of dropped tensors: ``torch.export`` reads a tied weight under one of them and lists all."""
-    gone = {identity(tensor) for tensor in dropped}
+    gone = {tensor_identity(tensor) for tensor in dropped}
     for node in program.graph.find_nodes(op="placeholder"):
         held = program.constant(node)
-        if held is not None and not node.users and identity(held) in gone:
-            program.drop(node)
+        if held is not None and not node.users and tensor_identity(held) in gone:
+            program.remove_constant(node)
             program.graph.erase_node(node)
 
 
-def settle_strides(program: Program, replaced: Mapping[Node, Node]) -> None:
+def repair_views(program: Program, replaced: Mapping[Node, Node]) -> None:
     """Bring the values behind replacements up to date, and copy what a ``view`` behind them could not be made of.
 
     A decomposed ``reshape`` is a ``view`` where the strides at export allowed that.
@@ -121,7 +123,7 @@ def settle_strides(program: Program, replaced: Mapping[Node, Node]) -> None:
             stale.add(new)
     if not stale or program.is_edge:
         return
-    for node in list(program.branches.nodes()):
+    for node in list(program.subgraphs.nodes()):
         if node.op != "call_function" or stale.isdisjoint(node.all_input_nodes):
             continue
         before = node.meta.get("val")

@@ -6,19 +6,19 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.matcher import Match
+from et_cuda_passes.graph.matcher import MatchResult
 from et_cuda_passes.graph.program import Program
 
 _T = TypeVar("_T")
 
 
-class MatchContext:
-    """One match inside its program, for one target; handed to a rule's requires and to ``emit``.
+class Match:
+    """One match inside its program, for one target; handed to a rule's requires and to ``rewrite``.
 
     A capture ``x`` is ``m.x`` (a node, a constant, or None for an absent optional one).
     """
 
-    def __init__(self, match: Match, program: Program, target: Any, captures: Iterable[str] = ()) -> None:
+    def __init__(self, match: MatchResult, program: Program, target: Any, captures: Iterable[str] = ()) -> None:
         self.match = match
         self.captures = frozenset(captures)
         self.program = program
@@ -30,7 +30,7 @@ class MatchContext:
             raise AttributeError(f"the pattern has no capture named {name!r}")
         # An optional capture is unbound where the form that matched has no place for it.
         value = match.bindings.get(name)
-        return self.program.current(value) if isinstance(value, Node) else value
+        return self.program.replacement_of(value) if isinstance(value, Node) else value
 
     @property
     def root(self) -> Node:
@@ -50,6 +50,6 @@ class MatchContext:
             )
         return value
 
-    def derive(self, function: Callable[[Program, Node], _T], name: str) -> _T:
+    def memoize(self, function: Callable[[Program, Node], _T], name: str) -> _T:
         """``function(program, node)`` of the node bound to ``name``, computed once for each node of the program."""
-        return self.program.derive(function, self.match.bindings[name])
+        return self.program.memoize(function, self.match.bindings[name])

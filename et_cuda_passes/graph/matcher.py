@@ -6,13 +6,13 @@ from typing import Any
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.aliasing import mutated_operands, viewed
-from et_cuda_passes.graph.operators import argument_names, arguments, called, op_name, schema_of
-from et_cuda_passes.graph.pattern import AnyOf, Anything, Call, Capture, Items, Literal, Pattern
+from et_cuda_passes.graph.aliasing import alias_source, mutated_operands
+from et_cuda_passes.graph.operators import argument_names, arguments, op_name, op_of, schema_of
+from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, ListOf, Literal, Pattern, Wildcard
 
 
 @dataclass(frozen=True)
-class Match:
+class MatchResult:
     """Where a pattern was found.
 
     ``bindings`` maps capture and call names to what stands there (nodes, constants, None for an absent optional).
@@ -41,7 +41,7 @@ class Miss:
     reached: tuple[Node, ...] = ()
 
     @property
-    def of_a_rewrite(self) -> bool:
+    def expects_rewritten_op(self) -> bool:
         """Whether an operator was asked for that only rewrites make: what was exported cannot have it."""
         targets = self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
         return bool(targets) and all(op_name(target).startswith("et_cuda_passes.") for target in targets)
@@ -51,7 +51,7 @@ class Miss:
         """What the pattern asked for."""
         if self.why:
             return self.why
-        return "an operator that can be matched" if isinstance(self.pattern, Anything) else str(self.pattern)
+        return "an operator that can be matched" if isinstance(self.pattern, Wildcard) else str(self.pattern)
 
     @property
     def found(self) -> str:
@@ -81,7 +81,7 @@ class _State:
 class _Matcher:
     def __init__(self, root: Node, written: Container[Node]) -> None:
         self.root = root
-        self.written = written
+        self.mutated = written
         self.miss: Miss | None = None
 
     def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "") -> None:
@@ -92,7 +92,7 @@ class _Matcher:
     def match(self, pattern: Pattern, value: Any, state: _State) -> Iterator[_State]:
         """All the ways in which ``value`` fits, the preferred first; usually one or none."""
         match pattern:
-            case Anything():
+            case Wildcard():
                 yield state
             case Capture():
                 bound = state.bind(pattern.name, value) if value is not None or pattern.optional else None
@@ -108,12 +108,12 @@ class _Matcher:
             case AnyOf():
                 for alternative in pattern.alternatives:
                     yield from self.match(alternative, value, state)
-            case Items():
+            case ListOf():
                 yield from self.match_items(pattern, value, state)
             case Call():
                 yield from self.match_call(pattern, value, state)
 
-    def match_items(self, pattern: Items, value: Any, state: _State) -> Iterator[_State]:
+    def match_items(self, pattern: ListOf, value: Any, state: _State) -> Iterator[_State]:
         if not isinstance(value, (list, tuple)) or len(value) != len(pattern.patterns):
             return self.fail(value, pattern, state)
         states = [state]
@@ -122,11 +122,11 @@ class _Matcher:
         yield from states
 
     def match_call(self, pattern: Call, node: Any, state: _State) -> Iterator[_State]:
-        if not isinstance(node, Node) or called(node) not in pattern.targets:
+        if not isinstance(node, Node) or op_of(node) not in pattern.targets:
             return self.fail(node, pattern, state)
-        if node in self.written and node is not self.root:
+        if node in self.mutated and node is not self.root:
             return self.fail(node, pattern, state, f"{pattern} whose result nothing writes in place")
-        if node is self.root and node in self.written and viewed(node) is not None and not mutated_operands(node):
+        if node is self.root and node in self.mutated and alias_source(node) is not None and not mutated_operands(node):
             # What replaces it would have memory of its own, in which the mutation is not seen.
             return self.fail(node, pattern, state, f"{pattern}, a view of memory that nothing mutates")
         if node is not self.root and not pattern.shared and len(node.users) != 1:
@@ -137,7 +137,7 @@ class _Matcher:
         owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
         states = [_State(bound.bindings, owned, shared)]
         for name, child, value in self.pair(pattern, node):
-            if isinstance(child, Anything):
+            if isinstance(child, Wildcard):
                 continue
             if not states:
                 return
@@ -145,14 +145,14 @@ class _Matcher:
                 argument = "" if name.isdigit() else f"{pattern}({name}={child})"
                 return self.fail(value, child, states[0], argument)
             for part, item in _items(child, value):
-                if isinstance(part, Capture) and node is not self.root and item in self.written:
+                if isinstance(part, Capture) and node is not self.root and item in self.mutated:
                     # Read here, it would be read at the root instead, after it may have been written.
                     return self.fail(item, part, bound, f"{part}, which nothing writes in place")
             states = [after for before in states for after in self.match(child, value, before)]
         if node is not self.root and not pattern.shared:
             # What the pattern does not name is read at the root as well. Of a weight a rule reads the constants.
             for source in node.all_input_nodes:
-                if source in self.written:
+                if source in self.mutated:
                     return self.fail(source, pattern, bound, f"{pattern} of what nothing writes in place")
         yield from states
 
@@ -173,12 +173,12 @@ class _Matcher:
 
 def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:
     """An argument's pattern with what stands there; of a list, each item's."""
-    if isinstance(pattern, Items) and isinstance(value, (list, tuple)):
+    if isinstance(pattern, ListOf) and isinstance(value, (list, tuple)):
         return list(zip(pattern.patterns, value, strict=False))
     return [(pattern, value)]
 
 
-def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> Match | Miss:
+def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> MatchResult | Miss:
     """Match ``pattern`` with its root at ``root``.
 
     Inner nodes must have one user, unless their pattern is ``shared``; nothing is matched across a write in place. The
@@ -187,12 +187,12 @@ def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) 
     Args:
         pattern: what to look for.
         root: the node that the pattern's outermost call must be.
-        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.aliasing.written_in`).
+        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.aliasing.all_mutated_nodes`).
 
     Returns:
         The first :class:`Match`, or the :class:`Miss` that got furthest.
     """
     matcher = _Matcher(root, written)
     for state in matcher.match(pattern, root, _State()):
-        return Match(root, state.bindings, state.owned, state.shared)
+        return MatchResult(root, state.bindings, state.owned, state.shared)
     return matcher.miss or Miss(root, root, pattern, 0)

@@ -24,28 +24,28 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from et_cuda_passes.graph.aliasing import written_in
-from et_cuda_passes.graph.constants import ConstantPool, identity, unparametrized
+from et_cuda_passes.graph.aliasing import all_mutated_nodes
+from et_cuda_passes.graph.constants import ConstantCache, strip_parametrization, tensor_identity
 from et_cuda_passes.graph.errors import NameTaken
-from et_cuda_passes.graph.module_calls import at_boundaries, preserving, renamed_calls
-from et_cuda_passes.graph.operators import ACCESS, Target, called
-from et_cuda_passes.graph.subgraphs import Branches
+from et_cuda_passes.graph.module_calls import boundary_nodes, preserved_modules_of, rename_in_signatures
+from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, Target, op_of
+from et_cuda_passes.graph.subgraphs import Subgraphs
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
-Places = set[tuple[str, Target]]
+NodeKeys = set[tuple[str, Target]]
 """Where nodes stand, and what they call."""
 
 
 class Program:
     """A copy of an exported program that can be changed; the original is never touched, tensors are shared with it."""
 
-    def __init__(self, exported: ExportedProgram, pool: ConstantPool | None = None) -> None:
+    def __init__(self, exported: ExportedProgram, pool: ConstantCache | None = None) -> None:
         self._source = exported
-        self.pool = pool or ConstantPool()
+        self.pool = pool or ConstantCache()
         self.is_edge = exported.dialect == "EDGE"
-        self._root, self.graph = copied(exported)
+        self._root, self.graph = copy_graph(exported)
         self._meta = dict(exported.graph_module.meta)
         self.state_dict: dict[str, Any] = dict(exported.state_dict)
         self.constants: dict[str, Any] = dict(exported.constants)
@@ -59,7 +59,7 @@ class Program:
         """The placeholders of new constants, by FQN."""
         self.kept: set[Node] = set()
         """Nodes that a rule decided to leave as they are."""
-        self.kept_inputs: set[Node] = set()
+        self.kept_operands: set[Node] = set()
         """Matched nodes that kept ones read: what replaces them is for other readers."""
         self.replaced: dict[Node, Node] = {}
         """Each node that was replaced with what it was replaced by, in the order in which that was done."""
@@ -69,13 +69,13 @@ class Program:
         self.refresh()
         self._first_name: dict[Hashable, str] = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            if (held := self.constant(node)) is not None and (target := self.target(node)) is not None:
-                self._first_name.setdefault(identity(held), target)
+            if (held := self.constant(node)) is not None and (target := self.fqn_key(node)) is not None:
+                self._first_name.setdefault(tensor_identity(held), target)
 
     def as_graph_module(self) -> GraphModule:
-        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
+        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`replace_graph`."""
         self._inputs = [node.name for node in self.graph.find_nodes(op="placeholder")]
-        self.branches.recompile()
+        self.subgraphs.recompile()
         module = GraphModule(self._root, self.graph)
         module.meta.update(self._meta)
         return module
@@ -83,17 +83,17 @@ class Program:
     def refresh(self) -> None:
         """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
         self._derived.clear()
-        self.branches = Branches(self._root, self.graph)
+        self.subgraphs = Subgraphs(self._root, self.graph)
         """Its graphs, those that control flow calls among them."""
-        self.at_boundaries = at_boundaries(self.graph, self._source.module_call_graph, self._renamed)
-        nodes = list(self.branches.nodes())
-        updated = filter(self.is_output, self.graph.find_nodes(op="placeholder"))
-        self.written = written_in(nodes, updated, self.constant, self.branches.views)
+        self.boundary_nodes = boundary_nodes(self.graph, self._source.module_call_graph, self._renamed)
+        nodes = list(self.subgraphs.nodes())
+        updated = filter(self.is_mutated_buffer, self.graph.find_nodes(op="placeholder"))
+        self.mutated = all_mutated_nodes(nodes, updated, self.constant, self.subgraphs.views)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
 
-    def derive(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
+    def memoize(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
         """``function(self, node)``, computed once until the graph changes; an exception is remembered as well."""
         key = (function, node)
         if key not in self._derived:
@@ -108,25 +108,25 @@ class Program:
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def outermost(self, node: Node) -> Node:
+    def resolve(self, node: Node) -> Node:
         """What ``node`` is where it comes from: a branch's placeholder is the operand that every run of it gets."""
-        while (operand := self.branches.outer(node)) is not None:
-            node = self.current(operand)
+        while (operand := self.subgraphs.captured_operand(node)) is not None:
+            node = self.replacement_of(operand)
         return node
 
-    def target(self, node: Node) -> str | None:
+    def fqn_key(self, node: Node) -> str | None:
         """The name under which the program holds constant ``node``; None for what is no constant."""
-        node = self.outermost(node)
+        node = self.resolve(node)
         spec = self._specs.get(node.name) if node.graph is self.graph else None
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
     def constant(self, node: Node) -> torch.Tensor | None:
         """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
-        node = self.outermost(node)
-        if called(node) is ACCESS:
+        node = self.resolve(node)
+        if op_of(node) is ACCESS_SUBCLASS_TENSOR:
             whole = self.constant(cast(Node, node.args[0]))
             return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, node.args[1])))
-        target = self.target(node)
+        target = self.fqn_key(node)
         if node.op != "placeholder" or target is None:
             return None
         value = self.state_dict.get(target, self.constants.get(target))
@@ -138,24 +138,28 @@ class Program:
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
         ``l.parametrizations.weight.original0``; the first of a tied weight's names, its own of one that was added.
         """
-        held, target = self.constant(node := self._owner(node)), self.target(node)
-        return None if held is None or target is None else unparametrized(self._first_name.get(identity(held), target))
+        held, target = self.constant(node := self._owner(node)), self.fqn_key(node)
+        return (
+            None
+            if held is None or target is None
+            else strip_parametrization(self._first_name.get(tensor_identity(held), target))
+        )
 
-    def is_output(self, node: Node) -> bool:
+    def is_mutated_buffer(self, node: Node) -> bool:
         """Whether the program's signature says that it updates constant ``node``."""
-        return self.target(node) in self._updated
+        return self.fqn_key(node) in self._updated
 
-    def preserving(self, node: Node) -> tuple[str, ...]:
-        """See :func:`~et_cuda_passes.graph.module_calls.preserving`."""
-        return preserving(node, self._source.module_call_graph)
+    def preserved_modules_of(self, node: Node) -> tuple[str, ...]:
+        """See :func:`~et_cuda_passes.graph.module_calls.preserved_modules_of`."""
+        return preserved_modules_of(node, self._source.module_call_graph)
 
-    def is_written(self, node: Node) -> bool:
+    def is_mutated(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
-        return self._owner(node) in self.written
+        return self._owner(node) in self.mutated
 
     def _owner(self, node: Node) -> Node:
         """The placeholder in the program's own graph that constant ``node`` is, or is a part of."""
-        while called(node := self.outermost(node)) is ACCESS:
+        while op_of(node := self.resolve(node)) is ACCESS_SUBCLASS_TENSOR:
             node = cast(Node, node.args[0])
         return node
 
@@ -180,13 +184,13 @@ class Program:
         name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
         if name not in self.added:
             self.added[name] = self._placeholder_of(name, tensor, nodes[0])
-        return self.branches.hand_in(self.added[name], graph)
+        return self.subgraphs.thread_through(self.added[name], graph)
 
     def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
             # Made by an earlier rewrite of another copy of this program, with the same pool.
-            there = (node for node in self.graph.find_nodes(op="placeholder") if self.target(node) == name)
+            there = (node for node in self.graph.find_nodes(op="placeholder") if self.fqn_key(node) == name)
             return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
@@ -216,17 +220,17 @@ class Program:
 
     def replace(self, old: Node, new: Node) -> None:
         """Make every reader of ``old`` read ``new``; one that is kept together with ``old`` goes on reading that."""
-        leave = self.kept if old in self.kept_inputs else set()
+        leave = self.kept if old in self.kept_operands else set()
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
         self.replaced[old] = new
 
-    def current(self, node: Node) -> Node:
+    def replacement_of(self, node: Node) -> Node:
         """What now stands for ``node``: matches are found before their neighbours are rewritten."""
         while node in self.replaced:
             node = self.replaced[node]
         return node
 
-    def abandon(self, nodes: Iterable[Node]) -> None:
+    def mark_dead(self, nodes: Iterable[Node]) -> None:
         """Mark ``nodes`` as dead for what read them; :func:`.finish.sweep` removes those that nothing else reads."""
         self.abandoned.update(dict.fromkeys(nodes))
 
@@ -240,19 +244,19 @@ class Program:
         elif gone.graph is self.graph:
             self._renamed[gone.name] = new.name
 
-    def drop(self, node: Node) -> None:
+    def remove_constant(self, node: Node) -> None:
         """Forget constant ``node``, which is about to be erased, and what it holds."""
         target = cast(str, self._specs.pop(node.name).target)
         self.added.pop(target, None)
         self.dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
-    def adopt(self, module: GraphModule, name: str) -> None:
+    def replace_graph(self, module: GraphModule, name: str) -> None:
         """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
 
         Raises:
             ValueError: it added, removed or renamed inputs, or changed the number of outputs.
         """
-        kept, kept_inputs = self.places()
+        kept, kept_inputs = self.node_keys()
         self._root, self.graph, self._meta = module, module.graph, module.meta
         before, after = list(self._inputs), [node.name for node in self.graph.nodes if node.op == "placeholder"]
         if before != after:
@@ -264,21 +268,21 @@ class Program:
         if len(cast(tuple[Any, ...], self.graph.output_node().args[0])) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
         self.refresh()
-        nodes = ((self.target(n), n) for n in self.graph.find_nodes(op="placeholder"))
+        nodes = ((self.fqn_key(n), n) for n in self.graph.find_nodes(op="placeholder"))
         self.added = {target: node for target, node in nodes if target in self.added}
-        self.keep_again(kept, kept_inputs)
+        self.restore_kept(kept, kept_inputs)
 
-    def places(self) -> tuple[Places, Places]:
-        """Where the kept nodes stand, and their inputs, for :meth:`keep_again`."""
-        return places(self.kept, self.branches), places(self.kept_inputs, self.branches)
+    def node_keys(self) -> tuple[NodeKeys, NodeKeys]:
+        """Where the kept nodes stand, and their inputs, for :meth:`restore_kept`."""
+        return node_keys(self.kept, self.subgraphs), node_keys(self.kept_operands, self.subgraphs)
 
-    def keep_again(self, kept: Places, inputs: Places) -> None:
+    def restore_kept(self, kept: NodeKeys, inputs: NodeKeys) -> None:
         """Keep what nodes of an earlier form of this program have become: a pass may have copied them."""
-        self.kept, self.kept_inputs = counterparts(kept, self.branches), counterparts(inputs, self.branches)
+        self.kept, self.kept_operands = find_nodes(kept, self.subgraphs), find_nodes(inputs, self.subgraphs)
 
     def to_exported(self) -> ExportedProgram:
         """The program, its signature in step with the graph; torch lints the graph and runs the dialect's verifier."""
-        self.branches.recompile()
+        self.subgraphs.recompile()
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
             if isinstance(value, Node) and not isinstance(spec.arg, ConstantArgument):
@@ -291,7 +295,7 @@ class Program:
             graph_signature=signature,
             state_dict=self.state_dict,
             range_constraints=copy.copy(source.range_constraints),
-            module_call_graph=renamed_calls(source.module_call_graph, self._renamed),
+            module_call_graph=rename_in_signatures(source.module_call_graph, self._renamed),
             example_inputs=source.example_inputs,
             constants=self.constants,
             verifiers=source.verifiers,
@@ -300,7 +304,7 @@ class Program:
         return program
 
 
-def copied(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
+def copy_graph(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
     """The submodules that control flow calls, and the graph; tensors stay shared, only structure is copied.
 
     The values in ``node.meta`` get a shape environment of their own: a guard on a dynamic size of the copy does not
@@ -403,18 +407,18 @@ class _PrivateShapes:
         return self._environments[old]
 
 
-def places(nodes: Iterable[Node], branches: Branches) -> Places:
+def node_keys(nodes: Iterable[Node], subgraphs: Subgraphs) -> NodeKeys:
     """By what ``nodes`` can be found again in another copy of their program: where they stand and what they call."""
-    return {(branches.path(node), node.target) for node in nodes}
+    return {(subgraphs.path(node), node.target) for node in nodes}
 
 
-def counterparts(wanted: Places, branches: Branches) -> set[Node]:
+def find_nodes(wanted: NodeKeys, subgraphs: Subgraphs) -> set[Node]:
     """The nodes at the places ``wanted`` in another copy; those that are gone are left out."""
-    return {node for node in branches.nodes() if (branches.path(node), node.target) in wanted} if wanted else set()
+    return {node for node in subgraphs.nodes() if (subgraphs.path(node), node.target) in wanted} if wanted else set()
 
 
 @contextmanager
-def no_guards(program: Program, who: str) -> Iterator[None]:
+def forbid_new_guards(program: Program, who: str) -> Iterator[None]:
     """Within it, nothing may compare a dynamic size in Python: torch would hold what came out for true of every run.
 
     Raises:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import networkx as nx
 from torch.fx import Graph, Node
 
-from et_cuda_passes.graph.match import MatchContext
-from et_cuda_passes.graph.outcomes import Ledger
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import JointRule, Rule, asked
+from et_cuda_passes.graph.rule import GroupRule, Rule, call_hook
 
 # A component this large comes from a pattern that overlaps itself all along a chain; the exact search is exponential.
 _EXACT_LIMIT = 24
@@ -21,64 +21,66 @@ class Claim:
     """A match whose requires all hold, or several that a joint rule takes together, in graph order."""
 
     rule: Rule
-    ms: tuple[MatchContext, ...]
-    rank: int
-    weight: int
+    matches: tuple[Match, ...]
+    priority: int
+    benefit: int
 
     @property
-    def wants(self) -> Sequence[Node]:
+    def nodes(self) -> Sequence[Node]:
         """The nodes that the claim takes for itself."""
-        return [node for m in self.ms for node in (*m.match.owned, *taken(self.rule, m))]
+        return [node for m in self.matches for node in (*m.match.owned, *taken(self.rule, m))]
 
     @property
     def root(self) -> Node:
         """Where the first match stands."""
-        return self.ms[0].root
+        return self.matches[0].root
 
 
-def taken(rule: Rule, m: MatchContext) -> Sequence[Node]:
+def taken(rule: Rule, m: Match) -> Sequence[Node]:
     """The nodes outside of match ``m`` that ``rule`` needs alone."""
-    return asked(rule, "takes", m.root, m.program, lambda: rule.takes(m))
+    return call_hook(rule, "takes", m.root, m.program, lambda: rule.takes(m))
 
 
-def joined(rule: JointRule, claims: Sequence[Claim], order: Mapping[Node, int], ledger: Ledger) -> list[Claim]:
+def group_matches(
+    rule: GroupRule, claims: Sequence[Claim], order: Mapping[Node, int], tracker: OutcomeTracker
+) -> list[Claim]:
     """The claims of a joint rule, those taken together as one; a match that nothing goes with is missed."""
-    most = rule.most or len(claims) or 1
+    most = rule.max_group_size or len(claims) or 1
     groups: dict[tuple[Graph, tuple[str, ...], Hashable], list[Claim]] = defaultdict(list)
     found: list[Claim] = []
     for claim in claims:
-        (m,) = claim.ms
+        (m,) = claim.matches
         # A preserved module is given what its signature says, and nothing that is made in another.
-        group = groups[m.root.graph, m.program.preserving(m.root), _key(rule, m)]
+        group = groups[m.root.graph, m.program.preserved_modules_of(m.root), _key(rule, m)]
         first = group[0].root if group else m.root
         inputs = {name: node for name in m.captures if isinstance(node := m.match.bindings.get(name), Node)}
-        late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.common]
-        late += [n for n in inputs.values() if n in m.program.written]
+        late = [n for name, n in inputs.items() if order[n] > order[first] and name not in rule.shared_captures]
+        late += [n for n in inputs.values() if n in m.program.mutated]
         if late:
             wanted = "inputs that stand where the first of them is computed, and that nothing writes in place"
-            ledger.unmet(m.match, [Reason(rule.name, "match", wanted, late[0].name)])
+            tracker.add_failures(m.match, [Reason(rule.name, "match", wanted, late[0].name)])
         else:
             group.append(claim)
     parts = (group[at : at + most] for group in groups.values() for at in range(0, len(group), most))
     for group in parts:
         if len(group) > 1:
-            ms = tuple(claim.ms[0] for claim in group)
-            found.append(Claim(rule, ms, group[0].rank, sum(claim.weight for claim in group)))
+            ms = tuple(claim.matches[0] for claim in group)
+            found.append(Claim(rule, ms, group[0].priority, sum(claim.benefit for claim in group)))
         for claim in group if len(group) == 1 else ():
-            ledger.unmet(claim.ms[0].match, [Reason(rule.name, "match", rule.partner, "none")])
+            tracker.add_failures(claim.matches[0].match, [Reason(rule.name, "match", rule.partner, "none")])
     return found
 
 
-def _key(rule: JointRule, m: MatchContext) -> Hashable:
+def _key(rule: GroupRule, m: Match) -> Hashable:
     def key() -> Hashable:
-        found = rule.key(m)
+        found = rule.group_key(m)
         hash(found)
         return found
 
-    return asked(rule, "key", m.root, m.program, key)
+    return call_hook(rule, "key", m.root, m.program, key)
 
 
-def resolve(claims: Sequence[Claim]) -> tuple[list[int], dict[int, int]]:
+def select_matches(claims: Sequence[Claim]) -> tuple[list[int], dict[int, int]]:
     """Choose among ``claims``.
 
     Two claims conflict when they want a common node. Passes choose in order of rank; within one rank each connected
@@ -90,7 +92,7 @@ def resolve(claims: Sequence[Claim]) -> tuple[list[int], dict[int, int]]:
     """
     owners: dict[Hashable, list[int]] = defaultdict(list)
     for index, claim in enumerate(claims):
-        for node in claim.wants:
+        for node in claim.nodes:
             owners[node].append(index)
     graph = nx.Graph()
     graph.add_nodes_from(range(len(claims)))
@@ -98,8 +100,8 @@ def resolve(claims: Sequence[Claim]) -> tuple[list[int], dict[int, int]]:
         graph.add_edges_from((a, b) for a in sharing for b in sharing if a < b)
     chosen: set[int] = set()
     lost: dict[int, int] = {}
-    for rank in sorted({claim.rank for claim in claims}):
-        candidates = [i for i, claim in enumerate(claims) if claim.rank == rank and i not in lost]
+    for rank in sorted({claim.priority for claim in claims}):
+        candidates = [i for i, claim in enumerate(claims) if claim.priority == rank and i not in lost]
         for component in nx.connected_components(graph.subgraph(candidates)):
             for winner in _best(graph.subgraph(component), claims):
                 chosen.add(winner)
@@ -117,13 +119,13 @@ def _best(component: "nx.Graph[int]", claims: Sequence[Claim]) -> list[int]:
         # The heaviest conflict-free set is the heaviest clique of the complement. Below the weight one bit a node, the
         # first node's the highest, breaks ties in graph order.
         complement, last = nx.Graph(), len(nodes) - 1
-        weights = ((claims[n].weight << len(nodes)) + (1 << (last - i)) for i, n in enumerate(nodes))
+        weights = ((claims[n].benefit << len(nodes)) + (1 << (last - i)) for i, n in enumerate(nodes))
         complement.add_nodes_from((n, {"weight": weight}) for n, weight in zip(nodes, weights, strict=True))
         complement.add_edges_from((a, b) for a in nodes for b in nodes if a < b and not component.has_edge(a, b))
         return sorted(nx.max_weight_clique(complement, weight="weight")[0])
     picked: list[int] = []
     taken: set[int] = set()
-    for node in sorted(nodes, key=lambda n: (-claims[n].weight, n)):
+    for node in sorted(nodes, key=lambda n: (-claims[n].benefit, n)):
         if node not in taken:
             picked.append(node)
             taken.update(component[node])

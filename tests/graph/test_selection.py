@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from et_cuda_passes.graph.selection import resolve
+from et_cuda_passes.graph.selection import select_matches
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def best_by_trying_all(given: Sequence[Claim]) -> list[int]:
 @given(claims)
 @settings(max_examples=200)
 def test_each_rank_s_choice_is_as_heavy_as_the_best_of_all_subsets(given: list[Claim]) -> None:
-    chosen, lost = resolve(given)
+    chosen, lost = select_matches(given)
     assert free([given[i] for i in chosen])
     assert sorted([*chosen, *lost]) == list(range(len(given)))
     first = min((claim.rank for claim in given), default=0)
@@ -63,29 +63,29 @@ def test_each_rank_s_choice_is_as_heavy_as_the_best_of_all_subsets(given: list[C
 @given(claims)
 @settings(max_examples=200)
 def test_among_equals_the_first_in_order_is_chosen(given: list[Claim]) -> None:
-    assert resolve(given)[0] == best_by_trying_all(given)
+    assert select_matches(given)[0] == best_by_trying_all(given)
 
 
 @given(claims)
 @settings(max_examples=50)
 def test_the_same_claims_give_the_same_choice(given: list[Claim]) -> None:
-    assert resolve(given) == resolve(list(given))
+    assert select_matches(given) == select_matches(list(given))
 
 
 def test_an_earlier_pass_wins_whatever_the_later_is_worth() -> None:
     given = [Claim(1, 1000, (0, 1)), Claim(0, 1, (1, 2)), Claim(1, 1, (2, 3)), Claim(1, 1, (3,))]
-    assert resolve(given) == ([1, 3], {0: 1, 2: 1})
+    assert select_matches(given) == ([1, 3], {0: 1, 2: 1})
 
 
 def test_two_small_ones_beat_one_between_them_only_if_they_weigh_more() -> None:
     ends = [Claim(0, 2, (0, 1)), Claim(0, 2, (2, 3))]
-    assert resolve([*ends, Claim(0, 3, (1, 2))])[0] == [0, 1]
-    assert resolve([*ends, Claim(0, 5, (1, 2))])[0] == [2]
+    assert select_matches([*ends, Claim(0, 3, (1, 2))])[0] == [0, 1]
+    assert select_matches([*ends, Claim(0, 5, (1, 2))])[0] == [2]
 
 
 def test_a_component_too_large_to_search_still_leaves_no_place_that_was_free() -> None:
     given = [Claim(0, 1 + i % 3, (i, i + 1)) for i in range(5000)]
-    chosen, lost = resolve(given)
+    chosen, lost = select_matches(given)
     assert free([given[i] for i in chosen])
     assert sorted([*chosen, *lost]) == list(range(len(given)))
     # Weights 1 2 3 1 2 3 ...: every 3 is taken, and beside them only the two ends are free.
@@ -93,4 +93,4 @@ def test_a_component_too_large_to_search_still_leaves_no_place_that_was_free() -
 
 
 def test_without_claims() -> None:
-    assert resolve([]) == ([], {})
+    assert select_matches([]) == ([], {})
