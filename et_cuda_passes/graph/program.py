@@ -231,7 +231,7 @@ class Program:
         return node
 
     def mark_dead(self, nodes: Iterable[Node]) -> None:
-        """Mark ``nodes`` as dead for what read them; :func:`.finish.sweep` removes those that nothing else reads."""
+        """Mark ``nodes`` as dead: :func:`.finish.eliminate_dead_nodes` removes those that nothing else reads."""
         self.abandoned.update(dict.fromkeys(nodes))
 
     def transfer_name(self, gone: Node) -> None:

@@ -138,7 +138,7 @@ class Rule(ABC):
 class GroupRule(Rule):
     """A rule that takes several matches of its pattern together, and replaces the root of each by a node of its own.
 
-    Each match meets the requires alone, and is reported alone. Those with one :meth:`group_key`, two or more, are rewritten
+    Each match meets the requires alone, and is reported alone. Two or more with one :meth:`group_key` are rewritten
     together by :meth:`rewrite_group`, where the first of them stands; they may read nothing that is written in place
     or computed behind that place. A match that is left without others is missed.
     """

@@ -77,7 +77,7 @@ def _key(rule: GroupRule, m: Match) -> Hashable:
         hash(found)
         return found
 
-    return call_hook(rule, "key", m.root, m.program, key)
+    return call_hook(rule, "group_key", m.root, m.program, key)
 
 
 def select_matches(claims: Sequence[Claim]) -> tuple[list[int], dict[int, int]]:

@@ -41,7 +41,7 @@ def selected_expert(stack: Pattern, name: str) -> AnyOf:
 
 
 def decode_expert(program: Program, node: Node) -> QuantizedWeight:
-    """The matrix [N, K] of the expert that ``node``, matched by :func:`expert_of`, picks.
+    """The matrix [N, K] of the expert that ``node``, matched by :func:`selected_expert`, picks.
 
     Raises:
         Unmet: the expert is chosen while the program runs, or the stack is none that could be packed.
@@ -120,7 +120,7 @@ def as_matrix(program: Program, node: Node) -> QuantizedWeight:
 
 
 def as_transposed_matrix(program: Program, node: Node) -> QuantizedWeight:
-    """As :func:`stacked`, of a weight that is stored as [E, K, N].
+    """As :func:`as_matrix`, of a weight that is stored as [E, K, N].
 
     Raises:
         Unmet: as there.

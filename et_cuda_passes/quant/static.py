@@ -24,7 +24,7 @@ _dequantize_dynamic: Callable[..., Call] = op(_decomposed.dequantize_per_tensor.
 
 
 def statically_quantized(x: Pattern, name: str) -> Call:
-    """``dequantize(quantize(x))`` with a scale from calibration; :func:`same_both_ways` looks at the rest."""
+    """``dequantize(quantize(x))`` with a scale from calibration; :func:`static_qparams` looks at the rest."""
     return _dequantize(_quantize(x, ..., shared=True), ..., name=name, shared=True)
 
 

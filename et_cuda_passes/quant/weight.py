@@ -104,7 +104,7 @@ class QuantizedWeight:
 
     @property
     def group_size(self) -> int:
-        """Elements along K that share a scale. Rows may share scales too: :func:`values` repeats them for each row.
+        """Elements along K that share a scale. Rows may share scales too: :func:`weight_values` repeats them.
 
         Raises:
             Unmet: the weight is no matrix, nor a convolution's of kernel size 1.

@@ -126,9 +126,9 @@ def test_an_absent_capture_has_no_metadata() -> None:
 
 @pytest.mark.parametrize("key", [lambda self, m: 1 / 0, lambda self, m: [m.x]], ids=["raises", "unhashable"])
 def test_a_key_that_fails_names_its_rule(key: Any) -> None:
-    together = {"key": key, "rewrite_group": lambda self, b, ms: [], "pattern": Relu.pattern}
+    together = {"group_key": key, "rewrite_group": lambda self, b, ms: [], "pattern": Relu.pattern}
     rule = type("Faulty", (GroupRule,), together)()
-    with pytest.raises(RuleError, match="rule faulty: at relu_default its key failed: "):
+    with pytest.raises(RuleError, match="rule faulty: at relu_default its group_key failed: "):
         apply(two(), [rule])
 
 
@@ -158,7 +158,7 @@ def test_a_key_that_fails_names_its_rule(key: Any) -> None:
             lambda b, m: b.constant("c", [], "c", lambda: torch.ones(4)),
             "c has no sources, or some that are no constants",
         ),
-        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are affine\(m\).sources"),
+        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are weight_of\(m\).sources"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(rewrite: Any, fault: str) -> None:

@@ -12,9 +12,9 @@ from et_cuda_passes.graph.selection import select_matches
 
 @dataclass(frozen=True)
 class Claim:
-    rank: int
-    weight: int
-    wants: Sequence[int]
+    priority: int
+    benefit: int
+    nodes: Sequence[int]
 
 
 claims = st.lists(
@@ -30,18 +30,18 @@ claims = st.lists(
 
 def free(chosen: Sequence[Claim]) -> bool:
     """Whether no two of ``chosen`` want one node."""
-    wanted = [node for claim in chosen for node in claim.wants]
+    wanted = [node for claim in chosen for node in claim.nodes]
     return len(wanted) == len(set(wanted))
 
 
 def best_by_trying_all(given: Sequence[Claim]) -> list[int]:
-    """Rank by rank the heaviest conflict-free set beside what is chosen already; the first in order among equals."""
+    """By priority the heaviest conflict-free set beside what is chosen already; the first in order among equals."""
     chosen: list[int] = []
-    for rank in sorted({claim.rank for claim in given}):
-        members = [i for i, c in enumerate(given) if c.rank == rank and free([c, *(given[j] for j in chosen)])]
+    for priority in sorted({claim.priority for claim in given}):
+        members = [i for i, c in enumerate(given) if c.priority == priority and free([c, *(given[j] for j in chosen)])]
         sets = [s for n in range(len(members) + 1) for s in itertools.combinations(members, n)]
         possible = [s for s in sets if free([given[i] for i in s])]
-        chosen += min(possible, key=lambda s: (-sum(given[i].weight for i in s), s))
+        chosen += min(possible, key=lambda s: (-sum(given[i].benefit for i in s), s))
     return sorted(chosen)
 
 
@@ -51,13 +51,13 @@ def test_each_rank_s_choice_is_as_heavy_as_the_best_of_all_subsets(given: list[C
     chosen, lost = select_matches(given)
     assert free([given[i] for i in chosen])
     assert sorted([*chosen, *lost]) == list(range(len(given)))
-    first = min((claim.rank for claim in given), default=0)
-    members = [i for i, claim in enumerate(given) if claim.rank == first]
+    first = min((claim.priority for claim in given), default=0)
+    members = [i for i, claim in enumerate(given) if claim.priority == first]
     best = best_by_trying_all([given[i] for i in members])
-    assert sum(given[i].weight for i in chosen if i in members) == sum(given[members[i]].weight for i in best)
+    assert sum(given[i].benefit for i in chosen if i in members) == sum(given[members[i]].benefit for i in best)
     for loser, winner in lost.items():
         assert winner in chosen
-        assert set(given[loser].wants) & set(given[winner].wants)
+        assert set(given[loser].nodes) & set(given[winner].nodes)
 
 
 @given(claims)
