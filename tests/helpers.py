@@ -22,8 +22,8 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called, op_name
+from et_cuda_passes.graph.operators import op_name, op_of
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Report
 
@@ -163,7 +163,7 @@ TARGET = SimpleNamespace(name="test", int4_kernels=())
 
 def calls_of(*targets: Any) -> Callable[[Program], list[Candidate]]:
     """Finds every call of ``targets`` as a candidate."""
-    return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if called(n) in targets]
+    return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if op_of(n) in targets]
 
 
 def apply(

@@ -53,7 +53,7 @@ KINDS = {
 }
 TEXTS = ("wanted", "found", "hint", "detail", "explanation", "text")
 """Fields of a report or an error that hold a sentence."""
-LISTS_OF_TEXTS = ("conflicts", "warnings", "untaken")
+LISTS_OF_TEXTS = ("conflicts", "warnings", "rejected")
 """Fields of a report that hold lists of sentences."""
 DIFFED_LINES = 200
 SHOWN_LINES = 12

@@ -177,11 +177,11 @@ def test_replay_finds_nothing_between_two_rewrites(unchanged: Record) -> None:
 
 def test_replay_compares_control_flow() -> None:
     def program(factor: int) -> ExportedProgram:
-        class Branches(torch.nn.Module):
+        class Subgraphs(torch.nn.Module):
             def forward(self, x: torch.Tensor) -> Any:
                 return torch.cond(x.sum() > 0, lambda y: y * factor, lambda y: y - 1, (x,))
 
-        return torch.export.export(Branches(), (torch.ones(3),))
+        return torch.export.export(Subgraphs(), (torch.ones(3),))
 
     old, new = replay.described(program(2)), replay.described(program(3))
     found = replay.compare_programs("branches", old, new, Allowed())

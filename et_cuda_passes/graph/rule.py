@@ -1,35 +1,28 @@
-"""What a rule is: a pattern, the requires that each answer with what they found, and what is emitted where all hold."""
+"""What a rule is: a pattern, the requires that each answer with what they found, and what is built where all hold."""
 
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from torch.fx import Node
 
-from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always, captures_of, names
-
-if TYPE_CHECKING:
-    from et_cuda_passes.graph.builder import Builder
-    from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.errors import RuleError, Unmet, UsageError
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always_bound, bound_names, parse_captures
+from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 Stage = Literal["metadata", "values"]
 Answer = tuple[bool, str] | tuple[bool, str, str]
-Check = Callable[[Any, "MatchContext"], Answer]
+Check = Callable[[Any, Match], Answer]
 _C = TypeVar("_C", bound=Check)
+_T = TypeVar("_T")
 
 
-# What a MatchContext itself has; a capture of the same name could not be reached.
-RESERVED = frozenset({"match", "captures", "program", "target", "root", "val", "derive"})
-
-
-class Unmet(Exception):
-    """Raised inside a require whose question cannot even be asked; its text is what was found."""
-
-
-class Mistake(ValueError):
-    """What a caller asked for cannot be had: raised as it is, being no fault of the rule that found out."""
+# What a Match itself has; a capture of the same name could not be reached.
+RESERVED_CAPTURE_NAMES = frozenset({"match", "captures", "program", "target", "root", "val", "memoize"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +35,7 @@ class Requirement:
     check: Check
 
 
-def require(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[[_C], _C]:
+def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[[_C], _C]:
     """Mark a method ``(self, m) -> (holds, found)`` or ``(holds, found, hint)`` as a condition of its rule.
 
     Args:
@@ -52,11 +45,11 @@ def require(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[
             every metadata condition holds.
 
     Raises:
-        TypeError: ``wanted`` is no text (``@require`` without its parentheses, say).
+        TypeError: ``wanted`` is no text (``@requirement`` without its parentheses, say).
         ValueError: there is no such stage.
     """
     if not isinstance(wanted, str):
-        raise TypeError("require is given what is wanted, as text: @require('...') above the method")
+        raise TypeError("requirement is given what is wanted, as text: @requirement('...') above the method")
     if stage not in get_args(Stage):
         raise ValueError(f"a require is asked at one of the stages {get_args(Stage)}, not {stage!r}")
 
@@ -70,8 +63,8 @@ def require(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[
 class Rule(ABC):
     """One rewrite. Subclasses are frozen dataclasses whose fields are the rule's options; they keep no other state.
 
-    A subclass defines ``pattern`` (its parameters are the captures), any number of :func:`require` methods, and
-    ``emit``. What matched and holds every require is rewritten: ``emit`` may not decline.
+    A subclass defines ``pattern`` (its parameters are the captures), any number of :func:`requirement` methods, and
+    ``rewrite``. What matched and holds every require is rewritten: ``rewrite`` may not decline.
     """
 
     name: ClassVar[str] = ""
@@ -80,13 +73,23 @@ class Rule(ABC):
     """Names of passes that run after this one."""
     after: ClassVar[tuple[str, ...]] = ()
     """Names of passes that run before this one."""
-    silent: ClassVar[bool] = False
-    """Whether nobody is told where it does not act: it repairs what few programs have."""
+    reports_misses: ClassVar[bool] = True
+    """Whether a report says why the rule did not act at a place. False for one that repairs what few programs have."""
+    _renamed: ClassVar[Mapping[str, str]] = {
+        "emit": "rewrite",
+        "emit_together": "rewrite_group, of a GroupRule",
+        "detail": "summary",
+        "silent": "reports_misses, with the opposite value",
+    }
+    """Attributes that a subclass may not define, by earlier names of what a rule defines: they would not be called."""
     requires: ClassVar[tuple[Requirement, ...]] = ()
     """Every require of the class, in the order written, a base class's first."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        for old, new in cls._renamed.items():
+            if old in cls.__dict__:
+                raise TypeError(f"rule {cls.__name__} defines {old}, which is now called {new}")
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
         found: dict[str, Requirement] = {}
@@ -103,88 +106,94 @@ class Rule(ABC):
     """The graph form this rule is about, written with :func:`~et_cuda_passes.graph.pattern.op`."""
 
     @abstractmethod
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Build the nodes that take the match's place and return the one that replaces its root."""
 
-    def takes(self, m: "MatchContext") -> Sequence[Node]:
+    def takes(self, m: Match) -> Sequence[Node]:
         """Nodes outside the match that become part of what this rule makes, and that it needs alone.
 
         Asked where every require that reads metadata holds.
         """
         return ()
 
-    def note(self, m: "MatchContext") -> str:
+    def note(self, m: Match) -> str:
         """A remark for the report on a place this rule acted on; empty for none."""
         return ""
 
-    def detail(self, m: "MatchContext") -> str:
+    def summary(self, m: Match) -> str:
         """What this rule made of a place, in a few words for the report's table (``int4 group 32 -> ...``).
 
-        Where it takes what earlier rules made, the outcomes that they wrote have it behind their own detail.
+        Where it takes what earlier rules made, the outcomes that they wrote have it behind their own summary.
         """
         return ""
 
-    def explain(self, *ms: "MatchContext") -> str:
-        """What there is to know of a place beyond ``detail``, or of the places that are taken together, ``ms``.
+    def explain(self, *ms: Match) -> str:
+        """What there is to know of a place beyond ``summary``, or of the places that are taken together, ``ms``.
 
         Where it takes what earlier rules made, it stands in the outcomes that they wrote in place of theirs.
         """
         return ""
 
 
-class JointRule(Rule):
+class GroupRule(Rule):
     """A rule that takes several matches of its pattern together, and replaces the root of each by a node of its own.
 
-    Each match meets the requires alone, and is reported alone. Those with one :meth:`key`, two or more, are rewritten
-    together by :meth:`emit_together`, where the first of them stands; they may read nothing that is written in place
+    Each match meets the requires alone, and is reported alone. Two or more with one :meth:`group_key` are rewritten
+    together by :meth:`rewrite_group`, where the first of them stands; they may read nothing that is written in place
     or computed behind that place. A match that is left without others is missed.
     """
 
+    _renamed: ClassVar[Mapping[str, str]] = {
+        **Rule._renamed,
+        "key": "group_key",
+        "most": "max_group_size",
+        "common": "shared_captures",
+    }
     partner: ClassVar[str] = "another match to be taken together with"
     """What a match without others wanted, for the report."""
     alone: ClassVar[str] = ""
     """The rule that takes a match alone: where it is in the pass list too, a miss has its reasons, not this rule's."""
-    common: ClassVar[tuple[str, ...]] = ()
-    """Captures that hold one value in all matches of a :meth:`key`, so that the first one's is as good as any."""
+    shared_captures: ClassVar[tuple[str, ...]] = ()
+    """Captures that hold one value in all matches of a :meth:`group_key`, so that any match's can be used."""
 
     @property
-    def most(self) -> int | None:
+    def max_group_size(self) -> int | None:
         """How many matches are taken together at most, in graph order; None for any number."""
         return None
 
     @abstractmethod
-    def key(self, m: "MatchContext") -> Hashable:
+    def group_key(self, m: Match) -> Hashable:
         """Equal for the matches that are taken together."""
 
     @abstractmethod
-    def emit_together(self, b: "Builder", ms: Sequence["MatchContext"]) -> Sequence[Node]:
+    def rewrite_group(self, b: Builder, ms: Sequence[Match]) -> Sequence[Node]:
         """Build the nodes that take the matches' place and return for each match, in order, what replaces its root.
 
-        ``b.at(m)`` builds a node that is only the place of ``m``: it has its source line and provenance.
+        ``b.for_match(m)`` builds a node that is only the place of ``m``: it has its source line and provenance.
         """
 
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """A match alone, which there is none of."""
-        return self.emit_together(b, [m])[0]
+        return self.rewrite_group(b, [m])[0]
 
 
 class Keep(Rule):
     """A rule whose match is left exactly as it is, because the target executes it in that form; ``note`` says why."""
 
-    def emit(self, b: "Builder", m: "MatchContext") -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Keep the match."""
         return m.root
 
 
 @dataclasses.dataclass(frozen=True)
-class Compiled:
+class CompiledPattern:
     """A rule's pattern as data, and the names of its captures."""
 
     pattern: Pattern
     captures: tuple[str, ...]
 
 
-def compiled(rule: Rule) -> Compiled:
+def compile_pattern(rule: Rule) -> CompiledPattern:
     """``rule``'s pattern as data.
 
     Raises:
@@ -193,12 +202,12 @@ def compiled(rule: Rule) -> Compiled:
     function = getattr(rule, "pattern", None)
     if function is None:
         raise TypeError(f"rule {rule.name} has no pattern method")
-    captures = captures_of(function)
+    captures = parse_captures(function)
     pattern = function(**captures)
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
-    bound, sure = set(names(pattern)), always(pattern)
-    for taken in sorted({*captures, *bound} & RESERVED):
+    bound, sure = set(bound_names(pattern)), always_bound(pattern)
+    for taken in sorted({*captures, *bound} & RESERVED_CAPTURE_NAMES):
         raise TypeError(f"rule {rule.name}: nothing in a pattern can be called {taken!r}, which a match has already")
     for name, capture in captures.items():
         if name not in bound:
@@ -207,4 +216,20 @@ def compiled(rule: Rule) -> Compiled:
             raise TypeError(
                 f"rule {rule.name}: some alternatives of the pattern do not have {name!r}; give it the default None"
             )
-    return Compiled(pattern, tuple(captures))
+    return CompiledPattern(pattern, tuple(captures))
+
+
+def call_hook(rule: Rule, what: str, root: Node, program: Program, question: Callable[[], _T]) -> _T:
+    """``question()``, of ``rule`` at ``root``.
+
+    Raises:
+        RuleError: it failed; ``what`` says what was asked.
+    """
+    try:
+        with forbid_new_guards(program, what):
+            return question()
+    except (Unmet, RuleError, UsageError):
+        raise
+    except Exception as error:
+        told = str(error) or type(error).__name__
+        raise RuleError(f"rule {rule.name}: at {root.name} its {what} failed: {told}") from error

@@ -11,8 +11,8 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.ops import ATTENTION
@@ -33,7 +33,7 @@ class AttentionViews(Rule):
         swapped = (op(aten.transpose.int)(attention, *swap) for swap in _SWAPS)
         return any_of(*swapped, op(aten.permute.default)(attention, [0, 2, 1, 3]))
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The same attention, with the heads of its result on the other axis."""
         q, k, v, scale, head_axes = arguments(m.attention).values()
         return b.call(ATTENTION, q, k, v, scale, [*head_axes[:3], 3 - head_axes[3]])

@@ -9,11 +9,11 @@ from typing import ClassVar
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, require
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.rule import Answer, requirement
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.ops import INT8_EMBEDDING
-from et_cuda_passes.quant.affine import affine, values
+from et_cuda_passes.quant.affine import weight_of, weight_values
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.int8_weight import offset, pack
 from et_cuda_passes.rules.packed_table import PackedTable
@@ -26,24 +26,24 @@ class EmbeddingInt8(PackedTable):
     # What int4 tables take is half the size there.
     after: ClassVar[tuple[str, ...]] = ("embedding_int4",)
 
-    @require("a table of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
-    def eight_bits(self, m: MatchContext) -> Answer:
+    @requirement("a table of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
+    def eight_bits(self, m: Match) -> Answer:
         """The range fits -128..127 once shifted."""
-        weight = affine(m)
+        weight = weight_of(m)
         return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
 
-    @require("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
-    def finite(self, m: MatchContext) -> Answer:
+    @requirement("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: Match) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        return answers.finite([values(m.program, affine(m)).scale.to(m.val(m.root).dtype)])
+        return answers.finite([weight_values(m.program, weight_of(m)).scale.to(m.val(m.root).dtype)])
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """The scheme."""
-        return f"{affine(m).scheme} -> table (int8)"
+        return f"{weight_of(m).scheme} -> table (int8)"
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Take the integers and call the operator."""
-        weight, dtype = affine(m), m.val(m.root).dtype
+        weight, dtype = weight_of(m), m.val(m.root).dtype
         # Plain operators have every group size.
         form = Int8Kernel("table", (dtype,), (weight.group_size,), zeros=True)
         packed, scale, zero = pack(b, weight, form, dtype)

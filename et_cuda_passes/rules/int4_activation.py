@@ -11,10 +11,10 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.graph.rule import Answer, Rule, requirement
 from et_cuda_passes.ops import INT4_LINEARS
 
 aten = torch.ops.aten
@@ -41,15 +41,15 @@ class Int4Activation(Rule):
         linear = op(LINEAR)(x, ..., name="linear")
         return any_of(op(aten.silu.default, aten.relu.default)(linear), op(aten.gelu.default)(linear, ...))
 
-    @require("a linear with nothing after its product")
-    def bare(self, m: MatchContext) -> Answer:
+    @requirement("a linear with nothing after its product")
+    def bare(self, m: Match) -> Answer:
         """The activation comes first of all."""
         given = epilogue_of(m.linear)
         return not given, ", ".join(given)
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The linear again, with the activation."""
-        name = ACTIVATIONS[called(m.root)]
+        name = ACTIVATIONS[op_of(m.root)]
         if m.root.kwargs.get("approximate", "none") == "tanh":
             name = "gelu_tanh"
         return b.call(LINEAR, *m.linear.args[:6], name)

@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
-from et_cuda_passes.quant.affine import AffineValues, AffineWeight, values
+from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, weight_values
 
 MIDDLE = 8
 """The kernels compute ``(q - 8) * scale + zero`` with q in 0..15."""
@@ -26,7 +26,7 @@ def native_group_size(group_size: int, kernel: Int4Kernel) -> int | None:
     return max((size for size in kernel.group_sizes if group_size % size == 0), default=None)
 
 
-def offset(weight: AffineWeight, layout: str = "") -> int | None:
+def offset(weight: QuantizedWeight, layout: str = "") -> int | None:
     """What is added to the weight's integers so that they lie in 0..15, or None where nothing in 0..15 does it.
 
     8 where the range is within -8..7, so that a zero point of 0 stays a zero of 0. The metal layout holds the zero of
@@ -41,7 +41,7 @@ def offset(weight: AffineWeight, layout: str = "") -> int | None:
     return None
 
 
-def scale_and_zero_of(parts: AffineValues, shift: int) -> tuple[Tensor, Tensor]:
+def scale_and_zero_of(parts: WeightValues, shift: int) -> tuple[Tensor, Tensor]:
     """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32 [N, K / group_size].
 
     With ``q = data + shift`` the weight ``(data - zero_point) * scale - minimum`` is that with
@@ -74,12 +74,12 @@ def _pack_scales(scale: Tensor, zero: Tensor, layout: str, dtype: torch.dtype, i
     return scale_and_zero.pack(scale, zero, dtype)
 
 
-def _in_bytes(q: Tensor, weight: AffineWeight) -> Tensor:
+def _in_bytes(q: Tensor, weight: QuantizedWeight) -> Tensor:
     return q if q.dtype in (torch.int8, torch.uint8) else q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
 
 
 def pack(
-    b: Builder, weights: Sequence[AffineWeight], kernel: Int4Kernel, dtype: torch.dtype, name: str = ""
+    b: Builder, weights: Sequence[QuantizedWeight], kernel: Int4Kernel, dtype: torch.dtype, name: str = ""
 ) -> tuple[Node, Node]:
     """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of ``weights`` for ``kernel``.
 
@@ -102,12 +102,12 @@ def pack(
     padding = -rows % kernel.out_multiple
 
     def packed() -> Tensor:
-        parts = [values(b.program, weight).data for weight in weights]
+        parts = [weight_values(b.program, weight).data for weight in weights]
         q = _in_bytes(parts[0] if len(parts) == 1 else torch.cat(parts), first)
         return _PACKERS[kernel.layout](q, shift, rows + padding)
 
     def scales() -> Tensor:
-        pairs = [scale_and_zero_of(values(b.program, weight), shift) for weight in weights]
+        pairs = [scale_and_zero_of(weight_values(b.program, weight), shift) for weight in weights]
         pair = (torch.cat(column) for column in zip(*pairs, strict=True))
         scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
         return _pack_scales(scale, zero, kernel.layout, dtype, first.in_features)
@@ -115,7 +115,7 @@ def pack(
     form = (kernel.layout, kernel.out_multiple, shift)
     # Beside the stack's own name and not inside it, since the stack may stay for other readers.
     name += "" if first.expert is None else f"expert_{first.expert}_"
-    integers, numbers = (tuple(part) for part in zip(*((w.integers, w.numbers) for w in weights), strict=True))
+    integers, numbers = (tuple(part) for part in zip(*((w.integers_key, w.values_key) for w in weights), strict=True))
     return (
         b.constant(f"{first.fqn}.{name}packed", [weight.data for weight in weights], (*form, integers), packed),
         b.constant(
@@ -128,7 +128,7 @@ def pack(
 
 
 def pack_experts(
-    b: Builder, weight: AffineWeight, count: int, kernel: Int4Kernel, dtype: torch.dtype
+    b: Builder, weight: QuantizedWeight, count: int, kernel: Int4Kernel, dtype: torch.dtype
 ) -> tuple[Node, Node]:
     """The constants ``<fqn>.packed`` and ``<fqn>.scale_and_zero`` of a stack of experts, each packed as a linear's.
 
@@ -145,11 +145,11 @@ def pack_experts(
     padding = -n % kernel.out_multiple
 
     def packed() -> Tensor:
-        q = _in_bytes(values(b.program, weight).data, weight)
+        q = _in_bytes(weight_values(b.program, weight).data, weight)
         return torch.stack([_PACKERS[kernel.layout](rows, shift, n + padding) for rows in q.split(n)])
 
     def scales() -> Tensor:
-        parts = scale_and_zero_of(values(b.program, weight), shift)
+        parts = scale_and_zero_of(weight_values(b.program, weight), shift)
         scale, zero = (part.repeat_interleave(repeats, dim=1) for part in parts)
         if kernel.layout == "mma_tiled":
             # The zeros lie behind all scales, for all experts or for none.
@@ -161,6 +161,6 @@ def pack_experts(
 
     form = ("experts", kernel.layout, kernel.out_multiple, shift, count)
     return (
-        b.constant(f"{weight.fqn}.packed", [weight.data], (*form, weight.integers), packed),
-        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, weight.numbers), scales),
+        b.constant(f"{weight.fqn}.packed", [weight.data], (*form, weight.integers_key), packed),
+        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, weight.values_key), scales),
     )

@@ -6,10 +6,10 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.kernels.int8 import Int8Kernel
-from et_cuda_passes.quant.affine import AffineValues, AffineWeight, values
+from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, weight_values
 
 
-def offset(weight: AffineWeight) -> int | None:
+def offset(weight: QuantizedWeight) -> int | None:
     """What is added to the weight's integers so that they lie in -128..127; None where nothing does it.
 
     0 where they do, -128 for 0..255: a zero point of 128 is then a zero of 0.
@@ -20,7 +20,7 @@ def offset(weight: AffineWeight) -> int | None:
     return None
 
 
-def _points(parts: AffineValues, weight: AffineWeight) -> Tensor:
+def _points(parts: WeightValues, weight: QuantizedWeight) -> Tensor:
     """The zero points of the shifted integers, fp32 [N, K / group_size]."""
     shift = offset(weight)
     assert shift is not None
@@ -28,12 +28,12 @@ def _points(parts: AffineValues, weight: AffineWeight) -> Tensor:
     return points if parts.zero_point is None else points + parts.zero_point.float()
 
 
-def is_symmetric(parts: AffineValues, weight: AffineWeight) -> bool:
+def is_symmetric(parts: WeightValues, weight: QuantizedWeight) -> bool:
     """Whether the shifted integers are multiplied by their scale and no more."""
     return parts.minimum is None and not bool(_points(parts, weight).any())
 
 
-def pack(b: Builder, weight: AffineWeight, kernel: Int8Kernel, dtype: torch.dtype) -> tuple[Node, Node, Node | None]:
+def pack(b: Builder, weight: QuantizedWeight, kernel: Int8Kernel, dtype: torch.dtype) -> tuple[Node, Node, Node | None]:
     """The constants ``<fqn>.packed`` int8 [N, K], ``<fqn>.scale`` and ``<fqn>.zero`` [N, K / group] of ``weight``.
 
     With ``q = data + shift`` the weight ``(data - zero_point) * scale - minimum`` is ``q * scale + zero`` with
@@ -50,24 +50,24 @@ def pack(b: Builder, weight: AffineWeight, kernel: Int8Kernel, dtype: torch.dtyp
     repeats = weight.group_size // native
 
     def packed() -> Tensor:
-        data = values(b.program, weight).data
+        data = weight_values(b.program, weight).data
         shifted = data.to(torch.int16) + shift if shift else data
         return shifted.to(torch.int8, copy=True, memory_format=torch.contiguous_format)
 
     def scales() -> Tensor:
-        return values(b.program, weight).scale.to(dtype).repeat_interleave(repeats, dim=1)
+        return weight_values(b.program, weight).scale.to(dtype).repeat_interleave(repeats, dim=1)
 
     def zeros() -> Tensor:
-        parts = values(b.program, weight)
+        parts = weight_values(b.program, weight)
         zero = -_points(parts, weight) * parts.scale.to(dtype).float()
         zero = zero if parts.minimum is None else zero - parts.minimum.float()
         return zero.repeat_interleave(repeats, dim=1)
 
-    form = ("int8", native, dtype, shift, weight.numbers)
+    form = ("int8", native, dtype, shift, weight.values_key)
     name = weight.fqn + ("." if weight.expert is None else f".expert_{weight.expert}_")
-    symmetric = is_symmetric(values(b.program, weight), weight)
+    symmetric = is_symmetric(weight_values(b.program, weight), weight)
     return (
-        b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.integers), packed),
+        b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.integers_key), packed),
         b.constant(f"{name}scale", weight.sources, (*form, "scale"), scales),
         None if symmetric else b.constant(f"{name}zero", weight.sources, (*form, "zero"), zeros),
     )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from et_cuda_passes.graph.rule import Mistake
+from et_cuda_passes.graph.errors import UsageError
 
 
 class Named(Protocol):
@@ -28,4 +28,4 @@ def named(kernels: Sequence[Kernel], name: str | None, kind: str) -> Kernel | No
     for kernel in kernels:
         if kernel.name == name:
             return kernel
-    raise Mistake(f"{kind} {name!r}; it has: {', '.join(kernel.name for kernel in kernels) or 'none'}")
+    raise UsageError(f"{kind} {name!r}; it has: {', '.join(kernel.name for kernel in kernels) or 'none'}")

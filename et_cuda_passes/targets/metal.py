@@ -4,7 +4,7 @@ import torch
 
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import PLAIN
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.advised import SuggestedSchemes
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -45,7 +45,7 @@ METAL = Target(
     int4_table=_TORCHAO,
     # It has no int8 linear.
     int8_plain=PLAIN,
-    advised=Advised(eight_bits=Advised.four_bits),
+    advised=SuggestedSchemes(eight_bits=SuggestedSchemes.four_bits),
     passes=lambda: [
         LinearInt4(),
         LinearInt8(),

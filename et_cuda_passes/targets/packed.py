@@ -7,7 +7,7 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.targets import get_target, targets
@@ -51,7 +51,7 @@ def packed_warnings(program: ExportedProgram, target: Target, nothing_else: bool
 
 def _packed(program: ExportedProgram) -> Iterator[Any]:
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    return (operator for graph in graphs for operator in map(called, graph.nodes) if operator in _LAYOUT_OF)
+    return (operator for graph in graphs for operator in map(op_of, graph.nodes) if operator in _LAYOUT_OF)
 
 
 def _operators(target: Target) -> set[Any]:

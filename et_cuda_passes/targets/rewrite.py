@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.quant.candidates import find_candidates
@@ -31,7 +31,7 @@ def rewrite(
     passes: Iterable[Any] | None = None,
     expect: Mapping[str, int] | None = None,
     *,
-    pool: ConstantPool | None = None,
+    pool: ConstantCache | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 

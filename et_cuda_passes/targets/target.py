@@ -7,7 +7,7 @@ from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.int4 import Int4Kernel
 from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.advised import SuggestedSchemes
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Target:
     int4_table: Int4Kernel | None = None
     int4_experts: Int4Kernel | None = None
     int4_chosen_experts: Int4Kernel | None = None
-    advised: Advised = field(default_factory=Advised)
+    advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
 
     def __post_init__(self) -> None:
         for kernel in self.int4_kernels:

@@ -3,7 +3,7 @@
 Embeddings, which it does not take, go to kernels of ExecuTorch's own beside it.
 """
 
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.advised import SuggestedSchemes
 from et_cuda_passes.rules.bias_apart import BiasApart
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
@@ -17,7 +17,7 @@ XNNPACK = Target(
     "xnnpack",
     "ExecuTorch XNNPACK delegate",
     int4_kernels=(),
-    advised=Advised(
+    advised=SuggestedSchemes(
         four_bits="Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))",
         eight_bits="Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))",
     ),

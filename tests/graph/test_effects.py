@@ -12,8 +12,8 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.memory import has_effect
+from et_cuda_passes.graph.aliasing import has_effect
+from et_cuda_passes.graph.subgraphs import Subgraphs
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch
 from tests.quantized import Quantized
@@ -188,14 +188,14 @@ class Doubled(ecp.Rule):
     def pattern(self, x: ecp.Capture) -> ecp.Pattern:
         return ecp.op(aten.mul_.Tensor)(x, 2)
 
-    def emit(self, b: ecp.Builder, m: ecp.MatchContext) -> Node:
+    def rewrite(self, b: ecp.Builder, m: ecp.Match) -> Node:
         return b.call(aten.add.Tensor, m.x, m.x)
 
 
 class DoubledInPlace(Doubled):
     """mul_(x, 2) -> add_(x, x)"""
 
-    def emit(self, b: ecp.Builder, m: ecp.MatchContext) -> Node:
+    def rewrite(self, b: ecp.Builder, m: ecp.Match) -> Node:
         return b.call(aten.add_.Tensor, m.x, m.x)
 
 
@@ -219,7 +219,7 @@ class RemoveClone(ecp.Rule):
     def pattern(self, x: ecp.Capture) -> ecp.Pattern:
         return ecp.op(aten.clone.default)(x)
 
-    def emit(self, b: ecp.Builder, m: ecp.MatchContext) -> Node:
+    def rewrite(self, b: ecp.Builder, m: ecp.Match) -> Node:
         return m.x
 
 
@@ -229,7 +229,7 @@ class CopyOfView(ecp.Rule):
     def pattern(self, x: ecp.Capture, sizes: ecp.Capture) -> ecp.Pattern:
         return ecp.op(aten.view.default)(x, sizes)
 
-    def emit(self, b: ecp.Builder, m: ecp.MatchContext) -> Node:
+    def rewrite(self, b: ecp.Builder, m: ecp.Match) -> Node:
         return b.call(aten.view.default, b.call(aten.clone.default, m.x), m.sizes)
 
 
@@ -271,7 +271,7 @@ def test_replacement_with_other_aliases_than_the_root_keeps_every_value(body: An
 
 
 def effects(graph: torch.fx.Graph, module: nn.Module) -> dict[str, bool]:
-    bodies = Branches(module, graph).bodies
+    bodies = Subgraphs(module, graph).bodies
     return {str(node.target): has_effect(node, bodies) for node in graph.nodes if node.op == "call_function"}
 
 

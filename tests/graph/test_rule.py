@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.fx import Node
 
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Keep, Rule, Unmet, compiled, require
+from et_cuda_passes.graph.rule import GroupRule, Keep, Rule, compile_pattern, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ class Negate(Rule):
     def pattern(self, x: Capture) -> Any:
         return op(aten.relu.default)(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.neg.default, m.x)
 
 
@@ -54,27 +55,27 @@ def test_a_rule_is_named_after_its_class_in_snake_case() -> None:
 
 def test_requires_are_collected_in_order_from_the_base_and_overridden_in_place() -> None:
     class Base(Negate):
-        @require("first")
+        @requirement("first")
         def first(self, m: Any) -> Any:
             return True, ""
 
-        @require("second")
+        @requirement("second")
         def second(self, m: Any) -> Any:
             return True, ""
 
-        @require("third")
+        @requirement("third")
         def third(self, m: Any) -> Any:
             return True, ""
 
     class Sub(Base):
-        @require("other first", hint="do this")
+        @requirement("other first", hint="do this")
         def first(self, m: Any) -> Any:
             return True, ""
 
         def third(self, m: Any) -> Any:
             """No longer a condition."""
 
-        @require("fourth", stage="values")
+        @requirement("fourth", stage="values")
         def fourth(self, m: Any) -> Any:
             return True, ""
 
@@ -88,7 +89,7 @@ def test_requires_are_collected_in_order_from_the_base_and_overridden_in_place()
 
 def test_requires_of_a_mixin_that_is_no_rule_count_too() -> None:
     class Mixin:
-        @require("mixed in")
+        @requirement("mixed in")
         def mixed(self, m: Any) -> Any:
             return True, ""
 
@@ -99,15 +100,15 @@ def test_requires_of_a_mixin_that_is_no_rule_count_too() -> None:
 
 def test_every_failed_require_is_reported_and_a_better_hint_replaces_the_general_one() -> None:
     class Picky(Negate):
-        @require("a cat", hint="adopt one")
+        @requirement("a cat", hint="adopt one")
         def cat(self, m: Any) -> Any:
             return False, "a dog"
 
-        @require("what there is")
+        @requirement("what there is")
         def there(self, m: Any) -> Any:
             return True, "all"
 
-        @require("a moon", hint="look up")
+        @requirement("a moon", hint="look up")
         def moon(self, m: Any) -> Any:
             return False, "clouds", "wait for the wind"
 
@@ -120,15 +121,15 @@ def test_every_failed_require_is_reported_and_a_better_hint_replaces_the_general
 
 def test_a_question_that_cannot_be_asked_is_reported_once() -> None:
     class Unaskable(Negate):
-        @require("one thing", hint="general")
+        @requirement("one thing", hint="general")
         def one(self, m: Any) -> Any:
             raise Unmet("no weight at all")
 
-        @require("another thing")
+        @requirement("another thing")
         def another(self, m: Any) -> Any:
             raise Unmet("no weight at all")
 
-        @require("a third")
+        @requirement("a third")
         def third(self, m: Any) -> Any:
             raise Unmet("something else")
 
@@ -143,12 +144,12 @@ def test_values_are_asked_for_only_after_all_metadata_holds(good: bool) -> None:
     asked: list[str] = []
 
     class Staged(Negate):
-        @require("good values", stage="values")
+        @requirement("good values", stage="values")
         def values(self, m: Any) -> Any:
             asked.append("values")
             return False, "bad values"
 
-        @require("good metadata")
+        @requirement("good metadata")
         def metadata(self, m: Any) -> Any:
             asked.append("metadata")
             return good, "bad metadata"
@@ -166,14 +167,14 @@ def test_captures_and_named_calls_are_attributes_and_nothing_else_is() -> None:
             plain = op(aten.relu.default)(op(aten.neg.default)(x, name="inner"))
             return any_of(plain, op(aten.relu.default)(op(aten.add.Tensor)(x, bias, name="inner")))
 
-        @require("to look")
+        @requirement("to look")
         def look(self, m: Any) -> Any:
             seen.update(x=m.x.name, inner=m.inner.name, bias=m.bias, root=m.root.name, target=m.target.name)
             with pytest.raises(AttributeError, match="no capture named 'y'"):
                 _ = m.y
             return False, "enough"
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             raise AssertionError
 
     sketch = Sketch()
@@ -201,12 +202,12 @@ def test_a_capture_with_the_name_of_something_that_a_match_has_is_refused(taken:
         pattern = form
 
     with pytest.raises(TypeError, match=taken):
-        compiled(Collides())
+        compile_pattern(Collides())
 
 
 def test_the_parts_of_a_rule_are_required() -> None:
     class NoPattern(Rule):
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             raise AssertionError
 
     class Everywhere(Negate):
@@ -218,10 +219,10 @@ def test_the_parts_of_a_rule_are_required() -> None:
             return op(aten.relu.default)(x)
 
     with pytest.raises(TypeError, match="rule no_pattern has no pattern method"):
-        compiled(NoPattern())
+        compile_pattern(NoPattern())
     with pytest.raises(TypeError, match=r"rule everywhere: pattern\(\) must return op"):
-        compiled(Everywhere())
-    with pytest.raises(TypeError, match="emit"):
+        compile_pattern(Everywhere())
+    with pytest.raises(TypeError, match="rewrite"):
         NoEmit()  # type: ignore[abstract]
 
 
@@ -230,7 +231,7 @@ def test_options_are_fields_and_need_no_class_of_their_own() -> None:
     class Optional(Negate):
         allow: bool = False
 
-        @require("to be allowed")
+        @requirement("to be allowed")
         def allowed(self, m: Any) -> Any:
             return self.allow, "forbidden"
 
@@ -248,7 +249,7 @@ def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
         def note(self, m: Any) -> str:
             return f"{m.root.name} is fine"
 
-        def detail(self, m: Any) -> str:
+        def summary(self, m: Any) -> str:
             return "in its own form"
 
     program, report = apply(relu_program(), [KeepRelu()], aten.relu.default)
@@ -256,3 +257,20 @@ def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
     (outcome,) = report.outcomes
     assert (outcome.status, outcome.rule, outcome.detail) == ("kept", "keep_relu", "in its own form")
     assert [str(reason) for reason in outcome.reasons] == ["relu_default is fine"]
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        (Rule, "emit", "rewrite"),
+        (Rule, "detail", "summary"),
+        (Rule, "silent", "reports_misses"),
+        (GroupRule, "emit_together", "rewrite_group"),
+        (GroupRule, "key", "group_key"),
+        (GroupRule, "most", "max_group_size"),
+        (GroupRule, "common", "shared_captures"),
+    ],
+)
+def test_renamed_hook_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"rule Old defines {old}, which is now called {new}"):
+        type("Old", (base,), {old: lambda self, b, m: m.root})

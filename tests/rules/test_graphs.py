@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.ops import op_name
+from et_cuda_passes.graph.operators import op_name
 from tests import golden_models
 from tests.golden_models import CASES, exported
 

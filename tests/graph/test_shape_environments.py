@@ -54,7 +54,7 @@ class Compares(ecp.Rule):
     def pattern(self, x: ecp.Capture) -> ecp.Pattern:
         return ecp.op(aten.relu.default)(x)
 
-    def emit(self, b: ecp.Builder, m: ecp.MatchContext) -> Node:
+    def rewrite(self, b: ecp.Builder, m: ecp.Match) -> Node:
         if m.val(m.x).shape[0] > 4:
             return b.call(aten.clamp_min.default, m.x, 0)
         return b.call(aten.relu.default, m.x)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph import match as engine
-from et_cuda_passes.graph.match import Match, Miss, match
-from et_cuda_passes.graph.memory import written_nodes
+from et_cuda_passes.graph import matcher as engine
+from et_cuda_passes.graph.aliasing import mutated_nodes
+from et_cuda_passes.graph.matcher import MatchResult, Miss, match
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from tests.helpers import Sketch
 
@@ -24,14 +24,14 @@ def sketch() -> Sketch:
     return Sketch()
 
 
-def found(pattern: Any, node: Node) -> Match:
-    result = match(pattern, node, written_nodes(node.graph.nodes))
-    assert isinstance(result, Match), f"wanted {result.wanted}, found {result.found}"
+def found(pattern: Any, node: Node) -> MatchResult:
+    result = match(pattern, node, mutated_nodes(node.graph.nodes))
+    assert isinstance(result, MatchResult), f"wanted {result.wanted}, found {result.found}"
     return result
 
 
 def missed(pattern: Any, node: Node) -> tuple[str, str]:
-    result = match(pattern, node, written_nodes(node.graph.nodes))
+    result = match(pattern, node, mutated_nodes(node.graph.nodes))
     assert isinstance(result, Miss)
     return result.wanted, result.found
 
@@ -142,7 +142,7 @@ def test_a_detach_in_place_writes_nothing(sketch: Sketch) -> None:
     inner = sketch.call(aten.neg.default, sketch.input("x", 4))
     node = sketch.call(aten.relu.default, sketch.call(aten.detach_.default, inner))
     sketch.call(aten.relu.default, inner)
-    assert written_nodes(node.graph.nodes) == set()
+    assert mutated_nodes(node.graph.nodes) == set()
 
 
 def test_nothing_moves_a_read_across_a_write_in_place(sketch: Sketch) -> None:
@@ -151,7 +151,7 @@ def test_nothing_moves_a_read_across_a_write_in_place(sketch: Sketch) -> None:
     total = sketch.call(aten.add.Tensor, x, y)
     sketch.call(aten.mul_.Tensor, x, 2)
     node = sketch.call(aten.relu.default, total)
-    assert isinstance(match(relu(add(X, Y)), node, written_nodes(node.graph.nodes)), Miss)
+    assert isinstance(match(relu(add(X, Y)), node, mutated_nodes(node.graph.nodes)), Miss)
 
 
 def test_nothing_moves_a_view_s_read_across_a_write_to_what_it_views(sketch: Sketch) -> None:
@@ -159,7 +159,7 @@ def test_nothing_moves_a_view_s_read_across_a_write_to_what_it_views(sketch: Ske
     total = sketch.call(aten.add.Tensor, sketch.call(aten.view.default, x, [2, 2]), y)
     sketch.call(aten.mul_.Tensor, x, 2)
     node = sketch.call(aten.relu.default, total)
-    assert isinstance(match(relu(add(X, Y)), node, written_nodes(node.graph.nodes)), Miss)
+    assert isinstance(match(relu(add(X, Y)), node, mutated_nodes(node.graph.nodes)), Miss)
 
 
 def test_an_operand_of_the_root_may_be_written_elsewhere(sketch: Sketch) -> None:
@@ -247,6 +247,6 @@ def test_results_of_one_call_are_written_apart_unless_they_are_views(sketch: Ske
     for many, apart in ((sketch.call(aten.topk.default, x, 2), True), (sketch.call(aten.split.Tensor, x, 2), False)):
         first, second = (sketch.call(operator.getitem, many, index) for index in (0, 1))
         sketch.call(aten.div_.Tensor, first, 2)
-        written = written_nodes(sketch.graph.nodes)
+        written = mutated_nodes(sketch.graph.nodes)
         assert first in written
         assert (second not in written) == apart

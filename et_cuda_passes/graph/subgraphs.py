@@ -13,24 +13,24 @@ from typing import Any, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from et_cuda_passes.graph.memory import viewed
-from et_cuda_passes.graph.ops import Target
+from et_cuda_passes.graph.aliasing import alias_source
+from et_cuda_passes.graph.operators import Target
 
 _flow = torch.ops.higher_order
 
 # Each call that is understood: the place of its first operands, then that of those which every run of a graph gets as
 # they are. The operands before are other values in each run (a loop's state), or parts of them (what a map goes over).
-_LISTED: dict[Target, tuple[int, int]] = {
+_OPERAND_LIST_OPS: dict[Target, tuple[int, int]] = {
     _flow.cond: (3, 3),
     _flow.map_impl: (1, 2),
     _flow.scan: (1, 3),
     _flow.while_loop: (2, 3),
 }
 # The same where the operands follow each other as arguments: these run one graph once, and its results are theirs.
-_SPREAD: dict[Target, int] = {_flow.wrap_with_set_grad_enabled: 2, _flow.wrap_with_autocast: 5}
+_VARIADIC_OPS: dict[Target, int] = {_flow.wrap_with_set_grad_enabled: 2, _flow.wrap_with_autocast: 5}
 
 
-class Branches:
+class Subgraphs:
     """The graphs of a program, its own and those that control flow calls, at any depth."""
 
     def __init__(self, root: torch.nn.Module, graph: Graph) -> None:
@@ -83,7 +83,11 @@ class Branches:
                     self._handed[graph, outer] = inner
         results = graphs[0].output_node().args[0]
         for user in caller.users:
-            if caller.target in _SPREAD and user.target is operator.getitem and isinstance(results, (tuple, list)):
+            if (
+                caller.target in _VARIADIC_OPS
+                and user.target is operator.getitem
+                and isinstance(results, (tuple, list))
+            ):
                 result = results[cast(int, user.args[1])]
                 self.views.update({user: result} if isinstance(result, Node) else {})
 
@@ -103,7 +107,7 @@ class Branches:
                 yield from self._nodes(branch)
             yield node
 
-    def closed(self) -> Iterator[Graph]:
+    def opaque_graphs(self) -> Iterator[Graph]:
         """The graphs into which nothing can be handed: of calls that are not understood, or called from two places."""
         yield from (graph for graph in self._modules if not self._is_open(graph))
 
@@ -112,18 +116,18 @@ class Branches:
             graph = self._callers[graph].graph
         return graph is self.graph
 
-    def outer(self, node: Node) -> Node | None:
+    def captured_operand(self, node: Node) -> Node | None:
         """The operand that placeholder ``node`` of a branch is in every run; None for any other node."""
         return self._outer.get(node)
 
     def in_control_flow(self, node: Node) -> bool:
         """Whether ``node`` is in the body of a cond or a loop. ``no_grad`` and ``autocast`` are none: both dissolve."""
         graph = node.graph
-        while (caller := self._callers.get(graph)) is not None and caller.target in _SPREAD:
+        while (caller := self._callers.get(graph)) is not None and caller.target in _VARIADIC_OPS:
             graph = caller.graph
         return graph is not self.graph
 
-    def handed(self, caller: Node) -> set[Node]:
+    def captured_operands(self, caller: Node) -> set[Node]:
         """The operands that ``caller`` only hands on: what becomes of them is up to its branches."""
         operands = _operands(caller)
         if operands is None or caller not in self._callers.values():
@@ -134,10 +138,10 @@ class Branches:
         """Whether ``node`` is a placeholder of a branch, whatever it stands for."""
         return node.op == "placeholder" and node.graph is not self.graph
 
-    def is_handed_back(self, node: Node) -> bool:
+    def escapes(self, node: Node) -> bool:
         """Whether ``node``, or a view of it, is a result of a branch."""
         return node.graph is not self.graph and any(
-            user.op == "output" or (viewed(user) is node and self.is_handed_back(user)) for user in node.users
+            user.op == "output" or (alias_source(user) is node and self.escapes(user)) for user in node.users
         )
 
     def path(self, node: Node) -> str:
@@ -146,12 +150,12 @@ class Branches:
 
     # Changing --------------------------------------------------------------------------------------------------------
 
-    def hand_in(self, node: Node, graph: Graph) -> Node:
+    def thread_through(self, node: Node, graph: Graph) -> Node:
         """What ``node`` of the program's own graph is called in ``graph``; handed in at every level where it is not."""
         if graph is self.graph:
             return node
         caller = self._callers[graph]
-        operand = self.hand_in(node, caller.graph)
+        operand = self.thread_through(node, caller.graph)
         handed = self._handed.get((graph, operand))
         if handed is None or handed not in self._outer:
             for branch in [branch for branch, called_by in self._callers.items() if called_by is caller]:
@@ -165,12 +169,12 @@ class Branches:
             self._added[caller].append(operand)
         return self._handed[graph, operand]
 
-    def unread(self, placeholder: Node) -> None:
-        """Note that nothing reads ``placeholder`` any more; :meth:`settle` drops it once that is so in every branch."""
+    def mark_unused(self, placeholder: Node) -> None:
+        """Note that nothing reads ``placeholder`` any more; :meth:`flush` drops it once that is so in every branch."""
         if placeholder in self._outer:
             self._unread[placeholder] = None
 
-    def settle(self) -> list[Node]:
+    def flush(self) -> list[Node]:
         """Write what was handed in and what is no longer read into the calls; returns the operands that lost a reader.
 
         Once for many changes, since each writes all operands of a call.
@@ -203,11 +207,11 @@ class Branches:
 
 def _operands(caller: Node, changing: bool = False) -> list[Any] | None:
     """What ``caller`` hands in, the same in each run of a graph or ``changing``; None for a call not understood."""
-    if caller.target in _SPREAD:
-        return [] if changing else list(caller.args[_SPREAD[caller.target] :])
-    if caller.target not in _LISTED:
+    if caller.target in _VARIADIC_OPS:
+        return [] if changing else list(caller.args[_VARIADIC_OPS[caller.target] :])
+    if caller.target not in _OPERAND_LIST_OPS:
         return None
-    first, same = _LISTED[caller.target]
+    first, same = _OPERAND_LIST_OPS[caller.target]
     if caller.kwargs or len(caller.args) != same + 1:
         return None
     if not changing:
@@ -216,7 +220,7 @@ def _operands(caller: Node, changing: bool = False) -> list[Any] | None:
 
 
 def _set_operands(caller: Node, operands: list[Any]) -> None:
-    if caller.target in _SPREAD:
-        caller.args = (*caller.args[: _SPREAD[caller.target]], *operands)
+    if caller.target in _VARIADIC_OPS:
+        caller.args = (*caller.args[: _VARIADIC_OPS[caller.target]], *operands)
     else:
-        caller.args = (*caller.args[: _LISTED[caller.target][1]], tuple(operands))
+        caller.args = (*caller.args[: _OPERAND_LIST_OPS[caller.target][1]], tuple(operands))

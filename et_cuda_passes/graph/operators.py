@@ -7,7 +7,7 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
-ACCESS = torch.ops.export.access_subclass_inner_tensor.default
+ACCESS_SUBCLASS_TENSOR = torch.ops.export.access_subclass_inner_tensor.default
 """Reads one inner tensor of a tensor-subclass parameter; ``torch.export`` puts it where the parameter is used."""
 
 Target = Any
@@ -32,7 +32,7 @@ _VIEW_OF_COPY: dict[Target, Target] = {
 }
 
 
-def checked(target: Target) -> Target:
+def require_overload(target: Target) -> Target:
     """``target``, if a graph that torch.export made can call it.
 
     Raises:
@@ -63,12 +63,12 @@ def canonical(target: Target) -> Target:
     return _VIEW_OF_COPY.get(target, target)
 
 
-def called(node: Node) -> Target | None:
+def op_of(node: Node) -> Target | None:
     """The canonical operator that ``node`` calls; None for a placeholder, an output or a get_attr."""
     return canonical(node.target) if node.op == "call_function" else None
 
 
-def in_edge_form(target: torch._ops.OpOverload) -> Target:
+def to_edge(target: torch._ops.OpOverload) -> Target:
     """``target`` as ExecuTorch's edge dialect holds it; asked for a program of that dialect, so ExecuTorch is there."""
     from importlib import import_module
 
@@ -113,10 +113,10 @@ def arguments(node: Node) -> dict[str, Any]:
 def argument_names(node: Node) -> list[str]:
     """The names of a call's arguments, those of the canonical operator where the two forms differ in them."""
     schema = schema_of(node)
-    return [] if schema is None else names_in(schema, called(node))
+    return [] if schema is None else schema_argument_names(schema, op_of(node))
 
 
-def names_in(schema: torch.FunctionSchema, canonically: Target = None) -> list[str]:
+def schema_argument_names(schema: torch.FunctionSchema, canonically: Target = None) -> list[str]:
     """The names of a schema's arguments; of an operator that is ``canonically`` another, as they are called there."""
     names = [argument.name for argument in schema.arguments]
     return ["size" if name == "shape" and canonically is aten.view.default else name for name in names]

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch.fx import Graph, Node
 
-from et_cuda_passes.graph.ops import arguments, schema_of
+from et_cuda_passes.graph.operators import arguments, schema_of
 
 aten = torch.ops.aten
 
@@ -57,14 +57,14 @@ _VIEWS_OF_THEIR_INPUTS = frozenset(
 so."""
 
 
-def memory_of(held: torch.Tensor | None) -> int | None:
+def storage_ptr(held: torch.Tensor | None) -> int | None:
     """The address of a constant's memory; None for what has none that could be shared."""
     if held is None or type(held) not in (torch.Tensor, torch.nn.Parameter) or held.device.type == "meta":
         return None
     return held.untyped_storage().data_ptr()
 
 
-def written_in(
+def all_mutated_nodes(
     nodes: Sequence[Node],
     mutated: Iterable[Node],
     constant: Callable[[Node], torch.Tensor | None],
@@ -76,19 +76,21 @@ def written_in(
         nodes: all of them.
         mutated: placeholders of buffers that the program's signature says it updates.
         constant: the tensor that a placeholder holds, None for an input.
-        views: what a branch's inputs and results may lie in the memory of (:class:`~.branches.Branches`).
+        views: what a branch's inputs and results may lie in the memory of (:class:`~.subgraphs.Subgraphs`).
     """
     mutated = list(mutated)
-    written = written_nodes(nodes, mutated, views)
+    written = mutated_nodes(nodes, mutated, views)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     # Constants under several names may lie in one memory, which is then written under all of them.
-    memory = {memory_of(constant(node)) for node in placeholders if node in written} - {None}
+    memory = {storage_ptr(constant(node)) for node in placeholders if node in written} - {None}
     if not memory:
         return written
-    return written_nodes(nodes, mutated + [node for node in placeholders if memory_of(constant(node)) in memory], views)
+    return mutated_nodes(
+        nodes, mutated + [node for node in placeholders if storage_ptr(constant(node)) in memory], views
+    )
 
 
-def written_nodes(
+def mutated_nodes(
     nodes: Sequence[Node], constants: Iterable[Node] = (), views: Mapping[Node, Node] = MappingProxyType({})
 ) -> set[Node]:
     """Every node whose memory is written in place: what some node writes, ``constants``, and every view of either."""
@@ -140,13 +142,13 @@ def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
 
 
 def alias_root(node: Node, views: Mapping[Node, Node] = MappingProxyType({})) -> Node:
-    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`written_in`."""
-    while (source := views.get(node) or viewed(node)) is not None:
+    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`all_mutated_nodes`."""
+    while (source := views.get(node) or alias_source(node)) is not None:
         node = source
     return node
 
 
-def viewed(node: Node) -> Node | None:
+def alias_source(node: Node) -> Node | None:
     """The node that ``node`` is a view of, or None."""
     if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _MAYBE_THEIR_INPUT:
         # One operand of einsum is permuted; several are multiplied.

@@ -19,8 +19,8 @@ from torchao.quantization.granularity import PerGroup
 from torchao.utils import unwrap_tensor_subclass
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.constants import ConstantPool
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.helpers import DEQUANTIZE
@@ -120,7 +120,7 @@ def graphs(program: ExportedProgram) -> dict[str, Graph]:
 
 def calls(program: ExportedProgram, *targets: Any) -> list[Node]:
     """Every call of ``targets``, in branches too."""
-    return [node for graph in graphs(program).values() for node in graph.nodes if called(node) in targets]
+    return [node for graph in graphs(program).values() for node in graph.nodes if op_of(node) in targets]
 
 
 def held(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -450,7 +450,7 @@ def test_a_weight_written_inside_is_not_packed_anywhere() -> None:
 def test_methods_share_what_one_of_them_reads_in_a_branch() -> None:
     net, other = Net(cond), Net(mapped)
     other.a, other.b = net.a, net.b
-    pool = ConstantPool()
+    pool = ConstantCache()
     first, _ = ecp.rewrite(torch.export.export(net, (X,)), "cuda", pool=pool)
     second, _ = ecp.rewrite(torch.export.export(other, (X,)), "cuda", pool=pool)
     for name in ("a.data.packed", "b.data.packed"):
@@ -503,7 +503,7 @@ def test_the_copy_of_a_program_that_is_not_changed_is_the_program() -> None:
 
 def test_nodes_come_in_the_order_of_execution() -> None:
     program = Program(exported(nested))
-    place = {program.branches.path(node): number for number, node in enumerate(program.branches.nodes())}
+    place = {program.subgraphs.path(node): number for number, node in enumerate(program.subgraphs.nodes())}
     assert place["true_graph_0.true_graph_0.linear"] < place["true_graph_0.cond"] < place["cond"] < place["linear"]
     assert place["x"] < place["true_graph_0.x"]
 
