@@ -237,9 +237,9 @@ class Generated(nn.Module):
 
     @staticmethod
     def write_input(what: After, y: Tensor, out: Tensor) -> None:
-        """``y``'s largest rows, written to or added to as many columns of ``out``."""
+        """The largest magnitudes in ``y``'s columns, written to or added to as many columns of ``out``."""
         part = out[:, : y.shape[-1]]
-        rows = y.detach().reshape(-1, y.shape[-1]).amax(0)[: part.shape[-1]]
+        rows = y.detach().abs().reshape(-1, y.shape[-1]).amax(0)[: part.shape[-1]]
         if what == "input":
             part.copy_(rows)
         else:
@@ -387,7 +387,7 @@ class Generated(nn.Module):
         if what in CACHED:
             return self.cached(what, y)
         if what == "store" and hasattr(self, f"stored{y.shape[-1]}"):
-            getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().amax())
+            getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().abs().amax())
         return y
 
     def cached(self, what: After, y: Tensor) -> Tensor:
