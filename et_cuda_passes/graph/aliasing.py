@@ -3,10 +3,11 @@
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.operators import arguments, schema_of
 
@@ -56,12 +57,26 @@ _VIEWS_OF_THEIR_INPUTS = frozenset(
 """Each of their results is a view: of the one tensor, or of the tensor at its place in a list. Their schemas do not say
 so."""
 
+_RUNNING_STATISTICS: dict[Any, str] = {
+    aten.batch_norm: "training",
+    aten.instance_norm: "use_input_stats",
+    aten.native_batch_norm: "training",
+    aten.cudnn_batch_norm: "training",
+    aten.miopen_batch_norm: "training",
+    aten._batch_norm_impl_index: "training",
+}
+"""They mutate ``running_mean`` and ``running_var`` if the argument named here is true. Their schemas do not say so."""
 
-def storage_ptr(held: torch.Tensor | None) -> int | None:
-    """The address of a constant's memory; None for what has none that could be shared."""
-    if held is None or type(held) not in (torch.Tensor, torch.nn.Parameter) or held.device.type == "meta":
-        return None
-    return held.untyped_storage().data_ptr()
+
+def storage_ptrs(held: torch.Tensor | None) -> set[int]:
+    """The addresses of a constant's memory, of a subclass of each part; none for a tensor without data."""
+    if held is None:
+        return set()
+    if is_traceable_wrapper_subclass(held):
+        return {address for name in held.__tensor_flatten__()[0] for address in storage_ptrs(getattr(held, name))}
+    if type(held) not in (torch.Tensor, torch.nn.Parameter) or held.device.type == "meta":
+        return set()
+    return {held.untyped_storage().data_ptr()}
 
 
 def all_mutated_nodes(
@@ -79,39 +94,46 @@ def all_mutated_nodes(
         views: what a branch's inputs and results may lie in the memory of (:class:`~.subgraphs.Subgraphs`).
     """
     mutated = list(mutated)
-    written = mutated_nodes(nodes, mutated, views)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    # Constants under several names may lie in one memory, which is then written under all of them.
-    memory = {storage_ptr(constant(node)) for node in placeholders if node in written} - {None}
-    if not memory:
-        return written
-    return mutated_nodes(
-        nodes, mutated + [node for node in placeholders if storage_ptr(constant(node)) in memory], views
-    )
+    found = mutated_nodes(nodes, mutated, views)
+    memory = {node: storage_ptrs(constant(node)) for node in nodes if node.op == "placeholder"}
+    # Constants under several names may lie in one memory, which is then mutated under all of them.
+    changed = {address for node, addresses in memory.items() if node in found for address in addresses}
+    if not changed:
+        return found
+    return mutated_nodes(nodes, [*mutated, *(n for n, held in memory.items() if not changed.isdisjoint(held))], views)
 
 
 def mutated_nodes(
     nodes: Sequence[Node], constants: Iterable[Node] = (), views: Mapping[Node, Node] = MappingProxyType({})
 ) -> set[Node]:
-    """Every node whose memory is written in place: what some node writes, ``constants``, and every view of either."""
-    written = {alias_root(node, views) for node in constants}
+    """Every node whose memory is mutated: what some node writes, ``constants``, and all aliases of either."""
+    group: dict[Node, Node] = {}
+
+    def find(node: Node) -> Node:
+        while (parent := group.get(node, node)) is not node:
+            group[node] = node = group.get(parent, parent)
+        return node
+
     for node in nodes:
-        written.update(alias_root(operand, views) for operand in mutated_operands(node))
-    return {node for node in nodes if alias_root(node, views) in written} if written else set()
+        outer = views.get(node)
+        for source in (*alias_sources(node), *([] if outer is None else [outer])):
+            group[find(node)] = find(source)
+    mutated = {find(node) for node in constants}
+    mutated.update(find(operand) for node in nodes for operand in mutated_operands(node))
+    return {node for node in nodes if find(node) in mutated} if mutated else set()
 
 
 def mutated_operands(node: Node) -> list[Node]:
-    """The operands that the call ``node`` mutates by its schema; empty for a graph's call of another graph."""
+    """The operands that the call ``node`` mutates; empty for a graph's call of another graph."""
     schema = schema_of(node) if node.op == "call_function" else None
     if schema is None or node.target is _CHANGES_NO_VALUE:
         return []
-    found = []
-    for argument in schema.arguments:
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = arguments(node).get(argument.name)
-            items = value if isinstance(value, (list, tuple)) else [value]
-            found += [item for item in items if isinstance(item, Node)]
-    return found
+    names = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    given = arguments(node)
+    statistics = _RUNNING_STATISTICS.get(getattr(node.target, "overloadpacket", None))
+    if statistics is not None and given.get(statistics) is not False:
+        names += ["running_mean", "running_var"]
+    return [operand for name in names for operand in _nodes_in(given.get(name))]
 
 
 def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
@@ -119,7 +141,7 @@ def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
 
     These effects count:
 
-    - a mutation of an operand, by the operator's schema. ``detach_`` is none: it changes no value;
+    - a mutation of an operand. ``detach_`` is none: it changes no value;
     - an operator without results, which can only be called for its effect;
     - what ``torch.fx.Node.is_impure`` names: assertions, constraints of symbolic sizes, profiler records, operators
       registered as effectful, and random numbers, since each draw changes those that follow;
@@ -133,7 +155,7 @@ def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
     if node.op != "call_function" or node.target is _CHANGES_NO_VALUE:
         return False
     schema = schema_of(node)
-    if node.is_impure() or (schema is not None and (schema.is_mutable or not schema.returns)):
+    if node.is_impure() or mutated_operands(node) or (schema is not None and not schema.returns):
         return True
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
@@ -142,35 +164,64 @@ def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
 
 
 def alias_root(node: Node, views: Mapping[Node, Node] = MappingProxyType({})) -> Node:
-    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`all_mutated_nodes`."""
+    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`all_mutated_nodes`.
+
+    Of several such nodes, which only operators of other libraries have, the first.
+    """
     while (source := views.get(node) or alias_source(node)) is not None:
         node = source
     return node
 
 
 def alias_source(node: Node) -> Node | None:
-    """The node that ``node`` is a view of, or None."""
-    if node.op == "call_function" and getattr(node.target, "overloadpacket", None) in _MAYBE_THEIR_INPUT:
+    """The node that ``node`` is a view of, the first of several, or None."""
+    return next(iter(alias_sources(node)), None)
+
+
+def alias_sources(node: Node) -> list[Node]:
+    """The nodes in whose memory ``node`` lies or may lie, as far as its own call says."""
+    if node.op != "call_function":
+        return []
+    if getattr(node.target, "overloadpacket", None) in _MAYBE_THEIR_INPUT:
         # One operand of einsum is permuted; several are multiplied.
-        first = node.args[0] if node.target is not aten.einsum.default else node.args[1]
-        operands = first if isinstance(first, (list, tuple)) else [first]
-        return operands[0] if len(operands) == 1 and isinstance(operands[0], Node) else None
-    if node.target is operator.getitem:
-        # One of the results of a call; where they are views (split, unbind), it is one. An operator whose arguments
-        # alias nothing (topk, sort) makes each of them anew.
-        call = cast(Node, node.args[0])
-        if getattr(call.target, "overloadpacket", None) in _VIEWS_OF_THEIR_INPUTS:
-            first = call.args[0]
-            source = first[cast(int, node.args[1])] if isinstance(first, (list, tuple)) else first
-            return source if isinstance(source, Node) else None
-        if isinstance(call.target, torch._ops.OpOverload):
-            aliases = any(argument.alias_info is not None for argument in call.target._schema.arguments)
-            return call if aliases else None
-        return call
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return None
-    for argument in node.target._schema.arguments:
-        if argument.alias_info is not None:
-            value = arguments(node).get(argument.name)
-            return value if isinstance(value, Node) else None
-    return None
+        operands = _nodes_in(node.args[0] if node.target is not aten.einsum.default else node.args[1])
+        return operands if len(operands) == 1 else []
+    if node.target is not operator.getitem:
+        return _aliased_operands(node, 0)
+    call, index = cast(Node, node.args[0]), node.args[1]
+    if getattr(call.target, "overloadpacket", None) in _VIEWS_OF_THEIR_INPUTS:
+        first = call.args[0]
+        return _nodes_in(first[cast(int, index)] if isinstance(first, (list, tuple)) else first)
+    if isinstance(call.target, torch._ops.OpOverload):
+        return _aliased_operands(call, cast(int, index))
+    return [call]
+
+
+def _aliased_operands(call: Node, index: int) -> list[Node]:
+    """The operands that result ``index`` of an operator may be a view of, by its schema."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return []
+    schema = call.target._schema
+    if len(schema.returns) == 1:
+        index = 0  # a list of tensors is one result
+    result = schema.returns[index].alias_info if index < len(schema.returns) else None
+    if result is None:
+        return []
+    given = arguments(call)
+    return [
+        operand
+        for argument in schema.arguments
+        if argument.alias_info is not None and _overlap(argument.alias_info, result)
+        for operand in _nodes_in(given.get(argument.name))
+    ]
+
+
+def _overlap(argument: Any, result: Any) -> bool:
+    """Whether two alias sets of a schema have a member in common; those of lists, ``(a -> *)``, overlap with all."""
+    names = {*argument.before_set, *argument.after_set}
+    return "*" in names or not result.before_set or not names.isdisjoint(result.before_set)
+
+
+def _nodes_in(value: object) -> list[Node]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if isinstance(item, Node)]

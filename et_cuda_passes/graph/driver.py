@@ -118,7 +118,7 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, tracker: Ou
             tracker.track_created(_emit(rule, ms, program))
     tracker.apply_moves()
     if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
-        eliminate_dead_nodes(program)
+        eliminate_dead_nodes(program, tracker.is_undecided)
         program.refresh()
 
 

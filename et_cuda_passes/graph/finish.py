@@ -1,6 +1,7 @@
 """The last stage: dead code goes, views and names are repaired, and the program is put together and verified."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,8 +9,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from et_cuda_passes.graph.aliasing import has_effect
+from et_cuda_passes.graph.aliasing import alias_source, has_effect
 from et_cuda_passes.graph.constants import tensor_identity
+from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.program import Program
 
@@ -18,14 +20,16 @@ aten = torch.ops.aten
 
 def finish_program(program: Program) -> ExportedProgram:
     """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
-    repair_views(program, program.replaced)
+    repair_strides(program)
     drop_unused_aliases(program, program.dropped)
     separate_colliding_names(program, program.added)
     return program.to_exported()
 
 
-def eliminate_dead_nodes(program: Program) -> None:
+def eliminate_dead_nodes(program: Program, stays: Callable[[Node], bool] = lambda node: False) -> None:
     """Erase the abandoned nodes of ``program``, and then their inputs, as long as nothing reads them.
+
+    Nodes of which ``stays`` is true are not erased: candidates that have no outcome yet.
 
     A node with an effect (:func:`~et_cuda_passes.graph.aliasing.has_effect`) stays, whether its result is read or not,
     unless a rule replaced it: then the replacement has that effect. Linear in what is removed.
@@ -35,7 +39,7 @@ def eliminate_dead_nodes(program: Program) -> None:
     gone: set[Node] = set()
     while work := work or subgraphs.flush():
         node = work.pop()
-        if node in gone or node.users:
+        if node in gone or node.users or stays(node):
             continue
         if subgraphs.is_input(node):
             subgraphs.mark_unused(node)
@@ -108,42 +112,128 @@ def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> No
             program.graph.erase_node(node)
 
 
-def repair_views(program: Program, replaced: Mapping[Node, Node]) -> None:
-    """Bring the values behind replacements up to date, and copy what a ``view`` behind them could not be made of.
+def repair_strides(program: Program) -> None:
+    """Let strides that a replacement changed change nothing else.
 
-    A decomposed ``reshape`` is a ``view`` where the strides at export allowed that.
+    A replacement may lie in memory in another order than the value that it replaced. Values behind it are updated. Where
+    more than strides would change, a copy in the former order is inserted:
 
-    Args:
-        program: to be changed; one in edge form has no views.
-        replaced: each node that was replaced with what it was replaced by, in the order in which that was done.
+    - behind a value that the program mutates, under any alias: ``contiguous`` and ``reshape`` are a view or a copy by
+      the strides of their input, and a mutation would reach another memory;
+    - before an operator that reads strides, draws random numbers in the order of its input, or is control flow;
+    - before a ``view`` that cannot be a view any more. A decomposed ``reshape`` is a ``view`` where the strides at
+      export allowed that.
+
+    A program in edge form has no views and no mutations.
+
+    Raises:
+        RuleError: a value that is mutated cannot be copied into its former order.
     """
-    stale: set[Node] = set()
-    for old, new in replaced.items():
-        if old in stale or _differ(old.meta.get("val"), new.meta.get("val")):
-            stale.add(new)
-    if not stale or program.is_edge:
+    former: dict[Node, Any] = {}
+    for old, new in program.replaced.items():
+        # Of a chain of replacements the first value counts.
+        former[new] = former.get(old, old.meta.get("val"))
+    former = {new: value for new, value in former.items() if program.replacement_of(new) is new}
+    if program.is_edge or not any(_differ(value, new.meta.get("val")) for new, value in former.items()):
         return
+    program.refresh()
+    stale: set[Node] = set()
     for node in list(program.subgraphs.nodes()):
-        if node.op != "call_function" or stale.isdisjoint(node.all_input_nodes):
+        before = former.get(node, node.meta.get("val"))
+        if not stale.isdisjoint(node.all_input_nodes):
+            if _reads_strides(node, program):
+                for source in stale.intersection(node.all_input_nodes):
+                    node.replace_input_with(source, _in_order(program, source, former[source], before=node))
+                continue
+            _update_value(program, node)
+        after = node.meta.get("val")
+        if not _differ(before, after):
             continue
-        before = node.meta.get("val")
-        if not isinstance(before, torch.Tensor) or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        after = _value(program, node)
-        if after is None and node.target is aten.view.default:
-            source = node.args[0]
-            assert isinstance(source, Node)
-            with node.graph.inserting_before(node):
-                copied = node.graph.call_function(
-                    aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
+        if node in program.mutated and alias_source(node) is None:
+            copied = _in_order(program, node, before, before=node.next)
+            if _differ(before, copied.meta["val"]):
+                raise RuleError(
+                    f"{node.name} lies in memory in another order than the value that it replaced, which the program "
+                    "mutates; the rule must build it with the same strides"
                 )
-            copied.meta = {key: value for key, value in node.meta.items() if key != "val"}
-            copied.meta["val"] = _value(program, copied)
-            node.update_arg(0, copied)
-            after = _value(program, node)
-        if after is not None and _differ(before, after):
-            node.meta["val"] = after
+            node.replace_all_uses_with(copied, delete_user_cb=partial(_is_none_of, set(_chain(copied, node))))
+        else:
+            former.setdefault(node, before)
             stale.add(node)
+
+
+_STRIDES = {
+    aten.as_strided.default,
+    aten.as_strided_copy.default,
+    aten.as_strided_scatter.default,
+    aten.sym_stride.default,
+    aten.sym_stride.int,
+    aten.stride.int,
+}
+_EXACT = {
+    getattr(torch.Tag, name)
+    for name in ("nondeterministic_seeded", "needs_exact_strides", "needs_fixed_stride_order")
+    if hasattr(torch.Tag, name)
+}
+
+
+def _reads_strides(node: Node, program: Program) -> bool:
+    """Whether the result of ``node`` depends on the order of its inputs in memory."""
+    if node.op == "output":
+        return node.graph is not program.graph  # the result of a body
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return node.target in _STRIDES or not _EXACT.isdisjoint(getattr(node.target, "tags", ()))
+
+
+def _in_order(program: Program, source: Node, like: Any, before: Node) -> Node:
+    """A copy of ``source``, inserted before ``before``, with the order of ``like`` in memory."""
+    assert isinstance(like, torch.Tensor)
+    order = sorted(range(like.dim()), key=lambda dim: -_hint(like.stride(dim)))
+    back = [order.index(dim) for dim in range(like.dim())]
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> Node:
+        with before.graph.inserting_before(before):
+            node = before.graph.call_function(target, args, kwargs)
+        node.meta = {key: value for key, value in source.meta.items() if key != "val"}
+        node.meta["val"] = _value(program, node)
+        return node
+
+    permuted = call(aten.permute.default, source, order)
+    return call(aten.permute.default, call(aten.clone.default, permuted, memory_format=torch.contiguous_format), back)
+
+
+def _chain(last: Node, first: Node) -> Iterator[Node]:
+    """The nodes from ``last`` back to ``first``, without that, where each has one input."""
+    while last is not first:
+        yield last
+        (last,) = last.all_input_nodes
+
+
+def _is_none_of(nodes: set[Node], node: Node) -> bool:
+    return node not in nodes
+
+
+def _hint(size: Any) -> int:
+    """A number to order strides by: of a dynamic one its value at export."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def _update_value(program: Program, node: Node) -> None:
+    """Compute the value of ``node`` again; a ``view`` that cannot be made gets a contiguous copy of its input."""
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
+        return
+    after = _value(program, node)
+    if after is None and node.target in (aten.view.default, aten._unsafe_view.default):
+        source = cast(Node, node.args[0])
+        with node.graph.inserting_before(node):
+            copied = node.graph.call_function(aten.clone.default, (source,), {"memory_format": torch.contiguous_format})
+        copied.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        copied.meta["val"] = _value(program, copied)
+        node.update_arg(0, copied)
+        after = _value(program, node)
+    if after is not None:
+        node.meta["val"] = after
 
 
 def _value(program: Program, node: Node) -> Any:
@@ -166,7 +256,9 @@ def _value(program: Program, node: Node) -> Any:
 
 
 def _differ(before: object, after: object) -> bool:
-    """Whether two tensors, or what else a node gives, lie in memory in different orders."""
+    """Whether two tensors, or tensors at the same place in two lists, lie in memory in different orders."""
+    if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
+        return any(map(_differ, before, after))
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dim() != after.dim():
         return False
     pairs = zip(before.stride(), after.stride(), before.shape, strict=True)

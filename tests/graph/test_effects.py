@@ -148,6 +148,73 @@ def test_mutation_that_no_result_depends_on_is_kept(body: Body, target: str) -> 
     assert report.counts()["missed"] == 0 and len(report.outcomes) >= 1
 
 
+def test_running_statistics_that_no_result_depends_on_are_updated() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.norm = Quantized(32, 64, dtype=torch.float32), nn.BatchNorm1d(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.q(self.norm(x))
+            return x.sum()
+
+    program = torch.export.export(Normed().train(), (torch.randn(5, 64) + 3,))
+    assert_rewrites(program, "cpu", expect={"linear_int4": 1})
+
+
+def test_weight_whose_scale_is_mutated_under_another_name_is_no_constant() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+            quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+            self.register_buffer("scale", self.linear.weight.scale.view(-1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.scale.mul_(2)
+            return self.linear(x)
+
+    program = torch.export.export(Doubling(), (torch.randn(5, 64),))
+    _, report = ecp.rewrite(program, "cpu")
+    assert report.counts()["missed"] == 1
+
+
+def test_second_alias_of_a_custom_operator_is_seen() -> None:
+    with torch.library._scoped_library("aliases", "DEF") as library:
+        library.define("two(Tensor(a) x, Tensor(b) y) -> (Tensor(a), Tensor(b))")
+        library.impl("two", lambda x, y: (x.view(-1), y.view(-1)), "CompositeExplicitAutograd")
+        torch.library.register_fake("aliases::two", lambda x, y: (x.view(-1), y.view(-1)), lib=library)
+
+        class Both(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.q = Quantized(64, 64)
+
+            def forward(self, x: Tensor, o: Tensor) -> Tensor:
+                h, g = x * 1, o * 1
+                y = self.q(g)
+                _, b = torch.ops.aliases.two(h, g)
+                b.mul_(3)
+                return y + h
+
+        program = torch.export.export(Both(), (torch.randn(5, 64).bfloat16(), torch.randn(5, 64).bfloat16()))
+        assert_rewrites(program, "cuda", expect={"linear_int4": 1, "int4_sum": 0})
+
+
+def test_dead_linears_are_decided_before_they_are_removed() -> None:
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Quantized(64, 32, group=16), Quantized(32, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.second(self.first(x))
+            return x + 1
+
+    program = torch.export.export(Chain(), (torch.randn(3, 32).bfloat16(),))
+    assert_rewrites(program, "cuda", expect={"linear_int4": 1, "linear_int8": 1, "missed": 0})
+
+
 def test_random_draw_that_nothing_reads_is_kept() -> None:
     class Noisy(nn.Module):
         def __init__(self) -> None:
