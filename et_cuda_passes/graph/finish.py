@@ -115,8 +115,8 @@ def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> No
 def repair_strides(program: Program) -> None:
     """Let strides that a replacement changed change nothing else.
 
-    A replacement may lie in memory in another order than the value that it replaced. Values behind it are updated. Where
-    more than strides would change, a copy in the former order is inserted:
+    A replacement may lie in memory in another order than the value that it replaced. Values behind it are updated.
+    Where more than strides would change, a copy in the former order is inserted:
 
     - behind a value that the program mutates, under any alias: ``contiguous`` and ``reshape`` are a view or a copy by
       the strides of their input, and a mutation would reach another memory;
