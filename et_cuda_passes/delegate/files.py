@@ -9,10 +9,10 @@ in exir/_serialize/_program.py and ``FlatTensorHeader`` in extension/flat_tensor
 that are needed to run a delegate are read.
 
 ExecuTorch 1.5.1's own deserializers were tried instead and do not bound their work. ``_flatbuffer_to_program`` builds
-every reference that a vector repeats: a .pte of 3.7 KB whose methods, chains and instructions are 300 references each
-to one table did not finish in 20 seconds, and one of 2.5 KB with two such levels took 3.2 seconds. It also accepts a
-string that extends past the end of the file, and shortens it. A .ptd is converted by the program ``flatc`` in a
-subprocess, through temporary files and JSON: 18 ms for 272 bytes, and more than 20 seconds for one of 200 KB.
+every reference that a vector repeats: a .pte of 1.9 KB, whose methods, chains and instructions are 150 references each
+to one table, takes 31 seconds and 690 MB. It also accepts a string that extends past the end of the file, and shortens
+it. ``FlatTensorSerializer`` runs the program ``flatc`` on a .ptd, through temporary files and JSON: a valid one of 272
+bytes takes 18 ms, and one of 50 KB that repeats a reference takes 2.4 seconds and 290 MB.
 """
 
 import os
@@ -51,12 +51,14 @@ DTYPES = {
 
 # The libraries and weights are in segments. The flatbuffer before them only describes methods and lists names.
 _MAX_FLATBUFFER = 64 << 20
-# The largest part of the host memory that the objects read from one flatbuffer may take, by the estimates below.
-_MAX_OBJECTS = 128 << 20
-# A table takes about 250 bytes as an object and 8 bytes or more in the file. A valid file stays below this ratio.
-_MAX_EXPANSION = 64
-_TABLE_COST = 256
+# The objects that are read from one flatbuffer may use this many bytes of memory, by the estimates below.
+_MAX_MEMORY = 128 << 20
 _NUMBER_COST = 40
+# A table uses about 250 bytes of memory, but 1024 are counted, so that reading a file takes less than a second. A file
+# with more than about 130,000 tables is refused; a .ptd has two tables for each weight.
+_TABLE_COST = 1024
+# The smallest table of a valid file has 8 bytes, the reference to it included: 133 times less than is counted.
+_MAX_EXPANSION = 256
 
 
 class DelegateError(ValueError):
@@ -144,7 +146,7 @@ class Reader:
 
     def numbers(self, at: int, form: str, name: str) -> tuple[int, ...]:
         """``struct.unpack`` of the little-endian format ``form`` at byte ``at``."""
-        self._check_bounds(at, struct.calcsize(f"<{form}"), name)
+        self.check_bounds(at, struct.calcsize(f"<{form}"), name)
         return struct.unpack_from(f"<{form}", self.data, at)
 
     def number(self, at: int, form: str, name: str) -> int:
@@ -153,13 +155,14 @@ class Reader:
 
     def text(self, at: int, size: int, name: str) -> str:
         """A string of ``size`` bytes in UTF-8."""
-        self._check_bounds(at, size, name)
+        self.check_bounds(at, size, name)
         try:
             return self.data[at : at + size].decode("utf-8")
         except UnicodeDecodeError:
             self.fail(at, name, "it is not valid UTF-8")
 
-    def _check_bounds(self, at: int, size: int, name: str) -> None:
+    def check_bounds(self, at: int, size: int, name: str) -> None:
+        """Check that ``size`` bytes at byte ``at`` are within the data."""
         if at < 0 or at + size > len(self.data):
             end = self.start + len(self.data)
             self.fail(at, name, f"{size} bytes are needed, but the data ends at byte {end}")
@@ -175,7 +178,7 @@ class Flatbuffer(Reader):
 
     def __init__(self, data: bytes, where: str) -> None:
         super().__init__(data, where)
-        self._budget = min(_MAX_OBJECTS, _MAX_EXPANSION * len(data))
+        self._budget = min(_MAX_MEMORY, _MAX_EXPANSION * len(data))
 
     def spend(self, cost: int, at: int, name: str) -> None:
         """Count ``cost`` bytes of memory for the part ``name`` at byte ``at``."""
@@ -209,16 +212,12 @@ class Table:
         self._buffer, self._at, self.name = buffer, at, name
         buffer.spend(_TABLE_COST, at, name)
         self._vtable = at - buffer.number(at, "i", name)
-        vtable = f"the vtable of {name}"
-        self._vtable_size, self._size = buffer.numbers(self._vtable, "HH", vtable)
+        self._vtable_size, self._size = buffer.numbers(self._vtable, "HH", name)
         if self._vtable_size < 4 or self._vtable_size % 2 or self._size < 4:
-            buffer.fail(
-                self._vtable,
-                vtable,
-                f"a vtable of {self._vtable_size} bytes and a table of {self._size} are not possible",
-            )
-        buffer.numbers(self._vtable, f"{self._vtable_size}x", vtable)
-        buffer.numbers(at, f"{self._size}x", name)
+            problem = f"a vtable of {self._vtable_size} bytes for a table of {self._size} bytes is not possible"
+            buffer.fail(self._vtable, name, problem)
+        buffer.check_bounds(self._vtable, self._vtable_size, name)
+        buffer.check_bounds(at, self._size, name)
 
     def fail(self, problem: str, field: str = "") -> NoReturn:
         """Raise a :class:`DelegateError` that names this table, or one field of it."""
@@ -256,7 +255,7 @@ class Table:
 
     def tables(self, field: int, name: str) -> list["Table"]:
         """A vector of tables."""
-        at, count = self._vector(field, 4, 0, name)
+        at, count = self._vector(field, 4, _NUMBER_COST, name)
         path = self._path(name)
         offsets = self._buffer.numbers(at, f"{count}I", path)
         return [

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-from et_cuda_passes.delegate.files import DTYPES, DelegateError, Reader, Span
+from et_cuda_passes.delegate.files import DTYPES, Reader, Span
 
 _MAGIC = b"ETCUDAFQN3"
 _DEVICES = ("cpu", "cuda")
-# A payload is a list of names and sizes, a few hundred bytes for each weight.
-_MAX_BYTES = 32 << 20
+MAX_BYTES = 32 << 20
+"""The largest size of all payloads of a program; each weight has a few hundred bytes."""
+MAX_WEIGHTS = 1 << 17
+"""The largest number of weights in all payloads of a program, so that reading them takes about a second."""
+
 _MAX_RANK = 64
 
 
@@ -59,23 +62,21 @@ class Payload:
     weights: tuple[Weight, ...]
 
 
-def read_payload(payload: bytes | Span, where: str, named_data: Mapping[str, Span]) -> Payload:
+def read_payload(
+    payload: bytes | Span, where: str, named_data: Mapping[str, Span], max_weights: int = MAX_WEIGHTS
+) -> Payload:
     """Decode the payload of a delegate.
 
     Args:
         payload: its bytes, or their place in a file.
         where: the name of the payload, for messages.
         named_data: the data of the .pte and the .ptd, to which the payload refers by key.
+        max_weights: the number of weights that it may have.
 
     Raises:
-        DelegateError: it is not valid, or it refers to data that does not exist or has another size.
+        DelegateError: it is not valid, has too many weights, or refers to data that does not exist or has another size.
     """
     if isinstance(payload, Span):
-        if payload.size > _MAX_BYTES:
-            raise DelegateError(
-                f"{where}: {payload.size} bytes at byte {payload.offset} are too many for a list of weights, which has "
-                f"at most {_MAX_BYTES}"
-            )
         reader = Reader(payload.read(), where, payload.offset)
     else:
         reader = Reader(payload, f"{where} (bytes counted from its start)")
@@ -104,6 +105,8 @@ def read_payload(payload: bytes | Span, where: str, named_data: Mapping[str, Spa
     if library not in named_data:
         reader.fail(len(_MAGIC), "the library's key", f"the files have no data {library!r}")
     (count,) = take("I", "the number of weights")
+    if count > max_weights:
+        reader.fail(at - 4, "the number of weights", f"{count} is more than the {max_weights} that may follow")
     weights: dict[str, Weight] = {}
     for index in range(count):
         start, name = at, f"weight {index} of {count}"

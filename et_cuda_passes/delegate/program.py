@@ -12,7 +12,7 @@ from torch import Tensor
 from et_cuda_passes.delegate.files import DTYPES, DelegateError, Span, read_ptd, read_pte
 from et_cuda_passes.delegate.library import Library
 from et_cuda_passes.delegate.method import Method
-from et_cuda_passes.delegate.payload import Payload, Weight, read_payload
+from et_cuda_passes.delegate.payload import MAX_BYTES, MAX_WEIGHTS, Payload, Weight, read_payload
 from et_cuda_passes.delegate.plan import BACKEND, Call, Plan, read_plans
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -75,7 +75,7 @@ class Program:
             named_data |= data
         self._named_data = named_data
         self._plans = read_plans(file)
-        self._payloads = {name: self._read_payloads(plan) for name, plan in self._plans.items()}
+        self._payloads = self._read_payloads()
         self._storages: dict[tuple[str, str], Tensor] = {}
         self._libraries: dict[Payload, Library] = {}
         self._methods: dict[str, Method] = {}
@@ -120,13 +120,25 @@ class Program:
         self._methods[name] = Method(plan, libraries, weights, self.device, f"{self.path}: method {name!r}")
         return self._methods[name]
 
-    def _read_payloads(self, plan: Plan) -> dict[int, Payload]:
-        where = f"{self.path}: method {plan.name!r}: delegate"
-        return {
-            index: read_payload(delegate.payload, f"{where} {index}", self._named_data)
+    def _read_payloads(self) -> dict[str, dict[int, Payload]]:
+        """The payload of each CUDA delegate by method and index."""
+        delegates = [
+            (plan.name, index, delegate.payload)
+            for plan in self._plans.values()
             for index, delegate in enumerate(plan.delegates)
             if delegate.backend == BACKEND
-        }
+        ]
+        # Segments may overlap, so the sum of their sizes can exceed the size of the file.
+        size = sum(payload.size if isinstance(payload, Span) else len(payload) for _, _, payload in delegates)
+        if size > MAX_BYTES:
+            raise DelegateError(f"{self.path}: the payloads of all delegates have {size} bytes, more than {MAX_BYTES}")
+        payloads: dict[str, dict[int, Payload]] = {name: {} for name in self._plans}
+        max_weights = MAX_WEIGHTS
+        for name, index, payload in delegates:
+            where = f"{self.path}: method {name!r}: delegate {index}"
+            payloads[name][index] = read_payload(payload, where, self._named_data, max_weights)
+            max_weights -= len(payloads[name][index].weights)
+        return payloads
 
     def _library(self, payload: Payload) -> Library:
         if payload not in self._libraries:

@@ -1,9 +1,13 @@
 """Files of delegated programs: read as ExecuTorch reads them, and refused if they are damaged."""
 
+import os
 import struct
+import time
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
+import flatbuffers
 import pytest
 from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
@@ -107,6 +111,48 @@ def test_flatbuffer_with_overlapping_parts_is_refused() -> None:
     assert tables[0].integers(0, "I", "numbers") == tuple(range(many))
     with pytest.raises(DelegateError, match="its parts overlap"):
         [table.integers(0, "I", "numbers") for table in tables]
+
+
+@pytest.mark.parametrize("count", [150, 10_000, 100_000])
+def test_repeated_references_are_refused_in_bounded_time_and_memory(count: int, tmp_path: Path) -> None:
+    # The methods, chains and instructions are references to one table each: `count` to the power of 3 instructions.
+    builder = flatbuffers.Builder()
+    builder.StartObject(0)
+    jump = builder.EndObject()
+    builder.StartObject(2)
+    builder.PrependUint8Slot(0, 4, 0)
+    builder.PrependUOffsetTRelativeSlot(1, jump, 0)
+    table = builder.EndObject()
+    for fields, field in ((4, 2), (9, 5), (8, 1)):
+        builder.StartVector(4, count, 4)
+        for _ in range(count):
+            builder.PrependUOffsetTRelative(table)
+        vector = builder.EndVector()
+        builder.StartObject(fields)
+        builder.PrependUOffsetTRelativeSlot(field, vector, 0)
+        table = builder.EndObject()
+    builder.Finish(table, b"ET12")
+    path = tmp_path / "model.pte"
+    path.write_bytes(builder.Output())
+    start = time.process_time()
+    with pytest.raises(DelegateError, match="its parts overlap"):
+        Program(path)
+    assert time.process_time() - start < 3
+    tracemalloc.start()
+    with pytest.raises(DelegateError, match="its parts overlap"):
+        Program(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200 << 20
+
+
+def test_large_flatbuffer_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.pte"
+    size = 1 << 31
+    path.write_bytes(struct.pack("<I4s4sIQQ", 32, b"ET12", b"eh00", 24, size, size))
+    os.truncate(path, size)
+    with pytest.raises(DelegateError, match=f"without its segments the file has {size} bytes, more than the"):
+        Program(path)
 
 
 def test_file_of_another_kind_is_refused(tmp_path: Path) -> None:

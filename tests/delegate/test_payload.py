@@ -70,3 +70,17 @@ def test_invalid_payload_is_refused(payload: bytes, said: str, tmp_path: Path) -
     with pytest.raises(DelegateError, match=said) as error:
         Program(path)
     assert "method 'forward': delegate 0" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (encode_cuda_weight_metadata(PART.key, [])[:-4] + b"\xff" * 4, "4294967295 is more than the 131072 that may"),
+        (encode_cuda_weight_metadata("k" * (17 << 20), []), r"have \d+ bytes, more than 33554432"),
+    ],
+)
+def test_payloads_with_too_many_weights_or_bytes_are_refused(payload: bytes, said: str, tmp_path: Path) -> None:
+    part = dataclasses.replace(PART, payload=payload)
+    path = write(tmp_path, {"forward": small(parts=[part, part])})
+    with pytest.raises(DelegateError, match=said):
+        Program(path)

@@ -1,8 +1,11 @@
 """Programs whose libraries are compiled here for the CPU: methods, weights, data and devices."""
 
 import dataclasses
+import importlib
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,15 @@ def test_flipped_bits_end_in_an_error_or_in_a_run(tmp_path: Path, part: Part) ->
             file.seek(at)
             file.write(content[at : at + 1])
     assert outcomes == {0, 2}
+
+
+def test_room_is_imported_without_executorch() -> None:
+    program = "import sys, et_cuda_passes.delegate; print('executorch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout == "False\n"
+    )
+
+
+def test_former_module_path_names_the_new_one() -> None:
+    with pytest.raises(ImportError, match="is now et_cuda_passes.delegate"):
+        importlib.import_module("et_cuda_passes.executorch.delegate")
