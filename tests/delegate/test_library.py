@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 
 from et_cuda_passes.delegate import DelegateError, load
-from tests.delegate.delegated import (
-    K,
-    Part,
-    load_forward,
-    single_call,
-    value,
-    write,
-)
+from tests.delegate.delegated import K, Part, load_forward, single_call, value, write
 
 
 def wrong(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Tensor]:
@@ -26,7 +19,7 @@ def wrong(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Ten
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda w: wrong(w, linear_bias=None), "needs weights that its payload does not have: linear.bias"),
         (
@@ -39,12 +32,12 @@ def wrong(weights: dict[str, Tensor], **changes: Tensor | None) -> dict[str, Ten
     ],
 )
 def test_library_rejects_other_weights_than_its_own(
-    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], said: str, tmp_path: Path, part: Part
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], message: str, tmp_path: Path, part: Part
 ) -> None:
     path = write(tmp_path, {"forward": single_call(dataclasses.replace(part, weights=change(dict(part.weights))))})
     with pytest.raises(DelegateError) as error:
         load(path, device="cpu")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_library_with_static_inputs_checks_their_sizes(

@@ -12,27 +12,16 @@ from torch import Tensor
 from et_cuda_passes.delegate import DelegateError, Method, load
 from et_cuda_passes.delegate.library import Library, LibrarySignature
 from et_cuda_passes.delegate.plan import Call, Dynamism, Plan, TensorSpec, Value
-from tests.delegate.delegated import (
-    BOUND,
-    Counting,
-    K,
-    Part,
-    Spec,
-    X,
-    load_forward,
-    single_call,
-    value,
-    write,
-)
+from tests.delegate.delegated import BOUND, Counting, K, Part, Spec, X, load_forward, single_call, value, write
 
 
 def test_method_matches_eager(tmp_path: Path, part: Part) -> None:
     method, model = load_forward(tmp_path, single_call(part)), Counting()
-    assert [str(wanted) for wanted in method.inputs] == ["torch.float32 at most [32, 16]"]
+    assert [str(expected) for expected in method.inputs] == ["torch.float32 at most [32, 16]"]
     for rows in (1, 2, 32):
         x = torch.randn(rows, K)
-        for got, wanted in zip(method(x), model(x), strict=True):
-            assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
+        for got, expected in zip(method(x), model(x), strict=True):
+            assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
     # The weights are those of the file, and the buffer has what the method wrote to it.
     assert torch.equal(method.weights["linear.weight"], model.linear.weight)
     assert method.weights["calls"].tolist() == [3] * 4
@@ -41,7 +30,7 @@ def test_method_matches_eager(tmp_path: Path, part: Part) -> None:
 def test_output_that_views_a_weight_is_not_changed_by_later_calls() -> None:
     state = torch.zeros(4)
 
-    class Library:
+    class WritesToItsWeight:
         signature = LibrarySignature(1, 1, ())
 
         def __call__(self, inputs: list[Tensor], static: bool) -> list[Tensor]:
@@ -49,7 +38,7 @@ def test_output_that_views_a_weight_is_not_changed_by_later_calls() -> None:
 
     spec = TensorSpec(torch.float32, (4,), (0,), Dynamism.BOUND, False)
     plan = Plan("forward", (Value("tensor", spec), Value("tensor", spec)), (0,), (1,), (), (Call(0, (0, 1)),))
-    libraries = cast("dict[int, Library]", {0: Library()})
+    libraries = cast("dict[int, Library]", {0: WritesToItsWeight()})
     method = Method(plan, libraries, {"state": state}, torch.device("cpu"), "made up")
     first, second = method(torch.ones(4))[0], method(torch.ones(4))[0]
     assert (first.tolist(), second.tolist()) == ([1, 1, 1], [2, 2, 2])
@@ -57,11 +46,11 @@ def test_output_that_views_a_weight_is_not_changed_by_later_calls() -> None:
 
 def test_method_copies_inputs_with_another_memory_layout(tmp_path: Path, part: Part) -> None:
     method = load_forward(tmp_path, single_call(part))
-    wanted = method(X)[0] - 1
+    expected = method(X)[0] - 1
     odd = torch.empty(3 * K + 1)[1:].view(3, K).copy_(X)
     assert odd.data_ptr() % 16
     for calls, x in enumerate((X.T.contiguous().T, odd, X.clone().requires_grad_()), 2):
-        assert torch.allclose(method(x)[0], wanted + calls, atol=1e-5)
+        assert torch.allclose(method(x)[0], expected + calls, atol=1e-5)
 
 
 def test_method_runs_several_delegates_with_moves_between_them(tmp_path: Path, part: Part) -> None:
@@ -81,12 +70,12 @@ def test_method_runs_several_delegates_with_moves_between_them(tmp_path: Path, p
     outer, second = model(inner)
     got = method(X)
     assert got[3] == 7
-    for result, wanted in zip(got[:3], (outer, first, second), strict=True):
-        assert torch.allclose(result, wanted, rtol=1e-5, atol=1e-5)
+    for result, expected in zip(got[:3], (outer, first, second), strict=True):
+        assert torch.allclose(result, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ((), "takes 1 inputs (torch.float32 at most [32, 16]), not 0"),
         ((X, X), "not 2"),
@@ -98,11 +87,13 @@ def test_method_runs_several_delegates_with_moves_between_them(tmp_path: Path, p
         ((X.to("meta"),), "input 0 is not a plain tensor"),
     ],
 )
-def test_method_rejects_inputs_before_it_runs(given: tuple[object, ...], said: str, tmp_path: Path, part: Part) -> None:
+def test_method_checks_inputs_before_it_runs(
+    given: tuple[object, ...], message: str, tmp_path: Path, part: Part
+) -> None:
     method = load_forward(tmp_path, single_call(part))
     with pytest.raises(DelegateError) as error:
         method(*given)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert method.weights["calls"].sum() == 0, "something ran"
 
 
@@ -110,15 +101,15 @@ def test_method_checks_static_sizes_and_constant_inputs(tmp_path: Path, part: Pa
     values = [value(3, K), value(3, K), value(), schema.EValue(schema.Int(2)), schema.EValue(schema.Null())]
     method = load_forward(tmp_path, Spec(values, [0, 3, 4], [1], [part], [[0, 1, 2]]))
     assert method(X, 2, None)[0].shape == (3, K)
-    for given, said in (((X, 3, None), "input 1 was exported as the constant 2"), ((X, True, None), "found True")):
-        with pytest.raises(DelegateError, match=said):
+    for given, message in (((X, 3, None), "input 1 was exported as the constant 2"), ((X, True, None), "found True")):
+        with pytest.raises(DelegateError, match=message):
             method(*given)
     with pytest.raises(DelegateError, match=r"shape \[2, 16\]; expected torch.float32 \[3, 16\]"):
         method(X[:2], 2, None)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "outputs", "calls", "said"),
+    ("inputs", "outputs", "calls", "message"),
     [
         ([0], [1], [[0, 1]], "passes 2 values to delegate 0, whose library has 1 inputs and 2 outputs"),
         ([0], [1], [[1, 0, 2]], "instruction 0 reads value 1, which was not written before"),
@@ -126,13 +117,13 @@ def test_method_checks_static_sizes_and_constant_inputs(tmp_path: Path, part: Pa
     ],
 )
 def test_method_rejects_calls_that_do_not_fit_its_library(
-    inputs: list[int], outputs: list[int], calls: list[list[int]], said: str, tmp_path: Path, part: Part
+    inputs: list[int], outputs: list[int], calls: list[list[int]], message: str, tmp_path: Path, part: Part
 ) -> None:
     values = [*single_call(part).values, value()]
     path = write(tmp_path, {"forward": Spec(values, inputs, outputs, [part], calls)})
     with pytest.raises(DelegateError) as error:
         load(path, device="cpu")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_method_rejects_an_output_of_a_library_with_another_shape(tmp_path: Path, part: Part) -> None:

@@ -7,14 +7,7 @@ import pytest
 from executorch.backends.cuda.cuda_weight_collector import CudaWeightEntry, encode_cuda_weight_metadata
 
 from et_cuda_passes.delegate import DelegateError, Program
-from tests.delegate.delegated import (
-    CUDA,
-    PART,
-    WEIGHTS,
-    read_program,
-    small,
-    write,
-)
+from tests.delegate.delegated import CUDA, PART, WEIGHTS, read_program, small, write
 
 
 def test_weights_match_what_the_stock_backend_wrote(tmp_path: Path) -> None:
@@ -41,7 +34,7 @@ BIAS = CudaWeightEntry("up.bias", "cuda_fqn_weight:cuda:up.bias", 10, 15, CUDA, 
 
 
 @pytest.mark.parametrize(
-    ("payload", "said"),
+    ("payload", "message"),
     [
         (b"", "it begins with b''"),
         (b"key\nother key", "as executorch 1.5 writes it: lower the model again"),
@@ -64,23 +57,23 @@ BIAS = CudaWeightEntry("up.bias", "cuda_fqn_weight:cuda:up.bias", 10, 15, CUDA, 
         (described(dataclasses.replace(BIAS, sizes=(1,) * 65, strides=(1,) * 65)), "65 dimensions"),
     ],
 )
-def test_invalid_payload_is_refused(payload: bytes, said: str, tmp_path: Path) -> None:
+def test_invalid_payload_is_refused(payload: bytes, message: str, tmp_path: Path) -> None:
     # An empty payload stays inside the flatbuffer; any other goes into a segment.
     path = write(tmp_path, {"forward": small(parts=[dataclasses.replace(PART, payload=payload)])})
-    with pytest.raises(DelegateError, match=said) as error:
+    with pytest.raises(DelegateError, match=message) as error:
         Program(path)
     assert "method 'forward': delegate 0" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("payload", "said"),
+    ("payload", "message"),
     [
         (encode_cuda_weight_metadata(PART.key, [])[:-4] + b"\xff" * 4, "4294967295 is more than the 131072 that may"),
         (encode_cuda_weight_metadata("k" * (17 << 20), []), r"have \d+ bytes, more than 33554432"),
     ],
 )
-def test_payloads_with_too_many_weights_or_bytes_are_refused(payload: bytes, said: str, tmp_path: Path) -> None:
+def test_payloads_with_too_many_weights_or_bytes_are_refused(payload: bytes, message: str, tmp_path: Path) -> None:
     part = dataclasses.replace(PART, payload=payload)
     path = write(tmp_path, {"forward": small(parts=[part, part])})
-    with pytest.raises(DelegateError, match=said):
+    with pytest.raises(DelegateError, match=message):
         Program(path)

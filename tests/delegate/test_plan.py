@@ -12,13 +12,7 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.files import read_pte
 from et_cuda_passes.delegate.plan import Call, Free, Move, read_plans
-from tests.delegate.delegated import (
-    PART,
-    Spec,
-    small,
-    value,
-    write,
-)
+from tests.delegate.delegated import PART, Spec, small, value, write
 
 
 def test_plans_match_the_deserializer_of_executorch(tmp_path: Path) -> None:
@@ -52,7 +46,7 @@ def kernels(*names: tuple[str, str]) -> Spec:
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         (
             lambda: kernels(("aten::add", "out"), ("aten::relu", "")),
@@ -74,9 +68,9 @@ def kernels(*names: tuple[str, str]) -> Spec:
         ),
     ],
 )
-def test_plan_with_other_operators_is_not_runnable(spec: Callable[[], Spec], said: str, tmp_path: Path) -> None:
+def test_plan_with_other_operators_is_not_runnable(spec: Callable[[], Spec], message: str, tmp_path: Path) -> None:
     program = Program(write(tmp_path, {"forward": spec(), "other": small()}))
-    with pytest.raises(DelegateError, match=said):
+    with pytest.raises(DelegateError, match=message):
         program.plan("forward")
     # Other methods stay runnable.
     program.plan("other")
@@ -85,7 +79,7 @@ def test_plan_with_other_operators_is_not_runnable(spec: Callable[[], Spec], sai
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"inputs": [10]}, r"execution_plan\[0\].inputs at byte \d+: index 10 is out of range for 10 entries"),
         ({"outputs": [-1]}, r"outputs at byte \d+: index -1 is out of range for 10 entries"),
@@ -106,9 +100,9 @@ def test_plan_with_other_operators_is_not_runnable(spec: Callable[[], Spec], sai
         ({"values": [value(2, dynamism=3)]}, "dynamism 3 does not exist"),
     ],
 )
-def test_invalid_plan_is_refused(changes: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_invalid_plan_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     path = write(tmp_path, {"forward": small(**changes)})
-    with pytest.raises(DelegateError, match=said):
+    with pytest.raises(DelegateError, match=message):
         Program(path)
 
 

@@ -12,16 +12,7 @@ import pytest
 import torch
 
 from et_cuda_passes.delegate import DelegateError, Program, load
-from tests.delegate.delegated import (
-    CUDA,
-    K,
-    Part,
-    X,
-    entry,
-    load_forward,
-    single_call,
-    write,
-)
+from tests.delegate.delegated import CUDA, K, Part, X, entry, load_forward, single_call, write
 
 
 def test_methods_share_weights_and_buffers(tmp_path: Path, part: Part) -> None:
