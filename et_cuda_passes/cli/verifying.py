@@ -15,9 +15,9 @@ from et_cuda_passes.cli.compare import compare
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
 from et_cuda_passes.cli.running import RunError
-from et_cuda_passes.executorch.execute import EXECUTABLE, execute
 from et_cuda_passes.executorch.lower import lower, missing
 from et_cuda_passes.executorch.packed import load_model
+from et_cuda_passes.executorch.run import EXECUTABLE, execute
 from et_cuda_passes.targets import get_target
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

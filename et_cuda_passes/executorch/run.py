@@ -1,4 +1,4 @@
-"""Runs what :func:`et_cuda_passes.executorch.lower.lower` made, in the runtime of its target."""
+"""Run the files that :func:`et_cuda_passes.executorch.lower.lower` wrote, in the runtime of their target."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,36 +8,36 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 EXECUTABLE = ("cuda", "xnnpack", "cpu")
-"""The targets whose runtime can be had in Python."""
+"""The targets whose runtime is available in Python."""
 
 
 def execute(target: str, files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Run a lowered program once. Files are executed as code: they are those that were made here, from this program.
+    """Run a lowered program once. THIS EXECUTES CODE FROM THE FILES: pass only files that ``lower`` wrote here.
 
     Args:
         target: one of :data:`EXECUTABLE`.
-        files: as ``lower`` returns them.
-        args: the program's, with tensors on the CPU.
-        kwargs: likewise.
+        files: the result of ``lower``.
+        args: the positional arguments of the exported program, with tensors on the CPU.
+        kwargs: the keyword arguments, likewise.
 
     Returns:
-        The outputs, flattened; tensors are on the CPU.
+        The flattened outputs, with tensors on the CPU.
 
     Raises:
-        ValueError: the target has no runtime here.
-        Exception: whatever the runtime fails with.
+        ValueError: the target has no runtime in Python.
+        Exception: any error of the runtime.
     """
     run = {"cuda": _cuda, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
     if run is None:
-        raise ValueError(f"programs for {target!r} do not run from Python; those for {', '.join(EXECUTABLE)} do")
+        raise ValueError(f"programs for {target!r} cannot run in Python, only those for {', '.join(EXECUTABLE)}")
     with torch.no_grad():
         outputs = run(files, args, kwargs)
-    # A runtime may hand out its own memory, which is gone when it is.
+    # A runtime may return tensors in its own memory, which it frees.
     return [output.detach().cpu().clone() if isinstance(output, torch.Tensor) else output for output in outputs]
 
 
 def _cuda(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    from et_cuda_passes.executorch.delegate import load
+    from et_cuda_passes.delegate import load
 
     data = next((path for path in files if path.suffix == ".ptd"), None)
     return load(_only(files, ".pte"), data)(*tree_leaves((args, kwargs)))
@@ -48,7 +48,7 @@ def _xnnpack(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     from executorch.runtime import Runtime
 
     method = Runtime.get().load_program(_only(files, ".pte")).load_method("forward")
-    # The runtime reads memory as dense, whatever the strides.
+    # The runtime ignores strides and reads the memory as dense.
     leaves = [leaf.contiguous() if isinstance(leaf, torch.Tensor) else leaf for leaf in tree_leaves((args, kwargs))]
     return list(method.execute(leaves))
 

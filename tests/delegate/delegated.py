@@ -1,5 +1,6 @@
-"""Small delegated programs, written by ExecuTorch's own serializers: a .pte and its .ptd."""
+"""Small delegated programs, a .pte and a .ptd each, written by ExecuTorch's own serializers."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSeria
 from torch import Tensor, nn
 from torch.export import Dim
 
+from et_cuda_passes.delegate import Method, Program, load
+
 STATIC, BOUND = schema.TensorShapeDynamism.STATIC, schema.TensorShapeDynamism.DYNAMIC_BOUND
 CPU, CUDA = 0, 1
 
@@ -31,7 +34,7 @@ def value(*sizes: int, dtype: torch.dtype = torch.float32, dynamism: int = STATI
 
 
 def entry(fqn: str, tensor: Tensor, device: int) -> CudaWeightEntry:
-    """A weight as the stock backend describes it; it begins where its storage does."""
+    """A weight as the stock backend describes it."""
     return CudaWeightEntry(
         fqn,
         f"cuda_fqn_weight:{('cpu', 'cuda')[device]}:{fqn}",
@@ -46,7 +49,7 @@ def entry(fqn: str, tensor: Tensor, device: int) -> CudaWeightEntry:
 
 @dataclass
 class Part:
-    """A delegate: its library's bytes and its weights by FQN; ``payload`` replaces what describes them."""
+    """A delegate: the bytes of its library and its weights by FQN; ``payload`` replaces the encoded weights."""
 
     library: bytes
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -65,7 +68,7 @@ class Part:
 
 @dataclass
 class Spec:
-    """A method; by default its parts run in order, each on the values that ``calls`` names."""
+    """A method. Without ``instructions`` its parts run in order, each on the values in ``calls``."""
 
     values: Sequence[schema.EValue]
     inputs: Sequence[int]
@@ -102,7 +105,7 @@ class Spec:
 
 
 def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Path:
-    """``folder``/``stem``.pte with its .ptd beside it, laid out as ExecuTorch lays out what it lowers."""
+    """Write ``folder``/``stem``.pte and .ptd in the form that ExecuTorch's lowering gives them."""
     plans, inline, store = [], [], NamedDataStore()
     storages: dict[str, bytes] = {}
     for name, spec in methods.items():
@@ -124,11 +127,12 @@ def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Pat
     return path
 
 
-K = 16  # AOTInductor makes up to 8 numbers part of the code
+K = 16  # AOTInductor compiles constants of up to 8 numbers into the code
+X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
 
 
 class Counting(nn.Module):
-    """linear(x) plus how often it was called, and the sum of x."""
+    """linear(x) plus the number of calls, and the sum of x."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,18 +156,59 @@ def _counting_library() -> bytes:
         "aot_inductor.link_libtorch": False,
     }
     with torch.no_grad():
-        made = torch._inductor.aot_compile(exported.module(), (x,), options=options)
-    (library,) = (path for path in made if isinstance(path, str) and path.endswith(".so"))
+        files = torch._inductor.aot_compile(exported.module(), (x,), options=options)
+    (library,) = (path for path in files if isinstance(path, str) and path.endswith(".so"))
     return Path(library).read_bytes()
 
 
 def counting() -> Part:
-    """`Counting` as the CUDA backend makes libraries (weights outside, not linked with torch), but for the CPU."""
+    """`Counting` compiled for the CPU as the CUDA backend compiles: weights outside the library, torch not linked."""
     weights = {name: tensor.detach().clone() for name, tensor in Counting().state_dict().items()}
     return Part(_counting_library(), weights)
 
 
-def once(part: Part) -> Spec:
+def single_call(part: Part) -> Spec:
     """A method that is one call of `counting()`."""
     values = [value(32, K, dynamism=BOUND), value(32, K, dynamism=BOUND), value()]
     return Spec(values, [0], [1, 2], [part], [[0, 1, 2]])
+
+
+def load_forward(folder: Path, spec: Spec) -> Method:
+    """The method of ``spec``, loaded on the CPU."""
+    return load(write(folder, {"forward": spec}), device="cpu")
+
+
+WEIGHTS = {"up.weight.packed": torch.arange(24, dtype=torch.int32).view(2, 3, 4), "up.bias": torch.ones(5).bfloat16()}
+PART = Part(b"\x7fELF, as if", WEIGHTS, CUDA)
+
+
+def small(**changes: object) -> Spec:
+    """A method with every kind of value and step that is read; ``changes`` replace fields of it."""
+    values = [
+        value(3, 8, dtype=torch.bfloat16),
+        value(3, 8, dtype=torch.bfloat16),
+        value(4, 5, dtype=torch.bfloat16, dynamism=BOUND),
+        value(4, 5, dtype=torch.bfloat16, dynamism=BOUND),
+        schema.EValue(schema.Int(-7)),
+        schema.EValue(schema.Bool(True)),
+        schema.EValue(schema.Double(0.5)),
+        schema.EValue(schema.String("text")),
+        schema.EValue(schema.Null()),
+        schema.EValue(schema.IntList([1, 2])),
+    ]
+    instructions = [
+        schema.KernelCall(0, [0, 1, 1]),
+        schema.DelegateCall(0, [1, 2]),
+        schema.MoveCall(2, 3),
+        schema.FreeCall(1),
+    ]
+    spec = Spec(values, [0, 4, 8], [3, 5], [PART], [], instructions, [("et_copy::_h2d_copy", "out")])
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def read_program(path: Path) -> Program:
+    """Read and check everything that is read before a library is loaded."""
+    program = Program(path)
+    for name in program.methods:
+        program.plan(name)
+    return program
