@@ -21,7 +21,7 @@ from et_cuda_passes.executorch import archive
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import Target, get_target
-from et_cuda_passes.targets.packed import foreign_layouts, packed_for, packed_layouts
+from et_cuda_passes.targets.compatibility import packed_layouts, targets_supporting, unsupported_layouts
 
 _RECORD = "et_cuda_passes.json"
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
@@ -177,8 +177,8 @@ def _register_operators(program: bytes) -> None:
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
-    foreign = foreign_layouts(model.program, target)
-    made_for = record.get("target") or (next(iter(packed_for(model.program)), "") if foreign else "")
+    foreign = unsupported_layouts(model.program, target)
+    made_for = record.get("target") or (next(iter(targets_supporting(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
         # For none, where two targets' rewrites stand in one program.
