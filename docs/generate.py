@@ -108,15 +108,19 @@ def targets_page() -> str:
     parts = [
         "# Targets",
         "What a kernel accepts is data that rules read as `m.target`; a place that asks for something else is a miss "
-        "with its reason. A target's first kernel is its default.",
+        "with its reason. The first kernel of a family is its default.",
     ]
     for name in ecp.targets():
         target = get_target(name)
         parts += [f"## {name}", target.summary + "."]
         columns = [field.name for field in dataclasses.fields(Kernel)]
-        for family, kernels in target.kernels.items():
-            rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in kernels]
-            parts += [f"`{family}`:", table([column.replace("_", " ") for column in columns], rows)]
+        rows = [
+            [family, *(plain(getattr(kernel, column)) for column in columns)]
+            for family, kernels in target.kernels.items()
+            for kernel in kernels
+        ]
+        if rows:
+            parts.append(table(["family", *(column.replace("_", " ") for column in columns)], rows))
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
     parts.append("## What the columns say")

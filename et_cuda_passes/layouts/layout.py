@@ -15,7 +15,7 @@ Matmul = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 def unsigned_shift(low: int, high: int, preferred: int = ZERO_OFFSET) -> int | None:
     """The number to add to integers in low..high so that they lie in 0..15, or None if no number in 0..15 does.
 
-    ``preferred`` is taken where it fits. 8 keeps the zero of a zero point of 0 at 0.
+    ``preferred`` is used if it fits. 8 keeps the zero of a zero point of 0 at 0.
     """
     for shift in (preferred, ZERO_OFFSET, 0, -low):
         if 0 <= shift <= 15 and low + shift >= 0 and high + shift <= 15:
