@@ -1,7 +1,7 @@
 """Packed layouts of weights: pure tensor functions on any device, one layout per file.
 
-``LAYOUTS`` has every layout of int4 weights by name. To add one, write its file and add its ``LAYOUT`` to the list: ``ops``
-builds the operators from it.
+``LAYOUTS`` has every layout of int4 weights by name. To add one, write its file and add its ``LAYOUT`` to the list;
+``ops`` builds the operators from it.
 """
 
 from collections.abc import Mapping
