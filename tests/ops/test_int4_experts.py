@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from et_cuda_passes.layouts import cpu, mma_tiled, scale_and_zero
+from et_cuda_passes.layouts import LAYOUTS
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.experts import floats, off
 
@@ -21,13 +21,10 @@ def packed(layout: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Te
     zero = torch.randn(E, N, K // GROUP, generator=random) * 0.02
     s, z = (part.to(dtype).double().repeat_interleave(GROUP, dim=2) for part in (scale, zero))
     weight = (q.double() - 8) * s + z
-    if layout == "cpu":
-        words = torch.stack([cpu.pack(expert) for expert in q])
-        pair = torch.stack([scale_and_zero.pack(a, b, dtype) for a, b in zip(scale, zero, strict=True)])
-    else:
-        words = mma_tiled.pack(q.view(-1, K)).view(E, N, -1)
-        pair = mma_tiled.scale_and_zero(scale.view(E * N, -1), zero.view(E * N, -1), dtype, K).view(2, E, N, -1)
-    return words, pair, weight
+    form = LAYOUTS[layout]
+    words = torch.stack([form.pack(expert, 0, N) for expert in q])
+    pairs = [form.pack_scales(a, b, dtype, K) for a, b in zip(scale, zero, strict=True)]
+    return words, torch.stack(pairs, form.experts_axis), weight
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
