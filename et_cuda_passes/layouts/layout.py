@@ -41,7 +41,7 @@ class Layout:
             scale_and_zero, or None if these do not fit each other. ``in_features`` decides where K is padded.
         zero_offset: the number that the layout's kernels subtract from q.
         shift: ``(low, high)`` of a weight's range -> the number that makes its integers unsigned, or None.
-        kernels: device type -> the kernel of the device's libraries. Inductor traces it with fake tensors, so it must not
+        kernels: device type -> the kernel of the device's libraries. Inductor traces it with fake tensors, so it cannot
             read values. Other devices compute from the unpacked weight.
         rows: ``(ids, packed) -> q [*ids.shape, K']``, or None if single rows cannot be read. Plain operators only,
             because Inductor fuses them into one kernel.

@@ -124,8 +124,8 @@ def pack_experts(
         scale, zero = (F.pad(part.view(count, n, -1), (0, 0, 0, padding)).flatten(0, 1) for part in parts)
         # All experts at once: a layout may leave out the zeros, for all experts or for none.
         pairs = layout.pack_scales(scale, zero, dtype, weight.in_features)
-        stacked: Tensor = pairs.unflatten(1, (count, n + padding)).movedim(1, axis)
-        return stacked.contiguous()
+        # Not contiguous(), which keeps the strides of axes of size 1.
+        return torch.stack(pairs.unflatten(1, (count, n + padding)).unbind(1), axis)
 
     form = ("experts", layout.name, kernel.out_multiple, shift, count)
     return (
