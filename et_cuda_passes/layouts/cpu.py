@@ -165,4 +165,5 @@ LAYOUT = Layout(
     kernels={"cpu": _int4pack_mm},
     # No rows: the order of rows inside a block depends on the instruction set.
     experts_axis=0,
+    host_specific=True,
 )

@@ -48,6 +48,7 @@ class Layout:
         row_scales: ``(ids, scale_and_zero, groups) -> scale, zero``, each [*ids.shape, groups]; None as for ``rows``.
         experts_axis: the axis of scale_and_zero along which experts are stacked, or None if the layout has no operators
             for experts.
+        host_specific: whether a packed weight is valid only on hosts with the instruction set of the host that packed.
     """
 
     name: str
@@ -62,3 +63,4 @@ class Layout:
     rows: Callable[[Tensor, Tensor], Tensor] | None = None
     row_scales: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None = None
     experts_axis: int | None = None
+    host_specific: bool = False

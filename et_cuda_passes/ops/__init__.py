@@ -23,6 +23,7 @@ __all__ = [
     "INT4_LINEARS",
     "INT8_EMBEDDING",
     "INT8_LINEAR",
+    "MMA_TILED",
     "Int4Experts",
     "Int4Linear",
 ]

@@ -15,9 +15,9 @@ from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, Rule, requirement
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.ops import MMA_TILED
 
-LINEAR = INT4_LINEARS["mma_tiled"].op
+LINEAR = MMA_TILED.op
 
 
 def activation_of(node: Node) -> str | None:

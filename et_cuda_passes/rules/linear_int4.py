@@ -15,8 +15,7 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.ops.int4_linear_mma_tiled import MMA_TILED
+from et_cuda_passes.ops import INT4_LINEARS, MMA_TILED
 from et_cuda_passes.quant.affine import QuantizedWeight, weight_of
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.packed_linear import PackedLinear

@@ -1,13 +1,14 @@
 """The int4 operators that a program already contains, and the targets that run them."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from et_cuda_passes.graph.operators import op_of
+from et_cuda_passes.layouts import LAYOUTS
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.targets import get_target, targets
 from et_cuda_passes.targets.target import Target
@@ -24,6 +25,11 @@ _OPERATORS: Mapping[Any, tuple[str, tuple[str, ...]]] = {
 def packed_layouts(program: ExportedProgram) -> Counter[str]:
     """Count the operators of ``program`` that read packed int4 weights, by layout, subgraphs included."""
     return Counter(_OPERATORS[operator][0] for operator in _packed(program))
+
+
+def is_host_specific(layouts: Iterable[str]) -> bool:
+    """Whether one of the layouts depends on the instruction set of the host that packed."""
+    return any(LAYOUTS[name].host_specific for name in layouts)
 
 
 def unsupported_layouts(program: ExportedProgram, target: Target) -> Counter[str]:
