@@ -12,7 +12,7 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import GroupRule, Keep, Rule, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
@@ -63,12 +63,12 @@ __all__ = [
     "GroupRule",
     "GroupedMmInt4",
     "Int4Gate",
-    "Int4Kernel",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
     "KeepDynamicPerTensor",
     "KeepStaticInt8",
+    "Kernel",
     "LinearInt4",
     "LinearInt8",
     "LinearViews",
@@ -113,6 +113,7 @@ _LAZY = {
 _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
+    "Int4Kernel": "Kernel",
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",

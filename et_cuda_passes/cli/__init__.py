@@ -28,7 +28,7 @@ from et_cuda_passes.executorch.lower import Progress, missing, staged
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.targets.packed import packed_layouts
+from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
 from et_cuda_passes.targets.rewrite import check_expectations, check_expected
 
 require_version("typer")
@@ -120,7 +120,7 @@ def lower(
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
         list_files(files)
-        if packed_layouts(program)["cpu"]:
+        if is_host_specific(packed_layouts(program)):
             typer.echo(
                 f"packed for {torch.backends.cpu.get_cpu_capability()}: runs on hosts of this instruction set only"
             )

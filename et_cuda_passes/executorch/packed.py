@@ -21,7 +21,12 @@ from et_cuda_passes.executorch import archive
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import Target, get_target
-from et_cuda_passes.targets.packed import foreign_layouts, packed_for, packed_layouts
+from et_cuda_passes.targets.compatibility import (
+    is_host_specific,
+    packed_layouts,
+    targets_supporting,
+    unsupported_layouts,
+)
 
 _RECORD = "et_cuda_passes.json"
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
@@ -177,8 +182,8 @@ def _register_operators(program: bytes) -> None:
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
-    foreign = foreign_layouts(model.program, target)
-    made_for = record.get("target") or (next(iter(packed_for(model.program)), "") if foreign else "")
+    foreign = unsupported_layouts(model.program, target)
+    made_for = record.get("target") or (next(iter(targets_supporting(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
         # For none, where two targets' rewrites stand in one program.
@@ -188,7 +193,7 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
             f"{instead}"
         )
     here = torch.backends.cpu.get_cpu_capability()
-    if model.packed["cpu"] and record.get("cpu_capability", here) != here:
+    if is_host_specific(model.packed) and record.get("cpu_capability", here) != here:
         raise ModelError(
             f"{path} is packed for {record['cpu_capability']}, and this host has {here}; the cpu layout depends on the "
             "instruction set: pack the original program on this host"

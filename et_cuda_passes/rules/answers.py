@@ -8,9 +8,9 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import QuantizedWeight, weight_values
-from et_cuda_passes.rules.int4_weight import offset, scale_and_zero_of
+from et_cuda_passes.rules.packing import int4_shift, scale_and_zero_of
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
@@ -30,7 +30,7 @@ def one_dtype(m: Match, *read: Node) -> Answer:
 
 def four_bits(weight: QuantizedWeight) -> Answer:
     """Whether the range fits 0..15 once shifted."""
-    return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+    return int4_shift(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
 
 
 def whole_tiles(weight: QuantizedWeight, multiple: int, what: str = "this layer") -> Answer:
@@ -39,7 +39,7 @@ def whole_tiles(weight: QuantizedWeight, multiple: int, what: str = "this layer"
     return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave {what} unquantized"
 
 
-def compiled_there(m: Match, kernel: Int4Kernel) -> Answer:
+def compiled_there(m: Match, kernel: Kernel) -> Answer:
     """Whether the kernel is compiled where the root stands: some are not inside control flow."""
     subgraphs = m.program.subgraphs
     good = kernel.in_control_flow or not subgraphs.in_control_flow(m.root)
@@ -61,6 +61,6 @@ def finite(tables: Iterable[Tensor | None]) -> Answer:
 
 def finite_pair(m: Match, weight: QuantizedWeight, dtype: torch.dtype) -> Answer:
     """Whether the scales and zeros of an int4 kernel are finite in their dtype."""
-    shift = offset(weight)
+    shift = int4_shift(weight)
     assert shift is not None
     return finite(part.to(dtype) for part in scale_and_zero_of(weight_values(m.program, weight), shift))

@@ -14,7 +14,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import dequantized
 from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts
@@ -37,9 +37,9 @@ class ChosenExpertsInt4(PackedExperts):
         )
 
     @staticmethod
-    def form(m: Match) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """One that can be read expert by expert."""
-        found: Int4Kernel | None = m.target.int4_chosen_experts
+        found: Kernel | None = m.target.kernel("int4_indexed_experts")
         return found
 
     @requirement("a list of experts' numbers", hint="flatten the ids: weight[ids.reshape(-1)]")

@@ -17,7 +17,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import QuantizedWeight, dequantized
 from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
@@ -41,9 +41,9 @@ class EinsumInt4(PackedExperts):
         return any_of(einsum(..., [x, weight], ...), einsum(..., [weight, x], ..., name=LEFT))
 
     @staticmethod
-    def form(m: Match) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """One for all experts, or one that can be read expert by expert."""
-        found: Int4Kernel | None = m.target.int4_experts if m.ids is None else m.target.int4_chosen_experts
+        found: Kernel | None = m.target.kernel("int4_experts" if m.ids is None else "int4_indexed_experts")
         return found
 
     @staticmethod

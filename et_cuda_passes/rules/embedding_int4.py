@@ -12,12 +12,12 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS
 from et_cuda_passes.quant.affine import weight_of
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int4_weight import native_group_size, pack
 from et_cuda_passes.rules.packed_table import PackedTable
+from et_cuda_passes.rules.packing import pack_int4
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class EmbeddingInt4(PackedTable):
     """embedding(dequantize(int4 table), ids) -> int4_embedding(ids, packed, scale_and_zero)"""
 
     @staticmethod
-    def table(m: Match) -> Int4Kernel:
+    def table(m: Match) -> Kernel:
         """How the target holds an int4 table.
 
         Raises:
             Unmet: it has no such form.
         """
-        found: Int4Kernel | None = m.target.int4_table
+        found: Kernel | None = m.target.kernel("int4_table")
         if found is None:
             raise Unmet(f"target {m.target.name}, which has no int4 table")
         return found
@@ -44,8 +44,9 @@ class EmbeddingInt4(PackedTable):
     @requirement("a group size that one of the layout's divides", hint="quantize with PerGroup(32)")
     def native_group(self, m: Match) -> Answer:
         """As for a linear."""
-        size = weight_of(m).group_size
-        return native_group_size(size, self.table(m)) is not None, f"group size {size}"
+        weight = weight_of(m)
+        size = weight.group_size
+        return self.table(m).native_group_size(size, weight.in_features) is not None, f"group size {size}"
 
     @requirement("rows that the layout's tiles divide", hint="leave this layer unquantized")
     def row_length(self, m: Match) -> Answer:
@@ -71,8 +72,8 @@ class EmbeddingInt4(PackedTable):
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""
         weight, form, dtype = weight_of(m), self.table(m), m.val(m.root).dtype
-        packed, qparams = pack(b, [weight], form, form.scale_dtype or dtype)
-        group_size = native_group_size(weight.group_size, form)
+        packed, qparams = pack_int4(b, [weight], form, form.scale_dtype or dtype)
+        group_size = form.native_group_size(weight.group_size, weight.in_features)
         # Said where there is padding behind them, which an id may not name.
         rows = [weight.out_features] if weight.out_features % form.out_multiple else []
         operator = INT4_EMBEDDINGS[form.layout]

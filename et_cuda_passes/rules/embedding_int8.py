@@ -11,12 +11,11 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int8 import Int8Kernel
 from et_cuda_passes.ops import INT8_EMBEDDING
 from et_cuda_passes.quant.affine import weight_of, weight_values
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int8_weight import offset, pack
 from et_cuda_passes.rules.packed_table import PackedTable
+from et_cuda_passes.rules.packing import int8_shift, pack_int8
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class EmbeddingInt8(PackedTable):
     def eight_bits(self, m: Match) -> Answer:
         """The range fits -128..127 once shifted."""
         weight = weight_of(m)
-        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+        return int8_shift(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
 
     @requirement("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
     def finite(self, m: Match) -> Answer:
@@ -45,6 +44,5 @@ class EmbeddingInt8(PackedTable):
         """Take the integers and call the operator."""
         weight, dtype = weight_of(m), m.val(m.root).dtype
         # Plain operators have every group size.
-        form = Int8Kernel("table", (dtype,), (weight.group_size,), zeros=True)
-        packed, scale, zero = pack(b, weight, form, dtype)
+        packed, scale, zero = pack_int8(b, weight, weight.group_size, dtype)
         return b.call(INT8_EMBEDDING, m.ids, packed, scale, zero, weight.group_size, dtype)

@@ -21,11 +21,11 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Answer, GroupRule, requirement
 from et_cuda_passes.quant.affine import weight_of
 from et_cuda_passes.quant.dynamic import decode_dynamic
-from et_cuda_passes.rules.int4_activation import ACTIVATIONS
+from et_cuda_passes.rules.int4_activation import activation_of
 from et_cuda_passes.rules.int4_combine import COMBINED, combinable
-from et_cuda_passes.rules.int4_weight import offset
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.packed_linear import is_vector
+from et_cuda_passes.rules.packing import int4_shift
 
 aten = torch.ops.aten
 
@@ -106,7 +106,7 @@ class FusedLinearInt4(GroupRule, LinearInt4):
         form = (weight.group_size, weight.quant_min, weight.quant_max, weight.storage_dtype, weight.scale_dtype)
         # Of what is multiplied: ``x``, or the view of it that stands behind its quantization where that is dropped.
         rows = m.val(m.rows if "rows" in m.match.bindings else m.x)
-        return (x, str(tuple(rows.shape)), rows.dtype, weight.in_features, offset(weight), *form)
+        return (x, str(tuple(rows.shape)), rows.dtype, weight.in_features, int4_shift(weight), *form)
 
     def rewrite_group(self, b: Builder, ms: Sequence[Match]) -> Sequence[Node]:
         """One linear of all rows, cut where one weight ends and the next begins."""
@@ -126,7 +126,7 @@ def _epilogue(m: Match) -> Node | None:
     node = m.root
     while len(node.users) == 1:
         (user,) = node.users
-        if op_of(user) in ACTIVATIONS:
+        if activation_of(user) is not None:
             return user
         if op_of(user) in COMBINED:
             others = [other for other in user.all_input_nodes if other is not node]

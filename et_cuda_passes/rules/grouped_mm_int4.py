@@ -13,7 +13,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.affine import dequantized
 from et_cuda_passes.rules.packed_experts import PackedExperts
@@ -35,9 +35,9 @@ class GroupedMmInt4(PackedExperts):
         return op(*_grouped_mms())(x, operand(dequantized(..., name="weight", shared=True)), offs)
 
     @staticmethod
-    def form(m: Match) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """One for all experts."""
-        found: Int4Kernel | None = m.target.int4_experts
+        found: Kernel | None = m.target.kernel("int4_experts")
         return found
 
     @requirement("rows [M, K] and the ends of the experts' rows [E]", hint="sort the rows by expert and flatten them")

@@ -14,13 +14,12 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.ops import INT4_LINEARS, MMA_TILED
 from et_cuda_passes.quant.affine import QuantizedWeight, weight_of
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int4_weight import native_group_size, pack
-from et_cuda_passes.rules.named import named
 from et_cuda_passes.rules.packed_linear import PackedLinear
+from et_cuda_passes.rules.packing import pack_int4
 from et_cuda_passes.rules.tilings_told import tilings_told
 
 
@@ -37,15 +36,14 @@ class LinearInt4(PackedLinear):
     kernel: str | None = None
     cast_to_bf16: bool = False
 
-    def chosen_kernel(self, m: Match) -> Int4Kernel:
+    def chosen_kernel(self, m: Match) -> Kernel:
         """The kernel that ``kernel`` names.
 
         Raises:
             ValueError: the target has no kernel of that name.
             Unmet: the target has no int4 kernel at all.
         """
-        kernels: tuple[Int4Kernel, ...] = m.target.int4_kernels
-        chosen = named(kernels, self.kernel, f"target {m.target.name} has no int4 kernel")
+        chosen: Kernel | None = m.target.kernel("int4_linear", self.kernel)
         if chosen is None:
             raise Unmet(f"target {m.target.name}, which has no int4 kernel")
         return chosen
@@ -71,7 +69,7 @@ class LinearInt4(PackedLinear):
         nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
         hint = f"the nearest that {kernel.name} has is {nearest}: quantize with PerGroup({nearest})"
         hint = "" if k % nearest else hint
-        return native_group_size(size, kernel) is not None, f"group size {size}", hint
+        return kernel.native_group_size(size, k) is not None, f"group size {size}", hint
 
     @requirement("in_features that the kernel's tiles divide")
     def in_features(self, m: Match) -> Answer:
@@ -110,9 +108,9 @@ class LinearInt4(PackedLinear):
 
     def explain(self, *ms: Match) -> str:
         """Which tilings the Triton kernel has for the weight, by the rows of x as far as they are known."""
-        first, kernel = ms[0], self.chosen_kernel(ms[0])
-        group_size = native_group_size(weight_of(first).group_size, kernel)
-        if kernel.layout != "mma_tiled" or group_size is None:
+        first, kernel, weight = ms[0], self.chosen_kernel(ms[0]), weight_of(ms[0])
+        group_size = kernel.native_group_size(weight.group_size, weight.in_features)
+        if INT4_LINEARS[kernel.layout] is not MMA_TILED or group_size is None:
             return ""
         n, k = sum(weight_of(m).out_features for m in ms), weight_of(first).in_features
         return tilings_told(first.val(first.x), n, k, group_size)
@@ -128,8 +126,8 @@ class LinearInt4(PackedLinear):
         kernel, x, given = self.chosen_kernel(m), self.input(b, m), m.val(m.x).dtype
         dtype = self.compute_dtype(m)
         assert dtype is not None
-        packed, qparams = pack(b, weights, kernel, kernel.scale_dtype or dtype, name)
-        group_size = native_group_size(weights[0].group_size, kernel)
+        packed, qparams = pack_int4(b, weights, kernel, kernel.scale_dtype or dtype, name)
+        group_size = kernel.native_group_size(weights[0].group_size, weights[0].in_features)
         if dtype != given:
             x = b.cast(x, dtype)
             bias = None if bias is None else b.cast(bias, dtype)

@@ -14,14 +14,13 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.quant.affine import weight_of, weight_values
 from et_cuda_passes.quant.forms import needs_python_kernel
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int8_weight import is_symmetric, offset, pack
-from et_cuda_passes.rules.named import named
 from et_cuda_passes.rules.packed_linear import PackedLinear
+from et_cuda_passes.rules.packing import int8_shift, is_symmetric, pack_int8
 from et_cuda_passes.rules.tilings_told import tilings_told
 
 
@@ -38,18 +37,17 @@ class LinearInt8(PackedLinear):
 
     kernel: str | None = None
 
-    def chosen_kernel(self, m: Match) -> Int8Kernel:
+    def chosen_kernel(self, m: Match) -> Kernel:
         """The kernel that ``kernel`` names; by default plain operators for what the target would not compile as it is.
 
         Raises:
             ValueError: the target has no kernel of that name.
             Unmet: the target has no int8 kernel at all.
         """
-        plain: Int8Kernel | None = m.target.int8_plain
+        plain: Kernel | None = m.target.kernel("int8_plain")
         if plain is not None and self.kernel is None and needs_python_kernel(m.weight):
             return plain
-        kernels: tuple[Int8Kernel, ...] = m.target.int8_kernels
-        chosen = named(kernels, self.kernel, f"target {m.target.name} has no int8 kernel")
+        chosen: Kernel | None = m.target.kernel("int8_linear", self.kernel)
         if chosen is None:
             raise Unmet(f"target {m.target.name}, which has no int8 kernel")
         return chosen
@@ -60,7 +58,7 @@ class LinearInt8(PackedLinear):
         try:
             self.chosen_kernel(m)
         except Unmet as unmet:
-            k, narrower = weight_of(m).in_features, m.target.int4_kernels
+            k, narrower = weight_of(m).in_features, m.target.kernels.get("int4_linear", ())
             whole = any(k % kernel.in_multiple == 0 for kernel in narrower)
             advised = f"quantize with {m.target.advised.eight_bits}"
             return False, str(unmet), advised if whole else "leave this layer unquantized"
@@ -70,7 +68,7 @@ class LinearInt8(PackedLinear):
     def eight_bits(self, m: Match) -> Answer:
         """The range fits -128..127 once shifted."""
         weight = weight_of(m)
-        return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+        return int8_shift(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
 
     @requirement("a group size that the kernel has")
     def native_group(self, m: Match) -> Answer:
@@ -131,6 +129,7 @@ class LinearInt8(PackedLinear):
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Take the integers and call the operator."""
         weight, kernel, x = weight_of(m), self.chosen_kernel(m), self.input(b, m)
-        packed, scale, zero = pack(b, weight, kernel, kernel.scale_dtype or m.val(m.x).dtype)
         group_size = kernel.native_group_size(weight.group_size, weight.in_features)
+        assert group_size is not None
+        packed, scale, zero = pack_int8(b, weight, group_size, kernel.scale_dtype or m.val(m.x).dtype)
         return self.output(b, m, b.call(INT8_LINEAR, x, packed, scale, zero, self.kernel_bias(m), group_size))

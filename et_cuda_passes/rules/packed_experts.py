@@ -13,12 +13,12 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer, requirement
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import QuantizedWeight
 from et_cuda_passes.quant.experts import as_matrix, as_transposed_matrix, num_experts
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int4_weight import native_group_size, pack_experts
 from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.packing import pack_experts
 from et_cuda_passes.rules.stack import TURNED
 
 aten = torch.ops.aten
@@ -42,10 +42,10 @@ class PackedExperts(NeedsValues):
 
     @staticmethod
     @abstractmethod
-    def form(m: Match) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """How the target holds the weights for this product."""
 
-    def kernel(self, m: Match) -> Int4Kernel:
+    def kernel(self, m: Match) -> Kernel:
         """:meth:`form`, which there is.
 
         Raises:
@@ -88,8 +88,9 @@ class PackedExperts(NeedsValues):
     @requirement("a group size that one of the kernel's divides", hint="quantize in groups of 32")
     def native_group(self, m: Match) -> Answer:
         """As for a linear."""
-        size = self.weights(m).group_size
-        return native_group_size(size, self.kernel(m)) is not None, f"group size {size}"
+        weight = self.weights(m)
+        size = weight.group_size
+        return self.kernel(m).native_group_size(size, weight.in_features) is not None, f"group size {size}"
 
     @requirement("in_features that the kernel's tiles divide")
     def in_features(self, m: Match) -> Answer:
@@ -148,7 +149,7 @@ class PackedExperts(NeedsValues):
         """A call of ``operator`` of x, the packed weights, and what chooses among them."""
         weight, kernel, count = self.weights(m), self.kernel(m), m.memoize(num_experts, "weight")
         packed, qparams = pack_experts(b, weight, count, kernel, kernel.scale_dtype or m.val(m.x).dtype)
-        group_size = native_group_size(weight.group_size, kernel)
+        group_size = kernel.native_group_size(weight.group_size, weight.in_features)
         return b.call(operator, x, packed, qparams, chosen, group_size, weight.out_features // count)
 
     @staticmethod

@@ -160,7 +160,7 @@ def _offset(weight: QuantizedWeight, bits: int) -> int | None:
 def _fitting(weight: QuantizedWeight) -> Iterator[int]:
     """The widths of tables that hold ``weight``, narrowest first."""
     for bits in embedding_table.BITS:
-        if _offset(weight, bits) is not None and weight.in_features % embedding_table.in_byte(bits) == 0:
+        if _offset(weight, bits) is not None and weight.in_features % embedding_table.weights_per_byte(bits) == 0:
             yield bits
 
 

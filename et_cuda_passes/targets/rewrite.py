@@ -14,7 +14,7 @@ from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
 from et_cuda_passes.quant.unwrapping import unwrapped
 from et_cuda_passes.targets import default_passes, get_target
-from et_cuda_passes.targets.packed import packed_warnings
+from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.target import Target
 
 

@@ -22,7 +22,7 @@ from torchao.quantization.granularity import PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import QuantizedWeight, decode, weight_values
 from et_cuda_passes.quant.forms import is_dequantize
 from et_cuda_passes.quant.unwrapping import unwrapped
@@ -36,7 +36,10 @@ ROUNDOFF = 2.0**-8
 
 GENERAL = dataclasses.replace(
     get_target("cpu"),
-    int8_kernels=(Int8Kernel("general", (torch.bfloat16, torch.float32), (16, 32), zeros=True),),
+    kernels={
+        **get_target("cpu").kernels,
+        "int8_linear": (Kernel("general", "int8", (torch.bfloat16, torch.float32), (16, 32), per_row=True),),
+    },
     passes=lambda: [ecp.LinearInt8()],
 )
 

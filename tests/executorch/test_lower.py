@@ -18,7 +18,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
 from et_cuda_passes.executorch.lower import lower, missing, staged
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
-from et_cuda_passes.targets.packed import packed_layouts
+from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
 from tests.saved import save
 

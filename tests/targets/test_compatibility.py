@@ -1,11 +1,11 @@
-"""A program that is packed already: told apart by layout, warned about where the target does not run it."""
+"""Programs that contain packed weights already: layouts, supporting targets, and warnings."""
 
 import pytest
 import torch
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.targets.packed import packed_layouts
+from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
 from tests.quantized import Quantized
 
@@ -16,7 +16,9 @@ def exported() -> ExportedProgram:
 
 
 @pytest.mark.parametrize(("first", "layout"), [("cuda", "mma_tiled"), ("metal", "metal"), ("cpu", "cpu")])
-def test_what_another_target_packed_is_warned_about(exported: ExportedProgram, first: str, layout: str) -> None:
+def test_rewrite_warns_about_weights_packed_for_other_target(
+    exported: ExportedProgram, first: str, layout: str
+) -> None:
     packed, report = ecp.rewrite(exported, first)
     assert report.warnings == []
     for other in set(ecp.targets()) - {first}:
@@ -26,19 +28,19 @@ def test_what_another_target_packed_is_warned_about(exported: ExportedProgram, f
         assert f"packed already for target {first}" in warning
 
 
-def test_what_was_packed_for_the_target_is_said_to_be(exported: ExportedProgram) -> None:
+def test_rewrite_reports_program_packed_for_same_target(exported: ExportedProgram) -> None:
     packed, _ = ecp.rewrite(exported, "cuda")
     _, report = ecp.rewrite(packed, "cuda")
     assert report.warnings == ["the program is packed already: 1 x mma_tiled"]
 
 
-def test_a_packed_program_does_not_reach_xnnpack(exported: ExportedProgram) -> None:
+def test_xnnpack_partitioner_rejects_packed_program(exported: ExportedProgram) -> None:
     packed, _ = ecp.rewrite(exported, "cuda")
     with pytest.raises(ValueError, match="packed already for target cuda"):
         ecp.XnnpackPartitioner().transform_for_pre_decomposition(packed)
 
 
-def test_tables_and_experts_count() -> None:
+def test_packed_layouts_counts_tables() -> None:
     sketch = Sketch()
     ids = sketch.input("ids", 3, dtype=torch.int64)
     table = sketch.weight("table", n=64, k=64)
