@@ -128,8 +128,8 @@ def test_a_hostile_name_in_safetensors_reaches_no_terminal(tmp_path: Path) -> No
 def test_a_delegated_program_that_is_none_is_refused(
     suffix: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.executorch.delegated import write
-    from tests.executorch.test_delegate_files import small
+
+    from tests.delegate.delegated import small, write
 
     path = write(tmp_path, {"forward": small()})
     data = {"a pickle": saved(MakesFolder(tmp_path / "marker")), "a zip file": b"PK\x03\x04", "zeros": bytes(4096)}
