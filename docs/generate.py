@@ -97,8 +97,8 @@ def rules_page() -> str:
         if fields:
             rows = [(f"`{f.name}`", f"`{getattr(rule, f.name)!r}`", options.get(f.name, "")) for f in fields]
             parts.append(table(["option", "default", "meaning"], rows))
-        if rule.requires:
-            rows = [(need.wanted, need.stage, need.hint or "depends on what is found") for need in rule.requires]
+        if rule.requirements:
+            rows = [(need.wanted, need.stage, need.hint or "depends on what is found") for need in rule.requirements]
             parts.append(table(["requires", "read from", "hint"], rows))
     return "\n\n".join(parts)
 

@@ -11,7 +11,7 @@ from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import GroupRule, Keep, Rule, requirement
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
@@ -58,6 +58,7 @@ __all__ = [
     "EmbeddingInt4",
     "EmbeddingInt8",
     "ExpectationError",
+    "Failure",
     "FoldDequantize",
     "FusedLinearInt4",
     "GroupRule",
@@ -75,11 +76,13 @@ __all__ = [
     "Match",
     "MetalPartitioner",
     "ModelError",
+    "Notes",
     "Outcome",
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
     "Report",
+    "Requirement",
     "Rule",
     "RuleError",
     "Target",

@@ -250,7 +250,7 @@ def _described(rule: ecp.Rule) -> dict[str, Any]:
     return {
         "name": rule.name,
         "rewrite": (getdoc(type(rule)) or "").partition("\n")[0],
-        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requires],
+        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
         "options": {option.name: getattr(rule, option.name) for option in options},
     }
 

@@ -26,7 +26,17 @@ from et_cuda_passes.graph.passes import Pass, parse, quiet_rules, stages
 from et_cuda_passes.graph.pattern import root_ops
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason, Report
-from et_cuda_passes.graph.rule import Answer, GroupRule, Keep, Requirement, Rule, Stage, call_hook, compile_pattern
+from et_cuda_passes.graph.rule import (
+    Failure,
+    GroupRule,
+    Keep,
+    Notes,
+    Requirement,
+    Rule,
+    Stage,
+    call_hook,
+    compile_pattern,
+)
 from et_cuda_passes.graph.selection import Claim, group_matches, select_matches, taken
 
 FindCandidates = Callable[[Program], Iterable[Candidate]]
@@ -102,12 +112,13 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, tracker: Ou
     # Keeps are written first: a weight all of whose readers are kept is not rewritten under their feet.
     for claim in sorted((claims[i] for i in chosen), key=lambda claim: not isinstance(claim.rule, Keep)):
         rule, ms = claim.rule, [m for m in claim.matches if not tracker.all_readers_decided(m.match)]
+        notes = call_hook(rule, "notes", ms[0].root, program, partial(rule.notes, *ms)) if ms else Notes()
+        if not isinstance(notes, Notes):
+            raise RuleError(f"rule {rule.name}: notes must return Notes(note, explanation); it returned {notes!r}")
         for m in ms:
-            note, detail, explanation = call_hook(
-                rule, "note, summary or explain", m.root, program, partial(_describe_match, rule, m, ms)
-            )
+            detail = call_hook(rule, "summary", m.root, program, partial(rule.summary, m))
             detail = ", ".join(filter(None, (detail, f"{len(ms)} in one" if len(ms) > 1 else "")))
-            told = (note, detail, explanation)
+            told = (notes.note, detail, notes.explanation)
             if isinstance(rule, Keep):
                 program.kept.update(m.match.owned)
                 program.kept_operands.update(m.match.shared)
@@ -120,10 +131,6 @@ def _run_rules(stage: Sequence[Pass], program: Program, target: Any, tracker: Ou
     if any(not isinstance(claims[i].rule, Keep) for i in chosen):  # else what was read stays known to the next stage
         eliminate_dead_nodes(program, tracker.is_undecided)
         program.refresh()
-
-
-def _describe_match(rule: Rule, m: Match, ms: Sequence[Match]) -> tuple[str, str, str]:
-    return rule.note(m), rule.summary(m), rule.explain(*ms)
 
 
 def _match_stage(stage: Sequence[Pass], program: Program, target: Any, tracker: OutcomeTracker) -> list[Claim]:
@@ -146,7 +153,7 @@ def _match_stage(stage: Sequence[Pass], program: Program, target: Any, tracker: 
                 for reached in filter(tracker.is_undecided, places):
                     tracker.add_miss(reached, Reason(rule.name, "match", found.wanted, found.found))
                 continue
-            m = Match(found, program, target, form.captures)
+            m = Match(found, program, target, rule, form.captures)
             reasons = _failed_requirements(rule, m, "metadata") or _failed_requirements(rule, m, "values")
             if reasons:
                 tracker.add_failures(found, reasons)
@@ -163,31 +170,31 @@ def _failed_requirements(rule: Rule, m: Match, stage: Stage) -> list[Reason]:
     inner = (*m.match.owned[1:], *m.match.shared) if stage == "metadata" else taken(rule, m)
     for node in m.program.boundary_nodes.intersection(inner):
         reasons = [Reason(rule.name, "match", "nodes on one side of a preserved module's boundary", node.name)]
-    for requirement in rule.requires:
+    for requirement in rule.requirements:
         if requirement.stage != stage:
             continue
         try:
-            holds, found, *better = _check_requirement(rule, requirement, m)
+            failure = _check_requirement(rule, requirement, m)
         except Unmet as unmet:
-            # A question that cannot be asked fails every require that asks it; once in the report is enough.
-            holds, found, better = False, str(unmet), []
-            if any(reason.found == found for reason in reasons):
+            # A decoder that raises does so in every requirement that calls it; the report says it once.
+            failure = Failure(str(unmet))
+            if any(reason.found == failure.found for reason in reasons):
                 continue
-        if not holds:
-            hint = better[0] if better else requirement.hint
-            reasons.append(Reason(rule.name, stage, requirement.wanted, found, hint))
+        if failure is not None:
+            hint = requirement.hint if failure.hint is None else failure.hint
+            reasons.append(Reason(rule.name, stage, requirement.wanted, failure.found, hint))
     return reasons
 
 
-def _check_requirement(rule: Rule, requirement: Requirement, m: Match) -> Answer:
-    what = f"require {requirement.wanted!r}"
-    answer = call_hook(rule, what, m.root, m.program, lambda: requirement.check(rule, m))
-    if not isinstance(answer, tuple) or len(answer) not in (2, 3) or not isinstance(answer[0], bool):
-        raise RuleError(
-            f"rule {rule.name}: the require {requirement.wanted!r} must return (holds, found) or (holds, found, hint), "
-            f"with holds a bool (of a dynamic size, what statically_known_true says); it returned {answer!r}"
-        )
-    return answer
+def _check_requirement(rule: Rule, requirement: Requirement, m: Match) -> Failure | None:
+    what = f"requirement {requirement.wanted!r}"
+    answer: Any = call_hook(rule, what, m.root, m.program, lambda: requirement.check(m))
+    if answer is None or isinstance(answer, Failure):
+        return answer
+    raise RuleError(
+        f"rule {rule.name}: the requirement {requirement.wanted!r} must return None where it holds, and a Failure "
+        f"where it does not; it returned {answer!r}"
+    )
 
 
 def _emit(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node, Sequence[Node]]:

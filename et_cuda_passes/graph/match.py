@@ -13,16 +13,20 @@ _T = TypeVar("_T")
 
 
 class Match:
-    """One match inside its program, for one target; handed to a rule's requires and to ``rewrite``.
+    """One match of ``rule`` inside its program, for one target. Requirements, texts and ``rewrite`` read it.
 
-    A capture ``x`` is ``m.x`` (a node, a constant, or None for an absent optional one).
+    A capture ``x`` is ``m.x`` (a node, a constant, or None for an absent optional one), an option of the rule
+    ``m.rule.option``.
     """
 
-    def __init__(self, match: MatchResult, program: Program, target: Any, captures: Iterable[str] = ()) -> None:
+    def __init__(
+        self, match: MatchResult, program: Program, target: Any, rule: Any, captures: Iterable[str] = ()
+    ) -> None:
         self.match = match
         self.captures = frozenset(captures)
         self.program = program
         self.target = target
+        self.rule = rule
 
     def __getattr__(self, name: str) -> Any:
         match = self.__dict__.get("match")

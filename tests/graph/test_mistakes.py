@@ -74,9 +74,9 @@ def test_a_capture_that_some_alternatives_lack_is_optional() -> None:
 
 
 def test_a_require_is_given_text_and_a_stage_that_exists() -> None:
-    with pytest.raises(TypeError, match=r"@requirement\('...'\) above the method"):
+    with pytest.raises(TypeError, match=r"@requirement\('...'\) above the function"):
         requirement(lambda self, m: (False, "nothing"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at one of the stages .*'metadata', 'values'.*, not 'value'"):
+    with pytest.raises(ValueError, match="in one of the stages .*'metadata', 'values'.*, not 'value'"):
         requirement("a thing", stage="value")  # type: ignore[arg-type]
 
 
@@ -103,10 +103,10 @@ def test_a_pass_may_not_be_called_as_an_outcome_is() -> None:
 @pytest.mark.parametrize(
     ("members", "what"),
     [
-        ({"c": requirement("a thing")(lambda self, m: 1 / 0)}, "require 'a thing'"),
+        ({"c": requirement("a thing")(lambda self, m: 1 / 0)}, "requirement 'a thing'"),
         ({"takes": lambda self, m: 1 / 0}, "takes"),
-        ({"summary": lambda self, m: 1 / 0}, "note, summary or explain"),
-        ({"note": lambda self, m: 1 / 0}, "note, summary or explain"),
+        ({"summary": lambda self, m: 1 / 0}, "summary"),
+        ({"notes": lambda self, *ms: 1 / 0}, "notes"),
     ],
 )
 def test_a_question_that_fails_names_its_rule_and_place(members: dict[str, Any], what: str) -> None:
