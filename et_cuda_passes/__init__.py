@@ -17,22 +17,18 @@ from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
+from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
-from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
+from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
-from et_cuda_passes.rules.int4_gate import Int4Gate
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
 from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets import Target, default_passes, targets
@@ -60,10 +56,10 @@ __all__ = [
     "ExpectationError",
     "Failure",
     "FoldDequantize",
+    "FuseGate",
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
-    "Int4Gate",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
@@ -72,7 +68,6 @@ __all__ = [
     "Kernel",
     "LinearInt4",
     "LinearInt8",
-    "LinearViews",
     "Match",
     "MetalPartitioner",
     "ModelError",
@@ -81,6 +76,7 @@ __all__ = [
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
+    "RemoveLinearViews",
     "Report",
     "Requirement",
     "Rule",
@@ -120,6 +116,8 @@ _RENAMED = {
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",
+    "Int4Gate": "FuseGate",
+    "LinearViews": "RemoveLinearViews",
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
