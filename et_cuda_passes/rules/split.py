@@ -2,7 +2,7 @@
 
 ``split``, ``chunk`` and ``unbind`` give views. With executorch 1.5.1 the stock CUDA partitioner lowers no program that
 has one of them, quantized or not. The backend turns the copying form in the edge program back into the view, and a
-later pass of its own refuses that: "Cannot preserve operator aten.split.Tensor because it is a view". Slices are lowered.
+later pass of its own refuses that: "Cannot preserve operator aten.split.Tensor because it is a view". It lowers slices.
 """
 
 import operator
