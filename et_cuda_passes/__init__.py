@@ -15,16 +15,12 @@ from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requireme
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
-from et_cuda_passes.rules.bmm_int4 import BmmInt4
-from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.conv_int8 import ConvInt8
-from et_cuda_passes.rules.einsum_int4 import EinsumInt4
-from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
-from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
+from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
+from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
-from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_gate import Int4Gate
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
@@ -33,7 +29,6 @@ from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
@@ -50,7 +45,6 @@ __all__ = [
     "BmmInt4",
     "Builder",
     "Capture",
-    "ChosenExpertsInt4",
     "ConvInt4",
     "ConvInt8",
     "CudaPartitioner",
@@ -63,6 +57,7 @@ __all__ = [
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
+    "IndexedBmmInt4",
     "Int4Gate",
     "Keep",
     "KeepDynamicInt4",
@@ -117,6 +112,7 @@ _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
     "Int4Kernel": "Kernel",
+    "ChosenExpertsInt4": "IndexedBmmInt4",
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",

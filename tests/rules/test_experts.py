@@ -178,7 +178,7 @@ def test_a_stack_that_several_products_read_is_packed_once() -> None:
         return BMM(w, x[None].expand(E, -1, -1)), CHOSEN(w, x, ids), GROUPED(w, x, offs), CHOSEN(w, x, ids + 0)
 
     program = export(Experts(form), floats(6, K), IDS, OFFS)
-    expect = {"bmm_int4": 1, "chosen_experts_int4": 2, "grouped_mm_int4": 1, "missed": 0}
+    expect = {"bmm_int4": 1, "indexed_bmm_int4": 2, "grouped_mm_int4": 1, "missed": 0}
     on_cuda, _ = assert_rewrites(program, "cuda", expect=expect)
     assert {name: tuple(value.shape) for name, value in constants(on_cuda).items()} == {
         "data.packed": (E, N, 128 // 8),
