@@ -14,7 +14,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Answer, Rule, requirement
-from et_cuda_passes.rules.packed_linear import is_vector
+from et_cuda_passes.rules.requirements import is_vector
 
 _LINEAR, _ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
 

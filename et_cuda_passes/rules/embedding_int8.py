@@ -12,28 +12,17 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Failure, Rule, requirement
+from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.ops import INT8_EMBEDDING
-from et_cuda_passes.quant.affine import dequantized, weight_of, weight_values
-from et_cuda_passes.rules.packing import int8_shift, pack_int8
-from et_cuda_passes.rules.requirements import integers_are_in_range, table_is_grouped_along_k, weight_has_data
-
-
-@requirement("a table of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
-def table_fits_8_bits(m: Match) -> Failure | None:
-    """The range fits -128..127 once shifted."""
-    weight = weight_of(m)
-    if int8_shift(weight) is not None:
-        return None
-    return Failure(f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}")
-
-
-@requirement("scales that are finite in the result's dtype", stage="values", hint="quantize the weight again")
-def scales_are_finite(m: Match) -> Failure | None:
-    """A NaN or infinite scale would make every number of its group NaN or infinite."""
-    scale = weight_values(m.program, weight_of(m)).scale.to(m.val(m.root).dtype)
-    bad = int((~torch.isfinite(scale)).sum())
-    return Failure(f"{bad} that are NaN or infinite") if bad else None
+from et_cuda_passes.quant.affine import dequantized, weight_of
+from et_cuda_passes.rules.packing import int8_scales, pack_int8
+from et_cuda_passes.rules.requirements import (
+    integers_are_in_range,
+    scales_are_finite,
+    weight_fits_8_bits,
+    weight_has_data,
+    weight_is_grouped_along_k,
+)
 
 
 @dataclass(frozen=True)
@@ -45,9 +34,9 @@ class EmbeddingInt8(Rule):
     requirements = (
         weight_has_data,
         integers_are_in_range,
-        table_is_grouped_along_k,
-        table_fits_8_bits,
-        scales_are_finite,
+        weight_is_grouped_along_k,
+        weight_fits_8_bits,
+        scales_are_finite(lambda m: int8_scales(m, m.val(m.root).dtype)),
     )
 
     def pattern(self, ids: Capture) -> Pattern:

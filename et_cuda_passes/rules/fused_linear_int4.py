@@ -24,8 +24,8 @@ from et_cuda_passes.quant.dynamic import decode_dynamic
 from et_cuda_passes.rules.int4_activation import activation_of
 from et_cuda_passes.rules.int4_combine import COMBINED, combinable
 from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.packed_linear import is_vector
 from et_cuda_passes.rules.packing import int4_shift
+from et_cuda_passes.rules.requirements import is_vector
 
 aten = torch.ops.aten
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
@@ -13,15 +12,11 @@ from et_cuda_passes.graph.rule import Answer, requirement
 from et_cuda_passes.quant.affine import dequantized_matrix, weight_of
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.linear import linear
 from et_cuda_passes.rules.packed_weight import PackedWeight
+from et_cuda_passes.rules.patterns import linear
+from et_cuda_passes.rules.requirements import is_vector
 
 aten = torch.ops.aten
-
-
-def is_vector(tensor: torch.Tensor, length: int) -> bool:
-    """Whether it is known to be one of ``length`` numbers."""
-    return tensor.dim() == 1 and statically_known_true(tensor.shape[0] == length)
 
 
 @dataclass(frozen=True, kw_only=True)

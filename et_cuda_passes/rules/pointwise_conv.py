@@ -10,22 +10,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments
-from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.pattern import Capture, Pattern
 from et_cuda_passes.graph.rule import Answer, requirement
 from et_cuda_passes.quant.affine import dequantized
 from et_cuda_passes.rules.packed_linear import PackedLinear
+from et_cuda_passes.rules.patterns import convolution
 
 aten = torch.ops.aten
-
-_convolution = op(
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv3d.default,
-    aten.conv3d.padding,
-    aten.convolution.default,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +28,7 @@ class PointwiseConv(PackedLinear):
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A convolution, its weight dequantized."""
-        return _convolution(self.activation(x), dequantized(..., name="weight", shared=True), bias, ...)
+        return convolution(self.activation(x), dequantized(..., name="weight", shared=True), bias)
 
     @requirement("a weight [N, K] quantized in groups along K")
     def groups(self, m: Match) -> Answer:
