@@ -71,8 +71,8 @@ def result_scale_dtype(m: Match) -> torch.dtype:
 class EmbeddingInt4(Rule):
     """embedding(dequantize(int4 table), ids) -> int4_embedding(ids, packed, scale_and_zero)
 
-    The table is packed for the target's int4 linear if single rows can be read from that layout. A table that is tied to
-    a linear is then stored once.
+    The table is packed for the target's int4 linear if single rows can be read from that layout. A table that is tied
+    to a linear is then stored once.
     """
 
     requirements = (
@@ -120,8 +120,8 @@ class EmbeddingInt4(Rule):
 class EmbeddingInt8(Rule):
     """embedding(dequantize(table of at most 8 bits), ids) -> int8_embedding(ids, packed, scale, zero)
 
-    The constants are those of an int8 linear: a table that is tied to one is stored once. The operator consists of plain
-    operators and has every group size.
+    The constants are those of an int8 linear: a table that is tied to one is stored once. The operator supports every
+    group size, because it is decomposed into plain operators.
     """
 
     # An int4 table is half as large.
@@ -184,7 +184,7 @@ def table_form(weight: QuantizedWeight) -> tuple[int, int]:
 
 
 def stored_zero_points(parts: WeightValues, weight: QuantizedWeight) -> Tensor:
-    """The zero points of the stored integers u, which the kernel reads as u - 2**(bits - 1): fp64 [N, K / group_size]."""
+    """The zero points of the stored integers u, fp64 [N, K / group_size]; the kernel reads u as u - 2**(bits - 1)."""
     bits, offset = table_form(weight)
     points = torch.full(parts.scale.shape, offset - (1 << bits - 1), dtype=torch.float64)
     return points if parts.zero_point is None else points + parts.zero_point.double()
@@ -249,8 +249,8 @@ def zero_points_are_exact(m: Match) -> Failure | None:
 class QuantizedEmbedding(Rule):
     """embedding(dequantize(table), ids) -> quantized_embedding(packed, scale, zero_point, ids)
 
-    The operator is one of ExecuTorch's, and its kernel runs outside of any delegate. The program that loads the ``.pte``
-    needs ExecuTorch's quantized kernels: ``EXECUTORCH_BUILD_KERNELS_QUANTIZED`` in a C++ build,
+    The operator is one of ExecuTorch's, and its kernel runs outside of any delegate. The program that loads the
+    ``.pte`` needs ExecuTorch's quantized kernels: ``EXECUTORCH_BUILD_KERNELS_QUANTIZED`` in a C++ build,
     ``import executorch.kernels.quantized`` in Python.
 
     Attributes:

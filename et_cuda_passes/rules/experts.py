@@ -1,8 +1,8 @@
 """Products of rows with the int4 weights of experts, which are stacked in one tensor [E, N, K].
 
-The stack is packed once, expert by expert, and dequantized inside the kernel. It is packed alike for all of these
-rules, whichever way it is stored and multiplied: several products can share its constants. A linear with one expert that
-a number selects is a match of ``LinearInt4``.
+The stack is packed once, expert by expert, and dequantized inside the kernel. All rules here pack it alike, whichever
+way it is stored and multiplied, so that several products can share its constants. A linear whose expert is selected by
+a number is a match of ``LinearInt4``.
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,7 @@ def packed_product(b: Builder, m: Match, operator: torch._ops.OpOverload, x: Nod
 
 
 def packed_bmm(b: Builder, m: Match, ids: Node | None) -> Node:
-    """What replaces a bmm or a matmul, with its weights on either side."""
+    """The call that replaces a bmm or a matmul, whose stack is its right or its left operand."""
     x: Node = m.x
     if m.val(x).dim() == 2:
         x = b.call(aten.unsqueeze_copy.default if b.program.is_edge else aten.unsqueeze.default, x, 0)
@@ -168,19 +168,19 @@ def stack_is_grouped_along_k(m: Match) -> Failure | None:
     )
 
 
-@requirement("a stack that is multiplied whole, in its own shape", hint="reshape the result instead of the stack")
+@requirement("a stack that is multiplied whole, in its own shape", hint="reshape x to [E, M, K] instead")
 def stack_keeps_its_shape(m: Match) -> Failure | None:
     """The views that a decomposed matmul puts around its operand may change nothing."""
     views = [m.match.bindings[name] for name in ("expanded", "viewed") if name in m.match.bindings]
     if not views:
         return None
-    inner: Any = views[0].args[0]
-    before, after = m.val(inner).shape, m.val(views[-1]).shape
-    if len(before) == len(after) == m.val(views[0]).dim() and all(
-        statically_known_true(a == b) for a, b in zip(before, after, strict=True)
-    ):
+    operand: Any = views[0].args[0]
+    shapes = [m.val(node).shape for node in (operand, *views)]
+    first, *_, last = shapes
+    same_rank = all(len(shape) == len(first) for shape in shapes)
+    if same_rank and all(statically_known_true(a == b) for a, b in zip(first, last, strict=True)):
         return None
-    return Failure(f"{list(before)} as {list(after)}")
+    return Failure(" as ".join(str(list(shape)) for shape in shapes))
 
 
 PACKED_STACK = (
