@@ -35,7 +35,6 @@ from et_cuda_passes.rules.requirements import (
     weight_fits_4_bits,
     weight_fits_8_bits,
     weight_has_data,
-    weight_is_grouped_along_k,
 )
 
 aten = torch.ops.aten
@@ -78,7 +77,6 @@ class EmbeddingInt4(Rule):
     requirements = (
         weight_has_data,
         integers_are_in_range,
-        weight_is_grouped_along_k,
         weight_fits_4_bits,
         kernel_has_group_size,
         kernel_tiles_divide_k,
@@ -129,7 +127,6 @@ class EmbeddingInt8(Rule):
     requirements = (
         weight_has_data,
         integers_are_in_range,
-        weight_is_grouped_along_k,
         weight_fits_8_bits,
         scales_are_finite(lambda m: int8_scales(m, m.val(m.root).dtype)),
     )
@@ -263,7 +260,6 @@ class QuantizedEmbedding(Rule):
     requirements = (
         weight_has_data,
         integers_are_in_range,
-        weight_is_grouped_along_k,
         table_fits_8_bits,
         groups_have_several_weights,
         scales_can_be_counted,
