@@ -15,20 +15,16 @@ from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requireme
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
+from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
-from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
-from et_cuda_passes.rules.int4_gate import Int4Gate
+from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
 from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
 from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
 from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
@@ -54,11 +50,11 @@ __all__ = [
     "ExpectationError",
     "Failure",
     "FoldDequantize",
+    "FuseGate",
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
     "IndexedBmmInt4",
-    "Int4Gate",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
@@ -67,7 +63,6 @@ __all__ = [
     "Kernel",
     "LinearInt4",
     "LinearInt8",
-    "LinearViews",
     "Match",
     "MetalPartitioner",
     "ModelError",
@@ -76,6 +71,7 @@ __all__ = [
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
+    "RemoveLinearViews",
     "Report",
     "Requirement",
     "Rule",
@@ -116,6 +112,8 @@ _RENAMED = {
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",
+    "Int4Gate": "FuseGate",
+    "LinearViews": "RemoveLinearViews",
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's

@@ -3,13 +3,10 @@
 import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
+from et_cuda_passes.rules.epilogue import RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.targets.target import INT8, PLAIN, Target
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,6 +53,6 @@ CPU = Target(
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
-        LinearViews(),
+        RemoveLinearViews(),
     ],
 )

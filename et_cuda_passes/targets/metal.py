@@ -4,12 +4,10 @@ import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.advised import SuggestedSchemes
-from et_cuda_passes.rules.conv_int4 import ConvInt4
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
+from et_cuda_passes.rules.epilogue import RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.linear import ConvInt4, LinearInt4, LinearInt8
 from et_cuda_passes.targets.target import PLAIN, Target
 
 # torchao's build of the kernel has fp16 and ExecuTorch's has not; a lowered program must run in ExecuTorch.
@@ -52,6 +50,6 @@ METAL = Target(
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
-        LinearViews(),
+        RemoveLinearViews(),
     ],
 )
