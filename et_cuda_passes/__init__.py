@@ -14,7 +14,7 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
-from et_cuda_passes.rules.attention_views import AttentionViews
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -22,19 +22,20 @@ from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
-from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.int4_gate import Int4Gate
-from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
-from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
-from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
-from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
+from et_cuda_passes.rules.xnnpack import (
+    FoldDequantize,
+    KeepDynamicInt4,
+    KeepDynamicInt8,
+    KeepDynamicPerTensor,
+    KeepStaticInt8,
+)
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
 
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEQUANTIZE",
-    "AttentionViews",
     "BmmInt4",
     "Builder",
     "Capture",
@@ -60,6 +60,7 @@ __all__ = [
     "ExpectationError",
     "Failure",
     "FoldDequantize",
+    "FuseAttentionTranspose",
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
@@ -116,6 +117,7 @@ _LAZY = {
 _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
+    "AttentionViews": "FuseAttentionTranspose",
     "Int4Kernel": "Kernel",
     "affine": "weight_of",
     "dequantize": "dequantized",

@@ -3,7 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.rules.attention_views import AttentionViews
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -20,7 +20,6 @@ from et_cuda_passes.rules.int4_sum import Int4Sum
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets.target import INT8, Target
 
 _TRITON = Kernel(
@@ -79,6 +78,6 @@ CUDA = Target(
         Int4Product(),
         Int4Sum(),
         UnmaskedAttention(),
-        AttentionViews(),
+        FuseAttentionTranspose(),
     ],
 )
