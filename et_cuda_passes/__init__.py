@@ -17,17 +17,13 @@ from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
 from et_cuda_passes.rules.einsum_int4 import EinsumInt4
 from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
 from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
-from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
+from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
+from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
-from et_cuda_passes.rules.int4_gate import Int4Gate
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.rules.xnnpack import (
     FoldDequantize,
@@ -61,10 +57,10 @@ __all__ = [
     "Failure",
     "FoldDequantize",
     "FuseAttentionTranspose",
+    "FuseGate",
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
-    "Int4Gate",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
@@ -73,7 +69,6 @@ __all__ = [
     "Kernel",
     "LinearInt4",
     "LinearInt8",
-    "LinearViews",
     "Match",
     "MetalPartitioner",
     "ModelError",
@@ -82,6 +77,7 @@ __all__ = [
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
+    "RemoveLinearViews",
     "Report",
     "Requirement",
     "Rule",
@@ -117,11 +113,13 @@ _LAZY = {
 _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
-    "AttentionViews": "FuseAttentionTranspose",
     "Int4Kernel": "Kernel",
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",
+    "AttentionViews": "FuseAttentionTranspose",
+    "Int4Gate": "FuseGate",
+    "LinearViews": "RemoveLinearViews",
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's

@@ -54,7 +54,7 @@ def test_what_the_hint_says_is_so(target: str, bits: int) -> None:
     """With the weight in bf16 the conversions, once they are written down, are around a linear of bf16."""
     program = exported(FP32, BF16, FP32, bits)
     report = assert_misses(program, "run_decompositions({})", target)
-    assert "export the model outside of it, in bfloat16" in str(report.outcomes[0].reasons)
+    assert "export the model outside of autocast, in bfloat16" in str(report.outcomes[0].reasons)
     assert_rewrites(program.run_decompositions({}), target, expect={"rewritten": 1, "missed": 0})
 
 
