@@ -14,18 +14,19 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
-from et_cuda_passes.rules.attention_views import AttentionViews
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
-from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
-from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
-from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
-from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
-from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
+from et_cuda_passes.rules.xnnpack import (
+    FoldDequantize,
+    KeepDynamicInt4,
+    KeepDynamicInt8,
+    KeepDynamicPerTensor,
+    KeepStaticInt8,
+)
 from et_cuda_passes.targets import Target, default_passes, targets
 from et_cuda_passes.targets.rewrite import rewrite
 
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEQUANTIZE",
-    "AttentionViews",
     "BmmInt4",
     "Builder",
     "Capture",
@@ -50,6 +50,7 @@ __all__ = [
     "ExpectationError",
     "Failure",
     "FoldDequantize",
+    "FuseAttentionTranspose",
     "FuseGate",
     "FusedLinearInt4",
     "GroupRule",
@@ -112,6 +113,7 @@ _RENAMED = {
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",
+    "AttentionViews": "FuseAttentionTranspose",
     "Int4Gate": "FuseGate",
     "LinearViews": "RemoveLinearViews",
 }

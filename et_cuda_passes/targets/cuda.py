@@ -3,13 +3,12 @@
 import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.rules.attention_views import AttentionViews
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseGate, FuseMultiply, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets.target import INT8, Target
 
 _TRITON = Kernel(
@@ -68,6 +67,6 @@ CUDA = Target(
         FuseMultiply(),
         FuseAdd(),
         UnmaskedAttention(),
-        AttentionViews(),
+        FuseAttentionTranspose(),
     ],
 )
