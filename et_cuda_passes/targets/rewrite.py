@@ -17,6 +17,18 @@ from et_cuda_passes.targets import default_passes, get_target
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.target import Target
 
+RENAMED_PASSES: Mapping[str, str] = {
+    "attention_views": "fuse_attention_transpose",
+    "bias_apart": "split_broadcast_bias",
+    "chosen_experts_int4": "indexed_bmm_int4",
+    "int4_activation": "fuse_activation",
+    "int4_gate": "fuse_gate",
+    "int4_product": "fuse_multiply",
+    "int4_sum": "fuse_add",
+    "linear_views": "remove_linear_views",
+}
+"""Earlier names of passes with those of today, for the error that a build with an earlier name gets."""
+
 
 def is_program_pass(value: Any) -> bool:
     """Whether ``value`` is an ExecuTorch ``ExportedProgramPassBase``; none exists before ExecuTorch is imported."""
@@ -95,6 +107,8 @@ def check_expected(expect: object, passes: Iterable[str] | None = None) -> None:
         if count < 0:
             raise ValueError(f"expect asks {name!r} for the count {count}; it is 0 or more")
         if known is not None and name not in known:
+            if name in RENAMED_PASSES:
+                raise ValueError(f"expect names {name!r}, which is now called {RENAMED_PASSES[name]!r}")
             raise ValueError(f"expect names {name!r}; known here are {', '.join(known)}")
 
 
