@@ -14,6 +14,7 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
@@ -36,7 +37,6 @@ from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
 from et_cuda_passes.targets import Target, default_passes, targets
-from et_cuda_passes.targets.rewrite import rewrite
 
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
+from torch.export import ExportedProgram
 
 
 class ConstantCache:
@@ -64,3 +65,22 @@ def strip_parametrization(target: str) -> str:
     if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1].startswith("original"):
         return ".".join((*parts[:-3], parts[-2]))
     return target
+
+
+def constant_bytes(exported: ExportedProgram) -> int:
+    """The bytes of all constants of a program: each tensor counts once, a subclass by its inner tensors."""
+    seen: dict[int, int] = {}
+
+    def add(tensor: object) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            for attribute in flatten()[0]:
+                add(getattr(tensor, attribute))
+        else:
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+
+    for tensor in (*exported.state_dict.values(), *exported.constants.values()):
+        add(tensor)
+    return sum(seen.values())

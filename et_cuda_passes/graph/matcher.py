@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import alias_source, mutated_operands
-from et_cuda_passes.graph.operators import argument_names, arguments, op_name, op_of, schema_of
+from et_cuda_passes.graph.operators import Target, argument_names, arguments, op_name, op_of, schema_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, ListOf, Literal, Pattern, Wildcard
 
 
@@ -41,10 +41,9 @@ class Miss:
     reached: tuple[Node, ...] = ()
 
     @property
-    def expects_rewritten_op(self) -> bool:
-        """Whether an operator was asked for that only rewrites make: what was exported cannot have it."""
-        targets = self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
-        return bool(targets) and all(op_name(target).startswith("et_cuda_passes.") for target in targets)
+    def wanted_ops(self) -> tuple[Target, ...]:
+        """The operators of which one should stand there; empty where the attempt ended for another reason."""
+        return self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
 
     @property
     def wanted(self) -> str:

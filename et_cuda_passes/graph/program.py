@@ -4,8 +4,10 @@ Everything here is linear in the graph. The signature is read once and written o
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,13 +28,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.aliasing import all_mutated_nodes
 from et_cuda_passes.graph.constants import ConstantCache, strip_parametrization, tensor_identity
-from et_cuda_passes.graph.errors import NameTaken
+from et_cuda_passes.graph.errors import NameTaken, Unmet
 from et_cuda_passes.graph.module_calls import boundary_nodes, preserved_modules_of, rename_in_signatures
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, Target, op_of
 from et_cuda_passes.graph.subgraphs import Subgraphs
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True)
+class _Raises:
+    """In place of a memoized value: the function raises ``Unmet`` with this text."""
+
+    text: str
+
 
 NodeKeys = set[tuple[str, Target]]
 """Where nodes stand, and what they call."""
@@ -87,6 +97,12 @@ class Program:
         """Its graphs, those that control flow calls among them."""
         self.boundary_nodes = boundary_nodes(self.graph, self._source.module_call_graph, self._renamed)
         nodes = list(self.subgraphs.nodes())
+        self.order: dict[Node, int] = {node: position for position, node in enumerate(nodes)}
+        """The position of every node, those of subgraphs included."""
+        self.calls: dict[Target, list[Node]] = defaultdict(list)
+        """The nodes that call each operator, in graph order."""
+        for node in nodes:
+            self.calls[op_of(node)].append(node)
         updated = filter(self.is_mutated_buffer, self.graph.find_nodes(op="placeholder"))
         self.mutated = all_mutated_nodes(nodes, updated, self.constant, self.subgraphs.views)
         self.fake_mode = next(
@@ -94,16 +110,21 @@ class Program:
         ) or FakeTensorMode(allow_non_fake_inputs=True)
 
     def memoize(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
-        """``function(self, node)``, computed once until the graph changes; an exception is remembered as well."""
+        """``function(self, node)``, computed once until the graph changes.
+
+        An ``Unmet`` that the function raises is remembered by its text, and raised as a new exception each time: one
+        exception object would collect the traceback of every raise.
+        """
         key = (function, node)
         if key not in self._derived:
             try:
-                self._derived[key] = (True, function(self, node))
-            except Exception as error:
-                self._derived[key] = (False, error)
-        good, value = self._derived[key]
-        if not good:
-            raise value
+                self._derived[key] = function(self, node)
+            except Unmet as unmet:
+                self._derived[key] = _Raises(str(unmet))
+                raise
+        value = self._derived[key]
+        if isinstance(value, _Raises):
+            raise Unmet(value.text)
         return cast(_T, value)
 
     # Reading ---------------------------------------------------------------------------------------------------------

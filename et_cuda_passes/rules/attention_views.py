@@ -5,7 +5,6 @@ nearly every model is one, and then a linear.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -24,8 +23,6 @@ _SWAPS = ((1, 2), (2, 1), (-3, -2), (-2, -3))
 @dataclass(frozen=True)
 class AttentionViews(Rule):
     """transpose(attention(q, k, v), 1, 2) -> attention(q, k, v), its result [B, rows, heads, D]"""
-
-    after: ClassVar[tuple[str, ...]] = ("unmasked_attention",)
 
     def pattern(self, q: Capture) -> Pattern:
         """Up to three transpositions of heads and rows, each the only reader of the one before it."""

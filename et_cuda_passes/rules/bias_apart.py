@@ -23,14 +23,6 @@ _LINEAR, _ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
 class BiasApart(Rule):
     """linear(x, weight, bias) -> linear(x, weight) + bias, where the bias is no vector [out_features]"""
 
-    before: ClassVar[tuple[str, ...]] = (
-        "keep_dynamic_int4",
-        "keep_dynamic_int8",
-        "keep_dynamic_per_tensor",
-        "keep_static_int8",
-        "quantized_embedding",
-        "fold_dequantize",
-    )
     reports_misses: ClassVar[bool] = False
 
     def pattern(self, x: Capture, weight: Capture, bias: Capture) -> Pattern:

@@ -4,7 +4,6 @@ A convolution of kernel size 1 multiplies each position by the same matrix: a li
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.pointwise_conv import PointwiseConv
@@ -13,5 +12,3 @@ from et_cuda_passes.rules.pointwise_conv import PointwiseConv
 @dataclass(frozen=True)
 class ConvInt8(PointwiseConv, LinearInt8):
     """conv(x, dequantize(weight of at most 8 bits [N, K, 1, 1]), bias) -> permute(int8_linear(permute(x), ...))"""
-
-    after: ClassVar[tuple[str, ...]] = ("conv_int4",)

@@ -4,7 +4,6 @@ Only the rows asked for are dequantized. The constants are those of an int8 line
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -40,8 +39,6 @@ def scales_are_finite(m: Match) -> Failure | None:
 class EmbeddingInt8(Rule):
     """embedding(dequantize(table of at most 8 bits), ids) -> int8_embedding(ids, packed, scale, zero)"""
 
-    # What int4 tables take is half the size there.
-    after: ClassVar[tuple[str, ...]] = ("embedding_int4",)
     requirements = (
         weight_has_data,
         integers_are_in_range,

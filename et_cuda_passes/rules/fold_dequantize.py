@@ -6,7 +6,7 @@ weight takes as much room as it had before it was quantized; the report says so,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch.fx import Node, map_arg
@@ -34,14 +34,6 @@ _ALTERNATIVE_FOR_A_TABLE = (
 @dataclass(frozen=True)
 class FoldDequantize(NeedsValues):
     """dequantize(constant) -> a float constant, computed at compile time"""
-
-    after: ClassVar[tuple[str, ...]] = (
-        "keep_dynamic_int4",
-        "keep_dynamic_int8",
-        "keep_dynamic_per_tensor",
-        "keep_static_int8",
-        "quantized_embedding",
-    )
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, whoever reads it."""

@@ -51,9 +51,6 @@ class FusedLinearInt4(GroupRule, LinearInt4):
     max_together: int | None = None
     leave_epilogues: bool = False
     shared_captures: ClassVar[tuple[str, ...]] = ("x",)
-    before: ClassVar[tuple[str, ...]] = ("linear_int4",)
-    alone: ClassVar[str] = "linear_int4"
-    partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
 
     def __post_init__(self) -> None:
         if self.max_together is not None and self.max_together < 2:

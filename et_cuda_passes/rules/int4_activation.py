@@ -5,7 +5,7 @@ one pass over the output fewer.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch.fx import Node
 
@@ -38,8 +38,6 @@ def epilogue_of(linear: Node) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Int4Activation(Rule):
     """activation(int4_linear(x)) -> int4_linear(x, activation)"""
-
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views")
 
     def pattern(self, x: Capture) -> Pattern:
         """An activation function of an int4 linear that nothing else reads."""

@@ -6,7 +6,7 @@ row of each side by side.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,8 +37,6 @@ class Int4Gate(Rule):
 
     It matches what ``Int4Activation`` leaves of such a layer.
     """
-
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation")
 
     def pattern(self, x: Capture) -> Pattern:
         """A product of two int4 linears of one input, which nothing else reads."""

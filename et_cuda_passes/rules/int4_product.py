@@ -15,7 +15,5 @@ from et_cuda_passes.rules.int4_combine import Int4Combine
 class Int4Product(Int4Combine):
     """other * int4_linear(x) -> int4_linear(x, factor=other)"""
 
-    # What is a gated layer is one kernel there.
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_views", "int4_activation", "int4_gate")
     operator: ClassVar[Any] = torch.ops.aten.mul.Tensor
     argument: ClassVar[str] = "factor"

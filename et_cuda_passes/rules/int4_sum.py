@@ -15,13 +15,5 @@ from et_cuda_passes.rules.int4_combine import Int4Combine
 class Int4Sum(Int4Combine):
     """other + int4_linear(x) -> int4_linear(x, addend=other)"""
 
-    # The kernel adds behind its product.
-    after: ClassVar[tuple[str, ...]] = (
-        "linear_int4",
-        "linear_views",
-        "int4_activation",
-        "int4_gate",
-        "int4_product",
-    )
     operator: ClassVar[Any] = torch.ops.aten.add.Tensor
     argument: ClassVar[str] = "addend"

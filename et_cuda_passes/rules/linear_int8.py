@@ -6,7 +6,6 @@ ones as well.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import Node
 
@@ -31,9 +30,6 @@ class LinearInt8(PackedLinear):
     Attributes:
         kernel: name of one of the target's int8 kernels; None for its first.
     """
-
-    # What int4 kernels take is half the size there.
-    after: ClassVar[tuple[str, ...]] = ("linear_int4",)
 
     kernel: str | None = None
 

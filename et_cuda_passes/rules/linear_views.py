@@ -5,7 +5,6 @@ of :mod:`et_cuda_passes.ops` take any number of dimensions, so the views are no 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -25,8 +24,6 @@ _view = op(torch.ops.aten.view.default)
 @dataclass(frozen=True)
 class LinearViews(Rule):
     """view(packed linear(view(x, [M, K])), [..., N]) -> packed linear(x)"""
-
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_int8")
 
     def pattern(self, x: Capture) -> Pattern:
         """A linear of ours between views, those behind it one of another up to three times."""

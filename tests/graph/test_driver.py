@@ -11,16 +11,15 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule, Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Keep, Rule, requirement
-from et_cuda_passes.targets.rewrite import is_program_pass
+from et_cuda_passes.graph.report import Reason
+from et_cuda_passes.graph.rule import Failure, Keep, Rule, requirement
 from et_cuda_passes.testing import assert_rewrites
-from tests.helpers import TARGET, Sketch, apply, chain, names
+from tests.helpers import Sketch, apply, apply_with, chain, names
 
 aten = torch.ops.aten
 relu, neg, add = op(aten.relu.default), op(aten.neg.default), op(aten.add.Tensor)
@@ -125,7 +124,7 @@ def test_every_candidate_has_exactly_one_outcome_in_graph_order() -> None:
         ("abs_default", "missed"),
     ]
     assert [r.found for r in report.outcomes[1].reasons] == ["relu_default_1"]
-    assert "no pass for target test takes aten.abs" in str(report.outcomes[4].reasons[0])
+    assert "no pass for target test rewrites aten.abs" in str(report.outcomes[4].reasons[0])
     assert names(after) == ["aten.neg", "aten.relu", "aten.neg", "aten.relu", "aten.abs"]
 
 
@@ -170,19 +169,28 @@ def test_overlapping_matches_are_chosen_for_the_most_and_the_losers_reported() -
     assert report.counts() == {"rewritten": 4, "kept": 0, "missed": 0, "pair": 2}
 
 
-def test_the_earlier_pass_has_the_first_choice_and_the_other_says_who_won() -> None:
-    class OnlyMiddle(ReluToNeg):
-        @requirement("the middle one")
-        def middle(self, m: Any) -> Any:
-            return m.root.name == "relu_default_1", m.root.name
+@requirement("the second relu")
+def is_second(m: Any) -> Failure | None:
+    return None if m.root.name == "relu_default_1" else Failure(m.root.name)
 
-    after, report = apply(relu_program(2), [OnlyMiddle(), Pair()], aten.relu.default)
+
+class OnlySecond(ReluToNeg):
+    requirements = (is_second,)
+
+
+def test_rule_that_is_first_in_the_list_has_the_place_and_later_rules_see_its_result() -> None:
+    after, report = apply(relu_program(2), [OnlySecond(), Pair()], aten.relu.default)
     assert names(after) == ["aten.relu", "aten.neg"]
-    assert report.conflicts == ["pair at relu_default_1 gave way to only_middle at relu_default_1"]
-    assert [o.status for o in report.outcomes] == ["missed", "rewritten"]
-    assert any(r.stage == "conflict" and "only_middle" in r.found for r in report.outcomes[0].reasons)
-    after, report = apply(relu_program(2), [Pair(), OnlyMiddle()], aten.relu.default)
+    assert report.conflicts == []
+    first, second = report.outcomes
+    assert (second.status, second.rule) == ("rewritten", "only_second")
+    assert [str(reason) for reason in first.reasons] == [
+        "only_second wanted the second relu, found relu_default",
+        "pair wanted aten.relu, found placeholder x",
+    ]
+    after, report = apply(relu_program(2), [Pair(), OnlySecond()], aten.relu.default)
     assert names(after) == ["aten.neg"]
+    assert [(outcome.status, outcome.rule) for outcome in report.outcomes] == [("rewritten", "pair")] * 2
 
 
 class KeepRelu(Keep):
@@ -192,17 +200,26 @@ class KeepRelu(Keep):
         return relu(x)
 
 
-class Late(ReluToNeg):
-    """The same rewrite, in a stage of its own."""
-
-    after = ("keep_relu",)
-
-
-@pytest.mark.parametrize("later", [ReluToNeg(), Late(), Pair()])
+@pytest.mark.parametrize("later", [ReluToNeg(), Pair()])
 def test_what_is_kept_stays_for_every_later_pass(later: Rule) -> None:
     after, report = apply(relu_program(2), [KeepRelu(), later], aten.relu.default)
     assert names(after) == ["aten.relu", "aten.relu"]
     assert [(o.status, o.rule) for o in report.outcomes] == [("kept", "keep_relu")] * 2
+
+
+def test_match_with_a_kept_node_names_that_node() -> None:
+    class KeepFirst(KeepRelu):
+        @requirement("the first relu")
+        def is_first(self, m: Any) -> Any:
+            return m.root.name == "relu_default", m.root.name
+
+    after, report = apply(relu_program(2), [KeepFirst(), Pair()], aten.relu.default)
+    assert names(after) == ["aten.relu", "aten.relu"]
+    kept, missed = report.outcomes
+    assert (kept.status, missed.status) == ("kept", "missed")
+    assert missed.reasons[1:] == [
+        Reason("pair", "conflict", "nodes that no earlier rule keeps as they are", "relu_default")
+    ]
 
 
 def idle(module: GraphModule) -> None:
@@ -237,7 +254,7 @@ def readers(program: Program) -> list[Candidate]:
 
 
 def run(program: torch.export.ExportedProgram, passes: list[Any]) -> tuple[torch.export.ExportedProgram, ecp.Report]:
-    return apply_passes(program, passes, TARGET, readers, is_program_pass)
+    return apply_with(program, passes, readers)
 
 
 def shared_weight() -> torch.export.ExportedProgram:
@@ -338,9 +355,17 @@ class KeepAbs(Keep):
         return op(aten.abs.default)(relu(x))
 
 
-@given(st.lists(st.sampled_from(sorted(OPS)), max_size=12), st.permutations([KeepAbs(), Pair(), ReluToNeg(), Fold()]))
+def sigmoid(rule: type[Rule]) -> Rule:
+    """``rule`` with another result, which no rule matches."""
+    return type(rule.__name__, (rule,), {"rewrite": lambda self, b, m: b.call(aten.sigmoid.default, m.x)})()  # type: ignore[no-any-return]
+
+
+@given(
+    st.lists(st.sampled_from(sorted(OPS)), max_size=12),
+    st.permutations([KeepAbs(), sigmoid(Pair), sigmoid(ReluToNeg), sigmoid(Fold)]),
+)
 @settings(max_examples=60)
-def test_in_any_chain_with_any_order_of_passes_each_candidate_has_one_outcome(ops: list[str], passes: Any) -> None:
+def test_every_candidate_has_one_outcome_in_any_chain_with_any_order_of_passes(ops: list[str], passes: Any) -> None:
     sketch = Sketch()
     x = sketch.input("x", 4)
     for name in ops:
@@ -351,9 +376,9 @@ def test_in_any_chain_with_any_order_of_passes_each_candidate_has_one_outcome(op
     assert all(outcome.reasons for outcome in report.outcomes if outcome.status == "missed")
     assert all((outcome.rule is None) == (outcome.status == "missed") for outcome in report.outcomes)
     stays = sum(outcome.status != "rewritten" for outcome in report.outcomes)
-    made = sum(count for name, count in report.applied.items() if name != "keep_abs")
-    assert len(names(after)) == stays + made
-    # Either relus are left because they are kept or none is: ReluToNeg takes all that it may.
+    built = sum(count for name, count in report.applied.items() if name != "keep_abs")
+    assert len(names(after)) == stays + built
+    # ReluToNeg rewrites every relu that is not kept.
     left = {o.node for o in report.outcomes if o.op == "aten.relu" and o.status != "rewritten"}
     assert left == {o.node for o in report.outcomes if o.op == "aten.relu" and o.status == "kept"}
 

@@ -21,7 +21,6 @@ class Together(GroupRule):
     """relu(x), relu(x), ... -> slices of relu(stack of them)"""
 
     shared_captures = ("x",)
-    partner = "another relu of this input"
 
     def pattern(self, x: Capture) -> Any:
         return relu(x)
@@ -67,7 +66,7 @@ def test_matches_of_one_key_become_one_rewrite_and_each_has_its_outcome() -> Non
     assert [o.detail for o in report.outcomes[:3]] == ["3 in one"] * 3
     assert report.counts()["together"] == 3
     (reason,) = report.outcomes[3].reasons
-    assert str(reason) == "together wanted another relu of this input, found none"
+    assert str(reason) == "together wanted another match to rewrite together with, found none"
 
 
 def test_a_match_that_a_require_refuses_is_not_among_them() -> None:
@@ -106,7 +105,7 @@ def test_an_input_that_is_written_in_place_keeps_them_apart() -> None:
     program = sketch.program(first, sketch.call(aten.relu.default, x))
     after, report = apply(program, [Together()], aten.relu.default)
     assert names(after) == names(program)
-    assert all("nothing writes in place, found neg" in str(o.reasons[0]) for o in report.outcomes)
+    assert all("never mutated, found neg" in str(o.reasons[0]) for o in report.outcomes)
 
 
 def test_an_input_of_its_own_that_is_computed_too_late_keeps_one_out() -> None:
@@ -120,7 +119,7 @@ def test_an_input_of_its_own_that_is_computed_too_late_keeps_one_out() -> None:
     third = sketch.call(aten.add.Tensor, x, sketch.call(aten.neg.default, first))
     after, report = apply(sketch.program(first, second, third), [Sum()], aten.add.Tensor)
     assert [o.status for o in report.outcomes] == ["rewritten", "rewritten", "missed"]
-    assert "where the first of them is computed" in str(report.outcomes[2].reasons[0])
+    assert "that are computed before add_tensor and never mutated" in str(report.outcomes[2].reasons[0])
     after.graph.lint()
 
 
@@ -134,7 +133,7 @@ def test_what_is_emitted_names_the_places_that_it_stands_for() -> None:
 @pytest.mark.parametrize(
     ("rewrite", "fault"),
     [
-        (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return a node for each"),
+        (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return one node for each"),
         (lambda b, ms: [ms[0].x, None], "rewrite must return the node"),
         (lambda b, ms: [b.call(aten.view.default, ms[0].x, [2, 2])] * 2, r"torch.float32 \[2, 2\]"),
     ],

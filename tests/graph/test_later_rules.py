@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch.fx import GraphModule, Node
 
-from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, op
-from et_cuda_passes.graph.rule import GroupRule, Keep, Rule, requirement
-from et_cuda_passes.targets.rewrite import is_program_pass
+from et_cuda_passes.graph.rule import GroupRule, Keep, Rule
 from tests.graph.test_driver import idle, nothing
-from tests.helpers import TARGET, Sketch, apply, calls_of, names
+from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
 RELU, NEG, ABS, ADD = aten.relu.default, aten.neg.default, aten.abs.default, aten.add.Tensor
@@ -89,90 +87,24 @@ def test_a_place_that_no_earlier_rule_made_is_nobody_s() -> None:
     assert report.applied["later"] == 2
 
 
-class Sum(Rule):
-    """neg(x) + neg(y) -> neg(x + y), of which the second neg is outside the match"""
-
-    after = ("first",)
-
-    def pattern(self, x: Capture, other: Capture) -> Any:
-        return op(ADD)(op(NEG)(x), other)
-
-    def takes(self, m: Any) -> Any:
-        return (m.other,)
-
-    def summary(self, m: Any) -> str:
-        return "summed"
-
-    def rewrite(self, b: Any, m: Any) -> Node:
-        return b.call(NEG, b.call(ADD, m.x, m.other.args[0]))
-
-
-def test_what_a_rule_takes_beside_its_match_is_told_as_well() -> None:
-    sketch = Sketch()
-    first, second, third = (sketch.call(RELU, sketch.input(name, 4)) for name in "xyz")
-    program = sketch.program(sketch.call(ADD, first, second), third)
-    after, report = apply(program, [FIRST, Sum()], RELU)
-    assert names(after) == ["aten.neg", "aten.add", "aten.neg"]
-    assert [outcome.detail for outcome in report.outcomes] == ["one, summed", "one, summed", "one"]
-
-
-def test_what_a_rule_takes_beside_its_match_no_other_of_its_stage_has() -> None:
-    sketch = Sketch()
-    first, second = (sketch.call(RELU, sketch.input(name, 4)) for name in "xy")
-    program = sketch.program(sketch.call(ADD, first, second))
-    after, report = apply(program, [FIRST, Sum(), rule("other", NEG, ABS, "two", after="first")], RELU)
-    assert names(after) == ["aten.add", "aten.neg"]
-    assert report.conflicts == [
-        f"other at {name} gave way to sum at add_tensor" for name in ("relu_default", "relu_default_1")
-    ]
-    assert [outcome.detail for outcome in report.outcomes] == ["one, summed"] * 2
-
-
-def test_what_is_kept_is_not_taken_beside_a_match() -> None:
-    class KeepSecond(Keep):
-        """neg(y) -> itself"""
-
-        after = ("first",)
-
-        def pattern(self, x: Capture) -> Any:
-            return op(NEG)(x)
-
-        @requirement("the second input")
-        def second(self, m: Any) -> Any:
-            return m.x.name == "y", m.x.name
-
-    class Late(Sum):
-        """The same, in a stage of its own."""
-
-        after = ("keep_second",)
-
-    sketch = Sketch()
-    first, second = (sketch.call(RELU, sketch.input(name, 4)) for name in "xy")
-    program = sketch.program(sketch.call(ADD, first, second))
-    for later in (Sum(), Late()):
-        after, report = apply(program, [FIRST, KeepSecond(), later], RELU)
-        assert names(after) == ["aten.neg", "aten.neg", "aten.add"]
-        assert told(report) == [("first", "one", "as one")] * 2
-
-
 def test_a_candidate_that_the_later_rule_decides_has_the_outcome_of_that_rule() -> None:
     sketch = Sketch()
     program = sketch.program(sketch.call(ABS, sketch.call(RELU, sketch.input("x", 4))))
 
-    class Both(Sum):
+    class Both(Rule):
         """abs(neg(x)) -> sin(x)"""
 
         def pattern(self, x: Capture) -> Any:
             return op(ABS)(op(NEG)(x))
 
-        def takes(self, m: Any) -> Any:
-            return ()
+        def summary(self, m: Any) -> str:
+            return "both"
 
         def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(aten.sin.default, m.x)
 
     _, report = apply(program, [FIRST, Both()], RELU, ABS)
-    assert told(report) == [("first", "one, summed", "as one"), ("both", "summed", "")]
+    assert told(report) == [("first", "one, both", "as one"), ("both", "both", "")]
 
 
 class Together(GroupRule):
@@ -281,6 +213,6 @@ def copying(module: GraphModule) -> GraphModule:
 )
 def test_behind_an_opaque_pass_there_is_one_outcome_still(between: Any, detail: str) -> None:
     passes = [FIRST, between(), rule("later", NEG, ABS, "two", after="first")]
-    after, report = apply_passes(relus(), passes, TARGET, calls_of(RELU), is_program_pass)
+    after, report = apply(relus(), passes, RELU)
     assert [op_of(node) for node in after.graph.nodes if node.op == "call_function"] == [ABS]
     assert [(outcome.rule, outcome.detail) for outcome in report.outcomes] == [("first", detail)]

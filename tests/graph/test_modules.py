@@ -12,6 +12,8 @@ from torch.export import ExportedProgram, unflatten
 import et_cuda_passes as ecp
 from tests.quantized import Quantized
 
+aten = torch.ops.aten
+
 
 class Layer(nn.Module):
     """A linear in a module of its own, with something before it or behind it."""
@@ -121,6 +123,44 @@ def test_a_view_that_a_module_returns_stays(target: str, more: bool) -> None:
     program = torch.export.export(model, (x,), preserve_module_call_signature=("inner",))
     rewritten, _ = ecp.rewrite(program, target, expect={"linear_int4": 1})
     same_as_modules(model, rewritten, (x,))
+
+
+class Steps(nn.Module):
+    """Five operators in a row; the result of each is a result of the module."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        steps = [x.abs()]
+        for step in (torch.neg, torch.sin, torch.cos, torch.exp):
+            steps.append(step(steps[-1]))
+        return tuple(steps)
+
+
+class AfterSteps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = Steps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.steps(x)[-1])
+
+
+class Chain(ecp.Rule):
+    """relu(exp(cos(sin(neg(abs(x)))))) -> x"""
+
+    def pattern(self, x: Any) -> Any:
+        for step in (aten.abs, aten.neg, aten.sin, aten.cos, aten.exp, aten.relu):
+            x = ecp.op(step.default)(x)
+        return x
+
+    def rewrite(self, b: Any, m: Any) -> Any:
+        return m.x
+
+
+def test_match_across_a_module_boundary_reports_every_node_on_it_in_graph_order() -> None:
+    program = torch.export.export(AfterSteps(), (torch.randn(4),), preserve_module_call_signature=("steps",))
+    _, report = ecp.rewrite(program, "cpu", [Chain()])
+    wanted = "chain wanted nodes on one side of a preserved module's boundary, found"
+    assert report.rejected["chain"] == [f"relu: {wanted} {name}" for name in ("abs_1", "neg", "sin", "cos", "exp")]
 
 
 def test_a_pass_that_reads_a_tensor_of_its_own_is_named() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import traceback
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch, names
@@ -360,22 +362,56 @@ def test_a_constant_is_read_through_a_subclass_and_named_as_one_weight(plain_use
     assert program.fqn(user) is None
 
 
-def test_what_is_derived_is_computed_once_and_a_failure_is_remembered() -> None:
-    sketch = Sketch()
-    node = sketch.input("x", 4)
-    program = Program(sketch.program(sketch.call(aten.relu.default, node)))
-    (mine, *_) = program.graph.nodes
-    asked: list[Any] = []
+def test_memoized_value_is_computed_once_until_the_graph_changes() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
+
+    def count(program: Program, node: Any) -> int:
+        computed.append(node)
+        return len(computed)
+
+    assert [program.memoize(count, node) for _ in range(3)] == [1, 1, 1]
+    program.refresh()
+    assert program.memoize(count, node) == 2
+    assert computed == [node, node]
+
+
+def test_memoized_unmet_is_a_new_exception_each_time() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
 
     def fails(program: Program, node: Any) -> None:
-        asked.append(node)
+        computed.append(node)
+        raise Unmet("no scale")
+
+    raised = []
+    for _ in range(3):
+        with pytest.raises(Unmet, match="no scale") as error:
+            program.memoize(fails, node)
+        raised.append(error.value)
+    assert computed == [node]
+    assert len({id(each) for each in raised}) == 3
+    # A second raise of one object would append its frames to the traceback of the first.
+    lengths = [len(list(traceback.walk_tb(each.__traceback__))) for each in raised]
+    assert lengths[1] == lengths[2]
+
+
+def test_memoize_does_not_remember_other_exceptions() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
+
+    def fails(program: Program, node: Any) -> None:
+        computed.append(node)
         raise ValueError("never")
 
     for _ in range(2):
         with pytest.raises(ValueError, match="never"):
-            program.memoize(fails, mine)
-    assert asked == [mine]
-    program.refresh()
-    with pytest.raises(ValueError, match="never"):
-        program.memoize(fails, mine)
-    assert len(asked) == 2
+            program.memoize(fails, node)
+    assert computed == [node, node]
+
+
+def relu_of_x() -> tuple[Program, Any]:
+    """The program relu(x), and x."""
+    sketch = Sketch()
+    program = Program(sketch.program(sketch.call(aten.relu.default, sketch.input("x", 4))))
+    return program, next(iter(program.graph.nodes))

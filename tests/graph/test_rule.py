@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_pattern, requirement
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_rule, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
@@ -311,7 +311,7 @@ def test_a_capture_with_the_name_of_something_that_a_match_has_is_refused(taken:
         pattern = form
 
     with pytest.raises(TypeError, match=taken):
-        compile_pattern(Collides())
+        compile_rule(Collides())
 
 
 def test_the_parts_of_a_rule_are_required() -> None:
@@ -323,16 +323,40 @@ def test_the_parts_of_a_rule_are_required() -> None:
         def pattern(self, x: Capture) -> Any:
             return x
 
-    class NoEmit(Rule):
+    class NoRewrite(Rule):
         def pattern(self, x: Capture) -> Any:
             return op(aten.relu.default)(x)
 
     with pytest.raises(TypeError, match="rule no_pattern has no pattern method"):
-        compile_pattern(NoPattern())
+        compile_rule(NoPattern())
     with pytest.raises(TypeError, match=r"rule everywhere: pattern\(\) must return op"):
-        compile_pattern(Everywhere())
-    with pytest.raises(TypeError, match="rewrite"):
-        NoEmit()  # type: ignore[abstract]
+        compile_rule(Everywhere())
+    with pytest.raises(
+        TypeError, match="rule no_rewrite has no rewrite method; a rule that leaves its matches derives"
+    ):
+        compile_rule(NoRewrite())
+
+
+def test_keep_rule_and_group_rule_need_no_rewrite() -> None:
+    class KeepRelu(Keep):
+        def pattern(self, x: Capture) -> Any:
+            return op(aten.relu.default)(x)
+
+    class Group(GroupRule):
+        pattern = KeepRelu.pattern
+
+        def group_key(self, m: Any) -> Any:
+            return m.x
+
+        def rewrite_group(self, b: Any, ms: Any) -> Any:
+            raise AssertionError
+
+    class NoKey(GroupRule):
+        pattern = KeepRelu.pattern
+
+    assert compile_rule(KeepRelu()).captures == compile_rule(Group()).captures == ("x",)
+    with pytest.raises(TypeError, match="abstract"):
+        NoKey()  # type: ignore[abstract]
 
 
 def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:

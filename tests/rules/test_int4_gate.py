@@ -144,7 +144,7 @@ def test_rows_that_are_no_multiple_of_eight() -> None:
 
 def test_two_methods_share_what_is_put_together() -> None:
     from et_cuda_passes.graph.constants import ConstantCache
-    from et_cuda_passes.targets.rewrite import rewrite
+    from et_cuda_passes.rewrite import rewrite
 
     model, pool = Gated(lambda net, x: F.silu(net.c(x)) * net.d(x)), ConstantCache()
     programs = [torch.export.export(model, (x,)) for x in (X, X[:1])]
