@@ -17,7 +17,7 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.constants import ConstantCache
@@ -189,6 +189,21 @@ def apply(
 ) -> tuple[ExportedProgram, Report]:
     """:func:`apply_with` where the candidates are all calls of ``candidates``."""
     return apply_with(program, passes, calls_of(*candidates), **options)
+
+
+def idle(module: GraphModule) -> None:
+    """A callable pass that changes nothing."""
+
+
+def idle_program_pass() -> Any:
+    """An ExecuTorch pass that changes nothing."""
+    from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
+
+    class Idle(ExportedProgramPassBase):  # type: ignore[misc]
+        def call(self, exported_program: ExportedProgram) -> Any:
+            return ExportedProgramPassResult(exported_program, False)
+
+    return Idle()
 
 
 def names(program: ExportedProgram) -> list[str]:

@@ -1,4 +1,4 @@
-"""The passes at work: a rule on a program (match, check, select, rewrite), or a pass that is not a rule."""
+"""Application of a pass list: each rule matches, checks, selects and rewrites; other passes get the whole program."""
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -220,31 +220,31 @@ def _rewrite(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node,
 def _replace(rule: Rule, m: Match, new: Node, b: Builder) -> None:
     root, program = m.root, b.program
     if not isinstance(new, Node):
-        raise RuleError(
-            f"rule {rule.name} replaced {root.name} by {new!r}; rewrite must return the node that replaces it"
-        )
+        raise RuleError(f"rule {rule.name} replaced {root.name} by {new!r}; rewrite must return a node")
     if new is root:
-        raise RuleError(f"rule {rule.name} left {root.name} as it was; a rule that keeps its matches derives from Keep")
+        raise RuleError(
+            f"rule {rule.name} returned {root.name} itself; a rule that keeps its matches derives from Keep"
+        )
     _check_replacement(rule, root, new)
     _check_mutations(rule, root, b)
     owner = alias_root(new, program.subgraphs.views)
     mutated = root in program.mutated or owner in program.mutated
     if (new not in b.created or new is not owner) and (mutated or program.subgraphs.escapes(root)):
-        # `new` has memory that others read as well: a mutation of either would reach the readers of the other. And a
-        # branch may not return memory of its operands.
+        # Other nodes may read the memory of `new`. Insert a copy: a mutation would also reach them, and a subgraph must
+        # not return the memory of an operand.
         new = b.call(torch.ops.aten.clone.default, new)
     program.replace(root, new)
     program.mark_dead((*m.match.owned, *m.match.shared))
 
 
 def _check_replacement(rule: Rule, old: Node, new: Node) -> None:
-    """The replacement must have the shape, dtype and device of what it replaces."""
+    """Check that the replacement has the shape, dtype and device of the node that it replaces."""
     before, after = old.meta.get("val"), new.meta.get("val")
     if not isinstance(before, torch.Tensor):
         return
     if not isinstance(after, torch.Tensor):
         fix = "build it with b.call" if after is None else "take one of its results: b.call(operator.getitem, node, 0)"
-        raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is none; {fix}")
+        raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is not a tensor; {fix}")
     same = (
         len(before.shape) == len(after.shape)
         and not any(statically_known_true(a != b) for a, b in zip(before.shape, after.shape, strict=True))
@@ -253,20 +253,20 @@ def _check_replacement(rule: Rule, old: Node, new: Node) -> None:
     )
     if not same:
         raise RuleError(
-            f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)}), and the "
-            "two must be of one shape, dtype and device"
+            f"rule {rule.name} replaced {old.name} ({_signature(before)}) by {new.name} ({_signature(after)}); shape, "
+            "dtype and device must be the same"
         )
 
 
 def _check_mutations(rule: Rule, old: Node, b: Builder) -> None:
-    """Where a rule replaces an operator that mutates, the replacement must mutate the same memory."""
+    """Check that the replacement mutates the same memory as the operator that it replaces."""
     views = b.program.subgraphs.views
     kept = {alias_root(operand, views) for node in b.created for operand in mutated_operands(node)}
     lost = [operand.name for operand in mutated_operands(old) if alias_root(operand, views) not in kept]
     if lost:
         raise RuleError(
             f"rule {rule.name} replaced {old.name}, which mutates {', '.join(lost)}, by nodes that do not; build an "
-            "operator with the same mutation, or match an operator without one"
+            "operator with the same mutation, or match an operator without a mutation"
         )
 
 
@@ -275,7 +275,7 @@ def _signature(value: torch.Tensor) -> str:
 
 
 def _run_external_pass(entry: Pass, program: Program) -> Program:
-    """Run a pass that is not a rule, then look that the program it left is whole."""
+    """Run a pass that is not a rule, and check its result."""
     if entry.on_program:
         result = entry.value(finish_program(program))
         exported = getattr(result, "exported_program", result)
@@ -295,8 +295,8 @@ def _run_external_pass(entry: Pass, program: Program) -> Program:
     for node in left.graph.find_nodes(op="get_attr"):
         if isinstance(getattr(left, str(node.target), None), torch.Tensor):
             raise ValueError(
-                f"pass {entry.name} reads a tensor of its own, {node.target}; a pass that adds constants must be an "
-                "ExecuTorch ExportedProgramPassBase, which can change the signature"
+                f"pass {entry.name} added the tensor {node.target}; a pass that adds constants must be an ExecuTorch "
+                "ExportedProgramPassBase, which can change the signature"
             )
     program.replace_graph(left, entry.name)
     return program

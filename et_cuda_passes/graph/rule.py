@@ -106,7 +106,7 @@ def _of_method(wanted: str, check: Callable[[Any, Match], Answer]) -> Check:
 
 
 class Notes(NamedTuple):
-    """What a report says of a match beyond its summary.
+    """Texts of a report on a match, beyond its summary.
 
     ``note`` stands beside the outcome in the report's text. ``explanation`` is longer, and in the data only.
     """
@@ -131,13 +131,14 @@ class Rule:
     reports_misses: ClassVar[bool] = True
     """False for a rule that few programs need: a report then does not say why the rule did not act at a place."""
     _renamed: ClassVar[Mapping[str, str]] = {
-        "emit": "rewrite",
-        "emit_together": "rewrite_group, of a GroupRule",
-        "detail": "summary",
-        "silent": "reports_misses, with the opposite value",
-        "requires": "requirements",
+        "emit": "is now called rewrite",
+        "emit_together": "is now called rewrite_group, of a GroupRule",
+        "detail": "is now called summary",
+        "silent": "is now called reports_misses, with the opposite value",
+        "requires": "is now called requirements",
+        "takes": "no longer exists: a match owns only the nodes of its pattern",
     }
-    """Earlier names of attributes with those of today. A subclass may not define them: nothing would read them."""
+    """Former attributes. A subclass may not define them: nothing would read them."""
     # Until every rule has a tuple: the requirements of the nearest base class that states its tuple.
     _stated: ClassVar[tuple[Requirement, ...]] = ()
     requirements: ClassVar[tuple[Requirement, ...]] = ()
@@ -147,7 +148,7 @@ class Rule:
         super().__init_subclass__()
         for old, new in cls._renamed.items():
             if old in cls.__dict__:
-                raise TypeError(f"rule {cls.__name__} defines {old}, which is now called {new}")
+                raise TypeError(f"rule {cls.__name__} defines {old}, which {new}")
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
         if "requirements" in cls.__dict__:
@@ -223,9 +224,11 @@ class GroupRule(Rule, ABC):
 
     _renamed: ClassVar[Mapping[str, str]] = {
         **Rule._renamed,
-        "key": "group_key",
-        "most": "max_group_size",
-        "common": "shared_captures",
+        "key": "is now called group_key",
+        "most": "is now called max_group_size",
+        "common": "is now called shared_captures",
+        "alone": "no longer exists: a report gives the reasons of other rules first",
+        "partner": "no longer exists",
     }
     shared_captures: ClassVar[tuple[str, ...]] = ()
     """Captures that hold the same value in all matches with equal :meth:`group_key`, so that one value is enough."""

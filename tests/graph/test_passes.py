@@ -45,7 +45,7 @@ def order(passes: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("wrong", [3, "linear_int4", None, object()])
-def test_what_is_no_pass_is_refused_with_what_is_accepted(wrong: Any) -> None:
+def test_entry_that_is_no_pass_is_refused_with_the_accepted_kinds(wrong: Any) -> None:
     with pytest.raises(TypeError) as error:
         order([wrong])
     assert repr(wrong) in str(error.value)
@@ -54,28 +54,28 @@ def test_what_is_no_pass_is_refused_with_what_is_accepted(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["linear_int4", 3, None])
-def test_what_is_no_list_is_refused(wrong: Any) -> None:
+def test_passes_that_are_no_list_are_refused(wrong: Any) -> None:
     with pytest.raises(TypeError, match="passes must be a list of rules"):
         parse(wrong, lambda value: False)
 
 
-def test_a_class_in_place_of_an_instance_is_refused() -> None:
+def test_class_in_place_of_an_instance_is_refused() -> None:
     with pytest.raises(TypeError, match=r"pass an instance, LinearInt4\(\)"):
         order([ecp.LinearInt4])
 
 
-def test_two_passes_of_one_name_are_refused() -> None:
+def test_passes_with_the_same_name_are_refused() -> None:
     with pytest.raises(ValueError, match="two passes are named 'a'"):
         order([rule("a"), plain("a")])
 
 
-def test_a_pass_is_named_by_its_name_its_function_or_its_class() -> None:
+def test_pass_is_named_by_its_name_its_function_or_its_class() -> None:
     def tidy(module: GraphModule) -> None: ...
 
     assert order([rule("a"), plain("b"), tidy, functools.partial(tidy)]) == ["a", "b", "tidy", "partial"]
 
 
-def test_without_constraints_the_order_is_the_one_written() -> None:
+def test_passes_without_constraints_run_in_the_order_of_the_list() -> None:
     assert order([plain("c"), rule("a"), rule("b")]) == ["c", "a", "b"]
 
 
@@ -117,7 +117,7 @@ def test_default_rules_have_no_constraints() -> None:
             assert (each.before, each.after) == ((), ())
 
 
-def test_a_constraint_given_as_one_name_is_that_name() -> None:
+def test_constraint_may_be_a_single_name() -> None:
     """Not its letters."""
     assert order([rule("a", after="late"), rule("late")]) == ["late", "a"]
 
@@ -131,13 +131,13 @@ def members(passes: list[Any]) -> list[str]:
     return sorted(names[1:])
 
 
-def test_a_cycle_is_refused_with_its_members() -> None:
+def test_cycle_is_refused_with_its_members() -> None:
     passes = [rule("free"), rule("a", after=("c",)), rule("b", after=("a",)), rule("c", after=("b",))]
     assert members(passes) == ["a", "b", "c"]
     assert members([rule("a", after=("a",))]) == ["a"]
 
 
-def test_a_cycle_with_the_order_of_the_list_is_refused_without_the_passes_between() -> None:
+def test_cycle_through_the_order_of_the_list_names_only_passes_with_constraints() -> None:
     passes = [rule("first"), rule("between"), rule("last"), rule("a", after=("last",), before=("first",))]
     assert members(passes) == ["a", "first", "last"]
 
@@ -150,7 +150,7 @@ def edited(passes: list[Any]) -> list[str]:
     return order(passes)
 
 
-def test_a_list_is_edited_by_the_names_of_its_passes() -> None:
+def test_list_is_edited_by_the_names_of_its_passes() -> None:
     given, new = PassList([rule("a"), plain("b"), rule("c")]), rule("new")
     assert edited(given.replace("b", new)) == ["a", "new", "c"]
     assert edited(given.without("b")) == ["a", "c"]
@@ -216,7 +216,7 @@ def returns_pass_result(module: GraphModule) -> Any:
 
 
 @pytest.mark.parametrize("entry", [returns_none, returns_it, returns_another, returns_pass_result])
-def test_a_callable_changes_the_graph_and_returns_it_or_nothing(entry: Any) -> None:
+def test_callable_changes_the_graph_and_returns_it_or_nothing(entry: Any) -> None:
     before = relu_program()
     after, report = apply(before, [entry])
     assert (names(before), names(after)) == (["aten.relu"], ["aten.neg"])
@@ -229,7 +229,7 @@ def test_a_callable_changes_the_graph_and_returns_it_or_nothing(entry: Any) -> N
     [lambda: 3, lambda: "done", list, lambda: SimpleNamespace(graph_module="no module", modified=True), relu_program],
     ids=["number", "text", "list", "strange result", "exported program"],
 )
-def test_a_callable_that_returns_something_else_is_refused_by_name(garbage: Any) -> None:
+def test_callable_that_returns_something_else_is_refused_by_name(garbage: Any) -> None:
     def odd(module: GraphModule) -> Any:
         return garbage()
 
@@ -237,7 +237,7 @@ def test_a_callable_that_returns_something_else_is_refused_by_name(garbage: Any)
         apply(relu_program(), [odd])
 
 
-def test_a_callable_that_adds_an_input_is_refused() -> None:
+def test_callable_that_adds_an_input_is_refused() -> None:
     def adds(module: GraphModule) -> None:
         with module.graph.inserting_before(next(iter(module.graph.nodes))):
             module.graph.placeholder("extra")
@@ -246,7 +246,7 @@ def test_a_callable_that_adds_an_input_is_refused() -> None:
         apply(relu_program(), [adds])
 
 
-def test_a_callable_that_changes_the_order_of_the_inputs_is_refused() -> None:
+def test_callable_that_changes_the_order_of_the_inputs_is_refused() -> None:
     """The caller's arguments would silently change places."""
 
     def swaps(module: GraphModule) -> None:
@@ -260,7 +260,7 @@ def test_a_callable_that_changes_the_order_of_the_inputs_is_refused() -> None:
         apply(program, [swaps])
 
 
-def test_a_callable_that_drops_an_output_is_refused() -> None:
+def test_callable_that_drops_an_output_is_refused() -> None:
     def drops(module: GraphModule) -> None:
         output = module.graph.output_node()
         output.args = (output.args[0][:1],)  # type: ignore[index]
@@ -272,7 +272,7 @@ def test_a_callable_that_drops_an_output_is_refused() -> None:
         apply(program, [drops])
 
 
-def test_a_callable_that_raises_leaves_the_program_as_it_was() -> None:
+def test_callable_that_raises_leaves_the_original_unchanged() -> None:
     def breaks(module: GraphModule) -> None:
         to_neg(module)
         raise RuntimeError("halfway")
@@ -283,7 +283,7 @@ def test_a_callable_that_raises_leaves_the_program_as_it_was() -> None:
     assert names(before) == ["aten.relu"]
 
 
-def test_a_rule_sees_what_the_callable_before_it_left() -> None:
+def test_rule_sees_the_result_of_the_callable_before_it() -> None:
     def to_relu(module: GraphModule) -> None:
         for node in module.graph.find_nodes(op="call_function", target=aten.abs.default):
             node.target = aten.relu.default
@@ -296,7 +296,7 @@ def test_a_rule_sees_what_the_callable_before_it_left() -> None:
     assert "early" not in report.applied
 
 
-def test_an_executorch_program_pass_runs_and_may_change_the_signature() -> None:
+def test_executorch_program_pass_gets_and_returns_an_exported_program() -> None:
     from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
 
     class Rename(ExportedProgramPassBase):  # type: ignore[misc]

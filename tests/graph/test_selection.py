@@ -34,7 +34,7 @@ def overlap(a: Claim, b: Claim) -> bool:
 
 @given(claims)
 @settings(max_examples=300)
-def test_a_claim_is_lost_only_to_a_chosen_one_that_comes_before_it_by_benefit_and_then_order(
+def test_lost_claim_overlaps_a_chosen_one_that_is_first_by_benefit_and_order(
     given: list[Claim],
 ) -> None:
     chosen, lost = select(given)
@@ -47,18 +47,18 @@ def test_a_claim_is_lost_only_to_a_chosen_one_that_comes_before_it_by_benefit_an
         assert (-given[winner].benefit, winner) < (-given[loser].benefit, loser)
 
 
-def test_the_largest_claim_is_chosen_before_smaller_ones_on_both_sides() -> None:
+def test_largest_claim_is_chosen_before_smaller_ones_on_both_sides() -> None:
     ends = [Claim(2, (0, 1)), Claim(2, (2, 3))]
     assert select([*ends, Claim(3, (1, 2))]) == ([2], {0: 2, 1: 2})
     assert select([*ends, Claim(2, (1, 2))]) == ([0, 1], {2: 0})
 
 
-def test_along_a_chain_no_free_claim_is_left_out() -> None:
+def test_claims_along_a_chain_leave_no_free_claim_out() -> None:
     given = [Claim(1 + i % 3, (i, i + 1)) for i in range(5000)]
     chosen, _ = select(given)
     # Benefits 1 2 3 1 2 3 ...: every 3 is chosen, and beside them only the two ends are free.
     assert chosen == [0, *range(2, 5000, 3), 4999]
 
 
-def test_no_claims_give_no_choice() -> None:
+def test_selection_from_no_claims_is_empty() -> None:
     assert select([]) == ([], {})

@@ -1,4 +1,4 @@
-"""What rules make of what earlier ones made: each candidate has one outcome, and it says what became of it."""
+"""Outcomes of candidates that several rules rewrite: one per candidate, with the texts of all these rules."""
 
 from typing import Any
 
@@ -8,27 +8,25 @@ from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, op
-from et_cuda_passes.graph.rule import GroupRule, Keep, Rule
-from tests.graph.test_driver import idle, nothing
-from tests.helpers import Sketch, apply, names
+from et_cuda_passes.graph.rule import GroupRule, Keep, Notes, Rule
+from tests.helpers import Sketch, apply, idle, idle_program_pass, names
 
 aten = torch.ops.aten
 RELU, NEG, ABS, ADD = aten.relu.default, aten.neg.default, aten.abs.default, aten.add.Tensor
 
 
-def rule(name: str, before: Any, made: Any, detail: str = "", explanation: str = "", after: str = "") -> Rule:
-    """before(x) -> made(x), which runs behind the rule ``after``."""
+def rule(name: str, before: Any, new: Any, detail: str = "", explanation: str = "") -> Rule:
+    """before(x) -> new(x)"""
 
     def pattern(self: Rule, x: Capture) -> Any:
         return op(before)(x)
 
     members = {
         "pattern": pattern,
-        "rewrite": lambda self, b, m: b.call(made, m.x),
+        "rewrite": lambda self, b, m: b.call(new, m.x),
         "summary": lambda self, m: detail,
-        "explain": lambda self, *ms: explanation,
+        "notes": lambda self, *ms: Notes("", explanation),
         "name": name,
-        "after": (after,) if after else (),
     }
     return type(name, (Rule,), members)()  # type: ignore[no-any-return]
 
@@ -43,7 +41,8 @@ def relus(count: int = 1) -> torch.export.ExportedProgram:
     return sketch.program(*(sketch.call(RELU, x) for _ in range(count)))
 
 
-def told(report: Any) -> list[tuple[str | None, str, str]]:
+def texts(report: Any) -> list[tuple[str | None, str, str]]:
+    """Rule, detail and explanation of each outcome; all must be rewritten."""
     assert all(outcome.status == "rewritten" for outcome in report.outcomes)
     return [(outcome.rule, outcome.detail, outcome.explanation) for outcome in report.outcomes]
 
@@ -57,37 +56,37 @@ def told(report: Any) -> list[tuple[str | None, str, str]]:
         ("", "", ("one", "as one")),
     ],
 )
-def test_what_a_later_rule_has_to_say_is_in_the_outcome(detail: str, explanation: str, wanted: Any) -> None:
-    after, report = apply(relus(), [FIRST, rule("later", NEG, ABS, detail, explanation, "first")], RELU)
+def test_texts_of_a_later_rule_are_in_the_outcome(detail: str, explanation: str, wanted: Any) -> None:
+    after, report = apply(relus(), [FIRST, rule("later", NEG, ABS, detail, explanation)], RELU)
     assert names(after) == ["aten.abs"]
-    assert told(report) == [("first", *wanted)]
+    assert texts(report) == [("first", *wanted)]
     assert report.counts() == {"rewritten": 1, "kept": 0, "missed": 0, "first": 1, "later": 1}
 
 
-def test_a_detail_where_there_was_none() -> None:
-    _, report = apply(relus(), [rule("first", RELU, NEG), rule("later", NEG, ABS, "two", after="first")], RELU)
-    assert told(report) == [("first", "two", "")]
+def test_summary_of_a_later_rule_fills_an_empty_detail() -> None:
+    _, report = apply(relus(), [rule("first", RELU, NEG), rule("later", NEG, ABS, "two")], RELU)
+    assert texts(report) == [("first", "two", "")]
 
 
-def test_rules_between_carry_it_on() -> None:
+def test_texts_reach_the_outcome_over_several_rules() -> None:
     chain = [RELU, NEG, ABS, aten.sin.default, aten.cos.default]
-    between = [rule(f"r{i}", *chain[i : i + 2], after=f"r{i - 1}" if i > 1 else "first") for i in (1, 2)]
-    passes = [FIRST, *between, rule("last", *chain[3:], "last", "as last", "r2")]
+    between = [rule(f"r{i}", *chain[i : i + 2]) for i in (1, 2)]
+    passes = [FIRST, *between, rule("last", *chain[3:], "last", "as last")]
     after, report = apply(relus(2), passes, RELU)
     assert names(after) == ["aten.cos"] * 2
-    assert told(report) == [("first", "one, last", "as last")] * 2
+    assert texts(report) == [("first", "one, last", "as last")] * 2
 
 
-def test_a_place_that_no_earlier_rule_made_is_nobody_s() -> None:
+def test_texts_of_a_rule_at_an_exported_node_reach_no_outcome() -> None:
     sketch = Sketch()
     x = sketch.input("x", 4)
     program = sketch.program(sketch.call(RELU, x), sketch.call(NEG, x))
-    _, report = apply(program, [FIRST, rule("later", NEG, ABS, "two", after="first")], RELU)
-    assert told(report) == [("first", "one, two", "as one")]
+    _, report = apply(program, [FIRST, rule("later", NEG, ABS, "two")], RELU)
+    assert texts(report) == [("first", "one, two", "as one")]
     assert report.applied["later"] == 2
 
 
-def test_a_candidate_that_the_later_rule_decides_has_the_outcome_of_that_rule() -> None:
+def test_candidate_that_a_later_rule_decides_has_the_outcome_of_that_rule() -> None:
     sketch = Sketch()
     program = sketch.program(sketch.call(ABS, sketch.call(RELU, sketch.input("x", 4))))
 
@@ -104,7 +103,7 @@ def test_a_candidate_that_the_later_rule_decides_has_the_outcome_of_that_rule() 
             return b.call(aten.sin.default, m.x)
 
     _, report = apply(program, [FIRST, Both()], RELU, ABS)
-    assert told(report) == [("first", "one, both", "as one"), ("both", "both", "")]
+    assert texts(report) == [("first", "one, both", "as one"), ("both", "both", "")]
 
 
 class Together(GroupRule):
@@ -123,11 +122,9 @@ class Together(GroupRule):
         return [b.for_match(m).call(ABS, y) for m in ms]
 
 
-def test_of_what_is_made_together_a_later_rule_takes_all_or_one() -> None:
+def test_later_rule_reaches_the_outcomes_of_the_group_members_it_matches() -> None:
     class OnlySecond(Rule):
         """abs(x) * 2 -> sin(x)"""
-
-        after = ("together",)
 
         def pattern(self, x: Capture) -> Any:
             return op(aten.mul.Tensor)(op(ABS)(x), 2)
@@ -144,15 +141,13 @@ def test_of_what_is_made_together_a_later_rule_takes_all_or_one() -> None:
     program = sketch.program(first, sketch.call(aten.mul.Tensor, second, 2))
     _, report = apply(program, [Together(), OnlySecond()], RELU)
     assert [outcome.detail for outcome in report.outcomes] == ["2 in one", "2 in one, doubled"]
-    _, report = apply(program, [Together(), rule("later", NEG, aten.cos.default, "cosine", after="together")], RELU)
+    _, report = apply(program, [Together(), rule("later", NEG, aten.cos.default, "cosine")], RELU)
     assert [outcome.detail for outcome in report.outcomes] == ["2 in one, cosine"] * 2
 
 
-def test_a_later_rule_may_take_several_together() -> None:
+def test_later_group_rule_reaches_the_outcomes_of_all_its_matches() -> None:
     class Later(Together):
         """neg(x), neg(x), ... -> abs(sin(x)), abs(sin(x)), ..."""
-
-        after = ("first",)
 
         def pattern(self, x: Capture) -> Any:
             return op(NEG)(x)
@@ -162,11 +157,11 @@ def test_a_later_rule_may_take_several_together() -> None:
             return [b.for_match(m).call(ABS, y) for m in ms]
 
     _, report = apply(relus(3), [FIRST, Later()], RELU)
-    assert told(report) == [("first", "one, 3 in one", "as one")] * 3
+    assert texts(report) == [("first", "one, 3 in one", "as one")] * 3
 
 
-def test_one_thing_is_said_once() -> None:
-    """Of one relu two nodes are made, and a later rule says the same of each."""
+def test_summary_is_appended_once() -> None:
+    """The first rule builds two nodes for one relu, and the later rule has the same summary for both."""
 
     class Two(Rule):
         """relu(x) -> neg(neg(x))"""
@@ -177,16 +172,14 @@ def test_one_thing_is_said_once() -> None:
         def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(NEG, b.call(NEG, m.x))
 
-    _, report = apply(relus(), [Two(), rule("later", NEG, ABS, "two", after="two")], RELU)
+    _, report = apply(relus(), [Two(), rule("later", NEG, ABS, "two")], RELU)
     assert report.applied == {"two": 1, "later": 2}
-    assert told(report) == [("two", "two", "")]
+    assert texts(report) == [("two", "two", "")]
 
 
-def test_what_keeps_a_place_makes_nothing_of_it() -> None:
+def test_keep_rule_appends_no_summary() -> None:
     class KeepNeg(Keep):
         """neg(x) -> itself"""
-
-        after = ("first",)
 
         def pattern(self, x: Capture) -> Any:
             return op(NEG)(x)
@@ -195,11 +188,11 @@ def test_what_keeps_a_place_makes_nothing_of_it() -> None:
             return "kept"
 
     _, report = apply(relus(), [FIRST, KeepNeg()], RELU)
-    assert told(report) == [("first", "one", "as one")]
+    assert texts(report) == [("first", "one", "as one")]
 
 
 def copying(module: GraphModule) -> GraphModule:
-    """A pass that hands back another graph."""
+    """A pass that returns a copy of the graph."""
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return GraphModule(module, graph)
@@ -207,12 +200,12 @@ def copying(module: GraphModule) -> GraphModule:
 
 @pytest.mark.parametrize(
     ("between", "detail"),
-    # A pass that copies the graph takes away what is known of its nodes.
-    [(lambda: idle, "one, two"), (lambda: copying, "one"), (nothing, "one")],
+    # After a copy of the graph, the candidate of a new node is unknown.
+    [(lambda: idle, "one, two"), (lambda: copying, "one"), (idle_program_pass, "one")],
     ids=["idle", "copying", "executorch"],
 )
-def test_behind_an_opaque_pass_there_is_one_outcome_still(between: Any, detail: str) -> None:
-    passes = [FIRST, between(), rule("later", NEG, ABS, "two", after="first")]
+def test_candidate_has_one_outcome_after_an_external_pass(between: Any, detail: str) -> None:
+    passes = [FIRST, between(), rule("later", NEG, ABS, "two")]
     after, report = apply(relus(), passes, RELU)
     assert [op_of(node) for node in after.graph.nodes if node.op == "call_function"] == [ABS]
     assert [(outcome.rule, outcome.detail) for outcome in report.outcomes] == [("first", detail)]
