@@ -8,7 +8,7 @@ its rows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -354,9 +354,6 @@ class LinearInt8(Rule):
         drop_activation_quantization: as for ``LinearInt4``.
     """
 
-    # An int4 kernel needs half the memory.
-    after: ClassVar[tuple[str, ...]] = ("linear_int4",)
-
     kernel: str | None = None
     drop_activation_quantization: bool = False
 
@@ -443,8 +440,6 @@ class ConvInt8(Rule):
         kernel: as for ``LinearInt8``.
         drop_activation_quantization: as for ``LinearInt4``.
     """
-
-    after: ClassVar[tuple[str, ...]] = ("conv_int4",)
 
     kernel: str | None = None
     drop_activation_quantization: bool = False
