@@ -102,7 +102,7 @@ def test_constraint_with_a_known_name_that_the_list_lacks_demands_nothing() -> N
 
 def test_rewrite_knows_the_names_of_all_default_rules() -> None:
     """A rule for several targets names rules of all of them."""
-    relus = rule("relus", before=("fold_dequantize",), after=("linear_int8", "int4_gate"))
+    relus = rule("relus", before=("fold_dequantize",), after=("linear_int8", "fuse_gate"))
     _, report = ecp.rewrite(relu_program(), "cpu", [relus, ecp.LinearInt4(), ecp.LinearInt8()])
     assert report.passes == ["linear_int4", "linear_int8", "relus"]
     with pytest.raises(
