@@ -1,6 +1,5 @@
 """The house's own rules, which no tool holds: what `make help` lists, what an import loads, how long a module is."""
 
-import inspect
 import re
 import subprocess
 import sys
@@ -28,7 +27,6 @@ RULES = [
     for module in RULE_MODULES
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == module.__name__
-    if not inspect.isabstract(value)
 ]
 # The kernels room holds data alone so far, which the tests of the targets read.
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "kernels")
@@ -103,6 +101,12 @@ def test_module_of_rules_says_what_it_does(module: ModuleType) -> None:
 def test_rule_opens_with_its_rewrite(rule: type[Rule]) -> None:
     before, arrow, after = (rule.__doc__ or "").strip().partition("\n")[0].partition(" -> ")
     assert before.strip() and arrow and after.strip(), f"{rule.__name__} does not open with `before -> after`"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_has_no_base_class_between(rule: type[Rule]) -> None:
+    assert rule.__bases__ in [(Rule,), (ecp.GroupRule,), (ecp.Keep,)]
+    assert "requirements" in vars(rule) or not rule.requirements
 
 
 def test_rules_of_every_default_list_are_checked() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from et_cuda_passes.targets.rewrite import RENAMED_PASSES
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
@@ -101,6 +102,13 @@ def test_expect_reports_actual_counts(program: ExportedProgram) -> None:
     assert str(error.value).startswith("linear_int4: expected 2, got 1; missed: expected 0, got 1\n")
     assert "K = 40" in str(error.value)
     assert error.value.report.counts()["linear_int4"] == 1
+
+
+@pytest.mark.parametrize(("earlier", "name"), RENAMED_PASSES.items())
+def test_expect_names_the_new_name_of_a_renamed_pass(earlier: str, name: str, program: ExportedProgram) -> None:
+    with pytest.raises(ValueError, match=f"expect names '{earlier}', which is now called '{name}'"):
+        ecp.rewrite(program, "cuda", expect={earlier: 1})
+    assert name in {entry.name for target in ecp.targets() for entry in ecp.default_passes(target)}
 
 
 def test_expect_rejects_unknown_name(program: ExportedProgram) -> None:

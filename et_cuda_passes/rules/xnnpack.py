@@ -29,7 +29,7 @@ from et_cuda_passes.quant.static import (
     static_qparams,
     statically_quantized,
 )
-from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, weight_has_data
+from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, scales_are_finite, weight_has_data
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -458,13 +458,6 @@ def readers_have_float_activations(m: Match) -> Failure | None:
     return Failure(text) if text else None
 
 
-@requirement("finite scales", stage="values", hint="quantize the weight again")
-def stored_scales_are_finite(m: Match) -> Failure | None:
-    """A NaN or infinite scale would spread over the output without an error."""
-    bad = int((~torch.isfinite(_scales(m))).sum())
-    return Failure(f"{bad} NaN or infinite scales") if bad else None
-
-
 _INSTEAD = (
     "for a 4-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, "
     "weight_granularity=PerGroup(32))"
@@ -483,7 +476,7 @@ class FoldDequantize(Rule):
     weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids it.
     """
 
-    requirements = (weight_has_data, readers_have_float_activations, stored_scales_are_finite)
+    requirements = (weight_has_data, readers_have_float_activations, scales_are_finite(lambda m: (_scales(m),)))
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, with any readers."""

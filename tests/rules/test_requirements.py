@@ -25,7 +25,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.quant.affine import DEQUANTIZE
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.experts import Experts, floats
+from tests.experts import floats
 from tests.quantized import Quantized, export
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -199,20 +199,6 @@ def test_hint_of_same_dtype_leads_to_rewrite(target: str, bits: int) -> None:
 @pytest.mark.parametrize("target", ["cuda", "cpu"])
 def test_same_dtype_accepts_operands_of_the_result_dtype(target: str) -> None:
     assert_rewrites(exported_under_autocast(BF16, FP32, BF16), target, expect={"linear_int4": 1, "missed": 0})
-
-
-@pytest.mark.parametrize(
-    "product",
-    [
-        lambda weight, x: torch.bmm(x, weight.mT),
-        lambda weight, x: torch.bmm(x, weight[torch.tensor([2, 0, 1, 1])].mT),
-        lambda weight, x: torch.einsum("emk,enk->emn", x, weight),
-    ],
-    ids=["bmm", "chosen", "einsum"],
-)
-def test_same_dtype_rejects_experts_of_another_dtype(product: Any) -> None:
-    program = torch.export.export(Autocast(Experts(product, dtype=FP32)), (floats(4, 5, 96, dtype=FP32),))
-    assert_misses(program, "activations and result of one dtype", "cpu")
 
 
 @pytest.mark.parametrize("kernel", ["triton", "backend"])
