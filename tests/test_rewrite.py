@@ -89,7 +89,7 @@ def test_passes_accept_any_iterable_and_empty_list(program: ExportedProgram) -> 
 
 
 @pytest.mark.parametrize(
-    "expect", [{}, {"linear_int4": 1}, {"rewritten": 1, "missed": 1, "kept": 0}, {"linear_views": 0}]
+    "expect", [{}, {"linear_int4": 1}, {"rewritten": 1, "missed": 1, "kept": 0}, {"remove_linear_views": 0}]
 )
 def test_expect_accepts_right_counts(program: ExportedProgram, expect: dict[str, int]) -> None:
     ecp.rewrite(program, "cuda", expect=expect)
@@ -240,8 +240,8 @@ def test_assert_misses_finds_the_reason(program: ExportedProgram) -> None:
 def test_assert_misses_fails_with_the_report(program: ExportedProgram) -> None:
     with pytest.raises(AssertionError, match=r"no candidate is missed with a reason that says 'NaN'\ncuda: 2"):
         assert_misses(program, "NaN")
-    with pytest.raises(AssertionError, match="no candidate is missed by linear_views"):
-        assert_misses(program, "K = 40", rule="linear_views")
+    with pytest.raises(AssertionError, match="no candidate is missed by remove_linear_views"):
+        assert_misses(program, "K = 40", rule="remove_linear_views")
     with pytest.raises(ValueError, match="no pass is named 'linear_int3'; the pass list is fused_linear_int4, linear"):
         assert_misses(program, "K = 40", rule="linear_int3")
     with pytest.raises(ValueError, match="an empty reason"):

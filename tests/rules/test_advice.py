@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import et_cuda_passes as ecp
 from et_cuda_passes.quant.affine import DEQUANTIZE
-from et_cuda_passes.rules.linear_int4 import LinearInt4
 from tests.quantized import Quantized
 
 
@@ -42,7 +41,7 @@ def test_a_target_without_an_int8_kernel_is_told_once_with_what_it_takes() -> No
 @pytest.mark.parametrize(("k", "group"), [(64, 8), (48, 24)])
 def test_what_is_int4_already_is_not_told_to_become_it(k: int, group: int) -> None:
     *_, last = told(Quantized(16, k, group), rows(k), "cpu")
-    assert last.endswith("int8pack_cpu has one scale a row: quantize with PerAxis(0)")
+    assert last.endswith("int8pack_cpu has one scale per row: quantize with PerAxis(0)")
 
 
 class Changing(Quantized):
@@ -98,11 +97,11 @@ def test_a_larger_kernel_is_not_told_of_a_granularity() -> None:
 @pytest.mark.parametrize("high", [7, 127])
 def test_bf16_arithmetic_is_advised_where_it_helps(high: int) -> None:
     model, x = Quantized(16, 64, 64, -high - 1, high, torch.float32), rows(dtype=torch.float32)
-    advice = "LinearInt4(cast_to_bf16=True) in place of the default's linear_int4"
+    advice = "LinearInt4(cast_to_bf16=True) in place of the default linear_int4"
     assert any(reason.endswith(advice) for reason in told(model, x, "cuda")) == (high == 7)
     passes = [rule for rule in ecp.default_passes("cuda") if rule.name not in ("linear_int4", "fused_linear_int4")]
     expect = {"linear_int4": int(high == 7)}
-    ecp.rewrite(torch.export.export(model, (x,)), "cuda", [LinearInt4(cast_to_bf16=True), *passes], expect)
+    ecp.rewrite(torch.export.export(model, (x,)), "cuda", [ecp.LinearInt4(cast_to_bf16=True), *passes], expect)
 
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {

@@ -49,7 +49,7 @@ class Block(nn.Module):
         return x + self.down(inner[..., :64])
 
 
-PASSES = [ecp.FusedLinearInt4(), ecp.LinearInt4(), ecp.LinearViews()]
+PASSES = [ecp.FusedLinearInt4(), ecp.LinearInt4(), ecp.RemoveLinearViews()]
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_no_more_together_than_the_option_says(most: int | None, fused: list[int
 
 @pytest.mark.parametrize("most", [1, 0, -3])
 def test_an_option_that_leaves_nothing_is_refused(most: int) -> None:
-    with pytest.raises(ValueError, match=f"max_together={most} leaves nothing to take together: 2 or more, or None"):
+    with pytest.raises(ValueError, match=f"max_together={most} leaves nothing to fuse: use 2 or more, or None"):
         ecp.FusedLinearInt4(max_together=most)
 
 

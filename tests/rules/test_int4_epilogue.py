@@ -1,4 +1,4 @@
-"""Int4Activation, Int4Product and Int4Sum: what follows an int4 linear becomes a part of it, if its kernel can.
+"""FuseActivation, FuseMultiply and FuseAdd: what follows an int4 linear becomes a part of it, if its kernel can.
 
 The reference is the program with the linears alone packed: the same weights, each following operator by itself.
 """
@@ -14,9 +14,7 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.rules.int4_activation import Int4Activation, epilogue_of
-from et_cuda_passes.rules.int4_product import Int4Product
-from et_cuda_passes.rules.int4_sum import Int4Sum
+from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseMultiply, fused_epilogue
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import DEQUANTIZE, apply, names
 from tests.quantized import Quantized
@@ -45,7 +43,7 @@ def exported(use: Callable[[Any, Tensor], Any], x: Tensor = X) -> ExportedProgra
 
 def epilogues(program: ExportedProgram) -> list[dict[str, Any]]:
     """What each int4 linear of ``program`` does after its product, nodes by name."""
-    found = [epilogue_of(node) for node in program.graph.nodes if NAME in str(node.target).replace("::", ".")]
+    found = [fused_epilogue(node) for node in program.graph.nodes if NAME in str(node.target).replace("::", ".")]
     return [{name: getattr(value, "name", value) for name, value in given.items()} for given in found]
 
 
@@ -139,7 +137,7 @@ def test_the_edge_dialect_too() -> None:
         before = to_edge(exported(use), compile_config=config).exported_program()
         program, _ = ecp.rewrite(before, "cuda")
         (node,) = (n for n in program.graph.nodes if "int4_linear" in str(n.target))
-        assert set(epilogue_of(node)) == wanted
+        assert set(fused_epilogue(node)) == wanted
         got, reference = program.module()(X), exported(use).module()(X)
         assert (got - reference).norm() <= 2**-6 * reference.norm()
 
@@ -212,7 +210,7 @@ ALIKE = "a tensor of the same shape and dtype"
     ids=["one row", "a vector", "more dimensions", "another dtype", "a number", "alpha"],
 )
 def test_what_a_sum_needs(use: Any, wanted: str, found: str) -> None:
-    (reason,) = reasons(use, Int4Sum(), aten.add.Tensor)
+    (reason,) = reasons(use, FuseAdd(), aten.add.Tensor)
     assert reason[0] == wanted
     assert found in reason[1]
     assert epilogues(fused(use)) == [{}]
@@ -227,7 +225,7 @@ def test_a_linear_that_something_else_reads_too_is_left_alone(function: Callable
     program = fused(use)
     assert epilogues(program) == [{}]
     target = aten.silu.default if function is F.silu else aten.add.Tensor
-    rule = Int4Activation() if function is F.silu else Int4Sum()
+    rule = FuseActivation() if function is F.silu else FuseAdd()
     assert any("this one user" in wanted for wanted, _ in reasons(use, rule, target))
 
 
@@ -236,8 +234,8 @@ def test_an_activation_behind_a_sum_stays() -> None:
     use = lambda net, x: F.relu(net.a(x) + x)  # noqa: E731
     program = fused(use)
     assert names(program) == [NAME, "aten.relu"]
-    assert reasons(use, Int4Activation(), aten.relu.default, Int4Sum()) == [
-        ("a linear with nothing after its product", "addend")
+    assert reasons(use, FuseActivation(), aten.relu.default, FuseAdd()) == [
+        ("a linear without a fused epilogue", "a linear with a fused addend")
     ]
 
 
@@ -250,7 +248,7 @@ def test_a_product_behind_a_sum_stays() -> None:
 
 def test_kernels_without_an_epilogue_are_untouched() -> None:
     before = exported(lambda net, x: x + F.silu(net.a(x)))
-    passes = [ecp.LinearInt4(kernel="tinygemm"), Int4Activation(), Int4Product(), Int4Sum()]
+    passes = [ecp.LinearInt4(kernel="tinygemm"), FuseActivation(), FuseMultiply(), FuseAdd()]
     program, report = ecp.rewrite(before, "cuda", passes)
     assert names(program) == ["et_cuda_passes.int4_linear_tile_packed_to_4d", "aten.silu", "aten.add"]
     assert report.applied == {"linear_int4": 1}

@@ -1,4 +1,4 @@
-"""Int4Gate: a gated layer as one product: what is taken and what is not, the numbers, and the constants."""
+"""FuseGate: a gated layer as one product: what is taken and what is not, the numbers, and the constants."""
 
 import copy
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def test_of_any_length() -> None:
     program = exported(lambda net, x: F.silu(net.c(x)) * net.d(x), length)
     for rows in (2, 9):
         after, report = assert_rewrites(program, "cuda", PASSES, {"missed": 0}, (X[:1].repeat(rows, 1),), 2**-6)
-        assert [linear["gated"] for linear in linears(after)] == [True] and report.applied["int4_gate"] == 1
+        assert [linear["gated"] for linear in linears(after)] == [True] and report.applied["fuse_gate"] == 1
 
 
 @pytest.mark.parametrize(
@@ -127,14 +127,14 @@ class Chosen(Gated):
 def test_the_report_tells_it_of_both_linears(model: type[Gated], dynamic: Any, rows: str) -> None:
     net = model(lambda net, x: net.a(F.silu(net.c(x)) * net.d(x)), n=64)
     program = torch.export.export(net, (X,), dynamic_shapes=dynamic, strict=True)
-    _, report = ecp.rewrite(program, "cuda", expect={"linear_int4": 3, "int4_gate": 1, "rewritten": 3})
+    _, report = ecp.rewrite(program, "cuda", expect={"linear_int4": 3, "fuse_gate": 1, "rewritten": 3})
     assert [outcome.detail for outcome in report.outcomes] == [ONE, ONE, ONE.partition(", ")[0]]
     gate, up, other = (outcome.explanation for outcome in report.outcomes)
     wanted = "gate and up in one product: tilings on sm_90 for 128 x 64, group size 32: M "
     assert gate == up and gate.startswith(wanted + rows)
     assert other.startswith(f"tilings on sm_90 for 64 x 64, group size 32: M {rows}")
     assert f"  rewritten     2 x linear_int4  {ONE}  (c.data, ...)\n" in str(report)
-    assert "\n  then      1 x int4_activation, 1 x int4_gate" in str(report)
+    assert "\n  then      1 x fuse_activation, 1 x fuse_gate" in str(report)
 
 
 def test_rows_that_are_no_multiple_of_eight() -> None:
@@ -207,7 +207,7 @@ class Biased(nn.Module):
 
 def assert_not_baked_in(program: ExportedProgram) -> None:
     after, report = ecp.rewrite(program, "cuda", PASSES, {"linear_int4": 2})
-    assert "int4_gate" not in report.applied
+    assert "fuse_gate" not in report.applied
     runs = [copy.deepcopy(one.module()) for one in (after, program)]
     for _ in range(3):
         got, wanted = (run(X).double() for run in runs)

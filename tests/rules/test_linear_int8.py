@@ -109,7 +109,7 @@ def test_the_operator_holds_groups_and_zero_points_exactly(
 CONFIGS = {
     "group 32": (
         IntxWeightOnlyConfig(torch.int8, PerGroup(32)),
-        "found group size 32; int8pack_cpu has one scale a row: quantize with PerAxis(0)",
+        "found group size 32; int8pack_cpu has one scale per row: quantize with PerAxis(0)",
     ),
     "asymmetric": (
         IntxWeightOnlyConfig(torch.int8, PerAxis(0), mapping_type=MappingType.ASYMMETRIC),
@@ -198,5 +198,5 @@ def test_views_of_a_decomposed_linear_go() -> None:
     table = torch.export.default_decompositions()
     table.pop(torch.ops.torchao.dequantize_affine.default, None)
     program = export(Quantized(16, 64, 64, -128, 127), 2, 3, 64).run_decompositions(table)
-    rewritten, _ = assert_rewrites(program, "cpu", expect={"linear_int8": 1, "linear_views": 1})
+    rewritten, _ = assert_rewrites(program, "cpu", expect={"linear_int8": 1, "remove_linear_views": 1})
     assert [node.target for node in rewritten.graph.nodes if node.op == "call_function"] == [INT8_LINEAR]

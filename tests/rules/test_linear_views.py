@@ -1,4 +1,4 @@
-"""LinearViews: the views around a linear of two dimensions go, and what follows the linear keeps them."""
+"""RemoveLinearViews: the views around a linear of two dimensions go, and what follows the linear keeps them."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ Use = Callable[[Tensor, Tensor, Tensor], Tensor]
 def test_the_views_go(target: str) -> None:
     model = Quantized(48, 64, form=lambda x, w, b: F.linear(x.view(6, 64), w, b).view(6, 1, 48))
     program, report = assert_rewrites(torch.export.export(model, (X,)), target, expect={"linear_int4": 1})
-    assert len(names(program)) == 1 and report.applied["linear_views"] == 1
+    assert len(names(program)) == 1 and report.applied["remove_linear_views"] == 1
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_the_views_go(target: str) -> None:
 def test_a_linear_that_does_more_is_left_alone_in_a_later_rewrite(use: Use) -> None:
     """``assert_rewrites`` looks that the second one changes nothing."""
     program, report = assert_rewrites(torch.export.export(Quantized(48, 64, form=use), (X,)), "cuda")
-    assert "linear_views" not in report.applied and any("view" in name for name in names(program))
+    assert "remove_linear_views" not in report.applied and any("view" in name for name in names(program))
     twice, report = ecp.rewrite(program, "cuda")
     assert not report.applied and twice.module()(X).shape == program.module()(X).shape
 
@@ -58,4 +58,4 @@ def test_views_of_views_go_in_one_rewrite(use: Use, left: int, decompose: bool) 
     program = torch.export.export(Quantized(48, 64, form=use), (X,))
     program = program.run_decompositions({}) if decompose else program
     rewritten, report = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
-    assert report.applied["linear_views"] == 1 and len(names(rewritten)) == left
+    assert report.applied["remove_linear_views"] == 1 and len(names(rewritten)) == left

@@ -66,34 +66,26 @@ def test_on_cuda_groups_that_16_divides_are_int8_and_right(dtype: torch.dtype, b
 
 
 TRITON8 = "linear_int8 wanted a group size that the kernel has, found group size {}; triton has 16, 32, 64, 128, 256"
-CPU8 = "found group size {}; int8pack_cpu has one scale a row: quantize with PerAxis(0), or in groups with torch.int4"
+CPU8 = "found group size {}; int8pack_cpu has one scale per row: quantize with PerAxis(0), or in groups with torch.int4"
+INT4_GROUPS = "found group size {}; {} has 32, 64, 128, 256 and their multiples: quantize with PerGroup(32)"
 MISSED = [
     (
         "cuda",
         INT4,
         24,
         "linear_int4",
-        "found group size 24; the nearest that triton has is 32: quantize with PerGroup(32)",
+        "found group size 24; triton has 32, 64, 128 and their multiples: quantize with PerGroup(32)",
     ),
     ("cuda", INT4, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
     ("cuda", INT8, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
-    *(
-        ("cpu", INT4, group, "linear_int4", f"found group size {group}; the nearest that int4pack_cpu has is 32")
-        for group in (16, 24, 48)
-    ),
+    *(("cpu", INT4, group, "linear_int4", INT4_GROUPS.format(group, "int4pack_cpu")) for group in (16, 24, 48)),
     *(("cpu", INT8, group, "linear_int8", CPU8.format(group)) for group in (16, 24, 48)),
-    *(
-        ("metal", INT4, group, "linear_int4", f"found group size {group}; the nearest that torchao has is 32")
-        for group in (16, 24, 48)
-    ),
+    *(("metal", INT4, group, "linear_int4", INT4_GROUPS.format(group, "torchao")) for group in (16, 24, 48)),
     *(
         ("metal", INT8, group, "linear_int4", "found 8 bits, -128..127; quantize with weight_dtype=torch.int4")
         for group in (16, 24, 48)
     ),
-    *(
-        ("metal", INT8, group, "linear_int4", f"found group size {group}; the nearest that torchao has is 32")
-        for group in (16, 24, 48)
-    ),
+    *(("metal", INT8, group, "linear_int4", INT4_GROUPS.format(group, "torchao")) for group in (16, 24, 48)),
 ]
 
 
@@ -138,10 +130,10 @@ BLOCKS = {
     (4, N, K): {"cuda": "linear_int4", "metal": "linear_int4", "cpu": "linear_int4"},
     (8, 2, 96): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, N, K): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
-    (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "one scale a row"},
-    (4, 2, 16): {"cuda": "linear_int8", "metal": "the nearest that torchao has is 32", "cpu": "the nearest"},
-    (4, 2, 24): dict.fromkeys(("cuda", "metal", "cpu"), "found group size 24; the nearest that"),
-    (4, 8, 1): dict.fromkeys(("cuda", "metal", "cpu"), "found group size 1; the nearest that"),
+    (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "one scale per row"},
+    (4, 2, 16): {"cuda": "linear_int8", "metal": "torchao has 32, 64", "cpu": "int4pack_cpu has 32, 64"},
+    (4, 2, 24): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 24"),
+    (4, 8, 1): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 1"),
 }
 
 
