@@ -18,21 +18,9 @@ from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
 from et_cuda_passes.quant.unwrapping import unwrapped
-from et_cuda_passes.targets import default_passes, get_target, targets
+from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.target import Target
-
-RENAMED_PASSES: Mapping[str, str] = {
-    "attention_views": "fuse_attention_transpose",
-    "bias_apart": "split_broadcast_bias",
-    "chosen_experts_int4": "indexed_bmm_int4",
-    "int4_activation": "fuse_activation",
-    "int4_gate": "fuse_gate",
-    "int4_product": "fuse_multiply",
-    "int4_sum": "fuse_add",
-    "linear_views": "remove_linear_views",
-}
-"""Earlier names of passes with their present names, for the error that a build with an earlier name gets."""
 
 
 def rewrite(
@@ -134,7 +122,8 @@ def parse_passes(passes: Iterable[Any]) -> list[Pass]:
     ``before`` and ``after`` of a pass may contain the name of a default rule of any target, so that a pass works with
     several targets, and in a list without that rule.
     """
-    return parse(passes, _is_program_pass, {rule.name for name in targets() for rule in default_passes(name)})
+    known = {rule.name for name in targets() for rule in default_passes(name)}
+    return parse(passes, _is_program_pass, known, RENAMED_PASSES)
 
 
 def _is_program_pass(value: Any) -> bool:
@@ -162,11 +151,8 @@ def check_expected(expect: object, passes: Iterable[str] | None = None) -> None:
         if count < 0:
             raise ValueError(f"expect has the count {count} for {name!r}; a count is 0 or more")
         if known is not None and name not in known:
-            if name in RENAMED_PASSES:
-                raise ValueError(f"expect contains {name!r}, which is now {RENAMED_PASSES[name]!r}")
-            raise ValueError(
-                f"expect contains {name!r}, which is no pass of the list and no status; {nearest_names(name, known)}"
-            )
+            nearest = nearest_names(name, known, RENAMED_PASSES)
+            raise ValueError(f"expect contains {name!r}, which is no pass of the list and no status; {nearest}")
 
 
 def check_expectations(expect: Mapping[str, int] | None, report: Report) -> None:

@@ -2,8 +2,9 @@
 
 import difflib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import networkx as nx
@@ -23,6 +24,9 @@ class PassList(list[Any]):
     The methods below leave the list as it is and return a new one.
     """
 
+    renamed: Mapping[str, str] = MappingProxyType({})
+    """Former names of passes with their present names, for error messages."""
+
     def replace(self, name: str, value: Any) -> "PassList":
         """The list with ``value`` in place of the pass called ``name``.
 
@@ -30,27 +34,27 @@ class PassList(list[Any]):
             ValueError: no pass has that name. The same holds for the other methods.
         """
         at = self._index(name)
-        return PassList([*self[:at], value, *self[at + 1 :]])
+        return type(self)([*self[:at], value, *self[at + 1 :]])
 
     def without(self, name: str) -> "PassList":
         """The list without the pass called ``name``."""
         at = self._index(name)
-        return PassList([*self[:at], *self[at + 1 :]])
+        return type(self)([*self[:at], *self[at + 1 :]])
 
     def insert_before(self, name: str, value: Any) -> "PassList":
         """The list with ``value`` directly before the pass called ``name``."""
         at = self._index(name)
-        return PassList([*self[:at], value, *self[at:]])
+        return type(self)([*self[:at], value, *self[at:]])
 
     def insert_after(self, name: str, value: Any) -> "PassList":
         """The list with ``value`` directly after the pass called ``name``."""
         at = self._index(name) + 1
-        return PassList([*self[:at], value, *self[at:]])
+        return type(self)([*self[:at], value, *self[at:]])
 
     def _index(self, name: str) -> int:
         names = [pass_name(value) for value in self]
         if name not in names:
-            raise ValueError(f"the list has no pass named {name!r}; {nearest_names(name, names)}")
+            raise ValueError(f"the list has no pass named {name!r}; {nearest_names(name, names, self.renamed)}")
         return names.index(name)
 
 
@@ -86,15 +90,20 @@ def pass_name(value: Any) -> str:
     return str(getattr(value, "name", "") or getattr(value, "__name__", "") or type(value).__name__)
 
 
-def nearest_names(name: str, known: Iterable[str]) -> str:
-    """The end of an error message on an unknown ``name``: the known names that resemble it, or else all of them."""
+def nearest_names(name: str, known: Iterable[str], renamed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The end of an error message on an unknown ``name``: its new name, or known names that resemble it, or all."""
+    if name in renamed:
+        return f"{name} is now {renamed[name]}"
     names = list(dict.fromkeys(known))
     near = difflib.get_close_matches(name, names)
     return f"the nearest names are {', '.join(near)}" if near else f"the names are {', '.join(names) or 'none'}"
 
 
 def parse(
-    passes: Iterable[Any], is_program_pass: Callable[[Any], bool], known_names: Collection[str] = ()
+    passes: Iterable[Any],
+    is_program_pass: Callable[[Any], bool],
+    known_names: Collection[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Pass]:
     """Check a pass list and put it into its order.
 
@@ -104,6 +113,7 @@ def parse(
         passes: rules, program passes and callables on a GraphModule.
         is_program_pass: recognises a pass that changes a whole ExportedProgram (this room does not import ExecuTorch).
         known_names: names that ``before`` and ``after`` may contain although the list has no pass of that name.
+        renamed: former names of passes with their present names, for error messages.
 
     Raises:
         TypeError: an entry is not one of these, or a rule lacks a method.
@@ -120,7 +130,7 @@ def parse(
         if entry.name in STATUSES:
             raise ValueError(f"a pass is named {entry.name!r}, which is a status in reports; rename the pass")
         seen.add(entry.name)
-    return _in_order(entries, known_names)
+    return _in_order(entries, known_names, renamed)
 
 
 def _entry(value: Any, is_program_pass: Callable[[Any], bool]) -> Pass:
@@ -136,7 +146,7 @@ def _entry(value: Any, is_program_pass: Callable[[Any], bool]) -> Pass:
     raise TypeError(f"passes contains {value!r}, a {type(value).__name__}; accepted are {ACCEPTED}")
 
 
-def _in_order(entries: Sequence[Pass], known_names: Collection[str]) -> list[Pass]:
+def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Mapping[str, str]) -> list[Pass]:
     position = {entry.name: index for index, entry in enumerate(entries)}
     order = nx.DiGraph()
     order.add_nodes_from(position)
@@ -147,7 +157,7 @@ def _in_order(entries: Sequence[Pass], known_names: Collection[str]) -> list[Pas
     for entry in entries:
         for name in (*entry.before, *entry.after):
             if name not in position and name not in known_names:
-                nearest = nearest_names(name, [*position, *known_names])
+                nearest = nearest_names(name, [*position, *known_names], renamed)
                 raise ValueError(f"pass {entry.name} names {name!r} in before or after; {nearest}")
         demanded.update((entry.name, later) for later in entry.before if later in position)
         demanded.update((earlier, entry.name) for earlier in entry.after if earlier in position)

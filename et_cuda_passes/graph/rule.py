@@ -5,7 +5,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, overload
+from typing import ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from torch.fx import Node
 
@@ -17,8 +17,6 @@ from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 Stage = Literal["metadata", "values"]
 Check = Callable[[Match], "Failure | None"]
-# Until every rule has a tuple of requirements: a method (self, m) that returns one of these.
-Answer = tuple[bool, str] | tuple[bool, str, str]
 _T = TypeVar("_T")
 
 
@@ -53,15 +51,7 @@ class Requirement:
     check: Check
 
 
-class _Decorator(Protocol):
-    @overload
-    def __call__(self, check: Check, /) -> Requirement: ...
-    @overload
-    def __call__(self, check: Callable[[Any, Match], Answer], /) -> Callable[[Any, Match], Answer]: ...
-    def __call__(self, check: Any, /) -> Any: ...
-
-
-def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Decorator:
+def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[[Check], Requirement]:
     """Make a function ``(m) -> Failure | None`` a :class:`Requirement` that is named after the function.
 
     Args:
@@ -71,7 +61,8 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Deco
             if every requirement of the metadata stage holds.
 
     Raises:
-        TypeError: ``wanted`` is not text (``@requirement`` without its parentheses, for example).
+        TypeError: ``wanted`` is not text (``@requirement`` without its parentheses, for example), or the function has
+            other parameters.
         ValueError: there is no such stage.
     """
     if not isinstance(wanted, str):
@@ -79,30 +70,16 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Deco
     if stage not in get_args(Stage):
         raise ValueError(f"a requirement is checked in one of the stages {get_args(Stage)}, not {stage!r}")
 
-    def decorate(check: Any) -> Any:
+    def decorate(check: Check) -> Requirement:
         name = getattr(check, "__name__", type(check).__name__)
-        if len(inspect.signature(check).parameters) == 1:
-            return Requirement(name, wanted, hint, stage, check)
-        check._requirement = Requirement(name, wanted, hint, stage, _of_method(wanted, check))
-        return check
+        if len(inspect.signature(check).parameters) != 1:
+            raise TypeError(
+                f"the requirement {name} must be a function (m) -> Failure | None; write it outside of the class, and "
+                "name it in the tuple `requirements` of the class"
+            )
+        return Requirement(name, wanted, hint, stage, check)
 
     return decorate
-
-
-def _of_method(wanted: str, check: Callable[[Any, Match], Answer]) -> Check:
-    """The check of a rule that has a method in place of a requirement."""
-
-    def answered(m: Match) -> Failure | None:
-        answer: Any = check(m.rule, m)
-        if not isinstance(answer, tuple) or len(answer) not in (2, 3) or not isinstance(answer[0], bool):
-            raise RuleError(
-                f"rule {m.rule.name}: the requirement {wanted!r} must return (holds, found) or (holds, found, hint), "
-                f"with holds a bool (of a dynamic size, what statically_known_true says); it returned {answer!r}"
-            )
-        holds, found, *hint = answer
-        return None if holds else Failure(found, *hint)
-
-    return answered
 
 
 class Notes(NamedTuple):
@@ -134,13 +111,13 @@ class Rule:
         "emit": "is now called rewrite",
         "emit_together": "is now called rewrite_group, of a GroupRule",
         "detail": "is now called summary",
+        "note": "is now part of notes",
+        "explain": "is now part of notes",
         "silent": "is now called reports_misses, with the opposite value",
         "requires": "is now called requirements",
         "takes": "no longer exists: a match owns only the nodes of its pattern",
     }
     """Former attributes. A subclass may not define them: nothing would read them."""
-    # Until every rule has a tuple: the requirements of the nearest base class that states its tuple.
-    _stated: ClassVar[tuple[Requirement, ...]] = ()
     requirements: ClassVar[tuple[Requirement, ...]] = ()
     """All requirements, in the order in which a report lists those that do not hold."""
 
@@ -151,11 +128,7 @@ class Rule:
                 raise TypeError(f"rule {cls.__name__} defines {old}, which {new}")
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
-        if "requirements" in cls.__dict__:
-            _check_requirements(cls)
-            cls._stated = cls.requirements
-        else:
-            cls.requirements = (*cls._stated, *_methods(cls))
+        _check_requirements(cls)
 
     pattern: Callable[..., Pattern]
     """The form that the rule looks for, written with :func:`~et_cuda_passes.graph.pattern.op`."""
@@ -174,16 +147,7 @@ class Rule:
 
         Where the match contains nodes that earlier rules built, the explanation replaces that of their outcomes.
         """
-        return Notes(self.note(ms[0]), self.explain(*ms))
-
-    # Until every rule has notes: the two hooks that became one.
-    def note(self, m: Match) -> str:
-        """See :class:`Notes`."""
-        return ""
-
-    def explain(self, *ms: Match) -> str:
-        """See :class:`Notes`."""
-        return ""
+        return Notes()
 
 
 def _check_requirements(cls: type[Rule]) -> None:
@@ -196,21 +160,6 @@ def _check_requirements(cls: type[Rule]) -> None:
                 f"rule {cls.__name__}: requirements contains {each!r}, which is no requirement; write "
                 "@requirement('...') above a function (m) -> Failure | None"
             )
-
-
-def _methods(cls: type[Rule]) -> tuple[Requirement, ...]:
-    """The requirements that are methods of ``cls``, or of base classes up to one that states its tuple."""
-    found: dict[str, Requirement] = {}
-    mro = cls.__mro__
-    until = next((index for index, base in enumerate(mro) if "_stated" in vars(base)), len(mro))
-    for base in reversed(mro[:until]):
-        for attribute, value in vars(base).items():
-            method = getattr(value, "_requirement", None)
-            if isinstance(method, Requirement):
-                found[attribute] = method
-            else:
-                found.pop(attribute, None)
-    return tuple(found.values())
 
 
 class GroupRule(Rule, ABC):

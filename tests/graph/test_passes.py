@@ -168,6 +168,19 @@ def test_editing_by_an_unknown_name_is_refused_with_the_nearest_names(edit: str)
         getattr(passes, edit)("linear_int", *value)
 
 
+@pytest.mark.parametrize("edit", ["replace", "without", "insert_before", "insert_after"])
+def test_editing_by_a_former_name_is_refused_with_the_present_name(edit: str) -> None:
+    passes = ecp.default_passes("cuda").without("linear_int8")
+    value = [] if edit == "without" else [rule("new")]
+    with pytest.raises(ValueError, match="the list has no pass named 'int4_sum'; int4_sum is now fuse_add"):
+        getattr(passes, edit)("int4_sum", *value)
+
+
+def test_constraint_with_a_former_name_is_refused_with_the_present_name() -> None:
+    with pytest.raises(ValueError, match="pass a names 'int4_sum' in before or after; int4_sum is now fuse_add"):
+        ecp.rewrite(relu_program(), "cuda", [rule("a", after=("int4_sum",))])
+
+
 def test_default_passes_are_a_new_list_each_time() -> None:
     passes = ecp.default_passes("cuda")
     assert isinstance(passes, list)

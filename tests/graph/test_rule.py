@@ -175,50 +175,14 @@ def test_function_with_parameters_returns_a_requirement_per_call() -> None:
     assert reasons(Picky()) == [Reason("picky", "metadata", "the name other", "relu_default")]
 
 
-class Methods(Negate):
-    """A rule of the form that every rule had before: its requirements are methods."""
-
-    @requirement("first")
-    def first(self, m: Any) -> Any:
+def test_requirement_with_other_parameters_is_refused_with_the_fix() -> None:
+    def first(self: Any, m: Any) -> Any:
         return True, ""
 
-    @requirement("second", hint="do this")
-    def second(self, m: Any) -> Any:
-        return False, "none"
-
-    @requirement("third")
-    def third(self, m: Any) -> Any:
-        return False, "two", "take one away"
-
-
-def test_methods_are_requirements_of_a_rule_that_states_no_tuple() -> None:
-    class Sub(Methods):
-        @requirement("other first", stage="values")
-        def first(self, m: Any) -> Any:
-            return True, ""
-
-        def third(self, m: Any) -> Any:
-            """No longer a condition."""
-
-    assert [r.wanted for r in Methods.requirements] == ["first", "second", "third"]
-    assert [(r.wanted, r.stage) for r in Sub.requirements] == [("other first", "values"), ("second", "metadata")]
-    assert reasons(Methods()) == [
-        Reason("methods", "metadata", "second", "none", "do this"),
-        Reason("methods", "metadata", "third", "two", "take one away"),
-    ]
-
-
-def test_tuple_replaces_the_methods_of_base_classes_and_methods_of_subclasses_follow_it() -> None:
-    class Converted(Methods):
-        requirements = (is_cat,)
-
-    class Sub(Converted):
-        @requirement("fourth")
-        def fourth(self, m: Any) -> Any:
-            return True, ""
-
-    assert [r.wanted for r in Converted.requirements] == ["a cat"]
-    assert [r.wanted for r in Sub.requirements] == ["a cat", "fourth"]
+    with pytest.raises(
+        TypeError, match=r"the requirement first must be a function \(m\) -> Failure | None; write it outs"
+    ):
+        requirement("first")(first)  # type: ignore[arg-type]
 
 
 def test_unmet_text_of_a_decoder_is_reported_once() -> None:
@@ -392,16 +356,19 @@ def test_notes_of_another_type_are_refused() -> None:
 @pytest.mark.parametrize(
     ("base", "old", "new"),
     [
-        (Rule, "emit", "rewrite"),
-        (Rule, "detail", "summary"),
-        (Rule, "silent", "reports_misses"),
-        (Rule, "requires", "requirements"),
-        (GroupRule, "emit_together", "rewrite_group"),
-        (GroupRule, "key", "group_key"),
-        (GroupRule, "most", "max_group_size"),
-        (GroupRule, "common", "shared_captures"),
+        (Rule, "emit", "is now called rewrite"),
+        (Rule, "detail", "is now called summary"),
+        (Rule, "silent", "is now called reports_misses"),
+        (Rule, "requires", "is now called requirements"),
+        (Rule, "note", "is now part of notes"),
+        (Rule, "takes", "no longer exists: a match owns only the nodes of its pattern"),
+        (GroupRule, "alone", "no longer exists"),
+        (GroupRule, "emit_together", "is now called rewrite_group"),
+        (GroupRule, "key", "is now called group_key"),
+        (GroupRule, "most", "is now called max_group_size"),
+        (GroupRule, "common", "is now called shared_captures"),
     ],
 )
 def test_former_attribute_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
-    with pytest.raises(TypeError, match=f"rule Old defines {old}, which is now called {new}"):
+    with pytest.raises(TypeError, match=f"rule Old defines {old}, which {new}"):
         type("Old", (base,), {old: lambda self, b, m: m.root})
