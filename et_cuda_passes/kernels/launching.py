@@ -72,6 +72,7 @@ def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[in
 def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
     """Tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies; None without these, or if no descriptor is possible.
 
+    The last step along K may reach beyond x's columns: a descriptor reads zeros there.
     AOTInductor writes sizes and strides of a descriptor into C++ as sympy prints them, which for a floor division is a
     comment.
     """
@@ -83,7 +84,7 @@ def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
         and statically_known_true(math.prod(x.shape[:-2]) == 1)
         and statically_known_true(rows > 0)
         and isinstance(k, int)
-        and k % tiling.block_k == 0
+        and k * x.element_size() % ALIGNMENT == 0
         and statically_known_true(offset % ALIGNMENT == 0)
         and (isinstance(rows, int) or rows.node.expr.is_polynomial())
         and has_memory_of_its_own(x)
