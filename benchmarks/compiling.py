@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def compile_one(job: Job) -> bool:
 
 
 def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
-    """One job for every kernel that these compile to: what Triton specialises an integer by is 1 and multiples of 16."""
+    """One job for every kernel that these compile to: Triton tells integers apart by being 1 and multiples of 16."""
     found: dict[tuple[object, ...], Job] = {}
     for job in jobs:
         tiling, bits, n, k, group, m = job
@@ -81,8 +82,14 @@ def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
 
 
 def compile_all(jobs: Sequence[Job], processes: int | None = None) -> None:
-    """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`."""
-    side_by_side(compile_one, jobs, processes)
+    """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`.
+
+    What a compiler that crashed has not compiled is compiled where it is first called.
+    """
+    try:
+        side_by_side(compile_one, jobs, processes)
+    except BrokenProcessPool as error:
+        print(f"not all kernels were compiled side by side: {error}", flush=True)
 
 
 def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int | None = None) -> None:
@@ -93,5 +100,5 @@ def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
     """
     processes = processes or min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(work, jobs), "compiling", len(jobs)):
+        for _ in track(pool.map(work, jobs, chunksize=4), "compiling", len(jobs)):
             pass

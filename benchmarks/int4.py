@@ -44,16 +44,23 @@ def copies(nbytes: int) -> int:
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """All of ``calls`` as one CUDA graph, the first two of them run before: the others are of the same kernels."""
-    stream = torch.cuda.Stream()
+    """All of ``calls`` as one CUDA graph, the first two of them run before: the others are of the same kernels.
+
+    ``torch.cuda.graph`` would collect garbage and give all cached memory back first, which takes longer than the rest.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 
@@ -86,7 +93,7 @@ def quick_microseconds(calls: Sequence[Callable[[], object]]) -> float:
 
     first = replays(2)[1]
     fewest, most = QUICK_REPLAYS
-    times = replays(max(fewest, min(most, int(ENOUGH / first) + 1)))
+    times = replays(max(fewest, min(most, int(ENOUGH / max(first, 1e-3)) + 1)))
     return statistics.median(times) * 1e3 / len(calls)
 
 
