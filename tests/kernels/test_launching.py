@@ -10,9 +10,7 @@ from et_cuda_passes.kernels.tiling import Tiling
 BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 
 
-@pytest.mark.parametrize(
-    ("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64)), ((5, 96), (128, 64))]
-)
+@pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64)), ((5, 96), (128, 64))])
 def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     found = in_blocks(x, BULK)
