@@ -172,8 +172,8 @@ def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> li
     chance = random.Random(HELD_SEED)
     shapes = [shape for seed in range(-(-count // 24)) for shape in drawn(HELD_SEED + seed, 24)][:count]
     found = []
-    for n, k in shapes:
-        m, n = chance.choice(HELD_ROWS), n // 16 * 16
+    for number, (n, k) in enumerate(shapes):
+        m, n = HELD_ROWS[number % len(HELD_ROWS)], n // 16 * 16
         group = chance.choice([group for group in groups if k % (group or 1) == 0])
         fitting = [tiling for tiling in tilings if tiling.block_m in heights(m)]
         cut = [
@@ -315,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--seconds", type=float, default=480)
-    parser.add_argument("--held", type=int, default=64, help="products that are drawn, nothing being fitted to them")
+    parser.add_argument("--held", type=int, default=70, help="products that are drawn, nothing being fitted to them")
     parser.add_argument("--most", type=int, help="measure no more points than this")
     parser.add_argument("--out", type=Path, default=Path("calibration.jsonl"))
     parser.add_argument("--jobs", type=int, help="processes that compile side by side")

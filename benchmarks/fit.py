@@ -1,0 +1,271 @@
+"""Fit the model of :mod:`et_cuda_passes.kernels.cost` to what ``python -m benchmarks.calibrate`` measured.
+
+    python -m benchmarks.fit calibration.jsonl [--out et_cuda_passes/kernels/tuned/sm_90.json]
+
+Needs no GPU. What is fitted are the logarithms of times, point by point of the same weight, so that all errors are
+relative. It says how far predictions are from what was measured: for the points that were fitted, and for products that
+were drawn, which were not; and what choosing the cheapest by prediction loses against the fastest measured.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.pool import geometric_mean
+from et_cuda_passes.kernels import cost as model
+from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole
+from et_cuda_passes.kernels.gpus import gpu_of_capability
+from et_cuda_passes.kernels.tiling import Tiling
+from et_cuda_passes.layouts import mma_tiled
+
+Key = tuple[Tiling, int, bool]
+"""A tiling that cuts nothing, the group size (0: one scale a row), and whether steps along K are whole."""
+FIRST = (1.0, 0.5, 0.5, 0.1)
+"""Microseconds to begin the fit of a tiling with: as :class:`TilingCost` has them."""
+TIED = 0.02
+"""How much a factor of e away from where the fit began weighs, beside an error of as much in each point."""
+ROBUST = 0.2
+"""Relative error from which on a point pulls no harder."""
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A point."""
+
+    kind: str
+    tiling: Tiling | None
+    key: Key | None
+    work: Work
+    us: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A file of measurements."""
+
+    machine: Mapping[str, Any]
+    programs: Mapping[Key, int]
+    points: Sequence[Measured]
+
+
+def weight_bytes(bits: int, k: int, group: int) -> float:
+    """Of a row of a weight and its scales."""
+    if bits == 4:
+        return mma_tiled.padded(k) / 2 + 2 * mma_tiled.scale_row(k, group)
+    return k + 2 * (k / group)
+
+
+def load(path: Path) -> Calibration:
+    """A file as ``benchmarks.calibrate`` writes it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    machine = lines[0]
+    bits, gpu = machine["bits"], gpu_of_capability(tuple(machine["capability"]), machine["processors"])
+    programs: dict[Key, int] = {}
+    points: dict[tuple[Any, ...], Measured] = {}
+    for line in lines[1:]:
+        tiling = None if line.get("tiling") is None else Tiling(*line["tiling"])
+        if line["kind"] == "kernel" and tiling is not None:
+            found = gpu.resident(line["registers"], line["shared"], tiling.warps)
+            programs.setdefault((replace(tiling, waves=0), line["group"], line["whole"]), found)
+        elif "us" in line:
+            m, n, k, group = line["m"], line["n"], line["k"], line["group"]
+            key = None
+            if tiling is not None:
+                by_row = bits == 8 and group == k
+                key = (replace(tiling, waves=0), 0 if by_row else group, is_whole(tiling, k))
+            work = Work(m, n, k, weight_bytes(bits, k, group) if tiling else 2 * k)
+            points[line["kind"], tiling, group, m, n, k] = Measured(line["kind"], tiling, key, work, line["us"])
+    return Calibration(machine, programs, [*points.values()])
+
+
+def least_squares(
+    residuals: Callable[[np.ndarray], np.ndarray], first: Sequence[float], rounds: int = 30
+) -> tuple[np.ndarray, float]:
+    """Levenberg and Marquardt's method: where the sum of squares is least, near ``first``, and this sum."""
+    at = np.array(first, dtype=float)
+    value = residuals(at)
+    best, damping = float(value @ value), 1e-2
+    for _ in range(rounds):
+        jacobian = np.stack([(residuals(at + step) - value) / 1e-4 for step in np.eye(len(at)) * 1e-4], axis=1)
+        normal, gradient = jacobian.T @ jacobian, jacobian.T @ value
+        for _ in range(6):
+            moved = at - np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-6), gradient)
+            moved = np.clip(moved, at - 1.5, at + 1.5)
+            there = residuals(moved)
+            total = float(there @ there)
+            if total < best:
+                break
+            damping *= 4
+        else:
+            return at, best
+        gained = best - total
+        at, value, best, damping = moved, there, total, damping / 3
+        if gained < 1e-5 * best:
+            break
+    return at, best
+
+
+def bounded(errors: np.ndarray) -> np.ndarray:
+    """Errors whose squares grow no faster than errors do beyond ROBUST."""
+    size = np.abs(errors)
+    return np.sign(errors) * np.where(size <= ROBUST, size, np.sqrt(ROBUST * np.maximum(2 * size - ROBUST, 0)))
+
+
+class Fit:
+    """Costs of all tilings on one GPU."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        """Groups the points that are fitted by kernel."""
+        self.calibration, machine = calibration, calibration.machine
+        self.processors = machine["processors"]
+        self.by_kernel: dict[Key, list[Measured]] = defaultdict(list)
+        for point in calibration.points:
+            if point.kind == "fit" and point.key is not None:
+                self.by_kernel[point.key].append(point)
+        self.cut = [point for point in calibration.points if point.kind == "cut"]
+        bandwidth = machine["bandwidth"] / 1e6
+        self.gpu = GpuCost(machine["start"], bandwidth, 2.5 * bandwidth, 2.0, bandwidth, 4.0)
+        self.costs: dict[Key, TilingCost] = {}
+
+    def programs(self, key: Key) -> int:
+        """That a multiprocessor holds, of this kernel or, where it was not loaded first, of the one most like it."""
+        known = self.calibration.programs
+        alike = [count for (tiling, _, whole), count in known.items() if tiling == key[0] and whole == key[2]]
+        alike += [count for (tiling, _, _), count in known.items() if tiling == key[0]]
+        return max(1, known.get(key) or (alike[0] if alike else 1))
+
+    def predicted(self, point: Measured, cost: TilingCost, gpu: GpuCost | None = None) -> float:
+        """Microseconds."""
+        assert point.tiling is not None
+        return model.time(point.tiling, point.work, cost, gpu or self.gpu, self.processors)
+
+    def fit_kernel(self, key: Key, gpu: GpuCost) -> tuple[TilingCost, float]:
+        """The costs of one kernel, given the GPU's, and the sum of squares."""
+        points, programs = self.by_kernel[key], self.programs(key)
+        near = self.costs.get(key)
+        first = np.log(FIRST if near is None else (near.begin, near.each, near.latency, near.step))
+
+        def residuals(at: np.ndarray) -> np.ndarray:
+            cost = TilingCost(programs, *np.exp(at).tolist())
+            errors = np.array([math.log(self.predicted(point, cost, gpu) / point.us) for point in points])
+            return np.concatenate([bounded(errors), TIED * (at - first)])
+
+        at, total = least_squares(residuals, first)
+        return TilingCost(programs, *np.exp(at).tolist()), total
+
+    def fit_gpu(self, names: Sequence[str], keys: Sequence[Key]) -> None:
+        """The GPU's own costs of these names, by these kernels, the costs of each of which are fitted again."""
+        for name in names:
+            tried: dict[float, float] = {}
+            for factor in (0.8, 0.9, 1.0, 1.12, 1.25):
+                gpu = replace(self.gpu, **{name: getattr(self.gpu, name) * factor})
+                tried[factor] = sum(self.fit_kernel(key, gpu)[1] for key in keys)
+            self.gpu = replace(self.gpu, **{name: getattr(self.gpu, name) * min(tried, key=tried.__getitem__)})
+
+    def fit_cut(self) -> None:
+        """What adding parts costs, with the costs of tilings as they are."""
+        points = [point for point in self.cut if point.key in self.costs]
+        if not points:
+            return
+
+        def residuals(at: np.ndarray) -> np.ndarray:
+            gpu = replace(self.gpu, second=math.exp(at[0]), part_bandwidth=math.exp(at[1]))
+            errors = [math.log(self.predicted(p, self.costs[p.key], gpu) / p.us) for p in points if p.key]
+            return bounded(np.array(errors))
+
+        at, _ = least_squares(residuals, np.log([self.gpu.second, self.gpu.part_bandwidth]))
+        self.gpu = replace(self.gpu, second=math.exp(at[0]), part_bandwidth=math.exp(at[1]))
+
+    def run(self) -> None:
+        """Everything."""
+        sample = [*self.by_kernel][:: max(1, len(self.by_kernel) // 40)]
+        for _ in range(ROUNDS):
+            for key in sample:
+                self.costs[key] = self.fit_kernel(key, self.gpu)[0]
+            self.fit_gpu(("start", "bandwidth", "cache_bandwidth", "sharpness"), sample)
+        self.costs = {key: self.fit_kernel(key, self.gpu)[0] for key in self.by_kernel}
+        self.fit_cut()
+
+    def cost_of(self, key: Key) -> TilingCost | None:
+        """Of a kernel; of one that was not measured in this group size, those of the first with whole steps or not."""
+        return self.costs.get(key)
+
+
+def percentile(values: Sequence[float], part: float) -> float:
+    """Of the sorted values."""
+    return sorted(values)[min(len(values) - 1, int(part * len(values)))]
+
+
+def error_table(fit: Fit) -> Table:
+    """Relative errors by kind and BLOCK_M."""
+    table = Table("points", "BLOCK_M", "number", "median", "90 %", "worst", "within 15 %")
+    by: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for point in fit.calibration.points:
+        cost = fit.cost_of(point.key) if point.key else None
+        if cost is not None and point.tiling is not None:
+            off = abs(math.log(fit.predicted(point, cost) / point.us))
+            by[point.kind, 0].append(off)
+            by[point.kind, point.tiling.block_m].append(off)
+    for (kind, height), errors in sorted(by.items()):
+        within = sum(off <= math.log(1.15) for off in errors) / len(errors)
+        figures = [statistics.median(errors), percentile(errors, 0.9), max(errors)]
+        cells = [f"{math.expm1(value):.1%}" for value in figures]
+        table.add_row(kind, str(height or "all"), str(len(errors)), *cells, f"{within:.1%}")
+    return table
+
+
+def held_products(points: Iterable[Measured]) -> dict[tuple[int, int, int], list[Measured]]:
+    """The products that were drawn, with all that was measured of each."""
+    found: dict[tuple[int, int, int], list[Measured]] = defaultdict(list)
+    for point in points:
+        if point.kind == "held":
+            found[point.work.m, point.work.n, point.work.k].append(point)
+    return found
+
+
+def choice_table(fit: Fit) -> Table:
+    """What choosing by prediction loses, and where it and the fastest are beside cuBLAS, by rows."""
+    table = Table("rows", "products", "lost", "worst", "chosen / cuBLAS", "fastest / cuBLAS", title="products drawn")
+    lost: dict[int, list[float]] = defaultdict(list)
+    chosen_ratio, best_ratio = defaultdict(list), defaultdict(list)
+    for (m, _, _), points in held_products(fit.calibration.points).items():
+        dense = next((point.us for point in points if point.tiling is None), None)
+        timed = [(p, fit.cost_of(p.key)) for p in points if p.key is not None]
+        predicted = [(fit.predicted(p, cost), p.us) for p, cost in timed if cost is not None]
+        if not predicted:
+            continue
+        fastest, chosen = min(us for _, us in predicted), min(predicted)[1]
+        for place in (m, 0):
+            lost[place].append(chosen / fastest)
+            if dense is not None:
+                chosen_ratio[place].append(chosen / dense)
+                best_ratio[place].append(fastest / dense)
+    for m, values in sorted(lost.items()):
+        cells = [f"{geometric_mean(each):.3f}" for each in (values, chosen_ratio[m], best_ratio[m])]
+        table.add_row(str(m or "all"), str(len(values)), cells[0], f"{max(values):.2f}", *cells[1:])
+    return table
+
+
+def main() -> None:
+    """Fit and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("calibration", type=Path)
+    options = parser.parse_args()
+    fit, console = Fit(load(options.calibration)), Console(width=140)
+    fit.run()
+    console.print(fit.gpu, error_table(fit), choice_table(fit))
+
+
+if __name__ == "__main__":
+    main()
