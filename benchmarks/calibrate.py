@@ -173,7 +173,9 @@ def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> li
     shapes = [shape for seed in range(-(-count // 24)) for shape in drawn(HELD_SEED + seed, 24)][:count]
     found = []
     for number, (n, k) in enumerate(shapes):
-        m, n = HELD_ROWS[number % len(HELD_ROWS)], n // 16 * 16
+        # Every second shape is a real one: the rows go around for each kind on its own.
+        place = number // 2 + number % 2 * (len(HELD_ROWS) // 2)
+        m, n = HELD_ROWS[place % len(HELD_ROWS)], n // 16 * 16
         group = chance.choice([group for group in groups if k % (group or 1) == 0])
         fitting = [tiling for tiling in tilings if tiling.block_m in heights(m)]
         cut = [

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,31 @@ class Fit:
         return self.costs.get(key)
 
 
+def rounded(value: float) -> float:
+    """To four digits: more would only be noise."""
+    return float(f"{value:.4g}")
+
+
+def table_text(fit: Fit, keep: Iterable[Tiling] | None = None) -> str:
+    """The table of costs, a line a tiling; of these tilings, or of all."""
+    machine = fit.calibration.machine
+    head = {"source": f"calibrated on {machine['gpu']}", "measured": True}
+    gpu = {name: rounded(value) for name, value in asdict(fit.gpu).items()}
+    lines = ["{", *(f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items())]
+    lines += [f' "gpu": {json.dumps(gpu)},', ' "tilings": [']
+    rows = []
+    for tiling in sorted({key[0] for key in fit.costs} if keep is None else set(keep), key=astuple):
+        groups = sorted({group for each, group, _ in fit.costs if each == tiling})
+        both = {str(group): [cost_row(fit.costs.get((tiling, group, w))) for w in (True, False)] for group in groups}
+        rows.append(f'  {{"tiling": {json.dumps(astuple(tiling))}, "costs": {json.dumps(both)}}}')
+    return "\n".join([*lines, ",\n".join(rows), " ]", "}"]) + "\n"
+
+
+def cost_row(cost: TilingCost | None) -> list[float] | None:
+    """As in the table."""
+    return None if cost is None else [cost.programs, *(rounded(value) for value in astuple(cost)[1:])]
+
+
 def percentile(values: Sequence[float], part: float) -> float:
     """Of the sorted values."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
@@ -261,9 +286,12 @@ def main() -> None:
     """Fit and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("calibration", type=Path)
+    parser.add_argument("--out", type=Path, help="the table of costs, as the package has it in kernels/tuned/")
     options = parser.parse_args()
     fit, console = Fit(load(options.calibration)), Console(width=140)
     fit.run()
+    if options.out:
+        options.out.write_text(table_text(fit))
     console.print(fit.gpu, error_table(fit), choice_table(fit))
 
 

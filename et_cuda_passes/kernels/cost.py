@@ -81,9 +81,13 @@ def is_whole(tiling: Tiling, k: int) -> bool:
     return tiling.bulk > 0 or k % (tiling.block_k * tiling.segments) == 0
 
 
-def at_once(cost: TilingCost, count: float, steps: int, sharpness: float) -> float:
-    """Time of ``count`` tiles of ``steps`` that a multiprocessor works at at once."""
-    return cost.begin + count * cost.each + steps * rounded_max(sharpness, cost.latency, count * cost.step)
+def at_once(cost: TilingCost, count: int, steps: int, sharpness: float, parts: int = 0, part_steps: int = 0) -> float:
+    """Time of ``count`` tiles of ``steps``, and of ``parts`` of fewer, that a multiprocessor works at at once."""
+    together = part_steps if parts else 0
+    all_of_them = rounded_max(sharpness, cost.latency, (count + parts) * cost.step)
+    tiles_alone = rounded_max(sharpness, cost.latency, count * cost.step)
+    stepping = together * all_of_them + (max(steps, together) - together) * tiles_alone
+    return cost.begin + (count + parts) * cost.each + stepping
 
 
 def rounded_max(sharpness: float, *values: float) -> float:
@@ -110,8 +114,9 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     sharpness = gpu.sharpness
     busy = waves * at_once(cost, cost.programs, length, sharpness) if waves else 0.0
     if parts:
-        beside = -(-parts // processors)
-        busy += at_once(cost, remainder + beside, -(-steps // ways) if not remainder else length, sharpness)
+        busy += at_once(
+            cost, remainder, length * (remainder > 0), sharpness, -(-parts // processors), -(-steps // ways)
+        )
     elif remainder:
         busy += at_once(cost, remainder, length, sharpness)
     moved = work.n * work.weight_bytes + 2 * work.m * (work.k + work.outputs * work.n)
