@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole, time
@@ -147,7 +148,7 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES) -> Buckets:
     """At most ``most`` buckets of rows from 1 to UNBOUNDED."""
     costs = costs_of(gpu.name, weight.bits)
     ends = (0, *BOUNDS)
-    intervals = [lengths(first + 1, last) for first, last in zip(ends, ends[1:], strict=False)]
+    intervals = [lengths(first + 1, last) for first, last in pairwise(ends)]
     choices = list(candidates(costs, weight))
     infinite = float("inf")
     times = [
@@ -186,7 +187,8 @@ def cover(losses: Sequence[Sequence[float]], most: int) -> list[tuple[int, int, 
 
     def greedy(limit: float) -> list[tuple[int, int, int]] | None:
         """As few as cover all with no loss above ``limit``: each reaches as far as it can."""
-        found, first = [], 0
+        found: list[tuple[int, int, int]] = []
+        first = 0
         while first < count:
             reach, _, choice = max((end_of(row, first, limit), -number, number) for number, row in enumerate(losses))
             if reach == first or len(found) == most:

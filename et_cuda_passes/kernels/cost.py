@@ -12,6 +12,7 @@ second launch. Under all this lies what memory and the L2 cache need for the byt
 nearly held up by two things takes longer than by one.
 """
 
+import math
 from dataclasses import dataclass
 
 from et_cuda_passes.kernels.tiling import Tiling
@@ -93,7 +94,8 @@ def at_once(cost: TilingCost, count: int, steps: int, sharpness: float, parts: i
 def rounded_max(sharpness: float, *values: float) -> float:
     """The largest value, and more where others are near."""
     largest = max(values)
-    return largest * sum((value / largest) ** sharpness for value in values) ** (1 / sharpness)
+    relative: float = sum((value / largest) ** sharpness for value in values)
+    return largest * math.exp(math.log(relative) / sharpness)
 
 
 def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors: int) -> float:

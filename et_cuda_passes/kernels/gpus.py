@@ -56,7 +56,7 @@ class GpuArch:
         return self.name if self == GPUS[self.name] else f"{self.name}:{self.processors}"
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """Programs that a multiprocessor holds at once, of so many registers a thread, bytes and warps; 0: none fits."""
+        """Programs of so many registers a thread, bytes and warps that a multiprocessor holds at once; 0: none fits."""
         if shared > self.program_memory:
             return 0
         of_warp = -(-registers * 32 // 256) * 256  # given out in units of 256

@@ -14,7 +14,7 @@ def test_gpu_arch_reads_what_it_prints(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "sm_70", "90", "sm_90:", "sm_90:0", "sm_90:x", "h100"])
 def test_gpu_arch_rejects_an_unknown_name(name: str) -> None:
-    with pytest.raises(ValueError, match=r"names no known GPU: use one of sm_80, .*, as sm_90:114"):
+    with pytest.raises(ValueError, match=r"names no known GPU: use one of sm_80, .* as in sm_90:114"):
         gpu_arch(name)
 
 
