@@ -88,7 +88,7 @@ def gpu_arch(name: str) -> GpuArch:
     if found is None or found[1] not in GPUS:
         known = ", ".join(GPUS)
         raise ValueError(
-            f"{name!r} names no known GPU: use one of {known}, with :N for N multiprocessors, as sm_90:114"
+            f"{name!r} names no known GPU: use one of {known}, with its multiprocessors as in sm_90:114"
         )
     gpu = GPUS[found[1]]
     return gpu if found[2] is None else replace(gpu, processors=int(found[2]))
