@@ -133,7 +133,7 @@ def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int
         high = chance.choice([c for c in (1, 2, 3, 4, 6, 8, 12, 16, 27, 64) if c * tiling.block_m <= MOST_M])
     high = min(high, tiles)
     m = high * tiling.block_m - chance.choice((0, 0, chance.randrange(tiling.block_m // 2 + 1)))
-    m = m // 16 * 16 if tiling.block_m > 8 else m - (m % 16 == 0) + (m == 1)
+    m = max(16, m // 16 * 16) if tiling.block_m > 8 else m - (m % 16 == 0) + (m == 1)
     k = chance.choice(ks)
     most = min(MOST_N, int(MOST_WEIGHT / k))
     n = max(LEAST_N, min(most, max(1, round(tiles / high)) * tiling.block_n)) // 16 * 16
