@@ -146,8 +146,8 @@ def of_tiling(tiling: Tiling, group: int, bits: int, count: int, whole: bool, pr
     ks = [k for k in (*WHOLE_K, *OTHER_K) if is_whole(tiling, k) == whole and k % (group or 1) == 0]
     if not tiling.bulk:
         ks = [k for k in ks if (k in WHOLE_K) == whole] or ks
-    if bits == 8:
-        ks = [k for k in ks if k % 16 == 0]
+    if bits == 8:  # the power of two that divides K is a constant of this kernel
+        ks = [k for k in ks if k & -k in (32, 1024) or k % 4096 == 0]
     kind = "cut" if tiling.waves else "fit"
     most = 3 * tiling.waves if tiling.waves else 14
     shares = [0.12 * (most / 0.12) ** ((number + chance.random()) / count) for number in range(count)]
