@@ -181,6 +181,10 @@ def product(
     height = min(tiling.block_m, ADDED_ROWS)
     adders = (programs.rest * flag, tiling.block_m // height)
     (y,) = known_writes.launch(
-        add_parts, adders, {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}, ["y_ptr"], sizes
+        add_parts,
+        adders,
+        {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height, "BULK": arguments.get("BULK", 0)},
+        ["y_ptr"],
+        sizes,
     )
     return y, parts
