@@ -31,6 +31,7 @@ from benchmarks.grid import drawn
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool
+from et_cuda_passes.kernels.cost import is_whole
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.launching import gpu_of
@@ -117,11 +118,6 @@ def programs(tiling: Tiling) -> int:
     step = tiling.segments * tiling.block_k * (2 * tiling.block_m + tiling.block_n // 2)
     registers = tiling.segments**2 * tiling.block_m * tiling.block_n // (32 * tiling.warps) + 90
     return max(1, min(MEMORY // (tiling.stages * step + 2048), 65536 // (registers * 32 * tiling.warps), 16))
-
-
-def is_whole(tiling: Tiling, k: int) -> bool:
-    """Whether the kernel has no masks along K."""
-    return tiling.bulk > 0 or k % (tiling.block_k * tiling.segments) == 0
 
 
 def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int, chance: random.Random) -> Any:
@@ -324,7 +320,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     begin, console = time.monotonic(), Console(width=160)
-    gpu, processors = gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
+    processors = gpu.processors
     points = plan(options.bits, gpu.wgmma, processors, options.held)[: options.most]
     if options.dry_run:
         kinds = {kind: sum(p.kind == kind for p in points) for kind in ("fit", "cut", "held")}

@@ -31,7 +31,8 @@ class Job(NamedTuple):
 
 def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) -> Tensor:
     """One call in this tiling, of the kernel that takes such a weight: y [M, N] of x [M, K]."""
-    gpu, processors = gpu_of(x.device)
+    gpu = gpu_of(x.device)
+    processors = gpu.processors
     y = x.new_empty(x.shape[0], packed.shape[0])
     most = tiling.waves * processors * tiling.block_m * tiling.block_n
     parts = x.new_empty(most, dtype=torch.float32) if most else None
@@ -49,14 +50,14 @@ def compile_one(job: Job) -> bool:
     The grid is 0 programs, so that nothing runs, and the weight and the result take no memory.
     """
     tiling, bits, n, k, group, m = job
-    gpu, processors = gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.empty(1, device="cuda", dtype=dtype).expand(shape)
 
     x = torch.empty(m, k, device="cuda", dtype=torch.bfloat16)
     parts = torch.empty(1, device="cuda", dtype=torch.float32) if tiling.waves else None
-    last = (empty(m, n), parts, group, tiling, 0, gpu.wgmma, processors)
+    last = (empty(m, n), parts, group, tiling, 0, gpu.wgmma, gpu.processors)
     try:
         if bits == 8:
             int8_launch.launch(x, m, empty(n, k, dtype=torch.int8), empty(n, k // group), None, None, *last)

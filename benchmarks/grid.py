@@ -35,8 +35,10 @@ from benchmarks.compiling import Job, compile_all, distinct
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool, geometric_mean
+from et_cuda_passes.kernels.choose import Weight, tiling_for
+from et_cuda_passes.kernels.gpus import HOPPER, GpuArch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import HOPPER, Family, Tiling, tiling_for
+from et_cuda_passes.kernels.tiling import Tiling
 
 REAL = {
     "Voxtral": [(6144, 3072), (1024, 3072), (3072, 4096), (16384, 3072), (3072, 8192), (131072, 3072)],
@@ -103,9 +105,9 @@ def place(point: Mapping[str, Any]) -> tuple[int, int, int, int]:
     return point["n"], point["k"], point["group"], point["rows"]
 
 
-def package_choice(gpu: Family) -> Chooser:
+def package_choice(gpu: GpuArch) -> Chooser:
     """What the package chooses for a number of rows that is known."""
-    return lambda n, k, group, rows: tiling_for(gpu, n, k, group, rows)
+    return lambda n, k, group, rows: tiling_for(gpu, Weight(n, k, group), rows)
 
 
 def choices_in(path: Path) -> Chooser:
@@ -162,7 +164,7 @@ def run_grid(
 ) -> list[Point]:
     """Compile, then time until ``seconds`` are over."""
     begin = time.monotonic()
-    _, processors = gpu_of(torch.device("cuda"))
+    processors = gpu_of(torch.device("cuda")).processors
     both = [*chosen(points, choosers)]
     compile_all(distinct(jobs_of(both), processors), jobs)
     print(f"compiled after {time.monotonic() - begin:.0f} s", flush=True)
@@ -283,11 +285,11 @@ def main() -> None:
     if options.write_choices:
         write_choices(options.write_choices, points, package_choice(HOPPER))
         return
-    gpu, processors = gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
     choosers = {OURS: package_choice(gpu)}
     choosers |= {name: choices_in(Path(path)) for name, _, path in (each.partition("=") for each in options.beside)}
     if options.dry_run:
-        kernels = len(distinct(jobs_of([*chosen(points, choosers)]), processors))
+        kernels = len(distinct(jobs_of([*chosen(points, choosers)]), gpu.processors))
         operations = sum(2 * point["n"] * point["k"] * point["rows"] for point in points)
         console.print(f"{len(points)} points, {kernels} kernels, {operations / 1e12:.0f} TFLOP for one call of each")
         return

@@ -87,9 +87,7 @@ def gpu_arch(name: str) -> GpuArch:
     found = re.fullmatch(r"(sm_\d+)(?::([1-9]\d{0,3}))?", name)
     if found is None or found[1] not in GPUS:
         known = ", ".join(GPUS)
-        raise ValueError(
-            f"{name!r} names no known GPU: use one of {known}, with its multiprocessors as in sm_90:114"
-        )
+        raise ValueError(f"{name!r} names no known GPU: use one of {known}, with its multiprocessors as in sm_90:114")
     gpu = GPUS[found[1]]
     return gpu if found[2] is None else replace(gpu, processors=int(found[2]))
 

@@ -118,9 +118,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
             WGMMA=False,
         )
         if rest:
-            add_parts[(rest, block_m // 8)](
-                parts, *others, y, *last, **shape, **finish, BULK=bulk, HEIGHT=8
-            )
+            add_parts[(rest, block_m // 8)](parts, *others, y, *last, **shape, **finish, BULK=bulk, HEIGHT=8)
         results.append(y.clone())
         y.fill_(float("nan"))
     assert all(torch.equal(result, results[0]) for result in results)
