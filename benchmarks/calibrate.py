@@ -76,7 +76,7 @@ def candidates(bits: int, wgmma: bool) -> list[Tiling]:
         8: [
             *[(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (16, 64, 4, 4, 6), (32, 256, 2, 4, 3), (32, 128, 2, 4, 4)],
             *[(32, 64, 2, 4, 6), (64, 256, 1, 4, 3), (64, 128, 1, 4, 4), (64, 64, 1, 4, 6), (64, 256, 2, 8, 3)],
-            *[(16, 256, 2, 2, 3), (16, 128, 2, 2, 4), (16, 64, 2, 2, 6), (32, 256, 1, 2, 3), (32, 128, 1, 2, 4)],
+            *[(16, 128, 2, 2, 4), (16, 64, 2, 2, 6), (32, 256, 1, 2, 3), (32, 128, 1, 2, 4)],
             *[(32, 64, 1, 2, 6)],
         ],
         16: [
@@ -177,7 +177,7 @@ def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> li
         cut = [
             replace(tiling, waves=waves)
             for tiling in fitting
-            if tiling.segments == 1 and tiling.block_m >= 16
+            if tiling.may_be_cut
             for waves in (1, 2)
             if waves <= programs(tiling)
         ]
@@ -196,7 +196,7 @@ def plan(bits: int, wgmma: bool, processors: int, held: int) -> list[Measurement
             series.append(of_tiling(tiling, group, bits, 32 if first else 18, True, processors))
             if not tiling.bulk:
                 series.append(of_tiling(tiling, group, bits, 14 if first else 6, False, processors))
-        if tiling.segments == 1 and tiling.block_m >= 16 and tiling.warps >= 4:
+        if tiling.may_be_cut:
             for waves in range(1, min(3, programs(tiling)) + 1):
                 series.append(of_tiling(replace(tiling, waves=waves), groups[0], bits, 12, True, processors))
     spread = [(number / len(points), point) for points in series for number, point in enumerate(points)]

@@ -24,10 +24,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.calibrate import candidates
 from benchmarks.pool import geometric_mean
 from et_cuda_passes.kernels import cost as model
 from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole
-from et_cuda_passes.kernels.gpus import gpu_of_capability
+from et_cuda_passes.kernels.gpus import GpuArch, gpu_of_capability
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled
 
@@ -64,6 +65,7 @@ class Calibration:
     """A file of measurements."""
 
     machine: Mapping[str, Any]
+    gpu: GpuArch
     programs: Mapping[Key, int]
     points: Sequence[Measured]
 
@@ -96,7 +98,7 @@ def load(path: Path) -> Calibration:
                 key = (replace(tiling, waves=0), 0 if by_row else group, is_whole(tiling, k))
             work = Work(m, n, k, weight_bytes(bits, k, group) if tiling else 2 * k)
             points[line["kind"], tiling, group, m, n, k] = Measured(line["kind"], tiling, key, work, line["us"])
-    return Calibration(machine, programs, [*points.values()])
+    return Calibration(machine, gpu, programs, [*points.values()])
 
 
 def least_squares(
@@ -145,8 +147,9 @@ class Fit:
         self.calibration, machine = calibration, calibration.machine
         self.processors = machine["processors"]
         self.by_kernel: dict[Key, list[Measured]] = defaultdict(list)
+        tried = candidates(machine["bits"], calibration.gpu.wgmma)  # a file may have others, which are no longer
         for point in calibration.points:
-            if point.kind == "fit" and point.key is not None:
+            if point.kind == "fit" and point.key is not None and point.key[0] in tried:
                 self.by_kernel[point.key].append(point)
         self.cut = [point for point in calibration.points if point.kind == "cut"]
         bandwidth = machine["bandwidth"] / 1e6
@@ -245,15 +248,15 @@ def rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def table_text(fit: Fit, keep: Iterable[Tiling] | None = None) -> str:
-    """The table of costs, a line a tiling; of these tilings, or of all."""
+def table_text(fit: Fit) -> str:
+    """The table of costs, a line a tiling."""
     machine = fit.calibration.machine
     head = {"source": f"calibrated on {machine['gpu']}", "measured": True}
     gpu = {name: rounded(value) for name, value in asdict(fit.gpu).items()}
     lines = ["{", *(f" {json.dumps(name)}: {json.dumps(value)}," for name, value in head.items())]
     lines += [f' "gpu": {json.dumps(gpu)},', ' "tilings": [']
     rows = []
-    for tiling in sorted({key[0] for key in fit.costs} if keep is None else set(keep), key=astuple):
+    for tiling in sorted({key[0] for key in fit.costs}, key=astuple):
         groups = sorted({group for each, group, _ in fit.costs if each == tiling})
         both = {str(group): [cost_row(fit.costs.get((tiling, group, w))) for w in (True, False)] for group in groups}
         rows.append(f'  {{"tiling": {json.dumps(astuple(tiling))}, "costs": {json.dumps(both)}}}')

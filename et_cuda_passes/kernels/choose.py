@@ -171,7 +171,7 @@ def candidates(costs: Costs, weight: Weight) -> Iterator[tuple[Tiling, TilingCos
     for whole in (True, False):
         for tiling, cost in costs.tilings.get((group, whole), {}).items():
             if is_whole(tiling, weight.k) == whole:
-                most = min(MOST_WAVES, cost.programs) if tiling.segments == 1 and tiling.block_m >= 16 else 0
+                most = min(MOST_WAVES, cost.programs) if tiling.may_be_cut else 0
                 each = (replace(tiling, waves=waves) for waves in range(most + 1))
                 yield from ((one, cost) for one in each if weight.has(one))
 

@@ -34,6 +34,11 @@ class Tiling:
     stages: int
     bulk: int = 0
 
+    @property
+    def may_be_cut(self) -> bool:
+        """Whether ``waves`` may be other than 0. Segments are another answer, and small tiles have parts too small."""
+        return self.segments == 1 and self.block_m >= 16 and self.warps >= 4
+
     def __str__(self) -> str:
         """As in ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
         parts = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
