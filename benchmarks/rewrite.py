@@ -15,7 +15,7 @@ from rich.table import Table
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from tests.helpers import chain
 
 ROUNDS = 5
@@ -35,7 +35,7 @@ def seconds(run: Callable[[], _T]) -> tuple[float, _T]:
 def row(name: str, program: ExportedProgram, target: str) -> tuple[str, ...]:
     """Name, nodes, linears, seconds of a whole rewrite, and of one whose constants are packed already."""
     whole, (_, report) = seconds(lambda: ecp.rewrite(program, target))
-    pool = ConstantPool()
+    pool = ConstantCache()
     ecp.rewrite(program, target, pool=pool)
     packed, _ = seconds(lambda: ecp.rewrite(program, target, pool=pool))
     counts = report.counts()

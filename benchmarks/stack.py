@@ -213,7 +213,7 @@ def main() -> None:
 
 def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) -> None:
     """Measure every variant that was lowered, and print the tables."""
-    from et_cuda_passes.executorch.delegate import load
+    from et_cuda_passes.delegate import load
 
     dense = stack().cuda()
     weights = {False: [p.detach() for p in dense.parameters()]}

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 import et_cuda_passes as ecp
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +56,7 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value == ():
-        return "one scale a row"
+        return "none"
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
@@ -98,8 +97,8 @@ def rules_page() -> str:
         if fields:
             rows = [(f"`{f.name}`", f"`{getattr(rule, f.name)!r}`", options.get(f.name, "")) for f in fields]
             parts.append(table(["option", "default", "meaning"], rows))
-        if rule.requires:
-            rows = [(need.wanted, need.stage, need.hint or "depends on what is found") for need in rule.requires]
+        if rule.requirements:
+            rows = [(need.wanted, need.stage, need.hint or "depends on what is found") for need in rule.requirements]
             parts.append(table(["requires", "read from", "hint"], rows))
     return "\n\n".join(parts)
 
@@ -109,27 +108,24 @@ def targets_page() -> str:
     parts = [
         "# Targets",
         "What a kernel accepts is data that rules read as `m.target`; a place that asks for something else is a miss "
-        "with its reason. A target's first kernel is its default.",
+        "with its reason. The first kernel of a family is its default.",
     ]
     for name in ecp.targets():
         target = get_target(name)
         parts += [f"## {name}", target.summary + "."]
-        for bits, kernels in ((4, target.int4_kernels), (8, target.int8_kernels)):
-            if kernels:
-                columns = [field.name for field in dataclasses.fields(kernels[0])]
-                rows = [[plain(getattr(kernel, column)) for column in columns] for kernel in kernels]
-                parts += [f"int{bits} linears:", table([column.replace("_", " ") for column in columns], rows)]
-        if target.int4_table is not None:
-            parts.append(f"Tables of int4 embeddings: `{target.int4_table.layout}`.")
-        experts, chosen = target.int4_experts, target.int4_chosen_experts
-        if experts is not None and chosen is not None:
-            parts.append(f"Experts' int4 weights: `{experts.layout}`; chosen by a tensor: `{chosen.layout}`.")
+        columns = [field.name for field in dataclasses.fields(Kernel)]
+        rows = [
+            [family, *(plain(getattr(kernel, column)) for column in columns)]
+            for family, kernels in target.kernels.items()
+            for kernel in kernels
+        ]
+        if rows:
+            parts.append(table(["family", *(column.replace("_", " ") for column in columns)], rows))
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
     parts.append("## What the columns say")
-    for bits, kernel in ((4, Int4Kernel), (8, Int8Kernel)):
-        meanings = ((name.replace("_", " "), text) for name, text in described(kernel)[1].items())
-        parts += [f"int{bits} linears:", table(["column", "meaning"], meanings)]
+    meanings = ((name.replace("_", " "), text) for name, text in described(Kernel)[1].items())
+    parts.append(table(["column", "meaning"], meanings))
     return "\n\n".join(parts)
 
 

@@ -6,14 +6,14 @@ The public interface; everything else may change.
 from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
-from et_cuda_passes.graph.asking import RuleError
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.errors import RuleError, Unmet
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import JointRule, Keep, Rule, Unmet, require
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.quant.affine import DEQUANTIZE, affine, dequantize
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
@@ -41,6 +41,7 @@ from et_cuda_passes.targets.rewrite import rewrite
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
+    from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
 __all__ = [
@@ -57,54 +58,77 @@ __all__ = [
     "EmbeddingInt4",
     "EmbeddingInt8",
     "ExpectationError",
+    "Failure",
     "FoldDequantize",
     "FusedLinearInt4",
+    "GroupRule",
     "GroupedMmInt4",
     "Int4Gate",
-    "Int4Kernel",
-    "JointRule",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
     "KeepDynamicPerTensor",
     "KeepStaticInt8",
+    "Kernel",
     "LinearInt4",
     "LinearInt8",
     "LinearViews",
-    "MatchContext",
+    "Match",
     "MetalPartitioner",
+    "ModelError",
+    "Notes",
     "Outcome",
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
     "Report",
+    "Requirement",
     "Rule",
     "RuleError",
     "Target",
     "UnmaskedAttention",
     "Unmet",
     "XnnpackPartitioner",
-    "affine",
     "any_of",
     "default_passes",
-    "dequantize",
+    "dequantized",
     "layouts",
+    "load",
     "op",
     "ops",
-    "require",
+    "requirement",
     "rewrite",
     "targets",
+    "weight_of",
 ]
 
 # ExecuTorch takes seconds to import, and only lowering needs it.
-_PARTITIONERS = {"CudaPartitioner": "cuda", "MetalPartitioner": "metal", "XnnpackPartitioner": "xnnpack"}
+_LAZY = {
+    "CudaPartitioner": "cuda",
+    "MetalPartitioner": "metal",
+    "XnnpackPartitioner": "xnnpack",
+    "ModelError": "packed",
+    "load": "packed",
+}
 
+
+# Old names with the new ones, for the error that somebody gets who still uses an old one.
+_RENAMED = {
+    "MatchContext": "Match",
+    "JointRule": "GroupRule",
+    "Int4Kernel": "Kernel",
+    "affine": "weight_of",
+    "dequantize": "dequantized",
+    "require": "requirement",
+}
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
 
     def __getattr__(name: str) -> Any:
-        if name in _PARTITIONERS:
+        if name in _LAZY:
             from importlib import import_module
 
-            return getattr(import_module(f"et_cuda_passes.executorch.{_PARTITIONERS[name]}"), name)
+            return getattr(import_module(f"et_cuda_passes.executorch.{_LAZY[name]}"), name)
+        if name in _RENAMED:
+            raise AttributeError(f"et_cuda_passes.{name} is now et_cuda_passes.{_RENAMED[name]}")
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")

@@ -29,7 +29,8 @@ def assert_rewrites(
     """Rewrite, and look at everything that a rewrite promises.
 
     The counts are those expected; the program given is unchanged (graph, signature, every tensor and its bytes); the
-    outputs, with the buffers that the program writes, equal the original's; and a second rewrite changes nothing.
+    outputs, with the buffers and the inputs that the program writes, equal the original's; and a second rewrite changes
+    nothing.
 
     The numbers are those of one set of inputs. Where the program's shapes are dynamic, ask a second time with
     ``inputs=`` of another length than the example's: what was fixed by mistake holds for that one alone.
@@ -62,7 +63,7 @@ def assert_rewrites(
     if expect is None:
         assert report.counts()["rewritten"] or any(report.applied.values()), f"nothing was rewritten\n{report}"
     args, kwargs = _inputs_for(exported_program, inputs)
-    _same_results(_run(program, args, kwargs), _run(exported_program, args, kwargs), rtol, report)
+    _compare(_run(program, args, kwargs), _run(exported_program, args, kwargs), rtol, report)
     first = _Snapshot.of(program)
     again, _ = rewrite(program, target, listed)
     _same_snapshot(first, _Snapshot.of(again), f"a second rewrite changed the program again\n{report}")
@@ -117,14 +118,15 @@ def assert_misses(
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a program is: its text, and each constant with a copy of its bytes."""
+    """What a program is: its text, the guards and ranges of its sizes, and each constant with a copy of its bytes."""
 
     text: str
     tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]
 
     @staticmethod
     def of(program: ExportedProgram) -> "_Snapshot":
-        text = "\n".join([*(str(graph) for graph in _graphs(program)), str(program.graph_signature)])
+        graphs = _graphs(program)
+        text = "\n".join([*map(str, graphs), str(program.graph_signature), *_sizes(program, graphs)])
         constants = {**program.constants, **program.state_dict}
         tensors = {name: value for name, value in constants.items() if isinstance(value, torch.Tensor)}
         return _Snapshot(text, {name: (tensor, _bytes(tensor)) for name, tensor in tensors.items()})
@@ -133,6 +135,18 @@ class _Snapshot:
 def _graphs(program: ExportedProgram) -> list[torch.fx.Graph]:
     """The program's graph and those of its branches."""
     return [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+
+
+def _sizes(program: ExportedProgram, graphs: list[torch.fx.Graph]) -> list[str]:
+    """What the program and the shape environments of its values say about dynamic sizes."""
+    values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
+    modes = dict.fromkeys(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
+    lines = [f"range of {symbol}: {bounds}" for symbol, bounds in program.range_constraints.items()]
+    for shapes in dict.fromkeys(mode.shape_env for mode in modes if mode.shape_env is not None):
+        lines += [f"guard {guard.expr}" for guard in shapes.guards]
+        lines += [f"range of {symbol} at export: {bounds}" for symbol, bounds in shapes.var_to_range.items()]
+        lines += [f"{symbol} is {expression}" for symbol, expression in shapes.replacements.items()]
+    return lines
 
 
 def _nodes(program: ExportedProgram) -> dict[str, Any]:
@@ -175,19 +189,45 @@ def _inputs_for(program: ExportedProgram, inputs: tuple[Any, ...] | None) -> tup
 
 
 def _run(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Outputs, and buffers afterwards, by a name for messages. Copies are run: a program may write what it is given."""
+    """Outputs, and buffers and inputs afterwards, by a name for messages. A copy is run, on copies of the inputs."""
     module = copy.deepcopy(program.module())
+    args, kwargs = copy.deepcopy((args, kwargs))
+    before = {name: _bytes(buffer) for name, buffer in module.named_buffers()}
     with torch.no_grad():
-        result = module(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        result = module(*args, **kwargs)
     leaves, shape = pytree.tree_flatten(result)
-    buffers = {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
-    return {"the structure of the outputs": shape, **{f"output {i}": leaf for i, leaf in enumerate(leaves)}, **buffers}
+    found: dict[str, Any] = {"the structure of the outputs": shape}
+    found |= {f"output {i}": leaf for i, leaf in enumerate(leaves)}
+    for name, buffer in module.named_buffers():
+        unchanged = all(map(torch.equal, before[name], _bytes(buffer)))
+        found[f"buffer {name}" if unchanged else f"buffer {name}, which the program writes"] = buffer
+    found |= {f"input {i} after the call": leaf for i, leaf in enumerate(pytree.tree_leaves((args, kwargs)))}
+    return found
 
 
-def _same_results(got: dict[str, Any], wanted: dict[str, Any], rtol: float, report: Report) -> None:
+def assert_same_results(
+    program: ExportedProgram, wanted: ExportedProgram, inputs: tuple[Any, ...], rtol: float = RTOL, report: object = ""
+) -> None:
+    """Run both programs, and look that outputs, and buffers and inputs afterwards, are the same.
+
+    Args:
+        program: the rewritten program.
+        wanted: the program before.
+        inputs: positional inputs; copies of them are run.
+        rtol: as for :func:`assert_rewrites`.
+        report: what a message ends with.
+
+    Raises:
+        AssertionError: something differs; the message names it.
+    """
+    _compare(_run(program, tuple(inputs), {}), _run(wanted, tuple(inputs), {}), rtol, report)
+
+
+def _compare(got: dict[str, Any], wanted: dict[str, Any], rtol: float, report: object) -> None:
     for name, value in wanted.items():
         if name not in got:
-            # A weight that was packed; an output is missed by the structure, which comes first.
+            # A weight that was packed. A missing output is found by the structure, which comes first.
+            assert not name.endswith("writes"), f"{name}, is not written\n{report}"
             continue
         ours = got[name]
         if not isinstance(value, torch.Tensor):

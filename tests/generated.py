@@ -1,7 +1,8 @@
 """Random quantized models: a plan drawn by hypothesis, the module that follows it, and what must become of each read.
 
-A plan is data, so that hypothesis can shrink it and a failure prints it whole. All that a step makes is an output:
-nothing is dead, and each read of a quantized weight is one candidate of the report.
+A plan is data, so that hypothesis can shrink it and a failure prints it whole. A step's result is an output, or nothing
+but later steps reads it; steps write buffers, caches and an input of the caller's. Each read of a quantized weight that
+torch.export leaves in the graph is one candidate of the report.
 """
 
 from collections.abc import Callable
@@ -24,21 +25,28 @@ from tests.quantized import Quantized
 
 Kind = Literal[
     "linear", "matmul", "no bias", "written bias", "wide bias", "gate", "subclass", "no_grad", "cond", "cond both",
-    "nested", "map", "lookup", "expert", "all experts", "both ways", "chosen experts", "grouped experts",
+    "nested", "map", "lookup", "expert", "all experts", "both ways", "chosen experts", "grouped experts", "attention",
+    "no_grad write",
 ]  # fmt: skip
 # A branch is traced by dynamo, which takes longer than all the rest of a model: one kind in each draw of several.
 KINDS: list[Kind] = [
     "linear", "linear", "linear", "no bias", "no bias", "written bias", "wide bias", "gate", "matmul", "subclass",
-    "no_grad", "lookup",
+    "no_grad", "lookup", "attention", "no_grad write",
 ]  # fmt: skip
 EXPERTS: list[Kind] = ["expert", "all experts", "both ways", "chosen experts", "grouped experts"]
 BRANCHES: list[Kind] = ["cond", "cond both", "nested", "map"]
 After = Literal[
-    "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout"
-]
-AFTER: list[After] = [
-    "", "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout"
+    "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout",
+    "slice in place", "view in place", "cache", "cache rows", "cache slice", "read, write, read", "input", "input sum",
 ]  # fmt: skip
+AFTER: list[After] = [
+    "", "", "relu", "tanh", "transpose", "in place", "view", "store", "sum", "turned sum", "product and sum", "dropout",
+    "slice in place", "view in place", "cache", "cache rows", "cache slice", "read, write, read", "input", "input sum",
+]  # fmt: skip
+CACHED: list[After] = ["cache", "cache rows", "cache slice", "read, write, read"]
+"""They write a buffer [4, n]."""
+OUT = (3, 64)
+"""The shape of the input that a program may write: some weights have 64 rows or columns."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,18 @@ class Read:
 
 @dataclass(frozen=True)
 class Step:
-    """One read of weight ``weight`` (modulo how many fit), by value ``source`` (likewise), and what happens to it."""
+    """One read of weight ``weight`` (modulo how many fit), by value ``source`` (likewise), and what happens to it.
+
+    The result of an unused step is no output; a later step may read it.
+    """
 
     kind: Kind
     weight: int
     source: int
     after: After
+    unused: bool = False
+    write: int = 0
+    """Where attention is written in place: 0 nowhere, 1 q before, 2 k and v behind, 3 the result."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,15 @@ def plans(draw: Callable[[Any], Any]) -> Plan:
     """Plans of up to three weights and three steps that read them."""
     held = tuple(draw(weights(index)) for index in range(draw(st.integers(1, 3))))
     kinds = KINDS + EXPERTS + (2 * BRANCHES if draw(st.integers(0, 14)) == 0 else [])
-    step = st.builds(Step, st.sampled_from(kinds), st.integers(0, 9), st.integers(0, 9), st.sampled_from(AFTER))
+    step = st.builds(
+        Step,
+        st.sampled_from(kinds),
+        st.integers(0, 9),
+        st.integers(0, 9),
+        st.sampled_from(AFTER),
+        st.sampled_from([False, False, True]),
+        st.integers(0, 3),
+    )
     rank = draw(st.integers(1, 4))
     return Plan(
         # Of a width that some weight fits.
@@ -185,25 +207,43 @@ class Generated(nn.Module):
         # One scale an expert: in groups of 32 along either axis.
         self.square = Experts(lambda w: w, (1, 32, 32), dtype=plan.dtype, shape=(STACK, 32, 32))
         quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-        for k in self._widths() if self._has("store") else ():
-            self.register_buffer(f"stored{k}", torch.zeros((), dtype=plan.dtype))
+        for n in self._widths() if self._has("store") else ():
+            self.register_buffer(f"stored{n}", torch.zeros((), dtype=plan.dtype))
+        for n in self._widths() if any(map(self._has, [*CACHED, "no_grad write"])) else ():
+            self.register_buffer(f"cache{n}", torch.linspace(-1, 1, 4 * n).view(4, n).to(plan.dtype))
 
     def _has(self, what: str) -> bool:
         return any(what in (step.kind, step.after) for step in self.plan.steps)
 
     def _widths(self) -> list[int]:
-        return sorted({32, *(weight.n for weight in self.plan.weights)})
+        return sorted({32, *(size for weight in self.plan.weights for size in (weight.n, weight.k))})
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
         # A branch is chosen by the input, which is the same before and after a rewrite to the last bit.
-        choice, values = (x.sum() > 0, x.amax() > 1), [x]
+        choice, values, outputs = (x.sum() > 0, x.amax() > 1), [x], []
         for step in self.plan.steps:
             value = values[step.source % len(values)]
             made = self.read(step, value, *choice)
-            if made is not None:
-                values.append(self.after(step.after, made))
-        # The input itself is no output.
-        return tuple(values[1:]) or (x + 1,)
+            if made is None:
+                continue
+            values.append(self.after(step.after, made))
+            if not step.unused:
+                outputs.append(values[-1])
+            if step.after in ("input", "input sum"):
+                self.write_input(step.after, made, out)
+                values.append(out)
+        # The inputs themselves are no outputs.
+        return tuple(outputs) or (x + 1,)
+
+    @staticmethod
+    def write_input(what: After, y: Tensor, out: Tensor) -> None:
+        """The largest magnitudes in ``y``'s columns, written to or added to as many columns of ``out``."""
+        part = out[:, : y.shape[-1]]
+        rows = y.detach().abs().reshape(-1, y.shape[-1]).amax(0)[: part.shape[-1]]
+        if what == "input":
+            part.copy_(rows)
+        else:
+            part += rows * 0.5
 
     def read(self, step: Step, x: Tensor, positive: Tensor, large: Tensor) -> Tensor | None:
         """One read of a weight that fits ``x``, two or three where both branches do; None where no weight fits."""
@@ -233,9 +273,26 @@ class Generated(nn.Module):
         kind: Kind = "linear" if step.kind == "map" and x.dim() == 1 else step.kind
         times = {"cond both": 2, "nested": 3, "gate": 2}.get(kind, 1)
         self.log.reads += [Read(kind, self.plan.weights[index], vector=x.dim() == 1)] * times
-        return self.use(kind, module, x, positive, large)
+        return self.use(kind, module, x, positive, large, step.write)
 
-    def use(self, kind: Kind, module: Any, x: Tensor, positive: Tensor, large: Tensor) -> Tensor:
+    @staticmethod
+    def attention(y: Tensor, write: int) -> Tensor:
+        """Attention of heads of 16 or 20 over the rows of ``y [..., n]``; ``write`` as in :class:`Step`."""
+        size = 16 if y.shape[-1] % 16 == 0 else y.shape[-1]
+        heads = y.reshape(1, -1, y.shape[-1] // size, size)
+        q, k, v = (heads * factor for factor in (1.0, 0.5, 2.0))
+        if write == 1:
+            q.mul_(0.25)
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        result = F.scaled_dot_product_attention(q, k, v)
+        if write == 2:
+            k.add_(1)
+            v[:, :, :1].zero_()
+        if write == 3:
+            result += 1
+        return result.transpose(1, 2).reshape(y.shape)
+
+    def use(self, kind: Kind, module: Any, x: Tensor, positive: Tensor, large: Tensor, write: int = 0) -> Tensor:
         """``module``'s weight read in the way of ``kind``."""
 
         def inner(y: Tensor) -> Tensor:
@@ -262,6 +319,14 @@ class Generated(nn.Module):
             case "no_grad":
                 with torch.no_grad():
                     return module(x)
+            case "no_grad write":
+                cache = getattr(self, f"cache{module.data.shape[0]}")
+                with torch.no_grad():
+                    y = module(x)
+                    cache[1:3] = y.reshape(-1, y.shape[-1])[0]
+                    return y
+            case "attention":
+                return self.attention(module(x), write)
             case "cond":
                 n = module.data.shape[0]
                 return torch.cond(
@@ -296,7 +361,8 @@ class Generated(nn.Module):
         if what == "relu" and (weight.low < 0 or weight.zero_points == "random"):
             return torch.relu(y)
         if what == "tanh":
-            return torch.tanh(y)
+            # Of numbers up to 1: of larger ones nothing is left but the error of those near 0.
+            return torch.tanh(y / y.abs().amax().clamp_min(1))
         if what == "transpose" and y.dim() > 2:
             return y.transpose(0, 1) * 2
         if what == "in place":
@@ -314,9 +380,27 @@ class Generated(nn.Module):
             return y
         if what == "view" and y.dim() > 1:
             return y.view((*y.shape[:-1], y.shape[-1] // 4, 4)).flatten(-2)
+        if what == "slice in place":
+            y[..., 1:3].mul_(2)
+        if what == "view in place":
+            y.view(-1)[:2].add_(1)
+        if what in CACHED:
+            return self.cached(what, y)
         if what == "store" and hasattr(self, f"stored{y.shape[-1]}"):
-            getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().amax())
+            getattr(self, f"stored{y.shape[-1]}").copy_(y.detach().abs().amax())
         return y
+
+    def cached(self, what: After, y: Tensor) -> Tensor:
+        """``y`` with the rows of a cache, of which some are written with ``y`` before or between."""
+        cache, row = getattr(self, f"cache{y.shape[-1]}"), y.detach().reshape(-1, y.shape[-1])[:1]
+        before = cache.sum(0) if what == "read, write, read" else 0
+        if what == "cache":
+            cache.index_copy_(0, torch.tensor([2]), row)
+        elif what == "cache rows":
+            cache[torch.tensor([0, 3])] = row.expand(2, -1)
+        else:
+            cache[1:3].copy_(row)
+        return y + before + cache[2] * 0.5
 
 
 def example(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -> Tensor:
@@ -326,12 +410,17 @@ def example(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -
     return (torch.randn(shape, generator=random) + sign * 0.5).to(plan.dtype)
 
 
+def inputs(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -> tuple[Tensor, Tensor]:
+    """The example, and the input that the program may write."""
+    return example(plan, seed, rows, sign), torch.linspace(-1, 1, 3 * 64).view(OUT).to(plan.dtype)
+
+
 def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
     """The program of ``plan``, and what reads weights in it; passes over a plan that torch itself does not export."""
     model = Generated(plan)
-    rows = ({0: Dim("rows", min=2, max=16)},) if plan.dynamic else None
+    rows = ({0: Dim("rows", min=2, max=16)}, None) if plan.dynamic else None
     try:
-        program = torch.export.export(model, (example(plan),), dynamic_shapes=rows)
+        program = torch.export.export(model, inputs(plan), dynamic_shapes=rows)
     except TorchDynamoException:
         # Some branches and maps of dynamic sizes: their results' strides become too much for it.
         reject()

@@ -1,7 +1,6 @@
 """Builders that tests share: an exported program written node by node, since torch.export takes seconds."""
 
 from collections.abc import Callable, Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called, op_name
+from et_cuda_passes.graph.operators import op_name, op_of
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Report
+from et_cuda_passes.targets import Target
 
 aten = torch.ops.aten
 NO_DEVICE = "CUDA|NVIDIA driver"
@@ -157,13 +157,13 @@ def chain(n: int, size: int = 32) -> ExportedProgram:
     return sketch.program(x)
 
 
-TARGET = SimpleNamespace(name="test", int4_kernels=())
-"""A target for rules that ask it nothing."""
+TARGET = Target("test", "no kernels", kernels={}, passes=list)
+"""A target for rules that need no kernel."""
 
 
 def calls_of(*targets: Any) -> Callable[[Program], list[Candidate]]:
     """Finds every call of ``targets`` as a candidate."""
-    return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if called(n) in targets]
+    return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if op_of(n) in targets]
 
 
 def apply(

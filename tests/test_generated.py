@@ -8,17 +8,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_rewrites
-from tests.generated import Plan, example, exported, has_kernel, plans
+from et_cuda_passes.testing import assert_rewrites, assert_same_results
+from tests.generated import Plan, exported, has_kernel, inputs, plans
 
 EXAMPLES = int(os.environ.get("GENERATED", "200"))
 
 # Three layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
 # a weight folded to what it was, the order of additions is all that differs.
 RTOL = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-15}
-# tanh makes a norm of tens one of units, and leaves the error of what is near 0: the original in bf16 is then off by up
-# to 1.5e-2 itself, and the rewritten, which rounds elsewhere, by no more, in another direction.
-TANH = 2.0
 
 
 def saved(program: ExportedProgram) -> bytes:
@@ -38,20 +35,17 @@ def test_every_model_keeps_its_meaning_and_the_house_its_word(plan: Plan) -> Non
     passes = ecp.default_passes(plan.target)
     if plan.fused and plan.target != "xnnpack":
         passes = [ecp.FusedLinearInt4(), *(rule for rule in passes if rule.name != "fused_linear_int4")]
-    rtol = RTOL[plan.dtype] * (TANH if any(step.after == "tanh" for step in plan.steps) else 1.0)
-    # Runs both programs, looks that the input is unchanged and that a second rewrite changes nothing.
-    rewritten, report = assert_rewrites(program, plan.target, passes, {}, (example(plan),), rtol)
+    rtol = RTOL[plan.dtype]
+    # Runs both programs, compares outputs, buffers and inputs, and rewrites the result a second time.
+    rewritten, report = assert_rewrites(program, plan.target, passes, {}, inputs(plan), rtol)
+    assert_same_results(rewritten, program, inputs(plan, seed=1, rows=5, sign=-1), rtol, report)
 
-    other = example(plan, seed=1, rows=5, sign=-1)
-    with torch.no_grad():
-        results = zip(rewritten.module()(other), program.module()(other), strict=True)
-    for got, wanted in results:
-        assert (got.double() - wanted.double()).norm() <= rtol * wanted.double().norm()
-
-    assert len({outcome.node for outcome in report.outcomes}) == len(report.outcomes) == len(reads), report
+    assert len({outcome.node for outcome in report.outcomes}) == len(report.outcomes)
     assert all(outcome.reasons for outcome in report.outcomes if outcome.status == "missed")
-    promised = [has_kernel(read, plan) for read in reads]
-    assert promised.count(True) <= report.counts()["rewritten"] <= len(promised) - promised.count(False), report
+    if not (plan.decomposed and any(step.unused for step in plan.steps)):  # a decomposition removes dead code
+        assert len(report.outcomes) == len(reads), report
+        promised = [has_kernel(read, plan) for read in reads]
+        assert promised.count(True) <= report.counts()["rewritten"] <= len(promised) - promised.count(False), report
 
     again, same_report = ecp.rewrite(program, plan.target, passes)
     assert same_report.to_json() == report.to_json()

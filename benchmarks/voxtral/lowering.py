@@ -17,7 +17,7 @@ from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.programs import export
 from benchmarks.voxtral.variants import Variant
 from benchmarks.voxtral.weights import build
-from et_cuda_passes.graph.collector import rare_collector
+from et_cuda_passes.executorch.lower import gc_throttled
 
 
 def passes(variant: Variant) -> list[Any]:
@@ -76,7 +76,7 @@ def lower(variant: Variant, dimensions: Dimensions, folder: Path, device: str) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     by_method = partitioners(variant, dimensions)
-    with torch.no_grad(), rare_collector():
+    with torch.no_grad(), gc_throttled():
         edge = to_edge_transform_and_lower(programs, partitioner=by_method)
         lap("lower")
         lowered = edge.to_executorch()

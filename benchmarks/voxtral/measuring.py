@@ -13,7 +13,7 @@ from benchmarks.voxtral.clock import latency, machine
 from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.kernels import profiled
 from benchmarks.voxtral.reference import Inputs, Method, decode
-from et_cuda_passes.executorch.delegate import Program
+from et_cuda_passes.delegate import Program
 
 PROFILED = {"audio_encoder": 5, "prefill": 5, "decode": 20}
 """The cases whose kernels are looked at, and for how many calls."""

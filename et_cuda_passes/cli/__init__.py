@@ -28,7 +28,7 @@ from et_cuda_passes.executorch.lower import Progress, missing, staged
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.targets.packed import packed_layouts
+from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
 from et_cuda_passes.targets.rewrite import check_expectations, check_expected
 
 require_version("typer")
@@ -53,6 +53,9 @@ class Stage(StrEnum):
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(ecp.targets())}.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which runs code that stands in it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -70,6 +73,7 @@ def lower(
         list[str] | None,
         typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
     ] = None,
+    trust: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Rewrite MODEL for a target and write what it runs, with report.json.
@@ -84,7 +88,7 @@ def lower(
         packed = output_dir / f"{stem}.packed.pt2"
         with Steps() as step:
             step(f"loading {model}")
-            given = load_model(model, target)
+            given = load_model(model, target, trust)
             if stop_after and packed.resolve() == model.resolve():
                 raise UsageError(
                     f"{model} is what would be written; it is packed already, or give another --output-dir"
@@ -116,7 +120,7 @@ def lower(
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
         list_files(files)
-        if packed_layouts(program)["cpu"]:
+        if is_host_specific(packed_layouts(program)):
             typer.echo(
                 f"packed for {torch.backends.cpu.get_cpu_capability()}: runs on hosts of this instruction set only"
             )
@@ -129,13 +133,15 @@ def lower(
 
 
 @app.command()
-def explain(model: ModelPath, target: TargetName, as_json: Json = False, debug: Debug = False) -> None:
+def explain(
+    model: ModelPath, target: TargetName, as_json: Json = False, trust: Trust = False, debug: Debug = False
+) -> None:
     """Say what a target makes of every quantized weight of MODEL; nothing is written."""
     with guarded(debug):
         _known_target(target)
         with Steps() as step:
             step(f"loading {model}")
-            given = load_model(model, target)
+            given = load_model(model, target, trust)
             _, report = _rewritten(given, target, step)
         if as_json:
             typer.echo(report.to_json())
@@ -244,7 +250,7 @@ def _described(rule: ecp.Rule) -> dict[str, Any]:
     return {
         "name": rule.name,
         "rewrite": (getdoc(type(rule)) or "").partition("\n")[0],
-        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requires],
+        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
         "options": {option.name: getattr(rule, option.name) for option in options},
     }
 

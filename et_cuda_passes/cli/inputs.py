@@ -50,7 +50,8 @@ def read_inputs(path: Path) -> list[Tensor]:
         return list(tensors.values())
     wanted = [str(number) for number in range(len(tensors))]
     if set(tensors) != set(wanted):
-        raise UsageError(f"--inputs {path} holds {', '.join(sorted(tensors))}: name the inputs 0, 1, ... in order")
+        names = [name if name.isprintable() else repr(name) for name in sorted(tensors)]
+        raise UsageError(f"--inputs {path} holds {', '.join(names)}: name the inputs 0, 1, ... in order")
     return [tensors[name] for name in wanted]
 
 

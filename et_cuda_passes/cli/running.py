@@ -12,9 +12,9 @@ from torch import Tensor
 
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, guarded
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
-from et_cuda_passes.executorch.delegate import DelegateError, Program
-from et_cuda_passes.executorch.delegate_method import check_inputs
-from et_cuda_passes.executorch.delegate_plan import Plan
+from et_cuda_passes.delegate import DelegateError, Program
+from et_cuda_passes.delegate.method import check_inputs
+from et_cuda_passes.delegate.plan import Dynamism, Plan
 from et_cuda_passes.executorch.packed import ModelError
 
 _WARM_UPS = 5
@@ -97,7 +97,7 @@ def _random(plan: Plan, seed: int) -> tuple[Any, ...]:
     """Random tensors where the method takes tensors, and the constants that it was exported with."""
     generator = torch.Generator().manual_seed(seed)
     values = [plan.values[index] for index in plan.inputs]
-    if any(value.tensor is not None and value.tensor.dynamism == 2 for value in values):
+    if any(value.tensor is not None and value.tensor.dynamism == Dynamism.UNBOUND for value in values):
         raise UsageError("an input has no upper bound of its sizes: give it with --inputs")
     return tuple(
         value.constant if value.tensor is None else random_tensor(value.tensor.sizes, value.tensor.dtype, generator)

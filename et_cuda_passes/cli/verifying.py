@@ -15,9 +15,9 @@ from et_cuda_passes.cli.compare import compare
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
 from et_cuda_passes.cli.running import RunError
-from et_cuda_passes.executorch.execute import EXECUTABLE, execute
 from et_cuda_passes.executorch.lower import lower, missing
 from et_cuda_passes.executorch.packed import load_model
+from et_cuda_passes.executorch.run import EXECUTABLE, execute
 from et_cuda_passes.targets import get_target
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -37,6 +37,9 @@ def verify(
     ] = None,
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which runs code that stands in it.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
     """Lower MODEL for a target, run it, and compare it with the original program in eager; nothing is written.
@@ -54,7 +57,7 @@ def verify(
             raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
         with Steps() as step:
             step(f"loading {model}")
-            loaded = load_model(model, target)
+            loaded = load_model(model, target, trust)
             program = loaded.program
             args, kwargs = _arguments(program, given, random_seed)
             step("running the original in eager")

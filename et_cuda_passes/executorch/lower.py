@@ -1,6 +1,7 @@
 """What a target runs, made from a rewritten program: a .pte with its .ptd, or an AOTInductor package."""
 
 import errno
+import gc
 import os
 import platform
 import shutil
@@ -13,8 +14,6 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
-
-from et_cuda_passes.graph.collector import rare_collector
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -92,6 +91,24 @@ def staged(folder: Path) -> Iterator[Path]:
             os.replace(path, file)
 
 
+@contextmanager
+def gc_throttled() -> Iterator[None]:
+    """Cyclic garbage collection a hundredth as often, and of what is made inside alone.
+
+    For lowering, which is long, builds much and keeps nearly all of it, but whose garbage can hold tensors: it must be
+    collected now and then. What there was before is left out of it until the end.
+    """
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(thresholds[0] * 100, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+
+
 def _has_torchao_mps() -> bool:
     try:
         # What ExecuTorch's Metal backend itself imports; it raises where the operators are not built.
@@ -123,7 +140,7 @@ def _xnnpack(program: ExportedProgram, folder: Path, stem: str, progress: Progre
 def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: str, progress: Progress) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
-    with torch.no_grad(), rare_collector():
+    with torch.no_grad(), gc_throttled():
         progress("lowering with ExecuTorch")
         edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
         progress("serializing")
@@ -142,5 +159,5 @@ def _cpu(program: ExportedProgram, folder: Path, stem: str, progress: Progress) 
     from torch._inductor import aoti_compile_and_package
 
     progress("compiling with AOTInductor")
-    with torch.no_grad(), rare_collector():
+    with torch.no_grad(), gc_throttled():
         aoti_compile_and_package(program, package_path=str(folder / f"{stem}.pt2"))

@@ -9,18 +9,24 @@ import logging
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch.export import ExportedProgram
 
+from et_cuda_passes.executorch import archive
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import Target, get_target
-from et_cuda_passes.targets.packed import foreign_layouts, packed_for, packed_layouts
+from et_cuda_passes.targets.compatibility import (
+    is_host_specific,
+    packed_layouts,
+    targets_supporting,
+    unsupported_layouts,
+)
 
 _RECORD = "et_cuda_passes.json"
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
@@ -45,36 +51,62 @@ class Model:
     report: Report | None
 
 
-def load_model(path: Path, target: str) -> Model:
-    """Read a program that ``target`` is to run.
+def load(path: Path | str, trust: bool = False) -> ExportedProgram:
+    """Read a program that ``torch.export.save`` wrote, without running code that stands in the file.
+
+    ``torch.export.load`` unpickles and evaluates what a file holds. Here a file is refused first if it holds more than
+    data; what it may hold is in docs/reference/trust.md.
+
+    Args:
+        path: a .pt2.
+        trust: leave the file to ``torch.export.load`` as it is.
 
     Raises:
-        ModelError: the file is missing, truncated or no exported program, or it is packed for another target or for
-            another instruction set than this host's.
+        ModelError: the file is missing, truncated or no exported program, or holds something that could run code.
     """
-    _check_archive(path)
-    # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
-    extra = {_RECORD: ""}
+    return _read(Path(path), trust)[0]
+
+
+def load_model(path: Path, target: str, trust: bool = False) -> Model:
+    """Read a program that ``target`` is to run, as :func:`load` does.
+
+    Raises:
+        ModelError: as :func:`load`; or the program is packed for another target or for another instruction set than
+            this host's.
+    """
+    program, text = _read(path, trust)
     try:
-        _register_operators(path)
-        with _quiet_load():
-            program = torch.export.load(path, extra_files=extra)
-    except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
-        text = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
-            f"{_AGAIN}"
-        ) from error
-    try:
-        record = json.loads(extra[_RECORD] or "{}")
+        record = json.loads(text or "{}")
         report = _report(record["report"]) if record else None
-    except (KeyError, TypeError, ValueError) as error:
+        texts = [record[name] for name in record if name != "report"]
+        if type(record) is not dict or not all(type(text) is str and text.isprintable() for text in texts):
+            raise TypeError("the record is none")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} was packed by another version of et_cuda_passes: pack the original program again"
         ) from error
     model = Model(program, packed_layouts(program), report)
     _check_target(path, model, record, get_target(target))
     return model
+
+
+def _read(path: Path, trust: bool) -> tuple[ExportedProgram, str]:
+    """The program, and the record of our own beside it."""
+    _check_kind(path, trust)
+    # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
+    extra = {_RECORD: ""}
+    try:
+        with _opened(path, trust) as file, quiet_load():
+            program = torch.export.load(file, extra_files=extra)
+    except ModelError:
+        raise
+    except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
+        text = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
+            f"{_AGAIN}"
+        ) from error
+    return program, extra[_RECORD]
 
 
 def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
@@ -87,22 +119,24 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
     torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
 
 
-def _check_archive(path: Path) -> None:
+def _check_kind(path: Path, trust: bool) -> None:
     """Tell what is no archive of an exported program, which torch.export.load does in many ways or not at all."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; MODEL is a .pt2 that torch.export.save wrote")
-    if path.is_dir():
-        raise ModelError(f"{path} is a directory; MODEL is a .pt2 that torch.export.save wrote")
+    if not path.is_file():
+        kind = "a directory" if path.is_dir() else "no regular file"
+        raise ModelError(f"{path} is {kind}; MODEL is a .pt2 that torch.export.save wrote")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except zipfile.BadZipFile:
+        names = _trusted_names(path) if trust else archive.member_names(path)
+    except (archive.NoArchive, zipfile.BadZipFile):
         raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
+    except archive.Refused as error:
+        raise _distrust(path, error) from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-    if any("/models/" in name for name in names):
+    if any(name.startswith("models/") for name in names):
         return
-    if any("/data/aotinductor/" in name for name in names):
+    if any(name.startswith("data/aotinductor/") for name in names):
         raise ModelError(
             f"{path} is an AOTInductor package, which is compiled already: give the program that it was compiled from, "
             "as torch.export.save wrote it"
@@ -110,17 +144,46 @@ def _check_archive(path: Path) -> None:
     raise ModelError(f"{path} holds no exported program, or is only a part of a file: {_AGAIN}")
 
 
-def _register_operators(path: Path) -> None:
+@contextmanager
+def _opened(path: Path, trust: bool) -> Iterator[Any]:
+    """What torch.export.load is given: the checked file, or the path; the operators that it calls are registered."""
+    if trust:
+        with zipfile.ZipFile(path) as file:
+            _register_operators(b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
+        yield path
+        return
+    with ExitStack() as stack:
+        try:
+            checked = stack.enter_context(archive.checked(path))
+        except archive.NoArchive:
+            raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
+        except archive.Refused as error:
+            raise _distrust(path, error) from None
+        _register_operators(checked.program)
+        yield checked.file
+
+
+def _trusted_names(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as file:
+        return [name.partition("/")[2] for name in file.namelist()]
+
+
+def _distrust(path: Path, error: archive.Refused) -> ModelError:
+    return ModelError(
+        f"{path}: {error}. It was not read, because reading it could run code that its author put there: {_AGAIN}; or, "
+        "if you know where the file comes from, give --trust (trust=True in Python)"
+    )
+
+
+def _register_operators(program: bytes) -> None:
     """Have ExecuTorch register the operators that the program calls, without which it cannot be read."""
-    with zipfile.ZipFile(path) as archive:
-        models = [name for name in archive.namelist() if "/models/" in name and name.endswith(".json")]
-        if any(b"quantized_decomposed.embedding_" in archive.read(name) for name in models):
-            quantized_embedding.register()
+    if b"quantized_decomposed.embedding_" in program:
+        quantized_embedding.register()
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:
-    foreign = foreign_layouts(model.program, target)
-    made_for = record.get("target") or (next(iter(packed_for(model.program)), "") if foreign else "")
+    foreign = unsupported_layouts(model.program, target)
+    made_for = record.get("target") or (next(iter(targets_supporting(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
         # For none, where two targets' rewrites stand in one program.
@@ -130,7 +193,7 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
             f"{instead}"
         )
     here = torch.backends.cpu.get_cpu_capability()
-    if model.packed["cpu"] and record.get("cpu_capability", here) != here:
+    if is_host_specific(model.packed) and record.get("cpu_capability", here) != here:
         raise ModelError(
             f"{path} is packed for {record['cpu_capability']}, and this host has {here}; the cpu layout depends on the "
             "instruction set: pack the original program on this host"
@@ -138,24 +201,69 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
 
 
 def _report(data: dict[str, Any]) -> Report:
-    """The inverse of :meth:`Report.to_dict`."""
+    """The inverse of :meth:`Report.to_dict`; raises what comes of data that are none."""
     outcomes = [
         Outcome(**{**outcome, "reasons": [Reason(**reason) for reason in outcome["reasons"]]})
         for outcome in data["outcomes"]
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
-    return Report(outcomes=outcomes, applied=applied, **rest)
+    report = Report(outcomes=outcomes, applied=applied, **rest)
+    _check_types(report)
+    return report
+
+
+def _check_types(value: Any) -> None:
+    """Raise TypeError where a report or a part of it has a value of another type than it should, or a text has control
+    characters, which a terminal would take for commands."""
+    hints = get_type_hints(type(value))
+    for field in fields(value):
+        held, kind = getattr(value, field.name), hints[field.name]
+        parts = list(held.items()) if isinstance(held, dict) else held if isinstance(held, list) else [held]
+        if get_origin(kind) in (list, dict) and type(held) is not get_origin(kind):
+            raise TypeError(f"{field.name} is no {kind}")
+        for part in _leaves(parts):
+            if is_dataclass(part):
+                _check_types(part)
+            elif type(part) not in _leaf_types(kind):
+                raise TypeError(f"{field.name} has a {type(part).__name__}")
+            elif isinstance(part, str) and not part.replace("\n", "").replace("\t", "").isprintable():
+                raise TypeError(f"{field.name} has control characters")
+    if isinstance(value, Outcome) and value.status not in STATUSES:
+        raise TypeError("there is no such status")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield value
+
+
+def _leaf_types(kind: Any) -> set[type]:
+    """The types that values in ``kind`` have: of a ``dict[str, list[str]]``, str."""
+    if kind is None or kind is type(None):
+        return {type(None)}
+    if get_origin(kind) is Literal:
+        return {str}
+    inner = get_args(kind)
+    return set().union(*map(_leaf_types, inner)) if inner else {kind}
 
 
 @contextmanager
-def _quiet_load() -> Iterator[None]:
-    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details."""
-    log = logging.getLogger("torch.export")
-    before = log.level
-    if log.getEffectiveLevel() > logging.DEBUG:
-        log.setLevel(logging.ERROR)
+def quiet_load() -> Iterator[None]:
+    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details.
+
+    Its log of inputs that are more than tensors and containers is badly formatted, and prints a traceback of its own.
+    """
+    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
+    before = [log.level for log in logs]
+    for log in logs:
+        if log.getEffectiveLevel() > logging.DEBUG:
+            log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)

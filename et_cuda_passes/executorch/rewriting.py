@@ -7,7 +7,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner
 from torch.export import ExportedProgram
 
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.passes import parse
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.targets import default_passes
@@ -28,7 +28,7 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         # A pass list that cannot run is refused where it is written, not minutes into a lowering; so is a demand.
         check_expected(expect, [entry.name for entry in parse(self._passes, is_program_pass)])
         self._expect = expect
-        self._pool = ConstantPool()
+        self._pool = ConstantCache()
         self.reports: list[Report] = []
 
     @property

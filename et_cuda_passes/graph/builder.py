@@ -1,4 +1,4 @@
-"""What a rule's emit builds nodes with: calls with fake values and provenance, constants by FQN."""
+"""What a rule's rewrite builds nodes with: calls with fake values and provenance, constants by FQN."""
 
 import copy
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -10,10 +10,9 @@ from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
-from et_cuda_passes.graph.asking import no_guards
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import Target, checked, in_edge_form, op_name
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import Target, op_name, require_overload, to_edge
+from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 # What a new node has from the one it replaces: where the user wrote it, and which module it stood in.
 _INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "seq_nr")
@@ -30,7 +29,7 @@ class Builder:
         """Each node that was built, with those of ``roots`` that it stands for."""
         self._before = roots[0]
 
-    def at(self, m: MatchContext) -> "Builder":
+    def for_match(self, m: Match) -> "Builder":
         """Builds what stands for ``m`` alone, of several matches that are rewritten together, just before its root.
 
         There a module's nodes stay side by side: ``torch.export.unflatten`` takes a module's second stretch for another
@@ -54,7 +53,7 @@ class Builder:
             ValueError: an argument is a node that is not computed where the new one stands, or the operator holds for
                 some of the program's dynamic sizes alone.
         """
-        form = in_edge_form(checked(target)) if self.program.is_edge else checked(target)
+        form = to_edge(require_overload(target)) if self.program.is_edge else require_overload(target)
         for argument in pytree.tree_leaves((args, kwargs)):
             self._check(argument)
         graph = self._before.graph
@@ -68,7 +67,7 @@ class Builder:
         # With the dispatcher's Python kernels: the compiled ones of some operators (slice_copy) take a dynamic size for
         # what it is in the export's example.
         mode = self.program.fake_mode
-        with no_guards(self.program, op_name(target)), mode, enable_python_dispatcher(), torch.no_grad():
+        with forbid_new_guards(self.program, op_name(target)), mode, enable_python_dispatcher(), torch.no_grad():
             node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
         for key in _INHERITED:
             if key in self.roots[0].meta:
@@ -93,7 +92,7 @@ class Builder:
             return
         if argument in self.roots:
             raise ValueError(
-                f"{argument.name} is what emit replaces, and cannot be read by it: build its operator again"
+                f"{argument.name} is what rewrite replaces, and cannot be read by it: build its operator again"
             )
         if argument.graph is not self._before.graph or argument.prev.next is not argument:
             raise ValueError(f"{argument.name} is not in the graph that {self._before.name} stands in, or was removed")
@@ -102,7 +101,7 @@ class Builder:
 
     def size(self, node: Node, dim: int) -> int | Node:
         """The size of an axis of ``node``: a number, or the node that computes one which is dynamic."""
-        size = MatchContext.val(node).shape[dim]
+        size = Match.val(node).shape[dim]
         return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
@@ -112,7 +111,7 @@ class Builder:
         # Registered by ExecuTorch, without which there would be no program in edge form.
         return self.call(torch.ops.dim_order_ops._to_dim_order_copy.default, node, dtype=dtype)
 
-    def columns(self, node: Node, start: int, end: int) -> Node:
+    def slice_last_axis(self, node: Node, start: int, end: int) -> Node:
         """Elements ``start`` to ``end`` of ``node``'s last axis, as a tensor of its own and contiguous."""
         if self.program.is_edge:
             return self.call(torch.ops.aten.slice_copy.Tensor, node, -1, start, end)

@@ -5,14 +5,8 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from et_cuda_passes.graph.rule import Mistake
 
-
-class NameTaken(Mistake):
-    """The program has a constant under the name that a packed one would get."""
-
-
-class ConstantPool:
+class ConstantCache:
     """Packed constants by source and layout, so that what methods share is packed and stored once.
 
     The sources are held alive: a freed tensor's address could come back as another tensor's. What is written to them
@@ -37,9 +31,9 @@ class ConstantPool:
         if not held or len(held) < len(sources):
             raise TypeError(
                 f"{fqn} has no sources, or some that are no constants of the program, by which it is told from other "
-                "constants: those of a quantized weight are affine(m).sources"
+                "constants: those of a quantized weight are weight_of(m).sources"
             )
-        key = (tuple(map(identity, held)), layout)
+        key = (tuple(map(tensor_identity, held)), layout)
         if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._names)
@@ -57,14 +51,14 @@ def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def identity(tensor: torch.Tensor) -> Hashable:
+def tensor_identity(tensor: torch.Tensor) -> Hashable:
     """Equal for tensors that are one: the same memory read in the same way, or the same subclass object."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
 
 
-def unparametrized(target: str) -> str:
+def strip_parametrization(target: str) -> str:
     """``l.weight`` of ``l.parametrizations.weight.original0``; any other name as it is."""
     parts = target.split(".")
     if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1].startswith("original"):

@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 
 from et_cuda_passes.graph.report import STATUSES
-from et_cuda_passes.graph.rule import JointRule, Rule
+from et_cuda_passes.graph.rule import GroupRule, Rule
 
 ACCEPTED = (
     "rules (instances of et_cuda_passes.Rule), ExecuTorch ExportedProgramPassBase passes, "
@@ -104,7 +104,7 @@ def stages(entries: Sequence[Pass]) -> list[list[Pass]]:
         current = result[-1] if result else []
         together = bool(current) and entry.rule is not None and current[0].rule is not None
         # One that takes matches together chooses among what the others left, or it would lose all of them to one.
-        together = together and not any(isinstance(e.rule, JointRule) for e in (entry, *current))
+        together = together and not any(isinstance(e.rule, GroupRule) for e in (entry, *current))
         for other in current if together else []:
             if other.name in entry.after or entry.name in other.before:
                 together = False
@@ -115,8 +115,8 @@ def stages(entries: Sequence[Pass]) -> list[list[Pass]]:
     return result
 
 
-def untold(entries: Sequence[Pass]) -> set[str]:
+def quiet_rules(entries: Sequence[Pass]) -> set[str]:
     """The rules whose misses nobody is told, or that another rule of the list tells."""
     names = {entry.name for entry in entries}
-    alone = {entry.name for entry in entries if isinstance(entry.rule, JointRule) and entry.rule.alone in names}
-    return alone | {entry.name for entry in entries if entry.rule is not None and entry.rule.silent}
+    alone = {entry.name for entry in entries if isinstance(entry.rule, GroupRule) and entry.rule.alone in names}
+    return alone | {entry.name for entry in entries if entry.rule is not None and not entry.rule.reports_misses}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
 
-from et_cuda_passes.graph.ops import Target, canonical, checked, names_in, op_name
+from et_cuda_passes.graph.operators import Target, canonical, op_name, require_overload, schema_argument_names
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Literal:
 
 
 @dataclass(frozen=True)
-class Anything:
+class Wildcard:
     """Matches whatever stands there and binds nothing."""
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ class AnyOf:
 
 
 @dataclass(frozen=True)
-class Items:
+class ListOf:
     """A list argument of so many items, each with a pattern of its own."""
 
     patterns: tuple["Pattern", ...]
@@ -86,16 +86,16 @@ class Items:
         return f"[{', '.join(map(str, self.patterns))}]"
 
 
-Pattern: TypeAlias = Capture | Literal | Anything | Call | AnyOf | Items
+Pattern: TypeAlias = Capture | Literal | Wildcard | Call | AnyOf | ListOf
 
 
 def _lift(value: Any) -> Pattern:
-    if isinstance(value, (Capture, Literal, Anything, Call, AnyOf, Items)):
+    if isinstance(value, (Capture, Literal, Wildcard, Call, AnyOf, ListOf)):
         return value
     if isinstance(value, EllipsisType):
-        return Anything()
+        return Wildcard()
     if isinstance(value, (list, tuple)) and any(not isinstance(item, (int, float)) for item in value):
-        return Items(tuple(_lift(item) for item in value))
+        return ListOf(tuple(_lift(item) for item in value))
     return Literal(value)
 
 
@@ -112,9 +112,11 @@ def op(*targets: Target) -> Callable[..., Call]:
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
-    forms = tuple(dict.fromkeys(canonical(checked(target)) for target in targets))
+    forms = tuple(dict.fromkeys(canonical(require_overload(target)) for target in targets))
     schemas = [schema for form in forms if (schema := getattr(form, "_schema", None)) is not None]
-    known = {name for schema in schemas for name in names_in(schema)} if len(schemas) == len(forms) else None
+    known = (
+        {name for schema in schemas for name in schema_argument_names(schema)} if len(schemas) == len(forms) else None
+    )
 
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
@@ -148,7 +150,7 @@ def any_of(*alternatives: Pattern) -> AnyOf:
     return AnyOf(tuple(flat))
 
 
-def captures_of(function: Callable[..., Any]) -> dict[str, Capture]:
+def parse_captures(function: Callable[..., Any]) -> dict[str, Capture]:
     """The captures that a ``pattern`` method asks for by its parameters; a default of None makes one optional."""
     captures: dict[str, Capture] = {}
     for parameter in inspect.signature(function).parameters.values():
@@ -160,36 +162,36 @@ def captures_of(function: Callable[..., Any]) -> dict[str, Capture]:
     return captures
 
 
-def names(pattern: Pattern) -> Iterator[str]:
+def bound_names(pattern: Pattern) -> Iterator[str]:
     """Every name that a match of ``pattern`` may bind."""
     if isinstance(pattern, Capture):
         yield pattern.name
-    elif isinstance(pattern, (AnyOf, Items)):
+    elif isinstance(pattern, (AnyOf, ListOf)):
         for part in pattern.alternatives if isinstance(pattern, AnyOf) else pattern.patterns:
-            yield from names(part)
+            yield from bound_names(part)
     elif isinstance(pattern, Call):
         if pattern.name is not None:
             yield pattern.name
         for _, child in (*enumerate(pattern.args), *pattern.kwargs):
-            yield from names(child)
+            yield from bound_names(child)
 
 
-def always(pattern: Pattern) -> set[str]:
+def always_bound(pattern: Pattern) -> set[str]:
     """The names that every match of ``pattern`` binds, whichever alternatives fit."""
     if isinstance(pattern, Capture):
         return {pattern.name}
     if isinstance(pattern, AnyOf):
-        return set.intersection(*map(always, pattern.alternatives))
+        return set.intersection(*map(always_bound, pattern.alternatives))
     children: list[Pattern] = []
     if isinstance(pattern, Call):
         children = [*pattern.args, *(child for _, child in pattern.kwargs)]
-    elif isinstance(pattern, Items):
+    elif isinstance(pattern, ListOf):
         children = list(pattern.patterns)
     named = {pattern.name} if isinstance(pattern, Call) and pattern.name is not None else set()
-    return named.union(*map(always, children))
+    return named.union(*map(always_bound, children))
 
 
-def roots(pattern: Pattern) -> Iterator[Target]:
+def root_ops(pattern: Pattern) -> Iterator[Target]:
     """The operators that a match of ``pattern`` can start at; what the driver indexes nodes by.
 
     Raises:
@@ -199,6 +201,6 @@ def roots(pattern: Pattern) -> Iterator[Target]:
         yield from pattern.targets
     elif isinstance(pattern, AnyOf):
         for alternative in pattern.alternatives:
-            yield from roots(alternative)
+            yield from root_ops(alternative)
     else:
         raise TypeError(f"a pattern must be rooted in a call of an operator, not in {pattern!r}")

@@ -1,10 +1,11 @@
 """ExportedProgram surgery: a private copy, constants read, added and dropped by FQN, without a retrace.
 
-Everything here is linear in the graph: signature tables are read once and written once, in :meth:`Program.finish`.
+Everything here is linear in the graph. The signature is read once and written once, in :meth:`Program.to_exported`.
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,28 +19,33 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from et_cuda_passes.graph.branches import Branches
-from et_cuda_passes.graph.constants import ConstantPool, NameTaken, identity, unparametrized
-from et_cuda_passes.graph.copying import Places, copied, counterparts, places
-from et_cuda_passes.graph.memory import written_in
-from et_cuda_passes.graph.naming import at_boundaries, forget_tied, make_room, preserving, renamed_calls
-from et_cuda_passes.graph.ops import ACCESS, called
-from et_cuda_passes.graph.strides import settle_strides
-from et_cuda_passes.graph.sweep import sweep
+from et_cuda_passes.graph.aliasing import all_mutated_nodes
+from et_cuda_passes.graph.constants import ConstantCache, strip_parametrization, tensor_identity
+from et_cuda_passes.graph.errors import NameTaken
+from et_cuda_passes.graph.module_calls import boundary_nodes, preserved_modules_of, rename_in_signatures
+from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, Target, op_of
+from et_cuda_passes.graph.subgraphs import Subgraphs
 
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+NodeKeys = set[tuple[str, Target]]
+"""Where nodes stand, and what they call."""
 
 
 class Program:
     """A copy of an exported program that can be changed; the original is never touched, tensors are shared with it."""
 
-    def __init__(self, exported: ExportedProgram, pool: ConstantPool | None = None) -> None:
+    def __init__(self, exported: ExportedProgram, pool: ConstantCache | None = None) -> None:
         self._source = exported
-        self.pool = pool or ConstantPool()
+        self.pool = pool or ConstantCache()
         self.is_edge = exported.dialect == "EDGE"
-        self._root, self.graph = copied(exported)
+        self._root, self.graph = copy_graph(exported)
         self._meta = dict(exported.graph_module.meta)
         self.state_dict: dict[str, Any] = dict(exported.state_dict)
         self.constants: dict[str, Any] = dict(exported.constants)
@@ -47,25 +53,29 @@ class Program:
         self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
         self._updated = {spec.target for spec in self._outputs} - {None}
         self._derived: dict[tuple[Any, Node], Any] = {}
-        self._abandoned: dict[Node, None] = {}
-        self._added: dict[str, Node] = {}
+        self.abandoned: dict[Node, None] = {}
+        """Nodes that what read them no longer wants."""
+        self.added: dict[str, Node] = {}
+        """The placeholders of new constants, by FQN."""
         self.kept: set[Node] = set()
         """Nodes that a rule decided to leave as they are."""
-        self.kept_inputs: set[Node] = set()
+        self.kept_operands: set[Node] = set()
         """Matched nodes that kept ones read: what replaces them is for other readers."""
-        self._replaced: dict[Node, Node] = {}
-        self._dropped: list[Any] = []
+        self.replaced: dict[Node, Node] = {}
+        """Each node that was replaced with what it was replaced by, in the order in which that was done."""
+        self.dropped: list[Any] = []
+        """The tensors of constants that were dropped."""
         self._renamed: dict[str, str] = {}
         self.refresh()
         self._first_name: dict[Hashable, str] = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            if (held := self.constant(node)) is not None and (target := self.target(node)) is not None:
-                self._first_name.setdefault(identity(held), target)
+            if (held := self.constant(node)) is not None and (target := self.fqn_key(node)) is not None:
+                self._first_name.setdefault(tensor_identity(held), target)
 
     def as_graph_module(self) -> GraphModule:
-        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`adopt`."""
+        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`replace_graph`."""
         self._inputs = [node.name for node in self.graph.find_nodes(op="placeholder")]
-        self.branches.recompile()
+        self.subgraphs.recompile()
         module = GraphModule(self._root, self.graph)
         module.meta.update(self._meta)
         return module
@@ -73,17 +83,17 @@ class Program:
     def refresh(self) -> None:
         """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
         self._derived.clear()
-        self.branches = Branches(self._root, self.graph)
+        self.subgraphs = Subgraphs(self._root, self.graph)
         """Its graphs, those that control flow calls among them."""
-        self.at_boundaries = at_boundaries(self.graph, self._source.module_call_graph, self._renamed)
-        nodes = list(self.branches.nodes())
-        updated = filter(self.is_output, self.graph.find_nodes(op="placeholder"))
-        self.written = written_in(nodes, updated, self.constant, self.branches.views)
+        self.boundary_nodes = boundary_nodes(self.graph, self._source.module_call_graph, self._renamed)
+        nodes = list(self.subgraphs.nodes())
+        updated = filter(self.is_mutated_buffer, self.graph.find_nodes(op="placeholder"))
+        self.mutated = all_mutated_nodes(nodes, updated, self.constant, self.subgraphs.views)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
 
-    def derive(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
+    def memoize(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
         """``function(self, node)``, computed once until the graph changes; an exception is remembered as well."""
         key = (function, node)
         if key not in self._derived:
@@ -98,25 +108,25 @@ class Program:
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def outermost(self, node: Node) -> Node:
+    def resolve(self, node: Node) -> Node:
         """What ``node`` is where it comes from: a branch's placeholder is the operand that every run of it gets."""
-        while (operand := self.branches.outer(node)) is not None:
-            node = self.current(operand)
+        while (operand := self.subgraphs.captured_operand(node)) is not None:
+            node = self.replacement_of(operand)
         return node
 
-    def target(self, node: Node) -> str | None:
+    def fqn_key(self, node: Node) -> str | None:
         """The name under which the program holds constant ``node``; None for what is no constant."""
-        node = self.outermost(node)
+        node = self.resolve(node)
         spec = self._specs.get(node.name) if node.graph is self.graph else None
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
     def constant(self, node: Node) -> torch.Tensor | None:
         """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
-        node = self.outermost(node)
-        if called(node) is ACCESS:
+        node = self.resolve(node)
+        if op_of(node) is ACCESS_SUBCLASS_TENSOR:
             whole = self.constant(cast(Node, node.args[0]))
             return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, node.args[1])))
-        target = self.target(node)
+        target = self.fqn_key(node)
         if node.op != "placeholder" or target is None:
             return None
         value = self.state_dict.get(target, self.constants.get(target))
@@ -128,24 +138,28 @@ class Program:
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
         ``l.parametrizations.weight.original0``; the first of a tied weight's names, its own of one that was added.
         """
-        held, target = self.constant(node := self._owner(node)), self.target(node)
-        return None if held is None or target is None else unparametrized(self._first_name.get(identity(held), target))
+        held, target = self.constant(node := self._owner(node)), self.fqn_key(node)
+        return (
+            None
+            if held is None or target is None
+            else strip_parametrization(self._first_name.get(tensor_identity(held), target))
+        )
 
-    def is_output(self, node: Node) -> bool:
+    def is_mutated_buffer(self, node: Node) -> bool:
         """Whether the program's signature says that it updates constant ``node``."""
-        return self.target(node) in self._updated
+        return self.fqn_key(node) in self._updated
 
-    def preserving(self, node: Node) -> tuple[str, ...]:
-        """See :func:`~et_cuda_passes.graph.naming.preserving`."""
-        return preserving(node, self._source.module_call_graph)
+    def preserved_modules_of(self, node: Node) -> tuple[str, ...]:
+        """See :func:`~et_cuda_passes.graph.module_calls.preserved_modules_of`."""
+        return preserved_modules_of(node, self._source.module_call_graph)
 
-    def is_written(self, node: Node) -> bool:
+    def is_mutated(self, node: Node) -> bool:
         """Whether the memory of constant ``node`` changes while the program runs."""
-        return self._owner(node) in self.written
+        return self._owner(node) in self.mutated
 
     def _owner(self, node: Node) -> Node:
         """The placeholder in the program's own graph that constant ``node`` is, or is a part of."""
-        while called(node := self.outermost(node)) is ACCESS:
+        while op_of(node := self.resolve(node)) is ACCESS_SUBCLASS_TENSOR:
             node = cast(Node, node.args[0])
         return node
 
@@ -168,15 +182,15 @@ class Program:
         """
         nodes = tuple(sources)
         name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
-        if name not in self._added:
-            self._added[name] = self._placeholder_of(name, tensor, nodes[0])
-        return self.branches.hand_in(self._added[name], graph)
+        if name not in self.added:
+            self.added[name] = self._placeholder_of(name, tensor, nodes[0])
+        return self.subgraphs.thread_through(self.added[name], graph)
 
     def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
             # Made by an earlier rewrite of another copy of this program, with the same pool.
-            there = (node for node in self.graph.find_nodes(op="placeholder") if self.target(node) == name)
+            there = (node for node in self.graph.find_nodes(op="placeholder") if self.fqn_key(node) == name)
             return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
@@ -206,29 +220,23 @@ class Program:
 
     def replace(self, old: Node, new: Node) -> None:
         """Make every reader of ``old`` read ``new``; one that is kept together with ``old`` goes on reading that."""
-        leave = self.kept if old in self.kept_inputs else set()
+        leave = self.kept if old in self.kept_operands else set()
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
-        self._replaced[old] = new
+        self.replaced[old] = new
 
-    def current(self, node: Node) -> Node:
+    def replacement_of(self, node: Node) -> Node:
         """What now stands for ``node``: matches are found before their neighbours are rewritten."""
-        while node in self._replaced:
-            node = self._replaced[node]
+        while node in self.replaced:
+            node = self.replaced[node]
         return node
 
-    def abandon(self, nodes: Iterable[Node]) -> None:
-        """Mark ``nodes`` as no longer wanted by what read them; :meth:`sweep` removes those that nobody reads."""
-        self._abandoned.update(dict.fromkeys(nodes))
+    def mark_dead(self, nodes: Iterable[Node]) -> None:
+        """Mark ``nodes`` as dead: :func:`.finish.eliminate_dead_nodes` removes those that nothing else reads."""
+        self.abandoned.update(dict.fromkeys(nodes))
 
-    def sweep(self) -> None:
-        """Remove abandoned nodes, and then their inputs, as long as nothing reads them."""
-        for node in sweep(self, list(self._abandoned)):
-            self._hand_over_name(node)
-        self._abandoned.clear()
-
-    def _hand_over_name(self, gone: Node) -> None:
+    def transfer_name(self, gone: Node) -> None:
         """What replaced ``gone`` takes its name: the signatures of preserved modules, and people, go by it."""
-        new = self._replaced.get(gone)
+        new = self.replaced.get(gone)
         if new is None:
             return
         if new.op == "call_function" and new.name not in self._renamed.values():
@@ -236,19 +244,19 @@ class Program:
         elif gone.graph is self.graph:
             self._renamed[gone.name] = new.name
 
-    def drop(self, node: Node) -> None:
+    def remove_constant(self, node: Node) -> None:
         """Forget constant ``node``, which is about to be erased, and what it holds."""
         target = cast(str, self._specs.pop(node.name).target)
-        self._added.pop(target, None)
-        self._dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
+        self.added.pop(target, None)
+        self.dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
-    def adopt(self, module: GraphModule, name: str) -> None:
+    def replace_graph(self, module: GraphModule, name: str) -> None:
         """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
 
         Raises:
             ValueError: it added, removed or renamed inputs, or changed the number of outputs.
         """
-        kept, kept_inputs = self.places()
+        kept, kept_inputs = self.node_keys()
         self._root, self.graph, self._meta = module, module.graph, module.meta
         before, after = list(self._inputs), [node.name for node in self.graph.nodes if node.op == "placeholder"]
         if before != after:
@@ -260,41 +268,168 @@ class Program:
         if len(cast(tuple[Any, ...], self.graph.output_node().args[0])) != len(self._outputs):
             raise ValueError(f"pass {name} changed the number of the program's outputs")
         self.refresh()
-        nodes = ((self.target(n), n) for n in self.graph.find_nodes(op="placeholder"))
-        self._added = {target: node for target, node in nodes if target in self._added}
-        self.keep_again(kept, kept_inputs)
+        nodes = ((self.fqn_key(n), n) for n in self.graph.find_nodes(op="placeholder"))
+        self.added = {target: node for target, node in nodes if target in self.added}
+        self.restore_kept(kept, kept_inputs)
 
-    def places(self) -> tuple[Places, Places]:
-        """Where the kept nodes stand, and their inputs, for :meth:`keep_again`."""
-        return places(self.kept, self.branches), places(self.kept_inputs, self.branches)
+    def node_keys(self) -> tuple[NodeKeys, NodeKeys]:
+        """Where the kept nodes stand, and their inputs, for :meth:`restore_kept`."""
+        return node_keys(self.kept, self.subgraphs), node_keys(self.kept_operands, self.subgraphs)
 
-    def keep_again(self, kept: Places, inputs: Places) -> None:
+    def restore_kept(self, kept: NodeKeys, inputs: NodeKeys) -> None:
         """Keep what nodes of an earlier form of this program have become: a pass may have copied them."""
-        self.kept, self.kept_inputs = counterparts(kept, self.branches), counterparts(inputs, self.branches)
+        self.kept, self.kept_operands = find_nodes(kept, self.subgraphs), find_nodes(inputs, self.subgraphs)
 
-    def finish(self) -> ExportedProgram:
-        """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
-        settle_strides(self, self._replaced)
-        forget_tied(self, self._dropped)
-        make_room(self, self._added)
-        self.branches.recompile()
+    def to_exported(self) -> ExportedProgram:
+        """The program, its signature in step with the graph; torch lints the graph and runs the dialect's verifier."""
+        self.subgraphs.recompile()
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
             if isinstance(value, Node) and not isinstance(spec.arg, ConstantArgument):
                 spec.arg.name = value.name
         source, inputs = self._source, self.graph.find_nodes(op="placeholder")
         signature = ExportGraphSignature([self._specs[node.name] for node in inputs], self._outputs)
-        # The constructor lints the graph and runs the dialect's verifier.
         program = ExportedProgram(
             root=self._root,
             graph=self.graph,
             graph_signature=signature,
             state_dict=self.state_dict,
             range_constraints=copy.copy(source.range_constraints),
-            module_call_graph=renamed_calls(source.module_call_graph, self._renamed),
+            module_call_graph=rename_in_signatures(source.module_call_graph, self._renamed),
             example_inputs=source.example_inputs,
             constants=self.constants,
             verifiers=source.verifiers,
         )
         program.graph_module.meta.update(self._meta)
         return program
+
+
+def copy_graph(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
+    """The submodules that control flow calls, and the graph; tensors stay shared, only structure is copied.
+
+    The values in ``node.meta`` get a shape environment of their own: a guard on a dynamic size of the copy does not
+    change the program that was copied.
+    """
+    tensors = {id(tensor): tensor for tensor in (*exported.state_dict.values(), *exported.constants.values())}
+    root = torch.nn.Module()
+    for name, child in exported.graph_module.named_children():
+        root.add_module(name, copy.deepcopy(child, tensors))
+    graph = Graph()
+    ours: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(exported.graph, ours)).meta.update(exported.graph.output_node().meta)
+    for old, new in ours.items():
+        # The copy renames what looks like a Python builtin, `input` say; the signature goes by the old names.
+        new.name = old.name
+    shapes = _PrivateShapes()
+    for each in (graph, *(module.graph for module in root.modules() if isinstance(module, GraphModule))):
+        for node in each.nodes:
+            for key in _VALUES & node.meta.keys():
+                node.meta[key] = shapes.move(node.meta[key])
+    return root, graph
+
+
+_VALUES = {"val", "tensor_meta", "example_value"}
+"""The entries of ``node.meta`` that hold sizes."""
+
+
+class _PrivateShapes:
+    """Copies of values that refer to copies of their fake mode and of its shape environment."""
+
+    def __init__(self) -> None:
+        self._environments: dict[ShapeEnv, ShapeEnv] = {}
+        self._modes: dict[FakeTensorMode, FakeTensorMode] = {}
+        self._moved: dict[int, tuple[Any, Any]] = {}
+        """By the identity of a tensor: the tensor, which is held so that its identity stays its own, and its copy."""
+
+    def move(self, value: Any) -> Any:
+        """``value``, or a copy of it where it belongs to an environment with symbols; containers are copied."""
+        if isinstance(value, torch.Tensor):
+            if id(value) not in self._moved:
+                self._moved[id(value)] = (value, self._tensor(value))
+            return self._moved[id(value)][1]
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self._number(value)
+        if isinstance(value, torch.Size):
+            return torch.Size(map(self.move, value))
+        return value if pytree.tree_is_leaf(value) else pytree.tree_map(self.move, value)
+
+    def _number(self, number: Any) -> Any:
+        node = number.node
+        environment = getattr(node, "shape_env", None)
+        if environment is None:
+            return number
+        return type(number)(SymNode(node.expr, self._environment(environment), node.pytype, node._hint, node.constant))
+
+    def _tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return self._fake(tensor)
+        if not is_traceable_wrapper_subclass(tensor):
+            return tensor
+        attributes, context = tensor.__tensor_flatten__()
+        parts = {name: self.move(getattr(tensor, name)) for name in attributes}
+        if all(part is getattr(tensor, name) for name, part in parts.items()):
+            return tensor
+        sizes, strides = map(self.move, tensor.shape), map(self.move, tensor.stride())
+        return type(tensor).__tensor_unflatten__(parts, context, torch.Size(sizes), tuple(strides))
+
+    def _fake(self, tensor: FakeTensor) -> torch.Tensor:
+        old = tensor.fake_mode
+        if old.shape_env is None or not old.shape_env.var_to_range or tensor.layout is not torch.strided:
+            return tensor  # without symbols there is nothing to guard on
+        if old not in self._modes:
+            self._modes[old] = FakeTensorMode(
+                allow_fallback_kernels=old.allow_fallback_kernels,
+                allow_non_fake_inputs=old.allow_non_fake_inputs,
+                shape_env=self._environment(old.shape_env),
+                static_shapes=old.static_shapes,
+            )
+        sizes, strides, offset = (self.move(form) for form in (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        with self._modes[old]:
+            new = torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
+            if not isinstance(offset, int) or offset:
+                new = new.as_strided(sizes, strides, offset)
+        assert isinstance(new, FakeTensor)
+        new.constant = tensor.constant
+        return new.requires_grad_(tensor.requires_grad)
+
+    def _environment(self, old: ShapeEnv) -> ShapeEnv:
+        if old not in self._environments:
+            new = copy.copy(old)
+            for name, value in vars(old).items():
+                if isinstance(value, dict):
+                    value = copy.copy(value)
+                    value.update((key, list(item)) for key, item in value.items() if isinstance(item, list))
+                    setattr(new, name, value)
+                elif isinstance(value, (list, set)):
+                    setattr(new, name, copy.copy(value))
+            new.fake_tensor_cache = {}  # its values refer to the old environment
+            self._environments[old] = new
+        return self._environments[old]
+
+
+def node_keys(nodes: Iterable[Node], subgraphs: Subgraphs) -> NodeKeys:
+    """By what ``nodes`` can be found again in another copy of their program: where they stand and what they call."""
+    return {(subgraphs.path(node), node.target) for node in nodes}
+
+
+def find_nodes(wanted: NodeKeys, subgraphs: Subgraphs) -> set[Node]:
+    """The nodes at the places ``wanted`` in another copy; those that are gone are left out."""
+    return {node for node in subgraphs.nodes() if (subgraphs.path(node), node.target) in wanted} if wanted else set()
+
+
+@contextmanager
+def forbid_new_guards(program: Program, who: str) -> Iterator[None]:
+    """Within it, nothing may compare a dynamic size in Python: torch would hold what came out for true of every run.
+
+    Raises:
+        ValueError: ``who`` did.
+    """
+    shapes = program.fake_mode.shape_env
+    known = 0 if shapes is None else len(shapes.guards)
+    yield
+    if shapes is not None and len(shapes.guards) > known:
+        expression = shapes.guards[-1].expr
+        raise ValueError(
+            f"{who} holds for {expression} alone, which the program's dynamic shapes leave open; ask "
+            "torch.fx.experimental.symbolic_shapes.statically_known_true(...) instead of comparing in Python"
+        )

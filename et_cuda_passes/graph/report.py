@@ -7,8 +7,28 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from torch.fx import Node
+
 Status = Literal["rewritten", "kept", "missed"]
 STATUSES: tuple[Status, ...] = ("rewritten", "kept", "missed")
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in [^\n]*\n\s*(?P<code>[^\n]*)')
+_PLUMBING = re.compile(r"[/\\](torch|torchao|executorch)[/\\]")
+
+
+def user_source_line(node: Node) -> str:
+    """``file:line: code`` of the user's line that made ``node``; empty where the export recorded none.
+
+    Frames inside torch, torchao and executorch are passed over, unless there is no other; code that torch generated is
+    no line of anybody's, and is called differently in every run.
+    """
+    found = _FRAME.finditer(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in found if not frame["file"].startswith("<eval_with_key>")]
+    own = [frame for frame in frames if not _PLUMBING.search(frame["file"])] or frames
+    if not own:
+        return ""
+    frame = own[-1]
+    return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class Report:
     """The outcomes of one rewrite, in graph order.
 
     ``passes`` are the names in the order in which they ran, ``applied`` how often each rule acted, ``conflicts`` the
-    matches that lost to another, ``warnings`` what the user probably did not intend, ``untaken`` for each rule the
+    matches that lost to another, ``warnings`` what the user probably did not intend, ``rejected`` for each rule the
     matches without a candidate in them whose requires did not hold (an attention, say), and the byte counts are those
     of all constants before and after.
     """
@@ -68,7 +88,7 @@ class Report:
     conflicts: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     applied: dict[str, int] = field(default_factory=dict)
-    untaken: dict[str, list[str]] = field(default_factory=dict)
+    rejected: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
 
@@ -83,7 +103,7 @@ class Report:
         parts = list(reports)
         if len(parts) == 1:
             return parts[0]
-        names = dict.fromkeys(rule for part in parts for rule in part.untaken)
+        names = dict.fromkeys(rule for part in parts for rule in part.rejected)
         applied: Counter[str] = Counter()
         for part in parts:
             applied.update(part.applied)
@@ -94,7 +114,7 @@ class Report:
             conflicts=[conflict for part in parts for conflict in part.conflicts],
             warnings=[warning for part in parts for warning in part.warnings],
             applied=dict(applied),
-            untaken={rule: [text for part in parts for text in part.untaken.get(rule, ())] for rule in names},
+            rejected={rule: [text for part in parts for text in part.rejected.get(rule, ())] for rule in names},
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
         )
@@ -109,7 +129,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "outcomes": [asdict(outcome) for outcome in self.outcomes],
             "conflicts": self.conflicts,
-            "untaken": self.untaken,
+            "rejected": self.rejected,
             "warnings": self.warnings,
         }
 
@@ -181,6 +201,6 @@ class ExpectationError(Exception):
         wrong = {name: want for name, want in expect.items() if counts.get(name, 0) != want}
         text = "; ".join(f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in wrong.items())
         # What is no candidate has no line in the report.
-        untaken = [f"  untaken   {each}" for name in wrong for each in report.untaken.get(name, ())]
-        super().__init__("\n".join([text, str(report), *untaken]))
+        rejected = [f"  rejected   {each}" for name in wrong for each in report.rejected.get(name, ())]
+        super().__init__("\n".join([text, str(report), *rejected]))
         self.report = report

@@ -1,10 +1,38 @@
-"""What is done to a sum before it is stored: bias, activation, a product and a sum with other tensors, all in fp32."""
+"""The epilogue of a matrix product: bias, activation, a product and a sum with other tensors, all in fp32.
 
+To add an activation function, add a branch to ``activate`` and an entry to ``ACTIVATIONS``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
-ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "relu")
-"""Names of the activation functions; the empty one does nothing."""
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation function as it stands in a graph: an operator of one tensor, and its keyword arguments."""
+
+    operator: torch._ops.OpOverload
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """Apply the function."""
+        result: torch.Tensor = self.operator(y, **self.options)
+        return result
+
+
+_aten = torch.ops.aten
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": Activation(_aten.silu.default),
+    "gelu": Activation(_aten.gelu.default, {"approximate": "none"}),
+    "gelu_tanh": Activation(_aten.gelu.default, {"approximate": "tanh"}),
+    "relu": Activation(_aten.relu.default),
+}
+"""The activation functions by the name that ``activate`` knows them by."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -1,9 +1,34 @@
-"""Packed weight layouts: pure tensor functions, one layout a file.
+"""Packed layouts of weights: pure tensor functions on any device, one layout per file.
 
-Every layout module has `pack` and `unpack`; packing takes integer weights q [N, K] in 0..15 (N out_features,
-K in_features), unpacking gives them back as uint8. `scale_and_zero` packs the numbers that go with them.
+``LAYOUTS`` has every layout of int4 weights by name. To add one, write its file and add its ``LAYOUT`` to the list;
+``ops`` builds the operators from it.
 """
 
-from . import cpu, embedding_table, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
+from collections.abc import Mapping
 
-__all__ = ["cpu", "embedding_table", "metal", "mma_tiled", "mps", "scale_and_zero", "tile_packed_to_4d"]
+from . import cpu, embedding_table, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
+from .layout import Layout
+
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        mma_tiled.LAYOUT,
+        tile_packed_to_4d.LAYOUT,
+        mps.LAYOUT,
+        metal.LAYOUT,
+        cpu.LAYOUT,
+    )
+}
+"""Every layout of int4 weights by its name."""
+
+__all__ = [
+    "LAYOUTS",
+    "Layout",
+    "cpu",
+    "embedding_table",
+    "metal",
+    "mma_tiled",
+    "mps",
+    "scale_and_zero",
+    "tile_packed_to_4d",
+]

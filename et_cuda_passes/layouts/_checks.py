@@ -1,29 +1,28 @@
-"""What every layout demands of its input before a byte is moved."""
+"""Checks of the arguments that all layouts share, and the cutting of weights into chunks."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 CHUNK_BYTES = 1 << 20
-"""Weights packed at a time, in bytes. Big enough to hide the cost of a call, small enough to stay in a cache."""
+"""Default number of bytes of weights that are packed at a time. They stay in a cache, and calls cost little."""
 
 INNER_K_TILES = (8, 4, 2)
 
 
 def require_tensor(t: object, name: str) -> torch.Tensor:
-    """`t`, if it is a tensor with data. Raises TypeError for anything else and ValueError for meta or fake tensors."""
+    """Return `t` if it is a tensor with data; raise TypeError for another type, ValueError for meta or fake tensors."""
     if not isinstance(t, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if isinstance(t, FakeTensor) or t.is_meta:
         kind = "a fake" if isinstance(t, FakeTensor) else "a meta"
         raise ValueError(
-            f"{name} is {kind} tensor and has no values to work on; load the real weights first, "
-            "and call outside of FakeTensorMode"
+            f"{name} is {kind} tensor and has no values; load the real weights, and call outside of FakeTensorMode"
         )
     return t
 
 
 def require_dtype(t: torch.Tensor, name: str, allowed: tuple[torch.dtype, ...], fix: str) -> None:
-    """Raises TypeError that says `fix` when `t` has none of the `allowed` dtypes."""
+    """Raise TypeError, with `fix` in the message, if the dtype of `t` is not in `allowed`."""
     if t.dtype not in allowed:
         wanted = " or ".join(str(d) for d in allowed)
         raise TypeError(f"{name} must be {wanted}, got {t.dtype}; {fix}")
@@ -32,17 +31,17 @@ def require_dtype(t: torch.Tensor, name: str, allowed: tuple[torch.dtype, ...], 
 def require_weight(
     q: object, offset: int, n_multiple: int, k_multiple: int, layout: str, out_rows: int | None = None
 ) -> tuple[torch.Tensor, int, int]:
-    """`q`, the rows of the result and K, if q can be packed: 2-D, not empty, int8 or uint8.
+    """Return `q`, the number of rows of the result, and K, if `q` is a 2-D, non-empty int8 or uint8 tensor.
 
-    The rows, q's own or `out_rows`, and K must be multiples of what the layout needs.
+    The number of rows is `out_rows`, or that of `q`; it and K must be multiples of `n_multiple` and `k_multiple`.
     """
     t = require_tensor(q, "q")
-    require_dtype(t, "q", (torch.uint8, torch.int8), "give integer weights, one to an element")
+    require_dtype(t, "q", (torch.uint8, torch.int8), "give integer weights, one per element")
     if t.dim() != 2:
         raise ValueError(f"q must be 2-D [N, K], got shape {tuple(t.shape)}; reshape to [out_features, in_features]")
     n, k = t.shape
     if n == 0 or k == 0:
-        raise ValueError(f"q is empty, shape {tuple(t.shape)}; there is nothing to pack")
+        raise ValueError(f"q is empty, shape {tuple(t.shape)}; give a weight with rows and columns")
     if out_rows is not None:
         if out_rows < n:
             raise ValueError(f"out_rows must be at least q's {n} rows, got {out_rows}")
@@ -60,14 +59,14 @@ def require_weight(
 
 
 def require_inner_k_tiles(inner_k_tiles: object) -> int:
-    """`inner_k_tiles`, if it is 2, 4 or 8. Raises ValueError otherwise."""
+    """Return `inner_k_tiles` if it is 2, 4 or 8; raise ValueError otherwise."""
     if type(inner_k_tiles) is not int or inner_k_tiles not in INNER_K_TILES:
         raise ValueError(f"inner_k_tiles must be 2, 4 or 8, got {inner_k_tiles!r}")
     return inner_k_tiles
 
 
 def require_four_bits(chunk: torch.Tensor, offset: int) -> None:
-    """Raises ValueError when chunk + offset leaves 0..15: its neighbours' bits would be overwritten."""
+    """Raise ValueError if chunk + offset leaves 0..15, because it would overwrite the bits of neighbouring weights."""
     low, high = (int(v) for v in torch.aminmax(chunk))
     if low + offset < 0 or high + offset > 15:
         hint = "pass offset=8 for weights in -8..7" if offset == 0 else "pass offset=0 for weights in 0..15"
@@ -78,13 +77,13 @@ def require_four_bits(chunk: torch.Tensor, offset: int) -> None:
 
 
 def rows_per_chunk(k: int, chunk_bytes: int, multiple: int) -> int:
-    """How many rows of `k` bytes fit into `chunk_bytes`: a multiple of `multiple`, and never fewer than it."""
+    """The number of rows of `k` bytes that fit into `chunk_bytes`, rounded down to `multiple`, but at least that."""
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
     return max(multiple, chunk_bytes // k // multiple * multiple)
 
 
-def whole(chunk: torch.Tensor, rows: int) -> torch.Tensor:
-    """`chunk` with rows of zeros after it, up to `rows`."""
+def pad_rows(chunk: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append rows of zeros to `chunk` until it has `rows` rows."""
     missing = rows - chunk.shape[0]
     return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing > 0 else chunk

@@ -1,9 +1,11 @@
 """embedding_table: the layout of ExecuTorch's quantized embeddings, `quantized_decomposed::embedding_{2bit,4bit,byte}`.
 
-Of 4 bits two to a byte, the even k in the high nibble; of 2 bits four to a byte, k % 4 = 0 in the lowest bits; both
-uint8 [N, K * bits / 8] and unsigned. Of 8 bits int8 [N, K]. A kernel computes (u - 2**(bits - 1) - zero_point) * scale.
+4 bits: two weights per byte, the even k in the high nibble. 2 bits: four per byte, k % 4 = 0 in the lowest bits. Both
+are uint8 [N, K * bits / 8] and unsigned. 8 bits: int8 [N, K].
 
-Source, read and run: executorch 1.5.1, kernels/quantized/cpu/embeddingxb.cpp and op_embedding.cpp, and
+A kernel computes (u - 2**(bits - 1) - zero_point) * scale.
+
+Source, also run: executorch 1.5.1, kernels/quantized/cpu/embeddingxb.cpp and op_embedding.cpp, and
 exir/passes/_quant_patterns_and_replacements.py.
 """
 
@@ -11,41 +13,41 @@ import torch
 
 from ._checks import CHUNK_BYTES, require_dtype, require_tensor, rows_per_chunk
 
-# Where each weight of a byte stands, from the first on.
+# The position of each weight in a byte, from the first weight on.
 _SHIFTS = {2: (0, 2, 4, 6), 4: (4, 0), 8: (0,)}
 BITS = tuple(_SHIFTS)
 
 
-def in_byte(bits: int) -> int:
-    """How many weights a byte holds: what K must be a multiple of. Raises ValueError for bits other than 2, 4 and 8."""
+def weights_per_byte(bits: int) -> int:
+    """The number of weights in a byte, which K must be a multiple of. Raises ValueError for bits other than 2, 4, 8."""
     if bits not in _SHIFTS:
         raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
     return len(_SHIFTS[bits])
 
 
 def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
-    """Packs q [N, K] into uint8 [N, K * bits / 8], for 8 bits int8 [N, K], on q's device.
+    """Pack q [N, K] into uint8 [N, K * bits / 8], for 8 bits int8 [N, K], on q's device.
 
     q: of any integer dtype, any strides; u = q + offset must lie in 0..2**bits - 1.
     bits: 2, 4 or 8.
-    chunk_bytes: how many weights are worked on at a time; eight times as much memory is used above q and the result.
+    chunk_bytes: weights to pack at a time; eight times as many bytes are used in addition to q and the result.
 
     Raises TypeError for a q that holds no integers; ValueError for other bits, a bad shape, a weight outside the
     range, or a meta or fake q.
     """
-    together = in_byte(bits)
+    per_byte = weights_per_byte(bits)
     q = require_tensor(q, "q")
     if q.dtype.is_floating_point or q.dtype.is_complex or q.dtype is torch.bool:
-        raise TypeError(f"q must hold integers, one to an element, got {q.dtype}")
+        raise TypeError(f"q must hold integers, one per element, got {q.dtype}")
     if q.dim() != 2 or q.numel() == 0:
         raise ValueError(f"q must be 2-D [N, K] and not empty, got shape {tuple(q.shape)}")
     n, k = q.shape
-    if k % together:
-        raise ValueError(f"a table of {bits} bits needs K to be a multiple of {together}, got K = {k}")
-    out = torch.empty(n, k // together, dtype=torch.uint8, device=q.device)
+    if k % per_byte:
+        raise ValueError(f"a table of {bits} bits needs K to be a multiple of {per_byte}, got K = {k}")
+    out = torch.empty(n, k // per_byte, dtype=torch.uint8, device=q.device)
     rows = rows_per_chunk(k, chunk_bytes, 1)
     for start in range(0, n, rows):
-        # In int32 no sum wraps, whatever the dtype and the offset are.
+        # In int32 no sum overflows, for any dtype and offset.
         u = q[start : start + rows].to(torch.int32) + offset
         low, high = (int(end) for end in torch.aminmax(u))
         if low < 0 or high >= 1 << bits:
@@ -53,10 +55,10 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
                 f"weights must lie in {-offset}..{(1 << bits) - 1 - offset} (offset {offset}), "
                 f"found {low - offset}..{high - offset}; check the offset, or that the table has {bits} bits"
             )
-        packed = torch.zeros_like(u[:, ::together])
+        packed = torch.zeros_like(u[:, ::per_byte])
         for place, shift in enumerate(_SHIFTS[bits]):
-            packed |= u[:, place::together] << shift
-        # The kernel of 8 bits reads int8: 128 less, which is the top bit turned.
+            packed |= u[:, place::per_byte] << shift
+        # The kernel for 8 bits reads int8, u - 128, which is u with its top bit flipped.
         out[start : start + rows] = packed ^ 128 if bits == 8 else packed
     return out.view(torch.int8) if bits == 8 else out
 
@@ -64,12 +66,12 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The weights of `pack` as uint8 [N, K] in 0..2**bits - 1, on packed's device.
 
-    Raises TypeError when packed has another dtype than pack gives, ValueError for other bits, and when it is not 2-D,
-    empty, or is meta or fake.
+    Raises TypeError when packed has another dtype than the result of pack; ValueError for other bits, and when packed
+    is not 2-D, is empty, meta or fake.
     """
-    in_byte(bits)
+    weights_per_byte(bits)
     packed = require_tensor(packed, "packed")
-    require_dtype(packed, "packed", (torch.int8 if bits == 8 else torch.uint8,), "give what pack returned")
+    require_dtype(packed, "packed", (torch.int8 if bits == 8 else torch.uint8,), "give the result of pack")
     if packed.dim() != 2 or packed.numel() == 0:
         raise ValueError(f"packed must be 2-D and not empty, got shape {tuple(packed.shape)}")
     if bits == 8:

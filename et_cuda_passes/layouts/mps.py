@@ -1,10 +1,10 @@
 """mps: the layout of `aten._weight_int4pack_mm` on MPS.
 
 Row-major bytes: weight q[n][k] is in byte n K/2 + k // 2, the even k in the low nibble, the odd k in the high one. The
-tensor nevertheless has tile_packed_to_4d's nominal shape, int32 [N/8, K/(16 I), 32, I/2] with I = inner_k_tiles,
-since the operator has one shape rule for all devices; I changes that shape and no byte.
+tensor has the nominal shape of tile_packed_to_4d, int32 [N/8, K/(16 I), 32, I/2] with I = inner_k_tiles, because the
+operator has one shape rule for all devices. I changes the shape and no byte.
 
-Source, read: pytorch, aten/src/ATen/native/mps/operations/Quantized.mm (`_convert_weight_to_int4pack_mps` takes the
+Source: pytorch, aten/src/ATen/native/mps/operations/Quantized.mm (`_convert_weight_to_int4pack_mps` takes the
 nominal shape "fake" and swaps the nibbles of its uint8 [N, K/2] input, whose even k is the high one) and
 aten/src/ATen/native/mps/kernels/Quantized.metal (`int4pack_mm` reads rows of K/2 bytes, low nibble first, and
 computes (q - 8) * scale + zero from scale_and_zero [K/group, N, 2] of the activation's dtype).
@@ -15,8 +15,10 @@ The kernel has fp32, fp16 and bf16, and group sizes 32, 64, 128 and 256. It roun
 import torch
 
 from ._checks import CHUNK_BYTES, require_inner_k_tiles, require_weight
-from ._row_major import pack_rows, unpack_rows
-from .tile_packed_to_4d import require_packed
+from .layout import Layout
+from .metal import pack_bytes, rows_of_bytes, unpack_bytes
+from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
+from .tile_packed_to_4d import int4pack_mm, largest_inner_k_tiles, require_packed
 
 
 def pack(
@@ -27,19 +29,19 @@ def pack(
     out_rows: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
+    """Pack q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
     out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
-    chunk_bytes: how many weights are worked on at a time; as much memory is used above q and the result.
+    chunk_bytes: bytes of weights to pack at a time; as much memory is used in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
     """
     inner = require_inner_k_tiles(inner_k_tiles)
     q, n, k = require_weight(q, offset, 8, 16 * inner, f"mps with inner_k_tiles = {inner}", out_rows)
-    return pack_rows(q, offset, chunk_bytes, n).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
+    return pack_bytes(q, offset, chunk_bytes, n).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -50,4 +52,21 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
     packed = require_packed(packed)
     n8, k_tiles, _, words = packed.shape
     k = k_tiles * words * 32
-    return unpack_rows(packed.contiguous().view(n8 * 8, k // 8).view(torch.uint8))
+    return unpack_bytes(packed.contiguous().view(n8 * 8, k // 8).view(torch.uint8))
+
+
+def _rows(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    return rows_of_bytes(ids, packed.view(torch.uint8).reshape(packed.shape[0] * 8, -1))
+
+
+LAYOUT = Layout(
+    "mps",
+    pack=lambda q, shift, rows: pack(q, largest_inner_k_tiles(q.shape[1]), shift, out_rows=rows),
+    unpack=unpack,
+    pack_scales=pack_pairs,
+    unpack_scales=unpack_pairs,
+    check=check_pairs,
+    kernels={"mps": int4pack_mm},
+    rows=_rows,
+    row_scales=pairs_of_rows,
+)

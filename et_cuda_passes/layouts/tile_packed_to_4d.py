@@ -7,23 +7,26 @@ With I = inner_k_tiles, weight q[n][k] goes to int32 word out[n // 8][k // (16 I
 Source: arrays written by `aten._convert_weight_to_int4pack` on an H100 (tests/golden_arrays), reproduced bit for bit.
 
 How packing works: write s = 8a + 2b + c with a, b in 0..3 and c in 0..1. Eight weights that share a are eight bytes
-of one int64. Adding two of those int64, the odd a times 16, makes the nibble pairs of eight bytes at once; what is
-left is to interleave the bytes of the two sums, and to swap b with j. All of it is a handful of torch calls a chunk.
-Bytes are reinterpreted as wider integers, low byte first, as on every device that torch runs these kernels on.
+of one int64. Adding two of those int64, the odd a times 16, makes the nibble pairs of eight bytes at once. Then the
+bytes of the two sums are interleaved, and b and j change places. Each chunk takes a few torch calls.
+Bytes are reinterpreted as wider integers, low byte first, which is the order on every device that has these kernels.
 """
 
 import torch
 
 from ._checks import (
     CHUNK_BYTES,
+    INNER_K_TILES,
+    pad_rows,
     require_dtype,
     require_four_bits,
     require_inner_k_tiles,
     require_tensor,
     require_weight,
     rows_per_chunk,
-    whole,
 )
+from .layout import Layout
+from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
@@ -36,12 +39,12 @@ def pack(
     out_rows: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """Packs q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
+    """Pack q [N, K] into int32 [N/8, K/(16 I), 32, I/2], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
     out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
-    chunk_bytes: how many weights are worked on at a time; 3.5 times as much memory is used above q and the result.
+    chunk_bytes: bytes of weights to pack at a time; 3.5 times as much memory is used in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
@@ -53,13 +56,13 @@ def pack(
 
     packed = torch.empty(n // 8, k_tiles, 32, words, dtype=torch.int32, device=q.device)
     target = packed.view(n // 8, k_tiles, 8, 4, words)
-    # Buffers are made once: fresh memory for every chunk costs more than the arithmetic.
+    # Allocate the buffers once: fresh memory for every chunk costs more than the arithmetic.
     weights_all = torch.empty(rows, k, dtype=q.dtype, device=q.device)
     pairs_all = torch.empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64, device=q.device)
     halves_all = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
 
     for start in range(0, n, rows):
-        chunk = whole(q[start : start + rows], min(rows, n - start))
+        chunk = pad_rows(q[start : start + rows], min(rows, n - start))
         require_four_bits(chunk, offset)
         blocks = chunk.shape[0] // 8
         weights, pairs, halves = weights_all[: chunk.shape[0]], pairs_all[:, :blocks], halves_all[:, :blocks]
@@ -70,10 +73,10 @@ def pack(
         torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
         halves.copy_(pairs.view(torch.uint8))
         low, high = halves
-        # The sum is meant to wrap: the high byte's top bit is the int16's sign.
+        # The sum may overflow: the top bit of the high byte is the sign of the int16.
         torch.add(low, high, alpha=256, out=low)
         done = low.view(torch.int32)
-        # One copy a j: torch's copy of the swap in one go runs over rows of two or four words, and is slower.
+        # One copy per j is faster: a single copy of the swapped axes runs over rows of two or four words.
         for j in range(words):
             target[start // 8 : start // 8 + blocks, ..., j].copy_(done[..., j, :])
     return packed
@@ -106,11 +109,46 @@ def unpack(packed: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Ten
 
 
 def require_packed(packed: object) -> torch.Tensor:
-    """`packed`, if it is int32 [N/8, K/(16 I), 32, I/2] with data. Raises TypeError or ValueError otherwise."""
+    """Return `packed` if it is int32 [N/8, K/(16 I), 32, I/2] with data; raise TypeError or ValueError otherwise."""
     t = require_tensor(packed, "packed")
-    require_dtype(t, "packed", (torch.int32,), "give what pack returned")
+    require_dtype(t, "packed", (torch.int32,), "give the result of pack")
     if t.dim() != 4 or t.shape[2] != 32 or t.shape[3] not in (1, 2, 4) or t.numel() == 0:
         raise ValueError(
             f"packed must have shape [N/8, K/(16 I), 32, I/2] with I = inner_k_tiles in 2, 4, 8, got {tuple(t.shape)}"
         )
     return t
+
+
+def largest_inner_k_tiles(in_features: int) -> int:
+    """The largest inner_k_tiles that K, a multiple of 32, can have."""
+    return next(tiles for tiles in INNER_K_TILES if in_features % (16 * tiles) == 0)
+
+
+def int4pack_mm(x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`aten._weight_int4pack_mm`, which CUDA and MPS have."""
+    y: torch.Tensor = torch.ops.aten._weight_int4pack_mm.default(x, packed, group_size, qparams)
+    return y
+
+
+def _rows(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Row n is the words 4 (n % 8) to 4 (n % 8) + 3 of its tiles."""
+    blocks, tiles, _, words = packed.shape
+    row = packed.view(blocks, tiles, 8, 4, words)[ids // 8, :, ids % 8]
+    shifts = torch.arange(0, 32, 4, device=packed.device, dtype=torch.int32)
+    # [..., k tile, b, j, c, a], with p = a + 4 c and k % 32 = 8 a + 2 b + c.
+    nibbles = ((row.unsqueeze(-1) >> shifts) & 15).unflatten(-1, (2, 4))
+    q: torch.Tensor = nibbles.movedim((-3, -1, -4, -2), (-4, -3, -2, -1)).flatten(-5)
+    return q
+
+
+LAYOUT = Layout(
+    "tile_packed_to_4d",
+    pack=lambda q, shift, rows: pack(q, largest_inner_k_tiles(q.shape[1]), shift, out_rows=rows),
+    unpack=unpack,
+    pack_scales=pack_pairs,
+    unpack_scales=unpack_pairs,
+    check=check_pairs,
+    kernels={"cuda": int4pack_mm},
+    rows=_rows,
+    row_scales=pairs_of_rows,
+)

@@ -1,16 +1,15 @@
-"""``attention``: attention without a mask, of our Triton kernel.
+"""``attention``: attention without a mask, with our Triton kernel.
 
-``attention(q, k, v, scale, head_axes)`` is ``softmax(scale * q @ k.T) @ v`` for every head, q's head h with the keys of
-head ``h // (heads / key heads)``. The kernel computes it in fp32, the weights of the values rounded to their dtype, and
-rounds once more.
+``attention(q, k, v, scale, head_axes)`` is ``softmax(scale * q @ k.T) @ v`` for every head, where head h of q uses the
+keys of head ``h // (heads / key heads)``. The kernel computes in fp32, rounds the probabilities to the dtype of the
+values, and rounds the result once.
 
-``head_axes`` says where q, k, v and the result have their heads, in this order: 1 for [B, heads, rows, D], as
-``scaled_dot_product_attention`` takes and gives them, or 2 for [B, rows, heads, D], as linears do. So nothing is copied
-for a transposition, which in ExecuTorch's edge dialect is always a copy. The result does not depend on strides; columns
-of a wider tensor are read where they lie, and what lies otherwise is copied.
+``head_axes`` gives the axis of the heads in q, k, v and the result: 1 for [B, heads, rows, D], as in
+``scaled_dot_product_attention``, or 2 for [B, rows, heads, D], as linears produce. No transposition is then needed; in
+ExecuTorch's edge dialect each one is a copy. The result does not depend on strides: the kernel reads columns of a wider
+tensor in place, and a tensor with other strides is copied first.
 
-A ``triton_op``: AOTInductor sees through it and compiles the kernel into the library that it builds, while export and
-ExecuTorch's passes see one operator. On a device that has no Triton it computes with torch's own attention.
+On a device without Triton the operator computes with torch's own attention.
 """
 
 from collections.abc import Sequence
@@ -20,24 +19,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS, attention
-from et_cuda_passes.ops.int4_linear import NAMESPACE
+from et_cuda_passes.ops.registry import define_triton
 
 ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
-"""What the kernel computes with; on a CPU the operator has any float."""
+"""The dtypes of the CUDA kernel; on a CPU the operator has every float dtype."""
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, head_axes: Sequence[int]) -> None:
-    """The kernel reads what it is told is there: what does not fit together would be read past its end.
+    """Check that shapes and dtypes fit each other, or the kernel would read past the end of a tensor.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: the message names the arguments that do not fit.
     """
     if len(head_axes) != 4 or not set(head_axes) <= {1, 2}:
-        raise ValueError(f"attention: head_axes are four, each 1 or 2, of q, k, v and the result; given {head_axes}")
+        raise ValueError(
+            f"attention: head_axes are four numbers, each 1 or 2, for q, k, v and the result; given {head_axes}"
+        )
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"attention: q, k and v have four dimensions, not {q.dim()}, {k.dim()} and {v.dim()}")
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
-        raise ValueError(f"attention: q, k and v are of one float dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+        raise ValueError(f"attention: q, k and v have the same float dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     given = zip((q, k, v), head_axes, strict=False)
     shapes = [(t.shape[0], t.shape[at], t.shape[3 - at], t.shape[3]) for t, at in given]
     (batch, heads, _, d), keys, values = shapes
@@ -49,7 +50,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, head_axes: Sequence[int]) -> None:
         )
 
 
-@torch.library.triton_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
     _check(q, k, v, head_axes)
     if q.device.type != "cuda":
@@ -70,5 +70,5 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int
     return q.new_empty((q.shape[0], *((heads, rows) if head_axes[3] == 1 else (rows, heads)), q.shape[3]))
 
 
-_attention.register_fake(_fake)
-ATTENTION = torch.ops.et_cuda_passes.attention.default
+ATTENTION = define_triton("attention", _attention, _fake)
+"""The registered overload."""

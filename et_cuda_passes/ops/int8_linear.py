@@ -1,17 +1,16 @@
-"""The int8 linear that stands in a rewritten program, for every group size, symmetric or not.
+"""The int8 linear of a rewritten program, for every group size, symmetric or not.
 
 ``int8_linear(x, packed, scale, zero, bias, group_size)`` is ``linear(x, packed * scale + zero, bias)`` with
 
 - ``x`` [..., K], floating;
 - ``packed`` int8 [N, K], row-major;
 - ``scale`` [N, K / group_size], floating;
-- ``zero`` [N, K / group_size], float32, or None for a symmetric weight: a zero point of 200 steps, rounded to bf16,
-  would be off by half a step;
+- ``zero`` [N, K / group_size], float32, or None for a symmetric weight. bf16 would be off by half a step for a zero
+  point of 200;
 - ``bias`` [N] of x's dtype, or None.
 
-A ``triton_op``: on CUDA AOTInductor sees through it and compiles the Triton kernel into the library that it builds,
-while export and ExecuTorch's passes see one operator. Elsewhere it is the kernel that the device's library has, and
-where there is none, or it lacks the form, plain operators on the same constants.
+On CUDA it is our Triton kernel. On another device it is the kernel of the device's library if that supports these
+arguments, and plain operators on the same constants if not.
 """
 
 import torch
@@ -19,21 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from et_cuda_passes.kernels import int8_launch
-from et_cuda_passes.ops.int4_linear import NAMESPACE, check_bias, in_rows
+from et_cuda_passes.ops.int4_linear import check_bias, contiguous
+from et_cuda_passes.ops.registry import define_triton
 
 _NAME = "int8_linear"
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
-    """The constants must fit each other: a kernel that reads past too few scales gives no error.
+    """Check that the constants fit each other and x: a kernel that reads past its scales reports no error.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: the message names the arguments that do not fit.
     """
     tables = [tuple(table.shape) for table in (scale, zero) if table is not None]
     rows, k = packed.shape if packed.dim() == 2 else (-1, -1)
-    whole = group_size > 0 and k % group_size == 0
-    if packed.dtype is not torch.int8 or not whole or any(table != (rows, k // group_size) for table in tables):
+    divides = group_size > 0 and k % group_size == 0
+    if packed.dtype is not torch.int8 or not divides or any(table != (rows, k // group_size) for table in tables):
         raise ValueError(
             f"{_NAME}: packed {packed.dtype} {tuple(packed.shape)}, scale and zero {tables} and group_size "
             f"{group_size} do not fit each other; wanted int8 [N, K] and [N, K / group_size]"
@@ -44,7 +44,7 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: 
 
 
 def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """The same from plain tensor operations: ``packed * scale + zero`` in fp32, rounded once to x's dtype."""
+    """The product in plain operators: the weight ``packed * scale + zero`` in fp32, rounded once to x's dtype."""
     grouped = packed.float().view(packed.shape[0], -1, group_size) * scale.float().unsqueeze(-1)
     if zero is not None:
         grouped = grouped + zero.float().unsqueeze(-1)
@@ -52,9 +52,9 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
 
 
 def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """torch's kernel where it computes this: one scale a row, of x's dtype, no zero, and K a multiple of 16.
+    """torch's kernel, if the weight has one scale per row in x's dtype, no zero, and K a multiple of 16.
 
-    With AVX-512 and bf16 it writes past its result for any other K (torch 2.13), and does not check.
+    With AVX-512 and bf16 the kernel writes past its result for another K (torch 2.13), without a check.
     """
     if zero is not None or scale.shape[1] != 1 or scale.dtype is not x.dtype or x.shape[1] % 16:
         return reference(x, packed, scale, zero, group_size)
@@ -69,14 +69,13 @@ def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
     return x.dtype in floats and scale.dtype is x.dtype and native and k % int8_launch.IN_MULTIPLE == 0
 
 
-@torch.library.triton_op(f"{NAMESPACE}::{_NAME}", mutates_args=())
 def _int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
 ) -> Tensor:
     _check(x, packed, scale, zero, bias, group_size)
     if x.device.type == "cuda" and _has_triton(x, scale, group_size):
-        bias = None if bias is None else in_rows(bias)
-        return int8_launch.int8_linear(in_rows(x), packed, scale, zero, bias, group_size)
+        bias = None if bias is None else contiguous(bias)
+        return int8_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size)
     matmul = _int8pack if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
@@ -90,7 +89,5 @@ def _fake(
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
-_int8_linear.register_fake(_fake)
-
-INT8_LINEAR: torch._ops.OpOverload = torch.ops.et_cuda_passes.int8_linear.default
+INT8_LINEAR = define_triton(_NAME, _int8_linear, _fake)
 """The registered overload."""

@@ -2,8 +2,8 @@
 
 ``(packed, scale, zero_point, quant_min, quant_max, ids, *, dtype)``: the rows of ``(q - zero_point) * scale`` in
 ``dtype``, from a table in the layout ``embedding_table`` with scales and zero points [N, K / group_size] of one dtype.
-ExecuTorch registers them in Python, with an implementation that dequantizes the whole table; its runtime has kernels
-that read the rows asked for.
+ExecuTorch registers them in Python, with an implementation that dequantizes the whole table; the kernels of its runtime
+read only the rows in ``ids``.
 """
 
 from importlib import import_module
@@ -14,9 +14,9 @@ _NAMES = {2: "embedding_2bit", 4: "embedding_4bit", 8: "embedding_byte"}
 
 
 def quantized_embedding(bits: int) -> torch._ops.OpOverload:
-    """The operator for a table of 2, 4 or 8 bits, in the overload that states the result's dtype.
+    """The operator for a table of 2, 4 or 8 bits, in the overload with the dtype of the result.
 
-    The other overload is not of use: its fake result is float32 whatever the scales are (executorch 1.5.1).
+    The other overload has a wrong fake: float32, whatever the dtype of the scales (executorch 1.5.1).
     """
     register()
     overload: torch._ops.OpOverload = getattr(torch.ops.quantized_decomposed, _NAMES[bits]).dtype
@@ -24,8 +24,8 @@ def quantized_embedding(bits: int) -> torch._ops.OpOverload:
 
 
 def register() -> None:
-    """Register the operators, which takes seconds where ExecuTorch was not imported before.
+    """Register the operators, which ``torch.export.load`` needs for a program that calls them.
 
-    A program that holds them cannot be read from a file without it.
+    The first import of ExecuTorch takes seconds.
     """
     import_module("executorch.exir")

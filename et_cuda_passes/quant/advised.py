@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Advised:
+class SuggestedSchemes:
     """The schemes that a target takes a linear's weight in, as a user of torchao writes them.
 
     Attributes:
@@ -15,6 +15,6 @@ class Advised:
     four_bits: str = "IntxWeightOnlyConfig(torch.int4, PerGroup(32))"
     eight_bits: str = "IntxWeightOnlyConfig(torch.int8, PerAxis(0))"
 
-    def instead_of(self, bits: int) -> str:
+    def for_bits(self, bits: int) -> str:
         """The nearest scheme to a weight of ``bits`` bits an element."""
         return self.four_bits if bits <= 4 else self.eight_bits

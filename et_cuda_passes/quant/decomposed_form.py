@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.weight import AffineWeight, check_blocks, constant, integer_range, optional_constant
+from et_cuda_passes.quant.weight import QuantizedWeight, check_blocks, constant, integer_range, optional_constant
 
 Shape = tuple[int, ...]
 
 
-def decode_per_channel(program: Program, node: Node) -> AffineWeight:
+def decode_per_channel(program: Program, node: Node) -> QuantizedWeight:
     """One scale for each index of an axis.
 
     Raises:
@@ -32,7 +32,7 @@ def decode_per_channel(program: Program, node: Node) -> AffineWeight:
     return _decode(program, bound, "scales", "zero_points", block)
 
 
-def decode_per_channel_group(program: Program, node: Node) -> AffineWeight:
+def decode_per_channel_group(program: Program, node: Node) -> QuantizedWeight:
     """One scale for each row and group of a matrix.
 
     Raises:
@@ -45,7 +45,7 @@ def decode_per_channel_group(program: Program, node: Node) -> AffineWeight:
     return _decode(program, bound, "scales", "zero_points", lambda shape: (1, min(group, shape[-1])))
 
 
-def decode_per_tensor(program: Program, node: Node) -> AffineWeight:
+def decode_per_tensor(program: Program, node: Node) -> QuantizedWeight:
     """One scale for all, a number in the graph or a tensor.
 
     Raises:
@@ -56,7 +56,7 @@ def decode_per_tensor(program: Program, node: Node) -> AffineWeight:
 
 def _decode(
     program: Program, bound: dict[str, Any], scale_name: str, zero_name: str, block: Callable[[Shape], Shape]
-) -> AffineWeight:
+) -> QuantizedWeight:
     data, integers = constant(program, bound["input"], "the quantized data")
     scale, scales, zero_point, points, literal = None, None, None, None, None
     if isinstance(bound[scale_name], Node):
@@ -69,7 +69,7 @@ def _decode(
     if any(isinstance(end, Node) for end in ends):
         raise Unmet(f"a quantized range that the program computes, {ends[0]}..{ends[1]}")
     low, high = integer_range(*ends, integers.dtype)
-    weight = AffineWeight(
+    weight = QuantizedWeight(
         fqn=program.fqn(data) or data.name,
         data=data,
         scale=scale,
@@ -81,7 +81,7 @@ def _decode(
         storage_dtype=integers.dtype,
         scale_dtype=torch.float32 if scales is None else scales.dtype,
         output_dtype=bound["out_dtype"] or torch.float32,
-        literal=literal,
+        constant_qparams=literal,
     )
     check_blocks(weight, scales, points)
     return weight

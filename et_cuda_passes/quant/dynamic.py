@@ -9,10 +9,10 @@ import torch
 import torchao.quantization.quant_primitives  # noqa: F401  (registers the operators)
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called, op_name
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments, op_name, op_of
 from et_cuda_passes.graph.pattern import Call, Pattern, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 from et_cuda_passes.quant.forms import DEQUANTIZE, dequantized_data
 
 QUANTIZE = torch.ops.torchao.quantize_affine.default
@@ -35,7 +35,7 @@ _QUANTIZERS = frozenset(
 
 def is_quantize(node: Node) -> bool:
     """Whether ``node`` quantizes something: an activation, since a weight is quantized before the export."""
-    target = called(node)
+    target = op_of(node)
     return isinstance(target, torch._ops.OpOverload) and target.name() in _QUANTIZERS
 
 
@@ -74,13 +74,13 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     """
     dequantized = arguments(node)
     quantized_node = dequantized["input"]
-    if not isinstance(quantized_node, Node) or called(quantized_node) is not QUANTIZE:
+    if not isinstance(quantized_node, Node) or op_of(quantized_node) is not QUANTIZE:
         raise Unmet(f"{node.name}, which dequantizes something else than a quantized activation")
     quantized = arguments(quantized_node)
     pair = (dequantized["scale"], dequantized["zero_point"])
     if pair != (quantized["scale"], quantized["zero_point"]):
         raise Unmet(f"{node.name}, dequantized with another scale than it was quantized with")
-    chosen = chosen_together(pair, CHOOSE_QPARAMS)
+    chosen = qparams_source(pair, CHOOSE_QPARAMS)
     choose = arguments(chosen)
     if choose["input"] is not quantized["input"]:
         raise Unmet(f"{node.name}, whose scale is chosen from another tensor")
@@ -103,7 +103,7 @@ def decode_dynamic(program: Program, node: Node) -> DynamicActivation:
     )
 
 
-def chosen_together(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Node:
+def qparams_source(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Node:
     """The node that calls ``choose`` whose two results are ``pair``.
 
     Raises:
@@ -114,7 +114,7 @@ def chosen_together(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Nod
         if not isinstance(part, Node) or part.target is not operator.getitem or part.args[1] != index:
             raise Unmet(f"a scale or zero point that is {part!r}, not chosen from the activation")
         source = part.args[0]
-        if not isinstance(source, Node) or called(source) is not choose:
+        if not isinstance(source, Node) or op_of(source) is not choose:
             raise Unmet(f"a scale or zero point from {source}, not chosen from the activation")
         sources.append(source)
     if sources[0] is not sources[1]:
@@ -122,10 +122,10 @@ def chosen_together(pair: tuple[Any, Any], choose: torch._ops.OpOverload) -> Nod
     return sources[0]
 
 
-def reads_dynamic_activation(reader: Node) -> str:
+def quantized_activation_of(reader: Node) -> str:
     """Which input of ``reader`` is an activation quantized on the fly, views between them or not; empty for none."""
     for source in reader.all_input_nodes:
-        while called(source) is torch.ops.aten.view.default:
+        while op_of(source) is torch.ops.aten.view.default:
             source = source.all_input_nodes[0]
         data = dequantized_data(source)
         if data is not None and is_quantize(data):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from et_cuda_passes.graph.rule import Unmet
+from et_cuda_passes.graph.errors import Unmet
 
 
 @dataclass(frozen=True)
-class Product:
+class ExpertEinsum:
     """The axes of an einsum that multiplies rows by experts' matrices.
 
     Each axis is named by its letter. The weights' are ``batch``, then N and K in either order.
@@ -31,7 +31,7 @@ class Product:
     as_columns: bool
 
 
-def read(equation: str, weights: int) -> Product:
+def parse_einsum(equation: str, weights: int) -> ExpertEinsum:
     """The product that ``equation`` is, of two operands of which the one numbered ``weights`` is the weights.
 
     Raises:
@@ -51,7 +51,7 @@ def read(equation: str, weights: int) -> Product:
     rows = "".join(letter for letter in x if letter not in w)
     if len(summed) != 1 or len(own) != 1 or not batch.startswith(shared) or {*out} != {*batch, *rows, *own}:
         raise _no_product(equation)
-    return Product(x, out, batch, shared, rows, own[0], summed[0], w[-1] == own[0])
+    return ExpertEinsum(x, out, batch, shared, rows, own[0], summed[0], w[-1] == own[0])
 
 
 def _no_product(equation: str) -> Unmet:

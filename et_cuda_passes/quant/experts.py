@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.forms import decoder_of
-from et_cuda_passes.quant.weight import AffineValues, AffineWeight, plain_values
+from et_cuda_passes.quant.forms import decoder_for
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, load_plain
 
 aten = torch.ops.aten
 
@@ -25,7 +25,7 @@ _SQUEEZES = frozenset({aten.squeeze.dim, aten.squeeze.dims})
 _unbound: Callable[..., Call] = op(operator.getitem)
 
 
-def expert_of(stack: Pattern, name: str) -> AnyOf:
+def selected_expert(stack: Pattern, name: str) -> AnyOf:
     """One expert [N, K] of ``stack`` [E, N, K], by an index or as a part of a split, bound to ``name``."""
     parts = (
         op(aten.slice.Tensor)(stack, 0, ..., shared=True),
@@ -40,15 +40,15 @@ def expert_of(stack: Pattern, name: str) -> AnyOf:
     )
 
 
-def decode_expert(program: Program, node: Node) -> AffineWeight:
-    """The matrix [N, K] of the expert that ``node``, matched by :func:`expert_of`, picks.
+def decode_expert(program: Program, node: Node) -> QuantizedWeight:
+    """The matrix [N, K] of the expert that ``node``, matched by :func:`selected_expert`, picks.
 
     Raises:
         Unmet: the expert is chosen while the program runs, or the stack is none that could be packed.
     """
     source, index = _picked(node)
-    stack = stacked(program, source)
-    count = number_of(program, source)
+    stack = as_matrix(program, source)
+    count = num_experts(program, source)
     if not isinstance(index, int):
         raise Unmet(
             f"an expert whose number is computed while the program runs ({index}); look several up at once, as in "
@@ -57,13 +57,13 @@ def decode_expert(program: Program, node: Node) -> AffineWeight:
     expert, n = index % count, stack.shape[0] // count
     rows = slice(expert * n, (expert + 1) * n)
 
-    def read(program: Program, _: AffineWeight) -> AffineValues:
-        whole = (stack.read or plain_values)(program, stack)
+    def read(program: Program, _: QuantizedWeight) -> WeightValues:
+        whole = (stack.loader or load_plain)(program, stack)
         points = None if whole.zero_point is None else whole.zero_point[rows]
-        return AffineValues(lambda: whole.data[rows], whole.scale[rows], points)
+        return WeightValues(lambda: whole.data[rows], whole.scale[rows], points)
 
     block = (min(stack.block_size[0], n), stack.block_size[1])
-    return replace(stack, shape=(n, stack.shape[1]), block_size=block, read=read, stored="expert", expert=expert)
+    return replace(stack, shape=(n, stack.shape[1]), block_size=block, loader=read, encoding="expert", expert=expert)
 
 
 def _picked(node: Node) -> tuple[Node, Any]:
@@ -72,10 +72,10 @@ def _picked(node: Node) -> tuple[Node, Any]:
     Raises:
         Unmet: it reads several experts, or something across them.
     """
-    target = called(node)
+    target = op_of(node)
     if target in _SQUEEZES:
         part = node.all_input_nodes[0]
-        if called(part) is aten.slice.Tensor:
+        if op_of(part) is aten.slice.Tensor:
             return _sliced(part)
         pieces = part.all_input_nodes[0]
         sizes = arguments(pieces).get("split_sizes")
@@ -103,12 +103,12 @@ def _sliced(node: Node) -> tuple[Node, Any]:
     return source, start
 
 
-def number_of(program: Program, node: Node) -> int:
+def num_experts(program: Program, node: Node) -> int:
     """E, the number of experts in the stack that dequantize ``node`` gives."""
     return _whole(program, node).shape[0]
 
 
-def stacked(program: Program, node: Node) -> AffineWeight:
+def as_matrix(program: Program, node: Node) -> QuantizedWeight:
     """The weight [E, N, K] that dequantize ``node`` gives, as the matrix [E * N, K] of all experts' rows.
 
     Raises:
@@ -119,8 +119,8 @@ def stacked(program: Program, node: Node) -> AffineWeight:
     return replace(whole, shape=(experts * n, k), block_size=(_rows(whole, 1), whole.block_size[2]))
 
 
-def stacked_columns(program: Program, node: Node) -> AffineWeight:
-    """As :func:`stacked`, of a weight that is stored as [E, K, N].
+def as_transposed_matrix(program: Program, node: Node) -> QuantizedWeight:
+    """As :func:`as_matrix`, of a weight that is stored as [E, K, N].
 
     Raises:
         Unmet: as there.
@@ -131,7 +131,7 @@ def stacked_columns(program: Program, node: Node) -> AffineWeight:
     def turned(part: Tensor, *shape: int) -> Tensor:
         return part.detach().reshape(shape).transpose(1, 2)
 
-    def read(program: Program, weight: AffineWeight) -> AffineValues:
+    def read(program: Program, weight: QuantizedWeight) -> WeightValues:
         data, scale, *rest = (program.constant(node) for node in whole.sources)
         assert data is not None and scale is not None
         blocks = [size // block for size, block in zip(whole.shape, whole.block_size, strict=True)]
@@ -140,16 +140,16 @@ def stacked_columns(program: Program, node: Node) -> AffineWeight:
             return turned(part, *blocks).reshape(-1, blocks[1]).repeat_interleave(weight.block_size[0], dim=0)
 
         points = next((table(part) for part in rest if part is not None), None)
-        return AffineValues(lambda: turned(data, experts, k, n).reshape(-1, k), table(scale), points)
+        return WeightValues(lambda: turned(data, experts, k, n).reshape(-1, k), table(scale), points)
 
     if whole.scale is None:  # one number for all weights, whichever way they lie
         raise Unmet("a scale that is no tensor: quantize in blocks of (1, group size, 1)")
     block = (_rows(whole, 2), whole.block_size[1])
-    return replace(whole, shape=(experts * n, k), block_size=block, read=read, stored="columns")
+    return replace(whole, shape=(experts * n, k), block_size=block, loader=read, encoding="columns")
 
 
-def _whole(program: Program, node: Node) -> AffineWeight:
-    decoder = decoder_of(called(node))
+def _whole(program: Program, node: Node) -> QuantizedWeight:
+    decoder = decoder_for(op_of(node))
     if decoder is None:
         raise TypeError(f"{node.name} calls no operator that dequantizes")
     whole = decoder(program, node)
@@ -159,7 +159,7 @@ def _whole(program: Program, node: Node) -> AffineWeight:
     return whole
 
 
-def _rows(whole: AffineWeight, axis: int) -> int:
+def _rows(whole: QuantizedWeight, axis: int) -> int:
     """How many rows of all experts' rows share their scales; ``axis`` is that of N."""
     experts, n = whole.block_size[0], whole.block_size[axis]
     if experts != 1 and n != whole.shape[axis]:

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.weight import AffineValues, AffineWeight, check_blocks, constant
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, check_blocks, constant
 
 _BLOCK = 256
 # Bytes of a block, weights that share a scale, and the range of the integers.
 _GGUF = {"q4_k": (144, 32, 0, 15), "q5_k": (176, 32, 0, 31), "q6_k": (210, 16, -32, 31)}
 
 
-def decode_int4_tensor(program: Program, node: Node) -> AffineWeight:
+def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
     """A weight with two integers to a byte [N, K / 2], and scales and zero points [K / group, N].
 
     Raises:
@@ -28,7 +28,7 @@ def decode_int4_tensor(program: Program, node: Node) -> AffineWeight:
     data, packed = constant(program, bound["qdata"], "the quantized data")
     scale, scales = constant(program, bound["scale"], "the scale")
     zero_point, points = constant(program, bound["zero_point"], "the zero point")
-    weight = AffineWeight(
+    weight = QuantizedWeight(
         fqn=program.fqn(data) or data.name,
         data=data,
         scale=scale,
@@ -40,14 +40,14 @@ def decode_int4_tensor(program: Program, node: Node) -> AffineWeight:
         storage_dtype=packed.dtype,
         scale_dtype=scales.dtype,
         output_dtype=_output(bound["output_dtype"]),
-        read=_read_int4_tensor,
-        stored="int4_tensor",
+        loader=_read_int4_tensor,
+        encoding="int4_tensor",
     )
     check_blocks(weight, scales, points)
     return weight
 
 
-def _read_int4_tensor(program: Program, weight: AffineWeight) -> AffineValues:
+def _read_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues:
     tensors = [program.constant(node) for node in weight.sources]
     packed, scale, zero_point = (tensor.detach() for tensor in tensors if tensor is not None)
 
@@ -55,10 +55,10 @@ def _read_int4_tensor(program: Program, weight: AffineWeight) -> AffineValues:
         data = packed.view(torch.uint8)
         return torch.stack((data & 15, data >> 4), dim=-1).reshape(weight.shape)
 
-    return AffineValues(load, scale.t(), zero_point.t())
+    return WeightValues(load, scale.t(), zero_point.t())
 
 
-def decode_gguf(program: Program, node: Node) -> AffineWeight:
+def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
     """A weight in GGUF blocks, uint8 [N, bytes of a row]; scales and minimums stand in the blocks.
 
     Raises:
@@ -73,10 +73,10 @@ def decode_gguf(program: Program, node: Node) -> AffineWeight:
     if raw.shape[1] % size:
         raise Unmet(f"rows of {raw.shape[1]} bytes, which {kind} blocks of {size} do not divide")
 
-    def read(program: Program, weight: AffineWeight) -> AffineValues:
+    def read(program: Program, weight: QuantizedWeight) -> WeightValues:
         return _read_gguf(program, weight, kind)
 
-    return AffineWeight(
+    return QuantizedWeight(
         fqn=program.fqn(data) or data.name,
         data=data,
         scale=None,
@@ -88,23 +88,23 @@ def decode_gguf(program: Program, node: Node) -> AffineWeight:
         storage_dtype=raw.dtype,
         scale_dtype=torch.float32,
         output_dtype=_output(bound["output_dtype"]),
-        read=read,
-        stored=kind,
+        loader=read,
+        encoding=kind,
     )
 
 
-def _read_gguf(program: Program, weight: AffineWeight, kind: str) -> AffineValues:
+def _read_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightValues:
     raw = program.constant(weight.data)
     assert raw is not None
     rows = weight.shape[0]
     blocks = raw.detach().reshape(-1, _GGUF[kind][0])
     if kind == "q6_k":
         scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()
-        return AffineValues(lambda: _six_bits(blocks).view(weight.shape), scale.view(rows, -1), None)
+        return WeightValues(lambda: _six_bits(blocks).view(weight.shape), scale.view(rows, -1), None)
     scale, minimum = _scales_and_minimums(blocks[:, 4:16])
     scale, minimum = scale * _half(blocks[:, :2]), minimum * _half(blocks[:, 2:4])
     load = _four_bits if kind == "q4_k" else _five_bits
-    return AffineValues(lambda: load(blocks).view(weight.shape), scale.view(rows, -1), None, minimum.view(rows, -1))
+    return WeightValues(lambda: load(blocks).view(weight.shape), scale.view(rows, -1), None, minimum.view(rows, -1))
 
 
 def _half(columns: Tensor) -> Tensor:

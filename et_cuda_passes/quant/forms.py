@@ -11,15 +11,15 @@ import torch
 import torchao.quantization.quant_primitives  # noqa: F401  (registers the operator)
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant import decomposed_form, exportable_form, torchao_form
-from et_cuda_passes.quant.weight import AffineWeight
+from et_cuda_passes.quant.weight import QuantizedWeight
 
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
 
 
-Decode = Callable[[Program, Node], AffineWeight]
+Decode = Callable[[Program, Node], QuantizedWeight]
 
 _FORMS: Mapping[str, Decode] = {
     "torchao::dequantize_affine": torchao_form.decode,
@@ -36,7 +36,7 @@ _FORMS: Mapping[str, Decode] = {
 _UNCOMPILED = frozenset({"torchao::dequantize_int4_tensor", "torchao::dequantize_gguf"})
 
 
-def decoder_of(target: Any) -> Decode | None:
+def decoder_for(target: Any) -> Decode | None:
     """What reads a call of the operator ``target``; None for one that does not dequantize."""
     # Torch's registry holds one operator under a qualified name.
     return _FORMS.get(target.name()) if isinstance(target, torch._ops.OpOverload) else None
@@ -44,12 +44,12 @@ def decoder_of(target: Any) -> Decode | None:
 
 def is_dequantize(node: Node) -> bool:
     """Whether ``node`` dequantizes something, in ATen or edge form."""
-    return decoder_of(called(node)) is not None
+    return decoder_for(op_of(node)) is not None
 
 
-def is_uncompiled(node: Node) -> bool:
+def needs_python_kernel(node: Node) -> bool:
     """Whether ``node`` dequantizes by an operator that AOTInductor can only call, which no library of its own has."""
-    target = called(node)
+    target = op_of(node)
     return isinstance(target, torch._ops.OpOverload) and target.name() in _UNCOMPILED
 
 
@@ -61,7 +61,7 @@ def dequantized_data(node: Node) -> Node | None:
     return data if isinstance(data, Node) else None
 
 
-def dequantizers() -> list[torch._ops.OpOverload]:
+def dequantize_ops() -> list[torch._ops.OpOverload]:
     """Every dequantize operator that is registered now, torchao's own first."""
     found = []
     for name in _FORMS:

@@ -6,12 +6,12 @@ Source: ``torchao.quantization.quant_primitives.dequantize_affine``.
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.weight import AffineWeight, check_blocks, constant, integer_range, optional_constant
+from et_cuda_passes.quant.weight import QuantizedWeight, check_blocks, constant, integer_range, optional_constant
 
 
-def decode(program: Program, node: Node) -> AffineWeight:
+def decode(program: Program, node: Node) -> QuantizedWeight:
     """The weight of ``dequantize_affine``, with plain or tensor-subclass constants.
 
     Raises:
@@ -23,7 +23,7 @@ def decode(program: Program, node: Node) -> AffineWeight:
     zero_point, points = optional_constant(program, bound["zero_point"], "the zero point")
     low, high = integer_range(bound.get("quant_min"), bound.get("quant_max"), integers.dtype)
     output = bound["output_dtype"]
-    weight = AffineWeight(
+    weight = QuantizedWeight(
         fqn=program.fqn(data) or data.name,
         data=data,
         scale=scale,

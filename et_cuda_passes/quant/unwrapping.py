@@ -10,8 +10,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from et_cuda_passes.graph.ops import ACCESS, called
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.graph.finish import finish_program
+from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.advised import SuggestedSchemes
 
 
 def wrapped_weights(exported: ExportedProgram) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def wrapped_weights(exported: ExportedProgram) -> dict[str, Any]:
     for node in exported.graph.find_nodes(op="placeholder"):
         value = held.get(targets.get(node.name, ""))
         whole = isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
-        if whole and any(called(user) is not ACCESS for user in node.users):
+        if whole and any(op_of(user) is not ACCESS_SUBCLASS_TENSOR for user in node.users):
             found[targets[node.name]] = value
     return found
 
@@ -42,7 +44,8 @@ def unwrapped(exported: ExportedProgram) -> tuple[ExportedProgram, str]:
     if not weights:
         return exported, ""
     try:
-        program = exported.run_decompositions({})
+        # Of a copy: a retrace may add guards to the shape environment of the program that it is given.
+        program = finish_program(Program(exported)).run_decompositions({})
     except Exception as error:  # whatever a subclass makes of being traced
         why = str(error).partition("\n")[0].rstrip(".")
     else:
@@ -66,10 +69,10 @@ def bits_of(weight: Any) -> int:
     return 8 * stored // max(1, int(weight.numel()))
 
 
-def wrapped_advice(weight: Any, why: str, advised: Advised) -> str:
+def wrapped_reason(weight: Any, why: str, advised: SuggestedSchemes) -> str:
     """What a wrapped weight is, ``why`` it stays so, and what to do."""
     bits = bits_of(weight)
     return (
         f"its weight is {type(weight).__name__}, {bits} bits an element, and run_decompositions({{}}) does not unwrap "
-        f"it ({why}): quantize with {advised.instead_of(bits)}"
+        f"it ({why}): quantize with {advised.for_bits(bits)}"
     )

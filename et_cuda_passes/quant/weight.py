@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.ops import called, op_name
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import op_name, op_of
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
 
 
 @dataclass(frozen=True)
-class AffineValues:
-    """The tensors of an :class:`AffineWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
+class WeightValues:
+    """The tensors of an :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
 
     ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None where they are zero. ``load``
     gives the integers [N, K], unpacked if they are stored otherwise.
@@ -33,13 +33,14 @@ class AffineValues:
 
 
 @dataclass(frozen=True)
-class AffineWeight:
+class QuantizedWeight:
     """A quantized weight as its dequantize node describes it; metadata only.
 
     Attributes:
         fqn: the weight's FQN.
         data: node of the quantized integers, as they are stored.
-        scale: node of the scales, one a block; None where they are stored with the integers or are ``literal``.
+        scale: node of the scales, one a block; None where they are stored with the integers or are
+            ``constant_qparams``.
         zero_point: node of the zero points, as many as scales, or None where all are zero.
         shape: (N, K) for a linear's weight: out_features, in_features; (N, K, 1, ...) for a convolution's.
         block_size: elements that share one scale, along each axis.
@@ -47,9 +48,9 @@ class AffineWeight:
         storage_dtype: dtype of ``data``.
         scale_dtype: dtype of the scales.
         output_dtype: dtype of the dequantized weight.
-        literal: the scale and the zero point of the whole weight where the graph holds them as numbers.
-        read: gives the tensors of a weight that is stored otherwise than an integer an element.
-        stored: names what ``read`` does, where there is one.
+        constant_qparams: the scale and the zero point of the whole weight where the graph holds them as numbers.
+        loader: gives the tensors of a weight that is stored otherwise than an integer an element.
+        encoding: names what ``loader`` does, where there is one.
         expert: which of the experts it is whose weights are stored together in ``data``; None for all that is stored.
     """
 
@@ -64,9 +65,9 @@ class AffineWeight:
     storage_dtype: torch.dtype
     scale_dtype: torch.dtype
     output_dtype: torch.dtype
-    literal: tuple[float, int] | None = None
-    read: "Callable[[Program, AffineWeight], AffineValues] | None" = None
-    stored: str = ""
+    constant_qparams: tuple[float, int] | None = None
+    loader: "Callable[[Program, QuantizedWeight], WeightValues] | None" = None
+    encoding: str = ""
     expert: int | None = None
 
     @property
@@ -81,15 +82,15 @@ class AffineWeight:
         return tuple(part for part in parts if part is not None)
 
     @property
-    def integers(self) -> Hashable:
+    def integers_key(self) -> Hashable:
         """What the integers [N, K] depend on beside ``data``: in the layout of every constant that is made of them."""
-        return self.shape, self.stored, self.expert
+        return self.shape, self.encoding, self.expert
 
     @property
-    def numbers(self) -> Hashable:
+    def values_key(self) -> Hashable:
         """What all of its tensors depend on beside :attr:`sources`: in the layout of what is made of them."""
         present = (self.scale is not None, self.zero_point is not None)
-        return self.integers, self.block_size, self.literal, present
+        return self.integers_key, self.block_size, self.constant_qparams, present
 
     @property
     def out_features(self) -> int:
@@ -103,7 +104,7 @@ class AffineWeight:
 
     @property
     def group_size(self) -> int:
-        """Elements along K that share a scale. Rows may share scales too: :func:`values` repeats them for each row.
+        """Elements along K that share a scale. Rows may share scales too: :func:`weight_values` repeats them.
 
         Raises:
             Unmet: the weight is no matrix, nor a convolution's of kernel size 1.
@@ -135,12 +136,12 @@ def constant(program: Program, value: Any, what: str) -> tuple[Node, Tensor]:
         raise Unmet(f"{what} is {value!r}, not a tensor")
     tensor = program.constant(value)
     if tensor is None:
-        made = op_name(called(value)) if called(value) is not None else value.op
+        made = op_name(op_of(value)) if op_of(value) is not None else value.op
         raise Unmet(
             f"{what} comes from {made} ({value.name}), not straight from a parameter or buffer: compute it before the "
             "export, and hold the result in a buffer"
         )
-    if program.is_written(value):
+    if program.is_mutated(value):
         raise Unmet(
             f"{value.name}, which the program writes while it runs, and which a packed weight would not follow: read a "
             "copy that nothing writes, or leave this layer unquantized"
@@ -170,7 +171,7 @@ def integer_range(low: Any, high: Any, storage: torch.dtype) -> tuple[int, int]:
     return lowest, highest
 
 
-def check_blocks(weight: AffineWeight, scale: Tensor | None, zero_point: Tensor | None) -> None:
+def check_blocks(weight: QuantizedWeight, scale: Tensor | None, zero_point: Tensor | None) -> None:
     """Blocks that divide the weight, with a scale and a zero point each.
 
     Raises:
@@ -190,22 +191,22 @@ def check_blocks(weight: AffineWeight, scale: Tensor | None, zero_point: Tensor 
             raise Unmet(f"{part.numel()} {name} for {blocks} blocks")
 
 
-def by_row(weight: AffineWeight, part: Tensor) -> Tensor:
+def per_row(weight: QuantizedWeight, part: Tensor) -> Tensor:
     """One value a block as [N, K / group], repeated for the rows that share it."""
     rows = weight.block_size[0]
     table = part.detach().reshape(weight.shape[0] // rows, -1)
     return table if rows == 1 else table.repeat_interleave(rows, dim=0)
 
 
-def plain_values(program: Program, weight: AffineWeight) -> AffineValues:
+def load_plain(program: Program, weight: QuantizedWeight) -> WeightValues:
     """The tensors of a weight that is stored an integer an element, [N, K] or [N, K, 1, ...]; nothing is copied."""
     data = program.constant(weight.data)
     assert data is not None
     integers = data.detach().reshape(weight.shape[:2])
-    if weight.literal is not None:
-        scale, zero_point = (torch.full((weight.shape[0], 1), value) for value in weight.literal)
-        return AffineValues(lambda: integers, scale, zero_point)
+    if weight.constant_qparams is not None:
+        scale, zero_point = (torch.full((weight.shape[0], 1), value) for value in weight.constant_qparams)
+        return WeightValues(lambda: integers, scale, zero_point)
     scales = None if weight.scale is None else program.constant(weight.scale)
     points = None if weight.zero_point is None else program.constant(weight.zero_point)
     assert scales is not None
-    return AffineValues(lambda: integers, by_row(weight, scales), None if points is None else by_row(weight, points))
+    return WeightValues(lambda: integers, per_row(weight, scales), None if points is None else per_row(weight, points))

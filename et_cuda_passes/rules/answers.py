@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Answer
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.quant.affine import AffineWeight, values
-from et_cuda_passes.rules.int4_weight import offset, scale_and_zero_of
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.affine import QuantizedWeight, weight_values
+from et_cuda_passes.rules.packing import int4_shift, scale_and_zero_of
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
@@ -18,7 +18,7 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def one_dtype(m: MatchContext, *read: Node) -> Answer:
+def one_dtype(m: Match, *read: Node) -> Answer:
     """Whether all of ``read`` is of the result's dtype: under autocast an operator converts it, a kernel does not."""
     wanted = m.val(m.root).dtype
     dtypes = [m.val(node).dtype for node in read]
@@ -28,27 +28,27 @@ def one_dtype(m: MatchContext, *read: Node) -> Answer:
     return all(dtype is wanted for dtype in dtypes), f"{dtype_names(dtypes)} for a result in {name}", hint
 
 
-def four_bits(weight: AffineWeight) -> Answer:
+def four_bits(weight: QuantizedWeight) -> Answer:
     """Whether the range fits 0..15 once shifted."""
-    return offset(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
+    return int4_shift(weight) is not None, f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}"
 
 
-def whole_tiles(weight: AffineWeight, multiple: int, what: str = "this layer") -> Answer:
+def whole_tiles(weight: QuantizedWeight, multiple: int, what: str = "this layer") -> Answer:
     """Whether K is a multiple of what the kernel's tiles take; ``what`` is left unquantized where it is not."""
     k = weight.in_features
     return k % multiple == 0, f"K = {k}", f"K must be a multiple of {multiple}: leave {what} unquantized"
 
 
-def compiled_there(m: MatchContext, kernel: Int4Kernel) -> Answer:
+def compiled_there(m: Match, kernel: Kernel) -> Answer:
     """Whether the kernel is compiled where the root stands: some are not inside control flow."""
-    branches = m.program.branches
-    good = kernel.in_control_flow or not branches.in_control_flow(m.root)
-    return good, f"control flow at {branches.path(m.root)}"
+    subgraphs = m.program.subgraphs
+    good = kernel.in_control_flow or not subgraphs.in_control_flow(m.root)
+    return good, f"control flow at {subgraphs.path(m.root)}"
 
 
-def in_range(m: MatchContext, weight: AffineWeight) -> Answer:
+def in_range(m: Match, weight: QuantizedWeight) -> Answer:
     """Whether all integers are in the quantized range."""
-    low, high = (int(end) for end in torch.aminmax(values(m.program, weight).data))
+    low, high = (int(end) for end in torch.aminmax(weight_values(m.program, weight).data))
     inside = weight.quant_min <= low and high <= weight.quant_max
     return inside, f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}"
 
@@ -59,8 +59,8 @@ def finite(tables: Iterable[Tensor | None]) -> Answer:
     return bad == 0, f"{bad} that are NaN or infinite"
 
 
-def finite_pair(m: MatchContext, weight: AffineWeight, dtype: torch.dtype) -> Answer:
+def finite_pair(m: Match, weight: QuantizedWeight, dtype: torch.dtype) -> Answer:
     """Whether the scales and zeros of an int4 kernel are finite in their dtype."""
-    shift = offset(weight)
+    shift = int4_shift(weight)
     assert shift is not None
-    return finite(part.to(dtype) for part in scale_and_zero_of(values(m.program, weight), shift))
+    return finite(part.to(dtype) for part in scale_and_zero_of(weight_values(m.program, weight), shift))

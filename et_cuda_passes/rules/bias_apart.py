@@ -11,9 +11,9 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.graph.rule import Answer, Rule, requirement
 from et_cuda_passes.rules.packed_linear import is_vector
 
 _LINEAR, _ADD = torch.ops.aten.linear.default, torch.ops.aten.add.Tensor
@@ -31,19 +31,19 @@ class BiasApart(Rule):
         "quantized_embedding",
         "fold_dequantize",
     )
-    silent: ClassVar[bool] = True
+    reports_misses: ClassVar[bool] = False
 
     def pattern(self, x: Capture, weight: Capture, bias: Capture) -> Pattern:
         """Any linear with a bias, quantized or not."""
         return op(_LINEAR)(x, weight, bias)
 
-    @require("a constant bias that is no vector [out_features]")
-    def wide(self, m: MatchContext) -> Answer:
+    @requirement("a constant bias that is no vector [out_features]")
+    def wide(self, m: Match) -> Answer:
         """A computed one is added behind the linear by the lowering itself."""
         bias = m.val(m.bias)
         constant = m.program.constant(m.bias) is not None
         return constant and not is_vector(bias, m.val(m.weight).shape[0]), f"{m.bias.name} {list(bias.shape)}"
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The linear without it, and a sum."""
         return b.call(_ADD, b.call(_LINEAR, m.x, m.weight), m.bias)

@@ -14,14 +14,14 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
-from et_cuda_passes.quant.affine import AffineWeight, dequantize
-from et_cuda_passes.quant.einsum import Product, read
-from et_cuda_passes.quant.experts import stacked, stacked_columns
+from et_cuda_passes.quant.affine import QuantizedWeight, dequantized
+from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
+from et_cuda_passes.quant.experts import as_matrix, as_transposed_matrix
 from et_cuda_passes.rules.packed_experts import LEFT, PackedExperts, in_memory
 from et_cuda_passes.rules.stack import chosen
 
@@ -34,42 +34,42 @@ class EinsumInt4(PackedExperts):
 
     def pattern(self, x: Capture, ids: Capture | None = None) -> Pattern:
         """Of two operands, either of them the weights."""
-        stack = dequantize(..., name="weight", shared=True)
+        stack = dequantized(..., name="weight", shared=True)
         assert ids is not None
         weight = any_of(chosen(stack, ids), stack)
         einsum = op(aten.einsum.default)
         return any_of(einsum(..., [x, weight], ...), einsum(..., [weight, x], ..., name=LEFT))
 
     @staticmethod
-    def form(m: MatchContext) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """One for all experts, or one that can be read expert by expert."""
-        found: Int4Kernel | None = m.target.int4_experts if m.ids is None else m.target.int4_chosen_experts
+        found: Kernel | None = m.target.kernel("int4_experts" if m.ids is None else "int4_indexed_experts")
         return found
 
     @staticmethod
-    def axes(m: MatchContext) -> Product:
+    def axes(m: Match) -> ExpertEinsum:
         """What the equation says.
 
         Raises:
             Unmet: it is another sum.
         """
-        return read(str(m.root.args[0]), 0 if LEFT in m.match.bindings else 1)
+        return parse_einsum(str(m.root.args[0]), 0 if LEFT in m.match.bindings else 1)
 
     @classmethod
-    def weights(cls, m: MatchContext) -> AffineWeight:
+    def weights(cls, m: Match) -> QuantizedWeight:
         """All experts' rows as one matrix."""
-        return m.derive(stacked_columns if cls.axes(m).as_columns else stacked, "weight")
+        return m.memoize(as_transposed_matrix if cls.axes(m).as_columns else as_matrix, "weight")
 
-    @require("experts' numbers that are integers", hint="look experts up by their numbers: weight[ids]")
-    def numbers(self, m: MatchContext) -> Answer:
+    @requirement("experts' numbers that are integers", hint="look experts up by their numbers: weight[ids]")
+    def numbers(self, m: Match) -> Answer:
         """No mask."""
         if m.ids is None:
             return True, ""
         dtype = m.val(m.ids).dtype
         return dtype in (torch.int32, torch.int64), f"ids {dtype}"
 
-    @require("axes of x as long as those of the weights", hint="expand x first")
-    def lengths(self, m: MatchContext) -> Answer:
+    @requirement("axes of x as long as those of the weights", hint="expand x first")
+    def lengths(self, m: Match) -> Answer:
         """An einsum would repeat an axis of length 1."""
         axes, of_x = self.axes(m), m.val(m.x).shape
         operands: Any = m.root.args[1]
@@ -78,17 +78,17 @@ class EinsumInt4(PackedExperts):
         pairs = [(of_x[axes.x.index(a)], n) for a, n in zip(letters, weights, strict=True) if a in axes.x]
         return all(statically_known_true(a == b) for a, b in pairs), f"x {list(of_x)} for weights {list(weights)}"
 
-    @require(
+    @requirement(
         "sizes that are known at export, of all axes but one", hint="flatten x and the ids to one axis of tokens each"
     )
-    def sizes(self, m: MatchContext) -> Answer:
+    def sizes(self, m: Match) -> Answer:
         """Of axes that become one, a view can leave one product open."""
         axes, x = self.axes(m), m.val(m.x).shape
         unknown = [letter for letter in axes.shared + axes.rows if not isinstance(x[axes.x.index(letter)], int)]
         joined = [part for part in (axes.shared, axes.rows) if len(part) > 1 and {*part} & {*unknown}]
         return len(joined) <= 1, ", ".join(unknown)
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """x as batches of rows, the product, and its axes as the equation has them."""
         axes, ids = self.axes(m), m.ids
         x = self._ordered(b, m.x, axes.x, axes.shared + axes.rows + axes.k)
@@ -104,7 +104,7 @@ class EinsumInt4(PackedExperts):
             y = b.call(aten.clone.default, self._ordered(b, y, made, lies), memory_format=torch.contiguous_format)
         return self._ordered(b, y, lies, axes.out)
 
-    def _shape(self, b: Builder, m: MatchContext, parts: Sequence[str]) -> list[int | Node]:
+    def _shape(self, b: Builder, m: Match, parts: Sequence[str]) -> list[int | Node]:
         """The product of the sizes of each part's axes; -1 for one of those that are not known, a joined one first."""
         axes, of_x = self.axes(m), m.val(m.x).shape
         size = dict(zip(axes.x + axes.out, (*of_x, *m.val(m.root).shape), strict=True))

@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Unmet, require
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS
-from et_cuda_passes.quant.affine import affine
+from et_cuda_passes.quant.affine import weight_of
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int4_weight import native_group_size, pack
 from et_cuda_passes.rules.packed_table import PackedTable
+from et_cuda_passes.rules.packing import pack_int4
 
 
 @dataclass(frozen=True)
@@ -24,54 +25,55 @@ class EmbeddingInt4(PackedTable):
     """embedding(dequantize(int4 table), ids) -> int4_embedding(ids, packed, scale_and_zero)"""
 
     @staticmethod
-    def table(m: MatchContext) -> Int4Kernel:
+    def table(m: Match) -> Kernel:
         """How the target holds an int4 table.
 
         Raises:
             Unmet: it has no such form.
         """
-        found: Int4Kernel | None = m.target.int4_table
+        found: Kernel | None = m.target.kernel("int4_table")
         if found is None:
             raise Unmet(f"target {m.target.name}, which has no int4 table")
         return found
 
-    @require("a table of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
-    def four_bits(self, m: MatchContext) -> Answer:
+    @requirement("a table of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
+    def four_bits(self, m: Match) -> Answer:
         """The range fits 0..15 once shifted."""
-        return answers.four_bits(affine(m))
+        return answers.four_bits(weight_of(m))
 
-    @require("a group size that one of the layout's divides", hint="quantize with PerGroup(32)")
-    def native_group(self, m: MatchContext) -> Answer:
+    @requirement("a group size that one of the layout's divides", hint="quantize with PerGroup(32)")
+    def native_group(self, m: Match) -> Answer:
         """As for a linear."""
-        size = affine(m).group_size
-        return native_group_size(size, self.table(m)) is not None, f"group size {size}"
+        weight = weight_of(m)
+        size = weight.group_size
+        return self.table(m).native_group_size(size, weight.in_features) is not None, f"group size {size}"
 
-    @require("rows that the layout's tiles divide", hint="leave this layer unquantized")
-    def row_length(self, m: MatchContext) -> Answer:
+    @requirement("rows that the layout's tiles divide", hint="leave this layer unquantized")
+    def row_length(self, m: Match) -> Answer:
         """K a multiple of the layout's ``in_multiple``."""
-        k = affine(m).in_features
+        k = weight_of(m).in_features
         return k % self.table(m).in_multiple == 0, f"K = {k}"
 
-    @require("a result in a dtype that the layout's scales have", hint="export the model in bfloat16")
-    def result_dtype(self, m: MatchContext) -> Answer:
+    @requirement("a result in a dtype that the layout's scales have", hint="export the model in bfloat16")
+    def result_dtype(self, m: Match) -> Answer:
         """Scales in bf16 are not precise enough for more."""
         dtype = m.val(m.root).dtype
         return dtype in self.table(m).dtypes, answers.dtype_names([dtype])
 
-    @require("scales and zeros that are finite in their dtype", stage="values", hint="quantize the weight again")
-    def finite(self, m: MatchContext) -> Answer:
+    @requirement("scales and zeros that are finite in their dtype", stage="values", hint="quantize the weight again")
+    def finite(self, m: Match) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        return answers.finite_pair(m, affine(m), self.table(m).scale_dtype or m.val(m.root).dtype)
+        return answers.finite_pair(m, weight_of(m), self.table(m).scale_dtype or m.val(m.root).dtype)
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """Scheme and layout."""
-        return f"{affine(m).scheme} -> table ({self.table(m).layout})"
+        return f"{weight_of(m).scheme} -> table ({self.table(m).layout})"
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""
-        weight, form, dtype = affine(m), self.table(m), m.val(m.root).dtype
-        packed, qparams = pack(b, [weight], form, form.scale_dtype or dtype)
-        group_size = native_group_size(weight.group_size, form)
+        weight, form, dtype = weight_of(m), self.table(m), m.val(m.root).dtype
+        packed, qparams = pack_int4(b, [weight], form, form.scale_dtype or dtype)
+        group_size = form.native_group_size(weight.group_size, weight.in_features)
         # Said where there is padding behind them, which an id may not name.
         rows = [weight.out_features] if weight.out_features % form.out_multiple else []
         operator = INT4_EMBEDDINGS[form.layout]

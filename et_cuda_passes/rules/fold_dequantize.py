@@ -12,13 +12,13 @@ import torch
 from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Pattern
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize, values
-from et_cuda_passes.quant.candidates import readers
-from et_cuda_passes.quant.dynamic import reads_dynamic_activation
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import dequantized, weight_of, weight_values
+from et_cuda_passes.quant.candidates import consumers
+from et_cuda_passes.quant.dynamic import quantized_activation_of
 from et_cuda_passes.rules.needs_values import NeedsValues
 
 _ALTERNATIVE = (
@@ -45,46 +45,50 @@ class FoldDequantize(NeedsValues):
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, whoever reads it."""
-        return dequantize(..., name="weight")
+        return dequantized(..., name="weight")
 
-    @require(
+    @requirement(
         "readers of float activations",
         hint="a float weight under quantized activations has no kernel either: meet what the kernels above ask for",
     )
-    def float_activations(self, m: MatchContext) -> Answer:
+    def float_activations(self, m: Match) -> Answer:
         """The delegate has no operator for an activation's quantization apart from a linear that it takes whole."""
         kept = m.program.kept
-        found = (reads_dynamic_activation(reader) for reader in readers(m.weight) if reader not in kept)
+        found = (quantized_activation_of(reader) for reader in consumers(m.weight) if reader not in kept)
         text = next(filter(None, found), "")
         return not text, text
 
-    @require("finite scales", stage="values", hint="quantize the weight again")
-    def finite(self, m: MatchContext) -> Answer:
+    @requirement("finite scales", stage="values", hint="quantize the weight again")
+    def finite(self, m: Match) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
-        weight = affine(m)
+        weight = weight_of(m)
         scale = None if weight.scale is None else m.program.constant(weight.scale)
         if scale is None:
-            scale = torch.tensor(weight.literal[0]) if weight.literal else values(m.program, weight).scale
+            scale = (
+                torch.tensor(weight.constant_qparams[0])
+                if weight.constant_qparams
+                else weight_values(m.program, weight).scale
+            )
         bad = int((~torch.isfinite(scale)).sum())
         return bad == 0, f"{bad} NaN or infinite scales"
 
-    def note(self, m: MatchContext) -> str:
+    def note(self, m: Match) -> str:
         """What the fold costs and what would avoid it."""
         dtype = str(m.val(m.weight).dtype).removeprefix("torch.")
-        table = all(called(reader) is torch.ops.aten.embedding.default for reader in readers(m.weight))
+        table = all(op_of(reader) is torch.ops.aten.embedding.default for reader in consumers(m.weight))
         return (
-            f"target {m.target.name} has no kernel for a weight-only {affine(m).scheme} weight: folded to {dtype}, "
+            f"target {m.target.name} has no kernel for a weight-only {weight_of(m).scheme} weight: folded to {dtype}, "
             f"as large as before it was quantized; {_ALTERNATIVE_FOR_A_TABLE if table else _ALTERNATIVE}"
         )
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """The scheme that was given up."""
-        return f"{affine(m).scheme} -> float weight"
+        return f"{weight_of(m).scheme} -> float weight"
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Run the dequantize operator itself, on the constants: nothing is rounded otherwise than before."""
-        weight, node = affine(m), m.root
-        operator: Callable[..., torch.Tensor] = cast(Any, called(node))
+        weight, node = weight_of(m), m.root
+        operator: Callable[..., torch.Tensor] = cast(Any, op_of(node))
 
         def value(argument: Node) -> Any:
             tensor = b.program.constant(argument)

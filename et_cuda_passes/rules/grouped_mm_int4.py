@@ -10,12 +10,12 @@ import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.kernels.int4 import Int4Kernel
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
-from et_cuda_passes.quant.affine import dequantize
+from et_cuda_passes.quant.affine import dequantized
 from et_cuda_passes.rules.packed_experts import PackedExperts
 from et_cuda_passes.rules.stack import operand
 
@@ -32,21 +32,21 @@ class GroupedMmInt4(PackedExperts):
 
     def pattern(self, x: Capture, offs: Capture) -> Pattern:
         """With offsets, and no bias."""
-        return op(*_grouped_mms())(x, operand(dequantize(..., name="weight", shared=True)), offs)
+        return op(*_grouped_mms())(x, operand(dequantized(..., name="weight", shared=True)), offs)
 
     @staticmethod
-    def form(m: MatchContext) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """One for all experts."""
-        found: Int4Kernel | None = m.target.int4_experts
+        found: Kernel | None = m.target.kernel("int4_experts")
         return found
 
-    @require("rows [M, K] and the ends of the experts' rows [E]", hint="sort the rows by expert and flatten them")
-    def dimensions(self, m: MatchContext) -> Answer:
+    @requirement("rows [M, K] and the ends of the experts' rows [E]", hint="sort the rows by expert and flatten them")
+    def dimensions(self, m: Match) -> Answer:
         """Integers that are one to an expert."""
         x, offs = m.val(m.x), m.val(m.offs)
         good = x.dim() == 2 and offs.dim() == 1 and offs.dtype in (torch.int32, torch.int64)
         return good, f"x {list(x.shape)}, offs {offs.dtype} {list(offs.shape)}"
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
         return self.product(b, m, INT4_EXPERTS[self.kernel(m).layout].grouped_mm, m.x, m.offs)

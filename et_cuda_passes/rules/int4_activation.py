@@ -7,20 +7,25 @@ one pass over the output fewer.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.rule import Answer, Rule, require
-from et_cuda_passes.ops import INT4_LINEARS
+from et_cuda_passes.graph.rule import Answer, Rule, requirement
+from et_cuda_passes.kernels.epilogue import ACTIVATIONS
+from et_cuda_passes.ops import MMA_TILED
 
-aten = torch.ops.aten
-LINEAR = INT4_LINEARS["mma_tiled"].op
-ACTIVATIONS: dict[Any, str] = {aten.silu.default: "silu", aten.relu.default: "relu", aten.gelu.default: "gelu"}
-"""What can stand behind a linear, and what its kernel calls it."""
+LINEAR = MMA_TILED.op
+
+
+def activation_of(node: Node) -> str | None:
+    """The name of the activation function that ``node`` calls, or None if the kernel does not have it."""
+    for name, activation in ACTIVATIONS.items():
+        if op_of(node) is activation.operator and activation.options.items() <= arguments(node).items():
+            return name
+    return None
 
 
 def epilogue_of(linear: Node) -> dict[str, Any]:
@@ -39,17 +44,14 @@ class Int4Activation(Rule):
     def pattern(self, x: Capture) -> Pattern:
         """An activation function of an int4 linear that nothing else reads."""
         linear = op(LINEAR)(x, ..., name="linear")
-        return any_of(op(aten.silu.default, aten.relu.default)(linear), op(aten.gelu.default)(linear, ...))
+        return any_of(*(op(function.operator)(linear, **function.options) for function in ACTIVATIONS.values()))
 
-    @require("a linear with nothing after its product")
-    def bare(self, m: MatchContext) -> Answer:
+    @requirement("a linear with nothing after its product")
+    def bare(self, m: Match) -> Answer:
         """The activation comes first of all."""
         given = epilogue_of(m.linear)
         return not given, ", ".join(given)
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The linear again, with the activation."""
-        name = ACTIVATIONS[called(m.root)]
-        if m.root.kwargs.get("approximate", "none") == "tanh":
-            name = "gelu_tanh"
-        return b.call(LINEAR, *m.linear.args[:6], name)
+        return b.call(LINEAR, *m.linear.args[:6], activation_of(m.root))

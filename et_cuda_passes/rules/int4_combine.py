@@ -7,9 +7,9 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.graph.rule import Answer, Rule, requirement
 from et_cuda_passes.rules.int4_activation import LINEAR, epilogue_of
 
 COMBINED = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
@@ -36,8 +36,8 @@ class Int4Combine(Rule):
         linear = op(LINEAR)(x, ..., name="linear")
         return any_of(op(self.operator)(other, linear), op(self.operator)(linear, other))
 
-    @require("a tensor of the same shape and dtype")
-    def alike(self, m: MatchContext) -> Answer:
+    @requirement("a tensor of the same shape and dtype")
+    def alike(self, m: Match) -> Answer:
         """Nothing is broadcast or promoted."""
         result = m.val(m.linear)
         if m.other is m.linear:
@@ -48,13 +48,13 @@ class Int4Combine(Rule):
         found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
         return False, f"{found} beside {result.dtype} {list(result.shape)}"
 
-    @require("a linear that adds nothing yet, and multiplies nothing if this is a product")
-    def free(self, m: MatchContext) -> Answer:
+    @requirement("a linear that adds nothing yet, and multiplies nothing if this is a product")
+    def free(self, m: Match) -> Answer:
         """The order is activation, product, sum."""
         given = epilogue_of(m.linear)
         return not {"addend", self.argument} & given.keys(), ", ".join(given)
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The linear again, with the other tensor."""
         given = {**epilogue_of(m.linear), self.argument: m.other}
         tail = [given.get("activation", ""), given.get("factor"), given.get("addend")]

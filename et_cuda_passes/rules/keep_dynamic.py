@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import DEQUANTIZE, AffineWeight, affine, values
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import DEQUANTIZE, QuantizedWeight, weight_of, weight_values
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
 from et_cuda_passes.quant.forms import is_dequantize
 from et_cuda_passes.rules import answers
@@ -39,61 +39,61 @@ class KeepDynamic(KeepForXnnpack):
         )
 
     @abstractmethod
-    def scale_problem(self, weight: AffineWeight) -> str:
+    def scale_problem(self, weight: QuantizedWeight) -> str:
         """What the delegate cannot read of the scales' dtype and the groups; empty for nothing."""
 
-    @require(
+    @requirement(
         "activations quantized per token, asymmetric, in -128..127",
         hint="the delegate ignores what the graph says and computes this: use Int8DynamicActivationIntxWeightConfig",
     )
-    def per_token(self, m: MatchContext) -> Answer:
+    def per_token(self, m: Match) -> Answer:
         """Exactly what the delegate computes."""
-        a = m.derive(decode_dynamic, "activation")
+        a = m.memoize(decode_dynamic, "activation")
         token = all(size == 1 for size in a.block_size[:-1]) and a.block_size[-1] == m.val(m.weight).shape[-1]
         range_ = (a.mapping, a.dtype, a.quant_min, a.quant_max) == ("ASYMMETRIC", torch.int8, -128, 127)
         found = f"{a.mapping}, {a.quant_min}..{a.quant_max}, blocks of {list(a.block_size)}, eps {a.eps}"
         return token and range_ and (a.eps is None or a.eps <= _LARGEST_EPS), found
 
-    @require("activations that only such linears read quantized", hint="give other readers the activation itself")
-    def no_other_reader(self, m: MatchContext) -> Answer:
+    @requirement("activations that only such linears read quantized", hint="give other readers the activation itself")
+    def no_other_reader(self, m: Match) -> Answer:
         """The delegate swallows the quantization whole."""
-        a = m.derive(decode_dynamic, "activation")
+        a = m.memoize(decode_dynamic, "activation")
         inside = {*a.nodes}
         for node in a.nodes[:-1]:
             others = [user for user in node.users if user not in inside]
             if others:
                 return False, f"{others[0].name}, which reads {node.name} too"
         for reader in m.activation.users:
-            weight = reader.args[1] if called(reader) is _LINEAR and reader.args[0] is m.activation else None
+            weight = reader.args[1] if op_of(reader) is _LINEAR and reader.args[0] is m.activation else None
             if not isinstance(weight, Node) or not is_dequantize(weight):
                 return False, f"{reader.name}, which reads the dequantized activation too"
         return True, ""
 
-    @require("activations of two dimensions or more", hint="unsqueeze the input")
-    def rank(self, m: MatchContext) -> Answer:
+    @requirement("activations of two dimensions or more", hint="unsqueeze the input")
+    def rank(self, m: Match) -> Answer:
         """The delegate fails on a vector."""
         return m.val(m.x).dim() >= 2, f"{m.val(m.x).dim()} dimension"
 
-    @require("activations in float32 or float16", hint="export in float32")
-    def dtype(self, m: MatchContext) -> Answer:
+    @requirement("activations in float32 or float16", hint="export in float32")
+    def dtype(self, m: Match) -> Answer:
         """The delegate's kernels have no others; that of 8 bits does not load with bf16."""
         dtype = m.val(m.x).dtype
         return dtype in (torch.float32, torch.float16), str(dtype).removeprefix("torch.")
 
-    @require("activations, bias and result of one dtype")
-    def one_dtype(self, m: MatchContext) -> Answer:
+    @requirement("activations, bias and result of one dtype")
+    def one_dtype(self, m: Match) -> Answer:
         """As they are but under autocast, whose conversions the lowering writes between what the delegate looks for."""
         return answers.one_dtype(m, m.x, *([] if m.bias is None else [m.bias]))
 
-    @require("no bias, or a constant one")
-    def constant_bias(self, m: MatchContext) -> Answer:
+    @requirement("no bias, or a constant one")
+    def constant_bias(self, m: Match) -> Answer:
         """A computed bias keeps the partitioner from taking the linear."""
         return m.bias is None or m.program.constant(m.bias) is not None, f"{m.bias}, which the program computes"
 
-    @require("int8 storage, a zero point, groups and scales as the delegate reads them")
-    def storage(self, m: MatchContext) -> Answer:
+    @requirement("int8 storage, a zero point, groups and scales as the delegate reads them")
+    def storage(self, m: Match) -> Answer:
         """Group sizes and dtypes of the delegate's kernel."""
-        weight = affine(m)
+        weight = weight_of(m)
         if weight.storage_dtype is not torch.int8:
             return False, f"{weight.storage_dtype} storage"
         if weight.zero_point is None:
@@ -103,10 +103,10 @@ class KeepDynamic(KeepForXnnpack):
         problem = self.scale_problem(weight)
         return not problem, problem
 
-    @require("one scale and zero point for these integers", hint="clone the integers for the second scale")
-    def one_scale(self, m: MatchContext) -> Answer:
+    @requirement("one scale and zero point for these integers", hint="clone the integers for the second scale")
+    def one_scale(self, m: Match) -> Answer:
         """The delegate knows a weight by its integers alone."""
-        weight = affine(m)
+        weight = weight_of(m)
         for other in weight.data.users:
             if is_dequantize(other):
                 bound = arguments(other)
@@ -114,14 +114,14 @@ class KeepDynamic(KeepForXnnpack):
                     return False, f"{other.name}, which scales the same integers otherwise"
         return True, ""
 
-    @require(
+    @requirement(
         "integers and scales that own their memory",
         stage="values",
         hint="the delegate serializes the whole storage: .clone() the weight before the export",
     )
-    def own_memory(self, m: MatchContext) -> Answer:
+    def own_memory(self, m: Match) -> Answer:
         """A view into a larger tensor would be serialized from the start of that tensor."""
-        for part in affine(m).sources[:2]:
+        for part in weight_of(m).sources[:2]:
             tensor = m.program.constant(part)
             assert tensor is not None
             size = tensor.numel() * tensor.element_size()
@@ -129,20 +129,20 @@ class KeepDynamic(KeepForXnnpack):
                 return False, f"{part.name}, a view into a larger tensor"
         return True, ""
 
-    @require("zero points that are all 0", stage="values", hint="quantize with a symmetric mapping type")
-    def symmetric(self, m: MatchContext) -> Answer:
+    @requirement("zero points that are all 0", stage="values", hint="quantize with a symmetric mapping type")
+    def symmetric(self, m: Match) -> Answer:
         """The delegate ignores zero points."""
-        points = values(m.program, affine(m)).zero_point
+        points = weight_values(m.program, weight_of(m)).zero_point
         count = 0 if points is None else int((points != 0).sum())
         return count == 0, f"{count} that are not"
 
-    @require("scales that are positive, finite and normal", stage="values", hint="quantize the weight again")
-    def scales(self, m: MatchContext) -> Answer:
+    @requirement("scales that are positive, finite and normal", stage="values", hint="quantize the weight again")
+    def scales(self, m: Match) -> Answer:
         """The delegate refuses others, without naming the layer, when the method is loaded."""
-        scale = values(m.program, affine(m)).scale.float()
+        scale = weight_values(m.program, weight_of(m)).scale.float()
         good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
         return bool(good.all()), f"{int((~good).sum())} that are not"
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """The scheme."""
-        return f"8-bit dynamic activation, {affine(m).scheme}"
+        return f"8-bit dynamic activation, {weight_of(m).scheme}"

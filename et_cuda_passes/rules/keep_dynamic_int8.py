@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import AffineWeight, affine
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import QuantizedWeight, weight_of
 from et_cuda_passes.rules.keep_dynamic import KeepDynamic
 
 
@@ -14,13 +14,13 @@ from et_cuda_passes.rules.keep_dynamic import KeepDynamic
 class KeepDynamicInt8(KeepDynamic):
     """linear(dequantize(quantize(x)), dequantize(int8 per-axis weight), bias) -> itself, for XNNPACK's own kernel"""
 
-    @require("a weight in int8, not 4-bit", hint="4 bits are kept by keep_dynamic_int4")
-    def eight_bits(self, m: MatchContext) -> Answer:
+    @requirement("a weight in int8, not 4-bit", hint="4 bits are kept by keep_dynamic_int4")
+    def eight_bits(self, m: Match) -> Answer:
         """Any range but that of the 4-bit kernel is computed as int8."""
-        weight = affine(m)
+        weight = weight_of(m)
         return (weight.quant_min, weight.quant_max) != (-8, 7), f"{weight.quant_min}..{weight.quant_max}"
 
-    def scale_problem(self, weight: AffineWeight) -> str:
+    def scale_problem(self, weight: QuantizedWeight) -> str:
         """One scale an output; the delegate reads their bytes as float32."""
         if weight.group_size != weight.shape[1]:
             return f"group size {weight.group_size}, where int8 is per-axis only: quantize with PerAxis(0)"

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import dequantized, weight_of
 from et_cuda_passes.quant.static import QUANTIZE_PER_TENSOR, statically_quantized
 from et_cuda_passes.rules.keep_decomposed import KeepDecomposed
 
@@ -30,22 +30,22 @@ class KeepStaticInt8(KeepDecomposed):
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A linear or convolution, both its inputs dequantized."""
-        weight = dequantize(..., name="weight", shared=True)
+        weight = dequantized(..., name="weight", shared=True)
         return _operators(statically_quantized(x, name="activation"), weight, bias, ...)
 
-    @require("a result that is quantized", hint="quantize the output too: XNNPACKQuantizer().set_global(...) does")
-    def quantized_result(self, m: MatchContext) -> Answer:
+    @requirement("a result that is quantized", hint="quantize the output too: XNNPACKQuantizer().set_global(...) does")
+    def quantized_result(self, m: Match) -> Answer:
         """Without a scale for the result the delegate leaves the operator alone, and nothing else runs it."""
         users = list(m.root.users)
-        if len(users) == 1 and called(users[0]) in _CLAMPS:
+        if len(users) == 1 and op_of(users[0]) in _CLAMPS:
             users = list(users[0].users)
         others = [user.name for user in users if not self._quantizes(user)]
         return bool(users) and not others, f"{others[0] if others else 'nobody'}, which reads the result itself"
 
     @staticmethod
     def _quantizes(node: Node) -> bool:
-        return called(node) is QUANTIZE_PER_TENSOR and node.args[3:] == (-128, 127, torch.int8)
+        return op_of(node) is QUANTIZE_PER_TENSOR and node.args[3:] == (-128, 127, torch.int8)
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """The scheme."""
-        return f"8-bit calibrated activation, {affine(m).scheme}"
+        return f"8-bit calibrated activation, {weight_of(m).scheme}"

@@ -10,14 +10,15 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, Unmet, require
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.quant.affine import AffineWeight
-from et_cuda_passes.quant.experts import number_of, stacked, stacked_columns
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.affine import QuantizedWeight
+from et_cuda_passes.quant.experts import as_matrix, as_transposed_matrix, num_experts
 from et_cuda_passes.rules import answers
-from et_cuda_passes.rules.int4_weight import native_group_size, pack_experts
 from et_cuda_passes.rules.needs_values import NeedsValues
+from et_cuda_passes.rules.packing import pack_experts
 from et_cuda_passes.rules.stack import TURNED
 
 aten = torch.ops.aten
@@ -41,10 +42,10 @@ class PackedExperts(NeedsValues):
 
     @staticmethod
     @abstractmethod
-    def form(m: MatchContext) -> Int4Kernel | None:
+    def form(m: Match) -> Kernel | None:
         """How the target holds the weights for this product."""
 
-    def kernel(self, m: MatchContext) -> Int4Kernel:
+    def kernel(self, m: Match) -> Kernel:
         """:meth:`form`, which there is.
 
         Raises:
@@ -56,22 +57,22 @@ class PackedExperts(NeedsValues):
         return found
 
     @staticmethod
-    def weights(m: MatchContext) -> AffineWeight:
+    def weights(m: Match) -> QuantizedWeight:
         """All experts' rows as one matrix, whichever way they are stored and multiplied."""
         bound = m.match.bindings
         as_columns = (TURNED in bound) == (LEFT in bound)
-        return m.derive(stacked_columns if as_columns else stacked, "weight")
+        return m.memoize(as_transposed_matrix if as_columns else as_matrix, "weight")
 
-    @require(
+    @requirement(
         "a target with a kernel for this product of experts",
         hint="multiply by one expert at a time, picked by its number, as in linear(x, weight[e])",
     )
-    def has_kernel(self, m: MatchContext) -> Answer:
+    def has_kernel(self, m: Match) -> Answer:
         """Metal has none."""
         return self.form(m) is not None, f"target {m.target.name}, which has none"
 
-    @require("weights [E, N, K] of experts, quantized in groups along K")
-    def groups(self, m: MatchContext) -> Answer:
+    @requirement("weights [E, N, K] of experts, quantized in groups along K")
+    def groups(self, m: Match) -> Answer:
         """One scale for each row and group."""
         weight = self.weights(m)
         rows, size = weight.block_size
@@ -79,41 +80,42 @@ class PackedExperts(NeedsValues):
         along_n += "(1, 1, 32) of [E, N, K] or (1, 32, 1) of [E, K, N]"
         return size > 1 or rows == 1, f"blocks of {rows} rows and {size} along K", along_n
 
-    @require("weights of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
-    def four_bits(self, m: MatchContext) -> Answer:
+    @requirement("weights of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
+    def four_bits(self, m: Match) -> Answer:
         """The range fits 0..15 once shifted."""
         return answers.four_bits(self.weights(m))
 
-    @require("a group size that one of the kernel's divides", hint="quantize in groups of 32")
-    def native_group(self, m: MatchContext) -> Answer:
+    @requirement("a group size that one of the kernel's divides", hint="quantize in groups of 32")
+    def native_group(self, m: Match) -> Answer:
         """As for a linear."""
-        size = self.weights(m).group_size
-        return native_group_size(size, self.kernel(m)) is not None, f"group size {size}"
+        weight = self.weights(m)
+        size = weight.group_size
+        return self.kernel(m).native_group_size(size, weight.in_features) is not None, f"group size {size}"
 
-    @require("in_features that the kernel's tiles divide")
-    def in_features(self, m: MatchContext) -> Answer:
+    @requirement("in_features that the kernel's tiles divide")
+    def in_features(self, m: Match) -> Answer:
         """K a multiple of the kernel's ``in_multiple``."""
         return answers.whole_tiles(self.weights(m), self.kernel(m).in_multiple, "these experts")
 
-    @require("a place that the kernel is compiled in", hint="take the experts out of the control flow")
-    def place(self, m: MatchContext) -> Answer:
+    @requirement("a place that the kernel is compiled in", hint="take the experts out of the control flow")
+    def place(self, m: Match) -> Answer:
         """Some kernels are not compiled inside control flow."""
         return answers.compiled_there(m, self.kernel(m))
 
-    @require("activations of a dtype that the kernel has")
-    def activations(self, m: MatchContext) -> Answer:
+    @requirement("activations of a dtype that the kernel has")
+    def activations(self, m: Match) -> Answer:
         """The kernel's own dtypes."""
         kernel, dtype = self.kernel(m), m.val(m.x).dtype
         hint = f"{kernel.name} has {answers.dtype_names(kernel.dtypes)}: export the model in one of these"
         return dtype in kernel.dtypes, answers.dtype_names([dtype]), hint
 
-    @require("activations and result of one dtype")
-    def one_dtype(self, m: MatchContext) -> Answer:
+    @requirement("activations and result of one dtype")
+    def one_dtype(self, m: Match) -> Answer:
         """As they are but under autocast."""
         return answers.one_dtype(m, m.x)
 
-    @require("a stack that is used whole, in its own shape")
-    def shape(self, m: MatchContext) -> Answer:
+    @requirement("a stack that is used whole, in its own shape")
+    def shape(self, m: Match) -> Answer:
         """The views of a decomposed matmul change nothing."""
         views = [m.match.bindings[name] for name in ("expanded", "viewed") if name in m.match.bindings]
         if not views:
@@ -124,34 +126,34 @@ class PackedExperts(NeedsValues):
         same = same and all(statically_known_true(a == b) for a, b in zip(before, after, strict=True))
         return same, f"{list(before)} as {list(after)}"
 
-    @require(
+    @requirement(
         "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
     )
-    def in_range(self, m: MatchContext) -> Answer:
+    def in_range(self, m: Match) -> Answer:
         """An integer outside of it would overwrite its neighbour."""
         return answers.in_range(m, self.weights(m))
 
-    @require("scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again")
-    def finite(self, m: MatchContext) -> Answer:
+    @requirement(
+        "scales and zeros that are finite in the kernel's dtype", stage="values", hint="quantize the weight again"
+    )
+    def finite(self, m: Match) -> Answer:
         """A NaN or infinite scale would spread over the output unseen."""
         return answers.finite_pair(m, self.weights(m), self.kernel(m).scale_dtype or m.val(m.x).dtype)
 
-    def detail(self, m: MatchContext) -> str:
+    def summary(self, m: Match) -> str:
         """Scheme, number of experts, kernel and layout."""
-        kernel, count = self.kernel(m), m.derive(number_of, "weight")
+        kernel, count = self.kernel(m), m.memoize(num_experts, "weight")
         return f"{count} experts, {self.weights(m).scheme} -> {kernel.name} ({kernel.layout})"
 
-    def product(
-        self, b: Builder, m: MatchContext, operator: torch._ops.OpOverload, x: Node, chosen: Node | None
-    ) -> Node:
+    def product(self, b: Builder, m: Match, operator: torch._ops.OpOverload, x: Node, chosen: Node | None) -> Node:
         """A call of ``operator`` of x, the packed weights, and what chooses among them."""
-        weight, kernel, count = self.weights(m), self.kernel(m), m.derive(number_of, "weight")
+        weight, kernel, count = self.weights(m), self.kernel(m), m.memoize(num_experts, "weight")
         packed, qparams = pack_experts(b, weight, count, kernel, kernel.scale_dtype or m.val(m.x).dtype)
-        group_size = native_group_size(weight.group_size, kernel)
+        group_size = kernel.native_group_size(weight.group_size, weight.in_features)
         return b.call(operator, x, packed, qparams, chosen, group_size, weight.out_features // count)
 
     @staticmethod
-    def rows(b: Builder, m: MatchContext) -> Node:
+    def rows(b: Builder, m: Match) -> Node:
         """x as batches of rows [B, M, K]; one batch for all where it has two dimensions."""
         x: Node = m.x
         if m.val(x).dim() == 2:
@@ -163,7 +165,7 @@ class PackedExperts(NeedsValues):
         """[S, M, N] as [S, N, M]; the operators of experts take it as it lies."""
         return b.call(aten.transpose_copy.int if b.program.is_edge else aten.transpose.int, node, 1, 2)
 
-    def result(self, b: Builder, m: MatchContext, y: Node) -> Node:
+    def result(self, b: Builder, m: Match, y: Node) -> Node:
         """What replaces the root, from the kernel's result [S, M, N]."""
         if LEFT not in m.match.bindings:
             return y

@@ -2,10 +2,10 @@
 
 import torch
 
-from et_cuda_passes.graph.context import MatchContext
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine, dequantize
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import dequantized, weight_of
 from et_cuda_passes.rules.packed_weight import PackedWeight
 
 
@@ -14,10 +14,10 @@ class PackedTable(PackedWeight):
 
     def pattern(self, ids: Capture) -> Pattern:
         """An embedding; what its other arguments say concerns training."""
-        return op(torch.ops.aten.embedding.default)(dequantize(..., name="weight", shared=True), ids, ...)
+        return op(torch.ops.aten.embedding.default)(dequantized(..., name="weight", shared=True), ids, ...)
 
-    @require("a table [N, K] quantized in groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
-    def groups(self, m: MatchContext) -> Answer:
+    @requirement("a table [N, K] quantized in groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
+    def groups(self, m: Match) -> Answer:
         """One scale for each row and group."""
-        size = affine(m).group_size
+        size = weight_of(m).group_size
         return True, f"group size {size}"

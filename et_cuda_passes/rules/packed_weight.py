@@ -1,8 +1,8 @@
 """What every rule demands that packs a weight's integers."""
 
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import affine
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import weight_of
 from et_cuda_passes.rules import answers
 from et_cuda_passes.rules.needs_values import NeedsValues
 
@@ -10,9 +10,9 @@ from et_cuda_passes.rules.needs_values import NeedsValues
 class PackedWeight(NeedsValues):
     """dequantize(weight) read -> the packed weight read"""
 
-    @require(
+    @requirement(
         "integers within the quantized range", stage="values", hint="the checkpoint is damaged or of another scheme"
     )
-    def in_range(self, m: MatchContext) -> Answer:
+    def in_range(self, m: Match) -> Answer:
         """An integer outside of it would overwrite its neighbour, or wrap."""
-        return answers.in_range(m, affine(m))
+        return answers.in_range(m, weight_of(m))

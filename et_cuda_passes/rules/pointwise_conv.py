@@ -8,11 +8,11 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, require
-from et_cuda_passes.quant.affine import dequantize
+from et_cuda_passes.graph.rule import Answer, requirement
+from et_cuda_passes.quant.affine import dequantized
 from et_cuda_passes.rules.packed_linear import PackedLinear
 
 aten = torch.ops.aten
@@ -37,21 +37,21 @@ class PointwiseConv(PackedLinear):
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A convolution, its weight dequantized."""
-        return _convolution(self.activation(x), dequantize(..., name="weight", shared=True), bias, ...)
+        return _convolution(self.activation(x), dequantized(..., name="weight", shared=True), bias, ...)
 
-    @require("a weight [N, K] quantized in groups along K")
-    def groups(self, m: MatchContext) -> Answer:
+    @requirement("a weight [N, K] quantized in groups along K")
+    def groups(self, m: Match) -> Answer:
         """Only kernels of size 1 make a matrix, whatever granularity is asked for."""
         return super().groups(m)
 
-    @require("kernels of size 1", hint="larger kernels have no quantized form: leave this layer unquantized")
-    def kernel_size(self, m: MatchContext) -> Answer:
+    @requirement("kernels of size 1", hint="larger kernels have no quantized form: leave this layer unquantized")
+    def kernel_size(self, m: Match) -> Answer:
         """What makes it a linear."""
         sizes = list(m.val(m.weight).shape[2:])
         return all(size == 1 for size in sizes), f"kernels of {' x '.join(map(str, sizes))}"
 
-    @require("stride 1, no padding, one group, not transposed", hint="leave this layer unquantized")
-    def plain(self, m: MatchContext) -> Answer:
+    @requirement("stride 1, no padding, one group, not transposed", hint="leave this layer unquantized")
+    def plain(self, m: Match) -> Answer:
         """Otherwise not every output is a linear of one input position. The dilation of one element says nothing."""
         bound = arguments(m.root)
         wanted: dict[str, tuple[Any, ...]] = {
@@ -67,13 +67,13 @@ class PointwiseConv(PackedLinear):
                 found.append(f"{name} {value}")
         return not found, ", ".join(found)
 
-    def input(self, b: Builder, m: MatchContext) -> Node:
+    def input(self, b: Builder, m: Match) -> Node:
         """The channels last."""
         x, channels = super().input(b, m), self._channels(m)
         rank = m.val(x).dim()
         return self._permute(b, x, [axis for axis in range(rank) if axis != channels] + [channels])
 
-    def output(self, b: Builder, m: MatchContext, y: Node) -> Node:
+    def output(self, b: Builder, m: Match, y: Node) -> Node:
         """The channels where a convolution has them, in its memory format: a view after it may rely on that."""
         channels, y = self._channels(m), super().output(b, m, y)
         order = list(range(m.val(y).dim() - 1))
@@ -83,7 +83,7 @@ class PointwiseConv(PackedLinear):
         return b.call(aten.clone.default, y, memory_format=torch.contiguous_format)
 
     @staticmethod
-    def _channels(m: MatchContext) -> int:
+    def _channels(m: Match) -> int:
         """The axis of x that holds the channels: the second, or the first of an input without a batch."""
         return m.val(m.x).dim() - m.val(m.weight).dim() + 1
 

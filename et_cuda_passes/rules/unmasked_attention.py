@@ -17,10 +17,10 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.context import MatchContext
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Answer, Rule, require
+from et_cuda_passes.graph.rule import Answer, Rule, requirement
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS
 from et_cuda_passes.ops import ATTENTION as OURS
 from et_cuda_passes.ops import ATTENTION_DTYPES
@@ -56,33 +56,33 @@ class UnmaskedAttention(Rule):
         """Attention, whatever else it is given."""
         return op(ATTENTION)(q, k, v, ...)
 
-    @require("neither a mask nor is_causal")
-    def unmasked(self, m: MatchContext) -> Answer:
+    @requirement("neither a mask nor is_causal")
+    def unmasked(self, m: Match) -> Answer:
         """Either of them excludes the places behind the last key."""
         given = arguments(m.root)
         found = [name for name in ("attn_mask", "is_causal") if given[name]]
         return not found, ", ".join(found)
 
-    @require("q, k, v and result of one dtype")
-    def one_dtype(self, m: MatchContext) -> Answer:
+    @requirement("q, k, v and result of one dtype")
+    def one_dtype(self, m: Match) -> Answer:
         """As they are but under autocast."""
         return answers.one_dtype(m, m.q, m.k, m.v)
 
-    @require("[batch, heads, rows, head dimension], the last a power of two")
-    def taken(self, m: MatchContext) -> Answer:
+    @requirement("[batch, heads, rows, head dimension], the last a power of two")
+    def taken(self, m: Match) -> Answer:
         """The backend's kernel has four dimensions, and for other heads a second form, which is right."""
         shape = m.val(m.q).shape
         features = shape[-1]
         good = len(shape) == 4 and isinstance(features, int) and features & (features - 1) == 0
         return good, f"{list(shape)}"
 
-    @require(f"a number of keys that is not a multiple of {_BLOCK}, or not known to be")
-    def ragged(self, m: MatchContext) -> Answer:
+    @requirement(f"a number of keys that is not a multiple of {_BLOCK}, or not known to be")
+    def ragged(self, m: Match) -> Answer:
         """Whole blocks need no mask. Our kernel takes them as well."""
         keys = m.val(m.k).shape[-2]
         return self._is_ours(m) or not statically_known_true(keys % _BLOCK == 0), f"{keys} keys"
 
-    def _is_ours(self, m: MatchContext) -> bool:
+    def _is_ours(self, m: Match) -> bool:
         """Whether our kernel is asked for and has this: nothing dropped or broadcast, and numbers of heads known."""
         q, k, v = (m.val(node) for node in (m.q, m.k, m.v))
         given = arguments(m.root)
@@ -99,7 +99,7 @@ class UnmaskedAttention(Rule):
         alike = all(_same(a, b) for a, b in zip(k.shape, v.shape, strict=True))
         return shared and alike and _same(q.shape[0], k.shape[0]) and _same(q.shape[3], k.shape[3])
 
-    def emit(self, b: Builder, m: MatchContext) -> Node:
+    def rewrite(self, b: Builder, m: Match) -> Node:
         """The same attention: by our operator, or with a mask [batch, 1, rows, keys] of ones."""
         given = arguments(m.root)
         if self._is_ours(m):
@@ -111,7 +111,7 @@ class UnmaskedAttention(Rule):
         return b.call(ATTENTION, m.q, m.k, m.v, mask, given["dropout_p"], **rest)
 
     @staticmethod
-    def _ours(b: Builder, m: MatchContext, given: Mapping[str, Any]) -> Node:
+    def _ours(b: Builder, m: Match, given: Mapping[str, Any]) -> Node:
         scale = given["scale"]
         if scale is None:
             scale = m.val(m.q).shape[3] ** -0.5
@@ -119,13 +119,13 @@ class UnmaskedAttention(Rule):
         return b.call(OURS, *(node for node, _ in read), float(scale), [*(at for _, at in read), 1])
 
 
-def _before_transposition(m: MatchContext, node: Node) -> tuple[Node, int]:
+def _before_transposition(m: Match, node: Node) -> tuple[Node, int]:
     """What ``node`` [B, heads, rows, D] is the transposition of, and 2, the axis of the heads there; or it, and 1."""
     given = list(arguments(node).values())
-    swapped = called(node) is aten.transpose.int and {given[1] % 4, given[2] % 4} == {1, 2}
-    swapped |= called(node) is aten.permute.default and [dim % 4 for dim in given[1]] == [0, 2, 1, 3]
+    swapped = op_of(node) is aten.transpose.int and {given[1] % 4, given[2] % 4} == {1, 2}
+    swapped |= op_of(node) is aten.permute.default and [dim % 4 for dim in given[1]] == [0, 2, 1, 3]
     # What a preserved module is given is read as it is given.
-    stays = node in m.program.written or node in m.program.at_boundaries
-    if not swapped or stays or given[0] in m.program.written:
+    stays = node in m.program.mutated or node in m.program.boundary_nodes
+    if not swapped or stays or given[0] in m.program.mutated:
         return node, 1
     return given[0], 2

@@ -1,4 +1,4 @@
-"""The registry of targets: what each backend accepts and its ordered pass list."""
+"""The registry of targets."""
 
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.targets.cpu import CPU
@@ -18,10 +18,10 @@ def targets() -> tuple[str, ...]:
 
 
 def get_target(name: str | Target) -> Target:
-    """The target called ``name``; a :class:`Target` stands for itself.
+    """The target with that name; a :class:`Target` is returned as it is.
 
     Raises:
-        ValueError: there is no such target; the message lists those that there are.
+        ValueError: there is no such target; the message lists the known ones.
     """
     if isinstance(name, Target):
         return name
@@ -31,7 +31,7 @@ def get_target(name: str | Target) -> Target:
 
 
 def default_passes(target: str | Target) -> list[Rule]:
-    """A new list of the target's rules, in their order; edit it and give it to ``passes=``.
+    """A new list of the target's rules, in their order; edit it and pass it as ``passes=``.
 
     Raises:
         ValueError: there is no such target.

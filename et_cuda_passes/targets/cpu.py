@@ -1,9 +1,8 @@
-"""cpu: plain AOTInductor on the CPU. What is packed runs on hosts of the packing host's instruction set only."""
+"""cpu: plain AOTInductor on the CPU. A packed program runs only on hosts with the packing host's instruction set."""
 
 import torch
 
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import PLAIN, Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -15,44 +14,41 @@ from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.target import INT8, PLAIN, Target
 
-_INT4PACK = Int4Kernel(
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_INT4PACK = Kernel(
     "int4pack_cpu",
     layout="cpu",
-    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    dtypes=_FLOATS,
     group_sizes=(32, 64, 128, 256),
     in_multiple=32,
     out_multiple=16,
-    # Inductor gives the kernel its group size as a constant of the branch, which the code it writes then lacks.
+    # In a branch, Inductor passes the group size as a constant of the branch, which is missing in the generated code.
     in_control_flow=False,
 )
 
 CPU = Target(
     "cpu",
     "AOTInductor on the CPU",
-    int4_kernels=(_INT4PACK,),
-    int4_experts=_INT4PACK,
-    # What a tensor chooses can be read where each weight's place is known.
-    int4_chosen_experts=Int4Kernel(
-        "rows",
-        layout="mma_tiled",
-        dtypes=(torch.bfloat16, torch.float16, torch.float32),
-        group_sizes=(32, 64, 128),
-        in_multiple=32,
-        out_multiple=1,
-    ),
-    int8_kernels=(Int8Kernel("int8pack_cpu", dtypes=(torch.bfloat16, torch.float16, torch.float32), in_multiple=16),),
-    int8_plain=PLAIN,
-    # The linear's own layout depends on the instruction set, and cannot be read row by row.
-    int4_table=Int4Kernel(
-        "rows",
-        layout="mps",
-        dtypes=(torch.bfloat16, torch.float16, torch.float32),
-        group_sizes=(32, 64, 128, 256),
-        in_multiple=32,
-        out_multiple=8,
-    ),
+    kernels={
+        "int4_linear": (_INT4PACK,),
+        # The layout of the linear depends on the instruction set, so single rows cannot be read.
+        "int4_table": (
+            Kernel(
+                "rows", layout="mps", dtypes=_FLOATS, group_sizes=(32, 64, 128, 256), in_multiple=32, out_multiple=8
+            ),
+        ),
+        "int4_experts": (_INT4PACK,),
+        # Only a layout in which every expert starts at a known offset can be indexed by a tensor of ids.
+        "int4_indexed_experts": (
+            Kernel("rows", layout="mma_tiled", dtypes=_FLOATS, group_sizes=(32, 64, 128), in_multiple=32),
+        ),
+        "int8_linear": (
+            Kernel("int8pack_cpu", layout=INT8, dtypes=_FLOATS, in_multiple=16, zeros=False, per_row=True),
+        ),
+        "int8_plain": (PLAIN,),
+    },
     passes=lambda: [
         LinearInt4(),
         LinearInt8(),

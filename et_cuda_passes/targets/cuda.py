@@ -2,8 +2,7 @@
 
 import torch
 
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.rules.attention_views import AttentionViews
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
@@ -22,44 +21,46 @@ from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
 from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
-from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.target import INT8, Target
 
-_TRITON = Int4Kernel(
+_TRITON = Kernel(
     "triton",
     layout="mma_tiled",
     dtypes=(torch.bfloat16, torch.float16),
     group_sizes=(32, 64, 128),
     in_multiple=32,
-    out_multiple=1,
 )
 
 CUDA = Target(
     "cuda",
     "ExecuTorch CUDA delegate, or AOTInductor on CUDA",
-    int4_kernels=(
-        _TRITON,
-        Int4Kernel(
-            "tinygemm",
-            layout="tile_packed_to_4d",
-            dtypes=(torch.bfloat16,),
-            group_sizes=(32, 64, 128, 256),
-            in_multiple=32,
-            out_multiple=8,
-            scale_dtype=torch.bfloat16,
+    kernels={
+        "int4_linear": (
+            _TRITON,
+            Kernel(
+                "tinygemm",
+                layout="tile_packed_to_4d",
+                dtypes=(torch.bfloat16,),
+                group_sizes=(32, 64, 128, 256),
+                in_multiple=32,
+                out_multiple=8,
+                scale_dtype=torch.bfloat16,
+            ),
         ),
-    ),
-    int8_kernels=(
-        Int8Kernel(
-            "triton",
-            dtypes=(torch.bfloat16, torch.float16),
-            group_sizes=(16, 32, 64, 128, 256),
-            zeros=True,
-            in_multiple=16,
+        "int4_table": (_TRITON,),
+        "int4_experts": (_TRITON,),
+        "int4_indexed_experts": (_TRITON,),
+        "int8_linear": (
+            Kernel(
+                "triton",
+                layout=INT8,
+                dtypes=(torch.bfloat16, torch.float16),
+                group_sizes=(16, 32, 64, 128, 256),
+                in_multiple=16,
+                per_row=True,
+            ),
         ),
-    ),
-    int4_table=_TRITON,
-    int4_experts=_TRITON,
-    int4_chosen_experts=_TRITON,
+    },
     passes=lambda: [
         FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
         LinearInt4(),

@@ -2,9 +2,8 @@
 
 import torch
 
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import PLAIN
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.advised import SuggestedSchemes
 from et_cuda_passes.rules.bmm_int4 import BmmInt4
 from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
 from et_cuda_passes.rules.conv_int4 import ConvInt4
@@ -15,10 +14,10 @@ from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
 from et_cuda_passes.rules.linear_int4 import LinearInt4
 from et_cuda_passes.rules.linear_int8 import LinearInt8
 from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.target import PLAIN, Target
 
-# ExecuTorch's build of the kernel has no fp16, torchao's has; what lowers to the delegate must run in it.
-_TORCHAO = Int4Kernel(
+# torchao's build of the kernel has fp16 and ExecuTorch's has not; a lowered program must run in ExecuTorch.
+_TORCHAO = Kernel(
     "torchao",
     layout="metal",
     dtypes=(torch.bfloat16, torch.float32),
@@ -30,22 +29,23 @@ _TORCHAO = Int4Kernel(
 METAL = Target(
     "metal",
     "ExecuTorch Metal delegate, or AOTInductor on MPS",
-    int4_kernels=(
-        _TORCHAO,
-        Int4Kernel(
-            "mps",
-            layout="mps",
-            dtypes=(torch.bfloat16, torch.float16, torch.float32),
-            group_sizes=(32, 64, 128, 256),
-            in_multiple=32,
-            out_multiple=8,
+    kernels={
+        "int4_linear": (
+            _TORCHAO,
+            Kernel(
+                "mps",
+                layout="mps",
+                dtypes=(torch.bfloat16, torch.float16, torch.float32),
+                group_sizes=(32, 64, 128, 256),
+                in_multiple=32,
+                out_multiple=8,
+            ),
         ),
-    ),
-    # Rows of a table are plain operators, which Inductor fuses there as everywhere.
-    int4_table=_TORCHAO,
-    # It has no int8 linear.
-    int8_plain=PLAIN,
-    advised=Advised(eight_bits=Advised.four_bits),
+        "int4_table": (_TORCHAO,),
+        # Metal has no int8 linear.
+        "int8_plain": (PLAIN,),
+    },
+    advised=SuggestedSchemes(eight_bits=SuggestedSchemes.four_bits),
     passes=lambda: [
         LinearInt4(),
         LinearInt8(),

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.decomposed import decomposed_weights
 from et_cuda_passes.quant.unwrapping import unwrapped
 from et_cuda_passes.targets import default_passes, get_target
-from et_cuda_passes.targets.packed import packed_warnings
+from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.target import Target
 
 
@@ -31,7 +31,7 @@ def rewrite(
     passes: Iterable[Any] | None = None,
     expect: Mapping[str, int] | None = None,
     *,
-    pool: ConstantPool | None = None,
+    pool: ConstantCache | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 

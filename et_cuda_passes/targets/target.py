@@ -1,51 +1,88 @@
-"""What a target is: data. A kernel's abilities and which passes run are stated here, never in a rule."""
+"""The type of a target. The abilities of its kernels and its list of rules are data, so no rule depends on a target."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+import torch
+
+from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.rule import Rule
-from et_cuda_passes.kernels.int4 import Int4Kernel
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.advised import SuggestedSchemes
+
+INT8 = "int8"
+"""The ``layout`` of the int8 kernels: int8 [N, K], row by row."""
+
+FAMILIES: Mapping[str, Iterable[str]] = {
+    "int4_linear": INT4_LINEARS,
+    "int4_table": INT4_EMBEDDINGS,
+    "int4_experts": INT4_EXPERTS,
+    "int4_indexed_experts": INT4_EXPERTS,
+    "int8_linear": (INT8,),
+    "int8_plain": (INT8,),
+}
+"""The families of kernels, each with the layouts that its operators read.
+
+"int4_linear" and "int8_linear" are linears. "int4_table" is the table of an embedding. "int4_experts" are stacked
+weights of experts, all of them or rows sorted by expert; "int4_indexed_experts" are those that a tensor of ids selects.
+"int8_plain" are plain operators instead of a kernel, for a weight whose dequantize operator does not compile.
+"""
+
+PLAIN = Kernel(
+    "plain operators",
+    layout=INT8,
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    group_sizes=(8, 16, 32, 64, 128, 256),
+    scale_dtype=torch.float32,
+    per_row=True,
+)
+"""The implementation of ``int8_linear`` without a kernel. A compiled program dequantizes the weight at every call."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A backend: its int4 and int8 kernels, the default one first, and its ordered pass list.
+    """A backend: its kernels by family, and its ordered list of rules.
 
-    ``int4_table`` is the form of an int4 embedding's table: that of a linear where it can be read row by row.
-    ``int4_experts`` is that of experts' weights of which a product reads all or a part that is sorted by expert, and
-    ``int4_chosen_experts`` where a tensor chooses among them. ``int8_plain`` stands for the plain operators of
-    ``int8_linear``, which hold a weight whose own operator the target's compiler has no code for. ``advised`` is what
-    to quantize with in place of a form that no rule knows.
+    Attributes:
+        name: the name for ``rewrite`` and the command line.
+        summary: one line for people.
+        kernels: kernels by family, one of :data:`FAMILIES`; the first of a family is its default.
+        passes: returns a new list of the rules, in their order.
+        advised: the quantization to suggest instead of a form that no rule rewrites.
 
     Raises:
-        ValueError: a kernel reads a layout that no operator reads.
+        ValueError: a family is unknown, or no operator of a kernel's family reads the kernel's layout.
     """
 
     name: str
     summary: str
-    int4_kernels: tuple[Int4Kernel, ...]
+    kernels: Mapping[str, tuple[Kernel, ...]] = field(hash=False)
     passes: Callable[[], list[Rule]] = field(compare=False)
-    int8_kernels: tuple[Int8Kernel, ...] = ()
-    int8_plain: Int8Kernel | None = None
-    int4_table: Int4Kernel | None = None
-    int4_experts: Int4Kernel | None = None
-    int4_chosen_experts: Int4Kernel | None = None
-    advised: Advised = field(default_factory=Advised)
+    advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
 
     def __post_init__(self) -> None:
-        for kernel in self.int4_kernels:
-            _check_layout(kernel, INT4_LINEARS)
-        _check_layout(self.int4_table, INT4_EMBEDDINGS)
-        for experts in (self.int4_experts, self.int4_chosen_experts):
-            _check_layout(experts, INT4_EXPERTS)
+        for family, kernels in self.kernels.items():
+            if family not in FAMILIES:
+                raise ValueError(f"there is no family of kernels {family!r}; known are {', '.join(FAMILIES)}")
+            for kernel in kernels:
+                if kernel.layout not in FAMILIES[family]:
+                    raise ValueError(
+                        f"kernel {kernel.name!r} reads the layout {kernel.layout!r}, and no {family} operator does; "
+                        f"known are {', '.join(FAMILIES[family])}"
+                    )
 
+    def kernel(self, family: str, name: str | None = None) -> Kernel | None:
+        """The kernel with that name, or for None the family's default, which is None in an empty family.
 
-def _check_layout(kernel: Int4Kernel | None, known: Iterable[str]) -> None:
-    if kernel is not None and kernel.layout not in known:
-        raise ValueError(
-            f"kernel {kernel.name!r} reads the layout {kernel.layout!r}, and no operator does there; known are "
-            f"{', '.join(known)}"
-        )
+        Raises:
+            UsageError: the family has no kernel with that name.
+        """
+        kernels = self.kernels.get(family, ())
+        if name is None:
+            return kernels[0] if kernels else None
+        for kernel in kernels:
+            if kernel.name == name:
+                return kernel
+        known = ", ".join(kernel.name for kernel in kernels) or "none"
+        raise UsageError(f"target {self.name} has no {family.partition('_')[0]} kernel {name!r}; it has: {known}")

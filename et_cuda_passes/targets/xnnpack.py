@@ -1,9 +1,9 @@
-"""xnnpack: ExecuTorch's XNNPACK delegate, which wants the pattern it knows left in place and every other one folded.
+"""xnnpack: ExecuTorch's XNNPACK delegate. Patterns that it reads correctly stay; every other dequantize is folded.
 
-Embeddings, which it does not take, go to kernels of ExecuTorch's own beside it.
+XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch's own kernels.
 """
 
-from et_cuda_passes.quant.advised import Advised
+from et_cuda_passes.quant.advised import SuggestedSchemes
 from et_cuda_passes.rules.bias_apart import BiasApart
 from et_cuda_passes.rules.fold_dequantize import FoldDequantize
 from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
@@ -16,8 +16,8 @@ from et_cuda_passes.targets.target import Target
 XNNPACK = Target(
     "xnnpack",
     "ExecuTorch XNNPACK delegate",
-    int4_kernels=(),
-    advised=Advised(
+    kernels={},
+    advised=SuggestedSchemes(
         four_bits="Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))",
         eight_bits="Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))",
     ),

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.cli import test_cli
 from tests.cli.test_cli import Run
-from tests.executorch.delegated import Counting, K, Spec, counting, once, value, write
+from tests.delegate.delegated import Counting, K, Spec, counting, single_call, value, write
 from tests.saved import save
 
 command = test_cli.run
@@ -22,7 +22,7 @@ CPU = ("--device", "cpu")
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     save_file({"x": X}, tmp_path / "x.safetensors")
-    return write(tmp_path, {"forward": once(counting())})
+    return write(tmp_path, {"forward": single_call(counting())})
 
 
 def test_run_prints_what_the_outputs_are_like(model: Path, command: Run) -> None:
@@ -70,7 +70,7 @@ def test_nothing_is_executed_without_trust(
 
 
 def test_constants_between_the_inputs(command: Run, tmp_path: Path) -> None:
-    spec = once(counting())
+    spec = single_call(counting())
     spec = dataclasses.replace(spec, values=[*spec.values, schema.EValue(schema.Int(5))], inputs=[3, 0], outputs=[3, 2])
     path = write(tmp_path, {"forward": spec})
     save_file({"0": X}, tmp_path / "x.safetensors")
@@ -93,7 +93,7 @@ def test_inputs_that_make_no_sense(model: Path, command: Run, tmp_path: Path) ->
         ({"a": X, "b": X.clone()}, "holds a, b: name the inputs 0, 1, ... in order"),
         ({"0": X, "1": X.clone()}, "takes 1 inputs (torch.float32 at most [32, 16]), not 2"),
         ({"0": X.double()}, "input 0 has dtype torch.float64"),
-        ({"0": X.repeat(11, 1)}, "input 0 has the shape [33, 16]"),
+        ({"0": X.repeat(11, 1)}, "input 0 has shape [33, 16]"),
     ):
         save_file(tensors, tmp_path / "y.safetensors")
         assert wanted in said("--inputs", tmp_path / "y.safetensors")
@@ -126,11 +126,11 @@ def test_what_runs_outside_the_delegate_is_named(command: Run, tmp_path: Path) -
     assert command("lower", saved, "--target", "xnnpack", "--output-dir", tmp_path / "out").code == 0
     result = command("run", tmp_path / "out" / "model.xnnpack.pte", "--trust")
     assert result.code == 2
-    assert "runs delegates of XnnpackBackend; only those of CudaBackend run here" in result.error
+    assert "runs delegates of XnnpackBackend, but only delegates of CudaBackend can run here" in result.error
 
 
 def test_a_library_that_does_not_load(command: Run, tmp_path: Path) -> None:
-    path = write(tmp_path, {"forward": once(dataclasses.replace(counting(), library=b"no library"))})
+    path = write(tmp_path, {"forward": single_call(dataclasses.replace(counting(), library=b"no library"))})
     result = command("run", path, "--trust", *CPU)
     assert result.code == 1
     assert "does not load" in result.error
@@ -140,4 +140,4 @@ def test_a_library_that_does_not_load(command: Run, tmp_path: Path) -> None:
 def test_without_a_gpu(model: Path, command: Run) -> None:
     result = command("run", model, "--trust")
     assert result.code == 1
-    assert "runs on a CUDA device, and there is none" in result.error
+    assert "needs a CUDA device, but there is none" in result.error

@@ -20,10 +20,10 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.kernels.int8 import Int8Kernel
-from et_cuda_passes.quant.affine import AffineWeight, decode, values
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.affine import QuantizedWeight, decode, weight_values
 from et_cuda_passes.quant.forms import is_dequantize
 from et_cuda_passes.quant.unwrapping import unwrapped
 from et_cuda_passes.targets import get_target
@@ -36,7 +36,10 @@ ROUNDOFF = 2.0**-8
 
 GENERAL = dataclasses.replace(
     get_target("cpu"),
-    int8_kernels=(Int8Kernel("general", (torch.bfloat16, torch.float32), (16, 32), zeros=True),),
+    kernels={
+        **get_target("cpu").kernels,
+        "int8_linear": (Kernel("general", "int8", (torch.bfloat16, torch.float32), (16, 32), per_row=True),),
+    },
     passes=lambda: [ecp.LinearInt8()],
 )
 
@@ -67,7 +70,7 @@ def from_gguf(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[ExportedP
     return program, gguf.dequantize(raw.numpy(), TYPES[kind]).astype(np.float64)
 
 
-def decoded(exported: ExportedProgram) -> tuple[Program, AffineWeight]:
+def decoded(exported: ExportedProgram) -> tuple[Program, QuantizedWeight]:
     program = Program(unwrapped(exported)[0])
     (node,) = (n for n in program.graph.nodes if is_dequantize(n))
     return program, decode(program, node)
@@ -80,7 +83,7 @@ def test_blocks_decode_as_the_gguf_package_does(kind: str, by_hand: bool) -> Non
     program, weight = decoded(exported.run_decompositions({}) if by_hand else exported)
     bits, group = {"q4_k": (4, 32), "q5_k": (5, 32), "q6_k": (6, 16)}[kind]
     assert (weight.scheme, weight.shape, weight.fqn) == (f"int{bits} group {group}", (N, K), "0.weight")
-    found = values(program, weight)
+    found = weight_values(program, weight)
     spread = lambda t: t.double().numpy().repeat(group, axis=1)  # noqa: E731
     data = found.data
     assert (int(data.min()), int(data.max())) == (weight.quant_min, weight.quant_max)
@@ -95,7 +98,7 @@ def test_q4_k_is_packed_to_the_precision_of_bf16(target: str) -> None:
     rewritten, report = ecp.rewrite(exported, target, expect={"linear_int4": 1, "missed": 0})
     assert report.outcomes[0].detail.startswith("int4 group 32 ->")
     program, weight = decoded(exported)
-    found = values(program, weight)
+    found = weight_values(program, weight)
     spread = lambda t: t.double().numpy().repeat(32, axis=1)  # noqa: E731
     # Scale and zero are rounded once each, and metal's zero is that of q * S + Z; then the weight itself.
     zero = np.abs(8 * spread(found.scale) - spread(found.minimum)) + (
@@ -120,7 +123,7 @@ def test_wider_blocks_on_cuda_are_exact_to_the_precision_of_bf16(kind: str, grou
     rewritten, report = ecp.rewrite(exported, "cuda", expect={"linear_int8": 1, "missed": 0})
     assert report.outcomes[0].detail == f"int{kind[1]} group {group} -> triton"
     program, weight = decoded(exported)
-    scale = values(program, weight).scale.abs().double().numpy().repeat(group, axis=1)
+    scale = weight_values(program, weight).scale.abs().double().numpy().repeat(group, axis=1)
     # Each scale is rounded once, and then each weight.
     bound = ROUNDOFF * (32 * scale + np.abs(wanted)) * 1.02
     got = rewritten.module()(torch.eye(K).bfloat16()).T.double().numpy()

@@ -18,7 +18,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
 from et_cuda_passes.executorch.lower import lower, missing, staged
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
-from et_cuda_passes.targets.packed import packed_layouts
+from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
 from tests.saved import save
 
@@ -151,7 +151,7 @@ def test_a_program_rewritten_without_packing_has_its_target_on_record(tmp_path: 
 def test_int4_linears_in_a_branch_count(tmp_path: Path) -> None:
     packed, qparams = torch.zeros(1, 1, 32, 4, dtype=torch.int32), torch.zeros(4, 8, 2, dtype=torch.bfloat16)
 
-    class Branches(torch.nn.Module):
+    class Subgraphs(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             def linear(x: torch.Tensor) -> torch.Tensor:
                 return torch.ops.et_cuda_passes.int4_linear_tile_packed_to_4d(x, packed, qparams, None, 32, 8)
@@ -161,7 +161,7 @@ def test_int4_linears_in_a_branch_count(tmp_path: Path) -> None:
 
             return torch.cond(x.sum() > 0, linear, nothing, (x,))
 
-    program = torch.export.export(Branches(), (torch.ones(2, 128, dtype=torch.bfloat16),))
+    program = torch.export.export(Subgraphs(), (torch.ones(2, 128, dtype=torch.bfloat16),))
     assert packed_layouts(program) == {"tile_packed_to_4d": 1}
 
 

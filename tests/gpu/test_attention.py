@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import load
+from et_cuda_passes.delegate import load
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks, launch
 from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.ops import ATTENTION

@@ -8,8 +8,8 @@ from executorch.exir import to_edge_transform_and_lower
 from torch import Tensor, nn
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import load
-from tests.graph.test_branches import INPUTS, cond, exported
+from et_cuda_passes.delegate import load
+from tests.graph.test_subgraphs import INPUTS, cond, exported
 from tests.quantized import Quantized
 
 pytestmark = pytest.mark.gpu

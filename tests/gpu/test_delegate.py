@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import DelegateError, Program, load
+from et_cuda_passes.delegate import DelegateError, Program, load
 from tests.cli import test_cli
 from tests.cli.test_cli import Run
 from tests.gpu.test_lowering import lower, quantized, relative, save
@@ -117,14 +117,14 @@ def test_a_changed_library_and_the_weights_of_another_program(two: Path, tmp_pat
     model = torch.nn.Linear(32, 8).bfloat16()
     other, _ = lower(torch.export.export(model, (torch.ones(2, 32).bfloat16(),)), tmp_path)
     (foreign,) = other.parent.glob("*.ptd")
-    with pytest.raises(DelegateError, match="is the .ptd the one of this .pte"):
+    with pytest.raises(DelegateError, match="is this the .ptd of this .pte"):
         Program(two, foreign)
 
 
 # Runs on its own: an illegal memory access would take the GPU away from every later test.
 DAMAGED = """
 import sys, torch
-from et_cuda_passes.executorch.delegate import DelegateError, load
+from et_cuda_passes.delegate import DelegateError, load
 path, data = sys.argv[1:3]
 content = open(path, "rb").read()
 x = torch.ones(1, %d, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
-from et_cuda_passes.executorch.delegate import load
+from et_cuda_passes.delegate import load
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.experts import FORMS, Experts, export, off

@@ -8,7 +8,7 @@ from executorch.exir import to_edge_transform_and_lower
 from torch.export import Dim
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import load
+from et_cuda_passes.delegate import load
 from tests.rules.test_fused_linear_int4 import PASSES, Block, X
 
 pytestmark = pytest.mark.gpu

@@ -11,7 +11,7 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import load
+from et_cuda_passes.delegate import load
 from et_cuda_passes.kernels.choose import BOUNDS
 from et_cuda_passes.kernels.int8_launch import launch
 from et_cuda_passes.kernels.launching import gpu_of

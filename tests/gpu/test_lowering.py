@@ -13,7 +13,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import Program, load
+from et_cuda_passes.delegate import Program, load
 from et_cuda_passes.layouts import mma_tiled
 
 pytestmark = pytest.mark.gpu

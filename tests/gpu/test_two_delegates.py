@@ -11,8 +11,9 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.delegate import DelegateError, Program
-from et_cuda_passes.executorch.delegate_format import read_ptd, read_pte
+from et_cuda_passes.delegate import DelegateError, Program
+from et_cuda_passes.delegate.files import read_ptd, read_pte
+from et_cuda_passes.delegate.plan import read_plans
 from tests.gpu.test_lowering import save
 
 pytestmark = pytest.mark.gpu
@@ -42,10 +43,10 @@ def test_another_delegate_may_come_first_and_the_rest_is_rewritten(tmp_path: Pat
         edge = to_edge_transform_and_lower(exported, partitioner=[StockXnnpackPartitioner(), ours])
     assert ours.report.counts()["rewritten"] == 1
     pte = save(edge, tmp_path)
-    delegates = read_pte(pte).plans["forward"].delegates
+    delegates = read_plans(read_pte(pte))["forward"].delegates
     assert sorted(delegate.backend for delegate in delegates) == ["CudaBackend", "XnnpackBackend"]
     (data,) = tmp_path.glob("*.ptd")
-    names = [name.rpartition(":")[2] for name in read_ptd(data).named]
+    names = [name.rpartition(":")[2] for name in read_ptd(data)]
     assert "second.bias" in names
     assert {name.partition(".")[0] for name in names} == {"second"}
     program = Program(pte)

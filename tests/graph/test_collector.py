@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager
 
 import pytest
 
-from et_cuda_passes.graph.collector import paused_collector, rare_collector
+from et_cuda_passes.executorch.lower import gc_throttled
+from et_cuda_passes.graph.driver import gc_disabled
 
 
 class Cycle:
@@ -21,7 +22,7 @@ def made_of_cycles(count: int) -> int:
     return sum(each() is not None for each in made)
 
 
-@pytest.mark.parametrize("context", [paused_collector, rare_collector])
+@pytest.mark.parametrize("context", [gc_disabled, gc_throttled])
 def test_it_is_as_it_was_afterwards(context: Callable[[], AbstractContextManager[None]]) -> None:
     def state() -> tuple[object, ...]:
         return gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
@@ -40,9 +41,9 @@ def test_it_is_as_it_was_afterwards(context: Callable[[], AbstractContextManager
 def test_paused_it_frees_nothing_and_rare_it_frees_what_piles_up() -> None:
     count = gc.get_threshold()[0] * 3
     assert made_of_cycles(count) < count
-    with paused_collector():
+    with gc_disabled():
         assert made_of_cycles(count) == count
-    with rare_collector():
+    with gc_throttled():
         assert made_of_cycles(count) == count
         assert made_of_cycles(count * 100) < count * 100
 
@@ -50,7 +51,7 @@ def test_paused_it_frees_nothing_and_rare_it_frees_what_piles_up() -> None:
 def test_one_that_is_off_stays_off() -> None:
     gc.disable()
     try:
-        for context in (paused_collector, rare_collector):
+        for context in (gc_disabled, gc_throttled):
             with context():
                 assert not gc.isenabled()
             assert not gc.isenabled()

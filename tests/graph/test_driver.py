@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.fx import GraphModule, Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.asking import RuleError
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ledger import Candidate
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.errors import RuleError
+from et_cuda_passes.graph.operators import op_of
+from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Keep, Rule, require
+from et_cuda_passes.graph.rule import Keep, Rule, requirement
 from et_cuda_passes.targets.rewrite import is_program_pass
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import TARGET, Sketch, apply, chain, names
@@ -35,7 +35,7 @@ class ReluToNeg(Rule):
     def pattern(self, x: Capture) -> Any:
         return relu(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.neg.default, m.x)
 
 
@@ -48,27 +48,27 @@ def relu_program(n: int = 1) -> torch.export.ExportedProgram:
     return sketch.program(x)
 
 
-def emitting(emit: Any) -> Rule:
-    """A rule that takes every relu and emits what ``emit(b, m)`` returns."""
-    return type("Faulty", (ReluToNeg,), {"emit": lambda self, b, m: emit(b, m)})()  # type: ignore[no-any-return]
+def rewriting(rewrite: Any) -> Rule:
+    """A rule that takes every relu and replaces it by what ``rewrite(b, m)`` returns."""
+    return type("Faulty", (ReluToNeg,), {"rewrite": lambda self, b, m: rewrite(b, m)})()  # type: ignore[no-any-return]
 
 
 # A rule's own faults ----------------------------------------------------------------------------------------------
 
 
-def test_an_emit_that_raises_is_the_rule_s_fault_by_name() -> None:
-    def emit(b: Any, m: Any) -> Node:
+def test_a_rewrite_that_raises_is_the_rule_s_fault_by_name() -> None:
+    def rewrite(b: Any, m: Any) -> Node:
         raise KeyError("no such thing")
 
     before = relu_program()
-    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its emit failed: 'no such thing'") as error:
-        apply(before, [emitting(emit)])
+    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its rewrite failed: 'no such thing'") as error:
+        apply(before, [rewriting(rewrite)])
     assert isinstance(error.value.__cause__, KeyError)
     assert names(before) == ["aten.relu"]
 
 
 @pytest.mark.parametrize(
-    ("emit", "found"),
+    ("rewrite", "found"),
     [
         (lambda b, m: b.call(aten.view.default, m.x, [2, 2]), "torch.float32 [2, 2]"),
         (lambda b, m: b.call(aten._to_copy.default, m.x, dtype=torch.float64), "torch.float64 [4]"),
@@ -78,22 +78,22 @@ def test_an_emit_that_raises_is_the_rule_s_fault_by_name() -> None:
     ],
     ids=["shape", "dtype", "rank", "device", "no tensor"],
 )
-def test_an_emit_of_another_shape_dtype_or_device_is_the_rule_s_fault(emit: Any, found: str) -> None:
+def test_a_rewrite_of_another_shape_dtype_or_device_is_the_rule_s_fault(rewrite: Any, found: str) -> None:
     with pytest.raises(RuleError) as error:
-        apply(relu_program(), [emitting(emit)])
+        apply(relu_program(), [rewriting(rewrite)])
     assert "rule faulty replaced relu_default" in str(error.value)
     assert found in str(error.value)
 
 
 @pytest.mark.parametrize("value", [None, 3, "neg"])
-def test_an_emit_that_returns_no_node_is_the_rule_s_fault(value: Any) -> None:
+def test_a_rewrite_that_returns_no_node_is_the_rule_s_fault(value: Any) -> None:
     with pytest.raises(RuleError, match="rule faulty"):
-        apply(relu_program(), [emitting(lambda b, m: value)])
+        apply(relu_program(), [rewriting(lambda b, m: value)])
 
 
 def test_a_require_that_answers_wrongly_names_its_rule() -> None:
     class Bare(ReluToNeg):
-        @require("an answer")
+        @requirement("an answer")
         def answer(self, m: Any) -> Any:
             return True
 
@@ -106,7 +106,7 @@ def test_a_require_that_answers_wrongly_names_its_rule() -> None:
 
 def test_every_candidate_has_exactly_one_outcome_in_graph_order() -> None:
     class OnlyEvery(ReluToNeg):
-        @require("an even place")
+        @requirement("an even place")
         def even(self, m: Any) -> Any:
             return m.root.name in ("relu_default", "relu_default_2"), m.root.name
 
@@ -143,7 +143,7 @@ def test_a_pattern_that_does_not_fit_says_how_far_it_got() -> None:
 
 def test_what_a_rule_missed_another_may_take_and_its_reasons_are_gone() -> None:
     class Never(ReluToNeg):
-        @require("never")
+        @requirement("never")
         def never(self, m: Any) -> Any:
             return False, "always"
 
@@ -172,7 +172,7 @@ def test_overlapping_matches_are_chosen_for_the_most_and_the_losers_reported() -
 
 def test_the_earlier_pass_has_the_first_choice_and_the_other_says_who_won() -> None:
     class OnlyMiddle(ReluToNeg):
-        @require("the middle one")
+        @requirement("the middle one")
         def middle(self, m: Any) -> Any:
             return m.root.name == "relu_default_1", m.root.name
 
@@ -222,7 +222,7 @@ class Fold(ReluToNeg):
     def pattern(self, x: Capture) -> Any:
         return neg(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.mul.Tensor, m.x, -1)
 
 
@@ -230,7 +230,7 @@ def readers(program: Program) -> list[Candidate]:
     """Every reader of a neg is a candidate, the negs its weights."""
     found = []
     for node in program.graph.nodes:
-        weights = tuple(n for n in node.all_input_nodes if called(n) is aten.neg.default)
+        weights = tuple(n for n in node.all_input_nodes if op_of(n) is aten.neg.default)
         if weights:
             found.append(Candidate(node, weights, ", ".join(w.name for w in weights)))
     return found
@@ -319,7 +319,7 @@ def test_an_operator_that_reads_two_weights_has_both_folded() -> None:
 
 def test_a_candidate_of_two_weights_of_which_one_stays_is_not_called_rewritten() -> None:
     class FoldFirst(Fold):
-        @require("the first one")
+        @requirement("the first one")
         def first(self, m: Any) -> Any:
             return m.root.name == "neg_default", m.root.name
 
@@ -384,14 +384,14 @@ def test_a_result_that_is_written_in_place_is_not_replaced_by_what_others_read()
     x = sketch.input("x", 4)
     doubled = sketch.call(aten.mul_.Tensor, sketch.call(aten.relu.default, x), 2)
     program = sketch.program(doubled, sketch.call(aten.add.Tensor, x, 1))
-    after, _ = apply(program, [emitting(lambda b, m: m.x)], aten.relu.default)
+    after, _ = apply(program, [rewriting(lambda b, m: m.x)], aten.relu.default)
     given = torch.ones(4)
     assert [t.tolist() for t in after.module()(given)] == [[2.0] * 4, [2.0] * 4]
     assert given.tolist() == [1.0] * 4
 
 
 def test_a_rule_may_put_its_own_input_in_a_match_s_place() -> None:
-    after, _ = apply(relu_program(3), [emitting(lambda b, m: m.x)], aten.relu.default)
+    after, _ = apply(relu_program(3), [rewriting(lambda b, m: m.x)], aten.relu.default)
     assert names(after) == []
     x = torch.randn(4)
     assert torch.equal(after.module()(x), x)

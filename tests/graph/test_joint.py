@@ -8,34 +8,34 @@ import torch
 from torch.export import Dim
 from torch.fx import Node
 
-from et_cuda_passes.graph.asking import RuleError
+from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.pattern import Capture, op
-from et_cuda_passes.graph.rule import JointRule, Rule, require
+from et_cuda_passes.graph.rule import GroupRule, Rule, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
 relu, neg = op(aten.relu.default), op(aten.neg.default)
 
 
-class Together(JointRule):
+class Together(GroupRule):
     """relu(x), relu(x), ... -> slices of relu(stack of them)"""
 
-    common = ("x",)
+    shared_captures = ("x",)
     partner = "another relu of this input"
 
     def pattern(self, x: Capture) -> Any:
         return relu(x)
 
-    @require("a name without a 9")
+    @requirement("a name without a 9")
     def nine(self, m: Any) -> Any:
         return "9" not in m.root.name, m.root.name
 
-    def key(self, m: Any) -> Any:
+    def group_key(self, m: Any) -> Any:
         return m.x
 
-    def emit_together(self, b: Any, ms: Any) -> Sequence[Node]:
+    def rewrite_group(self, b: Any, ms: Any) -> Sequence[Node]:
         y = b.call(aten.neg.default, ms[0].x)
-        return [b.at(m).call(aten.abs.default, y) for m in ms]
+        return [b.for_match(m).call(aten.abs.default, y) for m in ms]
 
 
 class Single(Rule):
@@ -44,7 +44,7 @@ class Single(Rule):
     def pattern(self, x: Capture) -> Any:
         return relu(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.sigmoid.default, m.x)
 
 
@@ -132,24 +132,24 @@ def test_what_is_emitted_names_the_places_that_it_stands_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("emit", "fault"),
+    ("rewrite", "fault"),
     [
         (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return a node for each"),
-        (lambda b, ms: [ms[0].x, None], "emit must return the node"),
+        (lambda b, ms: [ms[0].x, None], "rewrite must return the node"),
         (lambda b, ms: [b.call(aten.view.default, ms[0].x, [2, 2])] * 2, r"torch.float32 \[2, 2\]"),
     ],
 )
-def test_a_fault_in_emit_together_names_the_rule(emit: Any, fault: str) -> None:
-    rule = type("Faulty", (Together,), {"emit_together": lambda self, b, ms: emit(b, ms)})()
+def test_a_fault_in_rewrite_group_names_the_rule(rewrite: Any, fault: str) -> None:
+    rule = type("Faulty", (Together,), {"rewrite_group": lambda self, b, ms: rewrite(b, ms)})()
     with pytest.raises(RuleError, match=f"rule faulty .*{fault}"):
         apply(siblings(2), [rule])
 
 
-def test_an_emit_that_holds_for_one_length_alone_is_the_rule_s_fault() -> None:
+def test_a_rewrite_that_holds_for_one_length_alone_is_the_rule_s_fault() -> None:
     """A guard put on a dynamic size would make the program refuse every other."""
 
     class Fixed(Single):
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(aten.view.default, b.call(aten.view.default, m.x, [3, 4]), m.val(m.x).shape)
 
     class Model(torch.nn.Module):

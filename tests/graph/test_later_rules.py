@@ -7,9 +7,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.driver import apply_passes
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, op
-from et_cuda_passes.graph.rule import JointRule, Keep, Rule, require
+from et_cuda_passes.graph.rule import GroupRule, Keep, Rule, requirement
 from et_cuda_passes.targets.rewrite import is_program_pass
 from tests.graph.test_driver import idle, nothing
 from tests.helpers import TARGET, Sketch, apply, calls_of, names
@@ -26,8 +26,8 @@ def rule(name: str, before: Any, made: Any, detail: str = "", explanation: str =
 
     members = {
         "pattern": pattern,
-        "emit": lambda self, b, m: b.call(made, m.x),
-        "detail": lambda self, m: detail,
+        "rewrite": lambda self, b, m: b.call(made, m.x),
+        "summary": lambda self, m: detail,
         "explain": lambda self, *ms: explanation,
         "name": name,
         "after": (after,) if after else (),
@@ -100,10 +100,10 @@ class Sum(Rule):
     def takes(self, m: Any) -> Any:
         return (m.other,)
 
-    def detail(self, m: Any) -> str:
+    def summary(self, m: Any) -> str:
         return "summed"
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(NEG, b.call(ADD, m.x, m.other.args[0]))
 
 
@@ -137,7 +137,7 @@ def test_what_is_kept_is_not_taken_beside_a_match() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(NEG)(x)
 
-        @require("the second input")
+        @requirement("the second input")
         def second(self, m: Any) -> Any:
             return m.x.name == "y", m.x.name
 
@@ -168,27 +168,27 @@ def test_a_candidate_that_the_later_rule_decides_has_the_outcome_of_that_rule() 
         def takes(self, m: Any) -> Any:
             return ()
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(aten.sin.default, m.x)
 
     _, report = apply(program, [FIRST, Both()], RELU, ABS)
     assert told(report) == [("first", "one, summed", "as one"), ("both", "summed", "")]
 
 
-class Together(JointRule):
+class Together(GroupRule):
     """relu(x), relu(x), ... -> abs(neg(x)), abs(neg(x)), ..."""
 
-    common = ("x",)
+    shared_captures = ("x",)
 
     def pattern(self, x: Capture) -> Any:
         return op(RELU)(x)
 
-    def key(self, m: Any) -> Any:
+    def group_key(self, m: Any) -> Any:
         return m.x
 
-    def emit_together(self, b: Any, ms: Any) -> list[Node]:
+    def rewrite_group(self, b: Any, ms: Any) -> list[Node]:
         y = b.call(NEG, ms[0].x)
-        return [b.at(m).call(ABS, y) for m in ms]
+        return [b.for_match(m).call(ABS, y) for m in ms]
 
 
 def test_of_what_is_made_together_a_later_rule_takes_all_or_one() -> None:
@@ -200,10 +200,10 @@ def test_of_what_is_made_together_a_later_rule_takes_all_or_one() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(aten.mul.Tensor)(op(ABS)(x), 2)
 
-        def detail(self, m: Any) -> str:
+        def summary(self, m: Any) -> str:
             return "doubled"
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(aten.sin.default, m.x)
 
     sketch = Sketch()
@@ -225,9 +225,9 @@ def test_a_later_rule_may_take_several_together() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(NEG)(x)
 
-        def emit_together(self, b: Any, ms: Any) -> list[Node]:
+        def rewrite_group(self, b: Any, ms: Any) -> list[Node]:
             y = b.call(aten.sin.default, ms[0].x)
-            return [b.at(m).call(ABS, y) for m in ms]
+            return [b.for_match(m).call(ABS, y) for m in ms]
 
     _, report = apply(relus(3), [FIRST, Later()], RELU)
     assert told(report) == [("first", "one, 3 in one", "as one")] * 3
@@ -242,7 +242,7 @@ def test_one_thing_is_said_once() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(RELU)(x)
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(NEG, b.call(NEG, m.x))
 
     _, report = apply(relus(), [Two(), rule("later", NEG, ABS, "two", after="two")], RELU)
@@ -259,7 +259,7 @@ def test_what_keeps_a_place_makes_nothing_of_it() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(NEG)(x)
 
-        def detail(self, m: Any) -> str:
+        def summary(self, m: Any) -> str:
             return "kept"
 
     _, report = apply(relus(), [FIRST, KeepNeg()], RELU)
@@ -282,5 +282,5 @@ def copying(module: GraphModule) -> GraphModule:
 def test_behind_an_opaque_pass_there_is_one_outcome_still(between: Any, detail: str) -> None:
     passes = [FIRST, between(), rule("later", NEG, ABS, "two", after="first")]
     after, report = apply_passes(relus(), passes, TARGET, calls_of(RELU), is_program_pass)
-    assert [called(node) for node in after.graph.nodes if node.op == "call_function"] == [ABS]
+    assert [op_of(node) for node in after.graph.nodes if node.op == "call_function"] == [ABS]
     assert [(outcome.rule, outcome.detail) for outcome in report.outcomes] == [("first", detail)]

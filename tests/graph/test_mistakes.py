@@ -11,9 +11,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.asking import RuleError
+from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.pattern import any_of, op
-from et_cuda_passes.graph.rule import JointRule, Rule, compiled, require
+from et_cuda_passes.graph.rule import GroupRule, Rule, compile_pattern, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ class Relu(Rule):
     def pattern(self, x: Any) -> Any:
         return relu(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.neg.default, m.x)
 
 
@@ -34,8 +34,8 @@ def made(**members: Any) -> Rule:
     return type("Faulty", (Relu,), members)()  # type: ignore[no-any-return]
 
 
-def emitting(emit: Callable[[Any, Any], Any]) -> Rule:
-    return made(emit=lambda self, b, m: emit(b, m))
+def rewriting(rewrite: Callable[[Any, Any], Any]) -> Rule:
+    return made(rewrite=lambda self, b, m: rewrite(b, m))
 
 
 def two() -> ExportedProgram:
@@ -64,29 +64,29 @@ def test_a_capture_that_the_pattern_does_not_have_is_refused() -> None:
     with pytest.raises(
         TypeError, match="rule faulty: pattern.. takes the capture 'bias' and its pattern has it nowhere"
     ):
-        compiled(rule)
+        compile_pattern(rule)
 
 
 def test_a_capture_that_some_alternatives_lack_is_optional() -> None:
     with pytest.raises(TypeError, match="some alternatives of the pattern do not have 'y'; give it the default None"):
-        compiled(made(pattern=lambda self, x, y: any_of(relu(x), add(x, y))))
-    compiled(made(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y))))
+        compile_pattern(made(pattern=lambda self, x, y: any_of(relu(x), add(x, y))))
+    compile_pattern(made(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y))))
 
 
 def test_a_require_is_given_text_and_a_stage_that_exists() -> None:
-    with pytest.raises(TypeError, match=r"@require\('...'\) above the method"):
-        require(lambda self, m: (False, "nothing"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="at one of the stages .*'metadata', 'values'.*, not 'value'"):
-        require("a thing", stage="value")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"@requirement\('...'\) above the function"):
+        requirement(lambda self, m: (False, "nothing"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="in one of the stages .*'metadata', 'values'.*, not 'value'"):
+        requirement("a thing", stage="value")  # type: ignore[arg-type]
 
 
 def test_requires_that_want_the_same_are_told_both() -> None:
     def no(found: str) -> Any:
-        return require("one thing")(lambda self, m: (False, found))
+        return requirement("one thing")(lambda self, m: (False, found))
 
     rule = made(first=no("this"), second=no("that"))
     _, report = apply(two(), [rule])
-    assert report.untaken["faulty"] == [
+    assert report.rejected["faulty"] == [
         "relu_default: faulty wanted one thing, found this",
         "relu_default: faulty wanted one thing, found that",
     ]
@@ -103,10 +103,10 @@ def test_a_pass_may_not_be_called_as_an_outcome_is() -> None:
 @pytest.mark.parametrize(
     ("members", "what"),
     [
-        ({"c": require("a thing")(lambda self, m: 1 / 0)}, "require 'a thing'"),
+        ({"c": requirement("a thing")(lambda self, m: 1 / 0)}, "requirement 'a thing'"),
         ({"takes": lambda self, m: 1 / 0}, "takes"),
-        ({"detail": lambda self, m: 1 / 0}, "note, detail or explain"),
-        ({"note": lambda self, m: 1 / 0}, "note, detail or explain"),
+        ({"summary": lambda self, m: 1 / 0}, "summary"),
+        ({"notes": lambda self, *ms: 1 / 0}, "notes"),
     ],
 )
 def test_a_question_that_fails_names_its_rule_and_place(members: dict[str, Any], what: str) -> None:
@@ -119,16 +119,16 @@ def test_an_absent_capture_has_no_metadata() -> None:
     def ask(self: Any, m: Any) -> Any:
         return m.val(m.y).dim() == 1, "y"
 
-    rule = made(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y)), c=require("a thing")(ask))
+    rule = made(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y)), c=requirement("a thing")(ask))
     with pytest.raises(RuleError, match="None stands where a node was asked for: an optional capture may be absent"):
         apply(two(), [rule])
 
 
 @pytest.mark.parametrize("key", [lambda self, m: 1 / 0, lambda self, m: [m.x]], ids=["raises", "unhashable"])
 def test_a_key_that_fails_names_its_rule(key: Any) -> None:
-    together = {"key": key, "emit_together": lambda self, b, ms: [], "pattern": Relu.pattern}
-    rule = type("Faulty", (JointRule,), together)()
-    with pytest.raises(RuleError, match="rule faulty: at relu_default its key failed: "):
+    together = {"group_key": key, "rewrite_group": lambda self, b, ms: [], "pattern": Relu.pattern}
+    rule = type("Faulty", (GroupRule,), together)()
+    with pytest.raises(RuleError, match="rule faulty: at relu_default its group_key failed: "):
         apply(two(), [rule])
 
 
@@ -136,13 +136,16 @@ def test_a_key_that_fails_names_its_rule(key: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("emit", "fault"),
+    ("rewrite", "fault"),
     [
         (
             lambda b, m: b.call(aten.add.Tensor, m.x, torch.ones(4)),
             "a new tensor is made a constant .* with b.constant",
         ),
-        (lambda b, m: b.call(aten.mul.Tensor, m.root, 1.0), "relu_default is what emit replaces, and cannot be read"),
+        (
+            lambda b, m: b.call(aten.mul.Tensor, m.root, 1.0),
+            "relu_default is what rewrite replaces, and cannot be read",
+        ),
         (lambda b, m: b.call(aten.neg.default, next(iter(m.root.users))), "add_tensor is computed behind relu_default"),
         (lambda b, m: b.call(aten.add, m.x, 1), "aten.add has several overloads"),
         (lambda b, m: b.call(nn.functional.relu, m.x), "is no operator of an exported graph"),
@@ -155,32 +158,32 @@ def test_a_key_that_fails_names_its_rule(key: Any) -> None:
             lambda b, m: b.constant("c", [], "c", lambda: torch.ones(4)),
             "c has no sources, or some that are no constants",
         ),
-        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are affine\(m\).sources"),
+        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are weight_of\(m\).sources"),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name(emit: Any, fault: str) -> None:
+def test_what_cannot_be_built_is_refused_by_name(rewrite: Any, fault: str) -> None:
     before = two()
     with pytest.raises(RuleError, match=f"rule faulty.*{fault}"):
-        apply(before, [emitting(emit)])
+        apply(before, [rewriting(rewrite)])
     assert names(before) == ["aten.relu", "aten.add", "aten.neg"]
 
 
 def test_a_node_made_without_the_builder_has_no_value() -> None:
-    def emit(b: Any, m: Any) -> Node:
+    def rewrite(b: Any, m: Any) -> Node:
         with m.root.graph.inserting_before(m.root):
             return m.root.graph.call_function(aten.neg.default, (m.x,))  # type: ignore[no-any-return]
 
     with pytest.raises(RuleError, match=r"which is none; build it with b.call"):
-        apply(two(), [emitting(emit)])
+        apply(two(), [rewriting(rewrite)])
 
 
 def test_a_node_that_was_removed_is_refused() -> None:
     gone: list[Node] = []
 
     class First(Relu):
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             gone.append(m.root)
-            return super().emit(b, m)
+            return super().rewrite(b, m)
 
     class Second(Relu):
         after = ("first",)
@@ -188,7 +191,7 @@ def test_a_node_that_was_removed_is_refused() -> None:
         def pattern(self, x: Any) -> Any:
             return op(aten.neg.default)(x)
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             return b.call(aten.abs.default, gone[0])  # type: ignore[no-any-return]
 
     with pytest.raises(RuleError, match="rule second: .* is not in the graph that .* stands in, or was removed"):
@@ -196,11 +199,11 @@ def test_a_node_that_was_removed_is_refused() -> None:
 
 
 def test_a_node_that_nothing_reads_is_gone() -> None:
-    def emit(b: Any, m: Any) -> Node:
+    def rewrite(b: Any, m: Any) -> Node:
         b.call(aten.abs.default, m.x)
         return b.call(aten.neg.default, m.x)  # type: ignore[no-any-return]
 
-    program, _ = apply(two(), [emitting(emit)])
+    program, _ = apply(two(), [rewriting(rewrite)])
     assert names(program) == ["aten.neg", "aten.add", "aten.neg"]
 
 
@@ -219,9 +222,9 @@ def lines() -> ExportedProgram:
 @pytest.mark.parametrize(
     "members",
     [
-        {"c": require("few rows")(lambda self, m: (True, "") if m.val(m.x).shape[0] <= 16 else (False, "many"))},
-        {"c": require("four rows")(lambda self, m: (bool(m.val(m.x).shape[0] == 4), "others"))},
-        {"emit": lambda self, b, m: b.call(aten.slice.Tensor, m.x, 0, 0, int(m.val(m.x).shape[0]))},
+        {"c": requirement("few rows")(lambda self, m: (True, "") if m.val(m.x).shape[0] <= 16 else (False, "many"))},
+        {"c": requirement("four rows")(lambda self, m: (bool(m.val(m.x).shape[0] == 4), "others"))},
+        {"rewrite": lambda self, b, m: b.call(aten.slice.Tensor, m.x, 0, 0, int(m.val(m.x).shape[0]))},
         {"takes": lambda self, m: [m.x] if m.val(m.x).shape[0] > 9 else []},
     ],
     ids=["a branch", "a bool", "a number", "what is taken"],
@@ -233,7 +236,7 @@ def test_a_dynamic_size_is_not_fixed_by_a_rule(members: dict[str, Any]) -> None:
 
 
 def test_an_answer_about_a_dynamic_size_is_no_bool() -> None:
-    even = require("even rows")(lambda self, m: (m.val(m.x).shape[0] % 2 == 0, "odd"))
+    even = requirement("even rows")(lambda self, m: (m.val(m.x).shape[0] % 2 == 0, "odd"))
     with pytest.raises(RuleError, match=r"with holds a bool .*statically_known_true says"):
         ecp.rewrite(lines(), "cpu", [made(c=even)])
 
@@ -242,26 +245,26 @@ def test_a_dynamic_size_is_an_argument_as_a_node() -> None:
     def whole(b: Any, m: Any) -> Node:
         return b.call(aten.view.default, b.call(aten.relu.default, m.x), [b.size(m.x, 0), b.size(m.x, 1)])  # type: ignore[no-any-return]
 
-    program, _ = ecp.rewrite(lines(), "cpu", [emitting(whole)], expect={"faulty": 1})
+    program, _ = ecp.rewrite(lines(), "cpu", [rewriting(whole)], expect={"faulty": 1})
     for rows in (2, 40):
         x = torch.randn(rows, 3)
         assert torch.equal(program.module()(x), Lines()(x))
     with pytest.raises(RuleError, match=r"takes no symbolic number \(s\d+\).* is b.size\(node, dim\)"):
-        ecp.rewrite(lines(), "cpu", [emitting(lambda b, m: b.call(aten.view.default, m.x, list(m.val(m.x).shape)))])
+        ecp.rewrite(lines(), "cpu", [rewriting(lambda b, m: b.call(aten.view.default, m.x, list(m.val(m.x).shape)))])
 
 
 # What is told -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_no_candidate_and_was_not_taken_is_told_where_it_was_expected() -> None:
-    never = require("a thing", hint="change it")(lambda self, m: (False, "another"))
+    never = requirement("a thing", hint="change it")(lambda self, m: (False, "another"))
     with pytest.raises(
-        ecp.ExpectationError, match=r"faulty: expected 1, got 0(.|\n)*untaken   relu: faulty wanted a thing"
+        ecp.ExpectationError, match=r"faulty: expected 1, got 0(.|\n)*rejected   relu: faulty wanted a thing"
     ):
         ecp.rewrite(lines(), "cpu", [made(c=never)], expect={"faulty": 1})
     _, report = ecp.rewrite(lines(), "cpu", [made(c=never)])
-    assert report.to_dict()["untaken"] == {"faulty": ["relu: faulty wanted a thing, found another; change it"]}
-    assert ecp.Report.merge([report, report]).untaken == {"faulty": 2 * report.untaken["faulty"]}
+    assert report.to_dict()["rejected"] == {"faulty": ["relu: faulty wanted a thing, found another; change it"]}
+    assert ecp.Report.merge([report, report]).rejected == {"faulty": 2 * report.rejected["faulty"]}
 
 
 def quantized() -> ExportedProgram:
@@ -277,14 +280,14 @@ class Again(Rule):
     def pattern(self, x: Any) -> Any:
         return op(aten.linear.default)(x, op(torch.ops.torchao.dequantize_affine.default)(..., name="w", shared=True))
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.linear.default, m.x, m.w)
 
 
 class Transposed(Again):
     """linear(x, w) -> x @ t(w): another operator reads the weight"""
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.mm.default, m.x, b.call(aten.t.default, m.w))
 
 

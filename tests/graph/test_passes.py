@@ -24,7 +24,7 @@ def rule(name: str, before: Any = (), after: Any = ()) -> Rule:
         "before": before,
         "after": after,
         "pattern": lambda self, x: op(aten.relu.default)(x),
-        "emit": lambda self, b, m: b.call(aten.neg.default, m.x),
+        "rewrite": lambda self, b, m: b.call(aten.neg.default, m.x),
     }
     return type(name, (Rule,), body)()  # type: ignore[no-any-return]
 

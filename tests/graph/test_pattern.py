@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from et_cuda_passes.graph.pattern import Anything, Call, Capture, Literal, any_of, captures_of, op, roots
+from et_cuda_passes.graph.pattern import Call, Capture, Literal, Wildcard, any_of, op, parse_captures, root_ops
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ def test_arguments_are_lifted_to_patterns() -> None:
 
 def test_an_ellipsis_matches_anything_and_the_last_one_opens_the_rest() -> None:
     x = Capture("x")
-    assert op(aten.add.Tensor)(..., x).args == (Anything(), x)
+    assert op(aten.add.Tensor)(..., x).args == (Wildcard(), x)
     assert not op(aten.add.Tensor)(..., x).open
     last = op(aten.add.Tensor)(x, ...)
     assert (last.args, last.open) == ((x,), True)
@@ -49,39 +49,39 @@ def test_any_of_is_flat_and_in_order() -> None:
 def test_captures_are_the_parameters() -> None:
     def pattern(x: Any, bias: Any = None) -> None: ...
 
-    assert captures_of(pattern) == {"x": Capture("x"), "bias": Capture("bias", optional=True)}
+    assert parse_captures(pattern) == {"x": Capture("x"), "bias": Capture("bias", optional=True)}
 
 
 def test_captures_cannot_be_variadic() -> None:
     def pattern(*xs: Any) -> None: ...
 
     with pytest.raises(TypeError, match="cannot be variadic"):
-        captures_of(pattern)
+        parse_captures(pattern)
 
 
 def test_a_captures_default_can_only_be_none() -> None:
     def pattern(x: Any = 1) -> None: ...
 
     with pytest.raises(TypeError, match="only default is None"):
-        captures_of(pattern)
+        parse_captures(pattern)
 
 
 def test_roots_are_those_of_every_alternative() -> None:
     pattern = any_of(op(aten.mm.default, aten.addmm.default)(...), op(aten.linear.default)(...))
-    assert list(roots(pattern)) == [aten.mm.default, aten.addmm.default, aten.linear.default]
+    assert list(root_ops(pattern)) == [aten.mm.default, aten.addmm.default, aten.linear.default]
 
 
-@pytest.mark.parametrize("pattern", [Capture("x"), Anything(), any_of(op(aten.relu.default)(), Literal(1))])
+@pytest.mark.parametrize("pattern", [Capture("x"), Wildcard(), any_of(op(aten.relu.default)(), Literal(1))])
 def test_a_pattern_that_would_match_everywhere_is_refused(pattern: Any) -> None:
     with pytest.raises(TypeError, match="rooted in a call"):
-        list(roots(pattern))
+        list(root_ops(pattern))
 
 
 def test_patterns_read_as_the_operators_they_want() -> None:
     mm, addmm = op(aten.mm.default)(...), op(aten.addmm.default)(...)
     assert str(op(aten.mm.default, aten.linear.default)()) == "aten.mm or aten.linear"
     assert str(any_of(mm, addmm, mm)) == "aten.mm or aten.addmm"
-    assert (str(Capture("x")), str(Literal(2)), str(Anything())) == ("x", "2", "...")
+    assert (str(Capture("x")), str(Literal(2)), str(Wildcard())) == ("x", "2", "...")
 
 
 def test_more_positional_arguments_than_the_operator_has_are_refused() -> None:

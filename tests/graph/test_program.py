@@ -13,7 +13,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch, names
@@ -215,7 +215,7 @@ def test_two_methods_share_what_one_pool_has_packed() -> None:
     prefill = torch.export.export(model, (X,))
     model.use = lambda linear, x: linear(x) * 2
     decode = torch.export.export(model, (X[:1],))
-    pool = ConstantPool()
+    pool = ConstantCache()
     (one, _), (two, _) = (ecp.rewrite(method, "cuda", pool=pool) for method in (prefill, decode))
     for name in ("l.weight.packed", "l.weight.scale_and_zero"):
         assert one.state_dict[name].data_ptr() == two.state_dict[name].data_ptr()
@@ -232,7 +232,7 @@ def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
         x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
         return sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w", seed=seed)))
 
-    pool = ConstantPool()
+    pool = ConstantCache()
     (one, _), (two, _) = (ecp.rewrite(method(seed), "cuda", pool=pool) for seed in (0, 1))
     assert set(one.state_dict) == {"w.data.packed", "w.data.scale_and_zero"}
     assert set(two.state_dict) == {"w.data.packed_2", "w.data.scale_and_zero_2"}
@@ -243,7 +243,7 @@ def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
 def test_a_weight_that_was_changed_between_two_rewrites_is_packed_anew() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
-    program, pool = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))), ConstantPool()
+    program, pool = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))), ConstantCache()
     rows = torch.randn(2, 64, dtype=torch.bfloat16)
     first, _ = ecp.rewrite(program, "cuda", pool=pool)
     before = first.module()(rows)
@@ -373,9 +373,9 @@ def test_what_is_derived_is_computed_once_and_a_failure_is_remembered() -> None:
 
     for _ in range(2):
         with pytest.raises(ValueError, match="never"):
-            program.derive(fails, mine)
+            program.memoize(fails, mine)
     assert asked == [mine]
     program.refresh()
     with pytest.raises(ValueError, match="never"):
-        program.derive(fails, mine)
+        program.memoize(fails, mine)
     assert len(asked) == 2

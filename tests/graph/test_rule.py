@@ -1,4 +1,4 @@
-"""Rules: which requires a class has, what is asked when, what a failed one says, names."""
+"""Rules: their requirements, the order and stages in which these are checked, texts for the report, names."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.fx import Node
 
+from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Keep, Rule, Unmet, compiled, require
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_pattern, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ class Negate(Rule):
     def pattern(self, x: Capture) -> Any:
         return op(aten.relu.default)(x)
 
-    def emit(self, b: Any, m: Any) -> Node:
+    def rewrite(self, b: Any, m: Any) -> Node:
         return b.call(aten.neg.default, m.x)
 
 
@@ -52,128 +53,236 @@ def test_a_rule_is_named_after_its_class_in_snake_case() -> None:
     assert [c.name for c in (LinearInt4, HTTPFold, Named, Again)] == ["linear_int4", "http_fold", "my_name", "again"]
 
 
-def test_requires_are_collected_in_order_from_the_base_and_overridden_in_place() -> None:
+@requirement("a cat", hint="adopt one")
+def is_cat(m: Any) -> Failure | None:
+    return Failure("a dog")
+
+
+@requirement("the root")
+def has_root(m: Any) -> Failure | None:
+    return None if m.root.name else Failure("no name")
+
+
+@requirement("a moon", hint="look up")
+def has_moon(m: Any) -> Failure | None:
+    return Failure("clouds", "wait for the wind")
+
+
+def test_requirement_has_the_name_texts_and_stage_of_its_function() -> None:
+    @requirement("finite scales", hint="quantize again", stage="values")
+    def scales_are_finite(m: Any) -> Failure | None:
+        return None
+
+    assert isinstance(scales_are_finite, Requirement)
+    got = (scales_are_finite.name, scales_are_finite.wanted, scales_are_finite.hint, scales_are_finite.stage)
+    assert got == ("scales_are_finite", "finite scales", "quantize again", "values")
+
+
+def test_requirements_of_a_subclass_are_those_that_it_states_or_inherits() -> None:
     class Base(Negate):
-        @require("first")
-        def first(self, m: Any) -> Any:
-            return True, ""
+        requirements = (is_cat, has_root)
 
-        @require("second")
-        def second(self, m: Any) -> Any:
-            return True, ""
+    class Same(Base): ...
 
-        @require("third")
-        def third(self, m: Any) -> Any:
-            return True, ""
+    class More(Base):
+        requirements = (*Base.requirements, has_moon)
 
-    class Sub(Base):
-        @require("other first", hint="do this")
+    class Fewer(Base):
+        requirements = (has_root,)
+
+    assert Negate.requirements == ()
+    assert Same.requirements == (is_cat, has_root)
+    assert More.requirements == (is_cat, has_root, has_moon)
+    assert Fewer.requirements == (has_root,)
+
+
+@pytest.mark.parametrize(
+    ("requirements", "message"),
+    [
+        (is_cat, "requirements must be a tuple of requirements"),
+        ([is_cat], "requirements must be a tuple of requirements"),
+        ((lambda m: None,), r"requirements contains <function .*@requirement\('...'\) above a function"),
+    ],
+    ids=["one", "list", "plain function"],
+)
+def test_requirements_that_are_no_tuple_of_requirements_are_refused(requirements: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"rule Wrong: {message}"):
+        type("Wrong", (Negate,), {"requirements": requirements})
+
+
+def test_every_failure_is_reported_in_the_order_of_the_tuple_with_its_own_hint_if_it_has_one() -> None:
+    class Picky(Negate):
+        requirements = (has_moon, has_root, is_cat)
+
+    assert reasons(Picky()) == [
+        Reason("picky", "metadata", "a moon", "clouds", "wait for the wind"),
+        Reason("picky", "metadata", "a cat", "a dog", "adopt one"),
+    ]
+    assert str(reasons(Picky())[0]) == "picky wanted a moon, found clouds; wait for the wind"
+
+
+def test_an_empty_hint_of_a_failure_replaces_that_of_the_requirement() -> None:
+    @requirement("a cat", hint="adopt one")
+    def is_cat(m: Any) -> Failure | None:
+        return Failure("a tiger", "")
+
+    class Picky(Negate):
+        requirements = (is_cat,)
+
+    assert reasons(Picky()) == [Reason("picky", "metadata", "a cat", "a tiger", "")]
+
+
+@pytest.mark.parametrize("answer", [True, False, "clouds", (False, "clouds")])
+def test_a_requirement_that_returns_anything_but_none_or_a_failure_is_the_rule_s_fault(answer: Any) -> None:
+    @requirement("a moon")
+    def has_moon(m: Any) -> Any:
+        return answer
+
+    class Picky(Negate):
+        requirements = (has_moon,)
+
+    with pytest.raises(RuleError, match="rule picky: the requirement 'a moon' must return None where it holds"):
+        reasons(Picky())
+
+
+def test_a_requirement_reads_the_options_of_its_rule_from_the_match() -> None:
+    @requirement("to be allowed")
+    def is_allowed(m: Any) -> Failure | None:
+        return None if m.rule.allow else Failure("forbidden")
+
+    @dataclass(frozen=True)
+    class Optional(Negate):
+        allow: bool = False
+        requirements = (is_allowed,)
+
+    assert reasons(Optional())[0].found == "forbidden"
+    program, report = apply(relu_program(), [Optional(allow=True)], aten.relu.default)
+    assert names(program) == ["aten.neg"]
+    assert report.counts()["rewritten"] == 1
+
+
+def test_a_requirement_parametrised_by_a_function_is_one_value_for_each_call() -> None:
+    def has_name(name: str) -> Requirement:
+        @requirement(f"the name {name}")
+        def has_this_name(m: Any) -> Failure | None:
+            return None if m.root.name == name else Failure(m.root.name)
+
+        return has_this_name
+
+    class Picky(Negate):
+        requirements = (has_name("relu_default"), has_name("other"))
+
+    assert reasons(Picky()) == [Reason("picky", "metadata", "the name other", "relu_default")]
+
+
+class Methods(Negate):
+    """A rule of the form that every rule had before: its requirements are methods."""
+
+    @requirement("first")
+    def first(self, m: Any) -> Any:
+        return True, ""
+
+    @requirement("second", hint="do this")
+    def second(self, m: Any) -> Any:
+        return False, "none"
+
+    @requirement("third")
+    def third(self, m: Any) -> Any:
+        return False, "two", "take one away"
+
+
+def test_methods_are_requirements_of_a_rule_that_states_no_tuple() -> None:
+    class Sub(Methods):
+        @requirement("other first", stage="values")
         def first(self, m: Any) -> Any:
             return True, ""
 
         def third(self, m: Any) -> Any:
             """No longer a condition."""
 
-        @require("fourth", stage="values")
+    assert [r.wanted for r in Methods.requirements] == ["first", "second", "third"]
+    assert [(r.wanted, r.stage) for r in Sub.requirements] == [("other first", "values"), ("second", "metadata")]
+    assert reasons(Methods()) == [
+        Reason("methods", "metadata", "second", "none", "do this"),
+        Reason("methods", "metadata", "third", "two", "take one away"),
+    ]
+
+
+def test_a_tuple_replaces_the_methods_of_base_classes_and_methods_of_subclasses_follow_it() -> None:
+    class Converted(Methods):
+        requirements = (is_cat,)
+
+    class Sub(Converted):
+        @requirement("fourth")
         def fourth(self, m: Any) -> Any:
             return True, ""
 
-    assert [r.wanted for r in Base.requires] == ["first", "second", "third"]
-    assert [(r.wanted, r.hint, r.stage) for r in Sub.requires] == [
-        ("other first", "do this", "metadata"),
-        ("second", "", "metadata"),
-        ("fourth", "", "values"),
-    ]
+    assert [r.wanted for r in Converted.requirements] == ["a cat"]
+    assert [r.wanted for r in Sub.requirements] == ["a cat", "fourth"]
 
 
-def test_requires_of_a_mixin_that_is_no_rule_count_too() -> None:
-    class Mixin:
-        @require("mixed in")
-        def mixed(self, m: Any) -> Any:
-            return True, ""
+def test_a_decoder_s_unmet_text_is_reported_once() -> None:
+    @requirement("one thing", hint="general")
+    def one(m: Any) -> Failure | None:
+        raise Unmet("no weight at all")
 
-    class Sub(Mixin, Negate): ...
+    @requirement("another thing")
+    def another(m: Any) -> Failure | None:
+        raise Unmet("no weight at all")
 
-    assert [r.wanted for r in Sub.requires] == ["mixed in"]
+    @requirement("a third")
+    def third(m: Any) -> Failure | None:
+        raise Unmet("something else")
 
+    class Undecodable(Negate):
+        requirements = (one, another, third)
 
-def test_every_failed_require_is_reported_and_a_better_hint_replaces_the_general_one() -> None:
-    class Picky(Negate):
-        @require("a cat", hint="adopt one")
-        def cat(self, m: Any) -> Any:
-            return False, "a dog"
-
-        @require("what there is")
-        def there(self, m: Any) -> Any:
-            return True, "all"
-
-        @require("a moon", hint="look up")
-        def moon(self, m: Any) -> Any:
-            return False, "clouds", "wait for the wind"
-
-    assert reasons(Picky()) == [
-        Reason("picky", "metadata", "a cat", "a dog", "adopt one"),
-        Reason("picky", "metadata", "a moon", "clouds", "wait for the wind"),
-    ]
-    assert str(reasons(Picky())[1]) == "picky wanted a moon, found clouds; wait for the wind"
-
-
-def test_a_question_that_cannot_be_asked_is_reported_once() -> None:
-    class Unaskable(Negate):
-        @require("one thing", hint="general")
-        def one(self, m: Any) -> Any:
-            raise Unmet("no weight at all")
-
-        @require("another thing")
-        def another(self, m: Any) -> Any:
-            raise Unmet("no weight at all")
-
-        @require("a third")
-        def third(self, m: Any) -> Any:
-            raise Unmet("something else")
-
-    assert reasons(Unaskable()) == [
-        Reason("unaskable", "metadata", "one thing", "no weight at all", "general"),
-        Reason("unaskable", "metadata", "a third", "something else"),
+    assert reasons(Undecodable()) == [
+        Reason("undecodable", "metadata", "one thing", "no weight at all", "general"),
+        Reason("undecodable", "metadata", "a third", "something else"),
     ]
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_values_are_asked_for_only_after_all_metadata_holds(good: bool) -> None:
-    asked: list[str] = []
+def test_the_values_stage_runs_only_if_all_metadata_requirements_hold(good: bool) -> None:
+    checked: list[str] = []
+
+    @requirement("good values", stage="values")
+    def values(m: Any) -> Failure | None:
+        checked.append("values")
+        return Failure("bad values")
+
+    @requirement("good metadata")
+    def metadata(m: Any) -> Failure | None:
+        checked.append("metadata")
+        return None if good else Failure("bad metadata")
 
     class Staged(Negate):
-        @require("good values", stage="values")
-        def values(self, m: Any) -> Any:
-            asked.append("values")
-            return False, "bad values"
-
-        @require("good metadata")
-        def metadata(self, m: Any) -> Any:
-            asked.append("metadata")
-            return good, "bad metadata"
+        requirements = (values, metadata)
 
     (reason,) = reasons(Staged())
     assert (reason.stage, reason.found) == (("values", "bad values") if good else ("metadata", "bad metadata"))
-    assert asked == (["metadata", "values"] if good else ["metadata"])
+    assert checked == (["metadata", "values"] if good else ["metadata"])
 
 
 def test_captures_and_named_calls_are_attributes_and_nothing_else_is() -> None:
     seen: dict[str, Any] = {}
+
+    @requirement("to look")
+    def look(m: Any) -> Failure | None:
+        seen.update(x=m.x.name, inner=m.inner.name, bias=m.bias, root=m.root.name, target=m.target.name)
+        with pytest.raises(AttributeError, match="no capture named 'y'"):
+            _ = m.y
+        return Failure("enough")
 
     class Look(Rule):
         def pattern(self, x: Capture, bias: Capture | None = None) -> Any:
             plain = op(aten.relu.default)(op(aten.neg.default)(x, name="inner"))
             return any_of(plain, op(aten.relu.default)(op(aten.add.Tensor)(x, bias, name="inner")))
 
-        @require("to look")
-        def look(self, m: Any) -> Any:
-            seen.update(x=m.x.name, inner=m.inner.name, bias=m.bias, root=m.root.name, target=m.target.name)
-            with pytest.raises(AttributeError, match="no capture named 'y'"):
-                _ = m.y
-            return False, "enough"
+        requirements = (look,)
 
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             raise AssertionError
 
     sketch = Sketch()
@@ -189,6 +298,7 @@ RELU = op(aten.relu.default)
     ("taken", "form"),
     [
         ("root", lambda self, root: RELU(root)),
+        ("rule", lambda self, rule: RELU(rule)),
         ("target", lambda self, target: RELU(target)),
         ("program", lambda self, program: RELU(program)),
         ("val", lambda self, x: RELU(x, name="val")),
@@ -201,12 +311,12 @@ def test_a_capture_with_the_name_of_something_that_a_match_has_is_refused(taken:
         pattern = form
 
     with pytest.raises(TypeError, match=taken):
-        compiled(Collides())
+        compile_pattern(Collides())
 
 
 def test_the_parts_of_a_rule_are_required() -> None:
     class NoPattern(Rule):
-        def emit(self, b: Any, m: Any) -> Node:
+        def rewrite(self, b: Any, m: Any) -> Node:
             raise AssertionError
 
     class Everywhere(Negate):
@@ -218,26 +328,11 @@ def test_the_parts_of_a_rule_are_required() -> None:
             return op(aten.relu.default)(x)
 
     with pytest.raises(TypeError, match="rule no_pattern has no pattern method"):
-        compiled(NoPattern())
+        compile_pattern(NoPattern())
     with pytest.raises(TypeError, match=r"rule everywhere: pattern\(\) must return op"):
-        compiled(Everywhere())
-    with pytest.raises(TypeError, match="emit"):
+        compile_pattern(Everywhere())
+    with pytest.raises(TypeError, match="rewrite"):
         NoEmit()  # type: ignore[abstract]
-
-
-def test_options_are_fields_and_need_no_class_of_their_own() -> None:
-    @dataclass(frozen=True)
-    class Optional(Negate):
-        allow: bool = False
-
-        @require("to be allowed")
-        def allowed(self, m: Any) -> Any:
-            return self.allow, "forbidden"
-
-    assert reasons(Optional())[0].found == "forbidden"
-    program, report = apply(relu_program(), [Optional(allow=True)], aten.relu.default)
-    assert names(program) == ["aten.neg"]
-    assert report.counts()["rewritten"] == 1
 
 
 def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
@@ -245,14 +340,44 @@ def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
         def pattern(self, x: Capture) -> Any:
             return op(aten.relu.default)(x)
 
-        def note(self, m: Any) -> str:
-            return f"{m.root.name} is fine"
+        def notes(self, *ms: Any) -> Notes:
+            return Notes(f"{ms[0].root.name} is fine", "it is positive")
 
-        def detail(self, m: Any) -> str:
+        def summary(self, m: Any) -> str:
             return "in its own form"
 
     program, report = apply(relu_program(), [KeepRelu()], aten.relu.default)
     assert names(program) == ["aten.relu"]
     (outcome,) = report.outcomes
     assert (outcome.status, outcome.rule, outcome.detail) == ("kept", "keep_relu", "in its own form")
+    assert outcome.explanation == "it is positive"
     assert [str(reason) for reason in outcome.reasons] == ["relu_default is fine"]
+
+
+def test_notes_that_are_no_notes_are_the_rule_s_fault() -> None:
+    class Talks(Negate):
+        def notes(self, *ms: Any) -> Any:
+            return "a text"
+
+    with pytest.raises(
+        RuleError, match=r"rule talks: notes must return Notes\(note, explanation\); it returned 'a text'"
+    ):
+        apply(relu_program(), [Talks()], aten.relu.default)
+
+
+@pytest.mark.parametrize(
+    ("base", "old", "new"),
+    [
+        (Rule, "emit", "rewrite"),
+        (Rule, "detail", "summary"),
+        (Rule, "silent", "reports_misses"),
+        (Rule, "requires", "requirements"),
+        (GroupRule, "emit_together", "rewrite_group"),
+        (GroupRule, "key", "group_key"),
+        (GroupRule, "most", "max_group_size"),
+        (GroupRule, "common", "shared_captures"),
+    ],
+)
+def test_renamed_hook_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"rule Old defines {old}, which is now called {new}"):
+        type("Old", (base,), {old: lambda self, b, m: m.root})

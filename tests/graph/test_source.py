@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from et_cuda_passes.graph.source import source_of
+from et_cuda_passes.graph.report import user_source_line
 
 HERE = '  File "/src/model.py", line 12, in forward\n    y = self.up(x)\n'
 INNER = '  File "/src/blocks.py", line 3, in up\n    return F.linear(x, w)\n'
@@ -26,11 +26,11 @@ TORCHAO = '  File "/venv/lib/torchao/quantization/x.py", line 9, in _\n    retur
 def test_the_innermost_line_that_is_no_plumbing(trace: str | None, line: str) -> None:
     node = torch.fx.Graph().placeholder("x")
     node.meta["stack_trace"] = trace
-    assert source_of(node) == line
+    assert user_source_line(node) == line
 
 
 def test_a_node_without_a_trace() -> None:
-    assert source_of(torch.fx.Graph().placeholder("x")) == ""
+    assert user_source_line(torch.fx.Graph().placeholder("x")) == ""
 
 
 def test_an_export_s_own_trace() -> None:
@@ -40,5 +40,5 @@ def test_an_export_s_own_trace() -> None:
 
     program = torch.export.export(Model(), (torch.randn(3),))
     (relu,) = program.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
-    assert source_of(relu).startswith(__file__)
-    assert source_of(relu).endswith(": return x.relu() + 1")
+    assert user_source_line(relu).startswith(__file__)
+    assert user_source_line(relu).endswith(": return x.relu() + 1")

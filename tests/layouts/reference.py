@@ -1,4 +1,4 @@
-"""Each layout once more, slowly, straight from its formula: one weight at a time, in plain Python integers."""
+"""Slow references of the layouts: each formula applied to one weight at a time, in Python integers."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The cpu layout: through the operator, in strips; and what the matrix product makes of it."""
+"""The cpu layout against torch's operator, for every shape and instruction set, and against the CPU kernel."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ def converted(q: torch.Tensor) -> torch.Tensor:
     signed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_strips_give_what_the_operator_gives_at_once_and_unpack_undoes_it(
+def test_cpu_pack_equals_operator_and_unpack_inverts_it(
     sixteenth: int, half_k: int, chunk_bytes: int, signed: bool, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -44,13 +44,13 @@ def test_strips_give_what_the_operator_gives_at_once_and_unpack_undoes_it(
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 2**32),
 )
-def test_the_matrix_product_reads_the_packed_weight_as_q_minus_8_times_scale_plus_zero(
+def test_cpu_kernel_computes_q_minus_8_times_scale_plus_zero(
     sixteenth: int, group: int, groups: int, rows: int, dtype: torch.dtype, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     n, k = 16 * sixteenth, group * groups
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random)
-    # Small integers and powers of two, and few of x that are not 0: every product and sum is exact in each dtype.
+    # With small integers, powers of two and a sparse x, every product and sum is exact in each dtype.
     scale = 2.0 ** torch.randint(-2, 2, (n, groups), generator=random)
     zero = torch.randint(-3, 4, (n, groups), generator=random).float()
     x = torch.zeros(rows, k)
@@ -64,7 +64,7 @@ def test_the_matrix_product_reads_the_packed_weight_as_q_minus_8_times_scale_plu
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets_pack_in_their_own_way_and_unpack_it(capability: str) -> None:
+def test_cpu_pack_and_unpack_agree_on_other_instruction_sets(capability: str) -> None:
     code = """
 import torch
 from et_cuda_passes.layouts import cpu
@@ -85,7 +85,7 @@ print(torch.backends.cpu.get_cpu_capability())
     assert done.returncode == 0, done.stderr
 
 
-def test_a_layout_that_is_not_made_of_blocks_is_packed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_pack_without_blocks_packs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_block_rows", lambda: None)
     q = torch.randint(-8, 8, (208, 930), dtype=torch.int8)
     packed = cpu.pack(q, 8)
@@ -94,7 +94,7 @@ def test_a_layout_that_is_not_made_of_blocks_is_packed_at_once(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("layout", ["scrambled", "single column"])
-def test_a_layout_that_only_looks_like_blocks_is_noticed(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+def test_block_rows_rejects_order_that_only_resembles_blocks(monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
     def strange(weights: torch.Tensor) -> torch.Tensor:
         packed = converted(weights)
         if layout == "scrambled" and weights.shape[1] > 2:
@@ -105,7 +105,7 @@ def test_a_layout_that_only_looks_like_blocks_is_noticed(monkeypatch: pytest.Mon
     assert cpu._block_rows.__wrapped__() is None
 
 
-def test_a_weight_on_another_device_is_refused() -> None:
+def test_cpu_pack_rejects_weight_on_other_device() -> None:
     class Elsewhere(torch.Tensor):
         @property
         def device(self) -> torch.device:  # type: ignore[override]

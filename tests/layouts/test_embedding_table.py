@@ -1,4 +1,4 @@
-"""The layout of ExecuTorch's quantized embeddings, bit by bit, and against ExecuTorch's own packing."""
+"""The embedding_table layout: against its formula and against ExecuTorch's own packing."""
 
 import executorch.exir  # noqa: F401  (registers the operators)
 import pytest
@@ -11,15 +11,15 @@ from et_cuda_passes.layouts import embedding_table
 
 
 def bit_by_bit(u: Tensor, bits: int) -> Tensor:
-    """The bytes that the layout's docstring describes, from weights in 0..2**bits - 1, one weight after the other."""
+    """The bytes of the layout's formula, from weights in 0..2**bits - 1, one weight at a time."""
     n, k = u.shape
-    together = 8 // bits
-    packed = torch.zeros(n, k // together, dtype=torch.int64)
+    per_byte = 8 // bits
+    packed = torch.zeros(n, k // per_byte, dtype=torch.int64)
     for row in range(n):
         for column in range(k):
-            place = column % together
+            place = column % per_byte
             shift = {2: 2 * place, 4: 4 * (1 - place), 8: 0}[bits]
-            packed[row, column // together] += int(u[row, column]) << shift
+            packed[row, column // per_byte] += int(u[row, column]) << shift
     return packed - 128 if bits == 8 else packed
 
 
@@ -31,7 +31,7 @@ def bit_by_bit(u: Tensor, bits: int) -> Tensor:
     dtype=st.sampled_from([torch.int8, torch.uint8, torch.int32, torch.int64]),
     seed=st.integers(0, 2**32),
 )
-def test_bytes_follow_the_formula_and_unpack_undoes_pack(
+def test_embedding_table_follows_formula_and_unpack_inverts_pack(
     n: int, quarters: int, bits: int, chunk_bytes: int, dtype: torch.dtype, seed: int
 ) -> None:
     u = torch.randint(0, 1 << bits, (n, 4 * quarters), generator=torch.Generator().manual_seed(seed))
@@ -43,14 +43,14 @@ def test_bytes_follow_the_formula_and_unpack_undoes_pack(
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_it_is_what_executorch_packs(bits: int) -> None:
+def test_embedding_table_equals_executorch_packing(bits: int) -> None:
     half = 1 << bits - 1
     q = torch.randint(-half, half, (7, 24), dtype=torch.int8)
     wanted = torch.ops.quant_fusion._pack_embedding_weight.default(q, bits)
     assert torch.equal(embedding_table.pack(q, bits, half), wanted)
 
 
-def test_bad_input() -> None:
+def test_embedding_table_rejects_bad_input() -> None:
     q = torch.zeros(2, 6, dtype=torch.int8)
     with pytest.raises(ValueError, match="bits must be 2, 4 or 8, got 3"):
         embedding_table.pack(q, 3)
@@ -60,7 +60,7 @@ def test_bad_input() -> None:
         embedding_table.pack(torch.tensor([[-8, 8]]), 4, 8)
     with pytest.raises(ValueError, match=r"must be 2-D \[N, K\] and not empty, got shape \(6,\)"):
         embedding_table.pack(q[0], 4)
-    with pytest.raises(TypeError, match="must hold integers, one to an element, got torch.float32"):
+    with pytest.raises(TypeError, match="must hold integers, one per element, got torch.float32"):
         embedding_table.pack(q.float(), 4)
     with pytest.raises(ValueError, match="q is a meta tensor"):
         embedding_table.pack(q.to("meta"), 4)

@@ -1,4 +1,4 @@
-"""The metal layout, and its q * S + Z."""
+"""The metal layout, and its scales and zeros of q * S + Z."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.layouts import reference
     signed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_bytes_follow_the_formula_and_unpack_undoes_pack(
+def test_metal_follows_formula_and_unpack_inverts_pack(
     n: int, eighth: int, chunk_bytes: int, signed: bool, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -28,13 +28,13 @@ def test_bytes_follow_the_formula_and_unpack_undoes_pack(
     assert torch.equal(metal.unpack(packed), wanted)
 
 
-def test_the_bytes_are_those_of_mps() -> None:
+def test_metal_bytes_equal_mps_bytes() -> None:
     q = torch.randint(0, 16, (16, 128), dtype=torch.uint8)
     assert reference.little_endian_bytes(mps.pack(q, 8)) == metal.pack(q).flatten().tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_without_a_zero_the_two_formulas_agree_exactly(dtype: torch.dtype) -> None:
+def test_metal_scales_without_zero_are_exact(dtype: torch.dtype) -> None:
     scale = torch.rand(8, 4) + 0.01
     s, z = metal.scale_and_zero(scale, torch.zeros(8, 4), dtype)
     assert s.dtype == z.dtype == dtype and s.is_contiguous() and z.is_contiguous()
@@ -44,18 +44,18 @@ def test_without_a_zero_the_two_formulas_agree_exactly(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-24)])
-def test_with_a_zero_the_two_formulas_differ_by_one_rounding_of_each_number(dtype: torch.dtype, unit: float) -> None:
+def test_metal_scales_with_zero_are_rounded_once(dtype: torch.dtype, unit: float) -> None:
     scale = torch.rand(64, 4) + 0.01
     zero = -scale * torch.randint(-8, 8, (64, 4))
     s, z = (t.double() for t in metal.scale_and_zero(scale, zero, dtype))
     q = torch.arange(16.0, dtype=torch.float64)[:, None, None]
     off = (q * s + z) - ((q - 8) * scale.double() + zero.double())
-    # `unit` is the most that rounding to nearest moves a number, as a part of it. S's counts |q - 8| times; Z is
-    # rounded to fp32 and then to the dtype.
+    # `unit` is the largest relative error of one rounding. That of S counts |q - 8| times; Z is rounded to fp32 and
+    # then to the dtype.
     assert (off.abs() <= unit * 8 * scale.double() + (unit + 2**-24) * 1.01 * z.abs()).all()
 
 
-def test_strided_scales_come_out_contiguous() -> None:
+def test_metal_scales_are_contiguous() -> None:
     scale, zero = torch.rand(4, 8).t(), torch.rand(4, 8).t()
     s, z = metal.scale_and_zero(scale, zero, torch.float32)
     assert s.is_contiguous() and z.is_contiguous() and torch.equal(s, scale)

@@ -16,7 +16,7 @@ from tests.layouts import reference
     signed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_words_follow_the_formula_and_unpack_undoes_pack(
+def test_mma_tiled_follows_formula_and_unpack_inverts_pack(
     n: int, thirtieth: int, chunk_bytes: int, signed: bool, seed: int
 ) -> None:
     k = 32 * thirtieth
@@ -33,8 +33,8 @@ def test_words_follow_the_formula_and_unpack_undoes_pack(
 
 
 @pytest.mark.parametrize("offset", [0, 3, 8, 15])
-def test_padding_along_k_is_the_weight_0(offset: int) -> None:
-    """The kernel computes with q - 8, and x is 0 there as well: nothing is added whichever of the two it relies on."""
+def test_mma_tiled_padding_along_k_is_weight_0(offset: int) -> None:
+    """The kernel subtracts 8 and x is 0 in the padding, so either one alone makes the product there 0."""
     q = torch.full((3, 96), 5 - offset, dtype=torch.int8)
     back = mma_tiled.unpack(mma_tiled.pack(q, offset))
     assert back[:, :96].unique().tolist() == [5]
@@ -42,7 +42,7 @@ def test_padding_along_k_is_the_weight_0(offset: int) -> None:
     assert back[:, 96:].unique().tolist() == [8]
 
 
-def test_the_columns_of_a_word_are_those_of_one_thread_in_four_steps() -> None:
+def test_mma_tiled_word_holds_columns_of_one_thread_in_four_steps() -> None:
     """Word 2 lane + parity of a block: columns 2 lane + parity + 8 half of each of four steps of 16."""
     for lane in range(4):
         for parity in range(2):
@@ -55,7 +55,7 @@ def test_the_columns_of_a_word_are_those_of_one_thread_in_four_steps() -> None:
                 assert mma_tiled.pack(q).tolist() == [wanted]
 
 
-def test_k_is_a_multiple_of_32() -> None:
+def test_mma_tiled_rejects_k_not_multiple_of_32() -> None:
     with pytest.raises(ValueError, match="mma_tiled needs K to be a multiple of 32, got K = 48"):
         mma_tiled.pack(torch.zeros(2, 48, dtype=torch.uint8))
 
@@ -67,7 +67,7 @@ def test_k_is_a_multiple_of_32() -> None:
     ("k", "group", "row"),
     [(32, 32, 8), (64, 64, 8), (160, 32, 16), (192, 32, 16), (512, 64, 16), (4096, 32, 136), (4096, 128, 40)],
 )
-def test_rows_of_scales_leave_room_for_a_load_of_four_and_start_at_16_bytes(k: int, group: int, row: int) -> None:
+def test_mma_tiled_scale_rows_are_aligned_and_fit_a_load_of_four(k: int, group: int, row: int) -> None:
     groups = k // group
     scale = torch.rand(5, groups) + 0.5
     rows = mma_tiled.scale_and_zero(scale, torch.zeros(5, groups), torch.bfloat16, k)
@@ -78,7 +78,7 @@ def test_rows_of_scales_leave_room_for_a_load_of_four_and_start_at_16_bytes(k: i
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_one_zero_that_is_not_0_makes_two_planes(dtype: torch.dtype) -> None:
+def test_mma_tiled_scales_have_plane_of_zeros_if_any_is_not_0(dtype: torch.dtype) -> None:
     scale, zero = torch.rand(4, 3) + 0.5, torch.zeros(4, 3)
     zero[3, 1] = -0.375
     rows = mma_tiled.scale_and_zero(scale, zero, dtype, 96)
@@ -88,13 +88,13 @@ def test_one_zero_that_is_not_0_makes_two_planes(dtype: torch.dtype) -> None:
     assert not rows[:, :, 3:].any()
 
 
-def test_strided_scales_are_read_right() -> None:
+def test_mma_tiled_scales_accept_any_strides() -> None:
     scale, zero = torch.rand(4, 8).t(), torch.rand(4, 8).t()
     rows = mma_tiled.scale_and_zero(scale, zero, torch.float32, 128)
     assert torch.equal(rows[0, :, :4], scale) and torch.equal(rows[1, :, :4], zero)
 
 
-def test_scales_that_cannot_be_are_refused() -> None:
+def test_mma_tiled_scales_reject_bad_input() -> None:
     scale, zero = torch.ones(4, 3), torch.zeros(4, 3)
     with pytest.raises(ValueError, match="3 groups, which do not divide K = 64"):
         mma_tiled.scale_and_zero(scale, zero, torch.bfloat16, 64)

@@ -8,7 +8,7 @@ from et_cuda_passes.layouts import mps
 from tests.layouts import reference
 
 
-def test_the_even_k_is_the_low_nibble_of_a_row_major_byte() -> None:
+def test_mps_byte_has_even_k_in_low_nibble() -> None:
     q = torch.zeros(8, 32, dtype=torch.uint8)
     q[0, 0], q[0, 1], q[0, 8], q[7, 31] = 1, 2, 3, 15
     packed = mps.pack(q, 2)
@@ -27,7 +27,7 @@ def test_the_even_k_is_the_low_nibble_of_a_row_major_byte() -> None:
     signed=st.booleans(),
     seed=st.integers(0, 2**32),
 )
-def test_bytes_follow_the_formula_and_unpack_undoes_pack(
+def test_mps_follows_formula_and_unpack_inverts_pack(
     inner: int, blocks: int, k_tiles: int, chunk_bytes: int, signed: bool, seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
@@ -39,13 +39,13 @@ def test_bytes_follow_the_formula_and_unpack_undoes_pack(
     assert torch.equal(mps.unpack(packed), wanted)
 
 
-def test_inner_k_tiles_moves_no_byte() -> None:
+def test_mps_bytes_do_not_depend_on_inner_k_tiles() -> None:
     q = torch.randint(0, 16, (16, 256), dtype=torch.uint8)
     flat = [mps.pack(q, inner).flatten() for inner in (2, 4, 8)]
     assert torch.equal(flat[0], flat[1]) and torch.equal(flat[1], flat[2])
 
 
-def test_strides_do_not_matter() -> None:
+def test_mps_accepts_any_strides() -> None:
     q = torch.randint(0, 16, (16, 64), dtype=torch.uint8)
     assert torch.equal(mps.pack(q.t().contiguous().t(), 4), mps.pack(q, 4))
     packed = mps.pack(q, 4)

@@ -1,4 +1,4 @@
-"""Rows of padding: the weights come back, with rows of the weight 0 after them, in every layout and chunking."""
+"""out_rows: every layout appends rows of weight 0, for any size of chunks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ UNPACK = {"mma_tiled": mma_tiled, "tile_packed_to_4d": tile_packed_to_4d, "mps":
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(st.integers(1, 150), st.integers(0, 2), st.sampled_from([1, 1 << 10, 1 << 20]))
-def test_padded_rows_are_zeros_and_the_others_what_they_were(layout: str, n: int, more: int, chunk: int) -> None:
+def test_pack_pads_rows_with_weight_0(layout: str, n: int, more: int, chunk: int) -> None:
     pack, multiple = LAYOUTS[layout]
     q = torch.randint(-8, 8, (n, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
     rows = -(-n // multiple) * multiple + more * multiple
@@ -32,6 +32,6 @@ def test_padded_rows_are_zeros_and_the_others_what_they_were(layout: str, n: int
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_fewer_rows_than_there_are_is_refused(layout: str) -> None:
+def test_pack_rejects_out_rows_below_n(layout: str) -> None:
     with pytest.raises(ValueError, match="out_rows must be at least q's 32 rows, got 16"):
         LAYOUTS[layout][0](torch.zeros(32, 32, dtype=torch.int8), 16, 1 << 20)

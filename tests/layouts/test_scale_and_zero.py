@@ -1,4 +1,4 @@
-"""scale_and_zero: [K/group, N, 2] and back."""
+"""The scale_and_zero form: packing, unpacking and bad input."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from et_cuda_passes.layouts import metal, scale_and_zero
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     given_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
 )
-def test_each_number_lands_in_its_place(n: int, groups: int, dtype: torch.dtype, given_dtype: torch.dtype) -> None:
+def test_scale_and_zero_interleaves_numbers(n: int, groups: int, dtype: torch.dtype, given_dtype: torch.dtype) -> None:
     scale, zero = torch.rand(n, groups).to(given_dtype), torch.rand(n, groups).to(given_dtype)
     packed = scale_and_zero.pack(scale, zero, dtype)
     assert packed.dtype == dtype and packed.shape == (groups, n, 2) and packed.is_contiguous()
@@ -29,13 +29,13 @@ def test_each_number_lands_in_its_place(n: int, groups: int, dtype: torch.dtype,
     assert all(t.is_contiguous() for t in back)
 
 
-def test_bf16_is_what_comes_out_unless_said_otherwise() -> None:
+def test_scale_and_zero_defaults_to_bf16() -> None:
     assert scale_and_zero.pack(torch.ones(8, 2), torch.zeros(8, 2)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("pack", [scale_and_zero.pack, metal.scale_and_zero])
-def test_values_that_are_not_finite_are_refused(pack, bad: float) -> None:  # type: ignore[no-untyped-def]
+def test_pack_scales_rejects_nonfinite_values(pack, bad: float) -> None:  # type: ignore[no-untyped-def]
     good, spoiled = torch.ones(8, 2), torch.ones(8, 2)
     spoiled[3, 1] = bad
     for scale, zero in ((spoiled, good), (good, spoiled)):
@@ -44,20 +44,20 @@ def test_values_that_are_not_finite_are_refused(pack, bad: float) -> None:  # ty
 
 
 @pytest.mark.parametrize("pack", [scale_and_zero.pack, metal.scale_and_zero])
-def test_values_that_fp16_cannot_hold_are_refused(pack) -> None:  # type: ignore[no-untyped-def]
+def test_pack_scales_rejects_values_beyond_fp16(pack) -> None:  # type: ignore[no-untyped-def]
     scale = torch.full((8, 2), 1e5)
     pack(scale, torch.zeros(8, 2), torch.float32)
     with pytest.raises(ValueError, match="use bf16 or fp32 if fp16 is too narrow"):
         pack(scale, torch.zeros(8, 2), torch.float16)
 
 
-def test_metals_zero_is_checked_after_it_is_made() -> None:
+def test_metal_scales_reject_computed_zero_beyond_fp16() -> None:
     with pytest.raises(ValueError, match=r"zero - 8 \* scale has NaN or infinite values in torch.float16"):
         metal.scale_and_zero(torch.full((8, 2), 1e4), torch.zeros(8, 2), torch.float16)
 
 
 @pytest.mark.parametrize("pack", [scale_and_zero.pack, metal.scale_and_zero])
-def test_bad_input_is_named(pack) -> None:  # type: ignore[no-untyped-def]
+def test_pack_scales_rejects_bad_input(pack) -> None:  # type: ignore[no-untyped-def]
     one = torch.ones(8, 2)
     with pytest.raises(TypeError, match=r"zero must be floating, got torch.int8; .* zero = -zero_point \* scale"):
         pack(one, torch.zeros(8, 2, dtype=torch.int8))
@@ -73,7 +73,7 @@ def test_bad_input_is_named(pack) -> None:  # type: ignore[no-untyped-def]
         pack(one, one.to("meta"))
 
 
-def test_unpack_names_bad_input() -> None:
+def test_scale_and_zero_unpack_rejects_bad_input() -> None:
     with pytest.raises(TypeError, match=r"scale_and_zero must be .*, got torch.int32"):
         scale_and_zero.unpack(torch.zeros(1, 8, 2, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"shape \[K/group, N, 2\], got \(8, 1, 3\)"):

@@ -1,10 +1,10 @@
-"""The experts' operators: what they compute on a CPU, that it needs no data at compile time, and bad input."""
+"""The operators for experts on a CPU: against fp64, with fake tensors, compiled, and their errors."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from et_cuda_passes.layouts import cpu, mma_tiled, scale_and_zero
+from et_cuda_passes.layouts import LAYOUTS
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.experts import floats, off
 
@@ -21,18 +21,15 @@ def packed(layout: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Te
     zero = torch.randn(E, N, K // GROUP, generator=random) * 0.02
     s, z = (part.to(dtype).double().repeat_interleave(GROUP, dim=2) for part in (scale, zero))
     weight = (q.double() - 8) * s + z
-    if layout == "cpu":
-        words = torch.stack([cpu.pack(expert) for expert in q])
-        pair = torch.stack([scale_and_zero.pack(a, b, dtype) for a, b in zip(scale, zero, strict=True)])
-    else:
-        words = mma_tiled.pack(q.view(-1, K)).view(E, N, -1)
-        pair = mma_tiled.scale_and_zero(scale.view(E * N, -1), zero.view(E * N, -1), dtype, K).view(2, E, N, -1)
-    return words, pair, weight
+    form = LAYOUTS[layout]
+    words = torch.stack([form.pack(expert, 0, N) for expert in q])
+    pairs = [form.pack_scales(a, b, dtype, K) for a, b in zip(scale, zero, strict=True)]
+    return words, torch.stack(pairs, form.experts_axis), weight
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", INT4_EXPERTS)
-def test_all_experts_against_fp64(layout: str, dtype: torch.dtype) -> None:
+def test_experts_match_fp64(layout: str, dtype: torch.dtype) -> None:
     words, pair, weight = packed(layout, dtype)
     most = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-6}[dtype]
     for batches in (E, 1):
@@ -48,7 +45,7 @@ def test_all_experts_against_fp64(layout: str, dtype: torch.dtype) -> None:
     assert not y[6:].any()
 
 
-def test_chosen_experts_share_the_rows_of_a_batch() -> None:
+def test_indexed_experts_share_rows_of_batch() -> None:
     words, pair, weight = packed("mma_tiled")
     for batches, shared in ((4, [0, 1, 2, 3]), (2, [0, 0, 1, 1]), (1, [0, 0, 0, 0])):
         x = floats(batches, 3, K)
@@ -57,7 +54,7 @@ def test_chosen_experts_share_the_rows_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-def test_no_expert_is_chosen(batches: int) -> None:
+def test_bmm_with_no_ids_is_empty(batches: int) -> None:
     words, pair, _ = packed("mma_tiled")
     y = INT4_EXPERTS["mma_tiled"].bmm(floats(batches, 3, K), words, pair, IDS[:0], GROUP, N)
     assert y.shape == (0, 3, N) and y.dtype == torch.bfloat16
@@ -65,7 +62,7 @@ def test_no_expert_is_chosen(batches: int) -> None:
         INT4_EXPERTS["mma_tiled"].bmm(floats(0, 3, K), words, pair, IDS, GROUP, N)
 
 
-def test_rows_of_padding_are_cut_off() -> None:
+def test_bmm_removes_padded_rows() -> None:
     words, pair, weight = packed("cpu")
     y = INT4_EXPERTS["cpu"].bmm(floats(E, 2, K), words, pair, None, GROUP, N - 3)
     assert off(y, floats(E, 2, K).double() @ weight[:, : N - 3].transpose(1, 2)) < 6e-3
@@ -81,7 +78,7 @@ REGISTERED = [
 
 
 @pytest.mark.parametrize(("layout", "form"), REGISTERED)
-def test_registration(layout: str, form: str) -> None:
+def test_experts_pass_opcheck(layout: str, form: str) -> None:
     (words, pair, _), ops, sizes = packed(layout), INT4_EXPERTS[layout], (GROUP, N)
     if form == "grouped mm":
         torch.library.opcheck(ops.grouped_mm, (floats(7, K), words, pair, OFFS, *sizes))
@@ -104,7 +101,7 @@ BAD = [
 
 @pytest.mark.parametrize(("changed", "said"), BAD, ids=[said for _, said in BAD])
 @pytest.mark.parametrize("fake", [False, True])
-def test_constants_that_do_not_fit(changed: dict, said: str, fake: bool) -> None:
+def test_bmm_rejects_constants_that_do_not_fit(changed: dict, said: str, fake: bool) -> None:
     words, pair, _ = packed("mma_tiled")
     words, pair = changed.get("words", lambda w: w)(words), changed.get("pair", lambda p: p)(pair)
     x, group, n = changed.get("x", floats(E, 2, K)), changed.get("group", GROUP), changed.get("n", N)
@@ -113,7 +110,7 @@ def test_constants_that_do_not_fit(changed: dict, said: str, fake: bool) -> None
         INT4_EXPERTS["mma_tiled"].bmm(*given, None, group, n)
 
 
-def test_numbers_that_are_none() -> None:
+def test_experts_reject_invalid_ids_and_offs() -> None:
     words, pair, _ = packed("mma_tiled")
     ops, x = INT4_EXPERTS["mma_tiled"], floats(4, 1, K)
     with pytest.raises(ValueError, match=r"ids torch.bool \(4,\); wanted 1-D, int32 or int64"):
@@ -129,7 +126,7 @@ def test_numbers_that_are_none() -> None:
         INT4_EXPERTS["cpu"].bmm(x, words, pair, IDS, GROUP, N)
 
 
-def test_compiled_for_this_cpu() -> None:
+def test_experts_match_eager_when_compiled() -> None:
     def products(x: Tensor, ids: Tensor, offs: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
         tiled, own = INT4_EXPERTS["mma_tiled"], INT4_EXPERTS["cpu"]
         return (

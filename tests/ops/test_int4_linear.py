@@ -1,4 +1,4 @@
-"""The int4 linears: against the real CUDA op's recorded results, against fp64, and their decomposition per device."""
+"""The int4 linears: against recorded results of the CUDA operator, against fp64, and their decomposition per device."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch._inductor.decomposition import decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
+from et_cuda_passes import layouts
 from et_cuda_passes.ops import INT4_LINEARS
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden_arrays" / "int4pack_cuda.safetensors")
@@ -21,34 +21,27 @@ LAYOUTS = sorted(INT4_LINEARS)
 
 
 def packed_weight(layout: str, n: int, k: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, np.ndarray]:
-    """A random weight packed for ``layout``, and what it dequantizes to in fp64, from its rounded scales."""
+    """A random weight packed in a layout, and its values in fp64, computed from the rounded scales."""
     generator = torch.Generator().manual_seed(n * k + group)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=generator)
     scale = (torch.rand(n, k // group, generator=generator) * 0.1 + 0.01).to(dtype)
     zero = (torch.randn(n, k // group, generator=generator) * 0.1).to(dtype)
     repeat = lambda t: t.double().numpy().repeat(group, axis=1)  # noqa: E731
-    if layout == "metal":
-        s, z = metal.scale_and_zero(scale, zero, dtype)
-        return metal.pack(q), torch.stack((s, z)), q.double().numpy() * repeat(s) + repeat(z)
-    weight = (q.double().numpy() - 8) * repeat(scale) + repeat(zero)
-    if layout == "mma_tiled":
-        return mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, zero, dtype, k), weight
-    pair = scale_and_zero.pack(scale, zero, dtype)
-    packers = {
-        "tile_packed_to_4d": lambda: tile_packed_to_4d.pack(q, 2),
-        "mps": lambda: mps.pack(q, 2),
-        "cpu": lambda: cpu.pack(q),
-    }
-    return packers[layout](), pair, weight
+    form = layouts.LAYOUTS[layout]
+    pair = form.pack_scales(scale, zero, dtype, k)
+    # S and Z of metal are rounded apart from scale and zero.
+    rounded = layouts.metal.scale_and_zero(scale, zero, dtype) if layout == "metal" else (scale, zero)
+    weight = (q.double().numpy() - form.zero_offset) * repeat(rounded[0]) + repeat(rounded[1])
+    return form.pack(q, 0, n), pair, weight
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_gives_what_the_cuda_op_gave(case: str) -> None:
+def test_reference_matches_recorded_cuda_results(case: str) -> None:
     part = {key.rpartition(".")[2]: value for key, value in GOLDEN.items() if key.startswith(case + ".")}
     group = int(case.split("_g")[1].split("_")[0])
     op = INT4_LINEARS["tile_packed_to_4d"].op
     y = op(part["x"], part["packed"], part["scale_and_zero"], None, group, part["y"].shape[1])
-    # Both accumulate in fp32 and round once: they may differ by one bf16 step where the sum lies near a midpoint.
+    # Both accumulate in fp32 and round once, so they differ by at most one bf16 step, where the sum is near a midpoint.
     step = part["y"].float().abs() * 2**-7 + 1e-3
     assert bool(((y.float() - part["y"].float()).abs() <= step).all())
     assert (y != part["y"]).float().mean() < 0.05
@@ -57,8 +50,8 @@ def test_the_reference_gives_what_the_cuda_op_gave(case: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (2, 1, 3, 64), (0, 64)])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_every_rank_against_fp64(layout: str, shape: tuple[int, ...], with_bias: bool) -> None:
-    # mma_tiled has no padding: its rows are out_features.
+def test_int4_linear_matches_fp64_for_every_rank(layout: str, shape: tuple[int, ...], with_bias: bool) -> None:
+    # The rows of mma_tiled have no padding.
     packed, pair, weight = packed_weight(layout, 45 if layout == "mma_tiled" else 48, 64, 32, torch.float32)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     bias = torch.linspace(-1, 1, 45) if with_bias else None
@@ -70,7 +63,7 @@ def test_every_rank_against_fp64(layout: str, shape: tuple[int, ...], with_bias:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_view_with_other_strides_is_read_right(layout: str) -> None:
+def test_int4_linear_accepts_strided_input(layout: str) -> None:
     packed, pair, weight = packed_weight(layout, 16, 64, 32, torch.float32)
     x = torch.randn(64, 3).t()
     y = INT4_LINEARS[layout].op(x, packed, pair, None, 32, 16)
@@ -78,7 +71,7 @@ def test_a_view_with_other_strides_is_read_right(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_registration(layout: str) -> None:
+def test_int4_linear_passes_opcheck(layout: str) -> None:
     packed, pair, _ = packed_weight(layout, 13 if layout == "mma_tiled" else 16, 64, 32, torch.bfloat16)
     x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
     torch.library.opcheck(
@@ -97,7 +90,7 @@ def test_registration(layout: str) -> None:
         (32, 16, 96, "weight of K = 512"),
     ],
 )
-def test_constants_that_do_not_fit_are_refused(
+def test_linear_rejects_constants_that_do_not_fit(
     layout: str, group: int, features: int, in_features: int, text: str
 ) -> None:
     packed, pair, _ = packed_weight(layout, 16, 512, 32, torch.float32)
@@ -107,7 +100,7 @@ def test_constants_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(3, 16), (1, 16), (3, 1), (1,), (15,)], ids=str)
-def test_a_bias_that_is_not_out_features_numbers_is_refused(layout: str, shape: tuple[int, ...]) -> None:
+def test_int4_linear_rejects_bias_of_other_shape(layout: str, shape: tuple[int, ...]) -> None:
     packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.float32)
     for mode in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with mode, pytest.raises(ValueError, match=r"bias torch.float32 .*wanted torch.float32 \[16\]"):
@@ -115,15 +108,15 @@ def test_a_bias_that_is_not_out_features_numbers_is_refused(layout: str, shape: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_bias_of_another_dtype_is_refused(layout: str) -> None:
-    """The sum would be of another dtype than the result is said to be."""
+def test_int4_linear_rejects_bias_of_other_dtype(layout: str) -> None:
+    """The sum would have another dtype than the fake result."""
     packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.bfloat16)
     with pytest.raises(ValueError, match="bias torch.float32"):
         INT4_LINEARS[layout].op(torch.zeros(3, 64).bfloat16(), packed, pair, torch.zeros(16), 32, 16)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_bias_of_any_strides(layout: str) -> None:
+def test_int4_linear_accepts_strided_bias(layout: str) -> None:
     packed, pair, weight = packed_weight(layout, 16, 64, 32, torch.float32)
     x = torch.randn(3, 64)
     for bias in (torch.randn(32)[::2], torch.randn(16, 3)[:, 1], torch.randn(1).expand(16)):
@@ -140,7 +133,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("layout", "device", "kernel"), KERNELS)
-def test_inductor_gets_the_devices_kernel(layout: str, device: str, kernel: torch._ops.OpOverload) -> None:
+def test_int4_linear_decomposes_into_device_kernel(layout: str, device: str, kernel: torch._ops.OpOverload) -> None:
     op = INT4_LINEARS[layout].op
     packed, pair, _ = packed_weight(layout, 16, 64, 32, torch.bfloat16)
     with FakeTensorMode():
@@ -152,7 +145,7 @@ def test_inductor_gets_the_devices_kernel(layout: str, device: str, kernel: torc
     assert op not in called
 
 
-def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
+def test_int4_linear_stays_on_device_without_kernel() -> None:
     op = INT4_LINEARS["tile_packed_to_4d"].op
     packed, pair, _ = packed_weight("tile_packed_to_4d", 16, 64, 32, torch.bfloat16)
     x = torch.randn(2, 64, dtype=torch.bfloat16)
@@ -162,7 +155,7 @@ def test_inductor_keeps_the_operator_where_there_is_no_kernel() -> None:
     assert op in [node.target for node in graph.nodes]
 
 
-def test_the_references_agree_with_the_cpu_kernel() -> None:
+def test_reference_matches_cpu_kernel() -> None:
     packed, pair, _ = packed_weight("cpu", 32, 128, 64, torch.float32)
     x = torch.randn(5, 128)
     form = INT4_LINEARS["cpu"]

@@ -1,4 +1,4 @@
-"""What int4_linear_mma_tiled has beyond the other int4 linears: a gate. What else follows it, the rules' tests have."""
+"""The gate of int4_linear_mma_tiled and the errors of its epilogue; the tests of the rules run the rest of it."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def parts(rows: int = 2 * N) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, scale * 0, torch.float32, K), weight
 
 
-def test_of_every_sixteen_rows_eight_are_the_gates() -> None:
+def test_gated_linear_reads_eight_gate_rows_of_sixteen() -> None:
     x, packed, pair, weight = parts()
     bias, addend = torch.randn(2 * N), torch.randn(2, 5, N)
     rows = torch.arange(2 * N).view(-1, 2, 8)
@@ -35,22 +35,22 @@ def test_of_every_sixteen_rows_eight_are_the_gates() -> None:
 
 
 @pytest.mark.parametrize("rows", [N + 8, 2 * N])
-def test_rows_that_are_not_out_features_are_refused(rows: int) -> None:
-    """Those of a gated weight, say, whose ``gated`` was lost: half of the result would be left out unseen."""
+def test_linear_rejects_other_number_of_packed_rows(rows: int) -> None:
+    """A gated weight without ``gated`` would otherwise lose half of its result silently."""
     x, packed, pair, _ = parts(rows)
     with pytest.raises(ValueError, match=f"{rows} packed rows for out_features = {N}"):
         LINEAR(x, packed, pair, None, GROUP, N)
 
 
-def test_the_bias_of_a_gate_is_that_of_both() -> None:
+def test_gated_linear_rejects_bias_of_one_half() -> None:
     x, packed, pair, _ = parts()
     with pytest.raises(ValueError, match=rf"wanted torch.float32 \[{2 * N}\]"):
         LINEAR(x, packed, pair, torch.zeros(N), GROUP, N, "", None, None, True)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, N), (2, 1, N), (5, N), (2, 5, 1), (2, 6, N)], ids=str)
-def test_a_factor_or_addend_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
-    """The kernel would read behind the end of one that has fewer rows."""
+def test_linear_rejects_factor_or_addend_of_other_shape(shape: tuple[int, ...]) -> None:
+    """The kernel would read past the end of a tensor with fewer rows."""
     x, packed, pair, _ = parts(N)
     other = torch.zeros(shape)
     for given in ((other, None), (None, other)):
@@ -59,7 +59,7 @@ def test_a_factor_or_addend_of_another_shape_is_refused(shape: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize(("rows", "n"), [(N, N), (3 * N, N), (2 * 12, 12)])
-def test_a_gate_of_other_rows_is_refused(rows: int, n: int) -> None:
+def test_gated_linear_rejects_other_number_of_packed_rows(rows: int, n: int) -> None:
     x, packed, pair, _ = parts(rows)
     with pytest.raises(ValueError, match=f"2 out_features rows.*given {rows} rows and out_features {n}"):
         LINEAR(x, packed, pair, None, GROUP, n, "", None, None, True)

@@ -1,4 +1,4 @@
-"""The int8 linear: against fp64, for every rank, group size and form of zeros; what does not fit is refused."""
+"""The int8 linear: against fp64 for every rank, group size and form of zeros, its decompositions, and its errors."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def parts(group: int, zeros: bool, dtype: torch.dtype = torch.float32) -> tuple[
 
 
 def dense(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> np.ndarray:
-    """What they stand for, in fp64."""
+    """The weight of the constants in fp64."""
     spread = lambda t: t.double().numpy().repeat(group, axis=1)  # noqa: E731
     return packed.double().numpy() * spread(scale) + (0 if zero is None else spread(zero))
 
@@ -31,7 +31,9 @@ def dense(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> np.
 @pytest.mark.parametrize("group", [K, 32, 1])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_every_rank_and_group_against_fp64(shape: tuple[int, ...], group: int, zeros: bool, with_bias: bool) -> None:
+def test_int8_linear_matches_fp64_for_every_rank_and_group(
+    shape: tuple[int, ...], group: int, zeros: bool, with_bias: bool
+) -> None:
     packed, scale, zero = parts(group, zeros)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     bias = torch.linspace(-1, 1, N) if with_bias else None
@@ -43,14 +45,14 @@ def test_every_rank_and_group_against_fp64(shape: tuple[int, ...], group: int, z
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [K, 32])
-def test_16_bit_activations_are_rounded_once_at_the_end(dtype: torch.dtype, group: int) -> None:
+def test_int8_linear_rounds_16_bit_result_once(dtype: torch.dtype, group: int) -> None:
     packed, scale, _ = parts(group, False, dtype)
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = INT8_LINEAR(x, packed, scale, None, None, group).double().numpy()
     weight = dense(packed, scale, None, group)
     wanted = x.double().numpy() @ weight.T
     roundoff = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    # The kernel rounds its result; the reference rounds each weight too.
+    # The kernel rounds its result; the reference rounds each weight as well.
     allowed = np.abs(wanted) * roundoff + np.abs(x.double().numpy()) @ np.abs(weight).T * (
         1e-5 if group == K else roundoff
     )
@@ -59,7 +61,7 @@ def test_16_bit_activations_are_rounded_once_at_the_end(dtype: torch.dtype, grou
 
 @pytest.mark.parametrize("group", [K, 32])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_registration(group: int, zeros: bool) -> None:
+def test_int8_linear_passes_opcheck(group: int, zeros: bool) -> None:
     arguments = (torch.randn(2, 3, K), *parts(group, zeros), torch.randn(N), group)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(INT8_LINEAR, arguments, test_utils=tests)
@@ -78,7 +80,7 @@ def test_registration(group: int, zeros: bool) -> None:
         ({"bias": torch.zeros(N).bfloat16()}, r"wanted torch.float32 \[13\]"),
     ],
 )
-def test_constants_that_do_not_fit_are_refused(change: dict[str, object], text: str) -> None:
+def test_linear_rejects_constants_that_do_not_fit(change: dict[str, object], text: str) -> None:
     packed, scale, _ = parts(K, False)
     given = {"x": torch.randn(2, K), "packed": packed, "scale": scale, "zero": None, "bias": None, "group": K} | change
     with pytest.raises(ValueError, match=text):
@@ -107,7 +109,7 @@ def given_to_inductor(device: str, group: int, zeros: bool, scales: torch.dtype 
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
 
-def test_inductor_gets_the_cpu_kernel_where_it_computes_this() -> None:
+def test_int8_linear_decomposes_into_cpu_kernel_if_supported() -> None:
     kernel = aten._weight_int8pack_mm.default
     assert kernel in given_to_inductor("cpu", K, False)
     for form in (("cpu", 32, False), ("cpu", K, True), ("cpu", K, False, torch.float32)):
@@ -116,12 +118,12 @@ def test_inductor_gets_the_cpu_kernel_where_it_computes_this() -> None:
         assert INT8_LINEAR not in other
 
 
-def test_inductor_gets_plain_operators_where_there_is_no_kernel() -> None:
+def test_int8_linear_decomposes_into_plain_operators_without_kernel() -> None:
     found = given_to_inductor("mps", K, False)
     assert INT8_LINEAR not in found and aten.mm.default in found
 
 
-def test_an_exported_program_keeps_one_operator_through_its_decompositions() -> None:
+def test_int8_linear_stays_in_decomposed_program() -> None:
     packed, scale, _ = parts(32, False)
 
     class Module(torch.nn.Module):
@@ -134,7 +136,7 @@ def test_an_exported_program_keeps_one_operator_through_its_decompositions() -> 
 
 
 @pytest.mark.parametrize("k", [8, 40, 100])
-def test_a_k_for_which_the_cpu_kernel_writes_past_its_result_is_computed_without_it(k: int) -> None:
+def test_int8_linear_avoids_cpu_kernel_that_writes_past_result(k: int) -> None:
     x, packed = torch.randn(2, k).bfloat16(), torch.randint(-128, 128, (N, k), dtype=torch.int8)
     got = INT8_LINEAR(x, packed, torch.ones(N, 1).bfloat16(), None, None, k)
     wanted = x.double() @ packed.double().T

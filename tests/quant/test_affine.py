@@ -13,7 +13,7 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.affine import AffineWeight, decode, has_data, values
+from et_cuda_passes.quant.affine import QuantizedWeight, decode, has_data, weight_values
 from et_cuda_passes.testing import assert_misses
 from tests.helpers import DEQUANTIZE, Sketch
 
@@ -28,7 +28,7 @@ def only(program: torch.export.ExportedProgram) -> tuple[Program, Node]:
     return copied, node
 
 
-def decoded(program: torch.export.ExportedProgram) -> AffineWeight:
+def decoded(program: torch.export.ExportedProgram) -> QuantizedWeight:
     return decode(*only(program))
 
 
@@ -107,7 +107,7 @@ def test_without_zero_points() -> None:
     program, node = only(p.program(p.data, [1, GROUP], p.scale, None, torch.int8, -8, 7))
     weight = decode(program, node)
     assert weight.zero_point is None
-    assert values(program, weight).zero_point is None
+    assert weight_values(program, weight).zero_point is None
     assert len(weight.sources) == 2
 
 
@@ -120,7 +120,7 @@ def test_everything_by_name() -> None:
     placed = q.program(q.data, [1, GROUP], q.scale, q.zero, torch.int8, -8, 7, torch.float32)
     one, two = decoded(named), decoded(placed)
     different = {"data", "scale", "zero_point"}
-    for field in dataclasses.fields(AffineWeight):
+    for field in dataclasses.fields(QuantizedWeight):
         if field.name in different:
             assert getattr(one, field.name).name == getattr(two, field.name).name
         else:
@@ -178,7 +178,7 @@ def test_subclass_and_plain_parameters_hold_the_same_weight() -> None:
     for form in (exported, exported.run_decompositions({})):
         program, node = only(form)
         weight = decode(program, node)
-        parts = values(program, weight)
+        parts = weight_values(program, weight)
         assert (weight.fqn, weight.scheme) == ("0.weight", "int4 group 32")
         assert torch.equal(parts.data, whole.qdata)
         assert torch.equal(parts.scale, whole.scale)
@@ -193,7 +193,7 @@ def test_values_are_views_by_row() -> None:
     data, scale = sketch.buffer("q", q), sketch.buffer("s", s)
     node = sketch.call(DEQUANTIZE, data, [1, GROUP], scale, None, torch.int8, -8, 7)
     program, node = only(sketch.program(sketch.call(aten.neg.default, node)))
-    parts = values(program, decode(program, node))
+    parts = weight_values(program, decode(program, node))
     assert parts.data.data_ptr() == q.data_ptr()
     assert torch.equal(parts.scale, s.view(N, 2))
 

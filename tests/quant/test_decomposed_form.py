@@ -9,9 +9,9 @@ import torch.ao.quantization.fx._decomposed
 from torch.fx import Node
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.affine import decode, values
+from et_cuda_passes.quant.affine import decode, weight_values
 from et_cuda_passes.quant.forms import is_dequantize
 from tests.helpers import Sketch
 
@@ -59,7 +59,7 @@ def test_the_weight_is_what_the_operator_computes(form: str) -> None:
     weight = decode(program, node)
     assert (weight.shape, weight.block_size, weight.scheme) == ((N, K), block, scheme)
     assert (weight.fqn, weight.quant_min, weight.quant_max) == ("q", -127, 127)
-    found = values(program, weight)
+    found = weight_values(program, weight)
     points = 0 if found.zero_point is None else found.zero_point.double().repeat_interleave(block[1], 1)
     mine = (found.data.double() - points) * found.scale.double().repeat_interleave(block[1], 1)
 

@@ -2,15 +2,15 @@
 
 import pytest
 
-from et_cuda_passes.graph.rule import Unmet
-from et_cuda_passes.quant.einsum import Product, read
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
 
 
 def test_the_axes_of_a_product() -> None:
-    assert read("ti,taoi->tao", 1) == Product("ti", "tao", "ta", "t", "", "o", "i", False)
-    assert read("tao, taoi -> tai", 1) == Product("tao", "tai", "ta", "ta", "", "i", "o", True)
-    assert read("enk,tk->ten", 0) == Product("tk", "ten", "e", "", "t", "n", "k", False)
-    assert read("etk,ekn->etn", 1) == Product("etk", "etn", "e", "e", "t", "n", "k", True)
+    assert parse_einsum("ti,taoi->tao", 1) == ExpertEinsum("ti", "tao", "ta", "t", "", "o", "i", False)
+    assert parse_einsum("tao, taoi -> tai", 1) == ExpertEinsum("tao", "tai", "ta", "ta", "", "i", "o", True)
+    assert parse_einsum("enk,tk->ten", 0) == ExpertEinsum("tk", "ten", "e", "", "t", "n", "k", False)
+    assert parse_einsum("etk,ekn->etn", 1) == ExpertEinsum("etk", "etn", "e", "e", "t", "n", "k", True)
 
 
 @pytest.mark.parametrize(
@@ -29,4 +29,4 @@ def test_the_axes_of_a_product() -> None:
 )
 def test_any_other_sum_is_none(equation: str) -> None:
     with pytest.raises(Unmet, match="the equation"):
-        read(equation, 1)
+        parse_einsum(equation, 1)

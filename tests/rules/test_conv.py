@@ -13,7 +13,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.ops import op_name
+from et_cuda_passes.graph.operators import op_name
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.quantized import Quantized
 

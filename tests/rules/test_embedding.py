@@ -145,9 +145,9 @@ def test_under_aotinductor_with_a_dynamic_length(tmp_path: Path) -> None:
 
 def held_as(layout: str) -> ecp.Target:
     """A target that holds int4 tables in ``layout``."""
-    forms = [*get_target("cuda").int4_kernels, get_target("cpu").int4_table, get_target("metal").int4_table]
-    form = next(form for form in forms if form is not None and form.layout == layout)
-    return dataclasses.replace(get_target("cuda"), int4_table=form)
+    cuda, tables = get_target("cuda"), [get_target(name).kernel("int4_table") for name in ("cpu", "metal")]
+    kernel = next(kernel for kernel in (*cuda.kernels["int4_linear"], *tables) if kernel.layout == layout)
+    return dataclasses.replace(cuda, kernels={**cuda.kernels, "int4_table": (kernel,)})
 
 
 @pytest.mark.parametrize("layout", INT4_EMBEDDINGS)

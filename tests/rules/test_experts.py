@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.constants import ConstantPool
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.experts import FORMS, IDS, OFFS, E, Experts, K, N, export, floats, off
 
@@ -215,7 +215,7 @@ def test_the_expert_that_a_slice_or_a_piece_is() -> None:
 
 def test_two_methods_share_their_experts() -> None:
     model = Experts(lambda w, x, ids=None: BMM(w, x) if ids is None else CHOSEN(w, x, ids))
-    pool = ConstantPool()
+    pool = ConstantCache()
     prefill, _ = ecp.rewrite(export(model, floats(E, 5, K)), "cuda", pool=pool)
     decode, _ = ecp.rewrite(export(model, floats(6, K), IDS), "cuda", pool=pool)
     first, second = constants(prefill), constants(decode)

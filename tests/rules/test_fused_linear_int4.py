@@ -13,8 +13,8 @@ from torch.export import Dim, ExportedProgram
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.constants import ConstantPool
-from et_cuda_passes.graph.ops import called
+from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.helpers import DEQUANTIZE, Sketch
 from tests.quantized import Quantized
@@ -113,7 +113,7 @@ def test_saved_decomposed_and_the_same_bytes(block: ExportedProgram) -> None:
 
 
 def test_methods_share_what_is_fused() -> None:
-    model, pool = Block(), ConstantPool()
+    model, pool = Block(), ConstantCache()
     programs = [torch.export.export(model, (X[:, :length],)) for length in (3, 5)]
     first, second = (ecp.rewrite(program, "cuda", PASSES, pool=pool)[0] for program in programs)
     for name in ("q.weight.fused_packed", "q.weight.fused_bias"):
@@ -327,7 +327,7 @@ def test_of_views_of_one_input() -> None:
         weight = sketch.call(aten.t.default, sketch.weight(name, seed=seed))
         results.append(sketch.call(aten.view.default, sketch.call(aten.mm.default, flat, weight), [2, 3, 16]))
     program, _ = assert_rewrites(sketch.program(*results), passes=PASSES, expect={"fused_linear_int4": 2})
-    assert sum(called(node) is aten.mm.default for node in program.graph.nodes) == 0
+    assert sum(op_of(node) is aten.mm.default for node in program.graph.nodes) == 0
 
 
 def test_linears_of_one_quantized_activation_are_fused_with_its_quantization_dropped() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.ops import arguments, called
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized
@@ -44,7 +44,7 @@ def exported(use: Callable[[Any, Tensor], Any], dynamic: Any = None, **options: 
 
 
 def linears(program: ExportedProgram) -> list[dict[str, Any]]:
-    return [arguments(node) for node in program.graph.nodes if called(node) is OP]
+    return [arguments(node) for node in program.graph.nodes if op_of(node) is OP]
 
 
 def gated(program: ExportedProgram, x: Tensor = X) -> ExportedProgram:
@@ -143,10 +143,10 @@ def test_rows_that_are_no_multiple_of_eight() -> None:
 
 
 def test_two_methods_share_what_is_put_together() -> None:
-    from et_cuda_passes.graph.constants import ConstantPool
+    from et_cuda_passes.graph.constants import ConstantCache
     from et_cuda_passes.targets.rewrite import rewrite
 
-    model, pool = Gated(lambda net, x: F.silu(net.c(x)) * net.d(x)), ConstantPool()
+    model, pool = Gated(lambda net, x: F.silu(net.c(x)) * net.d(x)), ConstantCache()
     programs = [torch.export.export(model, (x,)) for x in (X, X[:1])]
     after = [rewrite(program, "cuda", PASSES, pool=pool)[0] for program in programs]
     first, second = ({n: t for n, t in program.state_dict.items() if "gated" in n} for program in after)

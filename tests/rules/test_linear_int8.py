@@ -11,7 +11,7 @@ from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.kernels.int8 import Int8Kernel
+from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import assert_misses, assert_rewrites
@@ -22,9 +22,19 @@ DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**
 # A kernel that takes all that the operator can express; what a target has may be less.
 GENERAL = dataclasses.replace(
     get_target("cpu"),
-    int8_kernels=(
-        Int8Kernel("general", (torch.bfloat16, torch.float32), (32, 64), zeros=True, scale_dtype=torch.float32),
-    ),
+    kernels={
+        **get_target("cpu").kernels,
+        "int8_linear": (
+            Kernel(
+                "general",
+                "int8",
+                (torch.bfloat16, torch.float32),
+                (32, 64),
+                scale_dtype=torch.float32,
+                per_row=True,
+            ),
+        ),
+    },
     passes=lambda: [ecp.LinearInt8()],
 )
 

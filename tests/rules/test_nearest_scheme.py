@@ -167,7 +167,7 @@ def test_blocks_over_both_axes(block: tuple[int, int, int], target: str) -> None
 @pytest.mark.parametrize("target", ecp.targets())
 @pytest.mark.parametrize("bits", [4, 8])
 def test_what_a_target_advises_is_what_it_takes(target: str, bits: int) -> None:
-    text = get_target(target).advised.instead_of(bits)
+    text = get_target(target).advised.for_bits(bits)
     names = {
         "IntxWeightOnlyConfig": IntxWeightOnlyConfig,
         "Int8DynamicActivationIntxWeightConfig": Int8DynamicActivationIntxWeightConfig,

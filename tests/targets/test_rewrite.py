@@ -1,4 +1,4 @@
-"""ecp.rewrite: what goes in, what comes out, what it refuses, and that its input is left alone."""
+"""ecp.rewrite: arguments, results, errors and an unchanged input; and the assertions for authors of rules."""
 
 import json
 from typing import Any
@@ -17,14 +17,14 @@ aten = torch.ops.aten
 
 @pytest.fixture
 def program() -> ExportedProgram:
-    """A linear that cuda takes, and one whose K it does not."""
+    """A linear that cuda supports, and one with a K that it does not support."""
     sketch = Sketch()
     good, odd = sketch.weight("good"), sketch.weight("odd", k=40, group=40)
     x, y = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("y", 2, 40, dtype=torch.bfloat16)
     return sketch.program(sketch.call(aten.linear.default, x, good), sketch.call(aten.linear.default, y, odd))
 
 
-def test_it_returns_a_program_and_a_report(program: ExportedProgram) -> None:
+def test_rewrite_returns_program_and_report(program: ExportedProgram) -> None:
     after, report = ecp.rewrite(program, target="cuda", passes=None, expect=None)
     assert isinstance(after, ExportedProgram)
     assert isinstance(report, ecp.Report)
@@ -41,7 +41,7 @@ def test_it_returns_a_program_and_a_report(program: ExportedProgram) -> None:
 
 
 @pytest.mark.parametrize("target", ecp.targets())
-def test_the_input_is_left_as_it_was_for_every_target(program: ExportedProgram, target: str) -> None:
+def test_rewrite_leaves_input_unchanged(program: ExportedProgram, target: str) -> None:
     before = str(program.graph), {name: (t, t.clone()) for name, t in program.state_dict.items()}
     after, _ = ecp.rewrite(program, target)
     assert str(program.graph) == before[0]
@@ -53,34 +53,34 @@ def test_the_input_is_left_as_it_was_for_every_target(program: ExportedProgram, 
 
 
 @pytest.mark.parametrize("wrong", [None, torch.nn.Linear(2, 2), "model.pt2", 3])
-def test_what_is_no_exported_program_is_refused_with_the_fix(wrong: Any) -> None:
+def test_rewrite_rejects_other_types_with_fix(wrong: Any) -> None:
     with pytest.raises(TypeError, match=rf"not {type(wrong).__name__}; export the model with torch.export.export"):
         ecp.rewrite(wrong, "cuda")
 
 
-def test_a_graph_module_is_no_exported_program(program: ExportedProgram) -> None:
+def test_rewrite_rejects_graph_module(program: ExportedProgram) -> None:
     with pytest.raises(TypeError, match="not GraphModule"):
         ecp.rewrite(program.graph_module, "cuda")  # type: ignore[arg-type]
 
 
-def test_an_unknown_target_lists_the_known(program: ExportedProgram) -> None:
+def test_rewrite_lists_known_targets_for_unknown_name(program: ExportedProgram) -> None:
     with pytest.raises(ValueError, match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu"):
         ecp.rewrite(program, "tpu")
 
 
 @pytest.mark.parametrize("passes", [[ecp.LinearInt4], ["linear_int4"], [None], "linear_int4", 3, [ecp.LinearInt4(), 7]])
-def test_a_pass_list_with_something_else_in_it_is_refused(program: ExportedProgram, passes: Any) -> None:
+def test_rewrite_rejects_invalid_passes(program: ExportedProgram, passes: Any) -> None:
     with pytest.raises(TypeError, match="passes"):
         ecp.rewrite(program, "cuda", passes)
 
 
-def test_two_passes_of_one_name_are_refused(program: ExportedProgram) -> None:
+def test_rewrite_rejects_two_passes_with_same_name(program: ExportedProgram) -> None:
     passes = [ecp.LinearInt4(), ecp.LinearInt4(cast_to_bf16=True)]
     with pytest.raises(ValueError, match="two passes are named 'linear_int4'"):
         ecp.rewrite(program, "cuda", passes)
 
 
-def test_passes_may_be_any_iterable_and_may_be_none_at_all(program: ExportedProgram) -> None:
+def test_passes_accept_any_iterable_and_empty_list(program: ExportedProgram) -> None:
     _, report = ecp.rewrite(program, "cuda", (entry for entry in ecp.default_passes("cuda")))
     assert report.counts()["linear_int4"] == 1
     after, report = ecp.rewrite(program, "cuda", [])
@@ -91,11 +91,11 @@ def test_passes_may_be_any_iterable_and_may_be_none_at_all(program: ExportedProg
 @pytest.mark.parametrize(
     "expect", [{}, {"linear_int4": 1}, {"rewritten": 1, "missed": 1, "kept": 0}, {"linear_views": 0}]
 )
-def test_demands_that_hold(program: ExportedProgram, expect: dict[str, int]) -> None:
+def test_expect_accepts_right_counts(program: ExportedProgram, expect: dict[str, int]) -> None:
     ecp.rewrite(program, "cuda", expect=expect)
 
 
-def test_demands_that_do_not_hold_say_what_came_instead(program: ExportedProgram) -> None:
+def test_expect_reports_actual_counts(program: ExportedProgram) -> None:
     with pytest.raises(ecp.ExpectationError) as error:
         ecp.rewrite(program, "cuda", expect={"linear_int4": 2, "missed": 0, "kept": 0})
     assert str(error.value).startswith("linear_int4: expected 2, got 1; missed: expected 0, got 1\n")
@@ -103,33 +103,33 @@ def test_demands_that_do_not_hold_say_what_came_instead(program: ExportedProgram
     assert error.value.report.counts()["linear_int4"] == 1
 
 
-def test_a_demand_on_what_is_neither_a_pass_nor_a_status_is_refused(program: ExportedProgram) -> None:
+def test_expect_rejects_unknown_name(program: ExportedProgram) -> None:
     with pytest.raises(ValueError, match=r"expect names 'linear_int3'; known here are .*linear_int4"):
         ecp.rewrite(program, "cuda", expect={"linear_int3": 1})
 
 
-WRONG_DEMANDS: list[Any] = [["missed"], 2, "missed", {"missed": "0"}, {"missed": None}, {"missed": False}, {3: 1}]
+INVALID_EXPECT: list[Any] = [["missed"], 2, "missed", {"missed": "0"}, {"missed": None}, {"missed": False}, {3: 1}]
 
 
-@pytest.mark.parametrize("expect", WRONG_DEMANDS)
-def test_a_demand_that_is_no_mapping_of_names_to_counts_is_refused(program: ExportedProgram, expect: Any) -> None:
+@pytest.mark.parametrize("expect", INVALID_EXPECT)
+def test_expect_rejects_other_types(program: ExportedProgram, expect: Any) -> None:
     with pytest.raises(TypeError, match=r"expect maps names to counts, \{'missed': 0\}; "):
         ecp.rewrite(program, "cuda", expect=expect)
 
 
-def test_a_negative_count_is_refused(program: ExportedProgram) -> None:
+def test_expect_rejects_negative_count(program: ExportedProgram) -> None:
     with pytest.raises(ValueError, match="expect asks 'missed' for the count -1; it is 0 or more"):
         ecp.rewrite(program, "cuda", expect={"missed": -1})
 
 
-def test_a_failed_demand_leaves_the_input_as_it_was(program: ExportedProgram) -> None:
+def test_failed_expect_leaves_input_unchanged(program: ExportedProgram) -> None:
     before = str(program.graph), list(program.state_dict)
     with pytest.raises(ecp.ExpectationError):
         ecp.rewrite(program, "cuda", expect={"missed": 0})
     assert (str(program.graph), list(program.state_dict)) == before
 
 
-def test_a_program_in_edge_form_is_rewritten_within_its_dialect() -> None:
+def test_rewrite_keeps_edge_dialect() -> None:
     from executorch.exir import EdgeCompileConfig, to_edge
 
     model, x = Quantized(16, 64), torch.randn(2, 64, dtype=torch.bfloat16)
@@ -142,14 +142,14 @@ def test_a_program_in_edge_form_is_rewritten_within_its_dialect() -> None:
     assert (got - wanted).norm() <= 2**-7 * wanted.norm()
 
 
-# The assertions for people who add patterns fail where they should -------------------------------------------------
+# The assertions for authors of rules -------------------------------------------------
 
 
 def identity(module: torch.fx.GraphModule) -> None:
     """A pass that changes nothing."""
 
 
-def test_assert_rewrites_returns_what_rewrite_does(program: ExportedProgram) -> None:
+def test_assert_rewrites_returns_result_of_rewrite(program: ExportedProgram) -> None:
     after, report = assert_rewrites(program, expect={"linear_int4": 1, "missed": 1})
     plain, counted = ecp.rewrite(program, "cuda")
     assert names(after) == names(plain)
@@ -157,14 +157,14 @@ def test_assert_rewrites_returns_what_rewrite_does(program: ExportedProgram) -> 
     assert report.to_dict() == counted.to_dict()
 
 
-def test_assert_rewrites_wants_its_counts(program: ExportedProgram) -> None:
+def test_assert_rewrites_fails_for_other_counts(program: ExportedProgram) -> None:
     with pytest.raises(AssertionError, match="linear_int4: expected 2, got 1"):
         assert_rewrites(program, expect={"linear_int4": 2})
     with pytest.raises(AssertionError, match="nothing was rewritten"):
         assert_rewrites(program, passes=[identity])
 
 
-def test_assert_rewrites_sees_other_values() -> None:
+def test_assert_rewrites_fails_for_other_values() -> None:
     def negate(module: torch.fx.GraphModule) -> None:
         for node in module.graph.find_nodes(op="call_function", target=aten.abs.default):
             node.target = aten.neg.default
@@ -178,7 +178,7 @@ def test_assert_rewrites_sees_other_values() -> None:
         assert_rewrites(simple, passes=[identity], expect={"missed": 0}, inputs=(torch.full((8,), torch.nan),))
 
 
-def test_assert_rewrites_sees_a_pass_that_never_settles() -> None:
+def test_assert_rewrites_fails_if_second_rewrite_changes_program() -> None:
     def again(module: torch.fx.GraphModule) -> None:
         (node,) = module.graph.output_node().args[0]
         with module.graph.inserting_after(node):
@@ -190,13 +190,13 @@ def test_assert_rewrites_sees_a_pass_that_never_settles() -> None:
     simple = sketch.program(sketch.call(aten.abs.default, sketch.input("x", 8)))
     with pytest.raises(AssertionError, match="a second rewrite changed the program again") as error:
         assert_rewrites(simple, passes=[again], expect={"missed": 0})
-    # What changed, and not the whole of both.
+    # The message has the changed lines only.
     changed = str(error.value).partition("--- before\n+++ after\n")[2].splitlines()
     assert any(line.startswith("+    %alias_default_1 ") for line in changed)
     assert not any("placeholder" in line for line in changed)
 
 
-def test_assert_rewrites_tells_wrong_numbers_before_it_rewrites_again() -> None:
+def test_assert_rewrites_compares_values_before_second_rewrite() -> None:
     def negate(module: torch.fx.GraphModule) -> None:
         (node,) = module.graph.output_node().args[0]
         with module.graph.inserting_after(node):
@@ -210,7 +210,7 @@ def test_assert_rewrites_tells_wrong_numbers_before_it_rewrites_again() -> None:
         assert_rewrites(simple, passes=[negate], expect={"missed": 0}, inputs=(torch.ones(8),))
 
 
-def test_assert_rewrites_sees_a_pass_that_writes_the_weights_it_was_given() -> None:
+def test_assert_rewrites_fails_if_input_weights_change() -> None:
     def spoil(module: torch.fx.GraphModule) -> None:
         sketch.state["w"].data.add_(1)
 
@@ -227,7 +227,7 @@ def test_assert_rewrites_needs_inputs() -> None:
         assert_rewrites(bare)
 
 
-def test_assert_rewrites_takes_its_inputs_as_a_tuple(program: ExportedProgram) -> None:
+def test_assert_rewrites_requires_tuple_of_inputs(program: ExportedProgram) -> None:
     with pytest.raises(TypeError, match=r"inputs are the positional inputs as a tuple, \(x,\), and no Tensor"):
         assert_rewrites(program, inputs=torch.ones(2, 64))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Targets as data: names, pass lists, what a kernel can take."""
+"""Targets as data: names, lists of rules, and kernels by family."""
 
 import dataclasses
 
@@ -6,29 +6,29 @@ import pytest
 import torch
 
 import et_cuda_passes as ecp
-from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.targets import get_target
+from et_cuda_passes.targets.target import FAMILIES
 
 
-def test_the_targets() -> None:
+def test_targets_lists_all_names() -> None:
     assert ecp.targets() == ("cuda", "metal", "xnnpack", "cpu")
 
 
 @pytest.mark.parametrize("unknown", ["CUDA", "tensorrt", "", None, 3])
 @pytest.mark.parametrize("ask", [get_target, ecp.default_passes])
-def test_an_unknown_target_lists_those_that_there_are(ask: object, unknown: object) -> None:
+def test_get_target_lists_known_targets_for_unknown_name(ask: object, unknown: object) -> None:
     with pytest.raises(ValueError, match=r"unknown target .*; known targets are cuda, metal, xnnpack, cpu"):
         ask(unknown)  # type: ignore[operator]
 
 
-def test_a_target_stands_for_itself() -> None:
+def test_get_target_returns_target_as_it_is() -> None:
     cuda = get_target("cuda")
     assert get_target(cuda) is cuda
     assert [p.name for p in ecp.default_passes(cuda)] == [p.name for p in ecp.default_passes("cuda")]
 
 
 @pytest.mark.parametrize("name", ecp.targets())
-def test_a_pass_list_is_the_caller_s_own(name: str) -> None:
+def test_default_passes_returns_new_list(name: str) -> None:
     first = ecp.default_passes(name)
     assert isinstance(first, list)
     assert all(isinstance(entry, ecp.Rule) for entry in first)
@@ -39,38 +39,79 @@ def test_a_pass_list_is_the_caller_s_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ecp.targets())
-def test_a_target_cannot_be_changed(name: str) -> None:
+def test_target_is_frozen(name: str) -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         get_target(name).name = "other"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("name", ecp.targets())
-def test_every_kernel_has_an_operator_and_sensible_abilities(name: str) -> None:
-    kernels = get_target(name).int4_kernels
-    assert len({kernel.name for kernel in kernels}) == len(kernels)
-    for kernel in kernels:
-        assert kernel.layout in INT4_LINEARS
-        assert torch.bfloat16 in kernel.dtypes
-        assert all(kernel.in_multiple <= size and size % kernel.in_multiple == 0 for size in kernel.group_sizes)
+def test_kernels_have_operators_and_consistent_abilities(name: str) -> None:
+    for family, kernels in get_target(name).kernels.items():
+        assert len({kernel.name for kernel in kernels}) == len(kernels) > 0
+        for kernel in kernels:
+            assert kernel.layout in FAMILIES[family]
+            assert torch.bfloat16 in kernel.dtypes
+            assert all(size % kernel.in_multiple == 0 for size in kernel.group_sizes)
 
 
-def test_what_each_target_runs() -> None:
-    assert [k.name for k in get_target("cuda").int4_kernels] == ["triton", "tinygemm"]
-    assert [k.name for k in get_target("metal").int4_kernels] == ["torchao", "mps"]
-    assert [k.name for k in get_target("cpu").int4_kernels] == ["int4pack_cpu"]
-    assert get_target("xnnpack").int4_kernels == ()
-    assert [k.name for k in get_target("cpu").int8_kernels] == ["int8pack_cpu"]
-    assert [k.name for k in get_target("cuda").int8_kernels] == ["triton"]
-    assert get_target("metal").int8_kernels == ()
-    assert get_target("metal").int4_experts is None
-    for name in ("cuda", "cpu"):
-        assert get_target(name).int4_experts is get_target(name).int4_kernels[0]
-    # What a table tied to a linear is packed as.
-    for name in ("cuda", "metal"):
-        assert get_target(name).int4_table is get_target(name).int4_kernels[0]
+def test_targets_have_expected_kernels() -> None:
+    names = {
+        name: {family: [kernel.name for kernel in kernels] for family, kernels in get_target(name).kernels.items()}
+        for name in ecp.targets()
+    }
+    assert names == {
+        "cuda": {
+            "int4_linear": ["triton", "tinygemm"],
+            "int4_table": ["triton"],
+            "int4_experts": ["triton"],
+            "int4_indexed_experts": ["triton"],
+            "int8_linear": ["triton"],
+        },
+        "metal": {"int4_linear": ["torchao", "mps"], "int4_table": ["torchao"], "int8_plain": ["plain operators"]},
+        "xnnpack": {},
+        "cpu": {
+            "int4_linear": ["int4pack_cpu"],
+            "int4_table": ["rows"],
+            "int4_experts": ["int4pack_cpu"],
+            "int4_indexed_experts": ["rows"],
+            "int8_linear": ["int8pack_cpu"],
+            "int8_plain": ["plain operators"],
+        },
+    }
+    for name, family in (("cuda", "int4_experts"), ("cpu", "int4_experts"), ("cuda", "int4_table")):
+        assert get_target(name).kernel(family) is get_target(name).kernel("int4_linear")
+    # A table tied to a linear is stored once for both.
+    assert get_target("metal").kernel("int4_table") is get_target("metal").kernel("int4_linear")
 
 
-def test_a_target_of_one_s_own_is_accepted_everywhere() -> None:
+def test_kernel_finds_default_and_name() -> None:
+    cuda = get_target("cuda")
+    assert cuda.kernel("int4_linear") is cuda.kernels["int4_linear"][0]
+    assert cuda.kernel("int4_linear", "tinygemm") is cuda.kernels["int4_linear"][1]
+    assert get_target("xnnpack").kernel("int4_linear") is None
+    with pytest.raises(ValueError, match="target cuda has no int4 kernel 'mps'; it has: triton, tinygemm"):
+        cuda.kernel("int4_linear", "mps")
+    with pytest.raises(ValueError, match="target metal has no int8 kernel 'mine'; it has: none"):
+        get_target("metal").kernel("int8_linear", "mine")
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "per_row", "native"),
+    [(64, 128, False, 64), (192, 384, False, 64), (16, 64, False, None), (48, 48, False, None), (48, 48, True, 48)],
+)
+def test_native_group_size_divides_group_size(
+    group_size: int, in_features: int, per_row: bool, native: int | None
+) -> None:
+    kernel = ecp.Kernel("mine", "mps", (torch.float32,), (32, 64), per_row=per_row)
+    assert kernel.native_group_size(group_size, in_features) == native
+
+
+def test_old_name_of_kernel_names_new_one() -> None:
+    with pytest.raises(AttributeError, match="Int4Kernel is now et_cuda_passes.Kernel"):
+        ecp.Int4Kernel  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_rewrite_accepts_custom_target() -> None:
     from tests.helpers import Sketch
 
     own = dataclasses.replace(get_target("cuda"), name="mine", passes=lambda: [ecp.LinearInt4()])
@@ -82,9 +123,14 @@ def test_a_target_of_one_s_own_is_accepted_everywhere() -> None:
     assert str(report).startswith("mine: 1 candidate")
 
 
-@pytest.mark.parametrize("where", ["int4_kernels", "int4_table", "int4_experts", "int4_chosen_experts"])
-def test_a_layout_that_nothing_reads_is_refused_where_the_target_is_made(where: str) -> None:
-    cpu = get_target("cpu")
-    odd = dataclasses.replace(cpu.int4_kernels[0], name="mine", layout="my_layout")
-    with pytest.raises(ValueError, match=r"kernel 'mine' reads the layout 'my_layout', .*; known are .*mma_tiled"):
-        dataclasses.replace(cpu, **{where: (odd,) if where == "int4_kernels" else odd})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_target_rejects_layout_without_operator(family: str) -> None:
+    odd = ecp.Kernel("mine", "my_layout", (torch.float32,))
+    known = "int8" if family.startswith("int8") else "mma_tiled"
+    with pytest.raises(ValueError, match=rf"kernel 'mine' reads the layout 'my_layout', .*; known are .*{known}"):
+        dataclasses.replace(get_target("cpu"), kernels={family: (odd,)})
+
+
+def test_target_rejects_unknown_family() -> None:
+    with pytest.raises(ValueError, match="there is no family of kernels 'int4'; known are int4_linear, "):
+        dataclasses.replace(get_target("cpu"), kernels={"int4": ()})

@@ -1,0 +1,158 @@
+"""A .pt2 read before torch reads it: nothing that stands in the file decides which code runs.
+
+``torch.export.load`` unpickles, evaluates expressions and looks up functions and classes by names in the file. Here
+every member is checked first, and torch is given an archive that holds the checked bytes under headers of our own. JSON
+and pickles are read once, into memory; tensor data stay in the file.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from et_cuda_passes.executorch.archive_pickle import check_pickle
+from et_cuda_passes.executorch.archive_program import check_payloads, check_program, check_tensor_meta
+from et_cuda_passes.executorch.archive_zip import (
+    Content,
+    Contents,
+    NoArchive,
+    Refused,
+    Span,
+    read_all,
+    read_zip,
+    write_zip,
+)
+
+__all__ = ["NoArchive", "Refused", "checked", "member_names"]
+
+_PROGRAM = "models/model.json"
+_INPUTS = "data/sample_inputs/model.pt"
+# Tensors as they are, or one pickle of all of them, as torch before 2.10 wrote it.
+_FOLDERS = {
+    "data/weights/": ("weight_", "model_weights_config.json"),
+    "data/constants/": ("tensor_", "model_constants_config.json"),
+}
+_OTHERS = re.compile(
+    r"archive_format|archive_version|byteorder|version|\.format_version|\.storage_alignment|\.data/(version|serialization_id)"
+)
+_INNER = re.compile(
+    r"byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data\.pkl|data/\d+"
+)
+_LONGEST_JSON = 1 << 30
+_LONGEST_PICKLE = 16 << 20
+_LONGEST_TEXT = 1 << 10
+
+
+class Checked(NamedTuple):
+    """A file for ``torch.export.load``, and the program's JSON in it."""
+
+    file: io.RawIOBase
+    program: bytes
+
+
+def member_names(path: Path) -> list[str]:
+    """The names of the members, each without the one folder that all stand in.
+
+    Raises:
+        NoArchive: the file is no ZIP file, or a part of one.
+        Refused: the ZIP file is not of the form that ``torch.export.save`` writes.
+    """
+    with path.open("rb") as file:
+        return list(read_zip(file, _whole(file)))
+
+
+@contextmanager
+def checked(path: Path) -> Iterator[Checked]:
+    """What ``path`` holds, for ``torch.export.load``, which then runs no code that ``path`` chooses.
+
+    Raises:
+        NoArchive: the file is no ZIP file, or a part of one.
+        Refused: it holds something that ``torch.export.save`` does not write, or that could run code; the message names
+            the member.
+    """
+    with path.open("rb") as file:
+        members = read_zip(file, _whole(file))
+        content = {name: _checked(file, name, span) for name, span in members.items()}
+        for needed in (_PROGRAM, _INPUTS):
+            if needed not in members:
+                raise Refused(f"there is no member {needed}")
+        for folder, (prefix, table) in _FOLDERS.items():
+            _check_folder(file, members, content, folder, prefix, table)
+        program = b"".join(part for part in content[_PROGRAM] if isinstance(part, bytes))
+        yield Checked(Contents(file, write_zip(content)), program)
+
+
+def _whole(file: BinaryIO) -> Span:
+    return Span(0, file.seek(0, io.SEEK_END))
+
+
+def _checked(file: BinaryIO, name: str, span: Span) -> Content:
+    """What torch is to read as member ``name``; the tensors in a folder are checked with the folder's table."""
+    with _naming(name):
+        if name == _PROGRAM:
+            return (check_program(read_all(file, (span,), _LONGEST_JSON, name)),)
+        if name == _INPUTS or name in ("data/weights/model.pt", "data/constants/model.pt"):
+            return _pickled(file, span, tensor=False) if span.size else ()
+        for folder, (prefix, table) in _FOLDERS.items():
+            if re.fullmatch(re.escape(folder + prefix) + r"\d+", name):
+                return (span,)
+            if name == folder + table:
+                return (read_all(file, (span,), _LONGEST_JSON, name),)
+        if name.startswith("extra/"):
+            return (span,)
+        if _OTHERS.fullmatch(name):
+            return (read_all(file, (span,), _LONGEST_TEXT, name),)
+        if name.startswith("data/constants/"):
+            raise Refused("it is an object of Python or TorchScript, which runs code to be read")
+        raise Refused("torch.export.save writes no such member")
+
+
+def _check_folder(
+    file: BinaryIO, members: dict[str, Span], content: dict[str, Content], folder: str, prefix: str, table: str
+) -> None:
+    """Check a table of tensors and the tensors; puts the pickles among these into ``content`` as they were checked."""
+    if folder + table not in members:
+        if folder + "model.pt" not in members:
+            raise Refused(f"there is no member {folder + table}")
+        return
+    records = {name.removeprefix(folder): span.size for name, span in members.items() if name.startswith(folder)}
+    with _naming(folder + table):
+        pickled = check_payloads(
+            b"".join(part for part in content[folder + table] if isinstance(part, bytes)), records, prefix
+        )
+    for record in sorted(pickled):
+        with _naming(folder + record):
+            content[folder + record] = _pickled(file, members[folder + record], tensor=True)
+
+
+def _pickled(file: BinaryIO, span: Span, *, tensor: bool) -> Content:
+    """What ``torch.save`` wrote, checked and laid out anew."""
+    try:
+        members = read_zip(file, span)
+    except NoArchive:
+        raise Refused("it is no file of torch.save, or one of a form that torch left long ago") from None
+    for name in members:
+        if not _INNER.fullmatch(name):
+            raise Refused(f"torch.save writes no such member as {name} into it")
+    if "data.pkl" not in members:
+        raise Refused("there is no pickle in it")
+    storages = {name.removeprefix("data/"): span.size for name, span in members.items() if name.startswith("data/")}
+    data = read_all(file, (members["data.pkl"],), _LONGEST_PICKLE, "data.pkl")
+    check_pickle(data, storages, check_tensor_meta, tensor=tensor)
+    content: dict[str, Content] = {}
+    for name, inner in members.items():
+        is_tensor = name.startswith("data/")
+        content[name] = (inner,) if is_tensor else (read_all(file, (inner,), _LONGEST_PICKLE, name),)
+    content["data.pkl"] = (data,)
+    return write_zip(content)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the member in what is refused of it."""
+    try:
+        yield
+    except Refused as error:
+        raise Refused(f"member {name}: {error}") from None

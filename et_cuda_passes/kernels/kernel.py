@@ -1,0 +1,44 @@
+"""The abilities of a kernel, as data."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of a quantized weight: the layout that it reads, and the shapes and dtypes that it supports.
+
+    Attributes:
+        name: the name for a rule's option, as in ``LinearInt4(kernel=...)``.
+        layout: name of the layout of the packed weight, "int8" for int8 [N, K]; part of the operator's name.
+        dtypes: dtypes of the activations.
+        group_sizes: group sizes along K.
+        in_multiple: K must be a multiple of this.
+        out_multiple: packed rows are padded to a multiple of this.
+        scale_dtype: dtype of the scales and zeros, or None for the dtype of the activations.
+        in_control_flow: whether the kernel compiles inside the branches of a cond and the bodies of loops.
+        zeros: whether the kernel adds a zero per scale; if not, weights must be symmetric.
+        per_row: whether the kernel also supports one scale per row.
+    """
+
+    name: str
+    layout: str
+    dtypes: tuple[torch.dtype, ...]
+    group_sizes: tuple[int, ...] = ()
+    in_multiple: int = 1
+    out_multiple: int = 1
+    scale_dtype: torch.dtype | None = None
+    in_control_flow: bool = True
+    zeros: bool = True
+    per_row: bool = False
+
+    def native_group_size(self, group_size: int, in_features: int) -> int | None:
+        """The group size that the kernel computes with for a weight with groups of ``group_size``.
+
+        It is K for one scale per row, or the largest of :attr:`group_sizes` that divides ``group_size``; scales are
+        repeated for the rest. None if there is neither.
+        """
+        if self.per_row and group_size == in_features:
+            return in_features
+        return max((size for size in self.group_sizes if group_size % size == 0), default=None)
