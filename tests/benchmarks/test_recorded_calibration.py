@@ -27,7 +27,7 @@ def recorded() -> Fit:
     return fit
 
 
-@pytest.mark.parametrize(("kind", "least"), [("fit", 2500), ("cut", 500), ("held", 1000)])
+@pytest.mark.parametrize(("kind", "least"), [("fit", 7000), ("cut", 1250), ("held", 3800)])
 def test_the_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, kind: str, least: int) -> None:
     points = [point for point in recorded.known(recorded.calibration.points) if point.kind == kind]
     assert len(points) >= least
@@ -42,6 +42,7 @@ def test_the_predicted_choice_loses_little_on_products_that_were_not_fitted(reco
         timed = recorded.known(points)
         chosen = timed[int(np.argmin(recorded.predicted(timed)))]
         lost.append(chosen.us / min(point.us for point in timed))
-    assert len(lost) >= 30
-    assert geometric_mean(lost) <= 1.05
-    assert max(lost) <= 1.25
+    assert len(lost) == 70
+    assert geometric_mean(lost) <= 1.04
+    assert sum(loss > 1.15 for loss in lost) <= 5
+    assert max(lost) <= 1.32
