@@ -2,7 +2,7 @@
 
     python -m benchmarks.gate [--group 32] [--layers "Voxtral" "SmolLM2"] [--rows 1 16 64 256 1500 4096]
 
-Two products are what the default passes without ``Int4Gate`` make of such a layer: the second multiplies what the first
+Two products are what the default passes without ``FuseGate`` make of such a layer: the second multiplies what the first
 one wrote. Weights are rotated past the L2 cache, and launches cost nothing (a CUDA graph), which favours the two.
 """
 
@@ -20,7 +20,7 @@ from benchmarks.compiling import side_by_side
 from benchmarks.int4 import copies, int4_pair, microseconds, random_weight
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.rules.int4_gate import interleaved
+from et_cuda_passes.rules.epilogue import interleave_rows
 
 LAYERS = {"Voxtral": (8192, 3072), "Llama": (14336, 4096), "Qwen": (9728, 2560), "SmolLM2": (1536, 576)}
 """N of each of the two weights, and K."""
@@ -50,7 +50,7 @@ def together(x: Tensor, both: Packed, group: int) -> Tensor:
 
 def joined(gate: Packed, up: Packed) -> Packed:
     """The rows of both weights, taking turns."""
-    return interleaved(gate[0], up[0], 0), interleaved(gate[1], up[1], 1)
+    return interleave_rows(gate[0], up[0], 0), interleave_rows(gate[1], up[1], 1)
 
 
 def warm(job: tuple[int, int, int, int]) -> None:

@@ -91,7 +91,7 @@ def rules_page() -> str:
             options |= described(base)[1]
         listed = ", ".join(f"[{target}](targets.md#{target})" for target in targets)
         parts += [f"## {name}", f"```text\n{docstring(cls)[0]}\n```"]
-        parts += [text for text in (docstring(sys.modules[cls.__module__])[1], prose) if text]
+        parts += [prose] if prose else []
         parts.append(f"`{cls.__name__}`, in the list of {listed}.")
         fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
         if fields:

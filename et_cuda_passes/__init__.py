@@ -14,29 +14,21 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
-from et_cuda_passes.rules.attention_views import AttentionViews
-from et_cuda_passes.rules.bmm_int4 import BmmInt4
-from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
-from et_cuda_passes.rules.einsum_int4 import EinsumInt4
-from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
-from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
-from et_cuda_passes.rules.fold_dequantize import FoldDequantize
-from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
-from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
-from et_cuda_passes.rules.int4_gate import Int4Gate
-from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
-from et_cuda_passes.rules.keep_dynamic_int8 import KeepDynamicInt8
-from et_cuda_passes.rules.keep_dynamic_per_tensor import KeepDynamicPerTensor
-from et_cuda_passes.rules.keep_static_int8 import KeepStaticInt8
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.rules.quantized_embedding import QuantizedEmbedding
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
+from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
+from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
+from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
+from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fused_linear import FusedLinearInt4
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
+from et_cuda_passes.rules.xnnpack import (
+    FoldDequantize,
+    KeepDynamicInt4,
+    KeepDynamicInt8,
+    KeepDynamicPerTensor,
+    KeepStaticInt8,
+)
 from et_cuda_passes.targets import Target, default_passes, targets
-from et_cuda_passes.targets.rewrite import rewrite
 
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner
@@ -46,11 +38,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEQUANTIZE",
-    "AttentionViews",
     "BmmInt4",
     "Builder",
     "Capture",
-    "ChosenExpertsInt4",
     "ConvInt4",
     "ConvInt8",
     "CudaPartitioner",
@@ -60,10 +50,12 @@ __all__ = [
     "ExpectationError",
     "Failure",
     "FoldDequantize",
+    "FuseAttentionTranspose",
+    "FuseGate",
     "FusedLinearInt4",
     "GroupRule",
     "GroupedMmInt4",
-    "Int4Gate",
+    "IndexedBmmInt4",
     "Keep",
     "KeepDynamicInt4",
     "KeepDynamicInt8",
@@ -72,7 +64,6 @@ __all__ = [
     "Kernel",
     "LinearInt4",
     "LinearInt8",
-    "LinearViews",
     "Match",
     "MetalPartitioner",
     "ModelError",
@@ -81,6 +72,7 @@ __all__ = [
     "Pattern",
     "QuantizedEmbedding",
     "Reason",
+    "RemoveLinearViews",
     "Report",
     "Requirement",
     "Rule",
@@ -117,9 +109,13 @@ _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
     "Int4Kernel": "Kernel",
+    "ChosenExpertsInt4": "IndexedBmmInt4",
     "affine": "weight_of",
     "dequantize": "dequantized",
     "require": "requirement",
+    "AttentionViews": "FuseAttentionTranspose",
+    "Int4Gate": "FuseGate",
+    "LinearViews": "RemoveLinearViews",
 }
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's

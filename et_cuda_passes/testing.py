@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.report import ExpectationError, Report
+from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets import Target
-from et_cuda_passes.targets.rewrite import rewrite
 
 RTOL = 2.0**-7
 """Relative error of a result by default: one unit in the last place of bf16, the precision of scale and zero."""

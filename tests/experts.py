@@ -72,7 +72,7 @@ class Experts(nn.Module):
 
 
 def export(model: nn.Module, *inputs: Tensor, dynamic: Any = None, decompose: bool = False) -> ExportedProgram:
-    """Exported, or taken apart into core operators but for the dequantize."""
+    """The exported program, or its decomposition into core operators that keeps the dequantize."""
     shapes = None if dynamic is None else {"inputs": dynamic}
     with torch.no_grad():
         program = torch.export.export(model.eval(), inputs, dynamic_shapes=shapes)
@@ -101,7 +101,7 @@ def grouped(weight: Tensor, x: Tensor, offs: Tensor) -> Tensor:
     return torch.stack([weight[e] @ x[row] for row, e in enumerate(expert)])
 
 
-# name -> the rule that takes it, what is computed, what it is in plain words, and its inputs
+# name -> the rule that rewrites it, the product, the same product in plain operators, and its inputs
 FORMS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]] = {
     "bmm": (
         "bmm_int4",
@@ -128,25 +128,25 @@ FORMS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any], tuple[Tensor
         (floats(E, 5, K),),
     ),
     "index": (
-        "chosen_experts_int4",
+        "indexed_bmm_int4",
         lambda w, x, ids: torch.bmm(w[ids], x.unsqueeze(-1)).squeeze(-1),
         lambda w, x, ids: torch.stack([w[e] @ row for e, row in zip(ids, x, strict=True)]),
         (floats(6, K), IDS),
     ),
     "index, rows on the left": (
-        "chosen_experts_int4",
+        "indexed_bmm_int4",
         lambda w, x, ids: torch.bmm(x, w[ids].transpose(1, 2)),
         lambda w, x, ids: torch.stack([rows @ w[e].T for e, rows in zip(ids, x, strict=True)]),
         (floats(6, 3, K), IDS - 2),
     ),
-    "index of the turned stack": (
-        "chosen_experts_int4",
+    "index of the transposed stack": (
+        "indexed_bmm_int4",
         lambda w, x, ids: torch.bmm(x, w.transpose(1, 2)[ids]),
         lambda w, x, ids: torch.stack([rows @ w[e].T for e, rows in zip(ids, x, strict=True)]),
         (floats(6, 3, K), IDS),
     ),
     "index_select": (
-        "chosen_experts_int4",
+        "indexed_bmm_int4",
         lambda w, x, ids: torch.bmm(w.index_select(0, ids), x),
         lambda w, x, ids: torch.stack([w[e] @ rows for e, rows in zip(ids, x, strict=True)]),
         (floats(6, K, 2), IDS.int()),

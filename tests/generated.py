@@ -421,8 +421,9 @@ def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
     rows = ({0: Dim("rows", min=2, max=16)}, None) if plan.dynamic else None
     try:
         program = torch.export.export(model, inputs(plan), dynamic_shapes=rows)
-    except TorchDynamoException:
-        # Some branches and maps of dynamic sizes: their results' strides become too much for it.
+    except (TorchDynamoException, AttributeError):
+        # Branches and maps of some dynamic sizes, by their results' strides; no_grad beside nested branches, whose
+        # graphs torch looks for in the wrong module.
         reject()
     return (program.run_decompositions({}) if plan.decomposed else program), model.log.reads
 

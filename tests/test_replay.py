@@ -192,13 +192,13 @@ def test_replay_compares_control_flow() -> None:
 
 def test_renames_apply_to_rules_and_reports_alone(unchanged: Record) -> None:
     old, new = unchanged, copy.deepcopy(unchanged)
-    new["report"] = json.loads(json.dumps(new["report"]).replace("int4_activation", "fuse_activation"))
-    new["provenance"] = json.loads(json.dumps(new["provenance"]).replace('"int4_activation"', '"fuse_activation"'))
-    new["passes"] = ["fuse_activation" if name == "int4_activation" else name for name in new["passes"]]
+    new["report"] = json.loads(json.dumps(new["report"]).replace("fuse_activation", "fuse_function"))
+    new["provenance"] = json.loads(json.dumps(new["provenance"]).replace('"fuse_activation"', '"fuse_function"'))
+    new["passes"] = ["fuse_function" if name == "fuse_activation" else name for name in new["passes"]]
     assert kinds(old, new) == ["provenance", "passes", "report"]
-    assert kinds(old, new, Allowed({"int4_activation": "fuse_activation"})) == []
+    assert kinds(old, new, Allowed({"fuse_activation": "fuse_function"})) == []
     new["constant"] = [line.replace("up.bias", "up.other") for line in new["constant"]]
-    assert kinds(old, new, Allowed({"int4_activation": "fuse_activation", "up.bias": "up.other"})) == ["constant"]
+    assert kinds(old, new, Allowed({"fuse_activation": "fuse_function", "up.bias": "up.other"})) == ["constant"]
 
 
 def test_renames_make_one_rule_of_two() -> None:

@@ -22,7 +22,7 @@ from et_cuda_passes.executorch.lower import gc_throttled
 
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernels."""
-    left_out = ["fused_linear_int4"] * (not variant.fused) + ["int4_gate"] * (not variant.gated)
+    left_out = ["fused_linear_int4"] * (not variant.fused) + ["fuse_gate"] * (not variant.gated)
     made: list[Any] = [rule for rule in ecp.default_passes("cuda") if rule.name not in left_out]
     if variant.kernel is not None:
         named = ("linear_int4", "fused_linear_int4")

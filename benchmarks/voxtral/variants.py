@@ -50,7 +50,7 @@ VARIANTS = {
         Variant("tinygemm", 'int4 packed, `LinearInt4(kernel="tinygemm")`', ours=True, kernel="tinygemm"),
         Variant("ours", "int4 packed, default passes", ours=True),
         Variant("unfused", "int4 packed, default passes but `FusedLinearInt4`", ours=True, fused=False),
-        Variant("ungated", "int4 packed, default passes but `Int4Gate`", ours=True, gated=False),
+        Variant("ungated", "int4 packed, default passes but `FuseGate`", ours=True, gated=False),
         Variant("bf16-prompt", "bf16, stock, tuned for the prompt's length", quantized=False, for_prompt=True),
     )
 }

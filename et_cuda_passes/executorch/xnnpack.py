@@ -1,4 +1,4 @@
-"""XnnpackPartitioner: the stock one, with a pass list, and with no way to a silently wrong result."""
+"""XnnpackPartitioner: ExecuTorch's, with a pass list, and with an error instead of a wrong result."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -8,23 +8,22 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.rewriting import RewritingPartitioner
-from et_cuda_passes.rules.bias_apart import BiasApart
-from et_cuda_passes.rules.keep_dynamic_int4 import KeepDynamicInt4
+from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
 from et_cuda_passes.targets import default_passes
 
 
 class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # ExecuTorch's class is untyped
     """ExecuTorch's ``XnnpackPartitioner`` that first runs ``passes`` over every method.
 
-    The stock partitioner takes any ``dequantize_affine`` for one of its own, and for weight-only quantization the
-    delegate then computes with the raw integers, with no error. Here such a weight is folded to a float one; where
-    even that is not possible the lowering fails.
+    The stock partitioner treats every ``dequantize_affine`` as its own quantization. For a weight-only scheme the
+    delegate then computes with the raw integers and reports no error. This partitioner folds such a weight to floats,
+    and raises an error where that is not possible either.
 
     Args:
         *args: as for the stock partitioner.
-        passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``. ``BiasApart`` comes first
-            where it is not among them: the delegate reads a bias of another shape wrongly.
-        expect: see :func:`et_cuda_passes.rewrite`; asked of every method.
+        passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``. A list without
+            ``SplitBroadcastBias`` gets it as its first pass, because the delegate misreads a bias that broadcasts.
+        expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
         **kwargs: as for the stock partitioner.
     """
 
@@ -44,8 +43,8 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
                 for rule in default_passes(self._target)
             ]
         listed = default_passes(self._target) if passes is None else list(passes)
-        if not any(isinstance(rule, BiasApart) for rule in listed):
-            listed = [BiasApart(), *listed]
+        if not any(isinstance(rule, SplitBroadcastBias) for rule in listed):
+            listed = [SplitBroadcastBias(), *listed]
         self._set_passes(listed, expect)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
@@ -62,5 +61,5 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             listed = "; ".join(
                 f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
             )
-            raise ValueError(f"XNNPACK has no right way to compute with these quantized weights: {listed}")
+            raise ValueError(f"XNNPACK cannot compute these quantized weights correctly: {listed}")
         return program

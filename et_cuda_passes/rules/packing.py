@@ -1,6 +1,6 @@
 """Constants of a kernel from a decoded weight: the integers packed, scales and zeros in the kernel's form."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +8,66 @@ from torch import Tensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.match import Match
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.layouts import LAYOUTS, Layout
 from et_cuda_passes.layouts.layout import ZERO_OFFSET, unsigned_shift
-from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, weight_values
+from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, weight_of, weight_values
+
+
+def kernel_of(m: Match) -> Kernel:
+    """The kernel that the match's rule packs for: its method ``kernel_of``.
+
+    Raises:
+        Unmet: the target has no such kernel.
+    """
+    kernel: Kernel = m.rule.kernel_of(m)
+    return kernel
+
+
+def packed_weight(m: Match) -> QuantizedWeight:
+    """The weight that the match's rule packs, a matrix: its method ``packed_weight``, or what ``weight`` dequantizes.
+
+    Raises:
+        Unmet: it is no weight that can be packed.
+    """
+    own = getattr(m.rule, "packed_weight", weight_of)
+    weight: QuantizedWeight = own(m)
+    return weight
+
+
+def compute_dtype(m: Match) -> torch.dtype | None:
+    """The dtype in which the kernel computes: that of the activations x, or None if the kernel does not have it.
+
+    With the rule's option ``cast_to_bf16`` it is bf16 instead of None.
+    """
+    dtype = m.val(m.x).dtype
+    if dtype in kernel_of(m).dtypes:
+        return dtype
+    cast = getattr(m.rule, "cast_to_bf16", False)
+    return torch.bfloat16 if cast and dtype.is_floating_point else None
+
+
+def scale_dtype(m: Match) -> torch.dtype:
+    """The dtype in which the kernel's scales are stored."""
+    dtype = kernel_of(m).scale_dtype or compute_dtype(m)
+    assert dtype is not None
+    return dtype
+
+
+def int4_scales(m: Match, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """The scales and zeros that :func:`pack_int4` stores for the match's weight, in :func:`scale_dtype` by default."""
+    weight = packed_weight(m)
+    shift = int4_shift(weight)
+    assert shift is not None
+    for part in scale_and_zero_of(weight_values(m.program, weight), shift):
+        yield part.to(dtype or scale_dtype(m))
+
+
+def int8_scales(m: Match, dtype: torch.dtype | None = None) -> Iterator[Tensor | None]:
+    """The scales that :func:`pack_int8` stores, and the tables that it computes the zeros from."""
+    parts = weight_values(m.program, packed_weight(m))
+    yield from (parts.scale.to(dtype or scale_dtype(m)), parts.zero_point, parts.minimum)
 
 
 def int4_shift(weight: QuantizedWeight, layout: Layout | None = None) -> int | None:

@@ -1,10 +1,32 @@
-"""The requirements that several rules share, each of a match whose pattern calls the dequantize node ``weight``."""
+"""The requirements that several rules share.
+
+Their pattern binds the dequantize node of the weight to ``weight`` and the activations to ``x``. A rule that packs for
+a kernel of the target has a method ``kernel_of(m)``, and one that does not pack ``weight`` itself a method
+``packed_weight(m)``; see :mod:`et_cuda_passes.rules.packing`.
+"""
+
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.rule import Failure, requirement
-from et_cuda_passes.quant.affine import has_data, weight_of, weight_values
+from et_cuda_passes.graph.rule import Failure, Requirement, requirement
+from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.quant.affine import QuantizedWeight, has_data, weight_of, weight_values
+from et_cuda_passes.rules.packing import compute_dtype, int4_shift, int8_shift, kernel_of, packed_weight
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """As in ``bfloat16, float16``."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def is_vector(tensor: Tensor, length: int) -> bool:
+    """Whether the tensor is known to have the shape [length]."""
+    return tensor.dim() == 1 and statically_known_true(tensor.shape[0] == length)
 
 
 @requirement("a constant weight that holds data")
@@ -20,15 +42,130 @@ def weight_has_data(m: Match) -> Failure | None:
 )
 def integers_are_in_range(m: Match) -> Failure | None:
     """An integer outside of the range would overwrite its neighbour, or wrap."""
-    weight = weight_of(m)
+    weight = packed_weight(m)
     low, high = (int(end) for end in torch.aminmax(weight_values(m.program, weight).data))
     if weight.quant_min <= low and high <= weight.quant_max:
         return None
     return Failure(f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}")
 
 
-@requirement("a table [N, K] quantized in groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
-def table_is_grouped_along_k(m: Match) -> Failure | None:
-    """A weight that can be decoded is."""
-    weight_of(m)
+def same_dtype(*captures: str) -> Requirement:
+    """The captures that are bound have the dtype of the result.
+
+    They differ only under autocast: there an operator converts what it reads, and a kernel does not.
+    """
+    names = ["activations" if name == "x" else name for name in captures]
+
+    @requirement(f"{', '.join(names)} and result of one dtype")
+    def same_dtype(m: Match) -> Failure | None:
+        wanted = m.val(m.root).dtype
+        dtypes = [m.val(node).dtype for name in captures if (node := getattr(m, name)) is not None]
+        if all(dtype is wanted for dtype in dtypes):
+            return None
+        name = dtype_names([wanted])
+        return Failure(
+            f"{dtype_names(dtypes)} for a result in {name}",
+            "autocast converts between dtypes without a node in the graph: export the model outside of autocast, in "
+            f"{name}. If the weights are in {name} already, run_decompositions({{}}) first, which writes the "
+            "conversions into the graph",
+        )
+
+    return same_dtype
+
+
+@requirement(
+    "a weight [N, K] quantized in groups along K",
+    hint="quantize with granularity PerGroup or PerAxis(0)",
+)
+def weight_is_grouped_along_k(m: Match) -> Failure | None:
+    """A scale is that of a row and group; one that several rows share is repeated for each."""
+    weight = weight_of(m)
+    try:
+        weight.group_size  # noqa: B018  (raises if there is none)
+    except Unmet as unmet:
+        # No granularity makes a matrix of a convolution's larger kernels.
+        return Failure(str(unmet), "" if any(size != 1 for size in weight.shape[2:]) else None)
     return None
+
+
+@requirement("a weight of at most 4 bits", hint="quantize with weight_dtype=torch.int4")
+def weight_fits_4_bits(m: Match) -> Failure | None:
+    """The range fits 0..15 once shifted."""
+    weight = packed_weight(m)
+    return None if int4_shift(weight) is not None else _too_wide(weight)
+
+
+@requirement("a weight of at most 8 bits", hint="quantize with weight_dtype=torch.int8")
+def weight_fits_8_bits(m: Match) -> Failure | None:
+    """The range fits -128..127 once shifted."""
+    weight = packed_weight(m)
+    return None if int8_shift(weight) is not None else _too_wide(weight)
+
+
+def _too_wide(weight: QuantizedWeight) -> Failure:
+    return Failure(f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}")
+
+
+@requirement("a group size that the kernel has")
+def kernel_has_group_size(m: Match) -> Failure | None:
+    """One scale per row, or groups that one of the kernel's group sizes divides."""
+    weight, kernel = packed_weight(m), kernel_of(m)
+    if kernel.native_group_size(weight.group_size, weight.in_features) is not None:
+        return None
+    return Failure(f"group size {weight.group_size}", _group_size_hint(weight, kernel))
+
+
+def _group_size_hint(weight: QuantizedWeight, kernel: Kernel) -> str:
+    k, size = weight.in_features, weight.group_size
+    if not kernel.group_sizes:
+        in_groups = ", or in groups with torch.int4" if weight.bits > 4 else ""
+        return f"{kernel.name} has one scale per row: quantize with PerAxis(0){in_groups}"
+    # One that divides K too, if there is any.
+    nearest = min(kernel.group_sizes, key=lambda native: (k % native != 0, abs(native - size), native))
+    known = f"{kernel.name} has {', '.join(map(str, kernel.group_sizes))} and their multiples"
+    return known if k % nearest else f"{known}: quantize with PerGroup({nearest})"
+
+
+@requirement("in_features that the kernel's tiles divide")
+def kernel_tiles_divide_k(m: Match) -> Failure | None:
+    """K is a multiple of the kernel's ``in_multiple``; it is never padded."""
+    k, multiple = packed_weight(m).in_features, kernel_of(m).in_multiple
+    if k % multiple == 0:
+        return None
+    return Failure(f"K = {k}", f"K must be a multiple of {multiple}: leave this layer unquantized")
+
+
+@requirement("a place where the kernel compiles", hint="take the layer out of the control flow")
+def kernel_runs_in_control_flow(m: Match) -> Failure | None:
+    """Some kernels do not compile inside control flow."""
+    subgraphs = m.program.subgraphs
+    if kernel_of(m).in_control_flow or not subgraphs.in_control_flow(m.root):
+        return None
+    return Failure(f"control flow at {subgraphs.path(m.root)}")
+
+
+@requirement("activations of a dtype that the kernel has")
+def kernel_has_activation_dtype(m: Match) -> Failure | None:
+    """One of the kernel's dtypes, or with the rule's option ``cast_to_bf16`` any floating-point dtype."""
+    kernel, dtype = kernel_of(m), m.val(m.x).dtype
+    if compute_dtype(m) is not None:
+        return None
+    hint = f"{kernel.name} has {dtype_names(kernel.dtypes)}: export the model in one of these"
+    if getattr(m.rule, "cast_to_bf16", None) is False and int4_shift(packed_weight(m)) is not None:
+        option = f"{type(m.rule).__name__}(cast_to_bf16=True)"
+        hint += f", or accept bf16 arithmetic with {option} in place of the default {m.rule.name}"
+    return Failure(dtype_names([dtype]), hint)
+
+
+def scales_are_finite(stored: Callable[[Match], Iterable[Tensor | None]]) -> Requirement:
+    """The numbers that ``stored`` returns, those that the rewrite stores, are neither NaN nor infinite.
+
+    Otherwise a whole group of the weight would be NaN or infinite, and no error would say so.
+    """
+
+    @requirement("scales and zeros that are finite where they are stored", "quantize the weight again", "values")
+    def scales_are_finite(m: Match) -> Failure | None:
+        bad = sum(int((~torch.isfinite(table)).sum()) for table in stored(m) if table is not None)
+        return Failure(f"{bad} that are NaN or infinite") if bad else None
+
+    return scales_are_finite

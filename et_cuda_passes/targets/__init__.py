@@ -1,6 +1,6 @@
 """The registry of targets."""
 
-from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
 from et_cuda_passes.targets.metal import METAL
@@ -30,10 +30,10 @@ def get_target(name: str | Target) -> Target:
     return _TARGETS[name]
 
 
-def default_passes(target: str | Target) -> list[Rule]:
+def default_passes(target: str | Target) -> PassList:
     """A new list of the target's rules, in their order; edit it and pass it as ``passes=``.
 
     Raises:
         ValueError: there is no such target.
     """
-    return get_target(target).passes()
+    return PassList(get_target(target).passes())

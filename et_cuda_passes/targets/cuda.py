@@ -3,24 +3,12 @@
 import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.rules.attention_views import AttentionViews
-from et_cuda_passes.rules.bmm_int4 import BmmInt4
-from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.conv_int8 import ConvInt8
-from et_cuda_passes.rules.einsum_int4 import EinsumInt4
-from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
-from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
-from et_cuda_passes.rules.fused_linear_int4 import FusedLinearInt4
-from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
-from et_cuda_passes.rules.int4_activation import Int4Activation
-from et_cuda_passes.rules.int4_gate import Int4Gate
-from et_cuda_passes.rules.int4_product import Int4Product
-from et_cuda_passes.rules.int4_sum import Int4Sum
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
-from et_cuda_passes.rules.unmasked_attention import UnmaskedAttention
+from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
+from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
+from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseGate, FuseMultiply, RemoveLinearViews
+from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fused_linear import FusedLinearInt4
+from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.targets.target import INT8, Target
 
 _TRITON = Kernel(
@@ -63,22 +51,25 @@ CUDA = Target(
     },
     passes=lambda: [
         FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
+        # LinearInt4 rewrites the linears that are not fused. int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),
         ConvInt8(),
         BmmInt4(),
-        ChosenExpertsInt4(),
+        IndexedBmmInt4(),
         GroupedMmInt4(),
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
-        LinearViews(),
-        Int4Activation(),
-        Int4Gate(),
-        Int4Product(),
-        Int4Sum(),
+        # These match the results of the rules above. The kernel multiplies and then adds; a gated layer, which contains
+        # a product, is one kernel.
+        RemoveLinearViews(),
+        FuseActivation(),
+        FuseGate(),
+        FuseMultiply(),
+        FuseAdd(),
         UnmaskedAttention(),
-        AttentionViews(),
+        FuseAttentionTranspose(),
     ],
 )

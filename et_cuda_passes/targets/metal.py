@@ -4,16 +4,10 @@ import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.advised import SuggestedSchemes
-from et_cuda_passes.rules.bmm_int4 import BmmInt4
-from et_cuda_passes.rules.chosen_experts_int4 import ChosenExpertsInt4
-from et_cuda_passes.rules.conv_int4 import ConvInt4
-from et_cuda_passes.rules.einsum_int4 import EinsumInt4
-from et_cuda_passes.rules.embedding_int4 import EmbeddingInt4
-from et_cuda_passes.rules.embedding_int8 import EmbeddingInt8
-from et_cuda_passes.rules.grouped_mm_int4 import GroupedMmInt4
-from et_cuda_passes.rules.linear_int4 import LinearInt4
-from et_cuda_passes.rules.linear_int8 import LinearInt8
-from et_cuda_passes.rules.linear_views import LinearViews
+from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
+from et_cuda_passes.rules.epilogue import RemoveLinearViews
+from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.linear import ConvInt4, LinearInt4, LinearInt8
 from et_cuda_passes.targets.target import PLAIN, Target
 
 # torchao's build of the kernel has fp16 and ExecuTorch's has not; a lowered program must run in ExecuTorch.
@@ -47,15 +41,16 @@ METAL = Target(
     },
     advised=SuggestedSchemes(eight_bits=SuggestedSchemes.four_bits),
     passes=lambda: [
+        # int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),
         BmmInt4(),
-        ChosenExpertsInt4(),
+        IndexedBmmInt4(),
         GroupedMmInt4(),
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
-        LinearViews(),
+        RemoveLinearViews(),
     ],
 )

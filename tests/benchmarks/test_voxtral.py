@@ -162,7 +162,7 @@ def test_every_linear_is_rewritten(name: str, programs: dict[str, ExportedProgra
         layers = {"audio_encoder": TINY.audio_layers, "text_decoder": TINY.layers, "token_embedding": 0}[method]
         assert counts.get("fused_linear_int4", 0) == (0 if name == "unfused" else 3 * layers)
         gates = TINY.layers if method == "text_decoder" and name in ("ours", "unfused") else 0
-        assert report.applied.get("int4_gate", 0) == gates
+        assert report.applied.get("fuse_gate", 0) == gates
 
 
 def test_the_partitioners_of_a_variant() -> None:

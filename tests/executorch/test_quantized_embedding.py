@@ -1,4 +1,4 @@
-"""quantized_embedding: every form that the rule accepts, run by ExecuTorch's own runtime, against fp64."""
+"""QuantizedEmbedding: every form that the rule accepts, run by ExecuTorch's own runtime, against fp64."""
 
 import io
 from typing import Any
@@ -19,23 +19,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.quantized import Quantized
+from tests.tables import exact, exported, look_up
 
-TAKEN = {"quantized_embedding": 1, "missed": 0}
-
-
-def look_up(table: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.embedding(table, weight)
-
-
-def exact(model: Quantized) -> Tensor:
-    """The table as the scheme says it is, in fp64."""
-    spread = lambda t: t.double().repeat_interleave(model.block[1], 1)  # noqa: E731
-    points = 0.0 if model.zero_point is None else spread(model.zero_point)
-    return (model.data.double() - points) * spread(model.scale)
-
-
-def exported(model: nn.Module, *inputs: Tensor) -> ExportedProgram:
-    return torch.export.export(model.eval(), inputs)
+REWRITTEN = {"quantized_embedding": 1, "missed": 0}
 
 
 def lowered(program: ExportedProgram, partitioner: Any) -> bytes:
@@ -49,12 +35,12 @@ def output(pte: bytes, *inputs: Tensor) -> Tensor:
 
 
 def rounded_once(wanted: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a kernel gives that computes in fp32: every product here is of few bits, and rounded there and in dtype."""
+    """The result of a kernel that computes in fp32: the products here have few bits, and are rounded to dtype once."""
     return wanted.float().to(dtype)
 
 
 FORMS = {
-    # low, high, storage, K, group, the operator
+    # low, high, storage, K, group, operator
     "int4 group 32": (-8, 7, torch.int8, 64, 32, "embedding_4bit"),
     "int4 per-axis": (-8, 7, torch.int8, 36, 36, "embedding_4bit"),
     "int4 group 2": (-8, 7, torch.int8, 6, 2, "embedding_4bit"),
@@ -73,10 +59,10 @@ IDS = torch.tensor([[0, 7, 12], [5, 5, 1]])
 
 @pytest.mark.parametrize("zero_points", ["random", None])
 @pytest.mark.parametrize("form", FORMS)
-def test_every_width_and_group_against_fp64(form: str, zero_points: str | None) -> None:
+def test_widths_and_groups_match_fp64(form: str, zero_points: str | None) -> None:
     low, high, storage, k, group, operator = FORMS[form]
     model = Quantized(13, k, group, low, high, torch.float32, None, zero_points, look_up, storage)
-    ours = ecp.XnnpackPartitioner(expect=TAKEN)
+    ours = ecp.XnnpackPartitioner(expect=REWRITTEN)
     found = output(lowered(exported(model, IDS), ours), IDS)
     assert torch.equal(found, rounded_once(exact(model)[IDS], torch.float32))
     assert ours.report.outcomes[0].detail.endswith(f" -> {operator}")
@@ -89,28 +75,28 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("scales", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (-128, 127)])
-def test_every_dtype_of_scales_and_result_against_fp64(
+def test_dtypes_of_scales_and_result_match_fp64(
     low: int, high: int, dtype: torch.dtype, scales: torch.dtype, zero_points: str | None
 ) -> None:
     model = Quantized(13, 64, 32, low, high, dtype, scales, zero_points, look_up)
     program = exported(model, IDS)
     wanted = rounded_once(exact(model)[IDS], dtype)
-    found = output(lowered(program, ecp.XnnpackPartitioner(expect=TAKEN)), IDS)
+    found = output(lowered(program, ecp.XnnpackPartitioner(expect=REWRITTEN)), IDS)
     assert found.dtype is dtype and torch.equal(found, wanted)
-    rewritten, _ = ecp.rewrite(program, "xnnpack", expect=TAKEN)
+    rewritten, _ = ecp.rewrite(program, "xnnpack", expect=REWRITTEN)
     assert torch.equal(rewritten.module()(IDS), wanted)
 
 
 @pytest.mark.parametrize("ids", [IDS.int(), torch.tensor(7), torch.tensor([[[12]]]), IDS.new_empty(2, 0)], ids=str)
 @pytest.mark.parametrize("check_ids", [True, False])
-def test_ids_of_any_shape_and_of_int32(ids: Tensor, check_ids: bool) -> None:
+def test_ids_of_any_shape_and_of_int32_match_fp64(ids: Tensor, check_ids: bool) -> None:
     model = Quantized(13, 64, 32, -128, 127, torch.float32, zero_points="random", form=look_up)
     passes = [ecp.QuantizedEmbedding(check_ids)]
-    found = output(lowered(exported(model, ids), ecp.XnnpackPartitioner(passes=passes, expect=TAKEN)), ids)
+    found = output(lowered(exported(model, ids), ecp.XnnpackPartitioner(passes=passes, expect=REWRITTEN)), ids)
     assert torch.equal(found, rounded_once(exact(model)[ids.long()], torch.float32))
 
 
-def test_the_zero_points_of_pt2e() -> None:
+def test_pt2e_zero_points_match_fp64() -> None:
     class PerChannel(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,31 +110,31 @@ def test_the_zero_points_of_pt2e() -> None:
             return F.embedding(ids, dequantize(self.q, self.scale, self.zero, 0, -127, 127, torch.int8))
 
     model = PerChannel()
-    found = output(lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=TAKEN)), IDS)
+    found = output(lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=REWRITTEN)), IDS)
     wanted = (model.q.double() - model.zero.double().unsqueeze(1)) * model.scale.double().unsqueeze(1)
     assert torch.equal(found, rounded_once(wanted[IDS], torch.float32))
 
 
 @pytest.mark.parametrize(("low", "high"), [(-2, 1), (-8, 7), (-128, 127)])
 @pytest.mark.parametrize("beyond", [-1, 13, 10**9])
-def test_an_id_outside_of_the_table_is_an_error_of_the_run(low: int, high: int, beyond: int) -> None:
+def test_id_outside_of_the_table_is_an_error_of_the_run(low: int, high: int, beyond: int) -> None:
     model = Quantized(13, 64, 32, low, high, torch.float32, form=look_up)
-    pte = lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=TAKEN))
+    pte = lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=REWRITTEN))
     with pytest.raises(RuntimeError, match="0x12"):
         output(pte, torch.tensor([[0, 7, 12], [5, beyond, 1]]))
     assert torch.equal(output(pte, IDS), rounded_once(exact(model)[IDS], torch.float32))
 
 
-def test_what_the_check_of_ids_is_for() -> None:
+def test_id_outside_of_the_table_is_no_error_without_check_ids() -> None:
     model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
     passes = [ecp.QuantizedEmbedding(check_ids=False)]
     pte = lowered(exported(model, torch.tensor([3])), ecp.XnnpackPartitioner(passes=passes))
-    # One row behind the table, which lies inside of the file: some numbers, and no error.
+    # The kernel reads the bytes after the table, which are still inside of the file.
     assert output(pte, torch.tensor([13])).shape == (1, 64)
 
 
 class Decoder(nn.Module):
-    """An embedding and the last linear, of one parameter if ``tied``. Input int64 [1, length]."""
+    """An embedding and the last linear, which share one parameter if ``tied``. The input is int64 [1, length]."""
 
     def __init__(self, table: Any, head: Any = None, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -183,7 +169,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("config", [FOUR, EIGHT], ids=["int4", "int8"])
-def test_a_tied_table_is_packed_for_the_embedding_folded_for_the_linear_and_reported(config: Any) -> None:
+def test_tied_table_is_packed_for_the_embedding_and_folded_for_the_linear(config: Any) -> None:
     model = Decoder(config, tied=True).eval()
     program = torch.export.export(model, (TOKENS,), dynamic_shapes=({1: LENGTH},))
     rewritten, report = assert_rewrites(
@@ -201,11 +187,11 @@ def test_a_tied_table_is_packed_for_the_embedding_folded_for_the_linear_and_repo
     for length in (1, 3, 32):
         ids = torch.arange(length).view(1, -1) * 3
         assert error(output(pte, ids), model(ids)) < 1e-5
-    # The delegate has a float copy of the linear's weight. Folded, the embedding would have another one beside it.
+    # The delegate has a float copy of the linear's weight. A folded embedding would add a second one.
     assert len(pte) < len(lowered(program, ecp.XnnpackPartitioner(passes=[ecp.FoldDequantize()]))) - 2 * 96 * 64
 
 
-def test_beside_a_linear_with_dynamic_activations_that_the_delegate_takes() -> None:
+def test_embedding_beside_a_linear_in_the_delegate_matches_eager() -> None:
     dynamic = Int8DynamicActivationIntxWeightConfig(
         weight_dtype=torch.int4, weight_granularity=PerGroup(32), weight_scale_dtype=torch.bfloat16
     )
@@ -220,38 +206,42 @@ def test_beside_a_linear_with_dynamic_activations_that_the_delegate_takes() -> N
     for length in (1, 3, 32):
         ids = torch.arange(length).view(1, -1) * 3
         found = output(pte, ids)
-        # Of the same rows the delegate makes the same logits; against eager, an activation may round another way.
+        # The rows are equal, and so are the delegate's logits. In eager an activation may be rounded another way.
         assert torch.equal(found, output(folded, ids))
         assert error(found, model(ids)) < 3e-3
 
 
-def test_a_bf16_model_is_the_folded_one_to_the_last_bit() -> None:
+def test_bf16_result_equals_the_folded_one() -> None:
     model = Decoder(IntxWeightOnlyConfig(torch.int4, PerGroup(32)), dtype=torch.bfloat16)
     program = exported(model, TOKENS)
-    found = output(lowered(program, ecp.XnnpackPartitioner(expect=TAKEN)), TOKENS)
+    found = output(lowered(program, ecp.XnnpackPartitioner(expect=REWRITTEN)), TOKENS)
     folded = output(lowered(program, ecp.XnnpackPartitioner(passes=[ecp.FoldDequantize()])), TOKENS)
     assert found.dtype is torch.bfloat16 and torch.equal(found, folded)
 
 
-def test_a_program_that_the_runtime_cannot_run_says_what_it_lacks() -> None:
+def test_report_names_the_kernels_that_the_runtime_needs() -> None:
     model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
-    _, report = ecp.rewrite(exported(model, IDS), "xnnpack", expect=TAKEN)
+    _, report = ecp.rewrite(exported(model, IDS), "xnnpack", expect=REWRITTEN)
     assert "import executorch.kernels.quantized" in str(report.outcomes[0].reasons[0])
 
 
-def test_a_second_rewrite_changes_nothing_and_the_same_program_gives_the_same_bytes() -> None:
+def test_second_rewrite_changes_nothing() -> None:
     program = exported(Decoder(EIGHT), TOKENS)
-    first, _ = ecp.rewrite(program, "xnnpack", expect=TAKEN)
+    first, _ = ecp.rewrite(program, "xnnpack", expect=REWRITTEN)
     second, report = ecp.rewrite(first, "xnnpack")
     assert report.outcomes == [] and report.warnings == []
     assert str(second.graph) == str(first.graph)
     assert set(second.state_dict) == set(first.state_dict)
+
+
+def test_two_lowerings_give_equal_bytes() -> None:
+    program = exported(Decoder(EIGHT), TOKENS)
     assert lowered(program, ecp.XnnpackPartitioner()) == lowered(program, ecp.XnnpackPartitioner())
 
 
-def test_a_rewritten_program_is_saved_and_read_again() -> None:
+def test_rewritten_program_can_be_saved_and_loaded() -> None:
     model = Quantized(13, 64, 32, dtype=torch.float32, form=look_up)
-    rewritten, _ = ecp.rewrite(exported(model, IDS), "xnnpack", expect=TAKEN)
+    rewritten, _ = ecp.rewrite(exported(model, IDS), "xnnpack", expect=REWRITTEN)
     file = io.BytesIO()
     torch.export.save(rewritten, file)
     again = torch.export.load(io.BytesIO(file.getvalue()))
@@ -260,17 +250,17 @@ def test_a_rewritten_program_is_saved_and_read_again() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_in_the_edge_dialect(dtype: torch.dtype) -> None:
+def test_edge_program_matches_fp64(dtype: torch.dtype) -> None:
     model = Quantized(13, 64, 32, -128, 127, dtype, torch.float32, "random", look_up)
     config = EdgeCompileConfig(_check_ir_validity=False)
     edge = to_edge(exported(model, IDS.int()), compile_config=config).exported_program()
-    rewritten, _ = ecp.rewrite(edge, "xnnpack", expect=TAKEN)
+    rewritten, _ = ecp.rewrite(edge, "xnnpack", expect=REWRITTEN)
     targets = [node.target for node in rewritten.graph.nodes if node.op == "call_function"]
     assert all(isinstance(target, EdgeOpOverload) for target in targets)
     assert torch.equal(rewritten.module()(IDS.int()), rounded_once(exact(model)[IDS], dtype))
 
 
-def test_two_tables_and_two_readers_of_one() -> None:
+def test_two_tables_with_three_embeddings_are_rewritten() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,7 +278,7 @@ def test_two_tables_and_two_readers_of_one() -> None:
     assert error(found, wanted.float()) < 1e-6
 
 
-def test_in_a_branch() -> None:
+def test_embedding_in_a_branch_is_rewritten() -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -302,13 +292,44 @@ def test_in_a_branch() -> None:
     model, x = Lookup(), torch.ones(13, 64)
     ids = torch.arange(13)
     program = torch.export.export(model, (x, ids))
-    pte = lowered(program, ecp.XnnpackPartitioner(expect=TAKEN))
+    pte = lowered(program, ecp.XnnpackPartitioner(expect=REWRITTEN))
     for sign in (1, -1):
         assert error(output(pte, x * sign, ids), model(x * sign, ids)) < 1e-6
 
 
-def misses(model: nn.Module, found: str) -> None:
-    """Missed for ``found``, and folded by the default passes, with the right result."""
+def with_large_zero_points() -> Quantized:
+    model = Quantized(13, 64, dtype=torch.bfloat16, zero_points="random", form=look_up)
+    model.zero_point = torch.full((13, 2), 301, dtype=torch.int32)
+    return model
+
+
+def with_integer_outside_of_the_range() -> Quantized:
+    model = Quantized(13, 64, dtype=torch.float32, form=look_up)
+    model.data[0, 0] = 9
+    return model
+
+
+FOLDED = {
+    # model, and the reason why no operator holds the table
+    "int11": (
+        lambda: Quantized(13, 64, 64, -1000, 1000, torch.float32, form=look_up, storage=torch.int16),
+        "found 11 bits",
+    ),
+    "groups of 1": (lambda: Quantized(13, 64, 1, dtype=torch.float32, form=look_up), "found group size 1"),
+    "float64 scales": (
+        lambda: Quantized(13, 64, scale_dtype=torch.float64, dtype=torch.float32, form=look_up),
+        "found float64, float32",
+    ),
+    "zero points of 301": (with_large_zero_points, "found 26 that are not"),
+    # Folded, an integer outside of the stated range is a float like any other.
+    "integer outside of the range": (with_integer_outside_of_the_range, "found integers -8..9 for a range of -8..7"),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_missed_table_is_folded_and_matches_eager(name: str) -> None:
+    make, found = FOLDED[name]
+    model = make()
     program = exported(model, IDS)
     assert_misses(program, found, "xnnpack", rule="quantized_embedding", passes=[ecp.QuantizedEmbedding()])
     ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 1, "missed": 0})
@@ -316,37 +337,8 @@ def misses(model: nn.Module, found: str) -> None:
     assert "quantized_embedding takes up to 8 bits" in str(ours.report.outcomes[0].reasons[0])
 
 
-def test_what_is_missed_is_folded_and_right() -> None:
-    misses(Quantized(13, 64, 64, -1000, 1000, torch.float32, form=look_up, storage=torch.int16), "found 11 bits")
-    misses(Quantized(13, 64, 1, dtype=torch.float32, form=look_up), "found group size 1")
-    misses(Quantized(13, 64, scale_dtype=torch.float64, dtype=torch.float32, form=look_up), "found float64, float32")
-    odd = Quantized(13, 64, dtype=torch.bfloat16, zero_points="random", form=look_up)
-    odd.zero_point = torch.full((13, 2), 301, dtype=torch.int32)
-    misses(odd, "wanted zero points that are exact in their dtype, found 26 that are not")
-
-
-def test_what_is_missed_and_not_folded_either_stops_the_lowering() -> None:
+def test_table_that_is_neither_packed_nor_folded_stops_the_lowering() -> None:
     damaged = Quantized(13, 64, dtype=torch.float32, form=look_up)
     damaged.scale[1, 1] = float("nan")
-    with pytest.raises(ValueError, match="1 NaN or infinite scales"):
+    with pytest.raises(ValueError, match="quantized_embedding .*found 1 that are NaN or infinite"):
         lowered(exported(damaged, IDS), ecp.XnnpackPartitioner())
-    # A value outside of the stated range is no neighbour's business where the weight is a float one.
-    outside = Quantized(13, 64, dtype=torch.float32, form=look_up)
-    outside.data[0, 0] = 9
-    misses(outside, "found integers -8..9 for a range of -8..7")
-
-
-def test_more_scales_than_the_kernels_count() -> None:
-    class Huge(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            make = lambda k, dtype: torch.empty(1 << 27, k, dtype=dtype, device="meta")  # noqa: E731
-            self.register_buffer("q", make(32, torch.int8))
-            self.register_buffer("scale", make(16, torch.float32))
-
-        def forward(self, ids: Tensor) -> Tensor:
-            dequantize = torch.ops.torchao.dequantize_affine
-            return F.embedding(ids, dequantize(self.q, [1, 2], self.scale, None, torch.int8, -8, 7, torch.float32))
-
-    program = torch.export.export(Huge(), (IDS.to("meta"),))
-    assert_misses(program, "found 2147483648 scales", "xnnpack", passes=[ecp.QuantizedEmbedding()])

@@ -1,8 +1,9 @@
-"""XNNPACK's numbers: what the stock partitioner computes wrongly without an error, and what ours makes of it.
+"""XNNPACK's numbers with our partitioner, also where the stock one computes something else without an error.
 
-Every lowered program is run by ExecuTorch's own runtime, and compared with the quantized model in eager.
+ExecuTorch's own runtime runs every lowered program. The results are compared with the quantized model in eager.
 """
 
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -10,9 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
-from executorch.exir import to_edge_transform_and_lower
-from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torchao.quantization import (
@@ -24,6 +22,8 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.testing import assert_misses
+from tests.xnnpack import Stock, error, example, lowered, output, through
 
 IN, HIDDEN, OUT = 64, 128, 32
 
@@ -78,42 +78,6 @@ def one(config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model
 
 
-def example(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-
-
-def lowered(program: ExportedProgram, partitioner: Stock) -> bytes:
-    buffer: bytes = to_edge_transform_and_lower(program, partitioner=[partitioner]).to_executorch().buffer
-    return buffer
-
-
-def lowered_unless_refused(program: ExportedProgram) -> bytes | None:
-    """What our partitioner makes of ``program``; None where it refuses, and names the cause."""
-    try:
-        return lowered(program, ecp.XnnpackPartitioner())
-    except ValueError as refusal:
-        if not any(cause in str(refusal) for cause in ("XNNPACK", "its dequantize was", "their dequantize was")):
-            raise
-        return None
-
-
-def output(pte: bytes, *inputs: Tensor) -> Tensor:
-    result: Tensor = Runtime.get().load_program(pte).load_method("forward").execute(list(inputs))[0]
-    return result
-
-
-def error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|, in the Euclidean norm."""
-    assert found.dtype == wanted.dtype and found.shape == wanted.shape
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def through(partitioner: Stock, model: nn.Module, x: Tensor) -> float:
-    """The error of ``model``, exported and lowered with ``partitioner``, against itself in eager."""
-    return error(output(lowered(torch.export.export(model, (x,)), partitioner), x), model(x))
-
-
 def fates(partitioner: Any) -> list[tuple[str, str | None]]:
     return [(outcome.status, outcome.rule) for outcome in partitioner.report.outcomes]
 
@@ -125,7 +89,7 @@ WEIGHT_ONLY = [
 
 
 @pytest.mark.parametrize("config", WEIGHT_ONLY)
-def test_weight_only_is_silently_wrong_with_the_stock_partitioner_and_right_with_ours(config: Any) -> None:
+def test_weight_only_is_correct_with_ours_and_wrong_with_the_stock_partitioner(config: Any) -> None:
     model, x = mlp(config), example(5, IN)
     ours = ecp.XnnpackPartitioner()
     assert through(ours, model, x) < FLOAT_ERROR
@@ -133,20 +97,18 @@ def test_weight_only_is_silently_wrong_with_the_stock_partitioner_and_right_with
     for outcome in ours.report.outcomes:
         assert "Int8DynamicActivationIntxWeightConfig" in " ".join(map(str, outcome.reasons))
 
-    lift = f"executorch {version('executorch')} no longer needs fold_dequantize for this: see whether it can be kept"
+    lift = f"executorch {version('executorch')} no longer needs fold_dequantize: check whether the weight can be kept"
     try:
         stock = through(Stock(), model, x)
     except Exception as refusal:
-        pytest.fail(
-            f"the stock partitioner now refuses weight-only, and does not compute it wrongly: {refusal}. {lift}"
-        )
+        pytest.fail(f"the stock partitioner now refuses weight-only instead of a wrong result: {refusal}. {lift}")
     if stock < 0.01:
-        pytest.fail(f"the stock partitioner now computes weight-only rightly (relative error {stock:.1e}). {lift}")
-    # Not a little wrong: the weights went in as raw integers, without their scales.
+        pytest.fail(f"the stock partitioner now computes weight-only correctly (relative error {stock:.1e}). {lift}")
+    # The error is large, because the delegate reads raw integers without their scales.
     assert stock > 1
 
 
-def test_a_folded_weight_with_zero_points_and_a_dynamic_number_of_rows_is_right() -> None:
+def test_folded_weight_with_zero_points_is_correct_for_dynamic_rows() -> None:
     model = mlp(weight_only(4, 32, MappingType.ASYMMETRIC))
     x = example(2, 3, IN)
     program = torch.export.export(model, (x,), dynamic_shapes=({1: Dim("rows", min=1, max=64)},))
@@ -156,11 +118,11 @@ def test_a_folded_weight_with_zero_points_and_a_dynamic_number_of_rows_is_right(
         assert error(output(pte, x), model(x)) < FLOAT_ERROR
 
 
-def test_8da4w_is_byte_for_byte_the_stock_partitioners() -> None:
+def test_8da4w_gives_the_bytes_of_the_stock_partitioner() -> None:
     model, x = mlp(dynamic(4, 32)), example(5, IN)
     program = torch.export.export(model, (x,))
     stock = lowered(program, Stock())
-    assert lowered(program, Stock()) == stock, "stock lowering is not deterministic: this comparison means nothing"
+    assert lowered(program, Stock()) == stock, "stock lowering is not deterministic: the comparison shows nothing"
     ours = ecp.XnnpackPartitioner()
     pte = lowered(program, ours)
     assert pte == stock
@@ -168,12 +130,12 @@ def test_8da4w_is_byte_for_byte_the_stock_partitioners() -> None:
     assert error(output(pte, x), model(x)) < DYNAMIC_ERROR_ROUNDED_SCALES
 
 
-def test_8da4w_keeps_its_numbers_where_scales_need_no_rounding() -> None:
+def test_8da4w_is_exact_with_scales_that_need_no_rounding() -> None:
     model = mlp(dynamic(weight_scale_dtype=EXACT_SCALES))
     assert through(ecp.XnnpackPartitioner(), model, example(5, IN)) < DYNAMIC_ERROR
 
 
-def test_8da4w_in_fp16_is_right() -> None:
+def test_8da4w_in_fp16_is_correct() -> None:
     model, x = one(dynamic(weight_scale_dtype=EXACT_SCALES), torch.float16), example(5, IN, dtype=torch.float16)
     assert through(ecp.XnnpackPartitioner(), model, x) < DYNAMIC_ERROR_ROUNDED_SCALES
 
@@ -192,7 +154,7 @@ class Mixed(nn.Module):
         return result
 
 
-def test_three_schemes_in_one_model_are_each_treated_as_they_need() -> None:
+def test_model_with_three_schemes_has_an_outcome_for_each() -> None:
     torch.manual_seed(0)
     model = Mixed().eval()
     schemes = {
@@ -212,9 +174,9 @@ def test_three_schemes_in_one_model_are_each_treated_as_they_need() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_a_folded_16_bit_model_is_the_float_model_to_the_last_bit(dtype: torch.dtype) -> None:
-    # bf16 linears are not delegated, and ExecuTorch's portable addmm accumulates in bf16: no closer to eager than 2e-2.
-    # The float model that stands for the quantized one has the same kernels, so there the comparison is exact.
+def test_folded_16_bit_model_equals_the_float_model(dtype: torch.dtype) -> None:
+    # bf16 linears are not delegated. ExecuTorch's portable addmm accumulates in bf16, with an error of about 2e-2. The
+    # float model runs the same kernels, so the comparison with it is exact.
     model, x = mlp(weight_only(4, 32), dtype), example(5, IN, dtype=dtype)
     plain = Mlp().to(dtype).eval()
     for name in ("up", "down"):
@@ -228,7 +190,7 @@ def test_a_folded_16_bit_model_is_the_float_model_to_the_last_bit(dtype: torch.d
     assert error(found, model(x)) < {torch.bfloat16: 3e-2, torch.float16: 1e-3}[dtype]
 
 
-def test_a_bf16_model_is_delegated_and_as_exact_as_eager_where_the_caller_enables_bf16() -> None:
+def test_bf16_model_is_delegated_with_enable_bf16() -> None:
     model, x = mlp(weight_only(4, 32), torch.bfloat16), example(5, IN, dtype=torch.bfloat16)
     try:
         stock = through(Stock(enable_bf16=True), Mlp().to(torch.bfloat16).eval(), x)
@@ -238,7 +200,7 @@ def test_a_bf16_model_is_delegated_and_as_exact_as_eager_where_the_caller_enable
     assert through(ecp.XnnpackPartitioner(enable_bf16=True), model, x) < 1e-2
 
 
-def test_8da4w_in_bf16_is_kept_where_the_caller_enables_bf16() -> None:
+def test_8da4w_in_bf16_is_kept_with_enable_bf16() -> None:
     model, x = mlp(dynamic(), torch.bfloat16), example(5, IN, dtype=torch.bfloat16)
     ours = ecp.XnnpackPartitioner(enable_bf16=True, expect={"keep_dynamic_int4": 2})
     pte = lowered(torch.export.export(model, (x,)), ours)
@@ -250,7 +212,7 @@ def test_8da4w_in_bf16_is_kept_where_the_caller_enables_bf16() -> None:
 
 
 @pytest.mark.parametrize("enable_bf16", [False, True])
-def test_8da8w_in_bf16_which_the_runtime_does_not_load_is_refused(enable_bf16: bool) -> None:
+def test_8da8w_in_bf16_is_refused_because_the_runtime_does_not_load_it(enable_bf16: bool) -> None:
     model, x = mlp(dynamic(8, None, weight_scale_dtype=torch.float32), torch.bfloat16), example(5, IN).bfloat16()
     program, partitioner = torch.export.export(model, (x,)), ecp.XnnpackPartitioner(enable_bf16=enable_bf16)
     stock = lowered(program, Stock(enable_bf16=True))
@@ -260,7 +222,7 @@ def test_8da8w_in_bf16_which_the_runtime_does_not_load_is_refused(enable_bf16: b
         lowered(program, partitioner)
 
 
-def test_8da8w_in_fp16_is_right_with_scales_in_float32() -> None:
+def test_8da8w_in_fp16_is_correct_with_scales_in_float32() -> None:
     x = example(5, IN, dtype=torch.float16)
     with pytest.raises(ValueError, match="float16 scales, .* quantize with weight_scale_dtype=torch.float32"):
         lowered(torch.export.export(mlp(dynamic(8, None), torch.float16), (x,)), ecp.XnnpackPartitioner())
@@ -269,11 +231,11 @@ def test_8da8w_in_fp16_is_right_with_scales_in_float32() -> None:
 
 
 class ByHand(nn.Module):
-    """linear(fake-quantized x, dequantized int4 weight [OUT, IN]), written out: every argument can be made unusual.
+    """linear(fake-quantized x, dequantized int4 weight [OUT, IN]) with arguments that can be changed.
 
     Args:
         activation: (quant_min, quant_max) of the activation; None leaves x as it is.
-        scale: makes another scale tensor, of the same values, from the scales.
+        scale: returns another scale tensor with the values of the scales.
         again: a second linear reads the same integers with other scales.
     """
 
@@ -320,14 +282,14 @@ class ByHand(nn.Module):
         return result + F.linear(x, self.weight(self.other_scale)) if self.again else result
 
 
-def test_two_scales_for_the_same_integers_are_folded_to_two_weights() -> None:
+def test_integers_with_two_scales_fold_to_two_weights() -> None:
     ours = ecp.XnnpackPartitioner()
     assert through(ours, ByHand(activation=None, again=True).eval(), example(5, IN)) < FLOAT_ERROR
     assert fates(ours) == [("rewritten", "fold_dequantize")] * 2
 
 
 def inside_a_larger_tensor(scale: Tensor) -> Tensor:
-    """The same values, as the contiguous second half of a storage whose first half is something else."""
+    """The same values as the contiguous second half of a larger storage."""
     return torch.cat([scale * 7, scale])[len(scale) :]
 
 
@@ -351,46 +313,71 @@ def as_exported(program: ExportedProgram) -> ExportedProgram:
     return program
 
 
-SILENTLY_WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[ExportedProgram], ExportedProgram]]] = {
+DECOMPOSED = "dequantize was decomposed; rewrite before run_decompositions"
+SILENTLY_WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[ExportedProgram], ExportedProgram], str]] = {
     "8da4w with zero points": (
         lambda: one(dynamic(weight_scale_dtype=EXACT_SCALES, weight_mapping_type=MappingType.ASYMMETRIC)),
         as_exported,
+        "keep_dynamic_int4 wanted zero points that are all 0, found ",
     ),
-    "8da8w with zero points": (lambda: one(dynamic(8, None, weight_mapping_type=MappingType.ASYMMETRIC)), as_exported),
-    "weight-only, decomposed": (lambda: one(weight_only(4, 32)), decomposed),
-    "8da4w, decomposed": (lambda: one(dynamic(weight_scale_dtype=EXACT_SCALES)), decomposed),
-    "8da4w, linear decomposed": (lambda: one(dynamic(weight_scale_dtype=EXACT_SCALES)), linear_decomposed),
-    "4-bit activation": (lambda: ByHand(activation=(-8, 7)), as_exported),
-    "two scales for the same integers": (lambda: ByHand(again=True), as_exported),
-    "scales inside a larger tensor": (lambda: ByHand(scale=inside_a_larger_tensor), as_exported),
+    "8da8w with zero points": (
+        lambda: one(dynamic(8, None, weight_mapping_type=MappingType.ASYMMETRIC)),
+        as_exported,
+        "keep_dynamic_int8 wanted zero points that are all 0, found ",
+    ),
+    "weight-only, decomposed": (lambda: one(weight_only(4, 32)), decomposed, DECOMPOSED),
+    "8da4w, decomposed": (lambda: one(dynamic(weight_scale_dtype=EXACT_SCALES)), decomposed, DECOMPOSED),
+    "8da4w, linear decomposed": (
+        lambda: one(dynamic(weight_scale_dtype=EXACT_SCALES)),
+        linear_decomposed,
+        "fold_dequantize wanted readers of float activations, found aten.addmm (addmm)",
+    ),
+    "4-bit activation": (
+        lambda: ByHand(activation=(-8, 7)),
+        as_exported,
+        "keep_dynamic_int4 wanted activations quantized per token, asymmetric, in -128..127, found ASYMMETRIC, -8..7",
+    ),
+    "two scales for the same integers": (
+        lambda: ByHand(again=True),
+        as_exported,
+        "keep_dynamic_int4 wanted one scale and one zero point for these integers, found dequantize_affine",
+    ),
+    "scales inside a larger tensor": (
+        lambda: ByHand(scale=inside_a_larger_tensor),
+        as_exported,
+        "keep_dynamic_int4 wanted integers and scales that own their memory, found b_scale",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", SILENTLY_WRONG)
-def test_what_the_delegate_computes_wrongly_is_made_right_or_refused(case: str) -> None:
-    make, prepare = SILENTLY_WRONG[case]
+def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> None:
+    make, prepare, reason = SILENTLY_WRONG[case]
     model, x = make().eval(), example(5, IN)
     program = prepare(torch.export.export(model, (x,)))
-    # Otherwise the case shows nothing: the stock partitioner must be wrong here, and say nothing.
+    # The case shows something only if the stock partitioner is wrong without an error.
     assert error(output(lowered(program, Stock()), x), model(x)) > 0.01
-    pte = lowered_unless_refused(program)
-    assert pte is None or error(output(pte, x), model(x)) < DYNAMIC_ERROR
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        lowered(program, ecp.XnnpackPartitioner())
 
 
-LOUD: dict[str, tuple[Any, torch.dtype]] = {
-    "8da8w in groups": (dynamic(8, 32), torch.float32),
-    "8da4w in groups of 16": (dynamic(4, 16), torch.float32),
-    "8da4w in bf16": (dynamic(4, 32), torch.bfloat16),
+LOUD: dict[str, tuple[Any, torch.dtype, str]] = {
+    "8da8w in groups": (dynamic(8, 32), torch.float32, "group size 32, where int8 is per-axis only"),
+    "8da4w in groups of 16": (dynamic(4, 16), torch.float32, "group size 16, no multiple of 32"),
+    "8da4w in bf16": (dynamic(4, 32), torch.bfloat16, "export in float32, or lower with enable_bf16=True"),
 }
 
 
 @pytest.mark.parametrize("case", LOUD)
-def test_what_the_delegate_cannot_lower_is_made_right_or_refused_with_the_cause(case: str) -> None:
-    config, dtype = LOUD[case]
-    model, x = one(config, dtype), example(5, IN, dtype=dtype)
-    pte = lowered_unless_refused(torch.export.export(model, (x,)))
-    assert pte is None or error(output(pte, x), model(x)) < (3e-2 if dtype == torch.bfloat16 else DYNAMIC_ERROR)
+def test_program_that_the_stock_partitioner_fails_on_is_refused_with_the_cause(case: str) -> None:
+    config, dtype, reason = LOUD[case]
+    program = torch.export.export(one(config, dtype), (example(5, IN, dtype=dtype),))
+    with pytest.raises((AssertionError, RuntimeError)):
+        lowered(program, Stock())
+    assert_misses(program, reason, "xnnpack")
+    with pytest.raises(ValueError, match=f"XNNPACK cannot compute .*{re.escape(reason)}"):
+        lowered(program, ecp.XnnpackPartitioner())
 
 
-def test_8da8w_per_axis_which_the_stock_partitioner_lowers_rightly_stays_right() -> None:
+def test_8da8w_per_axis_is_correct() -> None:
     assert through(ecp.XnnpackPartitioner(), one(dynamic(8, None)), example(5, IN)) < DYNAMIC_ERROR

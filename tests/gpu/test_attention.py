@@ -129,7 +129,7 @@ class Attention(nn.Module):
 def lowered(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, kernel: str, folder: Path) -> Any:
     """``module`` as a function of CUDA tensors, through the backend, its attention by ``kernel``."""
     program = torch.export.export(module, inputs, dynamic_shapes=shapes)
-    passes = [ecp.UnmaskedAttention(kernel=kernel), ecp.AttentionViews()]
+    passes = [ecp.UnmaskedAttention(kernel=kernel), ecp.FuseAttentionTranspose()]
     with torch.no_grad():
         built = to_edge_transform_and_lower(program, partitioner=[ecp.CudaPartitioner([], passes=passes)])
         saved = built.to_executorch()

@@ -29,14 +29,17 @@ def test_a_cond_with_weights_in_both_branches_runs(tmp_path: Path) -> None:
 
 
 class Either(nn.Module):
-    """One of two linears of x, by the sign of its sum; each in as many rows as are copied in bulk."""
+    """One of two linears of x, by the sign of its sum; each in as many rows as are copied in bulk.
+
+    The branch has no number in it: ExecuTorch 1.5.1 makes one a tensor in the branch, which Inductor does not compile.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = Quantized(128, 256, seed=1), Quantized(128, 256, seed=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.cond(x.sum() > 0, lambda x: self.first(x + 1), lambda x: self.second(x), (x,))
+        y: Tensor = torch.cond(x.sum() > 0, lambda x: self.first(x + x), lambda x: self.second(x), (x,))
         return y
 
 

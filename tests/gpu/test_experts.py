@@ -123,7 +123,7 @@ class Mixture(nn.Module):
         return (y * share).view(x.shape[0], 2, -1).sum(1).to(x.dtype)
 
 
-@pytest.mark.parametrize(("sort", "rule"), [(True, "grouped_mm_int4"), (False, "chosen_experts_int4")])
+@pytest.mark.parametrize(("sort", "rule"), [(True, "grouped_mm_int4"), (False, "indexed_bmm_int4")])
 def test_a_mixture_of_experts_for_any_number_of_tokens(sort: bool, rule: str, tmp_path: Path) -> None:
     model = Mixture(sort).eval()
     program = torch.export.export(

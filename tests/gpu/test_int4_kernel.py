@@ -11,7 +11,7 @@ from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.rules.int4_gate import interleaved
+from et_cuda_passes.rules.epilogue import interleave_rows
 
 pytestmark = pytest.mark.gpu
 LINEAR = INT4_LINEARS["mma_tiled"].op
@@ -132,7 +132,7 @@ def test_a_gate_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) ->
         s, z = (part.bfloat16().double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
         weight = ((q.cuda().double() - 8) * s + z).bfloat16().double()
         parts.append((mma_tiled.pack(q).cuda(), pair.cuda(), torch.randn(n, device="cuda").bfloat16(), weight))
-    packed, qparams, bias = (interleaved(parts[0][i], parts[1][i], dim) for i, dim in ((0, 0), (1, 1), (2, 0)))
+    packed, qparams, bias = (interleave_rows(parts[0][i], parts[1][i], dim) for i, dim in ((0, 0), (1, 1), (2, 0)))
     for m in EDGES:
         x, addend = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
         given = (x, packed, qparams, bias if has_bias else None, group, n, activation, None, addend, True)

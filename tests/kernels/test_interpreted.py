@@ -155,7 +155,7 @@ def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytes
     from et_cuda_passes.kernels import int4_launch, known_writes
     from et_cuda_passes.kernels.tiling import Tiling
     from et_cuda_passes.layouts import mma_tiled
-    from et_cuda_passes.rules.int4_gate import interleaved
+    from et_cuda_passes.rules.epilogue import interleave_rows
 
     m, n, block_m, block_n, segments, waves, zeros, has_bias, activation, has_addend = case
     k, group = 256, 64
@@ -165,16 +165,16 @@ def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytes
     zero = [torch.randn(n, k // group, generator=random) * 0.05 * zeros for _ in range(2)]
     bias = [torch.randn(n, generator=random).to(dtype) for _ in range(2)]
     x, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((m, k), (m, n)))
-    packed = interleaved(*(mma_tiled.pack(part) for part in q), 0)
+    packed = interleave_rows(*(mma_tiled.pack(part) for part in q), 0)
     pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
-    both = interleaved(*bias, 0) if has_bias else None
+    both = interleave_rows(*bias, 0) if has_bias else None
     epilogue = int4_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
     y = torch.full((m, n), float("nan"), dtype=dtype)
     parts = torch.full((max(waves, 1) * block_m * block_n,), float("nan"))
     monkeypatch.setattr(known_writes, "launch", in_interpreter)
     tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3)
     # As on a GPU of one multiprocessor: ``waves`` programs at once.
-    int4_launch.launch(x, m, packed, interleaved(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+    int4_launch.launch(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
 
     def exact(which: int) -> torch.Tensor:
         s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))

@@ -1,4 +1,4 @@
-"""Which einsums are products of rows with experts' matrices."""
+"""parse_einsum: the einsums that multiply rows by the matrices of experts, and those that do not."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
 
 
-def test_the_axes_of_a_product() -> None:
+def test_product_is_parsed_into_its_axes() -> None:
     assert parse_einsum("ti,taoi->tao", 1) == ExpertEinsum("ti", "tao", "ta", "t", "", "o", "i", False)
     assert parse_einsum("tao, taoi -> tai", 1) == ExpertEinsum("tao", "tai", "ta", "ta", "", "i", "o", True)
     assert parse_einsum("enk,tk->ten", 0) == ExpertEinsum("tk", "ten", "e", "", "t", "n", "k", False)
@@ -22,11 +22,11 @@ def test_the_axes_of_a_product() -> None:
         "tt,ent->en",
         "etk,enk->tn",  # summed over experts
         "etk,enk->e",  # summed over all
-        "enk,enk->en",  # no product of rows
+        "enk,enk->en",  # not a product of rows
         "ak,eank->ean",  # x lies along the second axis of the matrices only
-        "tks,enk->ten",  # an axis of x summed alone
+        "tks,enk->ten",  # sums over an axis of x only
     ],
 )
-def test_any_other_sum_is_none(equation: str) -> None:
+def test_other_sum_is_refused_by_its_equation(equation: str) -> None:
     with pytest.raises(Unmet, match="the equation"):
         parse_einsum(equation, 1)

@@ -1,4 +1,4 @@
-"""One tensor of integers that is read in several ways: a constant for each, and one for those that are alike."""
+"""One tensor of integers that several dequantizes read: a constant for each, and one for those with equal arguments."""
 
 from typing import Any
 
@@ -9,20 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from et_cuda_passes.testing import assert_rewrites
-from tests.experts import Experts, export, floats, off
-
-# As for other products of experts.
-MOST = 6e-3
-
-
-@pytest.mark.parametrize("block", [(1, 64, 64), (3, 64, 64)], ids=str)
-@pytest.mark.parametrize("target", ["cuda", "cpu"])
-def test_a_square_stack_that_is_multiplied_both_ways(target: str, block: tuple[int, ...]) -> None:
-    model, x = Experts(lambda w, x: (x @ w.mT, x @ w), block, shape=(3, 64, 64)), floats(3, 5, 64)
-    rewritten, _ = assert_rewrites(export(model, x), target, expect={"bmm_int4": 2})
-    weight = model.exact()
-    for got, wanted in zip(rewritten.module()(x), (x.double() @ weight.mT, x.double() @ weight), strict=True):
-        assert off(got, wanted) < MOST
+from tests.experts import floats
 
 
 class Reads(nn.Module):
