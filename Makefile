@@ -56,9 +56,10 @@ replay: setup  ## rewrites of 2,000 models: RECORD=dir keeps them, AGAINST=dir c
 	$(ONE_THREAD) $(PY) -m tests.replay $(addprefix --record=,$(RECORD)) $(addprefix --against=,$(AGAINST)) \
 	  $(addprefix --generated=,$(GENERATED)) $(addprefix --families=,$(FAMILIES)) --workers=$(WORKERS) $(ARGS)
 
-lint: setup  ## ruff: lint and format (FIX=1 repairs what it can)
+lint: setup  ## ruff: lint and format (FIX=1 repairs what it can); the language of text and test names
 	$(BIN)/ruff check $(if $(FIX),--fix) .
 	$(BIN)/ruff format $(if $(FIX),,--check) .
+	$(PY) -m docs.language
 
 types: setup  ## mypy --strict
 	$(BIN)/mypy

@@ -103,7 +103,7 @@ def error(y: Tensor, wanted: Tensor) -> float:
 def ours(q: Tensor, k: Tensor, v: Tensor, chosen: Blocks | None = None) -> Tensor:
     """Our kernel, in the blocks that it chooses or in these."""
     if chosen is None:
-        chosen = blocks(gpu_of(q.device)[0], q.shape[3], q.shape[1])
+        chosen = blocks(gpu_of(q.device), q.shape[3], q.shape[1])
     return launch(q, k, v, q.shape[3] ** -0.5, AXES, chosen)
 
 
@@ -191,7 +191,7 @@ def swept(name: str, case: Case) -> Table:
             left_out[chosen] = f"WRONG: {off:.1e}, or other bits another time"
             continue
         times[chosen] = timed(kernel, inputs)
-    now = blocks(gpu_of(torch.device("cuda"))[0], case.d, case.rows)
+    now = blocks(gpu_of(torch.device("cuda")), case.d, case.rows)
     table = Table(f"{name}: {case}", "us", "TFLOP/s", "")
     for chosen, time in sorted(times.items(), key=lambda item: item[1]):
         mark = "what is chosen now" if chosen == now else ""

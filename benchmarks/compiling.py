@@ -1,8 +1,9 @@
 """The packed kernels in a tiling that is named, and many of them compiled in processes side by side."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from et_cuda_passes.kernels import int8_launch
 from et_cuda_passes.kernels.int4_launch import Epilogue, launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.launching import gpu_of, wave
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled
 
@@ -30,7 +31,8 @@ class Job(NamedTuple):
 
 def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) -> Tensor:
     """One call in this tiling, of the kernel that takes such a weight: y [M, N] of x [M, K]."""
-    gpu, processors = gpu_of(x.device)
+    gpu = gpu_of(x.device)
+    processors = gpu.processors
     y = x.new_empty(x.shape[0], packed.shape[0])
     most = tiling.waves * processors * tiling.block_m * tiling.block_n
     parts = x.new_empty(most, dtype=torch.float32) if most else None
@@ -43,26 +45,52 @@ def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) 
 
 
 def compile_one(job: Job) -> bool:
-    """Whether a kernel compiles and starts; its machine code then lies in Triton's cache."""
+    """Whether a kernel compiles and fits this GPU; its machine code then lies in Triton's cache.
+
+    The grid is 0 programs, so that nothing runs, and the weight and the result take no memory.
+    """
     tiling, bits, n, k, group, m = job
-    x = torch.zeros(m, k, device="cuda", dtype=torch.bfloat16)
-    if bits == 8:
-        packed = torch.zeros(n, k, device="cuda", dtype=torch.int8)
-        qparams = torch.zeros(n, k // group, device="cuda", dtype=torch.bfloat16)
-    else:
-        packed = torch.zeros(n, mma_tiled.padded(k) // 8, device="cuda", dtype=torch.int32)
-        qparams = torch.zeros(1, n, mma_tiled.scale_row(k, group), device="cuda", dtype=torch.bfloat16)
+    gpu = gpu_of(torch.device("cuda"))
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(1, device="cuda", dtype=dtype).expand(shape)
+
+    x = torch.empty(m, k, device="cuda", dtype=torch.bfloat16)
+    parts = torch.empty(1, device="cuda", dtype=torch.float32) if tiling.waves else None
+    last = (empty(m, n), parts, group, tiling, 0, gpu.wgmma, gpu.processors)
     try:
-        run(tiling, x, packed, qparams, group)
-        torch.cuda.synchronize()
+        if bits == 8:
+            int8_launch.launch(x, m, empty(n, k, dtype=torch.int8), empty(n, k // group), None, None, *last)
+        else:
+            words = empty(n, mma_tiled.padded(k) // 8, dtype=torch.int32)
+            launch(x, m, words, empty(1, n, mma_tiled.scale_row(k, group)), Epilogue(), *last)
     except Exception:  # ptxas, shared memory, registers: all of them mean the same here
         return False
     return True
 
 
+def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
+    """One job for every kernel that these compile to: Triton tells integers apart by being 1 and multiples of 16."""
+    found: dict[tuple[object, ...], Job] = {}
+    for job in jobs:
+        tiling, bits, n, k, group, m = job
+        integers = [(value == 1, value % 16 == 0) for value in (m, n, k // 32, k // min(k & -k, int8_launch.MOST_UNIT))]
+        even = k % (tiling.block_k * tiling.segments) == 0
+        cut = wave(tiling, m, n, mma_tiled.padded(k) if bits == 4 else k, processors).slots
+        pairs = (k == group, k // group % 2, k & -k) if bits == 8 else ()
+        found.setdefault((tiling, bits, group, *integers, even, cut, pairs), job)
+    return list(found.values())
+
+
 def compile_all(jobs: Sequence[Job], processes: int | None = None) -> None:
-    """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`."""
-    side_by_side(compile_one, jobs, processes)
+    """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`.
+
+    What a compiler that crashed has not compiled is compiled where it is first called.
+    """
+    try:
+        side_by_side(compile_one, jobs, processes)
+    except BrokenProcessPool as error:
+        print(f"not all kernels were compiled side by side: {error}", flush=True)
 
 
 def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int | None = None) -> None:
@@ -73,5 +101,5 @@ def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
     """
     processes = processes or min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for _ in track(pool.map(work, jobs), "compiling", len(jobs)):
+        for _ in track(pool.map(work, jobs, chunksize=4), "compiling", len(jobs)):
             pass

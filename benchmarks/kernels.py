@@ -28,9 +28,9 @@ from torch import Tensor
 from benchmarks.compiling import Job, compile_all
 from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from benchmarks.limit import Limit
+from et_cuda_passes.kernels import choose
 from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import tiling_for
 from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
@@ -203,10 +203,10 @@ def main() -> None:
         parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
     if options.tuned and not (options.bits == 4 and has_gemlite()):
         parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
-    gpu, _ = gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
     weights = [(options.bits, *LAYERS[name], options.group or LAYERS[name][1]) for name in options.layers]
     jobs = [
-        Job(tiling_for(gpu, n, k, group, m, bits), bits, n, k, group, m)
+        Job(choose.tiling_for(gpu, choose.Weight(n, k, group, bits), m), bits, n, k, group, m)
         for (bits, n, k, group), m in product(weights, options.rows)
     ]
     compile_all(jobs, options.jobs)

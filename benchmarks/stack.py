@@ -106,7 +106,7 @@ def passes(kernel: str) -> list[Any]:
     """The default passes for cuda, with this kernel for linears."""
     import et_cuda_passes as ecp
 
-    return [ecp.LinearInt4(kernel=kernel) if p.name == "linear_int4" else p for p in ecp.default_passes("cuda")]
+    return ecp.default_passes("cuda").replace("linear_int4", ecp.LinearInt4(kernel=kernel))
 
 
 def lower(name: str, group: int, folder: Path) -> None:

@@ -14,6 +14,7 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
@@ -28,7 +29,6 @@ from et_cuda_passes.rules.xnnpack import (
     KeepStaticInt8,
 )
 from et_cuda_passes.targets import Target, default_passes, targets
-from et_cuda_passes.targets.rewrite import rewrite
 
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner

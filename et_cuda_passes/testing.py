@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.report import ExpectationError, Report
+from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets import Target
-from et_cuda_passes.targets.rewrite import rewrite
 
 RTOL = 2.0**-7
 """Relative error of a result by default: one unit in the last place of bf16, the precision of scale and zero."""
@@ -118,7 +118,7 @@ def assert_misses(
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a program is: its text, the guards and ranges of its sizes, and each constant with a copy of its bytes."""
+    """A program as text, with the guards and ranges of its sizes, and each constant with a copy of its bytes."""
 
     text: str
     tensors: dict[str, tuple[torch.Tensor, list[torch.Tensor]]]
@@ -138,7 +138,7 @@ def _graphs(program: ExportedProgram) -> list[torch.fx.Graph]:
 
 
 def _sizes(program: ExportedProgram, graphs: list[torch.fx.Graph]) -> list[str]:
-    """What the program and the shape environments of its values say about dynamic sizes."""
+    """The ranges and guards of dynamic sizes, in the program and in the shape environments of its values."""
     values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
     modes = dict.fromkeys(value.fake_mode for value in values if isinstance(value, torch._subclasses.FakeTensor))
     lines = [f"range of {symbol}: {bounds}" for symbol, bounds in program.range_constraints.items()]
@@ -150,7 +150,7 @@ def _sizes(program: ExportedProgram, graphs: list[torch.fx.Graph]) -> list[str]:
 
 
 def _nodes(program: ExportedProgram) -> dict[str, Any]:
-    """What each node calls, by its name as reports have it: that of a branch's is its path."""
+    """The target of each node by its name in reports; in a branch that name is a path."""
     modules = program.graph_module.named_modules()
     graphs = {path: module.graph for path, module in modules if isinstance(module, torch.fx.GraphModule)}
     return {".".join(filter(None, (path, n.name))): n.target for path, graph in graphs.items() for n in graph.nodes}

@@ -17,14 +17,18 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.driver import apply_passes
+from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.operators import op_name, op_of
-from et_cuda_passes.graph.outcomes import Candidate
+from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
+from et_cuda_passes.graph.passes import group_rules
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Report
+from et_cuda_passes.rewrite import parse_passes
 from et_cuda_passes.targets import Target
 
 aten = torch.ops.aten
@@ -166,11 +170,40 @@ def calls_of(*targets: Any) -> Callable[[Program], list[Candidate]]:
     return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if op_of(n) in targets]
 
 
+def apply_with(
+    program: ExportedProgram,
+    passes: Iterable[Any],
+    find_candidates: Callable[[Program], list[Candidate]],
+    pool: ConstantCache | None = None,
+) -> tuple[ExportedProgram, Report]:
+    """Run ``passes`` for :data:`TARGET`, as ``rewrite`` does, with other candidates."""
+    entries = parse_passes(passes)
+    copy = Program(program, pool)
+    tracker = OutcomeTracker(find_candidates(copy), group_rules(entries))
+    copy = apply_passes(copy, entries, TARGET, tracker, find_candidates)
+    return finish_program(copy), tracker.report(TARGET.name, [entry.name for entry in entries])
+
+
 def apply(
     program: ExportedProgram, passes: Iterable[Any], *candidates: Any, **options: Any
 ) -> tuple[ExportedProgram, Report]:
-    """Run ``passes`` for :data:`TARGET`; the candidates are all calls of ``candidates``."""
-    return apply_passes(program, passes, TARGET, calls_of(*candidates), lambda value: False, **options)
+    """:func:`apply_with` where the candidates are all calls of ``candidates``."""
+    return apply_with(program, passes, calls_of(*candidates), **options)
+
+
+def idle(module: GraphModule) -> None:
+    """A callable pass that changes nothing."""
+
+
+def idle_program_pass() -> Any:
+    """An ExecuTorch pass that changes nothing."""
+    from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
+
+    class Idle(ExportedProgramPassBase):  # type: ignore[misc]
+        def call(self, exported_program: ExportedProgram) -> Any:
+            return ExportedProgramPassResult(exported_program, False)
+
+    return Idle()
 
 
 def names(program: ExportedProgram) -> list[str]:

@@ -27,9 +27,9 @@ from et_cuda_passes.cli.verifying import verify
 from et_cuda_passes.executorch.lower import Progress, missing, staged
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
+from et_cuda_passes.rewrite import check_expectations, check_expected
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
-from et_cuda_passes.targets.rewrite import check_expectations, check_expected
 
 require_version("typer")
 require_version("rich")

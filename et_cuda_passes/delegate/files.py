@@ -1,4 +1,4 @@
-"""Read a .pte and a .ptd that may be damaged or made up to do harm.
+"""Read a .pte and a .ptd that may be damaged or forged.
 
 A file that is not valid ends in a :class:`DelegateError` that names the place. The time and the memory that it takes
 are bounded, whatever lengths and offsets it contains.

@@ -111,7 +111,7 @@ class Program:
         plan = self.plan(name)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DelegateError(
-                f"{self.path} needs a CUDA device, but there is none (torch.cuda.is_available() is False)"
+                f"{self.path} needs a CUDA device, and torch finds no such device (torch.cuda.is_available() is False)"
             )
         used = sorted({step.delegate for step in plan.steps if isinstance(step, Call)})
         payloads = {index: self._payloads[name][index] for index in used}

@@ -8,11 +8,10 @@ from executorch.exir.backend.partitioner import Partitioner
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache
-from et_cuda_passes.graph.passes import parse
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.rewrite import check_expectations, check_expected, parse_passes, rewrite
 from et_cuda_passes.targets import default_passes
-from et_cuda_passes.targets.rewrite import check_expectations, check_expected, is_program_pass, rewrite
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
@@ -31,7 +30,7 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         names = {getattr(entry, "name", "") for entry in self._passes}
         self._passes += [rule for rule in self._always if rule.name not in names]
         # A pass list that cannot run is refused where it is written, not minutes into a lowering; so is a demand.
-        check_expected(expect, [entry.name for entry in parse(self._passes, is_program_pass)])
+        check_expected(expect, [entry.name for entry in parse_passes(self._passes)])
         self._expect = expect
         self._pool = ConstantCache()
         self.reports: list[Report] = []

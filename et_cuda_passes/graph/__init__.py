@@ -1,4 +1,4 @@
-"""Patterns, rules and program surgery over torch.fx and ExportedProgram; knows no quantization and no backend."""
+"""Patterns, rules, the driver and the report, over torch.fx and ExportedProgram. No quantization, no backend."""
 
 from et_cuda_passes._versions import require_version
 

@@ -14,7 +14,7 @@ from et_cuda_passes.graph.operators import arguments, schema_of
 aten = torch.ops.aten
 
 _CHANGES_NO_VALUE = aten.detach_.default
-"""In place by its schema. A ``torch.tensor([...])`` in a model is exported with one behind it."""
+"""Its schema says that it mutates. ``torch.export`` puts one after every ``torch.tensor([...])`` of a model."""
 
 _MAYBE_THEIR_INPUT = frozenset(
     {
@@ -37,9 +37,9 @@ _MAYBE_THEIR_INPUT = frozenset(
         aten.to_dense,
     }
 )
-"""They return their input, or a view of it, where there is nothing to compute, and their schemas do not say so.
+"""They return their input, or a view of it, if there is nothing to compute. Their schemas do not say so.
 
-Found by calling every operator of torch 2.13 and comparing the memory of its results with that of its first argument.
+A script called every operator of torch 2.13, and compared the memory of the results with that of the first argument.
 """
 
 _VIEWS_OF_THEIR_INPUTS = frozenset(
@@ -54,8 +54,8 @@ _VIEWS_OF_THEIR_INPUTS = frozenset(
         aten.atleast_3d,
     }
 )
-"""Each of their results is a view: of the one tensor, or of the tensor at its place in a list. Their schemas do not say
-so."""
+"""Each of their results is a view of the one tensor, or of the tensor at the same index of a list. Their schemas do not
+say so."""
 
 _RUNNING_STATISTICS: dict[Any, str] = {
     aten.batch_norm: "training",
@@ -69,7 +69,7 @@ _RUNNING_STATISTICS: dict[Any, str] = {
 
 
 def storage_ptrs(held: torch.Tensor | None) -> set[int]:
-    """The addresses of a constant's memory, of a subclass of each part; none for a tensor without data."""
+    """The addresses of a constant's memory: of each inner tensor of a subclass, and none for a tensor without data."""
     if held is None:
         return set()
     if is_traceable_wrapper_subclass(held):
@@ -85,18 +85,18 @@ def all_mutated_nodes(
     constant: Callable[[Node], torch.Tensor | None],
     views: Mapping[Node, Node],
 ) -> set[Node]:
-    """Every node of a program whose value changes while it runs.
+    """Every node of a program whose value changes while the program runs.
 
     Args:
-        nodes: all of them.
-        mutated: placeholders of buffers that the program's signature says it updates.
-        constant: the tensor that a placeholder holds, None for an input.
-        views: what a branch's inputs and results may lie in the memory of (:class:`~.subgraphs.Subgraphs`).
+        nodes: all nodes of the program.
+        mutated: placeholders of the buffers that the program updates by its signature.
+        constant: returns the tensor of a placeholder, None for an input.
+        views: the node whose memory an input or result of a subgraph may share (:class:`~.subgraphs.Subgraphs`).
     """
     mutated = list(mutated)
     found = mutated_nodes(nodes, mutated, views)
     memory = {node: storage_ptrs(constant(node)) for node in nodes if node.op == "placeholder"}
-    # Constants under several names may lie in one memory, which is then mutated under all of them.
+    # Constants with several names may share memory: a mutation under one name changes all of them.
     changed = {address for node, addresses in memory.items() if node in found for address in addresses}
     if not changed:
         return found
@@ -106,7 +106,7 @@ def all_mutated_nodes(
 def mutated_nodes(
     nodes: Sequence[Node], constants: Iterable[Node] = (), views: Mapping[Node, Node] = MappingProxyType({})
 ) -> set[Node]:
-    """Every node whose memory is mutated: what some node writes, ``constants``, and all aliases of either."""
+    """Every node whose memory is mutated: mutated operands, ``constants``, and all aliases of either."""
     group: dict[Node, Node] = {}
 
     def find(node: Node) -> Node:
@@ -124,7 +124,7 @@ def mutated_nodes(
 
 
 def mutated_operands(node: Node) -> list[Node]:
-    """The operands that the call ``node`` mutates; empty for a graph's call of another graph."""
+    """The operands that the call ``node`` mutates; empty for a call of a subgraph."""
     schema = schema_of(node) if node.op == "call_function" else None
     if schema is None or node.target is _CHANGES_NO_VALUE:
         return []
@@ -137,20 +137,20 @@ def mutated_operands(node: Node) -> list[Node]:
 
 
 def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
-    """Whether the call ``node`` does more than return its results, so that it stays even if nothing reads those.
+    """Whether the call ``node`` does more than return its results. If so, it stays even if nothing reads the results.
 
     These effects count:
 
-    - a mutation of an operand. ``detach_`` is none: it changes no value;
-    - an operator without results, which can only be called for its effect;
-    - what ``torch.fx.Node.is_impure`` names: assertions, constraints of symbolic sizes, profiler records, operators
-      registered as effectful, and random numbers, since each draw changes those that follow;
-    - control flow with such a call in one of its bodies;
-    - any other higher-order operator of which no body is known.
+    - a mutation of an operand. ``detach_`` does not count: it changes no value;
+    - a call of an operator without results: it has no other purpose;
+    - whatever ``torch.fx.Node.is_impure`` reports: assertions, constraints of symbolic sizes, profiler records,
+      operators registered as effectful, and random numbers, since each draw changes those that follow;
+    - control flow with such a call in a subgraph;
+    - any other higher-order operator whose subgraphs are unknown.
 
     Args:
         node: a node of any kind; only a call has an effect.
-        bodies: the graphs that each higher-order call runs.
+        bodies: the subgraphs that each higher-order call runs.
     """
     if node.op != "call_function" or node.target is _CHANGES_NO_VALUE:
         return False
@@ -164,9 +164,10 @@ def has_effect(node: Node, bodies: Mapping[Node, Sequence[Graph]]) -> bool:
 
 
 def alias_root(node: Node, views: Mapping[Node, Node] = MappingProxyType({})) -> Node:
-    """The node whose memory ``node`` is a view of, itself if of none; ``views`` as for :func:`all_mutated_nodes`.
+    """The node that owns the memory of ``node``: the source of its views, or ``node`` itself.
 
-    Of several such nodes, which only operators of other libraries have, the first.
+    ``views`` is that of :func:`all_mutated_nodes`. An operator of another library may have several sources; then the
+    first one counts.
     """
     while (source := views.get(node) or alias_source(node)) is not None:
         node = source
@@ -174,16 +175,16 @@ def alias_root(node: Node, views: Mapping[Node, Node] = MappingProxyType({})) ->
 
 
 def alias_source(node: Node) -> Node | None:
-    """The node that ``node`` is a view of, the first of several, or None."""
+    """The node that ``node`` is a view of, the first one of several; None if it is not a view."""
     return next(iter(alias_sources(node)), None)
 
 
 def alias_sources(node: Node) -> list[Node]:
-    """The nodes in whose memory ``node`` lies or may lie, as far as its own call says."""
+    """The operands whose memory the result of ``node`` shares or may share."""
     if node.op != "call_function":
         return []
     if getattr(node.target, "overloadpacket", None) in _MAYBE_THEIR_INPUT:
-        # One operand of einsum is permuted; several are multiplied.
+        # einsum permutes a single operand, and multiplies several.
         operands = _nodes_in(node.args[0] if node.target is not aten.einsum.default else node.args[1])
         return operands if len(operands) == 1 else []
     if node.target is not operator.getitem:
@@ -198,7 +199,7 @@ def alias_sources(node: Node) -> list[Node]:
 
 
 def _aliased_operands(call: Node, index: int) -> list[Node]:
-    """The operands that result ``index`` of an operator may be a view of, by its schema."""
+    """The operands that result ``index`` of ``call`` may be a view of, by the schema of the operator."""
     if not isinstance(call.target, torch._ops.OpOverload):
         return []
     schema = call.target._schema
@@ -217,7 +218,7 @@ def _aliased_operands(call: Node, index: int) -> list[Node]:
 
 
 def _overlap(argument: Any, result: Any) -> bool:
-    """Whether two alias sets of a schema have a member in common; those of lists, ``(a -> *)``, overlap with all."""
+    """Whether two alias sets of a schema share a member. The sets of lists, ``(a -> *)``, overlap with every set."""
     names = {*argument.before_set, *argument.after_set}
     return "*" in names or not result.before_set or not names.isdisjoint(result.before_set)
 

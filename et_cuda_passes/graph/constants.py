@@ -1,16 +1,17 @@
-"""Constants across methods: packed once from the same sources, and named after the weight they come from."""
+"""Constants that several methods share: packed once per source and layout, and named after their weight."""
 
 import itertools
 from collections.abc import Callable, Hashable, Iterable
 
 import torch
+from torch.export import ExportedProgram
 
 
 class ConstantCache:
-    """Packed constants by source and layout, so that what methods share is packed and stored once.
+    """Packed constants by source and layout. The methods of one model share it, and so pack a weight once.
 
-    The sources are held alive: a freed tensor's address could come back as another tensor's. What is written to them
-    between two rewrites is packed anew.
+    The cache keeps the sources alive, because the address of a freed tensor could become that of another tensor. A
+    source that was mutated between two rewrites is packed again.
     """
 
     def __init__(self) -> None:
@@ -20,18 +21,19 @@ class ConstantCache:
     def get(
         self, fqn: str, sources: tuple[torch.Tensor | None, ...], layout: Hashable, make: Callable[[], torch.Tensor]
     ) -> tuple[str, torch.Tensor]:
-        """The FQN and tensor for ``layout`` of ``sources``; made, and named ``fqn``, the first time.
+        """The FQN and tensor of ``sources`` in ``layout``. The first call computes the tensor and names it ``fqn``.
 
-        Another constant under the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
+        A second constant with the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
 
         Raises:
-            TypeError: a source is None, being no constant of the program, or there is none; or no tensor was made.
+            TypeError: ``sources`` is empty or contains None, for a node that is not a constant of the program; or
+                ``make`` does not return a tensor.
         """
         held = tuple(source for source in sources if source is not None)
         if not held or len(held) < len(sources):
             raise TypeError(
-                f"{fqn} has no sources, or some that are no constants of the program, by which it is told from other "
-                "constants: those of a quantized weight are weight_of(m).sources"
+                f"{fqn} needs sources, and each must be a constant of the program, to distinguish it from other "
+                "constants; those of a quantized weight are weight_of(m).sources"
             )
         key = (tuple(map(tensor_identity, held)), layout)
         if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
@@ -39,7 +41,7 @@ class ConstantCache:
             name = next(name for name in names if name not in self._names)
             made: object = make()
             if not isinstance(made, torch.Tensor):
-                raise TypeError(f"what was to make {fqn} returned {made!r}, which is no tensor")
+                raise TypeError(f"the function that makes {fqn} returned {made!r}; it must return a tensor")
             self._names.add(name)
             self._entries[key] = (name, made, held, _versions(held))
         name, tensor, *_ = self._entries[key]
@@ -47,20 +49,39 @@ class ConstantCache:
 
 
 def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """How often the memory of each was written in place; an inference tensor's is not counted."""
+    """How often each tensor was mutated; torch does not count this for inference tensors."""
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def tensor_identity(tensor: torch.Tensor) -> Hashable:
-    """Equal for tensors that are one: the same memory read in the same way, or the same subclass object."""
+    """Equal for tensors with the same memory, dtype, shape and strides; for subclasses, for the same object."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.device.type == "meta":
         return id(tensor)
     return (tensor.data_ptr(), tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride())
 
 
 def strip_parametrization(target: str) -> str:
-    """``l.weight`` of ``l.parametrizations.weight.original0``; any other name as it is."""
+    """``l.weight`` for ``l.parametrizations.weight.original0``; any other name unchanged."""
     parts = target.split(".")
     if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1].startswith("original"):
         return ".".join((*parts[:-3], parts[-2]))
     return target
+
+
+def constant_bytes(exported: ExportedProgram) -> int:
+    """The bytes of all constants of a program: each tensor counts once, a subclass by its inner tensors."""
+    seen: dict[int, int] = {}
+
+    def add(tensor: object) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            return
+        flatten = getattr(tensor, "__tensor_flatten__", None)
+        if flatten is not None and type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            for attribute in flatten()[0]:
+                add(getattr(tensor, attribute))
+        else:
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+
+    for tensor in (*exported.state_dict.values(), *exported.constants.values()):
+        add(tensor)
+    return sum(seen.values())

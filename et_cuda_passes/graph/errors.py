@@ -2,16 +2,16 @@
 
 
 class RuleError(Exception):
-    """A rule claimed a place and then failed to rewrite it, or built something of another shape or dtype."""
+    """A rule matched and then failed: it raised, or its replacement has another shape, dtype or device."""
 
 
 class UsageError(ValueError):
-    """What a caller asked for cannot be had: raised as it is, being no fault of the rule that found out."""
+    """The caller requests something impossible. It is not a fault of the rule that finds out, so it is not wrapped."""
 
 
 class NameTaken(UsageError):
-    """The program has a constant under the name that a packed one would get."""
+    """The program already has a constant with the name of a new packed constant."""
 
 
 class Unmet(Exception):
-    """Raised inside a require whose question cannot even be asked; its text is what was found."""
+    """A requirement cannot be evaluated, because a weight cannot be decoded. The text says what was found."""

@@ -1,4 +1,4 @@
-"""The last stage: dead code goes, views and names are repaired, and the program is put together and verified."""
+"""Dead code elimination, repair of strides and names, and the verified ExportedProgram."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def finish_program(program: Program) -> ExportedProgram:
-    """The changed program, checked: signature in step with the graph, graph lint, the dialect's own verifier."""
+    """The changed program, with its signature updated, its graph linted, and verified by the dialect's verifier."""
     repair_strides(program)
     drop_unused_aliases(program, program.dropped)
     separate_colliding_names(program, program.added)
@@ -27,15 +27,17 @@ def finish_program(program: Program) -> ExportedProgram:
 
 
 def eliminate_dead_nodes(program: Program, stays: Callable[[Node], bool] = lambda node: False) -> None:
-    """Erase the abandoned nodes of ``program``, and then their inputs, as long as nothing reads them.
+    """Erase the dead nodes of ``program`` that nothing reads, and then their inputs that nothing else reads.
 
-    Nodes of which ``stays`` is true are not erased: candidates that have no outcome yet.
+    A node with an effect (:func:`~et_cuda_passes.graph.aliasing.has_effect`) stays unless a rule replaced it: then the
+    replacement has that effect. The cost is linear in the number of erased nodes.
 
-    A node with an effect (:func:`~et_cuda_passes.graph.aliasing.has_effect`) stays, whether its result is read or not,
-    unless a rule replaced it: then the replacement has that effect. Linear in what is removed.
+    Args:
+        program: it is changed.
+        stays: true for nodes that must not be erased: candidates without an outcome.
     """
     subgraphs = program.subgraphs
-    work = [*subgraphs.flush(), *program.abandoned]
+    work = [*subgraphs.flush(), *program.dead]
     gone: set[Node] = set()
     while work := work or subgraphs.flush():
         node = work.pop()
@@ -58,14 +60,14 @@ def eliminate_dead_nodes(program: Program, stays: Callable[[Node], bool] = lambd
         work.extend(node.all_input_nodes)
         node.graph.erase_node(node)
         program.transfer_name(node)
-    program.abandoned.clear()
+    program.dead.clear()
 
 
 def separate_colliding_names(program: Program, added: Iterable[str]) -> None:
-    """Let ``w.packed`` stand beside a ``w`` that is still read: no module holds both a tensor and something inside it.
+    """Rename each ``w`` that is still read beside a new ``w.packed``: no module can hold both.
 
-    A subclass parameter becomes its parts, under the names that ``run_decompositions`` would give them; a plain tensor
-    becomes ``w.original``.
+    A plain tensor becomes ``w.original``. A subclass parameter becomes its inner tensors, with the names that
+    ``run_decompositions`` would give them.
     """
     crowded = {name.rpartition(".")[0] for name in added}
     for node in [node for node in program.graph.nodes if node.op == "placeholder"]:
@@ -89,21 +91,21 @@ def _split_subclass_parameter(program: Program, node: Node, target: str, whole: 
     for reader in readers:
         if op_of(reader) is not ACCESS_SUBCLASS_TENSOR:
             raise ValueError(
-                f"{target} is read whole by {reader.name} and packed for another reader: unwrap the weight first, "
-                "with ep.run_decompositions({})"
+                f"{reader.name} reads the tensor subclass {target} itself, and another reader gets it packed; unwrap "
+                "it first, with ep.run_decompositions({})"
             )
         attribute = cast(str, reader.args[1])
         if attribute not in parts:
             name = f"{stem}.original{attributes.index(attribute)}"
             parts[attribute] = program.insert_parameter(name, getattr(whole, attribute), before=node)
         reader.replace_all_uses_with(parts[attribute])
-    # The readers have no users now, and then neither has the parameter; a tied one may have had none before.
+    # The readers have no users now, and so the parameter has none; a tied one may have had none before.
     program.mark_dead([*readers, node])
     eliminate_dead_nodes(program)
 
 
 def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> None:
-    """Drop the other names of dropped tensors: ``torch.export`` reads a tied weight under one of them and lists all."""
+    """Drop the other names of dropped tensors: ``torch.export`` lists all names of a tied weight, but reads one."""
     gone = {tensor_identity(tensor) for tensor in dropped}
     for node in program.graph.find_nodes(op="placeholder"):
         held = program.constant(node)
@@ -113,25 +115,25 @@ def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> No
 
 
 def repair_strides(program: Program) -> None:
-    """Let strides that a replacement changed change nothing else.
+    """Update the strides that depend on a replacement, and insert copies where more than strides would change.
 
-    A replacement may lie in memory in another order than the value that it replaced. Values behind it are updated.
-    Where more than strides would change, a copy in the former order is inserted:
+    A replacement may have other strides than the value that it replaced. Fake values computed from it are updated. A
+    copy with the former strides is inserted:
 
-    - behind a value that the program mutates, under any alias: ``contiguous`` and ``reshape`` are a view or a copy by
-      the strides of their input, and a mutation would reach another memory;
+    - after a value that the program mutates, under any alias: ``contiguous`` and ``reshape`` return a view or a copy,
+      depending on the strides of their input, and a mutation would reach other memory;
     - before an operator that reads strides, draws random numbers in the order of its input, or is control flow;
-    - before a ``view`` that cannot be a view any more. A decomposed ``reshape`` is a ``view`` where the strides at
+    - before a ``view`` that the new strides do not allow. A decomposed ``reshape`` is a ``view`` if the strides at
       export allowed that.
 
     A program in edge form has no views and no mutations.
 
     Raises:
-        RuleError: a value that is mutated cannot be copied into its former order.
+        RuleError: a mutated value cannot be copied into its former strides.
     """
     former: dict[Node, Any] = {}
     for old, new in program.replaced.items():
-        # Of a chain of replacements the first value counts.
+        # In a chain of replacements, the first value counts.
         former[new] = former.get(old, old.meta.get("val"))
     former = {new: value for new, value in former.items() if program.replacement_of(new) is new}
     if program.is_edge or not any(_differ(value, new.meta.get("val")) for new, value in former.items()):
@@ -153,8 +155,8 @@ def repair_strides(program: Program) -> None:
             copied = _in_order(program, node, before, before=node.next)
             if _differ(before, copied.meta["val"]):
                 raise RuleError(
-                    f"{node.name} lies in memory in another order than the value that it replaced, which the program "
-                    "mutates; the rule must build it with the same strides"
+                    f"{node.name} has other strides than the value that it replaced, and the program mutates it; the "
+                    "rule must build it with the same strides"
                 )
             node.replace_all_uses_with(copied, delete_user_cb=partial(_is_none_of, set(_chain(copied, node))))
         else:
@@ -178,16 +180,16 @@ _EXACT = {
 
 
 def _reads_strides(node: Node, program: Program) -> bool:
-    """Whether the result of ``node`` depends on the order of its inputs in memory."""
+    """Whether the result of ``node`` depends on the strides of its inputs."""
     if node.op == "output":
-        return node.graph is not program.graph  # the result of a body
+        return node.graph is not program.graph  # the result of a subgraph
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return True
     return node.target in _STRIDES or not _EXACT.isdisjoint(getattr(node.target, "tags", ()))
 
 
 def _in_order(program: Program, source: Node, like: Any, before: Node) -> Node:
-    """A copy of ``source``, inserted before ``before``, with the order of ``like`` in memory."""
+    """A copy of ``source`` before ``before``, with its axes in memory in the order of ``like``."""
     assert isinstance(like, torch.Tensor)
     order = sorted(range(like.dim()), key=lambda dim: -_hint(like.stride(dim)))
     back = [order.index(dim) for dim in range(like.dim())]
@@ -204,7 +206,7 @@ def _in_order(program: Program, source: Node, like: Any, before: Node) -> Node:
 
 
 def _chain(last: Node, first: Node) -> Iterator[Node]:
-    """The nodes from ``last`` back to ``first``, without that, where each has one input."""
+    """The nodes from ``last`` back to ``first``, which is left out; each has one input."""
     while last is not first:
         yield last
         (last,) = last.all_input_nodes
@@ -215,12 +217,12 @@ def _is_none_of(nodes: set[Node], node: Node) -> bool:
 
 
 def _hint(size: Any) -> int:
-    """A number to order strides by: of a dynamic one its value at export."""
+    """A number to sort strides by; for a dynamic stride its value at export."""
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def _update_value(program: Program, node: Node) -> None:
-    """Compute the value of ``node`` again; a ``view`` that cannot be made gets a contiguous copy of its input."""
+    """Compute the value of ``node`` again; a ``view`` that is not possible gets a contiguous copy of its input."""
     if node.op != "call_function" or not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)):
         return
     after = _value(program, node)
@@ -237,9 +239,9 @@ def _update_value(program: Program, node: Node) -> None:
 
 
 def _value(program: Program, node: Node) -> Any:
-    """What ``node`` gives, computed again; None where it cannot be."""
+    """The value of ``node``, computed again; None if that fails."""
     if any("val" not in source.meta for source in node.all_input_nodes):
-        return None  # a pass of the caller's made it and did not say
+        return None  # the node comes from a pass that did not set its value
     shapes = program.fake_mode.shape_env
     args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"])
     known = None if shapes is None else len(shapes.guards)
@@ -256,7 +258,7 @@ def _value(program: Program, node: Node) -> Any:
 
 
 def _differ(before: object, after: object) -> bool:
-    """Whether two tensors, or tensors at the same place in two lists, lie in memory in different orders."""
+    """Whether two tensors have different strides, or two tensors at the same index of two lists."""
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)):
         return any(map(_differ, before, after))
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dim() != after.dim():
@@ -266,5 +268,5 @@ def _differ(before: object, after: object) -> bool:
 
 
 def _number(size: Any) -> Any:
-    """A stride to compare without a guard: a number, or the expression of one that is dynamic."""
+    """A stride that can be compared without a guard: a number, or the expression of a dynamic stride."""
     return size if isinstance(size, int) else size.node.expr

@@ -1,4 +1,4 @@
-"""A match as a rule sees it: captures as attributes, metadata of nodes, and facts derived once."""
+"""A match as a rule reads it: captures as attributes, metadata of nodes, and memoized facts."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ class Match:
         match = self.__dict__.get("match")
         if match is None or (name not in match.bindings and name not in self.captures):
             raise AttributeError(f"the pattern has no capture named {name!r}")
-        # An optional capture is unbound where the form that matched has no place for it.
+        # An optional capture is unbound if the alternative that matched does not contain it.
         value = match.bindings.get(name)
         return self.program.replacement_of(value) if isinstance(value, Node) else value
 
@@ -43,17 +43,17 @@ class Match:
 
     @staticmethod
     def val(node: Node) -> torch.Tensor:
-        """The fake tensor that stands for ``node``'s value: shape, dtype and device, no data."""
+        """The fake tensor of ``node``: shape, dtype and device without data."""
         if not isinstance(node, Node):
-            raise TypeError(f"{node!r} stands where a node was asked for: an optional capture may be absent")
+            raise TypeError(f"m.val needs a node, not {node!r}: an optional capture may be absent")
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"{node.name} has no tensor in meta['val']: export the program with torch.export, and let a pass of "
-                "your own set it on the nodes that it makes"
+                f"{node.name} has no tensor in meta['val']: torch.export sets it, and a pass must set it on the nodes "
+                "that it creates"
             )
         return value
 
     def memoize(self, function: Callable[[Program, Node], _T], name: str) -> _T:
-        """``function(program, node)`` of the node bound to ``name``, computed once for each node of the program."""
+        """``function(program, node)`` for the node bound to ``name``, computed once per node and graph."""
         return self.program.memoize(function, self.match.bindings[name])

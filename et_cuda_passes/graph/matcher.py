@@ -1,4 +1,4 @@
-"""pattern x node -> Match | Miss, from the graph alone: nothing is changed, no tensor is read."""
+"""Match a pattern at a node. The matcher changes nothing and reads no tensor."""
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,17 +7,19 @@ from typing import Any
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import alias_source, mutated_operands
-from et_cuda_passes.graph.operators import argument_names, arguments, op_name, op_of, schema_of
+from et_cuda_passes.graph.operators import Target, argument_names, arguments, op_name, op_of, schema_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, ListOf, Literal, Pattern, Wildcard
 
 
 @dataclass(frozen=True)
 class MatchResult:
-    """Where a pattern was found.
+    """The nodes of a match.
 
-    ``bindings`` maps capture and call names to what stands there (nodes, constants, None for an absent optional).
-    ``owned`` are the nodes that only this match reads, root first: a rewrite replaces them.
-    ``shared`` are matched nodes that others may read as well: they stay as long as anybody does.
+    Attributes:
+        root: the node of the pattern's outermost call.
+        bindings: nodes and constants by the names of captures and calls; None for an absent optional capture.
+        owned: the nodes that only this match reads, root first. A rewrite replaces them.
+        shared: matched nodes that other nodes may read too. They stay as long as one does.
     """
 
     root: Node
@@ -28,9 +30,15 @@ class MatchResult:
 
 @dataclass(frozen=True)
 class Miss:
-    """Where the attempt that matched most nodes came to its end; the text is made only when somebody reads it.
+    """The end of the attempt that matched the most nodes. Its texts are computed when they are read.
 
-    ``reached`` are the nodes that a match would have owned, of those that fitted, root first.
+    Attributes:
+        root: the node where the attempt started.
+        node: the node or constant that does not fit.
+        pattern: the part of the pattern that it does not fit.
+        progress: the number of nodes that fit.
+        why: what was wanted, where the pattern alone does not say it.
+        reached: the nodes that fit and that a match would own, root first.
     """
 
     root: Node
@@ -41,21 +49,20 @@ class Miss:
     reached: tuple[Node, ...] = ()
 
     @property
-    def expects_rewritten_op(self) -> bool:
-        """Whether an operator was asked for that only rewrites make: what was exported cannot have it."""
-        targets = self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
-        return bool(targets) and all(op_name(target).startswith("et_cuda_passes.") for target in targets)
+    def wanted_ops(self) -> tuple[Target, ...]:
+        """The operators that would fit; empty if the attempt did not end at an operator."""
+        return self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
 
     @property
     def wanted(self) -> str:
-        """What the pattern asked for."""
+        """Text: the wanted form."""
         if self.why:
             return self.why
         return "an operator that can be matched" if isinstance(self.pattern, Wildcard) else str(self.pattern)
 
     @property
     def found(self) -> str:
-        """What stands there instead."""
+        """Text: the node or constant in its place."""
         if not isinstance(self.node, Node):
             return repr(self.node)
         if self.node.op != "call_function":
@@ -79,9 +86,9 @@ class _State:
 
 
 class _Matcher:
-    def __init__(self, root: Node, written: Container[Node]) -> None:
+    def __init__(self, root: Node, mutated: Container[Node]) -> None:
         self.root = root
-        self.mutated = written
+        self.mutated = mutated
         self.miss: Miss | None = None
 
     def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "") -> None:
@@ -90,7 +97,7 @@ class _Matcher:
             self.miss = Miss(self.root, node, pattern, progress, why, state.owned)
 
     def match(self, pattern: Pattern, value: Any, state: _State) -> Iterator[_State]:
-        """All the ways in which ``value`` fits, the preferred first; usually one or none."""
+        """Every way in which ``value`` fits, the preferred one first; usually one or none."""
         match pattern:
             case Wildcard():
                 yield state
@@ -125,10 +132,10 @@ class _Matcher:
         if not isinstance(node, Node) or op_of(node) not in pattern.targets:
             return self.fail(node, pattern, state)
         if node in self.mutated and node is not self.root:
-            return self.fail(node, pattern, state, f"{pattern} whose result nothing writes in place")
+            return self.fail(node, pattern, state, f"{pattern} whose result is not mutated")
         if node is self.root and node in self.mutated and alias_source(node) is not None and not mutated_operands(node):
-            # What replaces it would have memory of its own, in which the mutation is not seen.
-            return self.fail(node, pattern, state, f"{pattern}, a view of memory that nothing mutates")
+            # Its replacement would not share memory with the source of the view, so the mutation would be lost.
+            return self.fail(node, pattern, state, f"{pattern}, a view of memory that is not mutated")
         if node is not self.root and not pattern.shared and len(node.users) != 1:
             return self.fail(node, pattern, state, f"{pattern} with this one user")
         bound = state.bind(pattern.name, node)
@@ -146,18 +153,18 @@ class _Matcher:
                 return self.fail(value, child, states[0], argument)
             for part, item in _items(child, value):
                 if isinstance(part, Capture) and node is not self.root and item in self.mutated:
-                    # Read here, it would be read at the root instead, after it may have been written.
-                    return self.fail(item, part, bound, f"{part}, which nothing writes in place")
+                    # A rewrite reads the capture at the root, possibly after the mutation.
+                    return self.fail(item, part, bound, f"{part}, which is not mutated")
             states = [after for before in states for after in self.match(child, value, before)]
         if node is not self.root and not pattern.shared:
-            # What the pattern does not name is read at the root as well. Of a weight a rule reads the constants.
+            # A rewrite reads inputs without a name in the pattern at the root too; for a shared node, constants.
             for source in node.all_input_nodes:
                 if source in self.mutated:
-                    return self.fail(source, pattern, bound, f"{pattern} of what nothing writes in place")
+                    return self.fail(source, pattern, bound, f"{pattern} of inputs that are not mutated")
         yield from states
 
     def pair(self, pattern: Call, node: Node) -> Iterator[tuple[str, Pattern, Any]]:
-        """Each argument's name and pattern, and the value there; a default that nobody named is a literal."""
+        """Name, pattern and value of each argument; an argument without a pattern must have its default."""
         actual, schema = arguments(node), schema_of(node)
         names = list(actual) if schema is None else argument_names(node)
         defaults = {} if schema is None else dict(zip(names, (a.default_value for a in schema.arguments), strict=True))
@@ -172,27 +179,27 @@ class _Matcher:
 
 
 def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:
-    """An argument's pattern with what stands there; of a list, each item's."""
+    """Pairs of pattern and value: the items of a list, or the argument itself."""
     if isinstance(pattern, ListOf) and isinstance(value, (list, tuple)):
         return list(zip(pattern.patterns, value, strict=False))
     return [(pattern, value)]
 
 
-def match(pattern: Pattern, root: Node, written: Container[Node] = frozenset()) -> MatchResult | Miss:
+def match(pattern: Pattern, root: Node, mutated: Container[Node] = frozenset()) -> MatchResult | Miss:
     """Match ``pattern`` with its root at ``root``.
 
-    Inner nodes must have one user, unless their pattern is ``shared``; nothing is matched across a write in place. The
-    root's own result may be written afterwards: what replaces it stands in the same place.
+    Inner nodes must have one user, unless their pattern is ``shared``. No match crosses a mutation; the result of the
+    root may be mutated later, since its replacement stands in the same place.
 
     Args:
-        pattern: what to look for.
-        root: the node that the pattern's outermost call must be.
-        written: nodes whose memory is written in place (:func:`~et_cuda_passes.graph.aliasing.all_mutated_nodes`).
+        pattern: the pattern.
+        root: the node that the pattern's outermost call must match.
+        mutated: nodes whose memory is mutated (:func:`~et_cuda_passes.graph.aliasing.all_mutated_nodes`).
 
     Returns:
-        The first :class:`Match`, or the :class:`Miss` that got furthest.
+        The first match, or the miss that matched the most nodes.
     """
-    matcher = _Matcher(root, written)
+    matcher = _Matcher(root, mutated)
     for state in matcher.match(pattern, root, _State()):
         return MatchResult(root, state.bindings, state.owned, state.shared)
     return matcher.miss or Miss(root, root, pattern, 0)

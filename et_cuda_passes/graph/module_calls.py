@@ -1,4 +1,4 @@
-"""The signatures of the modules that an export preserved, by which ``torch.export.unflatten`` finds their values."""
+"""Signatures of modules that an export preserved. ``torch.export.unflatten`` finds their values by name."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,21 +9,24 @@ from torch.fx import Graph, Node
 
 
 def boundary_nodes(graph: Graph, calls: Sequence[ModuleCallEntry], names: Mapping[str, str]) -> set[Node]:
-    """The nodes whose values a preserved module is given or returns: what stands on both its sides stays two nodes."""
+    """The nodes that are inputs or outputs of preserved modules. No rewrite may join nodes on both sides of one."""
     given = [value for call in calls if call.signature for value in (*call.signature.inputs, *call.signature.outputs)]
     named = {names.get(value.name, value.name) for value in given}
     return {node for node in graph.nodes if node.name in named}
 
 
 def preserved_modules_of(node: Node, calls: Sequence[ModuleCallEntry]) -> tuple[str, ...]:
-    """The preserved modules that ``node`` stands in, outermost first: what it reads of elsewhere they must be given."""
+    """FQNs of the preserved modules that contain ``node``, outermost first.
+
+    A value from outside such a module must be one of its inputs.
+    """
     preserved = {call.fqn for call in calls if call.signature and call.fqn}
     stack = node.meta.get("nn_module_stack", {}).values()
     return tuple(fqn for fqn, _ in stack if preserved and fqn in preserved)
 
 
 def rename_in_signatures(calls: list[ModuleCallEntry], names: Mapping[str, str]) -> list[ModuleCallEntry]:
-    """The signatures of preserved modules, by the names that their values have now."""
+    """The module calls with the present names of inputs and outputs; ``names`` maps former names to present ones."""
 
     def renamed(argument: Any) -> Any:
         name = getattr(argument, "name", None)

@@ -1,4 +1,4 @@
-"""Operator identity: which overload a node calls; edge and ATen forms of one operator are equated here alone."""
+"""Identity of operators: the overload that a node calls. Only this file equates edge and ATen forms of an operator."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 ACCESS_SUBCLASS_TENSOR = torch.ops.export.access_subclass_inner_tensor.default
-"""Reads one inner tensor of a tensor-subclass parameter; ``torch.export`` puts it where the parameter is used."""
+"""Reads an inner tensor of a tensor-subclass parameter; ``torch.export`` inserts it where the parameter is used."""
 
 Target = Any
-"""What ``node.target`` of a call_function node may hold: an ``OpOverload``, an edge overload or a Python function."""
+"""The type of ``node.target`` of a call_function node: an ``OpOverload``, an edge overload or a Python function."""
 
-# ExecuTorch's edge dialect has no views: each becomes its copying twin. To a pattern the two are the same operator.
+# ExecuTorch's edge dialect replaces each view operator by one that copies. Patterns do not distinguish the two.
 _VIEW_OF_COPY: dict[Target, Target] = {
     aten.view_copy.default: aten.view.default,
     aten.t_copy.default: aten.t.default,
@@ -33,30 +33,32 @@ _VIEW_OF_COPY: dict[Target, Target] = {
 
 
 def require_overload(target: Target) -> Target:
-    """``target``, if a graph that torch.export made can call it.
+    """``target``, if a graph from torch.export can call it.
 
     Raises:
-        TypeError: it is a packet of overloads, a name, or a Python function that such a graph has no calls of.
+        TypeError: it is a packet of overloads, a name, or a Python function that such a graph never calls.
     """
     if isinstance(target, torch._ops.OpOverloadPacket):
         name = str(target)
         overloads = " or ".join(f"{name}.{overload}" for overload in target.overloads()[:2])
-        raise TypeError(f"{name} has several overloads, of which a graph calls one: write {overloads}")
+        raise TypeError(f"{name} has several overloads; write the one that the graph calls: {overloads}")
     is_overload = isinstance(target, (torch._ops.OpOverload, torch._ops.HigherOrderOperator)) or hasattr(target, "_op")
     of_numbers = getattr(target, "__module__", "") in ("_operator", "math")
     if not is_overload and not of_numbers and not getattr(target, "__name__", "").startswith("sym_"):
-        raise TypeError(f"{target!r} is no operator of an exported graph: write its overload, as aten.linear.default")
+        raise TypeError(
+            f"{target!r} is not an operator of an exported graph; write an overload, such as aten.linear.default"
+        )
     return target
 
 
 def canonical(target: Target) -> Target:
-    """The one object that stands for ``target`` in patterns.
+    """The operator that represents ``target`` in patterns.
 
-    An edge overload becomes the ATen overload it wraps; ``view_copy``, ``_unsafe_view`` and ``reshape`` become
-    ``view``, and so on for the other copying twins. Anything else stands for itself.
+    An edge overload becomes the ATen overload that it wraps. ``view_copy``, ``_unsafe_view`` and ``reshape`` become
+    ``view``, and every other operator that copies becomes the view operator. Anything else represents itself.
     """
     if not isinstance(target, torch._ops.OpOverload):
-        # An edge overload holds its ATen overload in `_op`; a duck test, so that this room needs no ExecuTorch.
+        # An edge overload has its ATen overload in `_op`. Testing for the attribute needs no import of ExecuTorch.
         inner = getattr(target, "_op", None)
         if isinstance(inner, torch._ops.OpOverload):
             target = inner
@@ -64,12 +66,12 @@ def canonical(target: Target) -> Target:
 
 
 def op_of(node: Node) -> Target | None:
-    """The canonical operator that ``node`` calls; None for a placeholder, an output or a get_attr."""
+    """The canonical operator that ``node`` calls; None if it is not a call."""
     return canonical(node.target) if node.op == "call_function" else None
 
 
 def to_edge(target: torch._ops.OpOverload) -> Target:
-    """``target`` as ExecuTorch's edge dialect holds it; asked for a program of that dialect, so ExecuTorch is there."""
+    """The edge overload of ``target``. Only a program in edge form needs it, so ExecuTorch is installed."""
     from importlib import import_module
 
     edge = import_module("executorch.exir.dialects._ops").ops.edge
@@ -78,7 +80,7 @@ def to_edge(target: torch._ops.OpOverload) -> Target:
 
 
 def op_name(target: Target) -> str:
-    """A short printable name, for messages only: ``aten.linear``, ``torchao.dequantize_affine``, ``getitem``."""
+    """A short name for messages, never for comparisons: ``aten.linear``, ``torchao.dequantize_affine``, ``getitem``."""
     target = canonical(target)
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, name = target._schema.name.partition("::")
@@ -87,7 +89,7 @@ def op_name(target: Target) -> str:
 
 
 def schema_of(node: Node) -> torch.FunctionSchema | None:
-    """The schema of the ATen or custom overload that ``node`` calls, in edge form too; None for a Python function."""
+    """The schema of the overload that ``node`` calls, in edge form too; None for a Python function."""
     target: Target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         target = getattr(target, "_op", None)
@@ -95,7 +97,7 @@ def schema_of(node: Node) -> torch.FunctionSchema | None:
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of a call by schema name, defaults filled in; by position (``"0"``, ``"1"``) without a schema."""
+    """The arguments of a call by schema name, with defaults; by position (``"0"``, ``"1"``) without a schema."""
     schema = schema_of(node)
     if schema is None:
         return {str(i): arg for i, arg in enumerate(node.args)} | dict(node.kwargs)
@@ -111,12 +113,12 @@ def arguments(node: Node) -> dict[str, Any]:
 
 
 def argument_names(node: Node) -> list[str]:
-    """The names of a call's arguments, those of the canonical operator where the two forms differ in them."""
+    """The names of a call's arguments, as the canonical operator has them."""
     schema = schema_of(node)
     return [] if schema is None else schema_argument_names(schema, op_of(node))
 
 
 def schema_argument_names(schema: torch.FunctionSchema, canonically: Target = None) -> list[str]:
-    """The names of a schema's arguments; of an operator that is ``canonically`` another, as they are called there."""
+    """The names of a schema's arguments, as the operator ``canonically`` has them."""
     names = [argument.name for argument in schema.arguments]
     return ["size" if name == "shape" and canonically is aten.view.default else name for name in names]

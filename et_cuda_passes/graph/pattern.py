@@ -1,6 +1,6 @@
-"""A pattern as immutable data: calls of operators, captures, literals and alternatives.
+"""Patterns as immutable data: calls of operators, captures, literals and alternatives.
 
-Patterns are written as the model code they match::
+A pattern is written like the model code that it matches::
 
     def pattern(self, x, bias=None):
         return op(aten.linear.default)(x, op(DEQUANTIZE)(..., name="weight"), bias)
@@ -17,7 +17,7 @@ from et_cuda_passes.graph.operators import Target, canonical, op_name, require_o
 
 @dataclass(frozen=True)
 class Capture:
-    """Binds whatever stands there to a name; twice the same name must find the same thing."""
+    """Matches anything and binds it to a name. The same name must match the same thing everywhere."""
 
     name: str
     optional: bool = False
@@ -28,7 +28,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Literal:
-    """Matches an equal constant argument, ``Literal(1)`` also ``1.0``."""
+    """Matches an equal constant argument; ``Literal(1)`` also matches ``1.0``."""
 
     value: Any
 
@@ -38,7 +38,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Wildcard:
-    """Matches whatever stands there and binds nothing."""
+    """Matches anything and binds nothing."""
 
     def __str__(self) -> str:
         return "..."
@@ -48,10 +48,15 @@ class Wildcard:
 class Call:
     """A call of one of ``targets``.
 
-    ``args`` are matched by schema position, ``kwargs`` by schema name. An argument that neither names must have its
-    default value, unless ``open`` is set: a pattern that forgot ``alpha`` must not match ``alpha=2``.
-    ``shared`` allows users outside the match (a weight's dequantize, which is never removed while somebody reads it).
-    ``label`` is what a miss calls it, by default the operators' names.
+    Attributes:
+        targets: canonical operators.
+        args: patterns of arguments by schema position.
+        kwargs: patterns of arguments by schema name.
+        name: binds the node of the call to this name.
+        open: allows any value for arguments without a pattern. Otherwise such an argument must have its default value:
+            a pattern that leaves out ``alpha`` must not match ``alpha=2``.
+        shared: allows users outside the match. A weight's dequantize has some if the weight is tied.
+        label: what a miss calls it; by default the operators' names.
     """
 
     targets: tuple[Target, ...]
@@ -68,7 +73,7 @@ class Call:
 
 @dataclass(frozen=True)
 class AnyOf:
-    """The first alternative that fits, in the order written."""
+    """Matches one of several alternatives; the first that fits is preferred."""
 
     alternatives: tuple["Pattern", ...]
 
@@ -78,7 +83,7 @@ class AnyOf:
 
 @dataclass(frozen=True)
 class ListOf:
-    """A list argument of so many items, each with a pattern of its own."""
+    """Matches a list argument of the same length, item by item."""
 
     patterns: tuple["Pattern", ...]
 
@@ -100,15 +105,15 @@ def _lift(value: Any) -> Pattern:
 
 
 def op(*targets: Target) -> Callable[..., Call]:
-    """``op(aten.linear.default)(x, w, bias)``: a call pattern of any of ``targets``.
+    """``op(aten.linear.default)(x, w, bias)``: the pattern of a call of any of ``targets``.
 
-    Keywords are schema argument names, except ``name`` (binds the node) and ``shared`` (see :class:`Call`). ``...`` as
-    an argument matches anything there; as the last positional one it also leaves open what is not named. A list of
-    patterns matches a list argument item by item.
+    Keywords are names of schema arguments, except ``name`` (binds the node) and ``shared`` (see :class:`Call`). The
+    argument ``...`` matches anything; as the last positional argument it also allows any value for the arguments that
+    are not written. A list of patterns matches a list argument item by item.
 
     Raises:
-        TypeError: a target is no overload, or the call has arguments that no target's schema has.
-        ValueError: there is no target.
+        TypeError: a target is not an overload, or an argument is in no target's schema.
+        ValueError: ``targets`` is empty.
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
@@ -143,7 +148,7 @@ def op(*targets: Target) -> Callable[..., Call]:
 
 
 def any_of(*alternatives: Pattern) -> AnyOf:
-    """Alternatives in order of preference, flattened."""
+    """Alternatives in the order of preference."""
     flat: list[Pattern] = []
     for alternative in alternatives:
         flat.extend(alternative.alternatives if isinstance(alternative, AnyOf) else (alternative,))
@@ -151,7 +156,7 @@ def any_of(*alternatives: Pattern) -> AnyOf:
 
 
 def parse_captures(function: Callable[..., Any]) -> dict[str, Capture]:
-    """The captures that a ``pattern`` method asks for by its parameters; a default of None makes one optional."""
+    """The captures that are the parameters of a ``pattern`` method. A parameter with the default None is optional."""
     captures: dict[str, Capture] = {}
     for parameter in inspect.signature(function).parameters.values():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -177,7 +182,7 @@ def bound_names(pattern: Pattern) -> Iterator[str]:
 
 
 def always_bound(pattern: Pattern) -> set[str]:
-    """The names that every match of ``pattern`` binds, whichever alternatives fit."""
+    """The names that every match of ``pattern`` binds, whichever alternatives match."""
     if isinstance(pattern, Capture):
         return {pattern.name}
     if isinstance(pattern, AnyOf):
@@ -192,10 +197,10 @@ def always_bound(pattern: Pattern) -> set[str]:
 
 
 def root_ops(pattern: Pattern) -> Iterator[Target]:
-    """The operators that a match of ``pattern`` can start at; what the driver indexes nodes by.
+    """The operators of the roots of all matches of ``pattern``.
 
     Raises:
-        TypeError: the pattern is not rooted in a call, so that it would match everywhere.
+        TypeError: the pattern is not rooted in a call, so it would match everywhere.
     """
     if isinstance(pattern, Call):
         yield from pattern.targets

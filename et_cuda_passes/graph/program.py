@@ -1,11 +1,14 @@
-"""ExportedProgram surgery: a private copy, constants read, added and dropped by FQN, without a retrace.
+"""A private copy of an ExportedProgram that can be changed without a retrace.
 
-Everything here is linear in the graph. The signature is read once and written once, in :meth:`Program.to_exported`.
+Everything here is linear in the size of the graph. The signature is read once, and written once by
+:meth:`Program.to_exported`.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,7 +29,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.aliasing import all_mutated_nodes
 from et_cuda_passes.graph.constants import ConstantCache, strip_parametrization, tensor_identity
-from et_cuda_passes.graph.errors import NameTaken
+from et_cuda_passes.graph.errors import NameTaken, Unmet
 from et_cuda_passes.graph.module_calls import boundary_nodes, preserved_modules_of, rename_in_signatures
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, Target, op_of
 from et_cuda_passes.graph.subgraphs import Subgraphs
@@ -34,12 +37,20 @@ from et_cuda_passes.graph.subgraphs import Subgraphs
 _T = TypeVar("_T")
 _CONSTANT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
+
+@dataclass(frozen=True)
+class _Raises:
+    """In place of a memoized value: the function raises ``Unmet`` with this text."""
+
+    text: str
+
+
 NodeKeys = set[tuple[str, Target]]
-"""Where nodes stand, and what they call."""
+"""Nodes by their paths and their operators."""
 
 
 class Program:
-    """A copy of an exported program that can be changed; the original is never touched, tensors are shared with it."""
+    """A copy of an exported program that can be changed. The original does not change; the two share tensors."""
 
     def __init__(self, exported: ExportedProgram, pool: ConstantCache | None = None) -> None:
         self._source = exported
@@ -53,18 +64,18 @@ class Program:
         self._outputs = list(copy.deepcopy(exported.graph_signature.output_specs))
         self._updated = {spec.target for spec in self._outputs} - {None}
         self._derived: dict[tuple[Any, Node], Any] = {}
-        self.abandoned: dict[Node, None] = {}
-        """Nodes that what read them no longer wants."""
+        self.dead: dict[Node, None] = {}
+        """Nodes to erase unless something still reads them."""
         self.added: dict[str, Node] = {}
         """The placeholders of new constants, by FQN."""
         self.kept: set[Node] = set()
-        """Nodes that a rule decided to leave as they are."""
+        """Nodes that a rule keeps as they are."""
         self.kept_operands: set[Node] = set()
-        """Matched nodes that kept ones read: what replaces them is for other readers."""
+        """Shared nodes of kept matches: kept nodes go on reading them if they are replaced."""
         self.replaced: dict[Node, Node] = {}
-        """Each node that was replaced with what it was replaced by, in the order in which that was done."""
+        """The replacement of each replaced node, in the order of the replacements."""
         self.dropped: list[Any] = []
-        """The tensors of constants that were dropped."""
+        """The tensors of removed constants."""
         self._renamed: dict[str, str] = {}
         self.refresh()
         self._first_name: dict[Hashable, str] = {}
@@ -73,7 +84,7 @@ class Program:
                 self._first_name.setdefault(tensor_identity(held), target)
 
     def as_graph_module(self) -> GraphModule:
-        """The program as a callable pass sees it; what the pass leaves comes back through :meth:`replace_graph`."""
+        """The program as a GraphModule for a callable pass; :meth:`replace_graph` reads the result of the pass."""
         self._inputs = [node.name for node in self.graph.find_nodes(op="placeholder")]
         self.subgraphs.recompile()
         module = GraphModule(self._root, self.graph)
@@ -81,12 +92,18 @@ class Program:
         return module
 
     def refresh(self) -> None:
-        """Forget what was derived from the graph; called after anything but :class:`Builder` changed it."""
+        """Compute again what depends on the graph, after anything but a ``Builder`` changed it."""
         self._derived.clear()
         self.subgraphs = Subgraphs(self._root, self.graph)
-        """Its graphs, those that control flow calls among them."""
+        """The program's graph and the subgraphs of its control flow."""
         self.boundary_nodes = boundary_nodes(self.graph, self._source.module_call_graph, self._renamed)
         nodes = list(self.subgraphs.nodes())
+        self.order: dict[Node, int] = {node: position for position, node in enumerate(nodes)}
+        """The position of every node, those of subgraphs included."""
+        self.calls: dict[Target, list[Node]] = defaultdict(list)
+        """The nodes that call each operator, in graph order."""
+        for node in nodes:
+            self.calls[op_of(node)].append(node)
         updated = filter(self.is_mutated_buffer, self.graph.find_nodes(op="placeholder"))
         self.mutated = all_mutated_nodes(nodes, updated, self.constant, self.subgraphs.views)
         self.fake_mode = next(
@@ -94,34 +111,39 @@ class Program:
         ) or FakeTensorMode(allow_non_fake_inputs=True)
 
     def memoize(self, function: Callable[["Program", Node], _T], node: Node) -> _T:
-        """``function(self, node)``, computed once until the graph changes; an exception is remembered as well."""
+        """``function(self, node)``, computed once until the graph changes.
+
+        An ``Unmet`` that the function raises is remembered by its text, and raised as a new exception each time: one
+        exception object would collect the traceback of every raise.
+        """
         key = (function, node)
         if key not in self._derived:
             try:
-                self._derived[key] = (True, function(self, node))
-            except Exception as error:
-                self._derived[key] = (False, error)
-        good, value = self._derived[key]
-        if not good:
-            raise value
+                self._derived[key] = function(self, node)
+            except Unmet as unmet:
+                self._derived[key] = _Raises(str(unmet))
+                raise
+        value = self._derived[key]
+        if isinstance(value, _Raises):
+            raise Unmet(value.text)
         return cast(_T, value)
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def resolve(self, node: Node) -> Node:
-        """What ``node`` is where it comes from: a branch's placeholder is the operand that every run of it gets."""
+        """The node that ``node`` stands for: for the placeholder of a subgraph, the captured operand."""
         while (operand := self.subgraphs.captured_operand(node)) is not None:
             node = self.replacement_of(operand)
         return node
 
     def fqn_key(self, node: Node) -> str | None:
-        """The name under which the program holds constant ``node``; None for what is no constant."""
+        """The name of constant ``node`` in the signature; None if it is not a constant."""
         node = self.resolve(node)
         spec = self._specs.get(node.name) if node.graph is self.graph else None
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
     def constant(self, node: Node) -> torch.Tensor | None:
-        """The tensor of ``node`` if it is a parameter, buffer or lifted constant, or a part of a subclass one."""
+        """The tensor of ``node`` if it is a parameter, buffer, lifted constant, or inner tensor of one; else None."""
         node = self.resolve(node)
         if op_of(node) is ACCESS_SUBCLASS_TENSOR:
             whole = self.constant(cast(Node, node.args[0]))
@@ -133,10 +155,10 @@ class Program:
         return value if isinstance(value, torch.Tensor) else None
 
     def fqn(self, node: Node) -> str | None:
-        """The FQN of the weight that a constant belongs to: one name, in whichever form the weight stands in the graph.
+        """The FQN of the weight to which a constant belongs, the same in every form of the weight.
 
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
-        ``l.parametrizations.weight.original0``; the first of a tied weight's names, its own of one that was added.
+        ``l.parametrizations.weight.original0``. A tied weight has its first name.
         """
         held, target = self.constant(node := self._owner(node)), self.fqn_key(node)
         return (
@@ -146,7 +168,7 @@ class Program:
         )
 
     def is_mutated_buffer(self, node: Node) -> bool:
-        """Whether the program's signature says that it updates constant ``node``."""
+        """Whether the program updates constant ``node``, by its signature."""
         return self.fqn_key(node) in self._updated
 
     def preserved_modules_of(self, node: Node) -> tuple[str, ...]:
@@ -158,7 +180,7 @@ class Program:
         return self._owner(node) in self.mutated
 
     def _owner(self, node: Node) -> Node:
-        """The placeholder in the program's own graph that constant ``node`` is, or is a part of."""
+        """The placeholder, outside of subgraphs, of constant ``node`` or of the subclass that contains it."""
         while op_of(node := self.resolve(node)) is ACCESS_SUBCLASS_TENSOR:
             node = cast(Node, node.args[0])
         return node
@@ -168,17 +190,17 @@ class Program:
     def add_constant(
         self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor], graph: Graph
     ) -> Node:
-        """A parameter ``fqn`` holding ``make()``, or the one already made from the same sources in the same layout.
+        """A parameter that holds ``make()``, or the existing one with equal sources and layout.
 
         Args:
-            fqn: the new parameter's name, built from the original's (``<fqn>.packed``).
-            sources: the constants that it is computed from.
-            layout: tells apart what is made from the same sources; equal layouts must mean equal results.
+            fqn: the name of the new parameter, which extends that of the original (``<fqn>.packed``).
+            sources: the constants from which it is computed.
+            layout: distinguishes constants with the same sources; equal layouts must mean equal results.
             make: computes the tensor.
-            graph: the one of the program's graphs that is to read it.
+            graph: the graph that reads it, the program's own or a subgraph.
 
         Returns:
-            Its placeholder in ``graph``, with a fake value in ``meta["val"]``.
+            The placeholder in ``graph``, with a fake value in ``meta["val"]``.
         """
         nodes = tuple(sources)
         name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
@@ -189,7 +211,7 @@ class Program:
     def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
         held_already = self.state_dict.get(name)
         if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
-            # Made by an earlier rewrite of another copy of this program, with the same pool.
+            # An earlier rewrite with the same cache added it.
             there = (node for node in self.graph.find_nodes(op="placeholder") if self.fqn_key(node) == name)
             return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
@@ -197,11 +219,11 @@ class Program:
         return self.insert_parameter(name, tensor, before=self._owner(source))
 
     def insert_parameter(self, name: str, tensor: torch.Tensor, before: Node) -> Node:
-        """A placeholder of a new parameter ``name`` holding ``tensor``, before placeholder ``before``."""
+        """The placeholder of a new parameter ``name`` that holds ``tensor``, before placeholder ``before``."""
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         with self.graph.inserting_before(before):
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
-        # The verifier wants a placeholder's target to be its name, and the graph may have had to change the name.
+        # The verifier requires that target and name are equal, and the graph may have changed the name.
         node.target = node.name
         form = (tensor.shape, tensor.stride())
         with self.fake_mode:
@@ -211,7 +233,7 @@ class Program:
         return node
 
     def rename_constant(self, node: Node, name: str) -> None:
-        """Hold constant ``node`` under another name."""
+        """Give constant ``node`` another name."""
         spec = self._specs[node.name]
         for table in (self.state_dict, self.constants):
             if spec.target in table:
@@ -219,23 +241,23 @@ class Program:
         spec.target = name
 
     def replace(self, old: Node, new: Node) -> None:
-        """Make every reader of ``old`` read ``new``; one that is kept together with ``old`` goes on reading that."""
+        """Make every reader of ``old`` read ``new``, except a reader that is kept together with ``old``."""
         leave = self.kept if old in self.kept_operands else set()
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in leave and user is not new)
         self.replaced[old] = new
 
     def replacement_of(self, node: Node) -> Node:
-        """What now stands for ``node``: matches are found before their neighbours are rewritten."""
+        """The node that now stands for ``node``. A rule finds all its matches before it rewrites the first."""
         while node in self.replaced:
             node = self.replaced[node]
         return node
 
     def mark_dead(self, nodes: Iterable[Node]) -> None:
-        """Mark ``nodes`` as dead: :func:`.finish.eliminate_dead_nodes` removes those that nothing else reads."""
-        self.abandoned.update(dict.fromkeys(nodes))
+        """Mark ``nodes`` as dead: :func:`.finish.eliminate_dead_nodes` erases those that nothing reads."""
+        self.dead.update(dict.fromkeys(nodes))
 
     def transfer_name(self, gone: Node) -> None:
-        """What replaced ``gone`` takes its name: the signatures of preserved modules, and people, go by it."""
+        """Give the name of ``gone`` to its replacement: signatures of preserved modules, and people, refer to it."""
         new = self.replaced.get(gone)
         if new is None:
             return
@@ -245,16 +267,16 @@ class Program:
             self._renamed[gone.name] = new.name
 
     def remove_constant(self, node: Node) -> None:
-        """Forget constant ``node``, which is about to be erased, and what it holds."""
+        """Remove constant ``node`` and its tensor from the program; the caller erases the node."""
         target = cast(str, self._specs.pop(node.name).target)
         self.added.pop(target, None)
         self.dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
     def replace_graph(self, module: GraphModule, name: str) -> None:
-        """Take what pass ``name`` left. The program's inputs and its number of outputs must be what they were.
+        """Continue with the graph that pass ``name`` returned, with the same inputs and number of outputs.
 
         Raises:
-            ValueError: it added, removed or renamed inputs, or changed the number of outputs.
+            ValueError: the pass added, removed, renamed or moved inputs, or changed the number of outputs.
         """
         kept, kept_inputs = self.node_keys()
         self._root, self.graph, self._meta = module, module.graph, module.meta
@@ -273,15 +295,15 @@ class Program:
         self.restore_kept(kept, kept_inputs)
 
     def node_keys(self) -> tuple[NodeKeys, NodeKeys]:
-        """Where the kept nodes stand, and their inputs, for :meth:`restore_kept`."""
+        """The keys of the kept nodes and of their operands, for :meth:`restore_kept`."""
         return node_keys(self.kept, self.subgraphs), node_keys(self.kept_operands, self.subgraphs)
 
     def restore_kept(self, kept: NodeKeys, inputs: NodeKeys) -> None:
-        """Keep what nodes of an earlier form of this program have become: a pass may have copied them."""
+        """Keep the nodes with these keys: a pass may have copied the kept nodes of an earlier graph."""
         self.kept, self.kept_operands = find_nodes(kept, self.subgraphs), find_nodes(inputs, self.subgraphs)
 
     def to_exported(self) -> ExportedProgram:
-        """The program, its signature in step with the graph; torch lints the graph and runs the dialect's verifier."""
+        """The program with its signature updated. torch lints the graph and runs the dialect's verifier."""
         self.subgraphs.recompile()
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):
@@ -305,10 +327,10 @@ class Program:
 
 
 def copy_graph(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
-    """The submodules that control flow calls, and the graph; tensors stay shared, only structure is copied.
+    """Copies of the modules of subgraphs and of the graph; tensors are shared.
 
     The values in ``node.meta`` get a shape environment of their own: a guard on a dynamic size of the copy does not
-    change the program that was copied.
+    change the original program.
     """
     tensors = {id(tensor): tensor for tensor in (*exported.state_dict.values(), *exported.constants.values())}
     root = torch.nn.Module()
@@ -318,7 +340,7 @@ def copy_graph(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
     ours: dict[Node, Node] = {}
     graph.output(graph.graph_copy(exported.graph, ours)).meta.update(exported.graph.output_node().meta)
     for old, new in ours.items():
-        # The copy renames what looks like a Python builtin, `input` say; the signature goes by the old names.
+        # The copy renames nodes with the name of a Python builtin, such as `input`. The signature has the old names.
         new.name = old.name
     shapes = _PrivateShapes()
     for each in (graph, *(module.graph for module in root.modules() if isinstance(module, GraphModule))):
@@ -333,16 +355,16 @@ _VALUES = {"val", "tensor_meta", "example_value"}
 
 
 class _PrivateShapes:
-    """Copies of values that refer to copies of their fake mode and of its shape environment."""
+    """Copies values, so that they refer to copies of their fake mode and of its shape environment."""
 
     def __init__(self) -> None:
         self._environments: dict[ShapeEnv, ShapeEnv] = {}
         self._modes: dict[FakeTensorMode, FakeTensorMode] = {}
         self._moved: dict[int, tuple[Any, Any]] = {}
-        """By the identity of a tensor: the tensor, which is held so that its identity stays its own, and its copy."""
+        """By the id of a tensor: the tensor, which must stay alive so that its id stays unique, and its copy."""
 
     def move(self, value: Any) -> Any:
-        """``value``, or a copy of it where it belongs to an environment with symbols; containers are copied."""
+        """``value``, or a copy if its environment has symbols; containers are copied."""
         if isinstance(value, torch.Tensor):
             if id(value) not in self._moved:
                 self._moved[id(value)] = (value, self._tensor(value))
@@ -408,21 +430,21 @@ class _PrivateShapes:
 
 
 def node_keys(nodes: Iterable[Node], subgraphs: Subgraphs) -> NodeKeys:
-    """By what ``nodes`` can be found again in another copy of their program: where they stand and what they call."""
+    """Keys by which :func:`find_nodes` finds ``nodes`` in another copy of their program."""
     return {(subgraphs.path(node), node.target) for node in nodes}
 
 
 def find_nodes(wanted: NodeKeys, subgraphs: Subgraphs) -> set[Node]:
-    """The nodes at the places ``wanted`` in another copy; those that are gone are left out."""
+    """The nodes with the keys ``wanted``; a key without a node is left out."""
     return {node for node in subgraphs.nodes() if (subgraphs.path(node), node.target) in wanted} if wanted else set()
 
 
 @contextmanager
 def forbid_new_guards(program: Program, who: str) -> Iterator[None]:
-    """Within it, nothing may compare a dynamic size in Python: torch would hold what came out for true of every run.
+    """Refuse comparisons of dynamic sizes in Python: torch would assume their result for every run, as a guard.
 
     Raises:
-        ValueError: ``who`` did.
+        ValueError: there was one; ``who`` names the code.
     """
     shapes = program.fake_mode.shape_env
     known = 0 if shapes is None else len(shapes.guards)
@@ -430,6 +452,6 @@ def forbid_new_guards(program: Program, who: str) -> Iterator[None]:
     if shapes is not None and len(shapes.guards) > known:
         expression = shapes.guards[-1].expr
         raise ValueError(
-            f"{who} holds for {expression} alone, which the program's dynamic shapes leave open; ask "
+            f"{who} holds only if {expression}, which depends on the program's dynamic shapes; call "
             "torch.fx.experimental.symbolic_shapes.statically_known_true(...) instead of comparing in Python"
         )

@@ -1,4 +1,4 @@
-"""The fate of every candidate: outcomes with reasons, counts, and the report as text, dict and JSON."""
+"""The report: an outcome per candidate with reasons, counts, and the report as text, dict and JSON."""
 
 import json
 import re
@@ -17,10 +17,10 @@ _PLUMBING = re.compile(r"[/\\](torch|torchao|executorch)[/\\]")
 
 
 def user_source_line(node: Node) -> str:
-    """``file:line: code`` of the user's line that made ``node``; empty where the export recorded none.
+    """``file:line: code`` of the user's line that ``node`` comes from; empty if the export recorded none.
 
-    Frames inside torch, torchao and executorch are passed over, unless there is no other; code that torch generated is
-    no line of anybody's, and is called differently in every run.
+    Frames inside torch, torchao and executorch count only if there is no other frame. Code that torch generated never
+    counts: its name differs in every run.
     """
     found = _FRAME.finditer(node.meta.get("stack_trace") or "")
     frames = [frame for frame in found if not frame["file"].startswith("<eval_with_key>")]
@@ -33,10 +33,11 @@ def user_source_line(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why a rule did not take a place, or a remark on why it did.
+    """Why a rule did not rewrite a place, or a note on why it did.
 
-    ``stage`` is where it was decided: "match" (the graph's form), "metadata" and "values" (a require), "conflict"
-    (another match took the nodes), "note" (a remark on a rewrite or keep), "none" (no rule takes this operator).
+    ``stage`` is "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
+    "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches the
+    operator).
     """
 
     rule: str | None
@@ -54,11 +55,18 @@ class Reason:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one candidate, an operator that reads a dequantized weight.
+    """The outcome of one candidate, an operator that reads a dequantized weight.
 
-    ``node`` is its name, in control flow the path to it; ``fqn`` is the weight's FQN, ``source`` the user's own line
-    ("file:line: code"), ``detail`` what was made of it, and ``explanation`` what else the rule has to say of this one
-    place; the text of a report leaves that out.
+    Attributes:
+        node: its name; in control flow its path.
+        op: the short name of the operator.
+        fqn: the FQN of its weight; several are joined by ", ".
+        rule: the rule that rewrote or kept it, None if it is missed.
+        status: one of :data:`STATUSES`.
+        reasons: why it is missed, or notes.
+        source: the user's line, "file:line: code".
+        detail: the summaries of the rules that rewrote it.
+        explanation: a longer text of the rule, which the text of a report leaves out.
     """
 
     node: str
@@ -76,10 +84,17 @@ class Outcome:
 class Report:
     """The outcomes of one rewrite, in graph order.
 
-    ``passes`` are the names in the order in which they ran, ``applied`` how often each rule acted, ``conflicts`` the
-    matches that lost to another, ``warnings`` what the user probably did not intend, ``rejected`` for each rule the
-    matches without a candidate in them whose requires did not hold (an attention, say), and the byte counts are those
-    of all constants before and after.
+    Attributes:
+        target: the name of the target.
+        passes: the names of the passes, in the order in which they ran.
+        outcomes: one per candidate.
+        conflicts: matches of a rule that lost nodes to another match of that rule.
+        warnings: what the user probably did not intend.
+        applied: how often each rule acted.
+        rejected: for each rule, the matches without a candidate (an attention, for example) that do not meet its
+            requirements.
+        bytes_before: bytes of all constants before the rewrite.
+        bytes_after: bytes of all constants after the rewrite.
     """
 
     target: str
@@ -93,13 +108,13 @@ class Report:
     bytes_after: int = 0
 
     def counts(self) -> dict[str, int]:
-        """How many candidates ended in each status, and how often each rule acted: what ``expect=`` compares with."""
+        """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
         by_status = Counter(outcome.status for outcome in self.outcomes)
         return {status: by_status[status] for status in STATUSES} | self.applied
 
     @staticmethod
     def merge(reports: Iterable["Report"]) -> "Report":
-        """One report of several methods: outcomes in order, counts and bytes added up."""
+        """One report of several methods: their outcomes in order, counts and bytes added up."""
         parts = list(reports)
         if len(parts) == 1:
             return parts[0]
@@ -120,7 +135,7 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, stable in order."""
+        """The report as plain data, in a fixed order."""
         return {
             "target": self.target,
             "passes": self.passes,
@@ -138,7 +153,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        """One look: what happened how often and to what, what was made of that, then every miss with its reasons."""
+        """A short text: the counts, the rules with their numbers of rewrites, and every miss with its reasons."""
         total = len(self.outcomes)
         if not total and not self.applied:
             none = f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
@@ -168,11 +183,11 @@ class Report:
         return "\n".join(lines)
 
     def _missed(self) -> list[str]:
-        """The misses, those of one operator with like reasons together, each with the text of the first of them."""
+        """The misses. Those with the same operator and similar reasons share the text of the first."""
         groups: dict[tuple[str, ...], list[Outcome]] = {}
         for outcome in self.outcomes:
             if outcome.status == "missed":
-                # The numbers at the end of nodes' names differ from layer to layer.
+                # The numbers at the end of node names differ from layer to layer.
                 alike = (re.sub(r"(?<=[a-z])_\d+\b", "", str(reason)) for reason in outcome.reasons)
                 groups.setdefault((outcome.op, *alike), []).append(outcome)
         lines = []
@@ -194,13 +209,13 @@ def _size(count: int) -> str:
 
 
 class ExpectationError(Exception):
-    """A build demanded other counts than it got; ``report`` says what happened to each candidate."""
+    """The counts are not those expected; ``report`` has the outcomes."""
 
     def __init__(self, expect: Mapping[str, int], report: Report) -> None:
         counts = report.counts()
         wrong = {name: want for name, want in expect.items() if counts.get(name, 0) != want}
         text = "; ".join(f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in wrong.items())
-        # What is no candidate has no line in the report.
+        # Matches without a candidate have no line in the report.
         rejected = [f"  rejected   {each}" for name in wrong for each in report.rejected.get(name, ())]
         super().__init__("\n".join([text, str(report), *rejected]))
         self.report = report

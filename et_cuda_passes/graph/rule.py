@@ -5,7 +5,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, get_args, overload
+from typing import ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 from torch.fx import Node
 
@@ -17,8 +17,6 @@ from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 Stage = Literal["metadata", "values"]
 Check = Callable[[Match], "Failure | None"]
-# Until every rule has a tuple of requirements: a method (self, m) that returns one of these.
-Answer = tuple[bool, str] | tuple[bool, str, str]
 _T = TypeVar("_T")
 
 
@@ -53,15 +51,7 @@ class Requirement:
     check: Check
 
 
-class _Decorator(Protocol):
-    @overload
-    def __call__(self, check: Check, /) -> Requirement: ...
-    @overload
-    def __call__(self, check: Callable[[Any, Match], Answer], /) -> Callable[[Any, Match], Answer]: ...
-    def __call__(self, check: Any, /) -> Any: ...
-
-
-def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Decorator:
+def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> Callable[[Check], Requirement]:
     """Make a function ``(m) -> Failure | None`` a :class:`Requirement` that is named after the function.
 
     Args:
@@ -71,7 +61,8 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Deco
             if every requirement of the metadata stage holds.
 
     Raises:
-        TypeError: ``wanted`` is not text (``@requirement`` without its parentheses, for example).
+        TypeError: ``wanted`` is not text (``@requirement`` without its parentheses, for example), or the function has
+            other parameters.
         ValueError: there is no such stage.
     """
     if not isinstance(wanted, str):
@@ -79,34 +70,20 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> _Deco
     if stage not in get_args(Stage):
         raise ValueError(f"a requirement is checked in one of the stages {get_args(Stage)}, not {stage!r}")
 
-    def decorate(check: Any) -> Any:
+    def decorate(check: Check) -> Requirement:
         name = getattr(check, "__name__", type(check).__name__)
-        if len(inspect.signature(check).parameters) == 1:
-            return Requirement(name, wanted, hint, stage, check)
-        check._requirement = Requirement(name, wanted, hint, stage, _of_method(wanted, check))
-        return check
+        if len(inspect.signature(check).parameters) != 1:
+            raise TypeError(
+                f"the requirement {name} must be a function (m) -> Failure | None; write it outside of the class, and "
+                "name it in the tuple `requirements` of the class"
+            )
+        return Requirement(name, wanted, hint, stage, check)
 
     return decorate
 
 
-def _of_method(wanted: str, check: Callable[[Any, Match], Answer]) -> Check:
-    """The check of a rule that has a method in place of a requirement."""
-
-    def answered(m: Match) -> Failure | None:
-        answer: Any = check(m.rule, m)
-        if not isinstance(answer, tuple) or len(answer) not in (2, 3) or not isinstance(answer[0], bool):
-            raise RuleError(
-                f"rule {m.rule.name}: the requirement {wanted!r} must return (holds, found) or (holds, found, hint), "
-                f"with holds a bool (of a dynamic size, what statically_known_true says); it returned {answer!r}"
-            )
-        holds, found, *hint = answer
-        return None if holds else Failure(found, *hint)
-
-    return answered
-
-
 class Notes(NamedTuple):
-    """What a report says of a match beyond its summary.
+    """Texts of a report on a match, beyond its summary.
 
     ``note`` stands beside the outcome in the report's text. ``explanation`` is longer, and in the data only.
     """
@@ -115,7 +92,7 @@ class Notes(NamedTuple):
     explanation: str = ""
 
 
-class Rule(ABC):
+class Rule:
     """One rewrite. Subclasses are frozen dataclasses whose fields are the rule's options; they keep no other state.
 
     A subclass defines ``pattern`` (its parameters are the captures), ``requirements`` and ``rewrite``. A match that
@@ -125,21 +102,22 @@ class Rule(ABC):
     name: ClassVar[str] = ""
     """Unique in a pass list; by default the class name in snake case."""
     before: ClassVar[tuple[str, ...]] = ()
-    """Names of passes that run after this one."""
+    """Names of passes that must run after this rule, which moves in a pass list if necessary."""
     after: ClassVar[tuple[str, ...]] = ()
-    """Names of passes that run before this one."""
+    """Names of passes that must run before this rule."""
     reports_misses: ClassVar[bool] = True
-    """Whether a report says why the rule did not act at a place. False for one that repairs what few programs have."""
+    """False for a rule that few programs need: a report then does not say why the rule did not act at a place."""
     _renamed: ClassVar[Mapping[str, str]] = {
-        "emit": "rewrite",
-        "emit_together": "rewrite_group, of a GroupRule",
-        "detail": "summary",
-        "silent": "reports_misses, with the opposite value",
-        "requires": "requirements",
+        "emit": "is now called rewrite",
+        "emit_together": "is now called rewrite_group, of a GroupRule",
+        "detail": "is now called summary",
+        "note": "is now part of notes",
+        "explain": "is now part of notes",
+        "silent": "is now called reports_misses, with the opposite value",
+        "requires": "is now called requirements",
+        "takes": "no longer exists: a match owns only the nodes of its pattern",
     }
-    """Earlier names of attributes with those of today. A subclass may not define them: nothing would read them."""
-    # Until every rule has a tuple: the requirements of the nearest base class that states its tuple.
-    _stated: ClassVar[tuple[Requirement, ...]] = ()
+    """Former attributes. A subclass may not define them: nothing would read them."""
     requirements: ClassVar[tuple[Requirement, ...]] = ()
     """All requirements, in the order in which a report lists those that do not hold."""
 
@@ -147,28 +125,15 @@ class Rule(ABC):
         super().__init_subclass__()
         for old, new in cls._renamed.items():
             if old in cls.__dict__:
-                raise TypeError(f"rule {cls.__name__} defines {old}, which is now called {new}")
+                raise TypeError(f"rule {cls.__name__} defines {old}, which {new}")
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
-        if "requirements" in cls.__dict__:
-            _check_requirements(cls)
-            cls._stated = cls.requirements
-        else:
-            cls.requirements = (*cls._stated, *_methods(cls))
+        _check_requirements(cls)
 
     pattern: Callable[..., Pattern]
-    """The graph form this rule is about, written with :func:`~et_cuda_passes.graph.pattern.op`."""
-
-    @abstractmethod
-    def rewrite(self, b: Builder, m: Match) -> Node:
-        """Build the nodes that take the match's place and return the one that replaces its root."""
-
-    def takes(self, m: Match) -> Sequence[Node]:
-        """Nodes outside the match that become part of what this rule makes, and that it needs alone.
-
-        Asked where every require that reads metadata holds.
-        """
-        return ()
+    """The form that the rule looks for, written with :func:`~et_cuda_passes.graph.pattern.op`."""
+    rewrite: Callable[[Builder, Match], Node]
+    """Builds the nodes that take the place of a match, and returns the node that replaces its root."""
 
     def summary(self, m: Match) -> str:
         """A few words for the report's table that say what this rule builds at a place (``int4 group 32 -> ...``).
@@ -182,16 +147,7 @@ class Rule(ABC):
 
         Where the match contains nodes that earlier rules built, the explanation replaces that of their outcomes.
         """
-        return Notes(self.note(ms[0]), self.explain(*ms))
-
-    # Until every rule has notes: the two hooks that became one.
-    def note(self, m: Match) -> str:
-        """See :class:`Notes`."""
-        return ""
-
-    def explain(self, *ms: Match) -> str:
-        """See :class:`Notes`."""
-        return ""
+        return Notes()
 
 
 def _check_requirements(cls: type[Rule]) -> None:
@@ -206,116 +162,98 @@ def _check_requirements(cls: type[Rule]) -> None:
             )
 
 
-def _methods(cls: type[Rule]) -> tuple[Requirement, ...]:
-    """The requirements that are methods of ``cls``, or of base classes up to one that states its tuple."""
-    found: dict[str, Requirement] = {}
-    mro = cls.__mro__
-    until = next((index for index, base in enumerate(mro) if "_stated" in vars(base)), len(mro))
-    for base in reversed(mro[:until]):
-        for attribute, value in vars(base).items():
-            method = getattr(value, "_requirement", None)
-            if isinstance(method, Requirement):
-                found[attribute] = method
-            else:
-                found.pop(attribute, None)
-    return tuple(found.values())
+class GroupRule(Rule, ABC):
+    """A rule that rewrites several matches of its pattern together, and replaces the root of each by a separate node.
 
-
-class GroupRule(Rule):
-    """A rule that takes several matches of its pattern together, and replaces the root of each by a node of its own.
-
-    Each match meets the requires alone, and is reported alone. Two or more with one :meth:`group_key` are rewritten
-    together by :meth:`rewrite_group`, where the first of them stands; they may read nothing that is written in place
-    or computed behind that place. A match that is left without others is missed.
+    Every match must meet the requirements, and has its own outcome. Two or more matches with equal :meth:`group_key`
+    are rewritten by :meth:`rewrite_group`, at the place of the first of them. Their inputs may not be mutated, and must
+    be computed before that place. A match that remains without another is missed; its reasons are reported only where
+    no other rule gives any.
     """
 
     _renamed: ClassVar[Mapping[str, str]] = {
         **Rule._renamed,
-        "key": "group_key",
-        "most": "max_group_size",
-        "common": "shared_captures",
+        "key": "is now called group_key",
+        "most": "is now called max_group_size",
+        "common": "is now called shared_captures",
+        "alone": "no longer exists: a report gives the reasons of other rules first",
+        "partner": "no longer exists",
     }
-    partner: ClassVar[str] = "another match to be taken together with"
-    """What a match without others wanted, for the report."""
-    alone: ClassVar[str] = ""
-    """The rule that takes a match alone: where it is in the pass list too, a miss has its reasons, not this rule's."""
     shared_captures: ClassVar[tuple[str, ...]] = ()
-    """Captures that hold one value in all matches of a :meth:`group_key`, so that any match's can be used."""
+    """Captures that hold the same value in all matches with equal :meth:`group_key`, so that one value is enough."""
 
     @property
     def max_group_size(self) -> int | None:
-        """How many matches are taken together at most, in graph order; None for any number."""
+        """The largest number of matches that are rewritten together, in graph order; None for any number."""
         return None
 
     @abstractmethod
     def group_key(self, m: Match) -> Hashable:
-        """Equal for the matches that are taken together."""
+        """Equal for the matches that are rewritten together."""
 
     @abstractmethod
     def rewrite_group(self, b: Builder, ms: Sequence[Match]) -> Sequence[Node]:
-        """Build the nodes that take the matches' place and return for each match, in order, what replaces its root.
+        """Build the nodes that take the places of ``ms``; return the node that replaces each root, in order.
 
-        ``b.for_match(m)`` builds a node that is only the place of ``m``: it has its source line and provenance.
+        ``b.for_match(m)`` builds a node for the place of ``m`` alone, with the source line and provenance of ``m``.
         """
-
-    def rewrite(self, b: Builder, m: Match) -> Node:
-        """A match alone, which there is none of."""
-        return self.rewrite_group(b, [m])[0]
 
 
 class Keep(Rule):
-    """A rule whose match is left exactly as it is, because the target executes it in that form; ``note`` says why."""
-
-    def rewrite(self, b: Builder, m: Match) -> Node:
-        """Keep the match."""
-        return m.root
+    """A rule without ``rewrite``: the target executes the match as it stands. Its ``notes`` say why."""
 
 
 @dataclasses.dataclass(frozen=True)
-class CompiledPattern:
-    """A rule's pattern as data, and the names of its captures."""
+class CompiledRule:
+    """A rule with its pattern as data, and the names of its captures."""
 
+    rule: Rule
     pattern: Pattern
     captures: tuple[str, ...]
 
 
-def compile_pattern(rule: Rule) -> CompiledPattern:
-    """``rule``'s pattern as data.
+def compile_rule(rule: Rule) -> CompiledRule:
+    """``rule`` with its pattern as data.
 
     Raises:
-        TypeError: the rule has no pattern, one that is not rooted in a call, or names in it that cannot work.
+        TypeError: the rule has no pattern or no rewrite, the pattern is not rooted in a call, or a name in the pattern
+            cannot work.
     """
     function = getattr(rule, "pattern", None)
     if function is None:
         raise TypeError(f"rule {rule.name} has no pattern method")
+    if not isinstance(rule, (GroupRule, Keep)) and getattr(rule, "rewrite", None) is None:
+        raise TypeError(f"rule {rule.name} has no rewrite method; a rule that leaves its matches derives from Keep")
     captures = parse_captures(function)
     pattern = function(**captures)
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
     bound, sure = set(bound_names(pattern)), always_bound(pattern)
-    for taken in sorted({*captures, *bound} & RESERVED_CAPTURE_NAMES):
-        raise TypeError(f"rule {rule.name}: nothing in a pattern can be called {taken!r}, which a match has already")
+    for name in sorted({*captures, *bound} & RESERVED_CAPTURE_NAMES):
+        raise TypeError(f"rule {rule.name}: a match has an attribute {name!r}; give the capture another name")
     for name, capture in captures.items():
         if name not in bound:
-            raise TypeError(f"rule {rule.name}: pattern() takes the capture {name!r} and its pattern has it nowhere")
+            raise TypeError(
+                f"rule {rule.name}: pattern() has the parameter {name!r}, which its pattern does not contain"
+            )
         if name not in sure and not capture.optional:
             raise TypeError(
-                f"rule {rule.name}: some alternatives of the pattern do not have {name!r}; give it the default None"
+                f"rule {rule.name}: some alternatives of the pattern do not contain {name!r}; give it the default None"
             )
-    return CompiledPattern(pattern, tuple(captures))
+    return CompiledRule(rule, pattern, tuple(captures))
 
 
-def call_hook(rule: Rule, what: str, root: Node, program: Program, question: Callable[[], _T]) -> _T:
-    """``question()``, of ``rule`` at ``root``.
+def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callable[[], _T]) -> _T:
+    """The result of ``call()``, which calls a hook of ``rule`` for the match at ``root``.
 
     Raises:
-        RuleError: it failed; ``what`` says what was asked.
+        RuleError: the hook failed; ``hook`` names it.
     """
     try:
-        with forbid_new_guards(program, what):
-            return question()
+        with forbid_new_guards(program, hook):
+            return call()
     except (Unmet, RuleError, UsageError):
         raise
     except Exception as error:
-        told = str(error) or type(error).__name__
-        raise RuleError(f"rule {rule.name}: at {root.name} its {what} failed: {told}") from error
+        text = str(error) or type(error).__name__
+        raise RuleError(f"rule {rule.name}: at {root.name} its {hook} failed: {text}") from error

@@ -1,8 +1,8 @@
-"""Control flow: the graphs that a program's nodes call, and what each call hands into them.
+"""Subgraphs of control flow, and the operands that their calls pass to them.
 
-``torch.export`` keeps the body of a ``cond``, ``map``, ``scan`` or ``while_loop``, and what stands under ``no_grad`` or
-``autocast``, as a graph of its own. Whatever that body reads, weights too, is an operand of the call and a placeholder
-of each graph that it calls, in the same order.
+``torch.export`` makes a subgraph of each body of a ``cond``, ``map``, ``scan`` or ``while_loop``, and of code under
+``no_grad`` or ``autocast``. Everything that a subgraph reads, weights included, is an operand of the call and a
+placeholder of each subgraph that it calls, in the same order.
 """
 
 import operator
@@ -18,40 +18,41 @@ from et_cuda_passes.graph.operators import Target
 
 _flow = torch.ops.higher_order
 
-# Each call that is understood: the place of its first operands, then that of those which every run of a graph gets as
-# they are. The operands before are other values in each run (a loop's state), or parts of them (what a map goes over).
+# For each supported operator: the index of its first operands, and that of its captured operands, which are the same in
+# every run of a subgraph. The operands before these change from run to run: the state of a loop, slices of a map.
 _OPERAND_LIST_OPS: dict[Target, tuple[int, int]] = {
     _flow.cond: (3, 3),
     _flow.map_impl: (1, 2),
     _flow.scan: (1, 3),
     _flow.while_loop: (2, 3),
 }
-# The same where the operands follow each other as arguments: these run one graph once, and its results are theirs.
+# The same for operators whose operands are single arguments. They run one subgraph once and return its results.
 _VARIADIC_OPS: dict[Target, int] = {_flow.wrap_with_set_grad_enabled: 2, _flow.wrap_with_autocast: 5}
 
 
 class Subgraphs:
-    """The graphs of a program, its own and those that control flow calls, at any depth."""
+    """The graph of a program and its subgraphs, at any depth."""
 
     def __init__(self, root: torch.nn.Module, graph: Graph) -> None:
         self.graph = graph
         self.views: dict[Node, Node] = {}
-        """In whose memory a placeholder of a branch may lie, or a result: an operand's, or a node's of the branch."""
+        """Pairs of nodes that may share memory: a placeholder and its operand, a result of a call and the node of the
+        subgraph that it returns."""
         self._modules: dict[Graph, GraphModule] = {}
         self._callers: dict[Graph, Node] = {}
         self._paths: dict[Graph, str] = {graph: ""}
-        self._outer: dict[Node, Node] = {}
-        self._handed: dict[tuple[Graph, Node], Node] = {}
+        self._captured: dict[Node, Node] = {}
+        self._placeholders: dict[tuple[Graph, Node], Node] = {}
         self._added: dict[Node, list[Node]] = defaultdict(list)
-        self._unread: dict[Node, None] = {}
+        self._unused: dict[Node, None] = {}
         self._last: dict[Graph, Node] = {}
         self.bodies: dict[Node, list[Graph]] = {}
-        """The graphs that each call of control flow runs, understood or not."""
+        """The subgraphs that each higher-order call runs, supported or not."""
         calls = self.bodies
         self._find(root, graph, calls)
         uses = Counter(child for children in calls.values() for child in children)
         for caller, children in calls.items():
-            # A graph that is called from two places has not one set of operands.
+            # A subgraph that is called from two places has two sets of operands.
             if all(uses[child] == 1 for child in children):
                 self._enter(caller, children)
 
@@ -79,8 +80,8 @@ class Subgraphs:
             self.views.update((inner, outer) for inner, outer in pairs if isinstance(outer, Node))
             for inner, outer in pairs[len(changing) :]:
                 if isinstance(outer, Node):
-                    self._outer[inner] = outer
-                    self._handed[graph, outer] = inner
+                    self._captured[inner] = outer
+                    self._placeholders[graph, outer] = inner
         results = graphs[0].output_node().args[0]
         for user in caller.users:
             if (
@@ -94,21 +95,21 @@ class Subgraphs:
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def nodes(self) -> Iterator[Node]:
-        """All nodes that rules may act on, in the order of execution: a branch's own just before the call."""
+        """All nodes that rules may match, in the order of execution: those of a subgraph directly before its call."""
         yield from self._nodes(self.graph)
 
     def _nodes(self, graph: Graph) -> Iterator[Node]:
         inside: dict[Node, list[Graph]] = defaultdict(list)
-        for branch, caller in self._callers.items():
+        for subgraph, caller in self._callers.items():
             if caller.graph is graph:
-                inside[caller].append(branch)
+                inside[caller].append(subgraph)
         for node in graph.nodes:
-            for branch in inside.get(node, ()):
-                yield from self._nodes(branch)
+            for subgraph in inside.get(node, ()):
+                yield from self._nodes(subgraph)
             yield node
 
     def opaque_graphs(self) -> Iterator[Graph]:
-        """The graphs into which nothing can be handed: of calls that are not understood, or called from two places."""
+        """The subgraphs that rules cannot change: of unsupported operators, or called from two places."""
         yield from (graph for graph in self._modules if not self._is_open(graph))
 
     def _is_open(self, graph: Graph) -> bool:
@@ -117,96 +118,96 @@ class Subgraphs:
         return graph is self.graph
 
     def captured_operand(self, node: Node) -> Node | None:
-        """The operand that placeholder ``node`` of a branch is in every run; None for any other node."""
-        return self._outer.get(node)
+        """The operand that placeholder ``node`` of a subgraph is in every run; None for any other node."""
+        return self._captured.get(node)
 
     def in_control_flow(self, node: Node) -> bool:
-        """Whether ``node`` is in the body of a cond or a loop. ``no_grad`` and ``autocast`` are none: both dissolve."""
+        """Whether ``node`` is in a subgraph of a cond or a loop. Those of ``no_grad`` and ``autocast`` are inlined."""
         graph = node.graph
         while (caller := self._callers.get(graph)) is not None and caller.target in _VARIADIC_OPS:
             graph = caller.graph
         return graph is not self.graph
 
     def captured_operands(self, caller: Node) -> set[Node]:
-        """The operands that ``caller`` only hands on: what becomes of them is up to its branches."""
+        """The operands that ``caller`` passes to its subgraphs unchanged; only the subgraphs read them."""
         operands = _operands(caller)
         if operands is None or caller not in self._callers.values():
             return set()
         return {*operands} - {*(_operands(caller, changing=True) or ())}
 
     def is_input(self, node: Node) -> bool:
-        """Whether ``node`` is a placeholder of a branch, whatever it stands for."""
+        """Whether ``node`` is a placeholder of a subgraph."""
         return node.op == "placeholder" and node.graph is not self.graph
 
     def escapes(self, node: Node) -> bool:
-        """Whether ``node``, or a view of it, is a result of a branch."""
+        """Whether ``node``, or a view of it, is a result of a subgraph."""
         return node.graph is not self.graph and any(
             user.op == "output" or (alias_source(user) is node and self.escapes(user)) for user in node.users
         )
 
     def path(self, node: Node) -> str:
-        """Where ``node`` stands and its name, unique in the program: ``true_graph_0.linear``."""
+        """The name of ``node`` after those of its subgraphs, unique in the program: ``true_graph_0.linear``."""
         return ".".join(filter(None, (self._paths.get(node.graph, ""), node.name)))
 
     # Changing --------------------------------------------------------------------------------------------------------
 
     def thread_through(self, node: Node, graph: Graph) -> Node:
-        """What ``node`` of the program's own graph is called in ``graph``; handed in at every level where it is not."""
+        """The placeholder of ``node`` in subgraph ``graph``. Calls on the way that lack the operand get it."""
         if graph is self.graph:
             return node
         caller = self._callers[graph]
         operand = self.thread_through(node, caller.graph)
-        handed = self._handed.get((graph, operand))
-        if handed is None or handed not in self._outer:
-            for branch in [branch for branch, called_by in self._callers.items() if called_by is caller]:
-                # All placeholders are listed once, and not for each that is added.
-                last = self._last.get(branch) or next(iter(branch.find_nodes(op="placeholder")[-1:]), None)
-                with branch.inserting_after(last) if last else branch.inserting_before():
-                    self._last[branch] = inner = branch.placeholder(node.name)
+        known = self._placeholders.get((graph, operand))
+        if known is None or known not in self._captured:
+            for subgraph in [subgraph for subgraph, called_by in self._callers.items() if called_by is caller]:
+                # Finding all placeholders is slow, so the last one is remembered.
+                last = self._last.get(subgraph) or next(iter(subgraph.find_nodes(op="placeholder")[-1:]), None)
+                with subgraph.inserting_after(last) if last else subgraph.inserting_before():
+                    self._last[subgraph] = inner = subgraph.placeholder(node.name)
                 inner.target, inner.meta = inner.name, {"val": node.meta["val"]}
-                self._handed[branch, operand] = inner
-                self._outer[inner] = self.views[inner] = operand
+                self._placeholders[subgraph, operand] = inner
+                self._captured[inner] = self.views[inner] = operand
             self._added[caller].append(operand)
-        return self._handed[graph, operand]
+        return self._placeholders[graph, operand]
 
     def mark_unused(self, placeholder: Node) -> None:
-        """Note that nothing reads ``placeholder`` any more; :meth:`flush` drops it once that is so in every branch."""
-        if placeholder in self._outer:
-            self._unread[placeholder] = None
+        """Record that nothing reads ``placeholder``; :meth:`flush` removes an operand that no subgraph reads."""
+        if placeholder in self._captured:
+            self._unused[placeholder] = None
 
     def flush(self) -> list[Node]:
-        """Write what was handed in and what is no longer read into the calls; returns the operands that lost a reader.
+        """Add new operands to the calls and remove unused ones; returns the removed operands.
 
-        Once for many changes, since each writes all operands of a call.
+        One call of this method covers many changes, since each change rewrites all operands of a call.
         """
-        callers = dict.fromkeys([*self._added, *(self._callers[node.graph] for node in self._unread)])
+        callers = dict.fromkeys([*self._added, *(self._callers[node.graph] for node in self._unused)])
         lost: list[Node] = []
         for caller in callers:
             operands = [*(_operands(caller) or ()), *self._added.pop(caller, ())]
-            branches = [graph for graph, called_by in self._callers.items() if called_by is caller]
-            columns = zip(*(graph.find_nodes(op="placeholder")[-len(operands) :] for graph in branches), strict=True)
+            subgraphs = [graph for graph, called_by in self._callers.items() if called_by is caller]
+            columns = zip(*(graph.find_nodes(op="placeholder")[-len(operands) :] for graph in subgraphs), strict=True)
             left = []
             for operand, column in zip(operands, columns, strict=True):
-                if self._unread.keys().isdisjoint(column) or any(inner.users for inner in column):
+                if self._unused.keys().isdisjoint(column) or any(inner.users for inner in column):
                     left.append(operand)
                     continue
                 lost.append(operand)
                 for inner in column:
                     inner.graph.erase_node(inner)
-                    del self._outer[inner], self.views[inner]
+                    del self._captured[inner], self.views[inner]
             _set_operands(caller, left)
-        self._unread.clear()
+        self._unused.clear()
         self._last.clear()
         return lost
 
     def recompile(self) -> None:
-        """Make the modules run what their graphs say."""
+        """Generate the code of the subgraphs' modules again."""
         for module in self._modules.values():
             module.recompile()
 
 
 def _operands(caller: Node, changing: bool = False) -> list[Any] | None:
-    """What ``caller`` hands in, the same in each run of a graph or ``changing``; None for a call not understood."""
+    """The captured operands of ``caller``, or the ``changing`` ones; None for an unsupported call."""
     if caller.target in _VARIADIC_OPS:
         return [] if changing else list(caller.args[_VARIADIC_OPS[caller.target] :])
     if caller.target not in _OPERAND_LIST_OPS:

@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
 from et_cuda_passes.kernels.attention import attention as kernel
+from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import HOPPER, Family
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 FEW_ROWS = 64
@@ -47,9 +47,9 @@ _OTHER = {
 }
 
 
-def blocks(gpu: Family, head_dim: int, rows: int | SymInt) -> Blocks:
+def blocks(gpu: GpuArch, head_dim: int, rows: int | SymInt) -> Blocks:
     """The blocks for a head dimension of :data:`HEAD_DIMS` and a number of rows, known or not."""
-    table = _HOPPER if gpu == HOPPER else _OTHER
+    table = _HOPPER if gpu.wgmma else _OTHER
     few, many = table[min(bound for bound in table if head_dim <= bound)]
     return few if statically_known_true(rows <= FEW_ROWS) else many
 
@@ -87,9 +87,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence
         t if row_length(t, at) is not None else t.clone(memory_format=torch.contiguous_format)
         for t, at in zip((q, k, v), head_axes, strict=False)
     )
-    gpu, _ = gpu_of(q.device)
     rows = q.shape[3 - head_axes[0]]
-    return launch(q, k, v, scale, head_axes, blocks(gpu, q.shape[3], rows))
+    return launch(q, k, v, scale, head_axes, blocks(gpu_of(q.device), q.shape[3], rows))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], chosen: Blocks) -> Tensor:

@@ -5,18 +5,18 @@ grid multiplied by 0 or 1. How many rows each expert gets is data: a bucket is c
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels.choose import Weight
 from et_cuda_passes.kernels.int4_experts import int4_experts
 from et_cuda_passes.kernels.launching import flagged, gpu_of, possible
 from et_cuda_passes.kernels.tiling import Tiling
 
-DYNAMIC_ROWS = (8, 64)
-"""The buckets of a number of rows that is not known at export: few, since experts come in many layers."""
+MOST_LAUNCHES = 3
+"""Buckets of a number of rows that is not known at export: few, since experts come in many layers."""
 
 Size = int | SymInt
 
@@ -31,7 +31,7 @@ def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_si
     # Of no ids no batch is read.
     share: Size = 1 if statically_known_true(batches == count) else count // batches
     y = x.new_empty((count, m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, m, packed, group_size):
+    for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count):
         tiles = count * -(-m // tiling.block_m)
         y = _launch(x, packed, qparams, ids, y, m, share, tiles * flag, tiling, group_size, False, wgmma)
     return y
@@ -41,28 +41,22 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
     """``x [M, K]`` in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
     m, experts = x.shape[0], packed.shape[0]
     y = x.new_empty((m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size):
+    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts):
         # Every group, and the rows that no expert has, ends in a tile that may not be full.
         tiles = m // tiling.block_m + experts + 1
         y = _launch(x, packed, qparams, offs, y, m, 1, tiles * flag, tiling, group_size, True, wgmma)
     return y
 
 
-def _buckets(x: Tensor, rows: Size, packed: Tensor, group_size: int) -> Iterator[tuple[Size, Tiling, bool]]:
-    """For the number of rows that an expert has: (1 if it is within the bucket, else 0; tiling; whether wgmma)."""
-    gpu, _ = gpu_of(x.device)
-    buckets = possible(rows, packed.shape[1], x.shape[-1], group_size, gpu, bounds=DYNAMIC_ROWS)
-    for flag, tiling in flagged(rows, buckets):
-        yield flag, plain(tiling, group_size), gpu.wgmma
-
-
-def plain(tiling: Tiling, group_size: int) -> Tiling:
-    """The tiling without what this kernel has not: segments (as many rows of N are in a tile), tiles that are cut or
-    copied in bulk, steps shorter than a group."""
-    tiling = replace(tiling, block_n=tiling.block_n * tiling.segments, segments=1, waves=0, bulk=0)
-    if tiling.block_k >= group_size:
-        return tiling
-    return replace(tiling, block_k=group_size, stages=max(2, tiling.stages * tiling.block_k // group_size))
+def _buckets(
+    x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size
+) -> Iterator[tuple[Size, Tiling, bool]]:
+    """For the rows that each of ``count`` experts has: (1 if within the bucket, else 0; tiling; wgmma or not)."""
+    gpu = gpu_of(x.device)
+    batch = count if isinstance(count, int) else packed.shape[0]
+    weight = Weight(packed.shape[1], x.shape[-1], group_size, batch=max(1, batch), experts=True)
+    for flag, tiling in flagged(rows, possible(rows, weight, gpu, MOST_LAUNCHES)):
+        yield flag, tiling, gpu.wgmma
 
 
 def _launch(

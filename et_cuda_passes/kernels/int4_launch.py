@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 
+from et_cuda_passes.kernels.choose import Weight
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.launching import gpu_of, in_blocks, over_buckets, possible, product, wave
 from et_cuda_passes.kernels.tiling import Tiling
@@ -44,12 +45,14 @@ def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epi
     The tensors are used in the shape that they have: of a view, Inductor would write a copy for every launch.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    gpu, processors = gpu_of(x.device)
+    gpu = gpu_of(x.device)
+    tensors = 1 + (epilogue.factor is not None) + (epilogue.addend is not None)
+    weight = Weight(n, k, group_size, outputs=tensors / 2 if epilogue.gated else tensors)
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
-        return launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+        return launch(x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors)
 
-    return over_buckets(x, n // 2 if epilogue.gated else n, possible(m, n, k, group_size, gpu), processors, one)
+    return over_buckets(x, n // 2 if epilogue.gated else n, possible(m, weight, gpu), gpu.processors, one)
 
 
 def launch(
@@ -90,7 +93,8 @@ def launch(
         "qparams_ptr": qparams,
         "SEGMENTS": tiling.segments,
         "GROUP_SIZE": group_size,
-        "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
+        # Words and scales are padded to whole steps of a bulk copy, and it reads zeros for the x that is not there.
+        "EVEN_K": described is not None or k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,
         "WGMMA": wgmma,
     }

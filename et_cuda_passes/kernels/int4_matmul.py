@@ -19,6 +19,7 @@ import triton.language as tl
 from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, load_one, row_lengths
 from et_cuda_passes.kernels.tiles import (
     add_segments,
+    first_row,
     load_block,
     load_columns,
     multiply,
@@ -84,6 +85,7 @@ def int4_matmul(
     # Steps of one segment. It is 1 at least: a compiler that does not see it guards the loop, and then lets the tensor
     # cores' instructions wait for one another.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
+    first_m = first_row(tile_m, M, BLOCK_M, BULK)
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
@@ -124,7 +126,7 @@ def int4_matmul(
         if EVEN_K:
             words = tl.load(words_at)
             if BULK:
-                x = load_block(x_ptr, tile_m * BLOCK_M, (first + step) * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
+                x = load_block(x_ptr, first_m, (first + step) * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
             else:
                 x = load_columns(x_at, in_m, BLOCK_M)
         else:
@@ -151,7 +153,8 @@ def int4_matmul(
         bias_ptr,
         factor_ptr,
         addend_ptr,
-        tile_m,
+        first_m,
+        tile_m * BLOCK_M if BULK else None,
         tile_n,
         M,
         N,

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import SymInt, Tensor
 
+from et_cuda_passes.kernels.choose import Weight
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.launching import gpu_of, over_buckets, possible, product, wave
 from et_cuda_passes.kernels.tiling import Tiling
@@ -25,12 +26,13 @@ def int8_linear(
     every launch.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    gpu, processors = gpu_of(x.device)
+    gpu = gpu_of(x.device)
+    weight = Weight(n, k, group_size, bits=8)
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
-        return launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, processors)
+        return launch(x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors)
 
-    return over_buckets(x, n, possible(m, n, k, group_size, gpu, bits=8), processors, one)
+    return over_buckets(x, n, possible(m, weight, gpu), gpu.processors, one)
 
 
 def launch(

@@ -1,7 +1,7 @@
 """What the launches share: the GPU, the buckets of rows that a length can be in, and how the last wave is cut."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels.choose import BOUNDS, MOST_LAUNCHES, Weight, buckets, tiling_for
+from et_cuda_passes.kernels.gpus import HOPPER, GpuArch, gpu_of_capability
 from et_cuda_passes.kernels.known_writes import Described
 from et_cuda_passes.kernels.tiles import add_parts
-from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, Family, Tiling, family, tiling_for, tilings
+from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.kernels.traced import has_memory_of_its_own
 
 ALIGNMENT = 16
@@ -24,33 +26,21 @@ ADDED_ROWS = 8
 """Rows of a cut tile that one program of ``add_parts`` sums."""
 
 
-def gpu_of(device: torch.device) -> tuple[Family, int]:
-    """The family and the number of multiprocessors of a GPU; those of an H100 where none can be asked."""
+def gpu_of(device: torch.device) -> GpuArch:
+    """The GPU that is there; an H100 where none can be asked."""
     if not torch.cuda.is_available():
-        return HOPPER, 132
+        return HOPPER
     properties = torch.cuda.get_device_properties(device)
-    return family((properties.major, properties.minor)), properties.multi_processor_count
+    return gpu_of_capability((properties.major, properties.minor), properties.multi_processor_count)
 
 
-def possible(
-    m: int | SymInt,
-    n: int,
-    k: int,
-    group_size: int,
-    gpu: Family,
-    bits: int = 4,
-    bounds: Sequence[int] = DYNAMIC_ROWS,
-) -> dict[int, Tiling]:
-    """The buckets of rows that ``m`` can be in: one, if it is known, else those that end at ``bounds``."""
+def possible(m: int | SymInt, weight: Weight, gpu: GpuArch, most: int = MOST_LAUNCHES) -> dict[int, Tiling]:
+    """The buckets of rows that ``m`` can be in: one, if it is known, else ``most`` within what it can be."""
     if isinstance(m, int):
-        return {UNBOUNDED: tiling_for(gpu, n, k, group_size, m, bits)}
-    buckets: dict[int, Tiling] = {}
-    for bound, tiling in tilings(gpu, n, k, group_size, bounds, bits).items():
-        if buckets or not statically_known_true(m > bound):
-            buckets[bound] = tiling
-        if statically_known_true(m <= bound):
-            break
-    return buckets
+        return {UNBOUNDED: tiling_for(gpu, weight, m)}
+    first = max([1, *(bound + 1 for bound in BOUNDS if statically_known_true(m > bound))])
+    last = min([UNBOUNDED, *(bound for bound in BOUNDS if statically_known_true(m <= bound))])
+    return dict(buckets(gpu, weight, most, first, last).tilings)
 
 
 def inside(m: int | SymInt, first: int, last: int) -> int | SymInt:
@@ -72,6 +62,7 @@ def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[in
 def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
     """Tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies; None without these, or if no descriptor is possible.
 
+    The last step along K may reach beyond x's columns: a descriptor reads zeros there.
     AOTInductor writes sizes and strides of a descriptor into C++ as sympy prints them, which for a floor division is a
     comment.
     """
@@ -83,7 +74,7 @@ def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
         and statically_known_true(math.prod(x.shape[:-2]) == 1)
         and statically_known_true(rows > 0)
         and isinstance(k, int)
-        and k % tiling.block_k == 0
+        and k * x.element_size() % ALIGNMENT == 0
         and statically_known_true(offset % ALIGNMENT == 0)
         and (isinstance(rows, int) or rows.node.expr.is_polynomial())
         and has_memory_of_its_own(x)
@@ -180,6 +171,10 @@ def product(
     height = min(tiling.block_m, ADDED_ROWS)
     adders = (programs.rest * flag, tiling.block_m // height)
     (y,) = known_writes.launch(
-        add_parts, adders, {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height}, ["y_ptr"], sizes
+        add_parts,
+        adders,
+        {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height, "BULK": arguments.get("BULK", 0)},
+        ["y_ptr"],
+        sizes,
     )
     return y, parts

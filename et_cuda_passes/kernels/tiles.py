@@ -43,6 +43,18 @@ def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def first_row(tile_m, M, BLOCK_M: tl.constexpr, BULK: tl.constexpr):
+    """The first row of x that a tile reads.
+
+    A bulk copy takes several nanoseconds for every row beyond M, one after the other: a product of 333 rows in tiles of
+    256 took twice as long. So the last tile of bulk copies begins early enough to end at row M. It does not store the
+    rows that the tile before has.
+    """
+    first = tile_m * BLOCK_M
+    return tl.minimum(first, tl.maximum(M - BLOCK_M, 0)) if BULK else first
+
+
+@triton.jit
 def operand_rows(
     tile_n, tile_m, first, length, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
 ):
@@ -119,7 +131,8 @@ def store_tile(
     bias_ptr,
     factor_ptr,
     addend_ptr,
-    tile_m,
+    first_m,
+    own_m,
     tile_n,
     M,
     N,
@@ -132,13 +145,16 @@ def store_tile(
     GATED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between.
+    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between: BLOCK_M rows from ``first_m`` on.
+
+    Rows before ``own_m`` belong to another tile and are not stored; None if there are no such rows.
 
     GATED: of every 16 rows of the weight the first eight are a gate's, and the others what it is multiplied by. A
     thread's sums of a row and of the one eight further lie side by side in the tensor cores' order: nothing moves.
     """
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    m = first_m + tl.arange(0, BLOCK_M)
+    in_m = m < M if own_m is None else (m < M) & (m >= own_m)
     bias = tl.load(bias_ptr + n, mask=n < N, other=0.0)[:, None] if HAS_BIAS else 0.0
     if GATED:
         if HAS_BIAS:
@@ -148,7 +164,7 @@ def store_tile(
         n = tile_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
         N = N // 2
     at = m.to(tl.int64)[None, :] * N + n[:, None]
-    inside = (m < M)[None, :] & (n < N)[:, None]
+    inside = in_m[None, :] & (n < N)[:, None]
     BIAS: tl.constexpr = HAS_BIAS and not GATED
     FUNCTION: tl.constexpr = "" if GATED else ACTIVATION
     y = finish(sums, bias, factor_ptr, addend_ptr, at, inside, BIAS, FUNCTION, HAS_FACTOR, HAS_ADDEND, USE_ASM)
@@ -169,6 +185,7 @@ def add_parts(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SLOTS: tl.constexpr,
+    BULK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_FACTOR: tl.constexpr,
@@ -193,7 +210,11 @@ def add_parts(
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
     row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, BLOCK_N)
-    inside = (tile_n * BLOCK_N + column < N)[:, None] & (tile_m * BLOCK_M + row < M)[None, :]
+    first_m = first_row(tile_m, M, BLOCK_M, BULK)
+    in_m = first_m + row < M
+    if BULK:
+        in_m = in_m & (first_m + row >= tile_m * BLOCK_M)
+    inside = (tile_n * BLOCK_N + column < N)[:, None] & in_m[None, :]
     part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
     part += row[None, :] * BLOCK_N + column[:, None]
     sums = tl.zeros((BLOCK_N, HEIGHT), tl.float32)
@@ -206,7 +227,8 @@ def add_parts(
         bias_ptr,
         factor_ptr,
         addend_ptr,
-        tile_m * (BLOCK_M // HEIGHT) + tl.program_id(1),
+        first_m + tl.program_id(1) * HEIGHT,
+        tile_m * BLOCK_M if BULK else None,
         tile_n,
         M,
         N,

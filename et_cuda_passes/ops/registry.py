@@ -17,6 +17,9 @@ NAMESPACE = "et_cuda_passes"
 # A Library unregisters its operators when it is garbage-collected, so keep it.
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+OPERATORS: set[torch._ops.OpOverload] = set()
+"""Every operator of the package. Only rewrites create calls of them."""
+
 
 def define(
     name: str,
@@ -74,4 +77,5 @@ def define_triton(name: str, compute: Callable[..., Tensor], fake: Callable[...,
 
 def _overload(name: str) -> torch._ops.OpOverload:
     operator: torch._ops.OpOverload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    OPERATORS.add(operator)
     return operator

@@ -7,7 +7,6 @@ weight of those places.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -140,8 +139,6 @@ class FuseAttentionTranspose(Rule):
     The operator can write its result in either order. In the edge dialect each transposition is a copy. In nearly every
     model attention is followed by one, and then by a linear.
     """
-
-    after: ClassVar[tuple[str, ...]] = ("unmasked_attention",)
 
     def pattern(self, q: Capture) -> Pattern:
         """Up to three transpositions of heads and rows, each the only reader of the one before it."""

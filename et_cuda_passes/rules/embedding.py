@@ -6,7 +6,6 @@ and int8 linears wherever single rows can be read from them, so that a table tie
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -122,8 +121,6 @@ class EmbeddingInt8(Rule):
     group size, because it is decomposed into plain operators.
     """
 
-    # An int4 table is half as large.
-    after: ClassVar[tuple[str, ...]] = ("embedding_int4",)
     requirements = (
         weight_has_data,
         integers_are_in_range,

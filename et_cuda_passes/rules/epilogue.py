@@ -5,7 +5,7 @@ fused operator is one launch and one pass over the output fewer.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -155,7 +155,6 @@ class RemoveLinearViews(Rule):
     package's operators accept any number of dimensions and do not need them.
     """
 
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "linear_int8")
     requirements = (nothing_fused_yet, views_keep_rows)
 
     def pattern(self, x: Capture) -> Pattern:
@@ -191,7 +190,6 @@ class FuseActivation(Rule):
     The kernel computes the activation function on its fp32 sums, before it rounds and stores them.
     """
 
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "remove_linear_views")
     requirements = (nothing_fused_yet,)
 
     def pattern(self, x: Capture) -> Pattern:
@@ -213,7 +211,6 @@ class FuseGate(Rule):
     tensor cores holds the sums of a row of each side by side.
     """
 
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "remove_linear_views", "fuse_activation")
     requirements = (linears_differ, only_activation_fused, weights_can_interleave, constants_are_private)
 
     def pattern(self, x: Capture) -> Pattern:
@@ -265,8 +262,6 @@ class FuseMultiply(Rule):
     The kernel multiplies its fp32 sums before it rounds them: a gate that is no int4 linear itself, for example.
     """
 
-    # FuseGate makes one kernel of a gated layer.
-    after: ClassVar[tuple[str, ...]] = ("linear_int4", "remove_linear_views", "fuse_activation", "fuse_gate")
     requirements = (same_shape_and_dtype, operand_is_free("factor", "addend"))
 
     def pattern(self, x: Capture, other: Capture) -> Pattern:
@@ -285,14 +280,6 @@ class FuseAdd(Rule):
     The kernel adds to its fp32 sums before it rounds them: a residual connection, for example.
     """
 
-    # The kernel adds after it multiplies.
-    after: ClassVar[tuple[str, ...]] = (
-        "linear_int4",
-        "remove_linear_views",
-        "fuse_activation",
-        "fuse_gate",
-        "fuse_multiply",
-    )
     requirements = (same_shape_and_dtype, operand_is_free("addend"))
 
     def pattern(self, x: Capture, other: Capture) -> Pattern:

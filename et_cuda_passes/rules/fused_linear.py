@@ -107,9 +107,6 @@ class FusedLinearInt4(GroupRule):
     drop_activation_quantization: bool = False
 
     shared_captures: ClassVar[tuple[str, ...]] = ("x",)
-    before: ClassVar[tuple[str, ...]] = ("linear_int4",)
-    alone: ClassVar[str] = "linear_int4"
-    partner: ClassVar[str] = "another linear of this input, its weight of one scheme, dtype and group size"
     requirements = (
         *LinearInt4.requirements,
         within_max_out_features,

@@ -8,7 +8,7 @@ its rows.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,9 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
+from et_cuda_passes.kernels.choose import Weight, describe
+from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.kernels.tiling import HOPPER, describe
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR, MMA_TILED
 from et_cuda_passes.quant.affine import QuantizedWeight, dequantized, dequantized_matrix, weight_of, weight_values
 from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
@@ -173,9 +174,8 @@ def int8_kernel(m: Match) -> Kernel:
 def describe_tilings(x: Tensor, n: int, k: int, group_size: int, bits: int = 4) -> str:
     """The Triton kernel's tilings for a weight [n, k], for the rows of x or, if these are dynamic, for each range."""
     rows = math.prod(x.shape) // k if all(isinstance(size, int) for size in x.shape) else None
-    return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: " + describe(
-        rows, n, k, group_size, HOPPER, bits
-    )
+    chosen = describe(HOPPER, Weight(n, k, group_size, bits), rows)
+    return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
 
 
 def int4_summary(m: Match) -> str:
@@ -354,9 +354,6 @@ class LinearInt8(Rule):
         drop_activation_quantization: as for ``LinearInt4``.
     """
 
-    # An int4 kernel needs half the memory.
-    after: ClassVar[tuple[str, ...]] = ("linear_int4",)
-
     kernel: str | None = None
     drop_activation_quantization: bool = False
 
@@ -443,8 +440,6 @@ class ConvInt8(Rule):
         kernel: as for ``LinearInt8``.
         drop_activation_quantization: as for ``LinearInt4``.
     """
-
-    after: ClassVar[tuple[str, ...]] = ("conv_int4",)
 
     kernel: str | None = None
     drop_activation_quantization: bool = False

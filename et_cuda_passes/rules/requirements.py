@@ -81,7 +81,7 @@ def weight_is_grouped_along_k(m: Match) -> Failure | None:
     """A scale is that of a row and group; one that several rows share is repeated for each."""
     weight = weight_of(m)
     try:
-        weight.group_size  # noqa: B018  (raises if there is none)
+        weight.group_size  # noqa: B018  (raises for a weight without groups)
     except Unmet as unmet:
         # No granularity makes a matrix of a convolution's larger kernels.
         return Failure(str(unmet), "" if any(size != 1 for size in weight.shape[2:]) else None)

@@ -476,14 +476,6 @@ class FoldDequantize(Rule):
     weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids it.
     """
 
-    after: ClassVar[tuple[str, ...]] = (
-        "keep_dynamic_int4",
-        "keep_dynamic_int8",
-        "keep_dynamic_per_tensor",
-        "keep_static_int8",
-        "quantized_embedding",
-    )
-
     requirements = (weight_has_data, readers_have_float_activations, scales_are_finite(lambda m: (_scales(m),)))
 
     def pattern(self) -> Pattern:
@@ -538,14 +530,6 @@ class SplitBroadcastBias(Rule):
     concerns float linears as well as quantized ones.
     """
 
-    before: ClassVar[tuple[str, ...]] = (
-        "keep_dynamic_int4",
-        "keep_dynamic_int8",
-        "keep_dynamic_per_tensor",
-        "keep_static_int8",
-        "quantized_embedding",
-        "fold_dequantize",
-    )
     reports_misses: ClassVar[bool] = False
 
     requirements = (bias_is_constant, bias_broadcasts)

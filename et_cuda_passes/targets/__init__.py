@@ -1,6 +1,8 @@
 """The registry of targets."""
 
-from et_cuda_passes.graph.rule import Rule
+from collections.abc import Mapping
+
+from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
 from et_cuda_passes.targets.metal import METAL
@@ -8,6 +10,18 @@ from et_cuda_passes.targets.target import Target
 from et_cuda_passes.targets.xnnpack import XNNPACK
 
 __all__ = ["Target", "default_passes", "get_target", "targets"]
+
+RENAMED_PASSES: Mapping[str, str] = {
+    "attention_views": "fuse_attention_transpose",
+    "bias_apart": "split_broadcast_bias",
+    "chosen_experts_int4": "indexed_bmm_int4",
+    "int4_activation": "fuse_activation",
+    "int4_gate": "fuse_gate",
+    "int4_product": "fuse_multiply",
+    "int4_sum": "fuse_add",
+    "linear_views": "remove_linear_views",
+}
+"""Former names of rules with their present names, for error messages."""
 
 _TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU)}
 
@@ -30,10 +44,14 @@ def get_target(name: str | Target) -> Target:
     return _TARGETS[name]
 
 
-def default_passes(target: str | Target) -> list[Rule]:
+class _DefaultPasses(PassList):
+    renamed = RENAMED_PASSES
+
+
+def default_passes(target: str | Target) -> PassList:
     """A new list of the target's rules, in their order; edit it and pass it as ``passes=``.
 
     Raises:
         ValueError: there is no such target.
     """
-    return get_target(target).passes()
+    return _DefaultPasses(get_target(target).passes())

@@ -43,6 +43,7 @@ CPU = Target(
         "int8_plain": (PLAIN,),
     },
     passes=lambda: [
+        # int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),

@@ -51,6 +51,7 @@ CUDA = Target(
     },
     passes=lambda: [
         FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
+        # LinearInt4 rewrites the linears that are not fused. int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),
@@ -61,6 +62,8 @@ CUDA = Target(
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
+        # These match the results of the rules above. The kernel multiplies and then adds; a gated layer, which contains
+        # a product, is one kernel.
         RemoveLinearViews(),
         FuseActivation(),
         FuseGate(),

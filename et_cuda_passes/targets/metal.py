@@ -41,6 +41,7 @@ METAL = Target(
     },
     advised=SuggestedSchemes(eight_bits=SuggestedSchemes.four_bits),
     passes=lambda: [
+        # int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
         ConvInt4(),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from benchmarks.attention import CASES, Case, error, exact, sweep_blocks
 from et_cuda_passes.kernels.attention_launch import HEAD_DIMS, blocks
-from et_cuda_passes.kernels.tiling import HOPPER
+from et_cuda_passes.kernels.gpus import HOPPER
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])

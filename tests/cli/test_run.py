@@ -140,4 +140,4 @@ def test_a_library_that_does_not_load(command: Run, tmp_path: Path) -> None:
 def test_without_a_gpu(model: Path, command: Run) -> None:
     result = command("run", model, "--trust")
     assert result.code == 1
-    assert "needs a CUDA device, but there is none" in result.error
+    assert "needs a CUDA device, and torch finds no such device" in result.error

@@ -75,7 +75,7 @@ def test_program_rejects_a_device_that_its_weights_are_not_for(tmp_path: Path, p
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_program_without_a_gpu_names_the_cause(tmp_path: Path, part: Part) -> None:
     path = write(tmp_path, {"forward": single_call(part)})
-    with pytest.raises(DelegateError, match="needs a CUDA device, but there is none"):
+    with pytest.raises(DelegateError, match="needs a CUDA device, and torch finds no such device"):
         load(path)
 
 

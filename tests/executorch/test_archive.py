@@ -507,7 +507,7 @@ def test_an_empty_record_is_no_weight_of_zeros(tmp_path: Path, content: hostile.
         "text",
         {"report": {**Report("cpu").to_dict(), "warnings": ["\x1b[2J"]}},
         {"report": {**Report("cpu").to_dict(), "warnings": [1]}},
-        {"report": {**Report("cpu").to_dict(), "untaken": {"rule": 1}}},
+        {"report": {**Report("cpu").to_dict(), "rejected": {"rule": 1}}},
         {"report": {**Report("cpu").to_dict(), "bytes_before": "x"}},
         {"report": Report("cpu").to_dict(), "target": ["cpu"]},
         {"report": []},

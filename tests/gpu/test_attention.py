@@ -42,7 +42,7 @@ def random_qkv(heads: int, kv_heads: int, rows: int, keys: int, d: int, dtype: t
 @pytest.mark.parametrize("dtype", MOST, ids=str)
 @pytest.mark.parametrize("kv_heads", [2, 6])
 def test_the_kernel_against_fp64_and_bit_equal_repeats(d: int, dtype: torch.dtype, kv_heads: int) -> None:
-    gpu, _ = gpu_of(torch.device("cuda"))
+    gpu = gpu_of(torch.device("cuda"))
     both = {blocks(gpu, d, 1), blocks(gpu, d, FEW_ROWS + 1)}
     pairs = [(length, length) for length in LENGTHS] + [(1, 1500), (300, 1), (70, 97), (129, 31), (64, 192)]
     for rows, keys in pairs:

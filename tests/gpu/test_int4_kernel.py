@@ -5,16 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from et_cuda_passes.kernels.choose import BOUNDS
 from et_cuda_passes.kernels.int4_launch import Epilogue, launch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import ROWS, Tiling
+from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.epilogue import interleave_rows
 
 pytestmark = pytest.mark.gpu
 LINEAR = INT4_LINEARS["mma_tiled"].op
-EDGES = sorted({1, 1500, 4097, *(bound + more for bound in ROWS for more in (0, 1))})
+EDGES = sorted({1, 1500, 4097, *(bound + more for bound in BOUNDS for more in (0, 1))})
 ACTIVATE = {
     "": lambda y: y,
     "silu": F.silu,
@@ -88,15 +89,26 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
     weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
-    gpu, processors = gpu_of(packed.device)
+    gpu = gpu_of(packed.device)
     for m in (1, 100, 300):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full((max(waves, 1) * processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
+        parts = torch.full((max(waves, 1) * gpu.processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)
             launch(
-                x.view(*batch, m, k), m, packed, qparams, Epilogue(), y, parts, group, tiling, 1, gpu.wgmma, processors
+                x.view(*batch, m, k),
+                m,
+                packed,
+                qparams,
+                Epilogue(),
+                y,
+                parts,
+                group,
+                tiling,
+                1,
+                gpu.wgmma,
+                gpu.processors,
             )
             results.append(y.view(m, n))
         wanted = x.double() @ weight.T

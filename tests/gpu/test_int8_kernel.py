@@ -12,13 +12,14 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
+from et_cuda_passes.kernels.choose import BOUNDS
 from et_cuda_passes.kernels.int8_launch import launch
 from et_cuda_passes.kernels.launching import gpu_of
-from et_cuda_passes.kernels.tiling import ROWS, Tiling
+from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.ops import INT8_LINEAR
 
 pytestmark = pytest.mark.gpu
-EDGES = sorted({1, 1500, 4097, *(bound + more for bound in ROWS for more in (0, 1))})
+EDGES = sorted({1, 1500, 4097, *(bound + more for bound in BOUNDS for more in (0, 1))})
 MOST = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 # N, K, group size, zeros, dtype, bias
 CASES = [
@@ -104,15 +105,15 @@ def test_every_way_of_cutting(shape: tuple[int, int, int, int], waves: int, k: i
         pytest.skip("segments and cut tiles are two answers to the same question")
     packed, scale, zero = weight(n, k, group, False, dtype)
     dense = exact(packed, scale, zero, group)
-    gpu, processors = gpu_of(packed.device)
+    gpu = gpu_of(packed.device)
     tiling = Tiling(*shape, waves, 4 if shape[1] < 128 else 8, 3)
     for m in (1, 100, 300):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full((max(waves, 1) * processors * shape[0] * shape[1],), float("nan"), device="cuda")
+        parts = torch.full((max(waves, 1) * gpu.processors * shape[0] * shape[1],), float("nan"), device="cuda")
         results = []
         for _ in range(3):
             y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, processors)
+            launch(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, gpu.processors)
             results.append(y)
         assert off(results[0], x.double() @ dense.T) < MOST[dtype]
         assert all(torch.equal(other, results[0]) for other in results[1:])

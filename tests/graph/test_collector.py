@@ -1,4 +1,4 @@
-"""The collector is out of the way inside, and as it was afterwards, whatever happens."""
+"""Context managers that disable or throttle garbage collection, and restore its state afterwards."""
 
 import gc
 import weakref
@@ -16,14 +16,14 @@ class Cycle:
         self.itself = self
 
 
-def made_of_cycles(count: int) -> int:
-    """How many of ``count`` objects that only themselves hold are left."""
+def cycles_left(count: int) -> int:
+    """Create ``count`` objects that only refer to themselves, and return how many still exist."""
     made = [weakref.ref(Cycle()) for _ in range(count)]
     return sum(each() is not None for each in made)
 
 
 @pytest.mark.parametrize("context", [gc_disabled, gc_throttled])
-def test_it_is_as_it_was_afterwards(context: Callable[[], AbstractContextManager[None]]) -> None:
+def test_collector_state_is_restored_afterwards(context: Callable[[], AbstractContextManager[None]]) -> None:
     def state() -> tuple[object, ...]:
         return gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
 
@@ -38,17 +38,17 @@ def test_it_is_as_it_was_afterwards(context: Callable[[], AbstractContextManager
     assert state() == before
 
 
-def test_paused_it_frees_nothing_and_rare_it_frees_what_piles_up() -> None:
+def test_disabled_collector_frees_nothing_and_throttled_collector_frees_large_piles() -> None:
     count = gc.get_threshold()[0] * 3
-    assert made_of_cycles(count) < count
+    assert cycles_left(count) < count
     with gc_disabled():
-        assert made_of_cycles(count) == count
+        assert cycles_left(count) == count
     with gc_throttled():
-        assert made_of_cycles(count) == count
-        assert made_of_cycles(count * 100) < count * 100
+        assert cycles_left(count) == count
+        assert cycles_left(count * 100) < count * 100
 
 
-def test_one_that_is_off_stays_off() -> None:
+def test_collector_that_is_disabled_stays_disabled() -> None:
     gc.disable()
     try:
         for context in (gc_disabled, gc_throttled):

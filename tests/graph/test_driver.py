@@ -1,4 +1,4 @@
-"""The loop: one outcome a candidate, a rule's own faults, conflicts, keeps, rewrites that feed rewrites, same bytes."""
+"""The driver: wrong rules, outcomes, conflicts, kept matches, rewrites of rewrites, and equal bytes."""
 
 import io
 import zipfile
@@ -8,19 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.driver import apply_passes
 from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.graph.rule import Keep, Rule, requirement
-from et_cuda_passes.targets.rewrite import is_program_pass
+from et_cuda_passes.graph.report import Reason
+from et_cuda_passes.graph.rule import Failure, Keep, Rule, requirement
 from et_cuda_passes.testing import assert_rewrites
-from tests.helpers import TARGET, Sketch, apply, chain, names
+from tests.helpers import Sketch, apply, apply_with, chain, idle, idle_program_pass, names
 
 aten = torch.ops.aten
 relu, neg, add = op(aten.relu.default), op(aten.neg.default), op(aten.add.Tensor)
@@ -49,14 +48,14 @@ def relu_program(n: int = 1) -> torch.export.ExportedProgram:
 
 
 def rewriting(rewrite: Any) -> Rule:
-    """A rule that takes every relu and replaces it by what ``rewrite(b, m)`` returns."""
+    """A rule that replaces every relu by the result of ``rewrite(b, m)``."""
     return type("Faulty", (ReluToNeg,), {"rewrite": lambda self, b, m: rewrite(b, m)})()  # type: ignore[no-any-return]
 
 
-# A rule's own faults ----------------------------------------------------------------------------------------------
+# Wrong rules ----------------------------------------------------------------------------------------------------
 
 
-def test_a_rewrite_that_raises_is_the_rule_s_fault_by_name() -> None:
+def test_rewrite_that_raises_is_an_error_that_names_its_rule() -> None:
     def rewrite(b: Any, m: Any) -> Node:
         raise KeyError("no such thing")
 
@@ -74,11 +73,11 @@ def test_a_rewrite_that_raises_is_the_rule_s_fault_by_name() -> None:
         (lambda b, m: b.call(aten._to_copy.default, m.x, dtype=torch.float64), "torch.float64 [4]"),
         (lambda b, m: b.call(aten.sum.default, m.x), "torch.float32 []"),
         (lambda b, m: b.call(aten._to_copy.default, m.x, device=torch.device("meta")), "on meta"),
-        (lambda b, m: b.call(aten.split.Tensor, m.x, 2), "a tensor, by split_tensor, which is none"),
+        (lambda b, m: b.call(aten.split.Tensor, m.x, 2), "a tensor, by split_tensor, which is not a tensor"),
     ],
     ids=["shape", "dtype", "rank", "device", "no tensor"],
 )
-def test_a_rewrite_of_another_shape_dtype_or_device_is_the_rule_s_fault(rewrite: Any, found: str) -> None:
+def test_replacement_with_another_shape_dtype_or_device_is_refused(rewrite: Any, found: str) -> None:
     with pytest.raises(RuleError) as error:
         apply(relu_program(), [rewriting(rewrite)])
     assert "rule faulty replaced relu_default" in str(error.value)
@@ -86,29 +85,31 @@ def test_a_rewrite_of_another_shape_dtype_or_device_is_the_rule_s_fault(rewrite:
 
 
 @pytest.mark.parametrize("value", [None, 3, "neg"])
-def test_a_rewrite_that_returns_no_node_is_the_rule_s_fault(value: Any) -> None:
+def test_rewrite_that_returns_no_node_is_refused(value: Any) -> None:
     with pytest.raises(RuleError, match="rule faulty"):
         apply(relu_program(), [rewriting(lambda b, m: value)])
 
 
-def test_a_require_that_answers_wrongly_names_its_rule() -> None:
-    class Bare(ReluToNeg):
-        @requirement("an answer")
-        def answer(self, m: Any) -> Any:
-            return True
+def test_requirement_with_a_wrong_result_names_its_rule() -> None:
+    answers: Any = requirement("an answer")(lambda m: True)
 
-    with pytest.raises((RuleError, TypeError), match="bare"):
+    class Bare(ReluToNeg):
+        requirements = (answers,)
+
+    with pytest.raises(RuleError, match="rule bare: the requirement 'an answer' must return None"):
         apply(relu_program(), [Bare()])
 
 
 # Outcomes ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_candidate_has_exactly_one_outcome_in_graph_order() -> None:
-    class OnlyEvery(ReluToNeg):
-        @requirement("an even place")
-        def even(self, m: Any) -> Any:
-            return m.root.name in ("relu_default", "relu_default_2"), m.root.name
+def test_candidates_have_one_outcome_each_in_graph_order() -> None:
+    @requirement("an even place")
+    def place_is_even(m: Any) -> Failure | None:
+        return None if m.root.name in ("relu_default", "relu_default_2") else Failure(m.root.name)
+
+    class OnlyEven(ReluToNeg):
+        requirements = (place_is_even,)
 
     sketch = Sketch()
     x = sketch.input("x", 4)
@@ -116,7 +117,7 @@ def test_every_candidate_has_exactly_one_outcome_in_graph_order() -> None:
         x = sketch.call(aten.relu.default, x)
     x = sketch.call(aten.abs.default, x)
     program = sketch.program(x)
-    after, report = apply(program, [OnlyEvery()], aten.relu.default, aten.abs.default)
+    after, report = apply(program, [OnlyEven()], aten.relu.default, aten.abs.default)
     assert [(o.node, o.status) for o in report.outcomes] == [
         ("relu_default", "rewritten"),
         ("relu_default_1", "missed"),
@@ -125,11 +126,11 @@ def test_every_candidate_has_exactly_one_outcome_in_graph_order() -> None:
         ("abs_default", "missed"),
     ]
     assert [r.found for r in report.outcomes[1].reasons] == ["relu_default_1"]
-    assert "no pass for target test takes aten.abs" in str(report.outcomes[4].reasons[0])
+    assert "no pass for target test rewrites aten.abs" in str(report.outcomes[4].reasons[0])
     assert names(after) == ["aten.neg", "aten.relu", "aten.neg", "aten.relu", "aten.abs"]
 
 
-def test_a_pattern_that_does_not_fit_says_how_far_it_got() -> None:
+def test_pattern_that_does_not_fit_reports_where_it_ended() -> None:
     class Pair(ReluToNeg):
         def pattern(self, x: Capture) -> Any:
             return relu(neg(x))
@@ -141,11 +142,9 @@ def test_a_pattern_that_does_not_fit_says_how_far_it_got() -> None:
     ]
 
 
-def test_what_a_rule_missed_another_may_take_and_its_reasons_are_gone() -> None:
+def test_reasons_of_a_miss_vanish_if_a_later_rule_rewrites_the_place() -> None:
     class Never(ReluToNeg):
-        @requirement("never")
-        def never(self, m: Any) -> Any:
-            return False, "always"
+        requirements = (requirement("never")(lambda m: Failure("always")),)
 
     _, report = apply(relu_program(), [Never(), ReluToNeg()], aten.relu.default)
     (outcome,) = report.outcomes
@@ -162,27 +161,36 @@ class Pair(ReluToNeg):
         return relu(relu(x))
 
 
-def test_overlapping_matches_are_chosen_for_the_most_and_the_losers_reported() -> None:
-    """Four in a row hold three pairs: the two outer ones."""
+def test_overlapping_matches_of_a_rule_are_chosen_in_order_and_the_others_reported() -> None:
+    """Four in a row contain three pairs; the first and the last do not overlap."""
     after, report = apply(relu_program(4), [Pair()], aten.relu.default)
     assert names(after) == ["aten.neg", "aten.neg"]
     assert report.conflicts == ["pair at relu_default_2 gave way to pair at relu_default_1"]
     assert report.counts() == {"rewritten": 4, "kept": 0, "missed": 0, "pair": 2}
 
 
-def test_the_earlier_pass_has_the_first_choice_and_the_other_says_who_won() -> None:
-    class OnlyMiddle(ReluToNeg):
-        @requirement("the middle one")
-        def middle(self, m: Any) -> Any:
-            return m.root.name == "relu_default_1", m.root.name
+@requirement("the second relu")
+def is_second(m: Any) -> Failure | None:
+    return None if m.root.name == "relu_default_1" else Failure(m.root.name)
 
-    after, report = apply(relu_program(2), [OnlyMiddle(), Pair()], aten.relu.default)
+
+class OnlySecond(ReluToNeg):
+    requirements = (is_second,)
+
+
+def test_rule_that_is_first_in_the_list_has_the_place_and_later_rules_see_its_result() -> None:
+    after, report = apply(relu_program(2), [OnlySecond(), Pair()], aten.relu.default)
     assert names(after) == ["aten.relu", "aten.neg"]
-    assert report.conflicts == ["pair at relu_default_1 gave way to only_middle at relu_default_1"]
-    assert [o.status for o in report.outcomes] == ["missed", "rewritten"]
-    assert any(r.stage == "conflict" and "only_middle" in r.found for r in report.outcomes[0].reasons)
-    after, report = apply(relu_program(2), [Pair(), OnlyMiddle()], aten.relu.default)
+    assert report.conflicts == []
+    first, second = report.outcomes
+    assert (second.status, second.rule) == ("rewritten", "only_second")
+    assert [str(reason) for reason in first.reasons] == [
+        "only_second wanted the second relu, found relu_default",
+        "pair wanted aten.relu, found placeholder x",
+    ]
+    after, report = apply(relu_program(2), [Pair(), OnlySecond()], aten.relu.default)
     assert names(after) == ["aten.neg"]
+    assert [(outcome.status, outcome.rule) for outcome in report.outcomes] == [("rewritten", "pair")] * 2
 
 
 class KeepRelu(Keep):
@@ -192,21 +200,28 @@ class KeepRelu(Keep):
         return relu(x)
 
 
-class Late(ReluToNeg):
-    """The same rewrite, in a stage of its own."""
-
-    after = ("keep_relu",)
-
-
-@pytest.mark.parametrize("later", [ReluToNeg(), Late(), Pair()])
-def test_what_is_kept_stays_for_every_later_pass(later: Rule) -> None:
+@pytest.mark.parametrize("later", [ReluToNeg(), Pair()])
+def test_kept_match_is_not_changed_by_later_rules(later: Rule) -> None:
     after, report = apply(relu_program(2), [KeepRelu(), later], aten.relu.default)
     assert names(after) == ["aten.relu", "aten.relu"]
     assert [(o.status, o.rule) for o in report.outcomes] == [("kept", "keep_relu")] * 2
 
 
-def idle(module: GraphModule) -> None:
-    """A pass that changes nothing."""
+def test_match_with_a_kept_node_names_that_node() -> None:
+    @requirement("the first relu")
+    def is_first(m: Any) -> Failure | None:
+        return None if m.root.name == "relu_default" else Failure(m.root.name)
+
+    class KeepFirst(KeepRelu):
+        requirements = (is_first,)
+
+    after, report = apply(relu_program(2), [KeepFirst(), Pair()], aten.relu.default)
+    assert names(after) == ["aten.relu", "aten.relu"]
+    kept, missed = report.outcomes
+    assert (kept.status, missed.status) == ("kept", "missed")
+    assert missed.reasons[1:] == [
+        Reason("pair", "conflict", "nodes that no earlier rule keeps as they are", "relu_default")
+    ]
 
 
 class KeepReader(Keep):
@@ -217,7 +232,7 @@ class KeepReader(Keep):
 
 
 class Fold(ReluToNeg):
-    """neg(x) -> x * -1, which stands for a weight that is replaced for all who read it"""
+    """neg(x) -> x * -1, in place of a weight that is replaced for all its readers"""
 
     def pattern(self, x: Capture) -> Any:
         return neg(x)
@@ -227,7 +242,7 @@ class Fold(ReluToNeg):
 
 
 def readers(program: Program) -> list[Candidate]:
-    """Every reader of a neg is a candidate, the negs its weights."""
+    """Every reader of a neg is a candidate; the negs are its weights."""
     found = []
     for node in program.graph.nodes:
         weights = tuple(n for n in node.all_input_nodes if op_of(n) is aten.neg.default)
@@ -237,7 +252,7 @@ def readers(program: Program) -> list[Candidate]:
 
 
 def run(program: torch.export.ExportedProgram, passes: list[Any]) -> tuple[torch.export.ExportedProgram, ecp.Report]:
-    return apply_passes(program, passes, TARGET, readers, is_program_pass)
+    return apply_with(program, passes, readers)
 
 
 def shared_weight() -> torch.export.ExportedProgram:
@@ -247,19 +262,10 @@ def shared_weight() -> torch.export.ExportedProgram:
     return sketch.program(sketch.call(aten.relu.default, weight), sketch.call(aten.abs.default, weight))
 
 
-def nothing() -> Any:
-    """An ExecuTorch pass that looks and changes nothing."""
-    from executorch.exir.pass_base import ExportedProgramPassBase, ExportedProgramPassResult
-
-    class Nothing(ExportedProgramPassBase):  # type: ignore[misc]
-        def call(self, exported_program: torch.export.ExportedProgram) -> Any:
-            return ExportedProgramPassResult(exported_program, False)
-
-    return Nothing()
-
-
-@pytest.mark.parametrize("between", [list, lambda: [idle], lambda: [nothing()]], ids=["rule", "callable", "executorch"])
-def test_a_weight_that_a_keep_reads_is_replaced_for_its_other_reader_alone(between: Any) -> None:
+@pytest.mark.parametrize(
+    "between", [list, lambda: [idle], lambda: [idle_program_pass()]], ids=["rule", "callable", "executorch"]
+)
+def test_weight_of_a_kept_match_is_replaced_for_its_other_reader_only(between: Any) -> None:
     after, report = run(shared_weight(), [KeepReader(), *between(), Fold()])
     assert [(o.op, o.status, o.rule) for o in report.outcomes] == [
         ("aten.relu", "kept", "keep_reader"),
@@ -271,8 +277,10 @@ def test_a_weight_that_a_keep_reads_is_replaced_for_its_other_reader_alone(betwe
     assert other.args[0].target is aten.mul.Tensor
 
 
-@pytest.mark.parametrize("between", [list, lambda: [idle], lambda: [nothing()]], ids=["rule", "callable", "executorch"])
-def test_a_weight_that_only_keeps_read_is_left_alone(between: Any) -> None:
+@pytest.mark.parametrize(
+    "between", [list, lambda: [idle], lambda: [idle_program_pass()]], ids=["rule", "callable", "executorch"]
+)
+def test_weight_that_only_kept_matches_read_is_not_replaced(between: Any) -> None:
     sketch = Sketch()
     weight = sketch.call(aten.neg.default, sketch.input("x", 4))
     program = sketch.program(sketch.call(aten.relu.default, weight), sketch.call(aten.relu.default, weight))
@@ -281,8 +289,8 @@ def test_a_weight_that_only_keeps_read_is_left_alone(between: Any) -> None:
     assert report.counts() == {"rewritten": 0, "kept": 2, "missed": 0, "keep_reader": 2}
 
 
-@pytest.mark.parametrize("between", [lambda: [idle], lambda: [nothing()]], ids=["callable", "executorch"])
-def test_an_outcome_of_an_earlier_stage_is_not_told_again(between: Any) -> None:
+@pytest.mark.parametrize("between", [lambda: [idle], lambda: [idle_program_pass()]], ids=["callable", "executorch"])
+def test_outcome_survives_a_later_external_pass(between: Any) -> None:
     after, report = run(shared_weight(), [Fold(), *between()])
     assert [(o.op, o.status, o.rule) for o in report.outcomes] == [
         ("aten.relu", "rewritten", "fold"),
@@ -299,7 +307,7 @@ class KeepAlone(Keep):
 
 
 @pytest.mark.parametrize("passes", [[KeepAlone(), ReluToNeg()], [ReluToNeg(), KeepAlone()]])
-def test_what_a_kept_operator_reads_from_outside_its_match_is_rewritten_for_it_too(passes: list[Rule]) -> None:
+def test_input_of_a_kept_match_from_outside_the_match_is_rewritten(passes: list[Rule]) -> None:
     sketch = Sketch()
     inner = sketch.call(aten.relu.default, sketch.input("x", 4))
     after, report = apply(sketch.program(sketch.call(aten.abs.default, inner)), passes, *OPS.values())
@@ -307,7 +315,7 @@ def test_what_a_kept_operator_reads_from_outside_its_match_is_rewritten_for_it_t
     assert names(after) == ["aten.neg", "aten.abs"]
 
 
-def test_an_operator_that_reads_two_weights_has_both_folded() -> None:
+def test_operator_of_two_weights_has_both_folded() -> None:
     sketch = Sketch()
     first, second = sketch.weight("a", dtype=torch.float32), sketch.weight("b", dtype=torch.float32, seed=1)
     x = sketch.input("x", 16, 64)
@@ -317,11 +325,13 @@ def test_an_operator_that_reads_two_weights_has_both_folded() -> None:
     assert [o.status for o in report.outcomes] == ["rewritten"]
 
 
-def test_a_candidate_of_two_weights_of_which_one_stays_is_not_called_rewritten() -> None:
+def test_candidate_of_two_weights_is_missed_if_one_is_not_replaced() -> None:
+    @requirement("the first one")
+    def is_first(m: Any) -> Failure | None:
+        return None if m.root.name == "neg_default" else Failure(m.root.name)
+
     class FoldFirst(Fold):
-        @requirement("the first one")
-        def first(self, m: Any) -> Any:
-            return m.root.name == "neg_default", m.root.name
+        requirements = (is_first,)
 
     sketch = Sketch()
     first, second = (sketch.call(aten.neg.default, sketch.input(name, 4)) for name in "xy")
@@ -338,9 +348,17 @@ class KeepAbs(Keep):
         return op(aten.abs.default)(relu(x))
 
 
-@given(st.lists(st.sampled_from(sorted(OPS)), max_size=12), st.permutations([KeepAbs(), Pair(), ReluToNeg(), Fold()]))
+def sigmoid(rule: type[Rule]) -> Rule:
+    """``rule`` with another result, which no rule matches."""
+    return type(rule.__name__, (rule,), {"rewrite": lambda self, b, m: b.call(aten.sigmoid.default, m.x)})()  # type: ignore[no-any-return]
+
+
+@given(
+    st.lists(st.sampled_from(sorted(OPS)), max_size=12),
+    st.permutations([KeepAbs(), sigmoid(Pair), sigmoid(ReluToNeg), sigmoid(Fold)]),
+)
 @settings(max_examples=60)
-def test_in_any_chain_with_any_order_of_passes_each_candidate_has_one_outcome(ops: list[str], passes: Any) -> None:
+def test_candidates_have_one_outcome_each_in_any_chain_with_any_order_of_passes(ops: list[str], passes: Any) -> None:
     sketch = Sketch()
     x = sketch.input("x", 4)
     for name in ops:
@@ -351,9 +369,9 @@ def test_in_any_chain_with_any_order_of_passes_each_candidate_has_one_outcome(op
     assert all(outcome.reasons for outcome in report.outcomes if outcome.status == "missed")
     assert all((outcome.rule is None) == (outcome.status == "missed") for outcome in report.outcomes)
     stays = sum(outcome.status != "rewritten" for outcome in report.outcomes)
-    made = sum(count for name, count in report.applied.items() if name != "keep_abs")
-    assert len(names(after)) == stays + made
-    # Either relus are left because they are kept or none is: ReluToNeg takes all that it may.
+    built = sum(count for name, count in report.applied.items() if name != "keep_abs")
+    assert len(names(after)) == stays + built
+    # ReluToNeg rewrites every relu that is not kept.
     left = {o.node for o in report.outcomes if o.op == "aten.relu" and o.status != "rewritten"}
     assert left == {o.node for o in report.outcomes if o.op == "aten.relu" and o.status == "kept"}
 
@@ -361,15 +379,15 @@ def test_in_any_chain_with_any_order_of_passes_each_candidate_has_one_outcome(op
 # Rewrites that feed each other ------------------------------------------------------------------------------------
 
 
-def test_captures_follow_what_earlier_rewrites_put_in_their_place() -> None:
+def test_captures_are_the_replacements_of_earlier_rewrites() -> None:
     after, _ = assert_rewrites(chain(5), expect={"linear_int4": 5, "missed": 0})
     calls = [n for n in after.graph.nodes if n.op == "call_function"]
     assert [n.args[0] for n in calls] == [after.graph.find_nodes(op="placeholder")[-1], *calls[:-1]]
     assert not after.graph.find_nodes(op="call_function", target=aten.linear.default)
 
 
-def test_a_linear_whose_result_is_written_in_place_is_rewritten() -> None:
-    """y = l(x); y += r: the new operator returns memory of its own, as the old one did."""
+def test_linear_with_a_mutated_result_is_rewritten() -> None:
+    """y = l(x); y += r: the new operator returns new memory, as the former did."""
     sketch = Sketch()
     x, r = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("r", 2, 16, dtype=torch.bfloat16)
     y = sketch.call(aten.linear.default, x, sketch.weight("w"))
@@ -378,8 +396,8 @@ def test_a_linear_whose_result_is_written_in_place_is_rewritten() -> None:
     assert names(after) == ["et_cuda_passes.int4_linear_mma_tiled", "aten.add_"]
 
 
-def test_a_result_that_is_written_in_place_is_not_replaced_by_what_others_read() -> None:
-    """relu(x) -> x, and then the relu is doubled in place: x must not be."""
+def test_mutated_result_is_replaced_by_a_copy_of_a_node_with_other_readers() -> None:
+    """The rule replaces relu(x) by x, and the program doubles the relu in place: x must not change."""
     sketch = Sketch()
     x = sketch.input("x", 4)
     doubled = sketch.call(aten.mul_.Tensor, sketch.call(aten.relu.default, x), 2)
@@ -390,14 +408,14 @@ def test_a_result_that_is_written_in_place_is_not_replaced_by_what_others_read()
     assert given.tolist() == [1.0] * 4
 
 
-def test_a_rule_may_put_its_own_input_in_a_match_s_place() -> None:
+def test_rewrite_may_return_its_input() -> None:
     after, _ = apply(relu_program(3), [rewriting(lambda b, m: m.x)], aten.relu.default)
     assert names(after) == []
     x = torch.randn(4)
     assert torch.equal(after.module()(x), x)
 
 
-def test_a_weight_and_its_scale_are_decoded_once_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_is_decoded_once_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     from et_cuda_passes.quant import affine
 
     decoded: list[Node] = []
@@ -412,21 +430,21 @@ def test_a_weight_and_its_scale_are_decoded_once_for_each_node(monkeypatch: pyte
     assert len(decoded) == 3
 
 
-# Same input, same bytes out ---------------------------------------------------------------------------------------
+# Same input, same bytes ------------------------------------------------------------------------------------------
 
 
 def saved(program: torch.export.ExportedProgram) -> dict[str, bytes]:
-    """The members of what torch.export.save writes; an archive's own header has the time in it."""
+    """The members of the archive that torch.export.save writes; its header contains the time."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     with zipfile.ZipFile(buffer) as archive:
         members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    # A number drawn for each archive that is written.
+    # torch draws a number for each archive.
     members.pop(".data/serialization_id", None)
     return members
 
 
-def test_two_rewrites_of_one_program_are_equal_to_the_byte() -> None:
+def test_rewrites_of_the_same_program_are_equal_to_the_byte() -> None:
     program = chain(3)
     (one, first), (two, second) = (ecp.rewrite(program, "cuda") for _ in range(2))
     members, again = saved(one), saved(two)

@@ -23,7 +23,7 @@ Body = Callable[["Model", Tensor, Tensor], Any]
 
 
 class Model(nn.Module):
-    """Two quantized linears, a cache [1, 1, 8, 64], and what ``body`` does with them, ``x`` and ``out`` [3, 64]."""
+    """Two quantized linears and a cache [1, 1, 8, 64]; ``body`` uses them with ``x`` and ``out`` [3, 64]."""
 
     def __init__(self, body: Body) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def effects(graph: torch.fx.Graph, module: nn.Module) -> dict[str, bool]:
     return {str(node.target): has_effect(node, bodies) for node in graph.nodes if node.op == "call_function"}
 
 
-def test_each_kind_of_effect_is_seen() -> None:
+def test_effects_of_each_kind_are_recognised() -> None:
     s = Sketch()
     x = s.input("x", 3)
     names = [aten.relu.default, aten.relu_.default, aten.bernoulli.default, aten.detach_.default, aten.view.default]

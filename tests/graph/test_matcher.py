@@ -1,4 +1,4 @@
-"""Pattern x node -> Match | Miss: argument forms, alternatives, captures, who else reads a node, writes in place."""
+"""The matcher: argument forms, alternatives, captures, other users of a node, mutations."""
 
 import operator
 from typing import Any
@@ -44,7 +44,7 @@ def test_arguments_match_by_position_and_by_name(sketch: Sketch) -> None:
             assert found(pattern, node).bindings == {"x": x, "y": y}
 
 
-def test_an_argument_that_the_pattern_leaves_out_must_have_its_default(sketch: Sketch) -> None:
+def test_argument_without_a_pattern_must_have_its_default(sketch: Sketch) -> None:
     x, y = sketch.input("x", 4), sketch.input("y", 4)
     node = sketch.call(aten.add.Tensor, x, y, alpha=2)
     assert missed(add(X, Y), node) == ("aten.add(alpha=1)", "2")
@@ -53,7 +53,7 @@ def test_an_argument_that_the_pattern_leaves_out_must_have_its_default(sketch: S
     assert found(add(X, Y, alpha=Capture("a")), node).bindings["a"] == 2
 
 
-def test_an_open_pattern_leaves_the_rest_open(sketch: Sketch) -> None:
+def test_open_pattern_allows_any_other_arguments(sketch: Sketch) -> None:
     x, y = sketch.input("x", 4), sketch.input("y", 4)
     node = sketch.call(aten.add.Tensor, x, y, alpha=2)
     assert found(add(X, ...), node).bindings == {"x": x}
@@ -61,12 +61,12 @@ def test_an_open_pattern_leaves_the_rest_open(sketch: Sketch) -> None:
     assert missed(add(X, ..., alpha=1), node) == ("aten.add(alpha=1)", "2")
 
 
-def test_a_name_that_the_operator_lacks_is_refused() -> None:
+def test_argument_name_that_the_operator_lacks_is_refused() -> None:
     with pytest.raises(TypeError, match=r"aten.relu has no argument called 'inplace'; it has self"):
         relu(X, inplace=False)
 
 
-def test_a_python_function_matches_by_position(sketch: Sketch) -> None:
+def test_python_function_matches_by_position(sketch: Sketch) -> None:
     x = sketch.input("x", 4)
     parts = sketch.call(aten.split.Tensor, x, 2)
     node = sketch.graph.call_function(operator.getitem, (parts, 1))
@@ -75,7 +75,7 @@ def test_a_python_function_matches_by_position(sketch: Sketch) -> None:
     assert missed(getitem(Y, 0), node) == ("0", "1")
 
 
-def test_the_first_alternative_that_fits_is_taken(sketch: Sketch) -> None:
+def test_alternatives_are_tried_in_order(sketch: Sketch) -> None:
     x = sketch.input("x", 4)
     node = sketch.call(aten.neg.default, sketch.call(aten.relu.default, x))
     wide, narrow = neg(X), neg(relu(X))
@@ -84,8 +84,8 @@ def test_the_first_alternative_that_fits_is_taken(sketch: Sketch) -> None:
     assert found(any_of(mul(X, Y), narrow), node).bindings["x"] is x
 
 
-def test_a_choice_that_fails_further_on_is_taken_back(sketch: Sketch) -> None:
-    """The first alternative binds x to what the second operand contradicts."""
+def test_alternative_that_fails_later_is_given_up_for_the_next(sketch: Sketch) -> None:
+    """The first alternative binds x to a node that is not the second operand."""
     x = sketch.input("x", 4)
     node = sketch.call(aten.add.Tensor, sketch.call(aten.neg.default, x), x)
     pattern = add(any_of(X, neg(X)), X)
@@ -94,7 +94,7 @@ def test_a_choice_that_fails_further_on_is_taken_back(sketch: Sketch) -> None:
     assert [n.target for n in result.owned] == [aten.add.Tensor, aten.neg.default]
 
 
-def test_a_repeated_capture_must_find_the_same(sketch: Sketch) -> None:
+def test_repeated_capture_must_match_the_same_node(sketch: Sketch) -> None:
     x, y = sketch.input("x", 4), sketch.input("y", 4)
     assert found(mul(X, X), sketch.call(aten.mul.Tensor, x, x)).bindings == {"x": x}
     wanted, what = missed(mul(X, X), sketch.call(aten.mul.Tensor, x, y))
@@ -102,7 +102,7 @@ def test_a_repeated_capture_must_find_the_same(sketch: Sketch) -> None:
     assert "y" in what
 
 
-def test_an_optional_capture_is_none_where_nothing_stands(sketch: Sketch) -> None:
+def test_optional_capture_is_none_if_absent(sketch: Sketch) -> None:
     x, w, b = sketch.input("x", 2, 4), sketch.input("w", 3, 4), sketch.input("b", 3)
     linear = op(aten.linear.default)
     without, with_bias = sketch.call(aten.linear.default, x, w), sketch.call(aten.linear.default, x, w, b)
@@ -111,7 +111,7 @@ def test_an_optional_capture_is_none_where_nothing_stands(sketch: Sketch) -> Non
     assert missed(linear(X, Y, Capture("bias")), without) == ("bias", "None")
 
 
-def test_an_inner_node_with_another_user_is_a_miss_unless_shared(sketch: Sketch) -> None:
+def test_inner_node_with_another_user_is_a_miss_unless_shared(sketch: Sketch) -> None:
     x = sketch.input("x", 4)
     inner = sketch.call(aten.relu.default, x)
     node = sketch.call(aten.neg.default, inner)
@@ -122,31 +122,31 @@ def test_an_inner_node_with_another_user_is_a_miss_unless_shared(sketch: Sketch)
     assert (result.owned, result.shared) == ((node,), (inner,))
 
 
-def test_the_root_may_have_any_number_of_users(sketch: Sketch) -> None:
+def test_root_may_have_any_number_of_users(sketch: Sketch) -> None:
     node = sketch.call(aten.relu.default, sketch.input("x", 4))
     for _ in range(3):
         sketch.call(aten.neg.default, node)
     assert found(relu(X), node).owned == (node,)
 
 
-def test_no_inner_node_matches_that_is_written_in_place(sketch: Sketch) -> None:
-    """Through a view of it too."""
+def test_mutated_inner_node_does_not_match(sketch: Sketch) -> None:
+    """A mutation through a view counts too."""
     inner = sketch.call(aten.neg.default, sketch.input("x", 4))
     sketch.call(aten.add_.Tensor, sketch.call(aten.view.default, inner, [2, 2]), 1)
     node = sketch.call(aten.relu.default, inner)
-    assert "nothing writes in place" in missed(relu(neg(X, shared=True)), node)[0]
+    assert "is not mutated" in missed(relu(neg(X, shared=True)), node)[0]
 
 
-def test_a_detach_in_place_writes_nothing(sketch: Sketch) -> None:
-    """A ``torch.tensor([...])`` in a model is exported with one."""
+def test_detach_in_place_is_no_mutation(sketch: Sketch) -> None:
+    """``torch.export`` puts one after every ``torch.tensor([...])`` of a model."""
     inner = sketch.call(aten.neg.default, sketch.input("x", 4))
     node = sketch.call(aten.relu.default, sketch.call(aten.detach_.default, inner))
     sketch.call(aten.relu.default, inner)
     assert mutated_nodes(node.graph.nodes) == set()
 
 
-def test_nothing_moves_a_read_across_a_write_in_place(sketch: Sketch) -> None:
-    """relu(x + y) with x doubled in between: built at the root, a new operator would read the doubled x."""
+def test_match_does_not_move_a_read_across_a_mutation(sketch: Sketch) -> None:
+    """relu(x + y) with x doubled in between: a new operator at the root would read the doubled x."""
     x, y = sketch.input("x", 4), sketch.input("y", 4)
     total = sketch.call(aten.add.Tensor, x, y)
     sketch.call(aten.mul_.Tensor, x, 2)
@@ -154,7 +154,7 @@ def test_nothing_moves_a_read_across_a_write_in_place(sketch: Sketch) -> None:
     assert isinstance(match(relu(add(X, Y)), node, mutated_nodes(node.graph.nodes)), Miss)
 
 
-def test_nothing_moves_a_view_s_read_across_a_write_to_what_it_views(sketch: Sketch) -> None:
+def test_match_does_not_move_a_read_of_a_view_across_a_mutation_of_its_source(sketch: Sketch) -> None:
     x, y = sketch.input("x", 4), sketch.input("y", 2, 2)
     total = sketch.call(aten.add.Tensor, sketch.call(aten.view.default, x, [2, 2]), y)
     sketch.call(aten.mul_.Tensor, x, 2)
@@ -162,8 +162,8 @@ def test_nothing_moves_a_view_s_read_across_a_write_to_what_it_views(sketch: Ske
     assert isinstance(match(relu(add(X, Y)), node, mutated_nodes(node.graph.nodes)), Miss)
 
 
-def test_an_operand_of_the_root_may_be_written_elsewhere(sketch: Sketch) -> None:
-    """The new operator stands where the old one stood and reads the same."""
+def test_operand_of_the_root_may_be_mutated_elsewhere(sketch: Sketch) -> None:
+    """The new operator stands in the place of the former one, and reads the same values."""
     x = sketch.input("x", 4)
     node = sketch.call(aten.relu.default, x)
     sketch.call(aten.mul_.Tensor, x, 2)
@@ -173,7 +173,7 @@ def test_an_operand_of_the_root_may_be_written_elsewhere(sketch: Sketch) -> None
 @pytest.mark.parametrize(
     "form", [aten.view.default, aten.reshape.default, aten.view_copy.default, aten._unsafe_view.default]
 )
-def test_views_and_their_copies_are_one_operator(sketch: Sketch, form: Any) -> None:
+def test_view_and_copying_forms_match_the_same_pattern(sketch: Sketch, form: Any) -> None:
     x = sketch.input("x", 4)
     node = sketch.call(form, x, [2, 2])
     for pattern_form in (aten.view.default, aten.reshape.default, aten.view_copy.default):
@@ -181,14 +181,14 @@ def test_views_and_their_copies_are_one_operator(sketch: Sketch, form: Any) -> N
         assert missed(op(pattern_form)(X, [4, 1]), node) == ("aten.view(size=[4, 1])", "[2, 2]")
 
 
-def test_one_operator_s_forms_match_by_name_too(sketch: Sketch) -> None:
-    """view calls its second argument size, reshape shape."""
+def test_forms_of_an_operator_match_by_argument_name(sketch: Sketch) -> None:
+    """The second argument of view is called size, that of reshape shape."""
     x = sketch.input("x", 4)
     node = sketch.call(aten.reshape.default, x, [2, 2])
     assert found(op(aten.view.default)(X, size=[2, 2]), node).bindings == {"x": x}
 
 
-def test_an_edge_operator_is_the_aten_operator_that_it_wraps(sketch: Sketch) -> None:
+def test_edge_operator_matches_the_aten_operator_it_wraps(sketch: Sketch) -> None:
     from executorch.exir.dialects._ops import ops
 
     x = sketch.input("x", 2, 4)
@@ -199,7 +199,7 @@ def test_an_edge_operator_is_the_aten_operator_that_it_wraps(sketch: Sketch) -> 
     assert found(op(aten.view.default)(op(aten.transpose.int)(X, 0, 1), [8]), view).bindings == {"x": x}
 
 
-def test_a_miss_is_the_furthest_that_the_pattern_got(sketch: Sketch) -> None:
+def test_miss_is_the_attempt_that_matched_the_most_nodes(sketch: Sketch) -> None:
     x = sketch.input("x", 4)
     node = sketch.call(aten.neg.default, sketch.call(aten.relu.default, sketch.call(aten.abs.default, x)))
     pattern = any_of(neg(relu(mul(X, Y))), neg(mul(X, Y)))
@@ -207,7 +207,7 @@ def test_a_miss_is_the_furthest_that_the_pattern_got(sketch: Sketch) -> None:
     assert missed(neg(relu(op(aten.abs.default)(neg(X)))), node) == ("aten.neg", "placeholder x")
 
 
-def test_the_text_of_a_miss_is_made_when_it_is_read(sketch: Sketch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_of_a_miss_is_computed_when_it_is_read(sketch: Sketch, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(engine, "op_name", lambda target: calls.append(target) or "named")
     miss = match(neg(relu(X)), sketch.call(aten.neg.default, sketch.call(aten.abs.default, sketch.input("x", 4))))
@@ -218,13 +218,13 @@ def test_the_text_of_a_miss_is_made_when_it_is_read(sketch: Sketch, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", ["placeholder", "output"])
-def test_a_node_that_calls_nothing_matches_no_call(sketch: Sketch, kind: str) -> None:
+def test_node_without_a_call_matches_no_call(sketch: Sketch, kind: str) -> None:
     x = sketch.input("x", 4)
     node = x if kind == "placeholder" else sketch.graph.output((x,))
     assert missed(relu(X), node) == ("aten.relu", f"{kind} {node.name}")
 
 
-def test_a_list_is_matched_item_by_item(sketch: Sketch) -> None:
+def test_list_is_matched_item_by_item(sketch: Sketch) -> None:
     x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
     pattern = op(aten.index.Tensor)(X, [Y])
     assert found(pattern, sketch.call(aten.index.Tensor, x, [ids])).bindings == {"x": x, "y": ids}
@@ -234,15 +234,15 @@ def test_a_list_is_matched_item_by_item(sketch: Sketch) -> None:
     assert found(op(aten.permute.default)(X, [1, 0]), sketch.call(aten.permute.default, x, [1, 0]))
 
 
-def test_an_item_that_is_written_after_it_was_read_is_no_match(sketch: Sketch) -> None:
+def test_list_item_that_is_mutated_later_does_not_match(sketch: Sketch) -> None:
     x, ids = sketch.input("x", 4, 8), sketch.input("ids", 3, dtype=torch.int64)
     picked = sketch.call(aten.index.Tensor, x, [ids])
     sketch.call(aten.add_.Tensor, ids, 1)
     root = sketch.call(aten.relu.default, picked)
-    assert missed(relu(op(aten.index.Tensor)(X, [Y])), root)[0] == "y, which nothing writes in place"
+    assert missed(relu(op(aten.index.Tensor)(X, [Y])), root)[0] == "y, which is not mutated"
 
 
-def test_results_of_one_call_are_written_apart_unless_they_are_views(sketch: Sketch) -> None:
+def test_mutation_of_one_result_reaches_the_others_only_through_views(sketch: Sketch) -> None:
     x = sketch.input("x", 4, 8)
     for many, apart in ((sketch.call(aten.topk.default, x, 2), True), (sketch.call(aten.split.Tensor, x, 2), False)):
         first, second = (sketch.call(operator.getitem, many, index) for index in (0, 1))

@@ -1,7 +1,8 @@
-"""Program surgery: the original untouched, names, constants in and out, sharing, mutated buffers, saved and loaded."""
+"""Program: the original stays unchanged; names, constants, sharing, mutated buffers, save and load, memoized facts."""
 
 import copy
 import io
+import traceback
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch, names
@@ -45,7 +47,7 @@ def plain_use() -> ExportedProgram:
 
 
 def read_whole(linear: Any, x: Tensor) -> Any:
-    """The linear, and its weight dequantized on its own for something that no rule takes."""
+    """The linear, and another operator that reads its dequantized weight and that no rule matches."""
     return linear(x), linear.weight.dequantize().sum(0)
 
 
@@ -70,7 +72,7 @@ def forms(program: ExportedProgram) -> list[ExportedProgram]:
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
-def test_packed_constants_take_the_place_of_the_weight_under_its_fqn(plain_use: ExportedProgram, form: int) -> None:
+def test_packed_constants_are_named_after_the_fqn_of_the_weight(plain_use: ExportedProgram, form: int) -> None:
     program, _ = assert_rewrites(forms(plain_use)[form], expect={"linear_int4": 1})
     assert set(program.state_dict) == {"l.weight.packed", "l.weight.scale_and_zero", "l.bias"}
     signature = program.graph_signature
@@ -81,7 +83,7 @@ def test_packed_constants_take_the_place_of_the_weight_under_its_fqn(plain_use: 
     assert [a.name for a in call.args[:4]] == ["input", "p_l_weight_packed", "p_l_weight_scale_and_zero", "p_l_bias"]
 
 
-def test_plain_buffers_are_packed_under_their_fqn() -> None:
+def test_packed_constants_of_plain_buffers_are_named_after_their_fqn() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
     before = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("deep.w")))
@@ -89,7 +91,7 @@ def test_plain_buffers_are_packed_under_their_fqn() -> None:
     assert set(program.state_dict) == {"deep.w.data.packed", "deep.w.data.scale_and_zero"}
 
 
-def test_emitted_nodes_carry_value_source_line_and_provenance(plain_use: ExportedProgram) -> None:
+def test_new_nodes_have_value_source_line_and_provenance(plain_use: ExportedProgram) -> None:
     (old,) = plain_use.graph.find_nodes(op="call_function", target=aten.linear.default)
     program, report = ecp.rewrite(plain_use, "cuda")
     (node,) = (n for n in program.graph.nodes if n.op == "call_function")
@@ -105,7 +107,7 @@ def test_emitted_nodes_carry_value_source_line_and_provenance(plain_use: Exporte
         assert isinstance(placeholder.meta["val"], torch._subclasses.FakeTensor)
 
 
-def test_the_copy_is_the_original_where_nothing_is_rewritten(also_read: ExportedProgram) -> None:
+def test_copy_without_rewrites_equals_the_original(also_read: ExportedProgram) -> None:
     before = str(also_read.graph), str(also_read.graph_signature)
     program, report = ecp.rewrite(also_read, "cuda", passes=[])
     assert (str(program.graph), str(program.graph_signature)) == before
@@ -130,7 +132,7 @@ def test_changing_the_result_does_not_change_the_original(plain_use: ExportedPro
     assert [dict(node.meta).keys() for node in plain_use.graph.nodes] == [meta.keys() for meta in metas]
 
 
-def test_a_name_that_is_taken_is_an_error_and_not_a_wrong_weight() -> None:
+def test_packed_constant_with_an_existing_name_is_an_error() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
     taken = sketch.parameter("w.data.packed", torch.ones(16, dtype=torch.bfloat16))
@@ -139,7 +141,7 @@ def test_a_name_that_is_taken_is_an_error_and_not_a_wrong_weight() -> None:
         ecp.rewrite(sketch.program(y), "cuda")
 
 
-def test_a_placeholder_s_name_that_is_taken_gets_another() -> None:
+def test_placeholder_with_an_existing_name_gets_another() -> None:
     sketch = Sketch()
     x = sketch.input("p_w_data_packed", 2, 64, dtype=torch.bfloat16)
     program, _ = assert_rewrites(sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))))
@@ -147,11 +149,11 @@ def test_a_placeholder_s_name_that_is_taken_gets_another() -> None:
     assert reloaded(program).graph_signature.user_inputs == ("p_w_data_packed",)
 
 
-# Weights that something else reads too ----------------------------------------------------------------------------
+# Weights with other readers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
-def test_a_weight_that_another_operator_reads_stays_for_it(also_read: ExportedProgram, form: int) -> None:
+def test_weight_with_another_reader_stays_for_it(also_read: ExportedProgram, form: int) -> None:
     before = forms(also_read)[form]
     program, report = assert_rewrites(before, expect={"linear_int4": 1, "missed": 1})
     assert {o.fqn for o in report.outcomes} == {"l.weight"}
@@ -162,7 +164,7 @@ def test_a_weight_that_another_operator_reads_stays_for_it(also_read: ExportedPr
     assert again.state_dict.keys() == program.state_dict.keys()
 
 
-def test_a_plain_weight_that_another_operator_reads_whole_stays_for_it() -> None:
+def test_plain_weight_with_another_reader_stays_for_it() -> None:
     sketch = Sketch()
     weight = sketch.weight("w")
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
@@ -187,12 +189,12 @@ def test_tied_weights_are_packed_once() -> None:
     exported = torch.export.export(Tied(), (X,))
     for before in forms(exported):
         program, _ = assert_rewrites(before, expect={"linear_int4": 2, "missed": 0})
-        # Export reads both through one of the names; nothing is left of the other.
+        # torch.export reads both through one of the names, and the other one is dropped.
         held = sorted(name for name in program.state_dict if "bias" not in name)
         assert [name.partition(".")[2] for name in held] == ["l.weight.packed", "l.weight.scale_and_zero"]
 
 
-def test_buffers_of_one_storage_under_two_fqns_are_packed_once() -> None:
+def test_buffers_that_share_storage_are_packed_once() -> None:
     sketch = Sketch()
     data = torch.randint(-8, 8, (16, 64), dtype=torch.int8)
     scale = torch.rand(16, 2, dtype=torch.bfloat16)
@@ -207,10 +209,10 @@ def test_buffers_of_one_storage_under_two_fqns_are_packed_once() -> None:
     assert sorted(program.state_dict) == ["a.data.packed", "a.data.scale_and_zero"]
 
 
-# Methods that share ------------------------------------------------------------------------------------------------
+# Shared by methods -------------------------------------------------------------------------------------------------
 
 
-def test_two_methods_share_what_one_pool_has_packed() -> None:
+def test_methods_with_one_cache_share_packed_constants() -> None:
     model = Net()
     prefill = torch.export.export(model, (X,))
     model.use = lambda linear, x: linear(x) * 2
@@ -224,8 +226,8 @@ def test_two_methods_share_what_one_pool_has_packed() -> None:
     assert torch.equal(two.module()(X[:1]), apart.module()(X[:1]))
 
 
-def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
-    """A delegate keeps constants by FQN: two that differ under one name would silently be one of them."""
+def test_weights_with_the_same_name_are_packed_apart() -> None:
+    """A delegate stores constants by FQN: of two different constants with one name, it would lose one silently."""
 
     def method(seed: int) -> ExportedProgram:
         sketch = Sketch()
@@ -240,7 +242,7 @@ def test_two_weights_of_one_name_do_not_become_one_packed_constant() -> None:
     assert not torch.equal(one.module()(x), two.module()(x))
 
 
-def test_a_weight_that_was_changed_between_two_rewrites_is_packed_anew() -> None:
+def test_weight_that_changed_between_two_rewrites_is_packed_again() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
     program, pool = sketch.program(sketch.call(aten.linear.default, x, sketch.weight("w"))), ConstantCache()
@@ -261,7 +263,7 @@ def test_a_weight_that_was_changed_between_two_rewrites_is_packed_anew() -> None
 # Outputs and buffers -----------------------------------------------------------------------------------------------
 
 
-def test_a_rewritten_node_may_be_an_output_several_times_and_in_any_structure() -> None:
+def test_rewritten_node_may_be_an_output_several_times_in_any_structure() -> None:
     def use(linear: Any, x: Tensor) -> Any:
         y = linear(x)
         return {"y": y, "list": [y, y.relu()], "x": x}
@@ -275,7 +277,7 @@ def test_a_rewritten_node_may_be_an_output_several_times_and_in_any_structure() 
 
 
 class Cache(torch.nn.Module):
-    """Writes what a quantized linear computes into a buffer, and returns the buffer's sum."""
+    """Copies the result of a quantized linear into a buffer, and returns the sum of the buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +290,7 @@ class Cache(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["in place", "functional"])
-def test_a_buffer_that_is_written_is_kept_right_over_several_calls(form: int) -> None:
+def test_mutated_buffer_is_right_over_several_calls(form: int) -> None:
     example = (torch.randn(1, 64, dtype=torch.bfloat16), torch.tensor([0]))
     before = forms(torch.export.export(Cache(), example))[form]
     program, _ = assert_rewrites(before, expect={"linear_int4": 1})
@@ -306,7 +308,7 @@ def test_a_buffer_that_is_written_is_kept_right_over_several_calls(form: int) ->
 # Saved and loaded --------------------------------------------------------------------------------------------------
 
 
-def test_a_rewritten_program_survives_save_and_load_and_decomposition(plain_use: ExportedProgram) -> None:
+def test_rewritten_program_survives_save_load_and_decomposition(plain_use: ExportedProgram) -> None:
     program, _ = ecp.rewrite(plain_use, "cuda")
     wanted = program.module()(X)
     for again in (reloaded(program), reloaded(program.run_decompositions({}))):
@@ -315,7 +317,7 @@ def test_a_rewritten_program_survives_save_and_load_and_decomposition(plain_use:
         assert report.outcomes == []
 
 
-def test_dynamic_shapes_and_their_ranges_survive() -> None:
+def test_dynamic_shapes_and_their_ranges_survive_the_rewrite() -> None:
     rows = torch.export.Dim("rows", min=2, max=99)
     before = torch.export.export(Net(), (X,), dynamic_shapes={"input": {0: rows}})
     program, _ = assert_rewrites(before, expect={"linear_int4": 1})
@@ -326,8 +328,8 @@ def test_dynamic_shapes_and_their_ranges_survive() -> None:
         assert again.module()(x).shape == (count, 16)
 
 
-def test_a_preserved_module_can_still_be_taken_out() -> None:
-    """The signatures of preserved modules go by node names, which a rewrite changes."""
+def test_preserved_module_can_be_unflattened() -> None:
+    """The signatures of preserved modules contain node names, which a rewrite changes."""
 
     class Outer(torch.nn.Module):
         def __init__(self) -> None:
@@ -347,7 +349,7 @@ def test_a_preserved_module_can_still_be_taken_out() -> None:
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["subclass", "plain"])
-def test_a_constant_is_read_through_a_subclass_and_named_as_one_weight(plain_use: ExportedProgram, form: int) -> None:
+def test_inner_tensors_of_a_subclass_have_the_fqn_of_the_weight(plain_use: ExportedProgram, form: int) -> None:
     program = Program(forms(plain_use)[form])
     (node,) = program.graph.find_nodes(op="call_function", target=torch.ops.torchao.dequantize_affine.default)
     data, scale = node.args[0], node.args[2]
@@ -360,22 +362,56 @@ def test_a_constant_is_read_through_a_subclass_and_named_as_one_weight(plain_use
     assert program.fqn(user) is None
 
 
-def test_what_is_derived_is_computed_once_and_a_failure_is_remembered() -> None:
-    sketch = Sketch()
-    node = sketch.input("x", 4)
-    program = Program(sketch.program(sketch.call(aten.relu.default, node)))
-    (mine, *_) = program.graph.nodes
-    asked: list[Any] = []
+def test_memoized_value_is_computed_once_until_the_graph_changes() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
+
+    def count(program: Program, node: Any) -> int:
+        computed.append(node)
+        return len(computed)
+
+    assert [program.memoize(count, node) for _ in range(3)] == [1, 1, 1]
+    program.refresh()
+    assert program.memoize(count, node) == 2
+    assert computed == [node, node]
+
+
+def test_memoized_unmet_is_a_new_exception_each_time() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
 
     def fails(program: Program, node: Any) -> None:
-        asked.append(node)
+        computed.append(node)
+        raise Unmet("no scale")
+
+    raised = []
+    for _ in range(3):
+        with pytest.raises(Unmet, match="no scale") as error:
+            program.memoize(fails, node)
+        raised.append(error.value)
+    assert computed == [node]
+    assert len({id(each) for each in raised}) == 3
+    # A second raise of one object would append its frames to the traceback of the first.
+    lengths = [len(list(traceback.walk_tb(each.__traceback__))) for each in raised]
+    assert lengths[1] == lengths[2]
+
+
+def test_memoize_does_not_remember_other_exceptions() -> None:
+    program, node = relu_of_x()
+    computed: list[Any] = []
+
+    def fails(program: Program, node: Any) -> None:
+        computed.append(node)
         raise ValueError("never")
 
     for _ in range(2):
         with pytest.raises(ValueError, match="never"):
-            program.memoize(fails, mine)
-    assert asked == [mine]
-    program.refresh()
-    with pytest.raises(ValueError, match="never"):
-        program.memoize(fails, mine)
-    assert len(asked) == 2
+            program.memoize(fails, node)
+    assert computed == [node, node]
+
+
+def relu_of_x() -> tuple[Program, Any]:
+    """The program relu(x), and x."""
+    sketch = Sketch()
+    program = Program(sketch.program(sketch.call(aten.relu.default, sketch.input("x", 4))))
+    return program, next(iter(program.graph.nodes))

@@ -1,4 +1,4 @@
-"""The report: its text, its data, its counts, several methods in one, and demands that do not hold."""
+"""The report: text, data, counts, merged reports, and expectations that do not hold."""
 
 import json
 from collections.abc import Callable
@@ -30,11 +30,11 @@ def report() -> Report:
     )
 
 
-def test_the_text_says_everything_at_one_look(golden: Callable[[str, str], None]) -> None:
+def test_report_text_equals_golden_file(golden: Callable[[str, str], None]) -> None:
     golden("graph/report", str(report()))
 
 
-def test_the_text_names_every_miss_with_reason_hint_and_line() -> None:
+def test_report_text_names_every_miss_with_reason_hint_and_line() -> None:
     text = str(report())
     assert text.startswith("cuda: 4 candidates: 2 rewritten, 1 kept, 1 missed; constants 4.2 MB -> 12345 B\n")
     assert "rewritten     2 x linear_int4  int4 group 32 -> tinygemm  (l0.weight, ...)" in text
@@ -44,7 +44,7 @@ def test_the_text_names_every_miss_with_reason_hint_and_line() -> None:
         assert part in text
 
 
-def test_the_text_counts_what_rules_did_that_no_candidate_names() -> None:
+def test_report_text_counts_rewrites_without_a_candidate() -> None:
     given = report()
     assert "then" not in str(given)
     given.applied |= {"gate": 30, "combine": 1}
@@ -55,7 +55,7 @@ def test_the_text_counts_what_rules_did_that_no_candidate_names() -> None:
     assert alone == "cuda: 0 candidates: 0 rewritten, 0 kept, 0 missed; constants 0 B -> 0 B\n  then      2 x combine"
 
 
-def test_without_candidates_the_text_says_so_and_still_warns() -> None:
+def test_report_text_without_candidates_has_the_warnings() -> None:
     text = str(Report("cuda", warnings=["look here"]))
     assert text == (
         "cuda: no candidates, the program holds no quantized weight that an operator reads\n  warning   look here"
@@ -82,7 +82,7 @@ def test_dict_and_json_hold_every_field_of_every_outcome() -> None:
     assert (data["conflicts"], data["warnings"]) == (given.conflicts, given.warnings)
 
 
-def test_merging_adds_up() -> None:
+def test_merged_report_has_all_outcomes_and_summed_counts() -> None:
     one = report()
     assert Report.merge([one]) is one
     both = Report.merge([one, report()])
@@ -93,14 +93,14 @@ def test_merging_adds_up() -> None:
     assert one.counts() == report().counts()
 
 
-def test_a_reason_reads_as_a_sentence() -> None:
+def test_reason_text_is_a_sentence() -> None:
     assert str(Reason("r", "metadata", "a cat", "a dog")) == "r wanted a cat, found a dog"
     assert str(Reason("r", "metadata", "a cat", "a dog", "adopt")) == "r wanted a cat, found a dog; adopt"
     assert str(Reason(None, "none", "", "nothing", "add a rule")) == "nothing; add a rule"
     assert str(Reason("r", "note", "", "by the way")) == "by the way"
 
 
-def test_a_failed_expectation_says_what_differs_and_carries_the_report() -> None:
+def test_expectation_error_names_the_differences_and_has_the_report() -> None:
     given = report()
     error = ExpectationError({"linear_int4": 3, "kept": 1, "fold": 2}, given)
     first, _, rest = str(error).partition("\n")
@@ -110,11 +110,11 @@ def test_a_failed_expectation_says_what_differs_and_carries_the_report() -> None
 
 
 def test_expectations_are_checked_against_the_passes_that_ran() -> None:
-    from et_cuda_passes.targets.rewrite import check_expectations
+    from et_cuda_passes.rewrite import check_expectations
 
     check_expectations({"linear_int4": 2, "fold": 0, "missed": 1}, report())
     check_expectations(None, report())
     with pytest.raises(ecp.ExpectationError, match="missed: expected 0, got 1"):
         check_expectations({"linear_int4": 2, "missed": 0}, report())
-    with pytest.raises(ValueError, match=r"expect names 'linear_int8'; known here are .*kept.*linear_int4"):
+    with pytest.raises(ValueError, match=r"expect contains 'linear_int8', .*; the nearest names are linear_int4"):
         check_expectations({"linear_int8": 0}, report())

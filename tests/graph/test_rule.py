@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_pattern, requirement
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_rule, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
@@ -40,7 +40,7 @@ def reasons(rule: Rule) -> list[Reason]:
     return outcome.reasons
 
 
-def test_a_rule_is_named_after_its_class_in_snake_case() -> None:
+def test_rule_is_named_after_its_class_in_snake_case() -> None:
     class LinearInt4(Negate): ...
 
     class HTTPFold(Negate): ...
@@ -110,7 +110,7 @@ def test_requirements_that_are_no_tuple_of_requirements_are_refused(requirements
         type("Wrong", (Negate,), {"requirements": requirements})
 
 
-def test_every_failure_is_reported_in_the_order_of_the_tuple_with_its_own_hint_if_it_has_one() -> None:
+def test_failures_are_reported_in_the_order_of_the_tuple_with_their_own_hints() -> None:
     class Picky(Negate):
         requirements = (has_moon, has_root, is_cat)
 
@@ -121,7 +121,7 @@ def test_every_failure_is_reported_in_the_order_of_the_tuple_with_its_own_hint_i
     assert str(reasons(Picky())[0]) == "picky wanted a moon, found clouds; wait for the wind"
 
 
-def test_an_empty_hint_of_a_failure_replaces_that_of_the_requirement() -> None:
+def test_empty_hint_of_a_failure_replaces_that_of_the_requirement() -> None:
     @requirement("a cat", hint="adopt one")
     def is_cat(m: Any) -> Failure | None:
         return Failure("a tiger", "")
@@ -133,7 +133,7 @@ def test_an_empty_hint_of_a_failure_replaces_that_of_the_requirement() -> None:
 
 
 @pytest.mark.parametrize("answer", [True, False, "clouds", (False, "clouds")])
-def test_a_requirement_that_returns_anything_but_none_or_a_failure_is_the_rule_s_fault(answer: Any) -> None:
+def test_requirement_that_returns_neither_none_nor_a_failure_is_refused(answer: Any) -> None:
     @requirement("a moon")
     def has_moon(m: Any) -> Any:
         return answer
@@ -145,7 +145,7 @@ def test_a_requirement_that_returns_anything_but_none_or_a_failure_is_the_rule_s
         reasons(Picky())
 
 
-def test_a_requirement_reads_the_options_of_its_rule_from_the_match() -> None:
+def test_requirement_reads_the_options_of_its_rule_from_the_match() -> None:
     @requirement("to be allowed")
     def is_allowed(m: Any) -> Failure | None:
         return None if m.rule.allow else Failure("forbidden")
@@ -161,7 +161,7 @@ def test_a_requirement_reads_the_options_of_its_rule_from_the_match() -> None:
     assert report.counts()["rewritten"] == 1
 
 
-def test_a_requirement_parametrised_by_a_function_is_one_value_for_each_call() -> None:
+def test_function_with_parameters_returns_a_requirement_per_call() -> None:
     def has_name(name: str) -> Requirement:
         @requirement(f"the name {name}")
         def has_this_name(m: Any) -> Failure | None:
@@ -175,53 +175,17 @@ def test_a_requirement_parametrised_by_a_function_is_one_value_for_each_call() -
     assert reasons(Picky()) == [Reason("picky", "metadata", "the name other", "relu_default")]
 
 
-class Methods(Negate):
-    """A rule of the form that every rule had before: its requirements are methods."""
-
-    @requirement("first")
-    def first(self, m: Any) -> Any:
+def test_requirement_with_other_parameters_is_refused_with_the_fix() -> None:
+    def first(self: Any, m: Any) -> Any:
         return True, ""
 
-    @requirement("second", hint="do this")
-    def second(self, m: Any) -> Any:
-        return False, "none"
-
-    @requirement("third")
-    def third(self, m: Any) -> Any:
-        return False, "two", "take one away"
+    with pytest.raises(
+        TypeError, match=r"the requirement first must be a function \(m\) -> Failure | None; write it outs"
+    ):
+        requirement("first")(first)  # type: ignore[arg-type]
 
 
-def test_methods_are_requirements_of_a_rule_that_states_no_tuple() -> None:
-    class Sub(Methods):
-        @requirement("other first", stage="values")
-        def first(self, m: Any) -> Any:
-            return True, ""
-
-        def third(self, m: Any) -> Any:
-            """No longer a condition."""
-
-    assert [r.wanted for r in Methods.requirements] == ["first", "second", "third"]
-    assert [(r.wanted, r.stage) for r in Sub.requirements] == [("other first", "values"), ("second", "metadata")]
-    assert reasons(Methods()) == [
-        Reason("methods", "metadata", "second", "none", "do this"),
-        Reason("methods", "metadata", "third", "two", "take one away"),
-    ]
-
-
-def test_a_tuple_replaces_the_methods_of_base_classes_and_methods_of_subclasses_follow_it() -> None:
-    class Converted(Methods):
-        requirements = (is_cat,)
-
-    class Sub(Converted):
-        @requirement("fourth")
-        def fourth(self, m: Any) -> Any:
-            return True, ""
-
-    assert [r.wanted for r in Converted.requirements] == ["a cat"]
-    assert [r.wanted for r in Sub.requirements] == ["a cat", "fourth"]
-
-
-def test_a_decoder_s_unmet_text_is_reported_once() -> None:
+def test_unmet_text_of_a_decoder_is_reported_once() -> None:
     @requirement("one thing", hint="general")
     def one(m: Any) -> Failure | None:
         raise Unmet("no weight at all")
@@ -244,7 +208,7 @@ def test_a_decoder_s_unmet_text_is_reported_once() -> None:
 
 
 @pytest.mark.parametrize("good", [True, False])
-def test_the_values_stage_runs_only_if_all_metadata_requirements_hold(good: bool) -> None:
+def test_values_stage_runs_only_if_all_metadata_requirements_hold(good: bool) -> None:
     checked: list[str] = []
 
     @requirement("good values", stage="values")
@@ -265,7 +229,7 @@ def test_the_values_stage_runs_only_if_all_metadata_requirements_hold(good: bool
     assert checked == (["metadata", "values"] if good else ["metadata"])
 
 
-def test_captures_and_named_calls_are_attributes_and_nothing_else_is() -> None:
+def test_captures_and_named_calls_are_attributes_of_a_match() -> None:
     seen: dict[str, Any] = {}
 
     @requirement("to look")
@@ -304,17 +268,17 @@ RELU = op(aten.relu.default)
         ("val", lambda self, x: RELU(x, name="val")),
     ],
 )
-def test_a_capture_with_the_name_of_something_that_a_match_has_is_refused(taken: str, form: Any) -> None:
+def test_capture_with_the_name_of_an_attribute_of_a_match_is_refused(taken: str, form: Any) -> None:
     """m.target is the target; a capture of that name could not be read."""
 
     class Collides(Negate):
         pattern = form
 
     with pytest.raises(TypeError, match=taken):
-        compile_pattern(Collides())
+        compile_rule(Collides())
 
 
-def test_the_parts_of_a_rule_are_required() -> None:
+def test_rule_without_a_pattern_or_a_rewrite_is_refused() -> None:
     class NoPattern(Rule):
         def rewrite(self, b: Any, m: Any) -> Node:
             raise AssertionError
@@ -323,19 +287,43 @@ def test_the_parts_of_a_rule_are_required() -> None:
         def pattern(self, x: Capture) -> Any:
             return x
 
-    class NoEmit(Rule):
+    class NoRewrite(Rule):
         def pattern(self, x: Capture) -> Any:
             return op(aten.relu.default)(x)
 
     with pytest.raises(TypeError, match="rule no_pattern has no pattern method"):
-        compile_pattern(NoPattern())
+        compile_rule(NoPattern())
     with pytest.raises(TypeError, match=r"rule everywhere: pattern\(\) must return op"):
-        compile_pattern(Everywhere())
-    with pytest.raises(TypeError, match="rewrite"):
-        NoEmit()  # type: ignore[abstract]
+        compile_rule(Everywhere())
+    with pytest.raises(
+        TypeError, match="rule no_rewrite has no rewrite method; a rule that leaves its matches derives"
+    ):
+        compile_rule(NoRewrite())
 
 
-def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
+def test_keep_rule_and_group_rule_need_no_rewrite() -> None:
+    class KeepRelu(Keep):
+        def pattern(self, x: Capture) -> Any:
+            return op(aten.relu.default)(x)
+
+    class Group(GroupRule):
+        pattern = KeepRelu.pattern
+
+        def group_key(self, m: Any) -> Any:
+            return m.x
+
+        def rewrite_group(self, b: Any, ms: Any) -> Any:
+            raise AssertionError
+
+    class NoKey(GroupRule):
+        pattern = KeepRelu.pattern
+
+    assert compile_rule(KeepRelu()).captures == compile_rule(Group()).captures == ("x",)
+    with pytest.raises(TypeError, match="abstract"):
+        NoKey()  # type: ignore[abstract]
+
+
+def test_keep_rule_leaves_its_match_and_reports_its_notes() -> None:
     class KeepRelu(Keep):
         def pattern(self, x: Capture) -> Any:
             return op(aten.relu.default)(x)
@@ -354,7 +342,7 @@ def test_keep_leaves_its_match_as_it_is_and_says_why() -> None:
     assert [str(reason) for reason in outcome.reasons] == ["relu_default is fine"]
 
 
-def test_notes_that_are_no_notes_are_the_rule_s_fault() -> None:
+def test_notes_of_another_type_are_refused() -> None:
     class Talks(Negate):
         def notes(self, *ms: Any) -> Any:
             return "a text"
@@ -368,16 +356,19 @@ def test_notes_that_are_no_notes_are_the_rule_s_fault() -> None:
 @pytest.mark.parametrize(
     ("base", "old", "new"),
     [
-        (Rule, "emit", "rewrite"),
-        (Rule, "detail", "summary"),
-        (Rule, "silent", "reports_misses"),
-        (Rule, "requires", "requirements"),
-        (GroupRule, "emit_together", "rewrite_group"),
-        (GroupRule, "key", "group_key"),
-        (GroupRule, "most", "max_group_size"),
-        (GroupRule, "common", "shared_captures"),
+        (Rule, "emit", "is now called rewrite"),
+        (Rule, "detail", "is now called summary"),
+        (Rule, "silent", "is now called reports_misses"),
+        (Rule, "requires", "is now called requirements"),
+        (Rule, "note", "is now part of notes"),
+        (Rule, "takes", "no longer exists: a match owns only the nodes of its pattern"),
+        (GroupRule, "alone", "no longer exists"),
+        (GroupRule, "emit_together", "is now called rewrite_group"),
+        (GroupRule, "key", "is now called group_key"),
+        (GroupRule, "most", "is now called max_group_size"),
+        (GroupRule, "common", "is now called shared_captures"),
     ],
 )
-def test_renamed_hook_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
-    with pytest.raises(TypeError, match=f"rule Old defines {old}, which is now called {new}"):
+def test_former_attribute_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
+    with pytest.raises(TypeError, match=f"rule Old defines {old}, which {new}"):
         type("Old", (base,), {old: lambda self, b, m: m.root})

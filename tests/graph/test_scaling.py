@@ -1,4 +1,4 @@
-"""Linear in the size of the graph, inside control flow too: ten times the linears cost about ten times the time."""
+"""The time of a rewrite is linear in the size of the graph, with subgraphs too."""
 
 import gc
 import time
@@ -15,7 +15,7 @@ from tests.quantized import Quantized
 
 
 def cost(program: ExportedProgram, linears: int) -> float:
-    """Processor time, in seconds, of a rewrite of a chain of ``linears``, its garbage included."""
+    """Processor time, in seconds, of the rewrite of a chain of ``linears``, garbage collection included."""
     gc.collect()
     start = time.process_time()
     ecp.rewrite(program, "cuda", expect={"linear_int4": linears})
@@ -24,7 +24,7 @@ def cost(program: ExportedProgram, linears: int) -> float:
 
 
 class Inside(nn.Module):
-    """``count`` quantized linears in one branch of control flow: each with four operands of the call."""
+    """``count`` quantized linears in one subgraph; each has four operands of the call."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -42,13 +42,13 @@ def inside(count: int) -> ExportedProgram:
 
 
 @pytest.mark.parametrize(("make", "count", "times"), [(chain, 200, 10), (inside, 30, 8)], ids=["chain", "inside"])
-def test_the_cost_of_a_linear_does_not_grow_with_their_number(
+def test_cost_per_linear_does_not_grow_with_the_number_of_linears(
     make: Callable[[int], ExportedProgram], count: int, times: int
 ) -> None:
     short, long = make(count), make(count * times)
     cost(short, count)
     small = large = float("inf")
-    # The least of each: what else the machine does can only add. More rounds only where the first are over the limit.
+    # The minimum, since other processes only add time. More rounds only if the first ones exceed the limit.
     for _ in range(4):
         small = min(small, *(cost(short, count) for _ in range(3)))
         large = min(large, cost(long, count * times))

@@ -1,4 +1,4 @@
-"""A rewrite has a shape environment of its own: the caller's guards and ranges stay, whatever a pass compares."""
+"""A rewrite has its own shape environment: comparisons in a pass do not change guards and ranges of the original."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +49,7 @@ def environments(program: ExportedProgram) -> Iterator[ShapeEnv]:
 
 
 class Compares(ecp.Rule):
-    """relu(x) -> relu(x), another one for more than 4 rows"""
+    """relu(x) -> relu(x), chosen by a comparison of the dynamic size with 4"""
 
     def pattern(self, x: ecp.Capture) -> ecp.Pattern:
         return ecp.op(aten.relu.default)(x)
@@ -63,7 +63,7 @@ class Compares(ecp.Rule):
 def test_rule_that_compares_a_dynamic_size_fails_every_time_and_leaves_no_guard() -> None:
     program = dynamic(Relu(), 4, 64)
     for _ in range(3):
-        with pytest.raises(ecp.RuleError, match="holds for .* <= 4 alone"):
+        with pytest.raises(ecp.RuleError, match="holds only if .* <= 4, which depends on the program.s dynamic shapes"):
             ecp.rewrite(program, "cuda", [Compares()])
     assert not any(shapes.guards for shapes in environments(program))
     assert_rewrites(program, "cuda", expect={"linear_int4": 1}, inputs=(torch.randn(9, 64).bfloat16(),))
@@ -83,7 +83,7 @@ def test_guard_of_a_callable_pass_is_the_result_s_alone() -> None:
 
 
 class Everything(nn.Module):
-    """Values of each kind: subclass parameters, bodies of control flow, views with an offset, sizes, unbacked sizes."""
+    """Values of every kind: subclass parameters, subgraphs, views with an offset, sizes, unbacked sizes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Everything(nn.Module):
         return chosen, picked, tail[:, 1:], x.shape[0] * 2
 
 
-def test_every_value_of_the_copy_is_in_one_new_environment() -> None:
+def test_values_of_the_copy_are_in_one_new_environment() -> None:
     program = dynamic(Everything(), 6, 64)
     result, report = assert_rewrites(program, "cuda", expect={"missed": 0})
     assert report.counts()["rewritten"] == 4

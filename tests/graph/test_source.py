@@ -1,4 +1,4 @@
-"""The user's own line behind a node."""
+"""The user's source line of a node."""
 
 import pytest
 import torch
@@ -23,17 +23,17 @@ TORCHAO = '  File "/venv/lib/torchao/quantization/x.py", line 9, in _\n    retur
         ("no frames here", ""),
     ],
 )
-def test_the_innermost_line_that_is_no_plumbing(trace: str | None, line: str) -> None:
+def test_source_line_is_the_innermost_line_outside_of_libraries(trace: str | None, line: str) -> None:
     node = torch.fx.Graph().placeholder("x")
     node.meta["stack_trace"] = trace
     assert user_source_line(node) == line
 
 
-def test_a_node_without_a_trace() -> None:
+def test_source_line_of_a_node_without_a_trace_is_empty() -> None:
     assert user_source_line(torch.fx.Graph().placeholder("x")) == ""
 
 
-def test_an_export_s_own_trace() -> None:
+def test_source_line_of_an_export_is_in_this_file() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.relu() + 1

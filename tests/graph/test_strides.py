@@ -1,4 +1,4 @@
-"""A result that lies in memory in another order than what it replaced: views behind it, in the decomposed form."""
+"""Replacements with other strides than the value that they replace."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Tokens(nn.Module):
-    """Patches of an image as tokens, with a residual: [B, C, H, W] -> [B, C H W], the channels in front again."""
+    """Patches of an image as tokens, with a residual: [B, C, H, W] -> [B, C H W], with the channels first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Tokens(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention whose result is read as it is, and transposed and flattened."""
+    """Attention with two readers of its result: one transposes and flattens it."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         heads = x.view(x.shape[0], 5, 4, 32).transpose(1, 2)
@@ -41,7 +41,7 @@ class Heads(nn.Module):
 
 
 class Kept(nn.Module):
-    """Elementwise operators hand the order on to the view behind them."""
+    """Elementwise operators keep the strides for the view after them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def copies(program: ExportedProgram) -> int:
     ],
     ids=["conv tokens", "attention read twice", "pointwise"],
 )
-def test_what_a_view_cannot_be_made_of_is_copied(model: nn.Module, x: Tensor, dynamic: bool) -> None:
+def test_input_of_an_impossible_view_is_copied(model: nn.Module, x: Tensor, dynamic: bool) -> None:
     shapes = ({0: Dim("n", min=1, max=64)},) if dynamic else None
     program = torch.export.export(model, (x,), dynamic_shapes=shapes).run_decompositions({})
     rewritten, _ = assert_rewrites(program, "cuda")
@@ -77,7 +77,7 @@ def test_what_a_view_cannot_be_made_of_is_copied(model: nn.Module, x: Tensor, dy
             torch.testing.assert_close(got, wanted, rtol=2**-6, atol=2**-6)
 
 
-def test_values_behind_a_replacement_say_how_they_lie() -> None:
+def test_values_after_a_replacement_have_its_strides() -> None:
     program = torch.export.export(Kept(), (torch.randn(2, 32, 6).bfloat16(),)).run_decompositions({})
     rewritten, _ = assert_rewrites(program, "cuda")
     strides = {node.target: node.meta["val"].stride() for node in rewritten.graph.nodes if node.op == "call_function"}
@@ -85,15 +85,15 @@ def test_values_behind_a_replacement_say_how_they_lie() -> None:
     assert strides[aten.clone.default] == (192, 6, 1)
 
 
-def test_a_view_that_can_be_made_of_it_is_left_alone() -> None:
+def test_possible_view_of_a_replacement_is_left_alone() -> None:
     model = Quantized(32, 64, form=lambda x, w, b: F.linear(x, w, b).reshape(-1, 16))
     program = torch.export.export(model, (torch.randn(4, 64).bfloat16(),)).run_decompositions({})
     rewritten, _ = assert_rewrites(program, "cuda", expect={"linear_int4": 1})
     assert copies(rewritten) == copies(program)
 
 
-def test_a_node_that_a_pass_left_without_a_value_is_left_to_the_verifier() -> None:
-    """Which names it."""
+def test_node_without_a_value_is_left_to_the_verifier() -> None:
+    """The error of the verifier names the node."""
 
     def adds(module: torch.fx.GraphModule) -> None:
         last = next(node for node in module.graph.nodes if node.target is aten.neg.default)
@@ -108,7 +108,7 @@ def test_a_node_that_a_pass_left_without_a_value_is_left_to_the_verifier() -> No
 
 
 class Behind(nn.Module):
-    """A sum whose strides are those of ``o`` transposed, and what ``body`` does with it; fused, it is contiguous."""
+    """``body`` of a sum whose strides are those of ``o`` transposed; the fused sum is contiguous."""
 
     def __init__(self, body: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def split_and_view(z: Tensor) -> Tensor:
     ],
     ids=lambda body: body.__name__,
 )
-def test_changed_strides_change_nothing_else(body: Callable[[Tensor], Any], decompose: bool) -> None:
+def test_program_with_changed_strides_computes_the_same(body: Callable[[Tensor], Any], decompose: bool) -> None:
     inputs = (torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 64).bfloat16())
     program = torch.export.export(Behind(body), inputs)
     program = program.run_decompositions({}) if decompose else program
@@ -206,6 +206,6 @@ def test_attention_whose_result_is_mutated_keeps_its_aliases(write: str) -> None
 
     inputs = (torch.randn(2, 5, 64).bfloat16(),)
     program = torch.export.export(Attention(), inputs)
-    # A second rewrite would take the transposition that is inserted behind attention into its operator.
+    # A second rewrite would fuse the transposition that is inserted after attention into the operator.
     rewritten, _ = ecp.rewrite(program, "cuda", expect={"unmasked_attention": 1})
     assert_same_results(rewritten, program, inputs)

@@ -1,4 +1,4 @@
-"""Weights inside control flow: rewritten there, handed in as operands, shared with what reads them elsewhere."""
+"""Weights in subgraphs: rewritten there, passed as operands, and shared with readers elsewhere."""
 
 import io
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
     def __init__(self, use: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
-        # No more than are used: the export holds the others too.
+        # Only those that are used, since the export contains the others too.
         for seed, name in enumerate(sorted(USES.get(use, "abc"))):
             self.add_module(name, square(seed))
         self.use = use
@@ -50,7 +50,7 @@ class Net(nn.Module):
 
 
 def cond(net: Net, x: Tensor) -> Tensor:
-    """``b`` is read in both branches and outside, ``a`` in one branch only."""
+    """``b`` is read in both subgraphs and outside, ``a`` in one subgraph only."""
     y = torch.cond(x.sum() > 0, lambda y: net.a(y) + net.b(y), lambda y: net.b(y), (x,))
     return net.c(y) + net.b(x)
 
@@ -113,13 +113,13 @@ def reloaded(program: ExportedProgram) -> ExportedProgram:
 
 
 def graphs(program: ExportedProgram) -> dict[str, Graph]:
-    """The graphs of ``program`` by their paths, its own under the empty one."""
+    """The graphs of ``program`` by path; its own graph has the empty path."""
     modules = program.graph_module.named_modules()
     return {path: module.graph for path, module in modules if isinstance(module, GraphModule)}
 
 
 def calls(program: ExportedProgram, *targets: Any) -> list[Node]:
-    """Every call of ``targets``, in branches too."""
+    """Every call of ``targets``, in subgraphs too."""
     return [node for graph in graphs(program).values() for node in graph.nodes if op_of(node) in targets]
 
 
@@ -147,7 +147,7 @@ FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-def test_every_linear_inside_is_rewritten_and_nothing_is_packed_twice(use: Any, form: str) -> None:
+def test_linears_in_subgraphs_are_rewritten_and_packed_once(use: Any, form: str) -> None:
     before = FORMS[form](exported(use))
     for x in INPUTS:
         program, report = assert_rewrites(before, expect={"linear_int4": LINEARS[use], "missed": 0}, inputs=(x,))
@@ -159,7 +159,7 @@ def test_every_linear_inside_is_rewritten_and_nothing_is_packed_twice(use: Any, 
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-def test_what_was_rewritten_decomposes_and_is_saved_and_loaded(use: Any) -> None:
+def test_rewritten_subgraphs_survive_decomposition_save_and_load(use: Any) -> None:
     program, _ = ecp.rewrite(exported(use), "cuda")
     for after in (program.run_decompositions({}), reloaded(program), reloaded(program.run_decompositions({}))):
         for x in INPUTS:
@@ -168,7 +168,7 @@ def test_what_was_rewritten_decomposes_and_is_saved_and_loaded(use: Any) -> None
 
 
 @pytest.mark.parametrize("use", [cond, mapped, scanned, looped], ids=lambda use: use.__name__)
-def test_with_a_dynamic_number_of_rows(use: Any) -> None:
+def test_linears_in_subgraphs_are_rewritten_with_a_dynamic_number_of_rows(use: Any) -> None:
     before = exported(use, dynamic=True)
     for rows in (2, 7):
         x = torch.randn(rows, 64).to(BF16)
@@ -178,14 +178,14 @@ def test_with_a_dynamic_number_of_rows(use: Any) -> None:
             assert node.op in ("get_attr", "output") or "val" in node.meta
 
 
-def test_a_kernel_that_is_not_compiled_in_control_flow_stays_out_of_it() -> None:
+def test_kernel_that_does_not_run_in_control_flow_is_not_used_there() -> None:
     report = assert_misses(exported(cond), "a place where the kernel compiles, found control flow at", "cpu")
     assert {"." in o.node: o.status for o in report.outcomes} == {True: "missed", False: "rewritten"}
     assert_rewrites(exported(without_grad), "cpu", expect={"linear_int4": 2})
 
 
 @pytest.mark.parametrize("target", ["cuda", "metal", "xnnpack"])
-def test_on_every_other_target(target: str) -> None:
+def test_linears_in_subgraphs_are_rewritten_for_every_other_target(target: str) -> None:
     before = exported(cond)
     for x in INPUTS:
         program, _ = assert_rewrites(before, target, expect={"rewritten": 5}, inputs=(x,))
@@ -193,7 +193,7 @@ def test_on_every_other_target(target: str) -> None:
 
 
 @pytest.mark.parametrize("use", [cond, nested, mapped], ids=lambda use: use.__name__)
-def test_the_edge_dialect_takes_it_and_is_rewritten_in_its_own_form(use: Any) -> None:
+def test_edge_program_with_subgraphs_is_rewritten_to_edge_operators(use: Any) -> None:
     config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
     rewritten, _ = ecp.rewrite(exported(use), "cuda")
     edge = to_edge(rewritten, compile_config=config).exported_program()
@@ -208,7 +208,7 @@ def test_the_edge_dialect_takes_it_and_is_rewritten_in_its_own_form(use: Any) ->
 
 
 def test_xnnpack_keeps_nothing_inside_control_flow() -> None:
-    """executorch 1.5.1 delegates no linear there, and the delegate reads weights as constants of the program."""
+    """executorch 1.5.1 delegates no linear in a subgraph: the delegate reads weights as constants of the program."""
     int8 = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))
 
     def use(net: Any, x: Tensor) -> Tensor:
@@ -219,7 +219,7 @@ def test_xnnpack_keeps_nothing_inside_control_flow() -> None:
     assert {o.fqn: o.status for o in report.outcomes} == {"a.weight": "missed", "b.weight": "kept"}
 
 
-def test_both_branches_take_the_same_operands_and_no_more_than_are_read() -> None:
+def test_subgraphs_of_a_cond_have_the_same_operands_and_no_unused_ones() -> None:
     program, _ = ecp.rewrite(exported(nested), "cuda")
     seen = 0
     for path, graph in graphs(program).items():
@@ -241,7 +241,7 @@ def test_both_branches_take_the_same_operands_and_no_more_than_are_read() -> Non
     assert seen == 2
 
 
-def test_a_weight_is_handed_in_once_however_often_it_is_read() -> None:
+def test_weight_with_several_readers_is_one_operand() -> None:
     def twice(net: Net, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda y: net.a(net.a(y)), lambda y: net.a(y + 1), (x,))
 
@@ -255,7 +255,7 @@ def test_a_weight_is_handed_in_once_however_often_it_is_read() -> None:
     ]
 
 
-def test_the_report_names_weight_place_and_the_user_s_own_line() -> None:
+def test_report_names_weight_path_and_user_line() -> None:
     _, report = ecp.rewrite(exported(cond, strict=True), "cuda")
     where = {outcome.node.rpartition(".")[0] for outcome in report.outcomes}
     assert len(where) == 3
@@ -263,12 +263,12 @@ def test_the_report_names_weight_place_and_the_user_s_own_line() -> None:
     for outcome in report.outcomes:
         assert "quantized.py" in outcome.source
         assert outcome.source.endswith("return self.form(x, self.weight(), self.bias)")
-    # Not strict, torch traces a branch through code of its own making, whose lines are nobody's.
+    # Without strict, torch traces a subgraph through generated code, whose lines are not the user's.
     _, report = ecp.rewrite(exported(cond), "cuda")
     assert not any("<" in outcome.source for outcome in report.outcomes)
 
 
-def test_provenance_and_value_of_what_is_emitted_inside() -> None:
+def test_new_nodes_in_a_subgraph_have_value_and_provenance() -> None:
     before = exported(cond, strict=True)
     program, _ = ecp.rewrite(before, "cuda", [ecp.LinearInt4()])
     old = {(path, node.name): node for path, graph in graphs(before).items() for node in graph.nodes}
@@ -282,7 +282,7 @@ def test_provenance_and_value_of_what_is_emitted_inside() -> None:
         assert node.meta["val"].shape == old[path, source.name].meta["val"].shape
 
 
-def test_the_same_program_gives_the_same_bytes() -> None:
+def test_rewrites_of_the_same_program_with_subgraphs_are_equal_to_the_byte() -> None:
     def saved() -> bytes:
         buffer = io.BytesIO()
         torch.export.save(ecp.rewrite(exported(nested), "cuda")[0], buffer)
@@ -291,7 +291,7 @@ def test_the_same_program_gives_the_same_bytes() -> None:
     assert saved() == saved()
 
 
-def test_a_weight_that_something_else_reads_too_stays_an_operand() -> None:
+def test_weight_with_another_reader_stays_an_operand() -> None:
     def also(net: Net, x: Tensor) -> Any:
         def true(y: Tensor) -> Tensor:
             return net.a(y) + net.a.weight()[0]
@@ -306,7 +306,7 @@ def test_a_weight_that_something_else_reads_too_stays_an_operand() -> None:
     assert {o.op for o in report.outcomes if o.status == "missed"} == {"aten.select"}
 
 
-def test_a_weight_dequantized_outside_and_read_inside_is_accounted_for_inside() -> None:
+def test_reader_in_a_subgraph_of_a_weight_dequantized_outside_is_a_candidate() -> None:
     def outside(net: Net, x: Tensor) -> Any:
         weight = net.a.weight()
         return torch.cond(x.sum() > 0, lambda y: F.linear(y, weight), lambda y: y + 1, (x,))
@@ -321,8 +321,8 @@ def test_a_weight_dequantized_outside_and_read_inside_is_accounted_for_inside() 
 
 
 @pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t(), lambda w: w.view(2, 32, 64)[0]])
-def test_a_weight_that_a_branch_hands_back_is_no_operand_of_its_call(view: Any) -> None:
-    """Nothing of an operand may be a result: torch refuses the program when it is traced again."""
+def test_weight_that_a_subgraph_returns_is_folded_without_an_alias_of_an_operand(view: Any) -> None:
+    """A result of a subgraph may not alias an operand: torch would refuse to trace the program again."""
 
     def back(net: Net, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: view(net.a.weight()), lambda x: view(net.b.weight()) + x.sum(), (x,))
@@ -334,7 +334,7 @@ def test_a_weight_that_a_branch_hands_back_is_no_operand_of_its_call(view: Any) 
         assert torch.equal(again.module()(x), before.module()(x))
 
 
-def test_a_weight_that_differs_in_each_run_is_missed_with_the_reason() -> None:
+def test_weight_that_differs_in_each_run_is_missed_with_the_reason() -> None:
     class Layers(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -353,8 +353,8 @@ def test_a_weight_that_differs_in_each_run_is_missed_with_the_reason() -> None:
     assert [outcome.op for outcome in report.outcomes] == ["aten.linear"]
 
 
-def test_a_weight_in_a_graph_of_a_call_that_is_not_known_is_missed_with_that_reason() -> None:
-    """The call of control flow that rules reach into, taken for another one that they do not know."""
+def test_weight_in_a_subgraph_of_an_unsupported_call_is_missed_with_the_reason() -> None:
+    """The call of the subgraph becomes that of another higher-order operator, which is not supported."""
     before = exported(without_grad)
     (call,) = before.graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled)
     known, call.target = call.target, torch.ops.higher_order.hints_wrapper
@@ -368,7 +368,7 @@ def test_a_weight_in_a_graph_of_a_call_that_is_not_known_is_missed_with_that_rea
     assert len(calls(after, DEQUANTIZE)) == 1
 
 
-def test_a_graph_that_two_calls_share_is_left_alone() -> None:
+def test_subgraph_that_two_calls_share_is_left_alone() -> None:
     before = exported(cond).run_decompositions({})
     (call,) = before.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond)
     with before.graph.inserting_before(call):
@@ -387,7 +387,7 @@ def test_a_graph_that_two_calls_share_is_left_alone() -> None:
 
 
 class Unwrapped(nn.Module):
-    """torchao's own weights, as parametrizations or as tensor subclasses, one of them in control flow."""
+    """Weights of torchao, as parametrizations or as tensor subclasses, one of them in a subgraph."""
 
     def __init__(self, use: Callable[[Any, Tensor], Any], unwrap: bool, config: Any = INT4) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class Unwrapped(nn.Module):
         return self.use(self, x)
 
 
-def test_parametrized_weights_are_named_after_the_weight() -> None:
+def test_parametrized_weights_in_subgraphs_have_the_fqn_of_the_weight() -> None:
     def use(net: Any, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda y: net.a(y) + net.b(y), lambda y: net.b(y), (x,)) + net.b(x)
 
@@ -417,7 +417,7 @@ def test_parametrized_weights_are_named_after_the_weight() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_subclass_weights_under_no_grad(shared: bool) -> None:
+def test_subclass_weights_under_no_grad_are_rewritten(shared: bool) -> None:
     def use(net: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             y = net.a(x)
@@ -431,7 +431,7 @@ def test_subclass_weights_under_no_grad(shared: bool) -> None:
     assert_rewrites(before.run_decompositions({}), expect={"linear_int4": 1 + shared})
 
 
-def test_a_weight_written_inside_is_not_packed_anywhere() -> None:
+def test_weight_mutated_in_a_subgraph_is_not_packed() -> None:
     def use(net: Net, x: Tensor) -> Tensor:
         y = net.a(x)
         with torch.no_grad():
@@ -447,7 +447,7 @@ def test_a_weight_written_inside_is_not_packed_anywhere() -> None:
     assert {o.fqn: o.status for o in report.outcomes} == {"a.data": "missed", "b.data": "rewritten"}
 
 
-def test_methods_share_what_one_of_them_reads_in_a_branch() -> None:
+def test_methods_share_a_weight_that_one_of_them_reads_in_a_subgraph() -> None:
     net, other = Net(cond), Net(mapped)
     other.a, other.b = net.a, net.b
     pool = ConstantCache()
@@ -457,7 +457,7 @@ def test_methods_share_what_one_of_them_reads_in_a_branch() -> None:
         assert first.state_dict[name].data_ptr() == second.state_dict[name].data_ptr()
 
 
-def test_a_callable_pass_between_rules_sees_and_keeps_the_branches() -> None:
+def test_callable_pass_between_rules_sees_and_keeps_the_subgraphs() -> None:
     seen: list[int] = []
 
     def count(module: GraphModule) -> None:
@@ -471,7 +471,7 @@ def test_a_callable_pass_between_rules_sees_and_keeps_the_branches() -> None:
     assert seen[0] == 5
 
 
-def test_views_around_a_linear_of_more_dimensions_are_taken_off_inside_too() -> None:
+def test_views_around_a_linear_in_a_subgraph_are_removed() -> None:
     def use(net: Net, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda y: net.a(y), lambda y: net.b(y), (x,))
 
@@ -484,7 +484,7 @@ def test_views_around_a_linear_of_more_dimensions_are_taken_off_inside_too() -> 
     assert not calls(program, torch.ops.aten.view.default)
 
 
-def test_a_decomposed_dequantize_inside_is_warned_about() -> None:
+def test_decomposed_dequantize_in_a_subgraph_gets_a_warning() -> None:
     def use(net: Net, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda y: net.a(y), lambda y: y + 1, (x,))
 
@@ -493,7 +493,7 @@ def test_a_decomposed_dequantize_inside_is_warned_about() -> None:
     assert "a.data" in report.warnings[0]
 
 
-def test_the_copy_of_a_program_that_is_not_changed_is_the_program() -> None:
+def test_copy_of_a_program_with_subgraphs_equals_the_program() -> None:
     before = exported(nested)
     after, report = ecp.rewrite(before, "cuda", passes=[])
     assert {path: str(graph) for path, graph in graphs(after).items()} == {
@@ -510,7 +510,7 @@ def test_nodes_come_in_the_order_of_execution() -> None:
 
 
 @pytest.mark.parametrize(("low", "high", "rule"), [(-8, 7, "embedding_int4"), (-128, 127, "embedding_int8")])
-def test_a_table_in_a_branch(low: int, high: int, rule: str) -> None:
+def test_table_in_a_subgraph_is_rewritten(low: int, high: int, rule: str) -> None:
     class Lookup(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -527,7 +527,7 @@ def test_a_table_in_a_branch(low: int, high: int, rule: str) -> None:
             assert_rewrites(before, target, expect={rule: 1, "missed": 0}, inputs=(x, torch.arange(len(x))))
 
 
-def test_an_int8_linear_in_a_branch() -> None:
+def test_int8_linear_in_a_subgraph_is_rewritten() -> None:
     def use(net: Any, x: Tensor) -> Any:
         return torch.cond(x.sum() > 0, lambda y: net.l(y), lambda y: y + 1, (x,))
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from dataclasses import astuple
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -11,14 +12,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from et_cuda_passes.kernels.choose import Weight, candidates, costs_of
+from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiles import add_parts
-from et_cuda_passes.kernels.tiling import Tiling, load_table
+from et_cuda_passes.kernels.tiling import Tiling
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
 """What pointers point to, where it is not the dtype of the activations."""
-_TUNED = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -162,29 +164,37 @@ def waits_between_products(code: list[tuple[int, str]]) -> int:
     return sum(any(waits[first:second]) for first, second in pairwise(products))
 
 
-def tilings_of(name: str) -> list[Tiling]:
-    """Every tiling of the package's table ``tuned/<name>.json``."""
-    found = {tiling for entry in load_table(_TUNED / f"{name}.json") for tiling in entry.tilings.values()}
-    return sorted(found, key=str)
+def arch_of(gpu: GpuArch) -> int:
+    """As Triton names what it compiles for."""
+    major, minor = gpu.capability
+    return 10 * major + minor
+
+
+def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Tiling]:
+    """Every tiling that a weight of any size can get on a GPU; of those that cut tiles, of which SLOTS differs, one."""
+    weights = [Weight(1024, k, 32, bits, experts=experts) for k in (1024, 1056)]
+    found = {tiling for weight in weights for tiling, _ in candidates(costs_of(gpu, bits), weight) if tiling.waves < 2}
+    assert found
+    return sorted(found, key=astuple)
 
 
 def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int, str]]:
     """The machine code of a product, checked: it fits, spills nothing, uses wgmma, and waits where it has to.
 
-    Of eight columns Triton 3.6 makes no wgmma, but the instruction of a warp, which has as many.
+    Of eight columns Triton 3.6 makes no wgmma, but the instruction of a warp, which has as many; of two warps neither.
     """
     code = machine_code(kernel, folder)
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, folder)["STACK"] == 0
-    products = ("HGMMA",) if tiling.block_m * tiling.segments > 8 else ("HGMMA", "HMMA")
+    products = ("HGMMA",) if tiling.block_m * tiling.segments > 8 and tiling.warps >= 4 else ("HGMMA", "HMMA")
     assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16
     assert overwritten_operands(code) == []
     assert waits_between_products(code) == 0
     return code
 
 
-def check_for_others(kernel: Any, folder: Path) -> None:
-    """A product fits the least shared memory that a GPU from 8.0 has (99 KB, consumer cards), and spills nothing."""
-    assert kernel.metadata.shared <= 99 * 1024
+def check_for_others(kernel: Any, folder: Path, gpu: GpuArch) -> None:
+    """A product fits the shared memory that a program can have, and spills nothing."""
+    assert kernel.metadata.shared <= gpu.program_memory
     assert resources(kernel, folder)["STACK"] == 0
     assert any(text.startswith("HMMA") for _, text in machine_code(kernel, folder))

@@ -9,8 +9,8 @@ import pytest
 
 from et_cuda_passes.kernels.attention import attention
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, Blocks, blocks
-from et_cuda_passes.kernels.tiling import HOPPER, OTHER
-from tests.kernels.compiled import check_for_others, compiled, machine_code, overwritten_operands, resources
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
+from tests.kernels.compiled import arch_of, check_for_others, compiled, machine_code, overwritten_operands, resources
 
 
 def built(chosen: Blocks, head_dim: int, arch: int, dtype: str = "bf16", **others: Any) -> Any:
@@ -71,11 +71,12 @@ def test_every_form_on_hopper(others: dict[str, Any], head_dim: int, tmp_path: P
     check_for_hopper(built(blocks(HOPPER, head_dim, 1500), head_dim, 90, **others), tmp_path)
 
 
-@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("gpu", [GPUS["sm_80"], GPUS["sm_120"]], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_other_gpus(head_dim: int, arch: int, tmp_path: Path) -> None:
-    for chosen in {blocks(OTHER, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
-        check_for_others(built(chosen, head_dim, arch), tmp_path)
+def test_other_gpus(head_dim: int, gpu: GpuArch, tmp_path: Path) -> None:
+    for chosen in {blocks(gpu, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
+        # The smallest memory of them: all have the same blocks.
+        check_for_others(built(chosen, head_dim, arch_of(gpu)), tmp_path, GPUS["sm_120"])
 
 
 @pytest.mark.parametrize("ones", [{"M": 1}, {"L": 1}, {"M": 1, "L": 1}], ids=str)

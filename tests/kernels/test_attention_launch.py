@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
-from et_cuda_passes.kernels.tiling import HOPPER
+from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.ops import ATTENTION
 from tests.kernels.test_launch import found_written, hopper  # noqa: F401  (a fixture, for every test here)
 

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from et_cuda_passes.kernels.choose import Weight, tiling_for
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
-from et_cuda_passes.kernels.tiling import HOPPER, OTHER, Tiling
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
+from et_cuda_passes.kernels.tiling import Tiling
 from tests.kernels.compiled import (
+    arch_of,
     check_for_others,
     code_for_hopper,
     machine_code,
@@ -18,7 +21,7 @@ from tests.kernels.compiled import (
 )
 
 
-@pytest.mark.parametrize("tiling", tilings_of(HOPPER.name), ids=str)
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
 def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
     kernel = matmul(tiling, 90)
     code_for_hopper(kernel, tiling, tmp_path)
@@ -31,7 +34,7 @@ def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [64, 128])
-@pytest.mark.parametrize("tiling", tilings_of(HOPPER.name), ids=str)
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
 def test_a_tiling_of_hopper_in_larger_groups(tiling: Tiling, group: int, tmp_path: Path) -> None:
     code_for_hopper(matmul(tiling, 90, group_size=group), tiling, tmp_path)
 
@@ -66,11 +69,21 @@ def test_a_tile_of_x_is_copied_by_one_instruction(rank: int, tmp_path: Path) -> 
     assert copies[0] == copies[1] - 8 * tiling.stages  # of 16 bytes by 256 threads: 8 for 256 x 64
 
 
-@pytest.mark.parametrize("arch", [80, 120])
-@pytest.mark.parametrize("tiling", tilings_of(OTHER.name), ids=str)
-def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, tmp_path: Path) -> None:
-    kernel = matmul(tiling, arch, WGMMA=False)
-    check_for_others(kernel, tmp_path)
+OTHERS = [gpu for gpu in GPUS.values() if gpu != HOPPER]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", OTHERS, ids=str)
+def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, tmp_path: Path) -> None:
+    for tiling in tilings_of(gpu):
+        check_for_others(matmul(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
+
+
+@pytest.mark.parametrize("gpu", OTHERS, ids=str)
+def test_the_tilings_that_a_gpu_gets_compile_for_it_and_fit(gpu: GpuArch, tmp_path: Path) -> None:
+    weight = Weight(4096, 4096, 32)
+    for tiling in {tiling_for(gpu, weight, rows) for rows in (1, 16, 64, 256, 2048)}:
+        check_for_others(matmul(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
 
 
 ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
@@ -117,11 +130,12 @@ def test_a_gate_costs_no_more_than_two_activations(tiling: Tiling, tmp_path: Pat
     assert len(moved[0]) <= len(moved[1]) + 2
 
 
-@pytest.mark.parametrize("arch", [80, 120])
-def test_a_gate_on_other_gpus(arch: int, tmp_path: Path) -> None:
-    for tiling in tilings_of(OTHER.name):
-        kernel = matmul(tiling, arch, GATED=True, ACTIVATION="silu", WGMMA=False)
-        assert kernel.metadata.shared <= 99 * 1024
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", OTHERS, ids=str)
+def test_a_gate_on_other_gpus(gpu: GpuArch, tmp_path: Path) -> None:
+    for tiling in tilings_of(gpu):
+        kernel = matmul(tiling, arch_of(gpu), GATED=True, ACTIVATION="silu", WGMMA=False)
+        assert kernel.metadata.shared <= gpu.program_memory
         assert resources(kernel, tmp_path)["STACK"] <= 8
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 from et_cuda_passes.kernels.tiling import Tiling
 from tests.kernels.compiled import (
+    arch_of,
     check_for_others,
     code_for_hopper,
     int8_product,
@@ -20,7 +22,7 @@ from tests.kernels.compiled import (
 
 
 @pytest.mark.parametrize("group_size", [0, 32, 128])
-@pytest.mark.parametrize("tiling", tilings_of("sm_90_int8"), ids=str)
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER, 8), ids=str)
 def test_a_tiling_of_hopper(tiling: Tiling, group_size: int, tmp_path: Path) -> None:
     kernel = int8_product(tiling, 90, group_size=group_size)
     code = code_for_hopper(kernel, tiling, tmp_path)
@@ -42,12 +44,12 @@ def test_a_tiling_of_hopper(tiling: Tiling, group_size: int, tmp_path: Path) -> 
         assert resources(parts_adder(tiling, 90), tmp_path)["STACK"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 64])
-@pytest.mark.parametrize("arch", [80, 120])
-@pytest.mark.parametrize("tiling", tilings_of("default_int8"), ids=str)
-def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, group_size: int, tmp_path: Path) -> None:
-    kernel = int8_product(tiling, arch, group_size=group_size, WGMMA=False)
-    check_for_others(kernel, tmp_path)
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS.values() if gpu != HOPPER], ids=str)
+def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, group_size: int, tmp_path: Path) -> None:
+    for tiling in tilings_of(gpu, 8):
+        check_for_others(int8_product(tiling, arch_of(gpu), group_size=group_size, WGMMA=False), tmp_path, gpu)
 
 
 ONE = Tiling(16, 64, 128, 1, 0, 4, 3)

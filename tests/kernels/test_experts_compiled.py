@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from et_cuda_passes.kernels.experts_launch import plain
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 from et_cuda_passes.kernels.int4_experts import int4_experts
-from et_cuda_passes.kernels.tiling import HOPPER, OTHER, Tiling
+from et_cuda_passes.kernels.tiling import Tiling
 from tests.kernels.compiled import (
+    arch_of,
     check_for_others,
     code_for_hopper,
     compiled,
@@ -25,26 +26,22 @@ GROUPED = {"GROUPED": True, "HAS_IDS": False, "WIDTH": 128}
 ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
 
 
-def of(family: Any) -> list[Tiling]:
-    return sorted({plain(tiling, 32) for tiling in tilings_of(family.name)}, key=str)
-
-
 @cache
 def experts(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> Any:
     constants = shape(tiling) | FORM | others
     return compiled(int4_experts, constants, arch, tiling.warps, tiling.stages, dtype)
 
 
-@pytest.mark.parametrize("tiling", of(HOPPER), ids=str)
+@pytest.mark.parametrize("tiling", tilings_of(HOPPER, experts=True), ids=str)
 def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
     code_for_hopper(experts(tiling, 90), tiling, tmp_path)
 
 
-@pytest.mark.parametrize("arch", [80, 120])
-@pytest.mark.parametrize("tiling", of(OTHER), ids=str)
-def test_a_tiling_of_other_gpus(tiling: Tiling, arch: int, tmp_path: Path) -> None:
-    kernel = experts(tiling, arch, WGMMA=False)
-    check_for_others(kernel, tmp_path)
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS.values() if gpu != HOPPER], ids=str)
+def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, tmp_path: Path) -> None:
+    for tiling in tilings_of(gpu, experts=True):
+        check_for_others(experts(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
 
 
 @pytest.mark.parametrize(

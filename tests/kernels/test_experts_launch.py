@@ -9,8 +9,9 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from et_cuda_passes.kernels.experts_launch import DYNAMIC_ROWS, plain
-from et_cuda_passes.kernels.tiling import HOPPER, Tiling, tiling_for, tilings
+from et_cuda_passes.kernels.choose import Weight, buckets, candidates, costs_of, tiling_for
+from et_cuda_passes.kernels.experts_launch import MOST_LAUNCHES
+from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.kernels.test_launch import hopper  # noqa: F401  (a fixture, for every test here)
@@ -63,19 +64,21 @@ def test_only_the_output_is_written_to(form: str, rows: int | None) -> None:
         assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr"}
 
 
-@pytest.mark.parametrize(
-    ("form", "rows", "tiles"), [("all", 8, E), ("chosen", 700, 700), ("grouped", 64, 64 // 8 + E + 1)]
-)
-def test_a_known_number_of_rows_is_one_launch(form: str, rows: int, tiles: int) -> None:
+@pytest.mark.parametrize(("form", "rows", "of_one"), [("all", 8, 8), ("chosen", 700, 1), ("grouped", 64, 8)])
+def test_a_known_number_of_rows_is_one_launch(form: str, rows: int, of_one: int) -> None:
     _, (node,) = launches(form, rows)
-    tiling = plain(tiling_for(HOPPER, N, K, 32, 8), 32)
+    count = 700 if form == "chosen" else E
+    tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=count, experts=True), of_one)
+    # Every group of rows, and those that no expert has, ends in a tile that may not be full.
+    tiles = rows // tiling.block_m + E + 1 if form == "grouped" else count * -(-of_one // tiling.block_m)
     assert node.kwargs["grid"] == [(tiles, -(-N // tiling.block_n), 1)]
 
 
 @pytest.mark.parametrize("form", ["all", "grouped"])
 def test_an_unknown_number_is_a_launch_for_each_bucket_and_no_guard(form: str) -> None:
     _, nodes = launches(form, None)
-    assert len(nodes) == len(tilings(HOPPER, N, K, 32, DYNAMIC_ROWS))
+    chosen = buckets(HOPPER, Weight(N, K, 32, batch=E, experts=True), MOST_LAUNCHES).tilings
+    assert 1 < len(nodes) <= MOST_LAUNCHES and len(nodes) == len(chosen)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
@@ -85,7 +88,9 @@ def test_any_number_of_chosen_experts_is_one_launch() -> None:
     assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node)
 
 
-def test_a_tiling_has_whole_groups_and_nothing_that_the_kernel_has_not() -> None:
-    given = Tiling(256, 32, 64, 2, 1, 8, 5, 1)
-    assert plain(given, 32) == Tiling(256, 64, 64, 1, 0, 8, 5, 0)
-    assert plain(given, 128) == Tiling(256, 64, 128, 1, 0, 8, 2, 0)
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_a_tiling_has_whole_groups_and_nothing_that_the_kernel_has_not(group: int) -> None:
+    found = [tiling for tiling, _ in candidates(costs_of(HOPPER, 4), Weight(N, K, group, experts=True))]
+    assert found
+    for tiling in found:
+        assert (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k % group == 0

@@ -39,6 +39,8 @@ CASES = [
     # Tiles of many rows, which are loaded with no mask.
     (70, 24, 128, 32, 128, 16, 64, 1, 0, False, False, "", False, False),
     (150, 20, 192, 64, 128, 16, 64, 1, 3, True, False, "", False, True),
+    # The last step is half of x's columns.
+    (140, 24, 224, 32, 128, 16, 64, 1, 0, True, True, "", False, False),
     # Steps within a group, of which one is not whole in the second and third.
     (3, 40, 384, 128, 8, 16, 64, 1, 0, True, False, "", False, False),
     (5, 24, 640, 128, 8, 16, 256, 1, 2, True, False, "", False, False),
@@ -91,9 +93,9 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     finish |= {"USE_ASM": False, "GATED": False}
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
-    # The same bits by tensor descriptors of both ranks.
-    described = (2, 3) if even and segments == 1 else ()
-    form = {"EVEN_K": even, "HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
+    # The same bits by tensor descriptors of both ranks, which read zeros beyond K, up to which words are padded.
+    described = (2, 3) if (even or block_k == mma_tiled.BLOCK) and segments == 1 else ()
+    form = {"HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     others = (bias, factor, addend)
     results = []
     for bulk in (0, *described):
@@ -101,10 +103,22 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
         given = TensorDescriptor.from_tensor(x.view(*first, m, k), [*first, block_m, block_k]) if bulk else x
         last = (m, n, k // 32)
         int4_matmul[(grid,)](
-            given, packed, qparams, *others, y, parts, *last, **shape, **form, **finish, BULK=bulk, WGMMA=False
+            given,
+            packed,
+            qparams,
+            *others,
+            y,
+            parts,
+            *last,
+            **shape,
+            **form,
+            **finish,
+            EVEN_K=even or bulk > 0,
+            BULK=bulk,
+            WGMMA=False,
         )
         if rest:
-            add_parts[(rest, block_m // 8)](parts, *others, y, *last, **shape, **finish, HEIGHT=8)
+            add_parts[(rest, block_m // 8)](parts, *others, y, *last, **shape, **finish, BULK=bulk, HEIGHT=8)
         results.append(y.clone())
         y.fill_(float("nan"))
     assert all(torch.equal(result, results[0]) for result in results)

@@ -69,7 +69,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
         finish = {"HAS_BIAS": has_bias, "ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False, "USE_ASM": False}
         finish["GATED"] = False
         add_parts[(rest, block_m // 8)](
-            parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, HEIGHT=8
+            parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, BULK=0, HEIGHT=8
         )  # fmt: skip
 
     weight = q.double() * scale.double().repeat_interleave(group, dim=1)

@@ -15,8 +15,10 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from et_cuda_passes.kernels.choose import Weight, buckets
+from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.launching import inside, possible
-from et_cuda_passes.kernels.tiling import DYNAMIC_ROWS, HOPPER, UNBOUNDED, tilings
+from et_cuda_passes.kernels.tiling import UNBOUNDED
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
@@ -143,8 +145,8 @@ def described(node: torch.fx.Node) -> Any:
 def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
     _, nodes = launches(None, batch=1)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
-    chosen = [*tilings(HOPPER, 8192, 3072, 32, DYNAMIC_ROWS).values()]
-    chosen += tilings(HOPPER, 3072, 8192, 32, DYNAMIC_ROWS).values()
+    weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
+    chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight, first=2).tilings.values()]
     assert any(tiling.bulk for tiling in chosen) and not all(tiling.bulk for tiling in chosen)
     wanted = [("stable", ((1, tiling.block_m, 64),)) if tiling.bulk else None for tiling in chosen]
     assert [described(node) for node in products] == wanted
@@ -225,11 +227,11 @@ def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard(block: Calla
     _, nodes = launches(None, block=block)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
     if block is Block:
-        buckets = [tilings(HOPPER, n, k, 32, DYNAMIC_ROWS) for n, k in ((8192, 3072), (3072, 8192))]
+        weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
     else:
-        forms = ((8192, 3072, 64), (3072, 8192, 8192))
-        buckets = [tilings(HOPPER, n, k, group, DYNAMIC_ROWS, bits=8) for n, k, group in forms]
-    assert len(products) == sum(map(len, buckets))
+        weights = Weight(8192, 3072, 64, bits=8), Weight(3072, 8192, 8192, bits=8)
+    # The rows are those of a batch of two of at least two each.
+    assert len(products) == sum(len(buckets(HOPPER, weight, first=4).tilings) for weight in weights)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
@@ -251,8 +253,8 @@ class Gate(nn.Module):
 def test_a_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None) -> None:
     _, nodes = launches(rows, 8192, 3072, Gate)
     table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
-    sizes = (16384, 3072, 32)
-    chosen = possible(rows, *sizes, HOPPER) if rows else tilings(HOPPER, *sizes, DYNAMIC_ROWS)
+    weight = Weight(16384, 3072, 32, outputs=0.5)
+    chosen = possible(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight, first=4).tilings
     given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
     products = [one for one in given if "words_ptr" in one]
     assert [one["BLOCK_M"] for one in products] == [tiling.block_m for tiling in chosen.values()]
@@ -264,10 +266,10 @@ def test_a_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
 def test_exactly_one_bucket_has_programs_at_any_length(rows: int) -> None:
-    bounds = [*possible(rows, 8192, 3072, 32, HOPPER)]
-    assert bounds == [UNBOUNDED]
+    weight = Weight(8192, 3072, 32)
+    assert [*possible(rows, weight, HOPPER)] == [UNBOUNDED]
     first, flags = 0, []
-    for bound in (*DYNAMIC_ROWS, UNBOUNDED):
+    for bound in buckets(HOPPER, weight).tilings:
         flags.append(inside(rows, first, bound))
         first = bound + 1
     assert sum(flags) == 1 and set(flags) <= {0, 1}
@@ -279,7 +281,9 @@ def test_a_length_that_is_bounded_leaves_out_the_buckets_beyond() -> None:
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     length = mode.from_tensor(torch.empty(16, device="meta"), symbolic_context=sizes).shape[0]
     torch._check(length <= 16)
-    assert max(possible(length, 8192, 3072, 32, HOPPER)) <= 16
+    chosen = possible(length, Weight(8192, 3072, 32), HOPPER)
+    assert chosen == buckets(HOPPER, Weight(8192, 3072, 32), last=16).tilings
+    assert max(bound for bound in chosen if bound != UNBOUNDED) < 16
 
 
 def test_what_the_int8_kernel_is_compiled_for() -> None:

@@ -10,7 +10,7 @@ from et_cuda_passes.kernels.tiling import Tiling
 BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 
 
-@pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64))])
+@pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64)), ((5, 96), (128, 64))])
 def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(shape)
     found = in_blocks(x, BULK)
@@ -23,7 +23,7 @@ def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ..
         torch.randn(2, 5, 128),  # a tile would reach over the first batch's end
         torch.randn(1, 1, 5, 128),  # more dimensions than the kernel has
         torch.randn(128),
-        torch.randn(5, 96),  # not whole steps
+        torch.randn(5, 98),  # rows that do not begin at multiples of 16 bytes
         torch.randn(0, 128),  # a descriptor of nothing is an error of the driver
         torch.randn(5 * 128 + 1).bfloat16()[1:].view(5, 128),  # not at a multiple of 16 bytes
     ],

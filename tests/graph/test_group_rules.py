@@ -1,4 +1,4 @@
-"""Rules that take several matches together: who goes with whom, reports, conflicts, faults, and writes in place."""
+"""Rules that rewrite several matches together: groups, reports, wrong results, and mutations."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,25 +10,26 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.pattern import Capture, op
-from et_cuda_passes.graph.rule import GroupRule, Rule, requirement
+from et_cuda_passes.graph.rule import Failure, GroupRule, Rule, requirement
 from tests.helpers import Sketch, apply, names
 
 aten = torch.ops.aten
 relu, neg = op(aten.relu.default), op(aten.neg.default)
 
 
+@requirement("a name without a 9")
+def name_has_no_9(m: Any) -> Failure | None:
+    return Failure(m.root.name) if "9" in m.root.name else None
+
+
 class Together(GroupRule):
-    """relu(x), relu(x), ... -> slices of relu(stack of them)"""
+    """relu(x), relu(x), ... -> abs(neg(x)), abs(neg(x)), ..."""
 
     shared_captures = ("x",)
-    partner = "another relu of this input"
+    requirements = (name_has_no_9,)
 
     def pattern(self, x: Capture) -> Any:
         return relu(x)
-
-    @requirement("a name without a 9")
-    def nine(self, m: Any) -> Any:
-        return "9" not in m.root.name, m.root.name
 
     def group_key(self, m: Any) -> Any:
         return m.x
@@ -49,7 +50,7 @@ class Single(Rule):
 
 
 def siblings(count: int) -> torch.export.ExportedProgram:
-    """``count`` relus of x, then one of the first of them."""
+    """``count`` relus of x, then a relu of the first one."""
     sketch = Sketch()
     x = sketch.input("x", 4)
     results = [sketch.call(aten.relu.default, x) for _ in range(count)]
@@ -60,23 +61,23 @@ def outcomes(report: Any) -> list[tuple[str, str, str | None]]:
     return [(o.node, o.status, o.rule) for o in report.outcomes]
 
 
-def test_matches_of_one_key_become_one_rewrite_and_each_has_its_outcome() -> None:
+def test_matches_with_equal_keys_become_one_rewrite_with_an_outcome_each() -> None:
     after, report = apply(siblings(3), [Together()], aten.relu.default)
     assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.abs", "aten.relu"]
     assert outcomes(report)[:3] == [(f"relu_default{i}", "rewritten", "together") for i in ("", "_1", "_2")]
     assert [o.detail for o in report.outcomes[:3]] == ["3 in one"] * 3
     assert report.counts()["together"] == 3
     (reason,) = report.outcomes[3].reasons
-    assert str(reason) == "together wanted another relu of this input, found none"
+    assert str(reason) == "together wanted another match to rewrite together with, found none"
 
 
-def test_a_match_that_a_require_refuses_is_not_among_them() -> None:
+def test_match_that_fails_a_requirement_is_not_in_the_group() -> None:
     _, report = apply(siblings(10), [Together()], aten.relu.default)
     assert [o.status for o in report.outcomes] == ["rewritten"] * 9 + ["missed"] * 2
     assert "a name without a 9" in str(report.outcomes[9].reasons[0])
 
 
-def test_a_later_rule_takes_what_was_left_alone_and_an_earlier_one_what_it_wants() -> None:
+def test_single_match_is_left_to_later_rules() -> None:
     program = siblings(2)
     after, report = apply(program, [Together(), Single()], aten.relu.default)
     assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.sigmoid"]
@@ -86,7 +87,7 @@ def test_a_later_rule_takes_what_was_left_alone_and_an_earlier_one_what_it_wants
     assert report.conflicts == []
 
 
-def test_groups_that_feed_each_other() -> None:
+def test_groups_that_read_each_other_are_both_rewritten() -> None:
     sketch = Sketch()
     x = sketch.input("x", 4)
     first, second = (sketch.call(aten.relu.default, x) for _ in range(2))
@@ -98,7 +99,7 @@ def test_groups_that_feed_each_other() -> None:
         assert torch.equal(got, value.abs())
 
 
-def test_an_input_that_is_written_in_place_keeps_them_apart() -> None:
+def test_mutated_input_excludes_a_match_from_the_group() -> None:
     sketch = Sketch()
     x = sketch.call(aten.neg.default, sketch.input("x", 4))
     first = sketch.call(aten.relu.default, x)
@@ -106,10 +107,10 @@ def test_an_input_that_is_written_in_place_keeps_them_apart() -> None:
     program = sketch.program(first, sketch.call(aten.relu.default, x))
     after, report = apply(program, [Together()], aten.relu.default)
     assert names(after) == names(program)
-    assert all("nothing writes in place, found neg" in str(o.reasons[0]) for o in report.outcomes)
+    assert all("never mutated, found neg" in str(o.reasons[0]) for o in report.outcomes)
 
 
-def test_an_input_of_its_own_that_is_computed_too_late_keeps_one_out() -> None:
+def test_input_computed_after_the_first_match_excludes_a_match() -> None:
     class Sum(Together):
         def pattern(self, x: Capture, other: Capture) -> Any:
             return op(aten.add.Tensor)(x, other)
@@ -120,11 +121,11 @@ def test_an_input_of_its_own_that_is_computed_too_late_keeps_one_out() -> None:
     third = sketch.call(aten.add.Tensor, x, sketch.call(aten.neg.default, first))
     after, report = apply(sketch.program(first, second, third), [Sum()], aten.add.Tensor)
     assert [o.status for o in report.outcomes] == ["rewritten", "rewritten", "missed"]
-    assert "where the first of them is computed" in str(report.outcomes[2].reasons[0])
+    assert "that are computed before add_tensor and never mutated" in str(report.outcomes[2].reasons[0])
     after.graph.lint()
 
 
-def test_what_is_emitted_names_the_places_that_it_stands_for() -> None:
+def test_nodes_of_a_group_have_the_provenance_of_the_roots_they_stand_for() -> None:
     after, _ = apply(siblings(2), [Together()], aten.relu.default)
     made = [node for node in after.graph.nodes if node.op == "call_function"][:3]
     sources = [[source.name for source in node.meta["from_node"]] for node in made]
@@ -134,19 +135,19 @@ def test_what_is_emitted_names_the_places_that_it_stands_for() -> None:
 @pytest.mark.parametrize(
     ("rewrite", "fault"),
     [
-        (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return a node for each"),
-        (lambda b, ms: [ms[0].x, None], "rewrite must return the node"),
+        (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return one node for each"),
+        (lambda b, ms: [ms[0].x, None], "rewrite must return a node"),
         (lambda b, ms: [b.call(aten.view.default, ms[0].x, [2, 2])] * 2, r"torch.float32 \[2, 2\]"),
     ],
 )
-def test_a_fault_in_rewrite_group_names_the_rule(rewrite: Any, fault: str) -> None:
+def test_wrong_result_of_rewrite_group_names_the_rule(rewrite: Any, fault: str) -> None:
     rule = type("Faulty", (Together,), {"rewrite_group": lambda self, b, ms: rewrite(b, ms)})()
     with pytest.raises(RuleError, match=f"rule faulty .*{fault}"):
         apply(siblings(2), [rule])
 
 
-def test_a_rewrite_that_holds_for_one_length_alone_is_the_rule_s_fault() -> None:
-    """A guard put on a dynamic size would make the program refuse every other."""
+def test_rewrite_for_one_length_only_is_refused() -> None:
+    """With a guard on a dynamic size, the program would refuse every other size."""
 
     class Fixed(Single):
         def rewrite(self, b: Any, m: Any) -> Node:
@@ -157,5 +158,5 @@ def test_a_rewrite_that_holds_for_one_length_alone_is_the_rule_s_fault() -> None
             return torch.relu(x)
 
     program = torch.export.export(Model(), (torch.randn(3, 4),), dynamic_shapes=({0: Dim("n", min=2, max=9)},))
-    with pytest.raises(RuleError, match="dynamic shapes leave open"):
+    with pytest.raises(RuleError, match="depends on the program.s dynamic shapes"):
         apply(program, [Fixed()])

@@ -1,4 +1,4 @@
-"""Programs that write in place between what is matched: read where it was read before, whatever a pattern names."""
+"""Programs that mutate inputs of a match: the rewritten program reads them at the same place as before."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tests.quantized import Quantized
 
 
 class Written(nn.Module):
-    """A linear whose bias is written before what follows the linear is computed."""
+    """A linear whose bias is mutated between the linear and the operator after it."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -33,14 +33,14 @@ class Written(nn.Module):
 
 @pytest.mark.parametrize("target", ["cuda", "cpu", "metal"])
 @pytest.mark.parametrize("form", ["a view", "an activation", "a sum"])
-def test_a_bias_that_is_written_behind_its_linear(form: str, target: str) -> None:
+def test_bias_that_is_mutated_after_its_linear_keeps_its_value(form: str, target: str) -> None:
     inputs = (torch.randn(2, 3, 64).bfloat16(), torch.randn(32).bfloat16(), torch.randn(2, 3, 32).bfloat16())
     program = torch.export.export(Written(form), inputs)
     assert_rewrites(program, target, expect={"linear_int4": 1, "missed": 0})
 
 
 class Cache(nn.Module):
-    """Attention over a cache that the program writes behind it."""
+    """Attention over a cache that the program mutates afterwards."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Cache(nn.Module):
         return y.transpose(1, 2)
 
 
-def test_a_cache_that_is_written_behind_attention() -> None:
+def test_cache_that_is_mutated_after_attention_keeps_its_value() -> None:
     inputs = tuple(torch.randn(1, 2, rows, 32).bfloat16() for rows in (5, 7, 7))
     program, _ = assert_rewrites(torch.export.export(Cache(), inputs), "cuda", expect={"unmasked_attention": 1})
     assert program is not None
 
 
 class Dropped(nn.Module):
-    """In eval, dropout returns its input; what is written to its result is written to x."""
+    """In eval mode, dropout returns its input, so a mutation of its result mutates x."""
 
     def __init__(self, operation: Any) -> None:
         super().__init__()
@@ -88,13 +88,13 @@ class Dropped(nn.Module):
     ],
     ids=["dropout", "alpha dropout", "einsum", "type_as", "sum_to_size", "atleast_2d"],
 )
-def test_a_write_through_what_may_be_its_input(operation: Any) -> None:
+def test_mutation_through_a_possible_alias_reaches_its_input(operation: Any) -> None:
     program = torch.export.export(Dropped(operation).eval(), (torch.randn(6, 64).bfloat16(),))
     assert_rewrites(program, "cuda", expect={"linear_int4": 2, "missed": 0})
 
 
 class Growing(nn.Module):
-    """A scale that the program doubles in every run, held as a parameter."""
+    """A scale that is a parameter, and that the program doubles in every run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Growing(nn.Module):
 
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("target", ["cuda", "cpu"])
-def test_a_parameter_that_the_program_updates_is_no_constant(target: str, decompose: bool) -> None:
+def test_parameter_that_the_program_updates_is_not_packed(target: str, decompose: bool) -> None:
     program = torch.export.export(Growing(), (torch.randn(4, 64).bfloat16(),))
     program = program.run_decompositions({}) if decompose else program
     _, report = ecp.rewrite(program, target)

@@ -1,0 +1,283 @@
+"""Which tiling a weight gets: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
+
+A number of rows that is not known at export is a launch for each bucket of rows. The bounds of the buckets are chosen
+for each weight, so that the worst loss against the best tiling of every length is smallest.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from et_cuda_passes.kernels.cost import GpuCost, Numbers, TilingCost, Work, is_whole, stacked, time
+from et_cuda_passes.kernels.gpus import HOPPER, GpuArch
+from et_cuda_passes.kernels.tiling import BULK_K, UNBOUNDED, Tiling
+
+BOUNDS = (
+    *(8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512),
+    *(640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096),
+)
+"""Where a bucket of rows may end. Beyond the last one every length has the last bucket's tiling."""
+MOST_LAUNCHES = 8
+ENOUGH = 1.02
+"""A loss that is not worth another launch."""
+MOST_WAVES = 3
+CUT = 1.0
+"""Microseconds that a launch more, and an allocation, cost besides the GPU's time."""
+ROUNDS = 12
+EFFICIENCY = 0.7
+"""Of the tensor cores' rate on a data sheet, that a kernel reaches."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A GPU's costs.
+
+    Attributes:
+        source: where they come from, as in ``calibrated on NVIDIA H100 80GB HBM3``.
+        measured: whether they were measured on such a GPU.
+        gpu: the GPU's own.
+        tilings: by group size (0: one scale a row) and whether steps along K are whole.
+    """
+
+    source: str
+    measured: bool
+    gpu: GpuCost
+    tilings: Mapping[tuple[int, bool], Mapping[Tiling, TilingCost]]
+
+
+def load_costs(path: Path) -> Costs:
+    """A table as ``python -m benchmarks.fit`` writes it.
+
+    Raises:
+        ValueError: a tiling, or a cost of it, is not as it should be, naming the file and the entry.
+    """
+    table = json.loads(path.read_text())
+    found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
+    for entry in table["tilings"]:
+        if len(entry["tiling"]) != len(fields(Tiling)):
+            raise ValueError(f"{path.name}: {entry['tiling']}: a tiling is {[f.name for f in fields(Tiling)]}")
+        tiling = Tiling(*entry["tiling"])
+        if tiling.bulk and (tiling.block_k, tiling.segments) != (BULK_K, 1):
+            raise ValueError(f"{path.name}: {entry['tiling']}: bulk copies are for steps of {BULK_K} in one segment")
+        for group, costs in entry["costs"].items():
+            for whole, numbers in zip((True, False), costs, strict=True):
+                if numbers is None:
+                    continue
+                if len(numbers) != len(fields(TilingCost)) or min(numbers) <= 0:
+                    names = [field.name for field in fields(TilingCost)]
+                    raise ValueError(f"{path.name}: {entry['tiling']}, group size {group}: costs are {names}")
+                found.setdefault((int(group), whole), {})[tiling] = TilingCost(*numbers)
+    return Costs(table["source"], table["measured"], GpuCost(**table["gpu"]), found)
+
+
+def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tuple[int, int]]) -> Costs:
+    """Costs of a GPU that nobody measured, from those of Hopper and from numbers of data sheets.
+
+    Waiting takes as long there. The work of a step takes as long or, where that is longer, what the tensor cores need
+    at EFFICIENCY of their rate. Memory is faster by its bandwidth, the L2 cache by the number of multiprocessors that
+    read it. ``resources`` are registers and bytes of shared memory of the tilings that compile for the GPU.
+    """
+    rate = EFFICIENCY * gpu.rate / gpu.processors
+    found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
+    for form, tilings in measured.tilings.items():
+        for tiling, cost in tilings.items():
+            registers, shared = resources.get(tiling, (0, 0))
+            programs = gpu.resident(registers, shared, tiling.warps) if registers else 0
+            if programs:
+                operations = 2 * tiling.block_m * tiling.block_n * tiling.block_k * tiling.segments**2
+                step = max(cost.step, operations / rate)
+                found.setdefault(form, {})[tiling] = replace(cost, programs=programs, step=step)
+    memory, cache_ = gpu.bandwidth / HOPPER.bandwidth, gpu.processors / HOPPER.processors
+    costs = replace(
+        measured.gpu,
+        bandwidth=measured.gpu.bandwidth * memory,
+        part_bandwidth=measured.gpu.part_bandwidth * memory,
+        cache_bandwidth=measured.gpu.cache_bandwidth * cache_,
+    )
+    return Costs(f"predicted, not measured, for {gpu}", False, costs, found)
+
+
+@cache
+def costs_of(gpu: GpuArch, bits: int) -> Costs:
+    """The costs on a GPU: of its table ``tuned/<name>.json``, or ``tuned/<name>_int8.json``, or predicted.
+
+    They are predicted from Hopper's for these bits, or from its int4 costs while int8 is not measured.
+    """
+    folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
+    own = folder / f"{gpu.name}{suffix}.json"
+    if own.exists():
+        return load_costs(own)
+    resources = json.loads((folder / f"resources{suffix}.json").read_text())[gpu.name]
+    known = {Tiling(*row[: len(fields(Tiling))]): (row[-2], row[-1]) for row in resources}
+    measured = folder / f"{HOPPER.name}{suffix}.json"
+    measured = measured if measured.exists() else folder / f"{HOPPER.name}.json"
+    return predicted_costs(load_costs(measured), gpu, known)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What a choice is made for.
+
+    Attributes:
+        n: out_features, those of both halves of a gated pair.
+        k: in_features.
+        group_size: along K.
+        bits: of a weight.
+        outputs: see :class:`~et_cuda_passes.kernels.cost.Work`.
+        batch: see there; each product is one expert's.
+        experts: whether it is for the experts' kernel, which has no segments, tiles that are cut, copies in bulk, or
+            steps within a group.
+    """
+
+    n: int
+    k: int
+    group_size: int
+    bits: int = 4
+    outputs: float = 1.0
+    batch: int = 1
+    experts: bool = False
+
+    def has(self, tiling: Tiling) -> bool:
+        """Whether the weight's kernel has this tiling."""
+        plain = (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k >= self.group_size
+        return plain or not self.experts
+
+    def work(self, m: Numbers) -> Work:
+        """With so many rows of x."""
+        return Work(m, self.n, self.k, self.weight_bytes, self.outputs, self.batch)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of a row, with its scales."""
+        return self.k * self.bits / 8 + 2 * (self.k / self.group_size)
+
+
+def nearest_group(costs: Costs, weight: Weight) -> int:
+    """The group size whose costs stand for the weight's."""
+    known = sorted({group for group, _ in costs.tilings})
+    if weight.group_size == weight.k and 0 in known:
+        return 0
+    return min((group for group in known if group), key=lambda group: abs(math.log(group / weight.group_size)))
+
+
+def candidates(costs: Costs, weight: Weight) -> Iterator[tuple[Tiling, TilingCost]]:
+    """The tilings that a weight can have, those that cut tiles too."""
+    group = nearest_group(costs, weight)
+    for whole in (True, False):
+        for tiling, cost in costs.tilings.get((group, whole), {}).items():
+            if is_whole(tiling, weight.k) == whole:
+                most = min(MOST_WAVES, cost.programs) if tiling.may_be_cut else 0
+                each = (replace(tiling, waves=waves) for waves in range(most + 1))
+                yield from ((one, cost) for one in each if weight.has(one))
+
+
+def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -> tuple[list[Tiling], np.ndarray]:
+    """The tilings that a weight can have, and microseconds of each (first dimension) for each number of rows.
+
+    Infinite for a tiling of so many or so few rows that it never wins.
+    """
+    tilings, known = zip(*candidates(costs, weight), strict=True)
+    shapes, numbers = stacked(tilings, column=True), np.array(rows)
+    times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
+    likely = (shapes.block_m * 8 >= np.minimum(numbers, 1024)) & (shapes.block_m <= np.maximum(16, 4 * numbers))
+    return [*tilings], np.where(likely, times + CUT * (shapes.waves > 0), np.inf)
+
+
+@cache
+def tiling_for(gpu: GpuArch, weight: Weight, rows: int) -> Tiling:
+    """The cheapest tiling of a weight for a number of rows."""
+    tilings, times = predicted(gpu, costs_of(gpu, weight.bits), weight, [rows])
+    return tilings[int(np.argmin(times[:, 0]))]
+
+
+def lengths(first: int, last: int) -> list[int]:
+    """Numbers of rows from ``first`` to ``last`` that stand for all between: every tile's edge is near one."""
+    return sorted({first, (first + last) // 2, last})
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Tilings by the most rows each serves, ascending, and the worst loss against the best tiling of a length."""
+
+    tilings: Mapping[int, Tiling]
+    loss: float
+
+
+@cache
+def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int = 1, last: int = UNBOUNDED) -> Buckets:
+    """At most ``most`` buckets of rows for lengths from ``first`` to ``last``; the last bucket's bound is UNBOUNDED."""
+    costs = costs_of(gpu, weight.bits)
+    ends = [*(bound for bound in BOUNDS if first <= bound < last), min(last, BOUNDS[-1])]
+    ends = sorted(set(ends)) if first <= BOUNDS[-1] else [first]
+    begins = [first, *(bound + 1 for bound in ends[:-1])]
+    intervals = [lengths(*pair) for pair in zip(begins, ends, strict=True)]
+    rows = [number for interval in intervals for number in interval]
+    choices, times = predicted(gpu, costs, weight, rows)
+    # Of each tiling, the worst loss within each interval.
+    starts = np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
+    losses = np.maximum.reduceat(times / times.min(axis=0), starts, axis=1)
+    chosen = cover(losses, most)
+    worst = float(max(losses[choice, begin:end].max() for begin, end, choice in chosen))
+    found: dict[int, Tiling] = {}
+    for _, end, choice in chosen:
+        earlier = next(reversed(found), None)
+        if earlier is not None and found[earlier] == choices[choice]:
+            del found[earlier]
+        found[ends[end - 1] if end < len(ends) else UNBOUNDED] = choices[choice]
+    return Buckets(found, worst)
+
+
+def cover(losses: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """Intervals as (first, end, choice), at most ``most``, whose worst loss is as small as it can be.
+
+    ``losses`` is of each choice (first dimension) in each interval. Fewer are taken where the loss is below ENOUGH
+    anyway, or hardly larger.
+    """
+    count = losses.shape[1]
+
+    def greedy(limit: float) -> list[tuple[int, int, int]] | None:
+        """As few as cover all with no loss above ``limit``: each reaches as far as it can."""
+        above = losses > limit
+        found: list[tuple[int, int, int]] = []
+        first = 0
+        while first < count:
+            reaches = np.where(above[:, first:].any(axis=1), above[:, first:].argmax(axis=1), count - first)
+            choice = int(reaches.argmax())
+            if reaches[choice] == 0 or len(found) == most:
+                return None
+            found.append((first, first + int(reaches[choice]), choice))
+            first = found[-1][1]
+        return found
+
+    low, high = ENOUGH, float(losses.min(axis=0).max())
+    while greedy(high) is None:
+        high *= 2
+    found = greedy(high) or []
+    if (enough := greedy(low)) is not None:
+        found = enough
+    else:
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            tried = greedy(middle)
+            low, high, found = (middle, high, found) if tried is None else (low, middle, tried)
+    return [(first, end, best_within(losses[:, first:end])) for first, end, _ in found]
+
+
+def best_within(losses: np.ndarray) -> int:
+    """The choice with the smallest worst loss, and of those the smallest sum."""
+    return int(np.lexsort((losses.sum(axis=1), losses.max(axis=1)))[0])
+
+
+def describe(gpu: GpuArch, weight: Weight, rows: int | None) -> str:
+    """The tilings chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
+    costs = costs_of(gpu, weight.bits)
+    if rows is not None:
+        return f"M = {rows}: {tiling_for(gpu, weight, rows)} ({costs.source})"
+    chosen = buckets(gpu, weight).tilings.items()
+    parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen]
+    return f"{'; '.join(parts)} ({costs.source})"

@@ -1,0 +1,168 @@
+"""``rewrite``: an exported program, rewritten for a target, and the report."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
+from et_cuda_passes.graph.driver import apply_passes, gc_disabled
+from et_cuda_passes.graph.finish import finish_program
+from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
+from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
+from et_cuda_passes.ops.registry import OPERATORS
+from et_cuda_passes.quant.candidates import find_candidates
+from et_cuda_passes.quant.decomposed import decomposed_weights
+from et_cuda_passes.quant.unwrapping import unwrapped
+from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
+from et_cuda_passes.targets.compatibility import packed_warnings
+from et_cuda_passes.targets.target import Target
+
+
+def rewrite(
+    exported_program: ExportedProgram,
+    target: str | Target,
+    passes: Iterable[Any] | None = None,
+    expect: Mapping[str, int] | None = None,
+    *,
+    pool: ConstantCache | None = None,
+) -> tuple[ExportedProgram, Report]:
+    """Rewrite the quantized weights of an exported program for ``target``.
+
+    Args:
+        exported_program: from ``torch.export.export``, decomposed or not, or in edge form; it is not changed.
+        target: one of :func:`targets`, or a :class:`Target`.
+        passes: rules, ExecuTorch ``ExportedProgramPassBase`` passes and callables on a ``GraphModule``, in order;
+            None for ``default_passes(target)``.
+        expect: the counts that must result, by rule name ("linear_int4") or status ("rewritten", "kept", "missed").
+        pool: packed constants that the methods of one model share.
+
+    Returns:
+        The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
+
+    Raises:
+        ValueError: the target is unknown, two passes have the same name, ``before`` and ``after`` of the passes contain
+            an unknown name or form a cycle, or ``expect`` contains an unknown name or a negative count.
+        TypeError: ``exported_program``, ``passes`` or ``expect`` is not of a type that is accepted.
+        ExpectationError: the counts are not those expected.
+    """
+    if not isinstance(exported_program, ExportedProgram):
+        raise TypeError(
+            f"rewrite needs a torch.export.ExportedProgram, not {type(exported_program).__name__}; "
+            "export the model with torch.export.export(model, args) first"
+        )
+    chosen = get_target(target)
+    entries = parse_passes(default_passes(chosen) if passes is None else passes)
+    check_expected(expect, [entry.name for entry in entries])
+
+    # 1. Normalise: weights that are still wrapped in tensor subclasses are unwrapped.
+    normalised, still_wrapped = unwrapped(exported_program)
+    find = partial(find_candidates, advised=chosen.advised, wrapped=still_wrapped)
+    with gc_disabled():
+        # 2. Copy: only the copy is changed.
+        program = Program(normalised, pool)
+        # 3. Find candidates: the operators that read a quantized weight.
+        tracker = OutcomeTracker(find(program), group_rules(entries))
+    # 4. Apply the pass list.
+    program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
+    with gc_disabled():
+        quantized_still = tracker.created_candidates(find(program))
+        # 5. Finish: repair strides and names, verify.
+        result = finish_program(program)
+    # 6. Report.
+    report = _report(tracker, chosen, entries, normalised, result, quantized_still)
+    check_expectations(expect, report)
+    return result, report
+
+
+def _report(
+    tracker: OutcomeTracker,
+    target: Target,
+    entries: Sequence[Pass],
+    before: ExportedProgram,
+    after: ExportedProgram,
+    quantized_still: Iterable[Candidate],
+) -> Report:
+    """The outcomes, and warnings about quantized weights that have no outcome.
+
+    Args:
+        tracker: the outcomes.
+        target: the target of the rewrite.
+        entries: the passes that ran.
+        before: the program as the passes got it.
+        after: the program as they left it.
+        quantized_still: operators that rules created and that read a quantized weight.
+    """
+    names = [entry.name for entry in entries]
+    report = tracker.report(target.name, names, constant_bytes(before), constant_bytes(after))
+    for candidate in quantized_still:
+        report.warnings.append(
+            f"{candidate.op} {candidate.name or candidate.node.name} still reads the quantized weight "
+            f"{candidate.fqn}: a rule created it, and no later pass rewrote it"
+        )
+    reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
+    decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
+    if decomposed:
+        report.warnings.append(
+            f"the program converts {len(decomposed)} integer matrices itself ({decomposed[0]}, ...): their dequantize "
+            "was decomposed; rewrite before run_decompositions(), or decompose with run_decompositions({})"
+        )
+    nothing_else = not (report.outcomes or any(report.applied.values()) or decomposed)
+    report.warnings += packed_warnings(before, target, nothing_else)
+    return report
+
+
+def parse_passes(passes: Iterable[Any]) -> list[Pass]:
+    """Check a pass list and put it into its order: see :func:`et_cuda_passes.graph.passes.parse`.
+
+    ``before`` and ``after`` of a pass may contain the name of a default rule of any target, so that a pass works with
+    several targets, and in a list without that rule.
+    """
+    known = {rule.name for name in targets() for rule in default_passes(name)}
+    return parse(passes, _is_program_pass, known, RENAMED_PASSES)
+
+
+def _is_program_pass(value: Any) -> bool:
+    """Whether ``value`` is an ExecuTorch ``ExportedProgramPassBase``; none exists before ExecuTorch is imported."""
+    module = sys.modules.get("executorch.exir.pass_base")
+    base = getattr(module, "ExportedProgramPassBase", None)
+    return base is not None and isinstance(value, base)
+
+
+def check_expected(expect: object, passes: Iterable[str] | None = None) -> None:
+    """Check that ``expect`` maps names to counts, and that the names are those of ``passes`` or statuses.
+
+    Raises:
+        TypeError: ``expect`` is not a mapping of texts to integers.
+        ValueError: a count is negative, or a name is neither a pass nor a status.
+    """
+    if expect is None:
+        return
+    known = None if passes is None else [*STATUSES, *passes]
+    if not isinstance(expect, Mapping):
+        raise TypeError(f"expect must map names to counts, as {{'missed': 0}} does; got a {type(expect).__name__}")
+    for name, count in expect.items():
+        if not isinstance(name, str) or not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"expect must map names to counts, as {{'missed': 0}} does; got {name!r}: {count!r}")
+        if count < 0:
+            raise ValueError(f"expect has the count {count} for {name!r}; a count is 0 or more")
+        if known is not None and name not in known:
+            nearest = nearest_names(name, known, RENAMED_PASSES)
+            raise ValueError(f"expect contains {name!r}, which is no pass of the list and no status; {nearest}")
+
+
+def check_expectations(expect: Mapping[str, int] | None, report: Report) -> None:
+    """Compare the expected counts with those of a report.
+
+    Raises:
+        TypeError, ValueError: see :func:`check_expected`.
+        ExpectationError: a count differs.
+    """
+    check_expected(expect, report.passes)
+    counts = report.counts()
+    if expect and any(counts.get(name, 0) != count for name, count in expect.items()):
+        raise ExpectationError(expect, report)

@@ -1,0 +1,108 @@
+"""What is measured of tilings covers them, and the fit finds the costs that measurements were made from."""
+
+import json
+import math
+import random
+from collections import Counter
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.calibrate import GROUPS, begun, candidates, heights, key, plan
+from benchmarks.fit import MISSING_ROW, Fit, load, table_text, weight_bytes
+from et_cuda_passes.kernels.choose import load_costs
+from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole, time
+from et_cuda_passes.kernels.gpus import HOPPER
+from et_cuda_passes.kernels.tiling import BULK_K, Tiling
+
+GPU = GpuCost(1.6, 2.7e6, 7e6, 2.2, 0.1, 3e6, MISSING_ROW, 5.0)
+TILINGS = [Tiling(8, 16, 128, 4, 0, 4, 4), Tiling(64, 64, 128, 1, 0, 4, 4), Tiling(128, 64, 64, 1, 0, 4, 4, 1)]
+RESOURCES = {TILINGS[0]: (92, 46592), TILINGS[1]: (121, 79360), TILINGS[2]: (106, 73248)}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("wgmma", [True, False])
+def test_every_candidate_is_a_tiling_of_its_kernel(bits: int, wgmma: bool) -> None:
+    tried = candidates(bits, wgmma)
+    assert len(set(tried)) == len(tried)
+    assert any(tiling.bulk for tiling in tried) == (bits == 4 and wgmma)
+    for tiling in tried:
+        assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0, tiling
+        assert tiling.waves == 0
+        assert not tiling.bulk or (tiling.block_k, tiling.segments) == (BULK_K, 1), tiling
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_any_beginning_of_the_plan_has_some_of_everything(bits: int) -> None:
+    points = plan(bits, True, 132, 28)
+    assert len(set(points)) == len(points)
+    for part in (points, points[: len(points) // 4]):
+        fitted = [point for point in part if point.kind == "fit" and point.tiling is not None]
+        groups = {(p.tiling, 0 if bits == 8 and p.group == p.k else p.group) for p in fitted}
+        assert groups == {(tiling, group) for tiling in candidates(bits, True) for group in GROUPS[bits]}
+        assert {point.kind for point in part} == {"fit", "cut", "held"}
+    for point in points:
+        assert 1 <= point.m <= 4096 and 512 <= point.n <= 160_000 and point.k % (point.group or 1) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 17, 64, 65, 129, 1023, 4096])
+def test_a_product_is_timed_in_tiles_that_may_suit_it(rows: int) -> None:
+    found = heights(rows)
+    assert min(256, rows) <= 2 * max(found) and min(found) <= max(8, 2 * rows)
+
+
+def costs_of(tiling: Tiling, group: int, whole: bool) -> TilingCost:
+    chance = random.Random(f"{tiling} {group} {whole}")
+    registers, shared = RESOURCES[tiling]
+    programs = HOPPER.resident(registers, shared, tiling.warps)
+    numbers = (chance.uniform(0.8, 2), chance.uniform(0.1, 0.4), chance.uniform(0.3, 0.8), chance.uniform(0.1, 0.3))
+    return TilingCost(programs, *numbers)
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    """A file as of a GPU whose times are the model's, and 2 % of noise."""
+    chance = random.Random(0)
+    machine = {"kind": "machine", "bits": 4, "gpu": "a GPU", "capability": [9, 0], "processors": 132, "start": 1.3}
+    lines = [machine | {"bandwidth": 2.6e12, "rate": 7e14}]
+    for tiling, (registers, shared) in RESOURCES.items():
+        for whole in (True, False):
+            named = {"kind": "kernel", "tiling": astuple(tiling), "group": 32, "whole": whole}
+            lines.append(named | {"registers": registers, "shared": shared})
+    for point in plan(4, True, 132, 0):
+        if point.tiling is None or replace(point.tiling, waves=0) not in TILINGS:
+            continue
+        cost = costs_of(replace(point.tiling, waves=0), point.group, is_whole(point.tiling, point.k))
+        work = Work(point.m, point.n, point.k, weight_bytes(4, point.k, point.group))
+        taken = time(point.tiling, work, cost, GPU, 132) * math.exp(chance.gauss(0, 0.02))
+        lines.append(point.entry() | {"us": taken})
+    path = tmp_path / "calibration.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_fit_finds_what_the_times_were_made_from(calibration: Path, tmp_path: Path) -> None:
+    fit = Fit(load(calibration))
+    fit.run()
+    points = fit.calibration.points
+    off = np.abs(np.log(fit.predicted(points) / [point.us for point in points]))
+    assert np.quantile(off, 0.5) < 0.03
+    assert np.quantile(off, 0.95) < 0.1
+    table = tmp_path / "table.json"
+    table.write_text(table_text(fit))
+    read = load_costs(table)
+    assert read.source == "calibrated on a GPU" and read.measured
+    assert Counter(len(tilings) for tilings in read.tilings.values())[len(TILINGS)] >= 3
+    for (group, whole), tilings in read.tilings.items():
+        for tiling, cost in tilings.items():
+            assert cost.programs == costs_of(tiling, group, whole).programs
+
+
+def test_a_file_of_another_gpu_is_not_gone_on_with(calibration: Path) -> None:
+    assert begun(calibration.with_name("none"), 4, "a GPU") == []
+    measured = {key(line) for line in begun(calibration, 4, "a GPU") if "us" in line}
+    assert measured <= {key(json.loads(json.dumps(point.entry()))) for point in plan(4, True, 132, 0)}
+    with pytest.raises(ValueError, match=r"has measurements of int4 on a GPU; give --out a new file for int4 on B"):
+        begun(calibration, 4, "B")

@@ -1,0 +1,48 @@
+"""The package's table of costs against the calibration, of which some products were not fitted."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.fit import Fit, held_products, load
+from benchmarks.pool import geometric_mean
+from et_cuda_passes.kernels.choose import costs_of
+from et_cuda_passes.kernels.gpus import HOPPER
+
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "calibrations" / "sm_90.jsonl.gz"
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Fit:
+    """The calibration, with the costs of the package's table in place of a new fit."""
+    fit, costs = Fit(load(RECORDED)), costs_of(HOPPER, 4)
+    fit.gpu = costs.gpu
+    fit.costs = {
+        (tiling, group, whole): cost
+        for (group, whole), tilings in costs.tilings.items()
+        for tiling, cost in tilings.items()
+    }
+    return fit
+
+
+@pytest.mark.parametrize(("kind", "least"), [("fit", 7000), ("cut", 1250), ("held", 3800)])
+def test_the_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, kind: str, least: int) -> None:
+    points = [point for point in recorded.known(recorded.calibration.points) if point.kind == kind]
+    assert len(points) >= least
+    off = np.abs(np.log(recorded.predicted(points) / [point.us for point in points]))
+    assert np.mean(off <= math.log(1.15)) >= 0.9
+    assert np.quantile(off, 0.5) <= math.log(1.05)
+
+
+def test_the_predicted_choice_loses_little_on_products_that_were_not_fitted(recorded: Fit) -> None:
+    lost = []
+    for points in held_products(recorded.calibration.points).values():
+        timed = recorded.known(points)
+        chosen = timed[int(np.argmin(recorded.predicted(timed)))]
+        lost.append(chosen.us / min(point.us for point in timed))
+    assert len(lost) == 70
+    assert geometric_mean(lost) <= 1.04
+    assert sum(loss > 1.15 for loss in lost) <= 5
+    assert max(lost) <= 1.32

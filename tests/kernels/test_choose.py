@@ -1,0 +1,201 @@
+"""Which tiling a weight gets: the cheapest, in buckets of rows whose worst loss is as small as it can be."""
+
+import itertools
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from et_cuda_passes.kernels.choose import (
+    BOUNDS,
+    ENOUGH,
+    MOST_LAUNCHES,
+    Weight,
+    buckets,
+    candidates,
+    costs_of,
+    cover,
+    describe,
+    load_costs,
+    predicted,
+    tiling_for,
+)
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch, gpu_arch
+from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
+
+TABLES = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
+WEIGHTS = [
+    Weight(8192, 3072, 32),
+    Weight(3072, 8192, 64),
+    Weight(576, 576, 32),
+    Weight(131072, 3072, 128),
+    Weight(45, 96, 32),
+    Weight(4096, 11008, 128, outputs=3),
+    Weight(1024, 2048, 32, batch=64, experts=True),
+    Weight(8192, 3072, 32, bits=8),
+    Weight(3072, 8192, 8192, bits=8),
+    Weight(1000, 1040, 16, bits=8),
+]
+ALL = pytest.mark.parametrize("weight", WEIGHTS, ids=str)
+
+
+def smallest_loss(losses: list[list[float]], most: int) -> float:
+    """By trying every way to divide the intervals among at most ``most`` choices."""
+    count = len(losses[0])
+    found = float("inf")
+    for parts in range(most):
+        for cuts in itertools.combinations(range(1, count), parts):
+            ends = [0, *cuts, count]
+            worst = max(min(max(row[a:b]) for row in losses) for a, b in itertools.pairwise(ends))
+            found = min(found, worst)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cover_reaches_the_smallest_loss(seed: int) -> None:
+    chance = random.Random(seed)
+    losses = [[1 + chance.random() for _ in range(7)] for _ in range(4)]
+    for i in range(7):
+        losses[chance.randrange(4)][i] = 1.0
+    for most in (1, 2, 3, 4):
+        found = cover(np.array(losses), most)
+        assert len(found) <= most
+        assert [first for first, _, _ in found] == [0, *(end for _, end, _ in found[:-1])] and found[-1][1] == 7
+        worst = max(losses[choice][i] for first, end, choice in found for i in range(first, end))
+        assert worst <= max(ENOUGH, smallest_loss(losses, most)) + 1e-3
+
+
+def test_cover_takes_one_choice_where_it_is_good_enough() -> None:
+    losses = [[1.0, 1.01, 1.0], [1.01, 1.0, 1.01]]
+    assert cover(np.array(losses), 3) == [(0, 3, 0)]
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+@ALL
+def test_buckets_ascend_from_one_row_to_any_number(weight: Weight, gpu: GpuArch) -> None:
+    found = buckets(gpu, weight)
+    bounds = [*found.tilings]
+    assert bounds == sorted(bounds) and bounds[-1] == UNBOUNDED
+    assert set(bounds[:-1]) <= set(BOUNDS)
+    assert 1 <= len(bounds) <= MOST_LAUNCHES
+    assert all(first != second for first, second in itertools.pairwise(found.tilings.values()))
+
+
+@ALL
+def test_more_launches_lose_no_more(weight: Weight) -> None:
+    losses = [buckets(HOPPER, weight, most).loss for most in (1, 2, 4, 6, 8)]
+    assert all(few >= many - 1e-2 for few, many in itertools.pairwise(losses))
+    assert losses[-1] < 1.3
+
+
+@ALL
+def test_the_loss_is_that_against_the_best_tiling_of_each_length(weight: Weight) -> None:
+    found, costs = buckets(HOPPER, weight), costs_of(HOPPER, weight.bits)
+    lengths = (1, 7, 8, 9, 33, 100, 129, 257, 700, 1500, 2049, 4096)
+    tilings, times = predicted(HOPPER, costs, weight, lengths)
+    for number, rows in enumerate(lengths):
+        tiling = next(tiling for bound, tiling in found.tilings.items() if rows <= bound)
+        best = tiling_for(HOPPER, weight, rows)
+        chosen, least = (times[tilings.index(each), number] for each in (tiling, best))
+        # The buckets look at three lengths of every interval between bounds, and not at all of them.
+        assert least <= chosen <= least * found.loss * 1.1, rows
+
+
+@ALL
+def test_the_choice_is_the_same_every_time(weight: Weight) -> None:
+    first = buckets(HOPPER, weight), tiling_for(HOPPER, weight, 333)
+    buckets.cache_clear()
+    tiling_for.cache_clear()
+    costs_of.cache_clear()
+    assert (buckets(HOPPER, weight), tiling_for(HOPPER, weight, 333)) == first
+
+
+@pytest.mark.parametrize(("first", "last"), [(2, 4096), (1, 16), (17, 17), (100, 5000), (5000, UNBOUNDED)])
+def test_buckets_are_for_the_lengths_that_there_are(first: int, last: int) -> None:
+    bounds = [*buckets(HOPPER, WEIGHTS[0], first=first, last=last).tilings]
+    assert bounds[-1] == UNBOUNDED
+    assert all(first <= bound < last for bound in bounds[:-1])
+
+
+def test_a_known_length_gets_no_tiling_of_much_more_rows() -> None:
+    for weight in WEIGHTS:
+        assert tiling_for(HOPPER, weight, 1).block_m <= 32
+        assert tiling_for(HOPPER, weight, 4096).block_m >= 64
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gpu_gets_only_what_fits_it(gpu: GpuArch, bits: int) -> None:
+    costs = costs_of(gpu, bits)
+    assert costs.measured == (gpu == HOPPER and bits == 4)
+    found = [tiling for weight in WEIGHTS if weight.bits == bits for tiling, _ in candidates(costs, weight)]
+    assert found
+    if gpu != HOPPER:
+        assert not any(tiling.bulk for tiling in found)
+    # A tile of x alone, in all stages.
+    assert all(2 * t.segments * t.block_m * t.block_k * (t.stages - 1) <= gpu.program_memory for t in found), (
+        "no tiling is larger than a program's shared memory"
+    )
+
+
+def test_fewer_multiprocessors_take_longer() -> None:
+    small, costs = gpu_arch("sm_90:66"), costs_of(HOPPER, 4)
+    assert costs_of(small, 4) is not None
+    slow, fast = (predicted(gpu, costs, WEIGHTS[0], [2048])[1] for gpu in (small, HOPPER))
+    assert np.isfinite(fast).sum() > 10
+    assert (slow > fast)[np.isfinite(fast)].all()
+
+
+def test_a_description_names_every_bucket_and_where_it_comes_from() -> None:
+    weight = WEIGHTS[0]
+    assert describe(HOPPER, weight, None).startswith("M <= ")
+    assert "; else " in describe(HOPPER, weight, None)
+    assert describe(HOPPER, weight, 1).startswith(f"M = 1: {tiling_for(HOPPER, weight, 1)} (calibrated on ")
+    assert describe(GPUS["sm_89"], weight, 1).endswith("(predicted, not measured, for sm_89)")
+    assert describe(gpu_arch("sm_86:28"), weight, 1).endswith("(predicted, not measured, for sm_86:28)")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_tiling_of_a_table_is_one_of_its_kernel(bits: int) -> None:
+    for tilings in costs_of(HOPPER, bits).tilings.values():
+        for tiling in tilings:
+            assert tiling.block_k in (64, 128, 256)
+            assert tiling.segments * tiling.block_n % (16 * tiling.warps) == 0
+            assert tiling.waves == 0
+            assert tiling.bulk == 0 or bits == 4
+
+
+def _table(tmp_path: Path, tiling: list[int], costs: list[float]) -> Path:
+    table = json.loads((TABLES / "sm_90.json").read_text())
+    table["tilings"] = [{"tiling": tiling, "costs": {"32": [costs, None]}}]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("tiling", "costs", "wanted"),
+    [
+        ([16, 64], [1, 1.0, 1.0, 1.0, 1.0], r"mine.json: \[16, 64\]: a tiling is \['block_m', "),
+        ([16, 64, 128, 1, 0, 4, 3, 1], [1, 1.0, 1.0, 1.0, 1.0], r"bulk copies are for steps of 64 in one segment"),
+        ([16, 64, 128, 1, 0, 4, 3, 0], [1, 1.0, 1.0], r"group size 32: costs are \['programs', "),
+        ([16, 64, 128, 1, 0, 4, 3, 0], [1, 1.0, 0.0, 1.0, 1.0], r"group size 32: costs are \['programs', "),
+    ],
+)
+def test_a_table_that_is_not_whole_is_refused(
+    tmp_path: Path, tiling: list[int], costs: list[float], wanted: str
+) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        load_costs(_table(tmp_path, tiling, costs))
+
+
+def test_a_table_is_read_as_it_is_written(tmp_path: Path) -> None:
+    costs = load_costs(_table(tmp_path, [16, 64, 128, 1, 0, 4, 3, 0], [2, 1.5, 0.25, 0.5, 0.125]))
+    ((form, found),) = costs.tilings.items()
+    ((tiling, cost),) = found.items()
+    assert form == (32, True) and tiling == Tiling(16, 64, 128, 1, 0, 4, 3)
+    assert (cost.programs, cost.begin, cost.each, cost.latency, cost.step) == (2, 1.5, 0.25, 0.5, 0.125)
+    assert replace(cost, programs=1) != cost
