@@ -59,3 +59,8 @@ class Quantized(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.form(x, self.weight(), self.bias)
+
+
+def export(model: torch.nn.Module, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.export.ExportedProgram:
+    """``model``, exported with one random input of ``shape``."""
+    return torch.export.export(model, (torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype),))

@@ -1,4 +1,4 @@
-"""linear_int4: every form in which a linear stands in a graph, every rank, static and dynamic, decomposed or not."""
+"""The shared patterns: a linear in every form and rank, static and dynamic, as written and decomposed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.export import Dim
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_rewrites
 from tests.quantized import Quantized
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -33,7 +32,7 @@ MATRIX_FORMS: dict[str, Form] = {
 SHAPES = {1: (64,), 2: (5, 64), 3: (2, 5, 64), 4: (2, 3, 5, 64)}
 
 
-def check(model: torch.nn.Module, x: Tensor, dynamic: Any = None, decompose: bool = False) -> None:
+def assert_rewritten(model: torch.nn.Module, x: Tensor, dynamic: Any = None, decompose: bool = False) -> None:
     program = torch.export.export(model, (x,), dynamic_shapes=dynamic)
     if decompose:
         # Everything but the dequantize itself, which the default table takes apart too.
@@ -54,23 +53,23 @@ def check(model: torch.nn.Module, x: Tensor, dynamic: Any = None, decompose: boo
 @pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
 @pytest.mark.parametrize("rank", SHAPES)
 @pytest.mark.parametrize("form", FORMS)
-def test_forms(form: str, rank: int, decompose: bool) -> None:
-    check(Quantized(48, 64, form=FORMS[form]), torch.randn(SHAPES[rank]).bfloat16(), decompose=decompose)
+def test_linear_pattern_matches_every_form(form: str, rank: int, decompose: bool) -> None:
+    assert_rewritten(Quantized(48, 64, form=FORMS[form]), torch.randn(SHAPES[rank]).bfloat16(), decompose=decompose)
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
 @pytest.mark.parametrize("form", MATRIX_FORMS)
-def test_matrix_forms(form: str, decompose: bool) -> None:
-    check(Quantized(48, 64, form=MATRIX_FORMS[form]), torch.randn(5, 64).bfloat16(), decompose=decompose)
+def test_linear_pattern_matches_every_matrix_product(form: str, decompose: bool) -> None:
+    assert_rewritten(Quantized(48, 64, form=MATRIX_FORMS[form]), torch.randn(5, 64).bfloat16(), decompose=decompose)
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
 @pytest.mark.parametrize("rank", [2, 3, 4])
-def test_dynamic_lengths(rank: int, decompose: bool) -> None:
+def test_linear_pattern_matches_dynamic_lengths(rank: int, decompose: bool) -> None:
     model = Quantized(48, 64)
     dims = {rank - 2: Dim("length", min=1, max=512)} | ({0: Dim("batch", min=1, max=8)} if rank > 2 else {})
     x = torch.randn(SHAPES[rank]).bfloat16()
-    check(model, x, dynamic=(dims,), decompose=decompose)
+    assert_rewritten(model, x, dynamic=(dims,), decompose=decompose)
     program = torch.export.export(model, (x,), dynamic_shapes=(dims,))
     rewritten, _ = ecp.rewrite(program, "cuda")
     for length in (1, 7, 300):
@@ -79,41 +78,7 @@ def test_dynamic_lengths(rank: int, decompose: bool) -> None:
         assert (rewritten.module()(other) - wanted).norm() / wanted.norm() < 6e-3
 
 
-BIASES: dict[str, Form] = {
-    "addmm [M, N]": lambda x, w, b: torch.addmm(x[:, :48], x, w.t()),
-    "addmm [M, 1]": lambda x, w, b: torch.addmm(x[:, :1], x, w.t()),
-    "addmm [1, N]": lambda x, w, b: torch.addmm(b[None], x, w.t()),
-    "addmm [1]": lambda x, w, b: torch.addmm(b[:1], x, w.t()),
-    "addmm []": lambda x, w, b: torch.addmm(b.sum(), x, w.t()),
-    "linear [1]": lambda x, w, b: F.linear(x, w, b[:1]),
-    "linear, expanded": lambda x, w, b: F.linear(x, w, b[:1].expand(48)),
-    "linear, every other": lambda x, w, b: F.linear(x, w, b.repeat(2)[::2]),
-    "linear, a column": lambda x, w, b: F.linear(x, w, torch.stack([b, b + 1], 1)[:, 0]),
-    "between views": lambda x, w, b: torch.addmm(x[:, :48], x[:, None].view(-1, 64), w.t()).view(-1, 1, 48),
-}
-
-
-@pytest.mark.parametrize(
-    ("target", "group", "dynamic"),
-    [("cuda", 32, False), ("cuda", 32, True), ("cuda", 64, False), ("cpu", 64, True), ("metal", 32, False)],
-)
-@pytest.mark.parametrize("form", BIASES)
-def test_every_form_of_bias(form: str, target: str, group: int, dynamic: bool) -> None:
-    """A kernel adds N numbers; what is no vector of them is added behind it."""
-    bits = {} if group == 32 else {"low": -128, "high": 127}
-    model, x = Quantized(48, 64, group, form=BIASES[form], **bits), torch.randn(5, 64).bfloat16()
-    length = ({0: Dim("length", min=2, max=64)},) if dynamic else None
-    program = torch.export.export(model, (x,), dynamic_shapes=length)
-    expect = {"linear_int4" if group == 32 else "linear_int8": 1, "missed": 0}
-    rewritten, _ = assert_rewrites(program, target, expect=expect)
-    (linear,) = (node for node in rewritten.graph.nodes if "et_cuda_passes" in str(node.target))
-    bias = linear.args[3 if group == 32 else 4]
-    assert bias is None or bias.meta["val"].shape == (48,)
-    if target == "cuda" and form == "addmm [M, N]" and group == 32:
-        assert linear.args[8] is not None  # where it is of the result's shape, the kernel adds it after all
-
-
-def test_a_product_with_other_factors_is_no_linear() -> None:
+def test_linear_pattern_rejects_addmm_with_other_factors() -> None:
     model = Quantized(48, 64, form=lambda x, w, b: torch.addmm(b, x, w.t(), alpha=2))
     program = torch.export.export(model, (torch.randn(5, 64).bfloat16(),))
     _, report = ecp.rewrite(program, "cuda", [ecp.LinearInt4()], expect={"missed": 1})
@@ -122,7 +87,7 @@ def test_a_product_with_other_factors_is_no_linear() -> None:
     assert reason.found == "2"
 
 
-def test_a_weight_on_the_left_is_no_linear() -> None:
+def test_linear_pattern_rejects_weight_on_the_left() -> None:
     model = Quantized(64, 64, form=lambda x, w, b: torch.mm(w, x))
     _, report = ecp.rewrite(torch.export.export(model, (torch.randn(64, 3).bfloat16(),)), "cuda")
     assert report.counts() == {"rewritten": 0, "kept": 0, "missed": 1}

@@ -1,4 +1,4 @@
-"""Linears of one input, fused: what goes together, what does not and why, the numbers, and the bytes."""
+"""FusedLinearInt4: which linears are fused, why others are not, the numbers, and the bytes."""
 
 import io
 from collections.abc import Callable
@@ -26,7 +26,7 @@ X = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward layer: q with a bias, k and v of fewer rows, gate and up, and two that go alone."""
+    """Attention and a feed-forward layer: seven linears, of which o and down have an input of their own."""
 
     def __init__(self, dtype: torch.dtype = BF16) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        # Heads are split by views, which ask for a layout that a slice does not have.
+        # Views split the heads; they need a layout that a slice does not have.
         q = q.view(2, -1, 4, 16).transpose(1, 2)
         k, v = (t.view(2, -1, 2, 16).repeat_interleave(2, 2).transpose(1, 2) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
@@ -59,7 +59,7 @@ def block() -> ExportedProgram:
 
 @pytest.mark.parametrize("form", ["exported", "decomposed"])
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_q_k_v_and_gate_up(block: ExportedProgram, target: str, form: str) -> None:
+def test_q_k_v_and_gate_up_are_fused(block: ExportedProgram, target: str, form: str) -> None:
     before = block if form == "exported" else block.run_decompositions({})
     expect = {"fused_linear_int4": 5, "linear_int4": 2, "missed": 0}
     for length in (2, 9):
@@ -77,14 +77,14 @@ def test_q_k_v_and_gate_up(block: ExportedProgram, target: str, form: str) -> No
     assert not any(name.startswith(("k.", "v.", "up.")) or name == "q.bias" for name in program.state_dict)
 
 
-def test_the_slices_are_what_each_linear_alone_gives(block: ExportedProgram) -> None:
-    """Bit for bit: a row of the result is computed from a row of the weight, wherever that is packed."""
+def test_slices_equal_results_of_separate_linears(block: ExportedProgram) -> None:
+    """They are equal bit by bit: the position of a row in the packed weight does not change its result."""
     fused, _ = ecp.rewrite(block, "cuda", PASSES)
     alone, _ = ecp.rewrite(block, "cuda")
     assert torch.equal(fused.module()(X), alone.module()(X))
 
 
-def test_each_slice_has_the_place_s_own_source_and_provenance(block: ExportedProgram) -> None:
+def test_slice_has_provenance_of_its_linear(block: ExportedProgram) -> None:
     program, _ = ecp.rewrite(block, "cuda", PASSES)
     slices = program.graph.find_nodes(op="call_function", target=aten.clone.default)
     assert [[source.name for source in node.meta["from_node"]] for node in slices] == [
@@ -100,7 +100,7 @@ def test_each_slice_has_the_place_s_own_source_and_provenance(block: ExportedPro
         assert node.meta["val"].is_contiguous()
 
 
-def test_saved_decomposed_and_the_same_bytes(block: ExportedProgram) -> None:
+def test_fused_program_can_be_saved_and_decomposed_with_the_same_bytes(block: ExportedProgram) -> None:
     def saved() -> bytes:
         buffer = io.BytesIO()
         torch.export.save(ecp.rewrite(block, "cuda", PASSES)[0], buffer)
@@ -112,7 +112,7 @@ def test_saved_decomposed_and_the_same_bytes(block: ExportedProgram) -> None:
         assert torch.equal(after.module()(X), program.module()(X))
 
 
-def test_methods_share_what_is_fused() -> None:
+def test_methods_share_fused_constants() -> None:
     model, pool = Block(), ConstantCache()
     programs = [torch.export.export(model, (X[:, :length],)) for length in (3, 5)]
     first, second = (ecp.rewrite(program, "cuda", PASSES, pool=pool)[0] for program in programs)
@@ -121,7 +121,7 @@ def test_methods_share_what_is_fused() -> None:
 
 
 class Pair(nn.Module):
-    """``use(pair, x)`` over two quantized linears [16, 64] that could be fused; options are those of the second."""
+    """``use(pair, x)`` of two quantized linears [16, 64] that can be fused; the options are those of the second."""
 
     def __init__(self, use: Callable[[Any, Tensor], Any], **second: Any) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def pair(use: Callable[[Any, Tensor], Any] = both, **second: Any) -> ExportedPro
     return torch.export.export(Pair(use, **second), (X,))
 
 
-def test_two_that_are_alike() -> None:
+def test_linears_of_one_scheme_and_input_are_fused() -> None:
     assert_rewrites(pair(), passes=PASSES, expect={"fused_linear_int4": 2})
 
 
@@ -150,18 +150,18 @@ def test_two_that_are_alike() -> None:
     [{"group": 64}, {"low": 0, "high": 15}, {"scale_dtype": torch.float32}, {"storage": torch.int16}],
     ids=["group size", "range", "scales' dtype", "storage"],
 )
-def test_other_schemes_are_not_fused(second: dict[str, Any]) -> None:
+def test_linears_of_different_schemes_are_not_fused(second: dict[str, Any]) -> None:
     program = pair(**second)
     assert_misses(program, "wanted another match to rewrite together with", rule="fused_linear_int4", passes=PASSES[:1])
     assert_rewrites(program, passes=PASSES, expect={"fused_linear_int4": 0, "linear_int4": 2})
 
 
-def test_zero_points_in_one_of_them_only() -> None:
+def test_linears_are_fused_if_only_one_has_zero_points() -> None:
     assert_rewrites(pair(zero_points="random"), passes=PASSES, expect={"fused_linear_int4": 2})
     assert_rewrites(pair(zero_points=None), passes=PASSES, expect={"fused_linear_int4": 2})
 
 
-def test_other_inputs_are_not_fused() -> None:
+def test_linears_of_different_inputs_are_not_fused() -> None:
     program = pair(lambda pair, x: (pair.a(x), pair.b(x + 1)))
     assert_misses(program, "wanted another match to rewrite together with", rule="fused_linear_int4", passes=PASSES[:1])
 
@@ -177,7 +177,7 @@ def test_other_inputs_are_not_fused() -> None:
     ],
     ids=["another input", "twice", "dequantized", "the integers", "in a branch"],
 )
-def test_a_weight_that_something_else_reads_is_not_fused(use: Any, reader: str) -> None:
+def test_weight_has_one_reader_rejects_every_other_reader(use: Any, reader: str) -> None:
     program = pair(use)
     report = assert_misses(program, "a weight that only this linear reads", rule="fused_linear_int4", passes=PASSES[:1])
     assert reader in str(report)
@@ -185,7 +185,7 @@ def test_a_weight_that_something_else_reads_is_not_fused(use: Any, reader: str) 
     assert sum(name.endswith("packed") for name in program.state_dict) == 2
 
 
-def test_one_dequantized_weight_with_two_readers_is_not_fused() -> None:
+def test_weight_has_one_reader_rejects_dequantized_weight_with_two_readers() -> None:
     sketch = Sketch()
     x, weight = sketch.input("x", 2, 64, dtype=BF16), sketch.weight("w")
     other = sketch.weight("v", seed=1)
@@ -194,7 +194,7 @@ def test_one_dequantized_weight_with_two_readers_is_not_fused() -> None:
     assert_rewrites(program, passes=PASSES, expect={"linear_int4": 3, "fused_linear_int4": 0})
 
 
-def test_large_linears_are_left_to_the_rule_behind(block: ExportedProgram) -> None:
+def test_max_out_features_leaves_larger_linears_to_linear_int4(block: ExportedProgram) -> None:
     fused = ecp.FusedLinearInt4(max_out_features=64)
     _, report = ecp.rewrite(block, "cuda", [fused, ecp.LinearInt4()])
     counts = report.counts()
@@ -203,7 +203,7 @@ def test_large_linears_are_left_to_the_rule_behind(block: ExportedProgram) -> No
     assert_misses(block, "wanted no more out_features than max_out_features, found 100", passes=[fused])
 
 
-def test_a_computed_bias_is_not_fused() -> None:
+def test_bias_is_constant_vector_rejects_computed_bias() -> None:
     sketch = Sketch()
     x, bias = sketch.input("x", 2, 64, dtype=BF16), sketch.input("bias", 16, dtype=BF16)
     first = sketch.call(aten.linear.default, x, sketch.weight("w"))
@@ -213,7 +213,7 @@ def test_a_computed_bias_is_not_fused() -> None:
     assert_rewrites(program, passes=PASSES, expect={"linear_int4": 2})
 
 
-def test_an_input_written_in_between_is_not_fused() -> None:
+def test_linears_with_a_mutation_of_their_input_in_between_are_not_fused() -> None:
     sketch = Sketch()
     x = sketch.call(aten.neg.default, sketch.input("x", 2, 64, dtype=BF16))
     first = sketch.call(aten.linear.default, x, sketch.weight("w"))
@@ -224,7 +224,7 @@ def test_an_input_written_in_between_is_not_fused() -> None:
     assert_rewrites(program, passes=PASSES, expect={"linear_int4": 2})
 
 
-def test_a_result_that_is_written_in_place_writes_nothing_else() -> None:
+def test_mutation_of_one_result_changes_no_other() -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=BF16)
     first = sketch.call(aten.linear.default, x, sketch.weight("w"))
@@ -234,7 +234,7 @@ def test_a_result_that_is_written_in_place_writes_nothing_else() -> None:
     assert_rewrites(program, passes=PASSES, expect={"fused_linear_int4": 2})
 
 
-def test_in_both_branches() -> None:
+def test_linears_in_branches_are_fused() -> None:
     def use(pair: Any, x: Tensor) -> Tensor:
         return torch.cond(x.sum() > 0, lambda x: pair.a(x) * pair.b(x), lambda x: x[..., :16] + 1, (x,))
 
@@ -242,13 +242,13 @@ def test_in_both_branches() -> None:
         assert_rewrites(pair(use), passes=PASSES, expect={"fused_linear_int4": 2}, inputs=(x,))
 
 
-def test_in_edge_form() -> None:
+def test_linears_in_edge_form_are_fused() -> None:
     config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
     edge = to_edge(pair(), compile_config=config).exported_program()
     assert_rewrites(edge, passes=PASSES, expect={"fused_linear_int4": 2}, inputs=(X,))
 
 
-def test_in_bf16_by_option() -> None:
+def test_linears_are_fused_in_bf16_by_option() -> None:
     program = torch.export.export(Block(torch.float32), (X.float(),))
     passes = [ecp.FusedLinearInt4(cast_to_bf16=True), ecp.LinearInt4(cast_to_bf16=True)]
     assert_rewrites(program, passes=passes, expect={"fused_linear_int4": 5, "linear_int4": 2}, rtol=2**-6)
@@ -258,8 +258,8 @@ def test_fused_linear_after_linear_int4_finds_nothing(block: ExportedProgram) ->
     assert_rewrites(block, passes=PASSES[::-1], expect={"fused_linear_int4": 0, "linear_int4": 7})
 
 
-def test_by_default_cuda_fuses_where_nothing_is_lost(block: ExportedProgram) -> None:
-    """q, k and v; not gate and up, whose kernels compute the activation, and the product with it."""
+def test_default_passes_of_cuda_leave_epilogues(block: ExportedProgram) -> None:
+    """They fuse q, k and v, but not gate and up: their kernel computes the activation and the product."""
     having = [t for t in ecp.targets() if any(isinstance(r, ecp.FusedLinearInt4) for r in ecp.default_passes(t))]
     assert having == ["cuda"]
     expect = {"fused_linear_int4": 3, "linear_int4": 4, "missed": 0}
@@ -276,21 +276,26 @@ def test_by_default_cuda_fuses_where_nothing_is_lost(block: ExportedProgram) -> 
         (lambda pair, x: (F.gelu(pair.a(x).view(-1, 16)), pair.b(x)), False),
         (lambda pair, x: (pair.a(x) + x[..., :16], pair.b(x)), False),
         (lambda pair, x: (pair.a(x) * pair.b(x), x), False),
-        (lambda pair, x: (pair.a(x) * x[..., :1], pair.b(x)), True),  # broadcast: not the kernel's
+        (lambda pair, x: (pair.a(x) * x[..., :1], pair.b(x)), True),  # broadcast: the kernel does not compute it
         (lambda pair, x: (pair.a(x) + 1, pair.b(x)), True),
-        (lambda pair, x: ((y := pair.a(x)) + F.silu(y), pair.b(x)), True),  # read twice: it is stored anyway
+        (
+            lambda pair, x: ((y := pair.a(x)) + F.silu(y), pair.b(x)),
+            True,
+        ),  # read twice: the result is stored in any case
         (lambda pair, x: (pair.a(x).tanh(), pair.b(x).view(-1, 4, 4).transpose(1, 2)), True),
     ],
 )
-def test_what_has_something_behind_it_is_left_by_option(use: Callable[..., Any], fused: bool) -> None:
+def test_leave_epilogues_leaves_linears_with_an_epilogue(use: Callable[..., Any], fused: bool) -> None:
     passes = [ecp.FusedLinearInt4(leave_epilogues=True), ecp.LinearInt4()]
+    if not fused:
+        assert_misses(pair(use), "with leave_epilogues, nothing after it", rule="fused_linear_int4", passes=passes[:1])
     expect = {"fused_linear_int4": 2} if fused else {"linear_int4": 2}
     assert_rewrites(pair(use), "cuda", passes, {**expect, "missed": 0}, inputs=(X,))
     assert_rewrites(pair(use), "cuda", PASSES, {"fused_linear_int4": 2}, inputs=(X,))
 
 
 @pytest.mark.parametrize(("most", "fused", "alone"), [(None, [5], 0), (2, [2, 2], 1), (3, [3, 2], 0), (4, [4], 1)])
-def test_no_more_together_than_the_option_says(most: int | None, fused: list[int], alone: int) -> None:
+def test_max_together_limits_each_fused_linear(most: int | None, fused: list[int], alone: int) -> None:
     sketch = Sketch()
     x = sketch.input("x", 2, 64, dtype=BF16)
     weights = [sketch.weight(name, seed=seed) for seed, name in enumerate("abcde")]
@@ -298,27 +303,27 @@ def test_no_more_together_than_the_option_says(most: int | None, fused: list[int
     passes = [ecp.FusedLinearInt4(max_together=most), ecp.LinearInt4()]
     expect = {"fused_linear_int4": sum(fused), "linear_int4": alone, "missed": 0}
     _, report = assert_rewrites(program, "cuda", passes, expect)
-    told = [outcome.detail.rpartition(", ")[2] for outcome in report.outcomes if outcome.rule == "fused_linear_int4"]
-    assert told == [f"{n} in one" for n in fused for _ in range(n)]
+    counts = [outcome.detail.rpartition(", ")[2] for outcome in report.outcomes if outcome.rule == "fused_linear_int4"]
+    assert counts == [f"{n} in one" for n in fused for _ in range(n)]
 
 
 @pytest.mark.parametrize("most", [1, 0, -3])
-def test_an_option_that_leaves_nothing_is_refused(most: int) -> None:
+def test_max_together_rejects_less_than_two(most: int) -> None:
     with pytest.raises(ValueError, match=f"max_together={most} leaves nothing to fuse: use 2 or more, or None"):
         ecp.FusedLinearInt4(max_together=most)
 
 
-def test_its_misses_are_told_by_the_rule_that_takes_one_alone() -> None:
+def test_misses_are_reported_by_linear_int4_if_it_is_in_the_list() -> None:
     sketch = Sketch()
-    x = sketch.input("x", 2, 64)  # fp32, which the kernel has not
+    x = sketch.input("x", 2, 64)  # fp32, which the kernel lacks
     program = sketch.program(*(sketch.call(aten.linear.default, x, sketch.weight(name)) for name in "ab"))
     for passes, rule in ((PASSES, "linear_int4"), (PASSES[:1], "fused_linear_int4")):
         _, report = ecp.rewrite(program, "cuda", passes)
         assert {reason.rule for outcome in report.outcomes for reason in outcome.reasons} == {rule}
 
 
-def test_of_views_of_one_input() -> None:
-    """What ``run_decompositions`` makes of linears: each has its own view of x."""
+def test_linears_of_views_of_one_input_are_fused() -> None:
+    """``run_decompositions`` gives each linear its own view of x."""
     sketch = Sketch()
     x = sketch.input("x", 2, 3, 64, dtype=BF16)
     results = []
