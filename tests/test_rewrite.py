@@ -116,6 +116,11 @@ def test_expect_rejects_unknown_name(program: ExportedProgram) -> None:
         ecp.rewrite(program, "cuda", expect={"linear_int3": 1})
 
 
+def test_expect_rejects_former_name_with_present_name(program: ExportedProgram) -> None:
+    with pytest.raises(ValueError, match="expect contains 'int4_sum', .*; int4_sum is now fuse_add"):
+        ecp.rewrite(program, "cuda", expect={"int4_sum": 1})
+
+
 INVALID_EXPECT: list[Any] = [["missed"], 2, "missed", {"missed": "0"}, {"missed": None}, {"missed": False}, {3: 1}]
 
 
