@@ -201,7 +201,8 @@ def _in_order(program: Program, source: Node, like: Any, before: Node) -> Node:
         node.meta["val"] = _value(program, node)
         return node
 
-    permuted = call(aten.permute.default, source, order)
+    # Behind `alias` no rule matches the permutation as a reader of `source`: a second rewrite would undo the copy.
+    permuted = call(aten.permute.default, call(aten.alias.default, source), order)
     return call(aten.permute.default, call(aten.clone.default, permuted, memory_format=torch.contiguous_format), back)
 
 
