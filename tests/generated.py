@@ -5,6 +5,7 @@ but later steps reads it; steps write buffers, caches and an input of the caller
 torch.export leaves in the graph is one candidate of the report.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -421,9 +422,13 @@ def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
     rows = ({0: Dim("rows", min=2, max=16)}, None) if plan.dynamic else None
     try:
         program = torch.export.export(model, inputs(plan), dynamic_shapes=rows)
-    except (TorchDynamoException, AttributeError):
-        # Branches and maps of some dynamic sizes, by their results' strides; no_grad beside nested branches, whose
-        # graphs torch looks for in the wrong module.
+    except TorchDynamoException:
+        # Branches and maps of some dynamic sizes, by their results' strides.
+        reject()
+    except AttributeError as error:
+        # no_grad beside nested branches: torch looks for the graph of a branch in the wrong module.
+        if not re.search(r"'(true|false)_graph_\d+'$", str(error)):
+            raise
         reject()
     return (program.run_decompositions({}) if plan.decomposed else program), model.log.reads
 

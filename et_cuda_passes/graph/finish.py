@@ -144,7 +144,7 @@ def repair_strides(program: Program) -> None:
         before = former.get(node, node.meta.get("val"))
         if not stale.isdisjoint(node.all_input_nodes):
             if _reads_strides(node, program):
-                for source in stale.intersection(node.all_input_nodes):
+                for source in [source for source in node.all_input_nodes if source in stale]:
                     node.replace_input_with(source, _in_order(program, source, former[source], before=node))
                 continue
             _update_value(program, node)
