@@ -13,7 +13,7 @@ from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
