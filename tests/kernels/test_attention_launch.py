@@ -13,7 +13,9 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.ops import ATTENTION
-from tests.kernels.test_launch import found_written, hopper  # noqa: F401  (a fixture, for every test here)
+from tests.kernels.launches import found_written
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 
 class Attention(nn.Module):

@@ -14,7 +14,8 @@ from et_cuda_passes.kernels.experts_launch import MOST_LAUNCHES
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
-from tests.kernels.test_launch import hopper  # noqa: F401  (a fixture, for every test here)
+
+pytestmark = pytest.mark.usefixtures("hopper")
 
 E, N, K = 8, 1536, 2048
 OPS = INT4_EXPERTS["mma_tiled"]

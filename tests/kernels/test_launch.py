@@ -1,19 +1,14 @@
 """What AOTInductor is told: which launches, over which grids, and what they write to."""
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import triton
 from torch import nn
 from torch._functorch.aot_autograd import aot_export_module
-from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 
 from et_cuda_passes.kernels.choose import Weight, buckets
 from et_cuda_passes.kernels.gpus import HOPPER
@@ -21,49 +16,10 @@ from et_cuda_passes.kernels.launching import inside, possible
 from et_cuda_passes.kernels.tiling import UNBOUNDED
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
+from tests.kernels.launches import found_written
 
+pytestmark = pytest.mark.usefixtures("hopper")
 LINEAR = INT4_LINEARS["mma_tiled"].op
-
-
-class Absent(DriverBase):
-    """Stands for the GPU that is not here: torch only asks it what to compile for."""
-
-    def __init__(self) -> None:
-        pass
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_benchmarker(self) -> Any:
-        return None
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if torch.cuda.is_available():
-        pytest.skip("asks what would be compiled for a GPU that is not here")
-    triton.runtime.driver.set_active(Absent())
-    # torch reads a descriptor's kernel only where a GPU is that has them.
-    monkeypatch.setattr(torch.utils._triton, "has_triton_tensor_descriptor_host_tma", lambda: True)
-    yield
-    with suppress(RuntimeError):  # there is no driver to go back to
-        triton.runtime.driver.reset_active()
 
 
 class Block(nn.Module):
@@ -113,14 +69,6 @@ def launches(
     graph_module, signature = aot_export_module(module, (x,), trace_joint=False)
     nodes = [node for node in graph_module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
     return signature, nodes
-
-
-def found_written(launch: torch.fx.Node) -> list[str]:
-    """What torch finds that the kernel writes to, from its IR."""
-    given: Any = launch.kwargs["kwargs"]
-    values = {name: v.meta["val"] if isinstance(v, torch.fx.Node) else v for name, v in given.items()}
-    numbers: Any = (launch.kwargs["kernel_idx"], launch.kwargs["constant_args_idx"])
-    return get_mutated_tensors(*numbers, values, launch.kwargs["tma_descriptor_metadata"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rows", [None, 1, 700])
