@@ -106,8 +106,8 @@ def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tu
 def costs_of(gpu: GpuArch, bits: int) -> Costs:
     """The costs on a GPU: of its table ``tuned/<name>.json``, or ``tuned/<name>_int8.json``, or predicted.
 
-    They are predicted from Hopper's for the same bits. ``tuned/resources.json`` and ``tuned/resources_int8.json`` list, by
-    GPU, the tilings whose machine code passes the tests of compilation; a GPU in the list gets no others.
+    They are predicted from Hopper's for the same bits. ``tuned/resources.json`` and ``tuned/resources_int8.json``
+    list, by GPU, the tilings whose machine code passes the tests of compilation; a GPU in the list gets no others.
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
     resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
