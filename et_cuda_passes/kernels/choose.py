@@ -106,17 +106,24 @@ def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tu
 def costs_of(gpu: GpuArch, bits: int) -> Costs:
     """The costs on a GPU, from its table ``tuned/<name>.json`` or ``tuned/<name>_int8.json``, or predicted.
 
-    The prediction starts from Hopper's table for these bits, or from its int4 table if there is no other.
+    The prediction starts from Hopper's table for the same bits. ``tuned/resources.json`` and
+    ``tuned/resources_int8.json`` list, by GPU, the tilings whose machine code passes the tests of compilation. A GPU
+    in the list gets no others.
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
+    resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
+    known = {Tiling(*row[: len(fields(Tiling))]): (row[-2], row[-1]) for row in resources or ()}
     own = folder / f"{gpu.name}{suffix}.json"
-    if own.exists():
-        return load_costs(own)
-    resources = json.loads((folder / f"resources{suffix}.json").read_text())[gpu.name]
-    known = {Tiling(*row[: len(fields(Tiling))]): (row[-2], row[-1]) for row in resources}
-    measured = folder / f"{HOPPER.name}{suffix}.json"
-    measured = measured if measured.exists() else folder / f"{HOPPER.name}.json"
-    return predicted_costs(load_costs(measured), gpu, known)
+    if not own.exists():
+        return predicted_costs(load_costs(folder / f"{HOPPER.name}{suffix}.json"), gpu, known)
+    costs = load_costs(own)
+    if resources is None:
+        return costs
+    offered = {
+        form: {tiling: cost for tiling, cost in tilings.items() if tiling in known}
+        for form, tilings in costs.tilings.items()
+    }
+    return replace(costs, tilings=offered)
 
 
 @dataclass(frozen=True)
@@ -187,6 +194,7 @@ def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -
     shapes, numbers = stacked(tilings, column=True), np.array(rows)
     times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
     likely = (shapes.block_m * 8 >= np.minimum(numbers, 1024)) & (shapes.block_m <= np.maximum(16, 4 * numbers))
+    likely |= ~likely.any(axis=0)  # a kernel with few tilings may have none of a likely size
     return [*tilings], np.where(likely, times + CUT * (shapes.waves > 0), np.inf)
 
 

@@ -77,7 +77,11 @@ def stack_operand(weight: Pattern) -> AnyOf:
 
 
 def indexed_stack(weight: Pattern, ids: Pattern | None) -> AnyOf:
-    """The matrices of a stack that a tensor of expert ids selects."""
+    """The matrices of a stack that a tensor of expert ids selects.
+
+    ``index`` counts negative ids from the last expert, ``index_select`` refuses them. The operators that replace both
+    count from the last: a rewritten ``index_select`` gives a result for ids at which the exported program stops.
+    """
     return any_of(
         op(aten.index.Tensor)(weight, [ids], shared=True),
         op(aten.index_select.default)(weight, 0, ids, shared=True),

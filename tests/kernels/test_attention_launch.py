@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.ops import ATTENTION
-from tests.kernels.launched import mutated_by_analysis
+from tests.kernels.launches import mutated_by_analysis
 
 pytestmark = pytest.mark.usefixtures("hopper")
 

@@ -126,11 +126,21 @@ def test_known_length_gets_no_tiling_with_many_more_rows() -> None:
         assert tiling_for(HOPPER, weight, 4096).block_m >= 64
 
 
+def test_small_tilings_serve_many_rows_where_there_are_no_others() -> None:
+    costs = costs_of(HOPPER, 4)
+    small = {
+        form: {tiling: cost for tiling, cost in tilings.items() if tiling.block_m <= 16}
+        for form, tilings in costs.tilings.items()
+    }
+    _, times = predicted(HOPPER, replace(costs, tilings=small), WEIGHTS[0], [1, 4096])
+    assert np.isfinite(times).any(axis=0).all()
+
+
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gpu_gets_only_tilings_that_fit(gpu: GpuArch, bits: int) -> None:
     costs = costs_of(gpu, bits)
-    assert costs.measured == (gpu == HOPPER and bits == 4)
+    assert costs.measured == (gpu == HOPPER)
     found = [tiling for weight in WEIGHTS if weight.bits == bits for tiling, _ in candidates(costs, weight)]
     assert found
     if gpu != HOPPER:

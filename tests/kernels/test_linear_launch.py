@@ -16,12 +16,10 @@ from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.tiling import UNBOUNDED
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
-from tests.kernels.launched import mutated_by_analysis
-
-LINEAR = INT4_LINEARS["mma_tiled"].op
-
+from tests.kernels.launches import mutated_by_analysis
 
 pytestmark = pytest.mark.usefixtures("hopper")
+LINEAR = INT4_LINEARS["mma_tiled"].op
 
 
 class Block(nn.Module):
