@@ -10,7 +10,7 @@ _PROJECTORS = ("multi_modal_projector", "projector", "connector", "encoder_proje
 
 
 def encoder_fqns(model: nn.Module) -> tuple[str, ...]:
-    """The FQNs of the encoders of ``model``: that of an encoder-decoder, or the image and audio encoders of a language model.
+    """The FQNs of the encoders: that of an encoder-decoder, or the image and audio encoders of a language model.
 
     A model that is an encoder as a whole has none: then nothing beside the encoder is left.
     """

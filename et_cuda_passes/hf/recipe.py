@@ -115,7 +115,7 @@ def _entry(layer: Mapping[str, Any], place: str) -> Entry:
             raise UsageError(f"{place} has the unknown key {key!r}; {nearest(str(key), _KEYS)}")
     pattern = layer.get("pattern")
     if not isinstance(pattern, str) or not pattern:
-        raise UsageError(f"{place} has no pattern; write pattern = \"*.down_proj\" or pattern = \"re:...\"")
+        raise UsageError(f'{place} has no pattern; write pattern = "*.down_proj" or pattern = "re:..."')
     place = f"{place} ({pattern})"
     if pattern.startswith("re:"):
         try:
@@ -137,6 +137,8 @@ def _entry(layer: Mapping[str, Any], place: str) -> Entry:
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise UsageError(f"{place}: algorithm {algorithm!r} is unknown; {nearest(str(algorithm), ALGORITHMS)}")
     scheme = parse_scheme(layer["scheme"], f"{place}: scheme") if "scheme" in layer else None
+    if scheme is not None and algorithm is not None and scheme.algorithm not in (None, algorithm):
+        raise UsageError(f"{place}: {scheme.name} contains the algorithm {scheme.algorithm}; remove algorithm")
     return Entry(pattern, scheme, group_size, algorithm, skip)
 
 

@@ -6,8 +6,8 @@ The second part is not a table. A small layer is quantized, exported and rewritt
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from enum import Enum
-from functools import lru_cache
+from enum import StrEnum
+from functools import cache, lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -33,6 +33,7 @@ from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.linear import int4_kernel
 from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import default_passes, get_target, targets
+from et_cuda_passes.targets.compatibility import packed_layouts
 
 PER_AXIS = 0
 """The group size that stands for one scale per row."""
@@ -40,6 +41,8 @@ GROUP_SIZES = (128, 64, 32, 16)
 """The sizes that a group size is adjusted to, the largest first."""
 ALGORITHMS = ("hqq", "affine")
 """How scales are chosen. "hqq" minimizes the error of each group, "affine" uses its extreme values."""
+_LISTED = 12
+"""The most names that a message lists."""
 AUTO = "auto"
 """The packing format that leaves the choice to the target."""
 
@@ -50,7 +53,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, names)
     if near:
         return f"the nearest are {', '.join(near)}" if len(near) > 1 else f"the nearest is {near[0]}"
-    return f"known are {', '.join(names) or 'none'}"
+    more = ", ..." if len(names) > _LISTED else ""
+    return f"known are {', '.join(names[:_LISTED]) or 'none'}{more}"
 
 
 # Schemes --------------------------------------------------------------------------------------------------------------
@@ -234,7 +238,7 @@ def _parse_one(text: str, option: str, embedding: bool) -> Scheme:
 # Targets --------------------------------------------------------------------------------------------------------------
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """What a target does with a quantized layer."""
 
     PACKED = "packed"
@@ -259,11 +263,13 @@ class Support:
     Attributes:
         status: the outcome.
         detail: the kernel and layout, in the words of the report.
+        layouts: the layouts of the packed int4 constants.
         reasons: why it is impossible.
     """
 
     status: Status
     detail: str = ""
+    layouts: tuple[str, ...] = ()
     reasons: tuple[Reason, ...] = field(default=(), compare=False)
 
 
@@ -318,7 +324,7 @@ def support(
     return min(found, key=lambda each: _BEST_FIRST.get(each.status, len(_BEST_FIRST)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _support(
     scheme: Scheme,
     group_size: int,
@@ -329,19 +335,18 @@ def _support(
     dtype: torch.dtype,
 ) -> Support:
     program = _layer(scheme, group_size, in_features, embedding, dtype)
-    _, report = rewrite(program, target, passes_with(target, packing_format))
+    rewritten, report = rewrite(program, target, passes_with(target, packing_format))
     (outcome,) = report.outcomes
     if outcome.status == "missed":
         return Support(Status.IMPOSSIBLE, reasons=tuple(outcome.reasons))
     if outcome.status == "kept":
         return Support(Status.KEPT, outcome.detail)
-    return Support(Status.FOLDED if outcome.rule == _FOLD else Status.PACKED, outcome.detail)
+    status = Status.FOLDED if outcome.rule == _FOLD else Status.PACKED
+    return Support(status, outcome.detail, tuple(packed_layouts(rewritten)))
 
 
 @lru_cache(maxsize=64)
-def _layer(
-    scheme: Scheme, group_size: int, in_features: int, embedding: bool, dtype: torch.dtype
-) -> ExportedProgram:
+def _layer(scheme: Scheme, group_size: int, in_features: int, embedding: bool, dtype: torch.dtype) -> ExportedProgram:
     """An exported linear or embedding with 16 rows, quantized. No random number is drawn."""
     values = torch.linspace(-1, 1, _ROWS * in_features).view(_ROWS, in_features).to(dtype)
     model: Any
@@ -369,12 +374,11 @@ def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embed
 
 
 def instead(scheme: Scheme, target: str) -> str:
-    """The end of an error message: the schemes nearest to ``scheme`` for which ``target`` has a kernel."""
+    """The end of an error message: the schemes for which ``target`` has a kernel, those like ``scheme`` first."""
     usable = [
         other
         for other in SCHEMES.values()
-        if other.name != scheme.name
-        and other.algorithm is None
+        if other.algorithm is None
         and other.only_for in (None, target)
         and usual_support(other, target).status.has_kernel
     ]
