@@ -271,8 +271,8 @@ def _check_scheme(place: str, scheme: Scheme, embedding: bool, names: Sequence[s
             raise UsageError(f"{place}={scheme}: {name} has no kernel for {scheme.name}; {instead(scheme, name)}")
         if name == scheme.promised and not status.has_kernel:
             raise UsageError(
-                f"{place}={scheme}: {name} has no kernel for {scheme.name} and computes with floating-point weights, as "
-                f"large as before; {instead(scheme, name)}"
+                f"{place}={scheme}: {name} has no kernel for {scheme.name} and computes with floating-point weights; "
+                f"{instead(scheme, name)}"
             )
 
 

@@ -44,6 +44,7 @@ class Layer:
 
     @property
     def in_features(self) -> int:
+        """K, the columns of the weight."""
         return int(self.weight.shape[-1])
 
 
@@ -95,15 +96,31 @@ def _unquantizable(layer: Layer) -> str | None:
     weight = layer.weight
     if layer.kind == "other":
         if weight.dim() == 3:
-            return "a stack of matrices, such as experts, which torchao's configurations do not accept"
+            return "a parameter of three dimensions, such as a stack of experts, which torchao does not quantize"
         return f"a matrix of {type(layer.module).__name__}, which is neither a linear nor an embedding"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"quantized before: its weight is a {type(weight).__name__}"
     if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight itself, past the linear"
+    if _reads_weight_itself(layer.module):
+        return f"{type(layer.module).__name__} reads this weight itself, and not as {_article(layer.kind)}"
     if weight.dtype not in _FLOATS:
         return f"a weight in {str(weight.dtype).removeprefix('torch.')}, which torchao does not quantize"
     return None
+
+
+def _reads_weight_itself(module: nn.Module) -> bool:
+    """Whether a subclass has a forward that calls neither its base class nor the functional form.
+
+    Whisper's positions are an embedding whose forward indexes the weight, which no quantized tensor supports.
+    """
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ("super",))
+    own = type(module).forward not in (nn.Linear.forward, nn.Embedding.forward)
+    return own and not {"super", "forward", "linear", "embedding"} & set(names)
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind == "embedding" else f"a {kind}"
 
 
 def _fit(
@@ -247,7 +264,8 @@ class Plan:
         if scheme is None:
             option = ("qlinear" if linears else "qembedding") + ("_encoder" if encoder else "")
             return Decision(None, reason=f"{option} is not given", pattern=pattern)
-        if not bool(torch.isfinite(first.weight).all()):
+        # NaN is the smallest and the largest of whatever contains it; isfinite takes several times as long.
+        if first.weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(first.weight)):
             self.problems.append(f"{first.fqn}: the weight contains NaN or infinity; repair the checkpoint")
             return Decision(None)
         k = first.in_features
@@ -339,8 +357,8 @@ def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding:
         return f'no scheme is given for {layer.fqn}; add scheme = "4w" to the entry'
     if embedding and scheme.name not in FOR_EMBEDDINGS:
         return (
-            f"{layer.fqn} is an embedding, and {scheme.name} is for linears; put an entry for the embedding before this "
-            f"one, with one of {', '.join(FOR_EMBEDDINGS)} or skip = true"
+            f"{layer.fqn} is an embedding, and {scheme.name} is for linears; put an entry for it before this one, with "
+            f"one of {', '.join(FOR_EMBEDDINGS)} or skip = true"
         )
     if scheme.per_row and entry.group_size:
         return f"{scheme.name} has one scale per row; remove group_size"
