@@ -260,11 +260,14 @@ def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | No
 
 def _check_promise(place: str, scheme: Scheme, names: Sequence[str]) -> None:
     """The promised target is one of those that are named."""
-    if names and scheme.promised is not None and scheme.promised not in names:
-        raise UsageError(
-            f"{place}={scheme} promises kernels of {scheme.promised}, and the target is {', '.join(names)}; "
-            + "; ".join(instead(scheme, name) for name in names)
-        )
+    if not names or scheme.promised is None or scheme.promised in names:
+        return
+    same = [name for name in names if scheme.only_for is None and usual_support(scheme, name).status.has_kernel]
+    nearest_choices = [f"write {' or '.join(f'{name}:{scheme.name}' for name in same)}"] if same else []
+    raise UsageError(
+        f"{place}={scheme} promises kernels of {scheme.promised}, and the target is {', '.join(names)}; "
+        + "; ".join([*nearest_choices, *(instead(scheme, name) for name in names)])
+    )
 
 
 def _check_status(place: str, scheme: Scheme, target: str, status: Status) -> None:

@@ -418,7 +418,7 @@ def test_scheme_of_the_second_part_has_the_promise_of_the_first() -> None:
         ({"qlinear": "cuda:4w,cpu:8w"}, r"names two targets; write cuda: once"),
         ({"qlinear": "cuda:fpa4w"}, r"fpa4w is for metal alone; cuda has kernels for 4w"),
         ({"qlinear": "fpa4w", "target": "cuda"}, r"promises kernels of metal, and the target is cuda"),
-        ({"qlinear": "metal:4w", "target": "cuda"}, r"the target is cuda; cuda has kernels for 4w"),
+        ({"qlinear": "metal:4w", "target": "cuda"}, r"the target is cuda; write cuda:4w; cuda has kernels for 4w"),
         ({"qlinear": "xnnpack:4w"}, r"computes with floating-point weights; xnnpack has kernels for 8da4w, 8da8w"),
         (
             {"qlinear": "8w", "target": "cuda,metal"},
