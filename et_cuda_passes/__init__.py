@@ -1,6 +1,6 @@
-"""et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with the fate of every layer told.
+"""et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with an outcome for every layer.
 
-The public interface; everything else may change.
+These names are the public interface; everything else may change.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ __all__ = [
     "weight_of",
 ]
 
-# ExecuTorch takes seconds to import, and only lowering needs it.
+# The import of ExecuTorch takes seconds, and only lowering needs it.
 _LAZY = {
     "CudaPartitioner": "cuda",
     "MetalPartitioner": "metal",
@@ -104,7 +104,7 @@ _LAZY = {
 }
 
 
-# Old names with the new ones, for the error that somebody gets who still uses an old one.
+# Old names with the new ones, for the error about an old name.
 _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
@@ -118,7 +118,7 @@ _RENAMED = {
     "LinearViews": "RemoveLinearViews",
 }
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
+if not TYPE_CHECKING:  # else a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:

@@ -18,8 +18,8 @@ class Cycle:
 
 def cycles_left(count: int) -> int:
     """Create ``count`` objects that only refer to themselves, and return how many still exist."""
-    made = [weakref.ref(Cycle()) for _ in range(count)]
-    return sum(each() is not None for each in made)
+    created = [weakref.ref(Cycle()) for _ in range(count)]
+    return sum(each() is not None for each in created)
 
 
 @pytest.mark.parametrize("context", [gc_disabled, gc_throttled])

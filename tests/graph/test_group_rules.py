@@ -127,8 +127,8 @@ def test_input_computed_after_the_first_match_excludes_a_match() -> None:
 
 def test_nodes_of_a_group_have_the_provenance_of_the_roots_they_stand_for() -> None:
     after, _ = apply(siblings(2), [Together()], aten.relu.default)
-    made = [node for node in after.graph.nodes if node.op == "call_function"][:3]
-    sources = [[source.name for source in node.meta["from_node"]] for node in made]
+    new = [node for node in after.graph.nodes if node.op == "call_function"][:3]
+    sources = [[source.name for source in node.meta["from_node"]] for node in new]
     assert sources == [["relu_default", "relu_default_1"], ["relu_default"], ["relu_default_1"]]
 
 
