@@ -1,4 +1,4 @@
-"""Program: the original stays unchanged; names, constants, sharing, mutated buffers, save and load, memoized facts, shapes."""
+"""Program: the original stays unchanged; names, constants, sharing, mutated buffers, save and load, shapes."""
 
 import copy
 import io
