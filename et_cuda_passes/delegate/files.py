@@ -334,10 +334,8 @@ class ProgramFile:
         Raises:
             DelegateError: the file has no such data.
         """
-        if part is None:
-            found = self.constants
-        else:
-            found = self.states[part] if part < len(self.states) else None
+        parts = (self.constants,) if part is None else self.states[part : part + 1]
+        found = parts[0] if parts else None
         if found is None:
             table.fail("the file has no segment with its data, which executorch 1.5 writes", "data_buffer_idx")
         segment, offsets = found

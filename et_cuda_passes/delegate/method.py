@@ -22,10 +22,10 @@ class Method:
     An input on another device is copied to the method's device, where the outputs stay. They are returned as a list,
     which has one tensor if the exported model returned one tensor.
 
-    The program may write to an input, such as a KV cache. ExecuTorch's runtime copies inputs into memory of its own, and
-    returns the new values as the first outputs. Here the outputs are the same, and the caller's own tensor also has the
-    new value after the call: the method writes to it in place, or, if it had to copy the input, copies the value back.
-    If a call fails, such an input may have old or new values.
+    The program may write to an input, such as a KV cache. ExecuTorch's runtime copies an input whose memory is planned,
+    writes to the copy, and returns it as one of the first outputs. Here the outputs are the same, and the caller's own
+    tensor also has the new value after the call: the method writes to it in place, or, if the input had to be copied,
+    copies the new value back. After a call that fails, it may have the old value or the new one.
 
     A buffer that the program writes to outside the delegates begins with the value in the file, or with zeros if the
     file has none, and each call continues with what the last call of this method wrote.

@@ -8,7 +8,6 @@ no counterpart in torch, are defined here.
 Only the operators in this file run: a name in a .pte chooses one of them and is never looked up elsewhere.
 """
 
-import builtins
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +23,7 @@ from et_cuda_passes.delegate.plan import Kernel, Value
 
 # Those of ExecuTorch 1.5's portable library whose result is determined by their arguments, except for the backward
 # operators.
-_TORCH_OPERATORS = frozenset(
-    f"aten::{name}"
-    for name in """
+_TORCH_NAMES = """
     _adaptive_avg_pool2d.out _cdist_forward.out _conj_physical.out _fft_c2r.out _fft_r2c.out _log_softmax.out
     _native_batch_norm_legit.no_stats_out _native_batch_norm_legit_no_training.out _pdist_forward.out _softmax.out
     _to_copy.out _upsample_bilinear2d_aa.out abs.out acos.out acosh.out add.Scalar_out add.out addmm.out alias_copy.out
@@ -56,8 +53,8 @@ _TORCH_OPERATORS = frozenset(
     trunc.out unbind_copy.int_out unfold_copy.out unsqueeze_copy.out upsample_bilinear2d.vec_out
     upsample_nearest2d.vec_out var.correction_out var.out var_mean.correction_out view_as_real_copy.out view_copy.out
     where.self_out zeros.out
-    """.split()
-)
+"""
+_TORCH_OPERATORS = frozenset(f"aten::{name}" for name in _TORCH_NAMES.split())
 
 
 def _copy(source: Tensor, non_blocking: bool, dim_order: list[int] | None, *, out: Tensor) -> None:
@@ -318,4 +315,4 @@ def _check_result(
 
 
 # Errors of torch's operators and of arithmetic, all of which a damaged file can cause.
-FAILURES = (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError, builtins.MemoryError)
+FAILURES = (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError, MemoryError)

@@ -320,7 +320,9 @@ def _read_value(entry: Table, count: int, file: ProgramFile) -> Value:
         if kind in ("list of float", "list of bool"):
             return Value(kind, items=items)
         least = -1 if kind == "list of optional tensors" else 0
-        return Value(kind, items=tuple(item if item == least else _check_index(table, item, "items", count) for item in items))
+        return Value(
+            kind, items=tuple(item if item == least else _check_index(table, item, "items", count) for item in items)
+        )
     if kind == "tensor":
         return Value(kind, _read_tensor(table, file))
     if kind == "int":

@@ -156,9 +156,7 @@ class Program:
             size = sum(nbytes for _, _, nbytes in self._constants) + spec.nbytes
             limit = sum(file.size for file in {span.file for span in (*self._named_data.values(), span)})
             if size > limit:
-                raise DelegateError(
-                    f"{self.path}: its constants have more bytes than its files, {limit}: they overlap"
-                )
+                raise DelegateError(f"{self.path}: its constants have more bytes than its files, {limit}: they overlap")
             self._constants[key] = _read_storage(replace(span, size=spec.nbytes), 0, self.device)
         memory = self._constants[key][: spec.nbytes].view(spec.dtype)
         inverse = sorted(range(len(spec.sizes)), key=spec.dim_order.__getitem__)
