@@ -216,7 +216,8 @@ class Operation:
 
 
 @cache
-def _find(name: str) -> tuple[torch.FunctionSchema, Callable[..., Any]]:
+def find_operator(name: str) -> tuple[torch.FunctionSchema, Callable[..., Any]]:
+    """The schema and the function of an operator in :data:`OPERATORS`."""
     if name in _OWN_SCHEMAS:
         text = _OWN_SCHEMAS[name]
         return torch._C.parse_schema(text), _OWN_OPERATORS[text]
@@ -236,7 +237,7 @@ def bind(kernel: Kernel, values: Sequence[Value]) -> Operation:
         DelegateError: the call does not fit the schema.
     """
     name = kernel.name
-    schema, function = _find(name)
+    schema, function = find_operator(name)
     expected = len(schema.arguments) + 1
     if len(kernel.args) != expected:
         raise DelegateError(f"{name} has {len(kernel.args)} values, but its schema {schema} needs {expected}")
@@ -245,7 +246,7 @@ def bind(kernel: Kernel, values: Sequence[Value]) -> Operation:
     alias_of = None
     for argument, index in zip(schema.arguments, kernel.args[:-1], strict=True):
         value = values[index]
-        kinds = _kinds(str(argument.type))
+        kinds = kinds_of(str(argument.type))
         if value.kind not in kinds:
             raise DelegateError(
                 f"{name} has value {index}, {value}, as its argument {argument.name!r}, which must be "
@@ -281,7 +282,7 @@ def bind(kernel: Kernel, values: Sequence[Value]) -> Operation:
     return Operation(name, function, tuple(arguments), results, tuple(outs), out_is_list, tuple(mutated), alias_of)
 
 
-def _kinds(text: str) -> tuple[str, ...]:
+def kinds_of(text: str) -> tuple[str, ...]:
     """The kinds of values that an argument of a type may have."""
     if text.startswith("Optional["):
         return (*_KINDS[text.removeprefix("Optional[").removesuffix("]")], "None")
