@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from et_cuda_passes.delegate.files import DelegateError
 from et_cuda_passes.delegate.operators import Operation, bind
-from et_cuda_passes.delegate.plan import Call, Copy, Dynamism, Free, Kernel, Move, Plan
+from et_cuda_passes.delegate.plan import Call, Copy, Dynamism, Free, Jump, Kernel, Move, Plan, Step
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def analyse(plan: Plan, signatures: Mapping[int, tuple[int, int]], where: str) -
 class _Analysis:
     def __init__(self, plan: Plan, signatures: Mapping[int, tuple[int, int]], where: str) -> None:
         self._plan, self._signatures, self._where = plan, signatures, where
-        self._source = [bind(step, plan.values) if isinstance(step, Kernel) else step for step in plan.steps]
+        self._source = [self._bind(step) for step in plan.steps]
         tensors = {index: value.tensor for index, value in enumerate(plan.values) if value.tensor is not None}
         stored = {index for index, tensor in tensors.items() if tensor.stored} - set(plan.inputs)
         produced = {index for step in self._source for index in self._results(step)}
@@ -78,6 +78,10 @@ class _Analysis:
         self._base: dict[int, int] = {}
         self._steps: list[ExecutableStep] = []
         self._mutated: set[int] = set()
+
+    def _bind(self, step: Step) -> ExecutableStep:
+        assert not isinstance(step, Jump), "check_runnable refuses jumps"
+        return bind(step, self._plan.values) if isinstance(step, Kernel) else step
 
     def run(self) -> Dataflow:
         copies: list[tuple[int, int, int]] = []
@@ -105,9 +109,9 @@ class _Analysis:
         # A copy can be the same tensor if nothing writes to either of them.
         for position, source, target in copies:
             if not {source, target} & self._mutated:
-                step = self._steps[position]
-                assert isinstance(step, Copy)
-                self._steps[position] = Move(step.source, step.target)
+                copy = self._steps[position]
+                assert isinstance(copy, Copy)
+                self._steps[position] = Move(copy.source, copy.target)
         inputs = enumerate(self._plan.inputs)
         mutated = tuple(position for position, index in inputs if index in self._mutated)
         return Dataflow(tuple(self._steps), mutated, tuple(sorted(self._states)), tuple(sorted(self._constants)))

@@ -39,8 +39,8 @@ def load(
         The method. Call it with its inputs as tensors; it returns its outputs as a list.
 
     Raises:
-        DelegateError: the files are damaged or do not belong together, operators are outside the delegate, or the
-            library does not load here. The files are checked before any code in them is executed.
+        DelegateError: the files are damaged or do not belong together, the method runs an operator or a backend that
+            is not available here, or the library does not load. The files are checked before any code in them is executed.
     """
     return Program(pte_path, data_path, device).method(method)
 
