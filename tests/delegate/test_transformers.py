@@ -7,9 +7,13 @@ import torch
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 
+import et_cuda_passes as ecp
 from et_cuda_passes.delegate import Program
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[demo]'")
+
+from transformers import GenerationConfig
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from tests.static_cache import export, greedy, least_margin, qwen3, steps
 
@@ -48,3 +52,24 @@ def test_outputs_are_those_of_executorch(tmp_path: Path) -> None:
         theirs = file.load_method("forward").execute(inputs)
         inputs = [ids, None, torch.arange(length)[None], torch.tensor(0), torch.tensor(0)]
         torch.testing.assert_close(ours(*inputs), list(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_older_export_of_transformers_keeps_its_cache_in_buffers(tmp_path: Path) -> None:
+    """Its static cache has two names, of which `rewrite` keeps one."""
+    model = qwen3(seed=15)
+    options = {"use_cache": True, "cache_implementation": "static", "max_length": 16}
+    model.generation_config = GenerationConfig(**options, cache_config={"batch_size": 1, "max_cache_len": 16})
+    module = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16)
+    exported = module.export(torch.tensor([[1]]), cache_position=torch.tensor([0]), strict=False)
+    with pytest.raises(AssertionError, match="expected compiled_fn to be GraphModule"):
+        exported.run_decompositions({})
+    rewritten, _ = ecp.rewrite(exported, "cpu")
+    path = tmp_path / "model.pte"
+    path.write_bytes(to_edge_transform_and_lower(rewritten).to_executorch().buffer)
+    decode = Program(path, device="cpu").method()
+    tokens = torch.randint(0, 64, (1, 6))
+    with torch.no_grad():
+        expected = model(tokens).logits[0]
+    for position in range(6):
+        (logits,) = decode(tokens[:, position : position + 1], torch.tensor([position]))
+        torch.testing.assert_close(logits[0, 0], expected[position], rtol=1e-4, atol=1e-5)
