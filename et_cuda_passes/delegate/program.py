@@ -40,7 +40,7 @@ def load(
 
     Raises:
         DelegateError: the files are damaged or do not belong together, the method runs an operator or a backend that
-            is not available here, or the library does not load. The files are checked before any code in them is executed.
+            is not available here, or the library does not load. The files are checked before any code in them runs.
     """
     return Program(pte_path, data_path, device).method(method)
 

@@ -1,0 +1,1 @@
+"""Export of models of transformers, and generation with what was exported."""
