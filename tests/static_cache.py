@@ -1,16 +1,27 @@
 """A small Qwen3 as transformers exports it for generation with a static cache, and its greedy text token by token."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.fx._pytree as fx_pytree
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, StaticCache
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, StaticCache
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedComponent, ExportedModel
 from transformers.exporters.metadata import load_treespec
 
 CACHE_LENGTH = 48
+CONFIG = GenerationConfig(cache_implementation="static", max_cache_len=CACHE_LENGTH, do_sample=False)
+GENERATION_SEED = 3
+"""With these weights the greedy tokens differ."""
+FORMATS = ("dynamo", "cpu", "xnnpack")
+"""transformers' own format, and the targets of ours that run without a GPU."""
 Run = Callable[..., list[Any]]
 
 
@@ -37,8 +48,37 @@ def export(model: Qwen3ForCausalLM) -> ExportedModel:
         model,
         {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
         DynamoConfig(dynamic=True),
-        generation_config=GenerationConfig(cache_implementation="static", max_cache_len=CACHE_LENGTH, do_sample=False),
+        generation_config=CONFIG,
     )
+
+
+def saved_export(name: str, folder: Path) -> Path:
+    """`qwen3` of `GENERATION_SEED`, exported in one of `FORMATS` into ``folder``, with a tokenizer."""
+    # torch's own message about the cache in the saved inputs cannot be formatted.
+    logging.getLogger("torch._export.serde.serialize").disabled = True
+    model = qwen3(seed=GENERATION_SEED)
+    if name == "dynamo":
+        exported = export(model)
+    else:
+        # Registers the format.
+        hf = pytest.importorskip("et_cuda_passes.hf.exporter")
+        tokens = torch.ones(1, 7, dtype=torch.int64)
+        exported = hf.EtExporter().export_for_generation(
+            model,
+            {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+            hf.EtConfig(target=name, dynamic=True),
+            generation_config=CONFIG,
+        )
+    exported.save_pretrained(folder)
+    small_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each of the 64 tokens: w0, w1, ..."""
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(64)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def inputs_of(component: ExportedComponent, kwargs: Mapping[str, Any]) -> list[Any]:

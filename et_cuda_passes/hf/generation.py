@@ -4,6 +4,8 @@ Sampling, logits processors, stopping criteria, masks and positions are transfor
 exported program's.
 """
 
+import importlib
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, GenerationMixin, PreTrainedModel, TextStreamer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    TextStreamer,
+)
 from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 
@@ -176,27 +185,54 @@ def load_tokenizer(folder: Path) -> Any:
         raise GenerationError(f"the tokenizer in {folder} cannot be read ({_first_line(error)})") from error
 
 
+def check_export(folder: Path) -> None:
+    """Check that a folder holds an export.
+
+    Raises:
+        GenerationError: it does not.
+    """
+    if not (folder / EXPORT_MANIFEST_FILE).is_file():
+        problem = f"has no {EXPORT_MANIFEST_FILE}" if folder.is_dir() else "is not a folder"
+        raise GenerationError(f"{folder} is not an export: it {problem}")
+
+
 def load_exported(folder: Path, device: str | None = None, target: str | None = None) -> ExportedModel:
     """The export in a folder, ready to run. THIS EXECUTES CODE FROM THE FILES, unless the target is xnnpack.
 
     Raises:
         GenerationError: the folder is no export, or nothing in it runs on ``device`` or for ``target``.
     """
-    if not (folder / EXPORT_MANIFEST_FILE).is_file():
-        problem = f"has no {EXPORT_MANIFEST_FILE}" if folder.is_dir() else "is not a folder"
-        raise GenerationError(f"{folder} is not an export: it {problem}")
-    # The format registers itself with transformers.
-    from et_cuda_passes.hf import exporter  # noqa: F401
-
-    options = {} if target is None else {"target": target}
+    check_export(folder)
     try:
+        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["export_format"] == "et_cuda_passes":
+            # Registers the format with transformers.
+            importlib.import_module("et_cuda_passes.hf.exporter")
+        elif target is not None:
+            raise GenerationError(
+                f"the export in {folder} is in the format {manifest['export_format']}, which has no targets: leave "
+                "the target out"
+            )
+        options = {} if target is None else {"target": target}
         return ExportedModel.from_pretrained(folder, device=device, local_files_only=True, **options)
-    except TypeError as error:
-        if target is None:
-            raise
-        raise GenerationError(f"the export in {folder} has no targets to choose from ({_first_line(error)})") from error
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise GenerationError(f"the export in {folder} cannot be loaded: {_first_line(error)}") from error
+    except GenerationError:
+        raise
+    except Exception as error:  # a damaged file ends in errors of many kinds
+        raise GenerationError(
+            f"the export in {folder} cannot be loaded ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def load_original(name: str) -> Any:
+    """A model of transformers, from a folder or the Hub.
+
+    Raises:
+        GenerationError: there is no such model.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(name).eval()
+    except (OSError, ValueError) as error:
+        raise GenerationError(f"{name} cannot be loaded: {_first_line(error)}") from error
 
 
 def encode(tokenizer: Any, prompt: str) -> Tensor:
