@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test real nightly replay lint types layers golden docs clean
+.PHONY: help setup demo test real nightly limits replay lint types layers golden docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, repo
 nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000); every tiling of the tables in every group size
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels
 	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py
+
+limits: setup  ## speed and memory of packing, and time of a rewrite per linear, against their limits
+	$(ONE_THREAD) $(PY) -m benchmarks.packing --check
+	$(ONE_THREAD) $(PY) -m benchmarks.rewrite --check
 
 replay: setup  ## rewrites of 2,000 models: RECORD=dir keeps them, AGAINST=dir compares (GENERATED=, FAMILIES=, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m tests.replay $(addprefix --record=,$(RECORD)) $(addprefix --against=,$(AGAINST)) \

@@ -11,9 +11,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from et_cuda_passes.kernels import int8_launch
-from et_cuda_passes.kernels.int4_launch import Epilogue, launch
-from et_cuda_passes.kernels.launching import gpu_of, wave
+from et_cuda_passes.kernels import linear_launch
+from et_cuda_passes.kernels.buckets import gpu_of, stream_k_schedule
+from et_cuda_passes.kernels.linear_launch import Epilogue, launch_int4
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled
 
@@ -38,9 +38,9 @@ def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) 
     parts = x.new_empty(most, dtype=torch.float32) if most else None
     last = (y, parts, group, tiling, 1, gpu.wgmma, processors)
     if packed.dtype is torch.int8:
-        int8_launch.launch(x, x.shape[0], packed, qparams, None, None, *last)
+        linear_launch.launch_int8(x, x.shape[0], packed, qparams, None, None, *last)
     else:
-        launch(x, x.shape[0], packed, qparams, Epilogue(), *last)
+        launch_int4(x, x.shape[0], packed, qparams, Epilogue(), *last)
     return y
 
 
@@ -60,10 +60,10 @@ def compile_one(job: Job) -> bool:
     last = (empty(m, n), parts, group, tiling, 0, gpu.wgmma, gpu.processors)
     try:
         if bits == 8:
-            int8_launch.launch(x, m, empty(n, k, dtype=torch.int8), empty(n, k // group), None, None, *last)
+            linear_launch.launch_int8(x, m, empty(n, k, dtype=torch.int8), empty(n, k // group), None, None, *last)
         else:
             words = empty(n, mma_tiled.padded(k) // 8, dtype=torch.int32)
-            launch(x, m, words, empty(1, n, mma_tiled.scale_row(k, group)), Epilogue(), *last)
+            launch_int4(x, m, words, empty(1, n, mma_tiled.scale_row(k, group)), Epilogue(), *last)
     except Exception:  # ptxas, shared memory, registers: all of them mean the same here
         return False
     return True
@@ -74,9 +74,11 @@ def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
     found: dict[tuple[object, ...], Job] = {}
     for job in jobs:
         tiling, bits, n, k, group, m = job
-        integers = [(value == 1, value % 16 == 0) for value in (m, n, k // 32, k // min(k & -k, int8_launch.MOST_UNIT))]
+        integers = [
+            (value == 1, value % 16 == 0) for value in (m, n, k // 32, k // min(k & -k, linear_launch.INT8_MAX_UNIT))
+        ]
         even = k % (tiling.block_k * tiling.segments) == 0
-        cut = wave(tiling, m, n, mma_tiled.padded(k) if bits == 4 else k, processors).slots
+        cut = stream_k_schedule(tiling, m, n, mma_tiled.padded(k) if bits == 4 else k, processors).slots
         pairs = (k == group, k // group % 2, k & -k) if bits == 8 else ()
         found.setdefault((tiling, bits, group, *integers, even, cut, pairs), job)
     return list(found.values())

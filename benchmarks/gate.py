@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.compiling import side_by_side
 from benchmarks.int4 import copies, int4_pair, microseconds, random_weight
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.epilogue import interleave_rows
 
@@ -82,7 +82,7 @@ def times(n: int, k: int, group: int, rows: Sequence[int]) -> list[tuple[float, 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", type=int, default=32, choices=GROUP_SIZES)
+    parser.add_argument("--group", type=int, default=32, choices=INT4_GROUP_SIZES)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--jobs", type=int, help="processes that compile side by side")

@@ -29,8 +29,8 @@ from benchmarks.compiling import Job, compile_all
 from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels import choose
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.buckets import gpu_of
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
@@ -199,8 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    if options.bits == 4 and options.group not in GROUP_SIZES:
-        parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
+    if options.bits == 4 and options.group not in INT4_GROUP_SIZES:
+        parser.error(f"the int4 kernel has groups of {', '.join(map(str, INT4_GROUP_SIZES))}")
     if options.tuned and not (options.bits == 4 and has_gemlite()):
         parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
     gpu = gpu_of(torch.device("cuda"))

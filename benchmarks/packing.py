@@ -85,9 +85,33 @@ def _peak_bytes() -> float:
     return int(peak.split()[1]) * 1024.0
 
 
+def check() -> None:
+    """Check that each layout packs at least 300 MB of weights a second with at most 64 MB beside input and output.
+
+    Raises:
+        SystemExit: a layout exceeds a limit, or the measurement does not see the memory of a packing without chunks.
+    """
+    n, k = 8192, 8192
+    problems = []
+    for name, pack in PACK.items():
+        rate, extra = measure(pack, None, n, k)
+        print(f"pack {name}: {rate / 1e6:.0f} MB/s, {extra / 1e6:.1f} MB beside input and output", flush=True)
+        if extra > 64e6 or rate < 300e6:
+            problems.append(name)
+    _, extra = measure(cpu_all_at_once, None, n, k, repeats=1)
+    if extra < 4 * n * k:  # the weights as int32
+        problems.append("the measurement of memory")
+    if problems:
+        raise SystemExit(f"beyond the limits of 64 MB and 300 MB/s: {', '.join(problems)}")
+
+
 def main() -> None:
-    """Prints the table."""
-    argparse.ArgumentParser(prog="python -m benchmarks.packing", description=__doc__).parse_args()
+    """Print the table, or check the limits."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.packing", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail where packing is slower or needs more memory")
+    if parser.parse_args().check:
+        check()
+        return
     host = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {host}, 1 thread\n")
     print(f"| {'layout':38} | {'N x K':>12} | {'MB/s':>6} | {'extra MB':>8} |")

@@ -1,6 +1,6 @@
 """A stack of four blocks x + down(silu(up(x))), 3072 -> 8192 -> 3072, as a .pte: four bits beside sixteen, by rows M.
 
-    python -m benchmarks.stack [--group 32] [--rows 1 4 16 64 256 1500 4096] [--folder DIR] [--jobs 6]
+    python -m benchmarks.stack [--group 32] [--rows 1 2 5 8 12 ...] [--folder DIR] [--jobs 6]
 
 Every variant is lowered in a process of its own, ``--jobs`` at once; what the folder holds already is not lowered
 again. Then each library runs alone: the median time of a call, the GPU's own clock around many calls, and how far the
@@ -29,7 +29,7 @@ from torch.export import Dim, ExportedProgram
 from benchmarks.limit import Limit
 
 BLOCKS, FEATURES, HIDDEN, LONGEST = 4, 3072, 8192, 4096
-ROWS = (1, 4, 16, 64, 256, 1500, 4096)
+ROWS = (1, 2, 5, 8, 12, 24, 48, 96, 160, 333, 600, 777, 1100, 2048, 3500)
 CUBLAS = "cuBLAS bf16"
 
 
@@ -41,18 +41,21 @@ class Variant(NamedTuple):
         hint: length that the export sees.
         quantized: whether the weights are int4.
         fixed: whether that length is the only one.
+        aoti_packed: whether the weights are ExecuTorch's own ``AotiPackedInt4Tensor``.
     """
 
     kernel: str | None
     hint: int
     quantized: bool
     fixed: bool = False
+    aoti_packed: bool = False
 
 
 VARIANTS = {
     "bf16, hint 16": Variant(None, 16, quantized=False),
     "bf16, hint 1500": Variant(None, 1500, quantized=False),
     "generic int4": Variant(None, 16, quantized=True),
+    "AotiPackedInt4": Variant(None, 16, quantized=True, aoti_packed=True),
     "tinygemm": Variant("tinygemm", 16, quantized=True),
     "triton": Variant("triton", 16, quantized=True),
     # What choosing the kernel at run time costs is the difference to these.
@@ -118,7 +121,12 @@ def lower(name: str, group: int, folder: Path) -> None:
     import et_cuda_passes as ecp
 
     variant = VARIANTS[name]
-    program = export(quantized(group) if variant.quantized else stack(), variant)
+    model = quantized(group) if variant.quantized else stack()
+    if variant.aoti_packed:
+        from executorch.backends.cuda.aoti_packed_int4_tensor import pack_int4_weights_for_aoti
+
+        pack_int4_weights_for_aoti(model)
+    program = export(model, variant)
     if variant.kernel is None:
         partitioner = StockCudaPartitioner([CudaBackend.generate_method_name_compile_spec("forward")])
     else:

@@ -25,7 +25,7 @@ from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, 
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
-from et_cuda_passes.executorch.lower import Progress, missing, staged
+from et_cuda_passes.executorch.lower import Progress, atomic_output, missing_requirement
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.rewrite import check_expectations, check_expected
@@ -95,7 +95,7 @@ def lower(
                     f"{model} is what would be written; it is packed already, or give another --output-dir"
                 )
             program, report = _rewritten(given, target, step)
-            with staged(output_dir) as staging:
+            with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
         files = [output_dir / "report.json"]
         _tell(given, report)
@@ -104,7 +104,7 @@ def lower(
         except ecp.ExpectationError as error:
             raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
 
-        lacking = None if stop_after else missing(target)
+        lacking = None if stop_after else missing_requirement(target)
         with Steps() as step:
             if not stop_after and not lacking:
                 try:
@@ -117,7 +117,7 @@ def lower(
                 packed = model
             else:
                 step(f"saving {packed}")
-                with staged(output_dir) as staging:
+                with atomic_output(output_dir) as staging:
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
         list_files(files)

@@ -15,7 +15,7 @@ from et_cuda_passes.cli.compare import compare
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
 from et_cuda_passes.cli.running import RunError
-from et_cuda_passes.executorch.lower import lower, missing
+from et_cuda_passes.executorch.lower import lower, missing_requirement
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
 from et_cuda_passes.targets import get_target
@@ -53,7 +53,7 @@ def verify(
             raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
         check_one_source(inputs, random_seed)
         given = None if inputs is None else read_inputs(inputs)
-        if lacking := missing(target):
+        if lacking := missing_requirement(target):
             raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
         with Steps() as step:
             step(f"loading {model}")

@@ -1,1 +1,1 @@
-"""Export of models of transformers, and generation with what was exported."""
+"""From a model of transformers to artifacts: quantization schemes, and the exporter."""

@@ -11,13 +11,12 @@ from benchmarks.pool import geometric_mean
 from et_cuda_passes.kernels.choose import costs_of
 from et_cuda_passes.kernels.gpus import HOPPER
 
-RECORDED = Path(__file__).parents[2] / "benchmarks" / "calibrations" / "sm_90.jsonl.gz"
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "calibrations"
 
 
-@pytest.fixture(scope="module")
-def recorded() -> Fit:
-    """The calibration, with the costs of the package's table in place of a new fit."""
-    fit, costs = Fit(load(RECORDED)), costs_of(HOPPER, 4)
+def fit_of(name: str, bits: int) -> Fit:
+    """A calibration, with the costs of the package's table in place of a new fit."""
+    fit, costs = Fit(load(RECORDED / name)), costs_of(HOPPER, bits)
     fit.gpu = costs.gpu
     fit.costs = {
         (tiling, group, whole): cost
@@ -25,6 +24,16 @@ def recorded() -> Fit:
         for tiling, cost in tilings.items()
     }
     return fit
+
+
+@pytest.fixture(scope="module")
+def recorded() -> Fit:
+    return fit_of("sm_90.jsonl.gz", 4)
+
+
+@pytest.fixture(scope="module")
+def recorded_int8() -> Fit:
+    return fit_of("sm_90_int8.jsonl.gz", 8)
 
 
 @pytest.mark.parametrize(("kind", "least"), [("fit", 7000), ("cut", 1250), ("held", 3800)])
@@ -46,3 +55,22 @@ def test_the_predicted_choice_loses_little_on_products_that_were_not_fitted(reco
     assert geometric_mean(lost) <= 1.04
     assert sum(loss > 1.15 for loss in lost) <= 5
     assert max(lost) <= 1.32
+
+
+def test_the_int8_table_predicts_nine_of_ten_points_within_15_percent(recorded_int8: Fit) -> None:
+    points = recorded_int8.known(recorded_int8.calibration.points)
+    assert len(points) >= 5000
+    off = np.abs(np.log(recorded_int8.predicted(points) / [point.us for point in points]))
+    assert np.mean(off <= math.log(1.15)) >= 0.9
+    assert np.quantile(off, 0.5) <= math.log(1.05)
+
+
+def test_the_predicted_int8_choice_loses_little_on_products_that_were_not_fitted(recorded_int8: Fit) -> None:
+    lost = []
+    for points in held_products(recorded_int8.calibration.points).values():
+        timed = recorded_int8.known(points)
+        chosen = timed[int(np.argmin(recorded_int8.predicted(timed)))]
+        lost.append(chosen.us / min(point.us for point in timed))
+    assert len(lost) == 28
+    assert geometric_mean(lost) <= 1.04
+    assert max(lost) <= 1.2

@@ -6,10 +6,8 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,56 +15,19 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
-from et_cuda_passes.cli import app
+from tests.cli.command import Run, names
 from tests.quantized import Quantized
 from tests.saved import difference, save
 
 INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line that says what is wrong; there must be no other, and nothing that looks like a traceback."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1, self.err
-        assert "Traceback" not in self.err
-        return lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            app([str(argument) for argument in arguments], prog_name="et-cuda-passes")
-        return Result(int(stop.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, run: Run) -> None:
+def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, command: Run) -> None:
     from executorch.runtime import Runtime
 
     path, module = save(tmp_path, "4w")
     out = tmp_path / "made" / "here"
-    result = run("lower", path, "--target", "xnnpack", "--output-dir", out, "--expect", "fold_dequantize=2")
+    result = command("lower", path, "--target", "xnnpack", "--output-dir", out, "--expect", "fold_dequantize=2")
     assert result.code == 0, result.err
     assert names(out) == ["model.xnnpack.pte", "report.json"]
     assert f"{out / 'model.xnnpack.pte'}  {(out / 'model.xnnpack.pte').stat().st_size:,}" in result.out
@@ -78,30 +39,34 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, run: Run) 
 
 
 def test_a_quantized_embedding_for_xnnpack_by_way_of_a_packed_program_in_a_new_process(
-    tmp_path: Path, run: Run
+    tmp_path: Path, command: Run
 ) -> None:
     """The operators are ExecuTorch's, and unknown to torch until it is imported."""
     table = Quantized(13, 64, dtype=torch.float32, form=lambda ids, weight, bias: F.embedding(ids, weight))
     torch.export.save(torch.export.export(table, (torch.tensor([1, 2]),)), tmp_path / "model.pt2")
     _, report = ecp.rewrite(torch.export.load(tmp_path / "model.pt2"), "xnnpack")
     packed = tmp_path / "model.xnnpack.packed.pt2"
-    assert run("lower", tmp_path / "model.pt2", "-t", "xnnpack", "-o", tmp_path, "--stop-after", "rewrite").code == 0
+    assert (
+        command("lower", tmp_path / "model.pt2", "-t", "xnnpack", "-o", tmp_path, "--stop-after", "rewrite").code == 0
+    )
     told = subprocess.run(
         [sys.executable, "-m", "et_cuda_passes", "explain", packed, "-t", "xnnpack"], capture_output=True, text=True
     )
     assert told.stdout == f"{report}\n", told.stderr
 
 
-def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, run: Run) -> None:
+def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, command: Run) -> None:
     path, module = save(tmp_path, "4w")
-    packing = run("lower", path, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
+    packing = command("lower", path, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
     assert packing.code == 0, packing.err
     packed = tmp_path / "model.cpu.packed.pt2"
     assert torch.backends.cpu.get_cpu_capability() in packing.out.splitlines()[-1]
     # The packed program runs as it is, wherever our operators are registered.
     loaded = torch.export.load(packed).module()
 
-    lowering = run("lower", packed, "--target", "cpu", "--output-dir", tmp_path / "out", "--expect", "linear_int4=2")
+    lowering = command(
+        "lower", packed, "--target", "cpu", "--output-dir", tmp_path / "out", "--expect", "linear_int4=2"
+    )
     assert lowering.code == 0, lowering.err
     assert "2 x cpu" in lowering.out
     assert names(tmp_path / "out") == ["model.cpu.pt2", "report.json"]
@@ -113,15 +78,15 @@ def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, 
     for x in INPUTS:
         assert difference(loaded(x), module(x)) < 1e-6
         assert difference(compiled(x), module(x)) < 1e-6
-    assert "AOTInductor package" in run("explain", package, "--target", "cpu").error
+    assert "AOTInductor package" in command("explain", package, "--target", "cpu").error
 
 
 def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
-    tmp_path: Path, run: Run, no_gpu: None
+    tmp_path: Path, command: Run, no_gpu: None
 ) -> None:
     path, module = save(tmp_path, "4w", torch.bfloat16)
     out = tmp_path / "a folder"
-    result = run("lower", path, "--target", "cuda", "--output-dir", out)
+    result = command("lower", path, "--target", "cuda", "--output-dir", out)
     assert result.code == 1
     assert names(out) == ["model.cuda.packed.pt2", "report.json"]
     assert "CUDA device" in result.error
@@ -132,34 +97,34 @@ def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
     # The command that it names is a command: it reads what was packed, and here it ends at the same place.
     program, *again = shlex.split(result.error.rpartition("go on with: ")[2])
     assert program == "et-cuda-passes"
-    second = run(*again)
+    second = command(*again)
     assert (second.code, second.error) == (1, result.error)
     assert names(out) == ["model.cuda.packed.pt2", "report.json"]
     assert "2 x linear_int4" in second.out
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="may have what is missing")
-def test_metal_elsewhere_than_on_macos(tmp_path: Path, run: Run) -> None:
+def test_metal_elsewhere_than_on_macos(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
-    result = run("lower", path, "--target", "metal", "--output-dir", tmp_path)
+    result = command("lower", path, "--target", "metal", "--output-dir", tmp_path)
     assert result.code == 1
     assert "macOS" in result.error
     assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.json"]
 
 
-def test_cpu_without_a_compiler(tmp_path: Path, run: Run) -> None:
+def test_cpu_without_a_compiler(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
-        result = run("lower", path, "--target", "cpu", "--output-dir", tmp_path)
+        result = command("lower", path, "--target", "cpu", "--output-dir", tmp_path)
     assert result.code == 1
     assert "no-such-compiler" in result.error
     assert "model.cpu.packed.pt2" in names(tmp_path)
 
 
-def test_a_program_packed_for_another_target(tmp_path: Path, run: Run) -> None:
+def test_a_program_packed_for_another_target(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w", torch.bfloat16)
-    assert run("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
-    result = run("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
+    assert command("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
+    result = command("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
     assert result.code == 2
     assert "packed (mma_tiled) for target cuda" in result.error
     assert not (tmp_path / "out").exists()
@@ -167,48 +132,48 @@ def test_a_program_packed_for_another_target(tmp_path: Path, run: Run) -> None:
     # The same, told by its operators alone: saved by other means than ours, it has no record.
     bare = tmp_path / "bare.pt2"
     torch.export.save(torch.export.load(tmp_path / "model.cuda.packed.pt2"), bare)
-    assert "for target cuda" in run("explain", bare, "-t", "xnnpack").error
-    assert "2 x mma_tiled" in run("explain", bare, "-t", "cuda").out
+    assert "for target cuda" in command("explain", bare, "-t", "xnnpack").error
+    assert "2 x mma_tiled" in command("explain", bare, "-t", "cuda").out
 
 
-def test_a_program_packed_for_another_instruction_set(tmp_path: Path, run: Run) -> None:
+def test_a_program_packed_for_another_instruction_set(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     program, report = ecp.rewrite(torch.export.load(path), "cpu")
     record = {"target": "cpu", "cpu_capability": "ELSEWHERE", "report": report.to_dict()}
     torch.export.save(program, path, extra_files={"et_cuda_passes.json": json.dumps(record)})
-    result = run("explain", path, "--target", "cpu")
+    result = command("explain", path, "--target", "cpu")
     assert result.code == 2
     assert "ELSEWHERE" in result.error
 
 
-def test_a_record_of_another_version(tmp_path: Path, run: Run) -> None:
+def test_a_record_of_another_version(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "float")
     torch.export.save(torch.export.load(path), path, extra_files={"et_cuda_passes.json": '{"target": "cpu"}'})
-    result = run("explain", path, "--target", "cpu")
+    result = command("explain", path, "--target", "cpu")
     assert result.code == 2
     assert "pack the original program again" in result.error
 
 
-def test_packing_over_the_model_itself(tmp_path: Path, run: Run) -> None:
+def test_packing_over_the_model_itself(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     packed = path.rename(tmp_path / "model.cpu.packed.pt2")
     before = packed.read_bytes()
-    result = run("lower", packed, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
+    result = command("lower", packed, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
     assert result.code == 2
     assert "--output-dir" in result.error
     assert packed.read_bytes() == before
 
 
-def test_an_expectation_that_does_not_hold(tmp_path: Path, run: Run) -> None:
+def test_an_expectation_that_does_not_hold(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     out = tmp_path / "out"
-    result = run("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
+    result = command("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
     assert result.code == 1
     assert "kept: expected 1, got 0" in result.error
     assert names(out) == ["report.json"]
 
 
-def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Path, run: Run) -> None:
+def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     program = torch.export.load(path)
     for name, value in program.state_dict.items():
@@ -218,7 +183,7 @@ def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "model.xnnpack.pte").write_bytes(b"of an earlier day")
-    result = run("lower", path, "--target", "xnnpack", "--output-dir", out)
+    result = command("lower", path, "--target", "xnnpack", "--output-dir", out)
     assert result.code == 1
     assert "up.weight" in result.error
     assert "--debug" in result.error
@@ -227,19 +192,19 @@ def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Pat
     assert json.loads((out / "report.json").read_text())["counts"]["missed"] == 1
 
 
-def test_explain(tmp_path: Path, run: Run) -> None:
+def test_explain(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "8da4w")
     _, report = ecp.rewrite(torch.export.load(path), "xnnpack")
-    assert run("explain", path, "--target", "xnnpack").out == f"{report}\n"
-    told = run("explain", path, "--target", "xnnpack", "--json")
+    assert command("explain", path, "--target", "xnnpack").out == f"{report}\n"
+    told = command("explain", path, "--target", "xnnpack", "--json")
     assert told.code == 0
     assert json.loads(told.out) == report.to_dict()
     assert names(tmp_path) == ["model.pt2"]
 
 
-def test_a_program_with_no_quantized_weight(tmp_path: Path, run: Run) -> None:
+def test_a_program_with_no_quantized_weight(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "float")
-    result = run("explain", path, "--target", "cuda")
+    result = command("explain", path, "--target", "cuda")
     assert result.code == 0
     assert "no candidates" in result.out
 
@@ -266,9 +231,9 @@ def bad_models(folder: Path) -> dict[str, Path]:
     return bad
 
 
-def test_what_is_no_exported_program(tmp_path: Path, run: Run) -> None:
+def test_what_is_no_exported_program(tmp_path: Path, command: Run) -> None:
     for what, path in bad_models(tmp_path).items():
-        result = run("lower", path, "--target", "cpu", "--output-dir", tmp_path / "out")
+        result = command("lower", path, "--target", "cpu", "--output-dir", tmp_path / "out")
         assert (what, result.code, result.out) == (what, 2, "")
         assert result.error == result.err.strip(), what
         assert str(path) in result.error
@@ -276,10 +241,10 @@ def test_what_is_no_exported_program(tmp_path: Path, run: Run) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_traceback_only_under_debug(tmp_path: Path, run: Run) -> None:
+def test_a_traceback_only_under_debug(tmp_path: Path, command: Run) -> None:
     path = tmp_path / "empty.pt2"
     path.touch()
-    result = run("explain", path, "--target", "cpu", "--debug")
+    result = command("explain", path, "--target", "cpu", "--debug")
     assert result.code == 2
     assert result.err.startswith("Traceback")
     assert "error: " in result.err.splitlines()[-1]
@@ -297,31 +262,33 @@ def test_a_traceback_only_under_debug(tmp_path: Path, run: Run) -> None:
         (["--target", "cpu", "--expect", "missed=0", "--expect", "missed=1"], "missed was given a count before"),
     ],
 )
-def test_bad_usage(arguments: list[str], said: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_usage(
+    arguments: list[str], said: str, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # None of these needs a look into the model, so none waits for it.
     (tmp_path / "model.pt2").write_bytes(b"not looked at")
     monkeypatch.chdir(tmp_path)
-    result = run("lower", "model.pt2", *arguments)
+    result = command("lower", "model.pt2", *arguments)
     assert result.code == 2
     assert said in result.error
     assert names(tmp_path) == ["model.pt2"]
 
 
 @pytest.mark.parametrize("taken", ["report.json", "model.xnnpack.pte"])
-def test_a_directory_where_a_file_is_to_be_written(taken: str, tmp_path: Path, run: Run) -> None:
+def test_a_directory_where_a_file_is_to_be_written(taken: str, tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     out = tmp_path / "out"
     (out / taken).mkdir(parents=True)
-    result = run("lower", path, "-t", "xnnpack", "-o", out)
+    result = command("lower", path, "-t", "xnnpack", "-o", out)
     assert result.code == 1
     assert str(out / taken) in result.error
     assert ".unfinished" not in result.err
 
 
 @pytest.mark.parametrize("seed", ["99999999999999999999", "-1"])
-def test_a_seed_that_no_generator_takes(seed: str, run: Run) -> None:
-    for command in (["verify", "model.pt2", "-t", "cpu"], ["run", "model.pte"]):
-        result = run(*command, "--random-seed", seed)
+def test_a_seed_that_no_generator_takes(seed: str, command: Run) -> None:
+    for arguments in (["verify", "model.pt2", "-t", "cpu"], ["run", "model.pte"]):
+        result = command(*arguments, "--random-seed", seed)
         assert result.code == 2
         assert "Invalid value for '--random-seed'" in result.err
 
@@ -330,22 +297,22 @@ def test_a_seed_that_no_generator_takes(seed: str, run: Run) -> None:
     "arguments",
     [["lower"], ["lower", "model.pt2"], ["lower", "model.pt2", "-t", "cpu", "--stop-after", "x"], ["nothing"]],
 )
-def test_usage_that_typer_refuses(arguments: list[str], run: Run) -> None:
-    result = run(*arguments)
+def test_usage_that_typer_refuses(arguments: list[str], command: Run) -> None:
+    result = command(*arguments)
     assert result.code == 2
     assert "Usage: et-cuda-passes" in result.err
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission(tmp_path: Path, run: Run) -> None:
+def test_a_directory_without_permission(tmp_path: Path, command: Run) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
-    result = run("lower", "model.pt2", "--target", "cpu", "--output-dir", tmp_path / "locked" / "out")
+    result = command("lower", "model.pt2", "--target", "cpu", "--output-dir", tmp_path / "locked" / "out")
     assert result.code == 2
     assert "permission" in result.error
 
 
-def test_rules(run: Run) -> None:
-    listed = json.loads(run("rules", "--json").out)
+def test_rules(command: Run) -> None:
+    listed = json.loads(command("rules", "--json").out)
     assert list(listed) == list(ecp.targets())
     for name, about in listed.items():
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
@@ -353,14 +320,14 @@ def test_rules(run: Run) -> None:
     assert linear["rewrite"].endswith("-> int4_linear(x, packed, scale_and_zero, bias)")
     assert linear["options"] == {"drop_activation_quantization": False, "kernel": None, "cast_to_bf16": False}
     assert {"wanted", "hint", "stage"} == set(linear["requires"][0])
-    text = run("rules").out
+    text = command("rules").out
     for passed in [entry for about in listed.values() for entry in about["passes"]]:
         assert f"\n\n{passed['name']}\n  {passed['rewrite']}\n" in text
         assert all(f"  requires {need['wanted']}" in text for need in passed["requires"])
 
 
-def test_version(run: Run) -> None:
-    result = run("--version")
+def test_version(command: Run) -> None:
+    result = command("--version")
     assert result.code == 0
     assert f"torch {version('torch')}" in result.out
 

@@ -9,12 +9,10 @@ import torch
 from executorch.exir import schema
 from safetensors.torch import save_file
 
-from tests.cli import test_cli
-from tests.cli.test_cli import Run
+from tests.cli.command import Run
 from tests.delegate.delegated import Counting, K, Spec, counting, single_call, value, write
 from tests.saved import save
 
-command = test_cli.run
 X = torch.randn(3, K, generator=torch.Generator().manual_seed(0))
 CPU = ("--device", "cpu")
 

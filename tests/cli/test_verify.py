@@ -13,12 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from et_cuda_passes.cli.compare import compare, default_tolerance
-from tests.cli import test_cli
-from tests.cli.test_cli import Run, names
+from tests.cli.command import Run, names
 from tests.saved import save
-
-command = test_cli.run
-no_gpu = test_cli.no_gpu
 
 
 def errors(out: str) -> list[float]:

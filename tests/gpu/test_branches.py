@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
-from tests.graph.test_subgraphs import INPUTS, cond, exported
+from tests.graph.subgraph_models import INPUTS, cond, exported
 from tests.quantized import Quantized
 
 pytestmark = pytest.mark.gpu

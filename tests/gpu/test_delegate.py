@@ -14,12 +14,10 @@ from torch.export import Dim
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import DelegateError, Program, load
-from tests.cli import test_cli
-from tests.cli.test_cli import Run
-from tests.gpu.test_lowering import lower, quantized, relative, save
+from tests.cli.command import Run
+from tests.gpu.lowered import lower, quantized, relative, save
 
 pytestmark = pytest.mark.gpu
-command = test_cli.run
 FEATURES, HIDDEN = 256, 512
 
 

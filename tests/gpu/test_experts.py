@@ -12,7 +12,7 @@ from et_cuda_passes.delegate import load
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
 from tests.experts import FORMS, Experts, export, off
-from tests.gpu.test_lowering import lower
+from tests.gpu.lowered import lower
 
 pytestmark = pytest.mark.gpu
 OPS = INT4_EXPERTS["mma_tiled"]

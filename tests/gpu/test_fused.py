@@ -9,7 +9,7 @@ from torch.export import Dim
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
-from tests.rules.test_fused_linear import PASSES, Block, X
+from tests.rules.fused_models import PASSES, Block, X
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import BOUNDS
-from et_cuda_passes.kernels.int4_launch import Epilogue, launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.linear_launch import Epilogue, launch_int4
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
@@ -96,7 +96,7 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(
+            launch_int4(
                 x.view(*batch, m, k),
                 m,
                 packed,

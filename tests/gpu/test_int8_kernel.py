@@ -12,9 +12,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import BOUNDS
-from et_cuda_passes.kernels.int8_launch import launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.linear_launch import launch_int8
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.ops import INT8_LINEAR
 
@@ -113,7 +113,7 @@ def test_every_way_of_cutting(shape: tuple[int, int, int, int], waves: int, k: i
         results = []
         for _ in range(3):
             y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, gpu.processors)
+            launch_int8(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, gpu.processors)
             results.append(y)
         assert off(results[0], x.double() @ dense.T) < MOST[dtype]
         assert all(torch.equal(other, results[0]) for other in results[1:])

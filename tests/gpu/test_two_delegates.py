@@ -14,7 +14,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.files import read_ptd, read_pte
 from et_cuda_passes.delegate.plan import read_plans
-from tests.gpu.test_lowering import save
+from tests.gpu.lowered import save
 
 pytestmark = pytest.mark.gpu
 

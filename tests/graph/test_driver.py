@@ -416,16 +416,16 @@ def test_rewrite_may_return_its_input() -> None:
 
 
 def test_weight_is_decoded_once_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    from et_cuda_passes.quant import affine
+    from et_cuda_passes.quant import decoders
 
     decoded: list[Node] = []
-    decode = affine.decode
+    decode = decoders.decode
 
     def counting(program: Any, node: Node) -> Any:
         decoded.append(node)
         return decode(program, node)
 
-    monkeypatch.setattr(affine, "decode", counting)
+    monkeypatch.setattr(decoders, "decode", counting)
     ecp.rewrite(chain(3), "cuda", expect={"linear_int4": 3})
     assert len(decoded) == 3
 

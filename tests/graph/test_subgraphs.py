@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from executorch.exir import EdgeCompileConfig, to_edge
 from torch import Tensor, nn
-from torch._higher_order_ops.map import map as over
 from torch._higher_order_ops.scan import scan
-from torch._higher_order_ops.while_loop import while_loop
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -23,86 +21,25 @@ from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.graph.subgraph_models import (
+    INPUTS,
+    LINEARS,
+    USES,
+    Net,
+    X,
+    cond,
+    exported,
+    looped,
+    mapped,
+    nested,
+    scanned,
+    without_grad,
+)
 from tests.helpers import DEQUANTIZE
 from tests.quantized import Quantized
 
 BF16 = torch.bfloat16
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-
-
-def square(seed: int) -> Quantized:
-    """A quantized linear [64, 64] with a bias."""
-    return Quantized(64, 64, seed=seed)
-
-
-class Net(nn.Module):
-    """Quantized linears ``a``, ``b``, ``c`` used as ``use(net, x)``."""
-
-    def __init__(self, use: Callable[[Any, Tensor], Any]) -> None:
-        super().__init__()
-        # Only those that are used, since the export contains the others too.
-        for seed, name in enumerate(sorted(USES.get(use, "abc"))):
-            self.add_module(name, square(seed))
-        self.use = use
-
-    def forward(self, x: Tensor) -> Any:
-        return self.use(self, x)
-
-
-def cond(net: Net, x: Tensor) -> Tensor:
-    """``b`` is read in both subgraphs and outside, ``a`` in one subgraph only."""
-    y = torch.cond(x.sum() > 0, lambda y: net.a(y) + net.b(y), lambda y: net.b(y), (x,))
-    return net.c(y) + net.b(x)
-
-
-def nested(net: Net, x: Tensor) -> Tensor:
-    def inner(y: Tensor) -> Tensor:
-        return torch.cond(y.max() > 1, lambda z: net.a(z) + net.b(z), lambda z: z + 1, (y,))
-
-    return net.c(torch.cond(x.sum() > 0, inner, lambda y: net.b(y), (x,)))
-
-
-def mapped(net: Net, x: Tensor) -> Tensor:
-    return net.b(over(lambda row: net.a(row) + net.b(row), x.unsqueeze(1)))
-
-
-def scanned(net: Net, x: Tensor) -> Any:
-    def step(state: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        state = net.a(row) + net.b(state)
-        return state.clone(), state + 1
-
-    return scan(step, torch.zeros(1, 64, dtype=BF16), x.unsqueeze(1))
-
-
-def looped(net: Net, x: Tensor) -> Any:
-    start = (torch.zeros((), dtype=torch.int64), x)
-    return while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, torch.tanh(net.a(y))), start)
-
-
-def without_grad(net: Net, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        y = net.a(x)
-    return net.b(y)
-
-
-def autocast(net: Net, x: Tensor) -> Tensor:
-    with torch.autocast("cpu", dtype=BF16):
-        y = net.a(x)
-    return net.b(y)
-
-
-USES = {
-    cond: {"a", "b", "c"},
-    nested: {"a", "b", "c"},
-    mapped: {"a", "b"},
-    scanned: {"a", "b"},
-    looped: {"a"},
-    without_grad: {"a", "b"},
-    autocast: {"a", "b"},
-}
-LINEARS = {cond: 5, nested: 4, mapped: 3, scanned: 2, looped: 1, without_grad: 2, autocast: 2}
-X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(BF16)
-INPUTS = (X.abs() * 3, X.abs() * 0.1, -X.abs())
 
 
 def reloaded(program: ExportedProgram) -> ExportedProgram:
@@ -125,17 +62,6 @@ def calls(program: ExportedProgram, *targets: Any) -> list[Node]:
 
 def held(program: ExportedProgram) -> dict[str, torch.Tensor]:
     return {**program.constants, **program.state_dict}
-
-
-_EXPORTED: dict[Any, ExportedProgram] = {}
-
-
-def exported(use: Any, dynamic: bool = False, strict: bool = False) -> ExportedProgram:
-    key = (use, dynamic, strict)
-    if key not in _EXPORTED:
-        rows = ({0: Dim("rows", min=2, max=64)},) if dynamic else None
-        _EXPORTED[key] = torch.export.export(Net(use), (X,), dynamic_shapes=rows, strict=strict)
-    return _EXPORTED[key]
 
 
 FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
@@ -363,7 +289,7 @@ def test_weight_in_a_subgraph_of_an_unsupported_call_is_missed_with_the_reason()
     finally:
         call.target = known
     (missed,) = (outcome for outcome in report.outcomes if outcome.status == "missed")
-    assert "by an operator that is not known" in str(missed.reasons[0])
+    assert "by an unknown operator" in str(missed.reasons[0])
     assert missed.node.endswith(".linear")
     assert len(calls(after, DEQUANTIZE)) == 1
 
@@ -380,7 +306,7 @@ def test_subgraph_that_two_calls_share_is_left_alone() -> None:
         before.graph.erase_node(other)
     assert report.counts()["missed"] == 3
     assert {str(r) for o in report.outcomes for r in o.reasons} == {
-        "it stands in a graph that is called from two places, or by an operator that is not known"
+        "it stands in a graph that is called from two places, or by an unknown operator"
     }
     for call in after.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
         assert len(call.args[3]) == len(graphs(after)["true_graph_0"].find_nodes(op="placeholder"))
@@ -443,7 +369,7 @@ def test_weight_mutated_in_a_subgraph_is_not_packed() -> None:
     assert any(spec.target == "a.data" for spec in before.graph_signature.output_specs) or calls(
         before, torch.ops.aten.copy_.default
     )
-    report = assert_misses(before, "which the program writes while it runs")
+    report = assert_misses(before, "which the program mutates while it runs")
     assert {o.fqn: o.status for o in report.outcomes} == {"a.data": "missed", "b.data": "rewritten"}
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from torchao.quantization import IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
-from et_cuda_passes.quant.affine import DEQUANTIZE
+from et_cuda_passes.quant.decoders import DEQUANTIZE
 
 BF16 = torch.bfloat16
 Named = dict[str, Tensor]

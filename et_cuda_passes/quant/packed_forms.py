@@ -1,0 +1,155 @@
+"""Decoders of ExecuTorch's packed weights: ``torchao.dequantize_int4_tensor`` and ``torchao.dequantize_gguf``.
+
+Sources: ``executorch.extension.llm.export.int4`` and ``.gguf``, which register the operators; the GGUF blocks are those
+of llama.cpp's ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``), 256 weights each.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from et_cuda_passes.graph.errors import Unmet
+from et_cuda_passes.graph.operators import arguments
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, check_blocks, constant
+
+_BLOCK = 256
+"""Weights of a block."""
+_GGUF = {"q4_k": (144, 32, 0, 15), "q5_k": (176, 32, 0, 31), "q6_k": (210, 16, -32, 31)}
+"""Bytes of a block, number of weights that share a scale, and the range of the integers."""
+
+
+def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
+    """A weight with two integers to a byte [N, K / 2], and scales and zero points [K / group, N].
+
+    Raises:
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
+    """
+    bound = arguments(node)
+    data, packed = constant(program, bound["qdata"], "the quantized data")
+    scale, scales = constant(program, bound["scale"], "the scale")
+    zero_point, points = constant(program, bound["zero_point"], "the zero point")
+    weight = QuantizedWeight(
+        fqn=program.fqn(data) or data.name,
+        data=data,
+        scale=scale,
+        zero_point=zero_point,
+        shape=(packed.shape[0], packed.shape[1] * 2),
+        block_size=(1, int(bound["group_size"])),
+        quant_min=0,
+        quant_max=15,
+        storage_dtype=packed.dtype,
+        scale_dtype=scales.dtype,
+        output_dtype=_output_dtype(bound["output_dtype"]),
+        loader=_load_int4_tensor,
+        encoding="int4_tensor",
+    )
+    check_blocks(weight, scales, points)
+    return weight
+
+
+def _load_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues:
+    tensors = [program.constant(node) for node in weight.sources]
+    packed, scale, zero_point = (tensor.detach() for tensor in tensors if tensor is not None)
+
+    def load() -> Tensor:
+        data = packed.view(torch.uint8)
+        return torch.stack((data & 15, data >> 4), dim=-1).reshape(weight.shape)
+
+    return WeightValues(load, scale.t(), zero_point.t())
+
+
+def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
+    """A weight in GGUF blocks, uint8 [N, bytes of a row]; the blocks contain scales and minimums.
+
+    Raises:
+        Unmet: ``node`` reads a value that is not a constant, or blocks of another kind.
+    """
+    bound = arguments(node)
+    data, raw = constant(program, bound["weight"], "the quantized data")
+    kind = bound["ggml_type"]
+    if kind not in _GGUF:
+        raise Unmet(f"GGUF blocks of type {kind}")
+    size, group, low, high = _GGUF[kind]
+    if raw.shape[1] % size:
+        raise Unmet(f"rows of {raw.shape[1]} bytes, which {kind} blocks of {size} do not divide")
+
+    def load(program: Program, weight: QuantizedWeight) -> WeightValues:
+        return _load_gguf(program, weight, kind)
+
+    return QuantizedWeight(
+        fqn=program.fqn(data) or data.name,
+        data=data,
+        scale=None,
+        zero_point=None,
+        shape=(raw.shape[0], raw.shape[1] // size * _BLOCK),
+        block_size=(1, group),
+        quant_min=low,
+        quant_max=high,
+        storage_dtype=raw.dtype,
+        scale_dtype=torch.float32,
+        output_dtype=_output_dtype(bound["output_dtype"]),
+        loader=load,
+        encoding=kind,
+    )
+
+
+def _load_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightValues:
+    raw = program.constant(weight.data)
+    assert raw is not None
+    rows = weight.shape[0]
+    blocks = raw.detach().reshape(-1, _GGUF[kind][0])
+    if kind == "q6_k":
+        scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()
+        return WeightValues(lambda: _six_bits(blocks).view(weight.shape), scale.view(rows, -1), None)
+    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
+    scale, minimum = scale * _half(blocks[:, :2]), minimum * _half(blocks[:, 2:4])
+    load = _four_bits if kind == "q4_k" else _five_bits
+    return WeightValues(lambda: load(blocks).view(weight.shape), scale.view(rows, -1), None, minimum.view(rows, -1))
+
+
+def _half(columns: Tensor) -> Tensor:
+    """Two bytes of each block as fp16, in fp32 [blocks, 1]; a product with an 8-bit integer is exact."""
+    return columns.contiguous().view(torch.float16).float()
+
+
+def _scales_and_minimums(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """Eight 6-bit scales and eight 6-bit minimums from 12 bytes.
+
+    The top two bits of the last four scales and minimums are in the top bits of the first four.
+    """
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scale = torch.cat((first & 63, (third & 15) | (first >> 6) << 4), dim=1)
+    minimum = torch.cat((second & 63, (third >> 4) | (second >> 6) << 4), dim=1)
+    return scale.float(), minimum.float()
+
+
+def _nibbles(data: Tensor) -> Tensor:
+    """[blocks, 4, 2, 32] from 128 bytes a block: 32 low nibbles, then the 32 high nibbles of the same bytes."""
+    runs = data.reshape(-1, 4, 32)
+    return torch.stack((runs & 15, runs >> 4), dim=2)
+
+
+def _four_bits(blocks: Tensor) -> Tensor:
+    return _nibbles(blocks[:, 16:])
+
+
+def _five_bits(blocks: Tensor) -> Tensor:
+    """The fifth bit of weight l of run j is bit j of byte l."""
+    shifts = torch.arange(8, dtype=torch.uint8).view(1, 8, 1)
+    fifth = (blocks[:, None, 16:48] >> shifts) & 1
+    return _nibbles(blocks[:, 48:]).reshape(-1, 8, 32) | fifth << 4
+
+
+def _six_bits(blocks: Tensor) -> Tensor:
+    """Two halves of 128 integers: 64 low nibbles, 64 high nibbles, the upper two bits of each in 32 bytes; minus 32."""
+    low = blocks[:, :128].reshape(-1, 2, 64)
+    four = torch.stack((low & 15, low >> 4), dim=2).view(-1, 2, 4, 32)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 1, 4, 1)
+    two = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & 3
+    return (four | two << 4).to(torch.int8) - 32
+
+
+def _output_dtype(dtype: object) -> torch.dtype:
+    # The schema's default is bfloat16, which the schema spells as a number.
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

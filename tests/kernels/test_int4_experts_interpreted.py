@@ -1,0 +1,126 @@
+"""The experts' kernel in Triton's interpreter, against fp64: in order, indexed and grouped, on ragged shapes.
+
+Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+
+# experts, N, K, group size, block_m, block_n, block_k, zeros
+SHAPES = [
+    (3, 16, 64, 32, 8, 16, 64, False),
+    (4, 40, 96, 32, 8, 16, 64, True),
+    (5, 33, 384, 128, 16, 16, 128, True),
+    (1, 24, 192, 64, 8, 32, 128, False),
+]
+# rows of a batch, batches that read the same rows (0: all), the expert of each batch, or None for all in order
+BATCHES = [
+    (1, 1, None),
+    (9, 0, None),
+    (9, 3, [0, 2, 2, 1, -1, 0]),
+    (1, 1, [2, 2, 0, 1]),
+]
+# the end of each expert's rows, and the total number of rows
+GROUPS = [
+    ([3, 3, 20, 21, 21], 21),
+    ([0, 0, 0, 0, 9], 12),
+    ([0, 0, 0, 0, 0], 4),
+    ([5, 6, 7, 8, 9], 9),
+    ([0, 1, 1, 1, 1], 1),
+]
+COUNT = 2 * (len(SHAPES) * len(BATCHES) + len(GROUPS)) + 2
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_experts_kernel_passes_in_the_interpreter() -> None:
+    check_in_interpreter(__file__, COUNT)
+
+
+class Experts:
+    """Random packed weights, and their values in fp64 [E, N, K]."""
+
+    def __init__(self, shape: tuple, dtype: torch.dtype) -> None:
+        from et_cuda_passes.layouts import mma_tiled
+
+        self.e, self.n, self.k, self.group, *self.blocks, zeros = shape
+        random = torch.Generator().manual_seed(self.n * self.k)
+        q = torch.randint(0, 16, (self.e * self.n, self.k), dtype=torch.uint8, generator=random)
+        scale = torch.rand(self.e * self.n, self.k // self.group, generator=random) * 0.05 + 0.01
+        zero = torch.randn(scale.shape, generator=random) * 0.05 * zeros
+        self.packed = mma_tiled.pack(q)
+        self.qparams = mma_tiled.scale_and_zero(scale, zero, dtype, self.k)
+        s, z = (part.to(dtype).double().repeat_interleave(self.group, dim=1) for part in (scale, zero))
+        self.weight = ((q.double() - 8) * s + z).view(self.e, self.n, self.k)
+
+    def launch(self, x: Tensor, chosen: Tensor | None, y: Tensor, *sizes: int, tiles: int, grouped: bool) -> None:
+        from et_cuda_passes.kernels.int4_experts import int4_experts
+
+        block_m, block_n, block_k = self.blocks
+        shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_SIZE": self.group, "SALT": 1}
+        form = {"EVEN_K": self.k % block_k == 0, "HAS_ZERO": self.qparams.shape[0] == 2, "GROUPED": grouped}
+        form |= {"HAS_IDS": chosen is not None and not grouped, "WIDTH": 1 << self.e.bit_length()}
+        constants = (self.packed, self.qparams, self.packed if chosen is None else chosen)
+        grid, more = (tiles, -(-self.n // block_n)), (self.e, self.n, self.k // 32)
+        int4_experts[grid](x, *constants, y, *sizes, *more, **shape, **form, USE_ASM=False, WGMMA=False)
+
+
+def off(y: Tensor, wanted: Tensor) -> float:
+    return float((y.double() - wanted).norm() / wanted.norm())
+
+
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
+DTYPES = pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+
+
+@HERE
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+@DTYPES
+def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype, most: float) -> None:
+    experts, (m, share, ids) = Experts(shape, dtype), batch
+    # An id that is out of range is replaced by a valid one.
+    given = ids and torch.tensor([i if i < experts.e else 0 for i in ids])
+    chosen = list(range(experts.e)) if ids is None else [int(i) % experts.e for i in given]
+    share = share or len(chosen)
+    x = torch.randn(len(chosen) // share, m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = torch.full((len(chosen), m, experts.n), float("nan"), dtype=dtype)
+    experts.launch(x, given, y, m, share, tiles=len(chosen) * -(-m // experts.blocks[0]), grouped=False)
+    wanted = torch.bmm(x.double().repeat_interleave(share, dim=0), experts.weight[chosen].transpose(1, 2))
+    assert off(y, wanted) < most
+
+
+@HERE
+@pytest.mark.parametrize("group", GROUPS, ids=str)
+@DTYPES
+def test_groups_agree_with_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
+    (ends, m), experts = group, Experts((5, 40, 96, 32, 8, 16, 64, True), dtype)
+    x = torch.randn(m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y = torch.full((m, experts.n), float("nan"), dtype=dtype)
+    experts.launch(x, torch.tensor(ends, dtype=torch.int32), y, m, 1, tiles=m // 8 + 6, grouped=True)
+    whole = torch.cat([experts.weight, torch.zeros(1, experts.n, experts.k, dtype=torch.float64)])
+    wanted = torch.stack([whole[sum(end <= row for end in ends)] @ x[row].double() for row in range(m)])
+    # Rows without an expert are exactly 0.
+    assert (y.double() - wanted).norm() <= most * wanted.norm()
+    assert not y[ends[-1] :].any()
+
+
+@HERE
+def test_expert_out_of_range_gives_nan() -> None:
+    experts = Experts((3, 16, 64, 32, 8, 16, 64, False), torch.float16)
+    x, y = torch.ones(3, 1, 64, dtype=torch.float16), torch.zeros(3, 1, 16, dtype=torch.float16)
+    experts.launch(x, torch.tensor([1, 3, -4]), y, 1, 1, tiles=3, grouped=False)
+    assert off(y[0], x[0].double() @ experts.weight[1].T) < 1e-3
+    assert y[1:].isnan().all()
+
+
+@HERE
+def test_invalid_offsets_stay_within_the_rows() -> None:
+    experts = Experts((3, 16, 64, 32, 8, 16, 64, False), torch.float16)
+    x = torch.ones(4, 64, dtype=torch.float16)
+    held = torch.full((12, 16), 7.0, dtype=torch.float16)
+    experts.launch(x, torch.tensor([9, -5, 100]), held[4:8], 4, 1, tiles=4, grouped=True)
+    assert (held[:4] == 7).all() and (held[8:] == 7).all()

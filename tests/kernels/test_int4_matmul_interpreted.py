@@ -1,0 +1,202 @@
+"""The kernels in Triton's interpreter, on ragged shapes, against fp64.
+
+Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+
+if INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    from et_cuda_passes.kernels.epilogue import activate
+
+    @triton.jit
+    def activated(x_ptr, y_ptr, ACTIVATION: tl.constexpr, SIZE: tl.constexpr):
+        at = tl.arange(0, SIZE)
+        tl.store(y_ptr + at, activate(tl.load(x_ptr + at), ACTIVATION, False))
+
+
+# rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias, activation, factor, addend
+CASES = [
+    (1, 16, 64, 32, 8, 16, 64, 1, 0, False, False, "", False, False),
+    (3, 40, 96, 32, 8, 16, 64, 2, 0, False, False, "silu", False, False),
+    (17, 70, 256, 64, 16, 32, 128, 1, 0, True, True, "gelu", False, True),
+    (5, 33, 384, 128, 8, 16, 128, 1, 4, True, True, "", True, False),
+    (9, 64, 640, 32, 8, 16, 128, 1, 7, False, True, "relu", True, True),
+    (9, 64, 576, 64, 8, 16, 64, 1, 5, True, False, "gelu_tanh", False, False),
+    (2, 24, 1152, 32, 8, 16, 128, 4, 0, True, True, "", False, False),
+    (20, 130, 192, 32, 16, 32, 64, 1, 264, False, False, "", False, True),
+    (7, 17, 448, 64, 8, 16, 64, 4, 0, False, False, "silu", True, True),
+    # Tiles of many rows, which are loaded without a mask.
+    (70, 24, 128, 32, 128, 16, 64, 1, 0, False, False, "", False, False),
+    (150, 20, 192, 64, 128, 16, 64, 1, 3, True, False, "", False, True),
+    # The last step has half as many columns of x.
+    (140, 24, 224, 32, 128, 16, 64, 1, 0, True, True, "", False, False),
+    # Steps within a group; in the second and third case the last step is partial.
+    (3, 40, 384, 128, 8, 16, 64, 1, 0, True, False, "", False, False),
+    (5, 24, 640, 128, 8, 16, 256, 1, 2, True, False, "", False, False),
+    (2, 20, 320, 64, 8, 16, 128, 2, 0, True, False, "", False, False),
+    (6, 36, 512, 128, 8, 16, 64, 2, 0, True, False, "", False, False),
+    (4, 16, 1152, 128, 8, 16, 64, 1, 5, False, True, "silu", False, False),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_int4_kernel_passes_in_the_interpreter() -> None:
+    check_in_interpreter(__file__, 2 * len(CASES) + 2 * len(GATES) + len(ACTIVATE) - 1)
+
+
+ACTIVATE = {
+    "": lambda y: y,
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
+}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("case", CASES, ids=str)
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+    from et_cuda_passes.kernels.int4_matmul import int4_matmul
+    from et_cuda_passes.kernels.tiles import add_parts
+    from et_cuda_passes.layouts import mma_tiled
+
+    m, n, k, group, block_m, block_n, block_k, segments, slots, zeros, has_bias, activation, has_f, has_a = case
+    random = torch.Generator().manual_seed(m * n * k)
+    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random)
+    scale = torch.rand(n, k // group, generator=random) * 0.05 + 0.01
+    zero = torch.randn(n, k // group, generator=random) * 0.05 * zeros
+    x = torch.randn(m, k, generator=random).to(dtype)
+    bias, factor, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((n,), (m, n), (m, n)))
+    packed, qparams = mma_tiled.pack(q), mma_tiled.scale_and_zero(scale, zero, dtype, k)
+    y = torch.full((m, n), float("nan"), dtype=dtype)
+
+    tiles, steps = -(-m // block_m) * -(-n // block_n), -(-packed.shape[1] * 8 // block_k)
+    grid, rest, parts = tiles, 0, qparams
+    if slots:
+        rest = tiles % slots
+        grid = tiles - rest + rest * min(slots // max(rest, 1), steps)
+        parts = torch.full((slots, block_m, block_n), float("nan"))
+    finish = {"HAS_BIAS": has_bias, "ACTIVATION": activation, "HAS_FACTOR": has_f, "HAS_ADDEND": has_a}
+    finish |= {"USE_ASM": False, "GATED": False}
+    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
+    even = k % (block_k * segments) == 0
+    # Tensor descriptors of both ranks give the same bits: they read zeros beyond K, up to the padding of the words.
+    described = (2, 3) if (even or block_k == mma_tiled.BLOCK) and segments == 1 else ()
+    form = {"HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
+    others = (bias, factor, addend)
+    results = []
+    for bulk in (0, *described):
+        first = [1] * (bulk - 2)
+        given = TensorDescriptor.from_tensor(x.view(*first, m, k), [*first, block_m, block_k]) if bulk else x
+        last = (m, n, k // 32)
+        int4_matmul[(grid,)](
+            given,
+            packed,
+            qparams,
+            *others,
+            y,
+            parts,
+            *last,
+            **shape,
+            **form,
+            **finish,
+            EVEN_K=even or bulk > 0,
+            BULK=bulk,
+            WGMMA=False,
+        )
+        if rest:
+            add_parts[(rest, block_m // 8)](parts, *others, y, *last, **shape, **finish, BULK=bulk, HEIGHT=8)
+        results.append(y.clone())
+        y.fill_(float("nan"))
+    assert all(torch.equal(result, results[0]) for result in results)
+    y = results[0]
+
+    s, z = (part.to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
+    weight = (q.double() - 8) * s + z
+    wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
+    wanted = ACTIVATE[activation](wanted) * (factor.double() if has_f else 1) + (addend.double() if has_a else 0)
+    assert ((y.double() - wanted).norm() / wanted.norm()).item() < most
+
+
+# rows, out_features, block_m, block_n, segments, waves, zeros, bias, activation, addend
+GATES = [
+    (1, 8, 8, 16, 4, 0, False, False, "silu", False),
+    (5, 40, 8, 32, 2, 0, True, True, "gelu", True),
+    (19, 72, 16, 64, 1, 0, False, True, "", False),
+    (17, 56, 16, 32, 1, 5, True, True, "gelu_tanh", True),
+    (70, 24, 128, 16, 1, 3, False, False, "relu", False),
+]
+
+
+def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Sequence[str], _: str) -> list[Any]:
+    """``triton_launch.launch`` in the interpreter."""
+    off = {name: False for name in ("USE_ASM", "WGMMA") if name in given}
+    kernel[grid](**{n: value for n, value in given.items() if n not in ("num_warps", "num_stages")} | off, SALT=1)
+    return [given[name] for name in writes]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", GATES, ids=str)
+def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from et_cuda_passes.kernels import linear_launch, triton_launch
+    from et_cuda_passes.kernels.tiling import Tiling
+    from et_cuda_passes.layouts import mma_tiled
+    from et_cuda_passes.rules.epilogue import interleave_rows
+
+    m, n, block_m, block_n, segments, waves, zeros, has_bias, activation, has_addend = case
+    k, group = 256, 64
+    random = torch.Generator().manual_seed(m * n)
+    q = [torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=random) for _ in range(2)]
+    scale = [torch.rand(n, k // group, generator=random) * 0.05 + 0.01 for _ in range(2)]
+    zero = [torch.randn(n, k // group, generator=random) * 0.05 * zeros for _ in range(2)]
+    bias = [torch.randn(n, generator=random).to(dtype) for _ in range(2)]
+    x, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((m, k), (m, n)))
+    packed = interleave_rows(*(mma_tiled.pack(part) for part in q), 0)
+    pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
+    both = interleave_rows(*bias, 0) if has_bias else None
+    epilogue = linear_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
+    y = torch.full((m, n), float("nan"), dtype=dtype)
+    parts = torch.full((max(waves, 1) * block_m * block_n,), float("nan"))
+    monkeypatch.setattr(triton_launch, "launch", in_interpreter)
+    tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3)
+    # A GPU with one multiprocessor runs ``waves`` programs at once.
+    linear_launch.launch_int4(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+
+    def exact(which: int) -> torch.Tensor:
+        s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
+        wanted = x.double() @ ((q[which].double() - 8) * s + z).T
+        return wanted + bias[which].double() if has_bias else wanted
+
+    wanted = ACTIVATE[activation](exact(0)) * exact(1) + (addend.double() if has_addend else 0)
+    assert ((y.double() - wanted).norm() / wanted.norm()).item() < (1e-3 if dtype is torch.float16 else 1.6e-2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("activation", [name for name in ACTIVATE if name])
+def test_activation_agrees_with_fp64_at_every_size(activation: str) -> None:
+    x = torch.cat([torch.linspace(-40, 40, 8188), torch.tensor([1e30, -1e30, float("inf"), float("nan")])])
+    y = torch.full_like(x, 7.0)
+    activated[(1,)](x, y, activation, x.numel())
+    *_, large, small, infinite, not_a_number = y.tolist()
+    assert (large, abs(small), infinite) == (x[-4].item(), 0.0, float("inf")) and not_a_number != not_a_number
+    # The reference of gelu uses erfc: with 1 + erf it loses all digits below -6, even in fp64.
+    exact = {"gelu": lambda t: t * torch.special.erfc(-t * 0.5**0.5) / 2}.get(activation, ACTIVATE[activation])
+    got, wanted = y[:-4].double(), exact(x[:-4].double())
+    off = (got - wanted).abs()
+    assert bool((off <= 2e-6 * wanted.abs() + 3e-7).all())
+    near = x[:-4].abs() < 5
+    assert bool((off[near] <= 2e-3 * wanted[near].abs() + 1e-12).all())
