@@ -78,13 +78,11 @@ def generate(
 def _import_generation(debug: bool) -> Any:
     """The module that needs transformers."""
     try:
-        from transformers.utils import logging
-
         from et_cuda_passes.hf import generation
     except ImportError as error:
         raise UsageError(f"generate needs transformers ({error}): pip install 'et-cuda-passes[hf]'") from error
     if not debug:
-        logging.set_verbosity_error()
+        generation.hide_warnings()
     return generation
 
 

@@ -1,4 +1,4 @@
-"""What the steps of a method read and write, and which of its values share memory.
+"""The reads and writes of a method, and which of its values share memory.
 
 ExecuTorch plans the memory of a method when it writes the .pte. Two consequences are visible there: a static view has
 no instruction, only the place of its base, and an input that the model writes to is written in its planned place. Here

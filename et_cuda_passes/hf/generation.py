@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
+from transformers.utils import logging
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -73,12 +74,13 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     @property
     def device(self) -> torch.device:
         """Where the components run."""
-        return self.exported.device
+        return torch.device(self.exported.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the export."""
-        return self.exported.dtype
+        dtype: torch.dtype = self.exported.dtype
+        return dtype
 
     def forward(
         self,
@@ -88,7 +90,7 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """What the model's forward returns. ``generate`` reads the names of the arguments to know what to prepare."""
+        """Run a component, which returns what the model's forward returns. ``generate`` reads the names of the arguments to know what to prepare."""
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -169,6 +171,11 @@ class TimedStreamer(TextStreamer):  # type: ignore[misc]  # transformers is not 
         """The time of the generation so far."""
         start, *tokens = self._times
         return Speed(tokens[0] - start, tokens[-1] - tokens[0], len(tokens)) if tokens else Speed(0.0, 0.0, 0)
+
+
+def hide_warnings() -> None:
+    """Let transformers log errors only."""
+    logging.set_verbosity_error()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -282,7 +289,7 @@ def generate(
 
 
 def first_difference(first: Tensor, second: Tensor) -> int | None:
-    """The position of the first token that differs; None if there is none."""
+    """The position of the first token that differs; None if all are the same."""
     for position, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=False)):
         if one != other:
             return position

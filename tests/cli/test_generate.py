@@ -11,12 +11,9 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 
 from et_cuda_passes.hf.generation import encode
 from et_cuda_passes.hf.generation import generate as tokens_of
-from tests.cli import test_cli
-from tests.cli.test_cli import Run
+from tests.cli.command import Run
 from tests.static_cache import CACHE_LENGTH, FORMATS, GENERATION_SEED, qwen3, saved_export, small_tokenizer
 
-command = test_cli.run
-no_gpu = test_cli.no_gpu
 PROMPT = "w5 w9 w33 w12"
 
 

@@ -185,7 +185,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_operator_has_a_schema_with_known_types() -> None:
+def test_operators_have_schemas_with_known_types() -> None:
     for name in OPERATORS:
         schema, function = find_operator(name)
         assert callable(function)
