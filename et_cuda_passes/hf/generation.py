@@ -90,7 +90,10 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Run a component, which returns what the model's forward returns. ``generate`` reads the names of the arguments to know what to prepare."""
+        """Run a component, which returns the same as the model's forward.
+
+        ``generate`` reads the names of the arguments to know what to prepare.
+        """
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -157,6 +157,18 @@ def test_copy_keeps_the_old_value_if_its_source_is_written_later(tmp_path: Path)
     assert (x.tolist(), total.tolist(), old.tolist()) == ([2] * 4, [3] * 4, [1] * 4)
     path = tmp_path / "model.pte"
     assert analyse(Program(path).plan("forward"), {}, "").steps[0] == Copy(0, 1)
+    # The copy is read before its source is written.
+    read_first = spec(values, [0], [2], steps[0], schema.KernelCall(ADD, [1, 0, 5, 2, 2]), steps[2])
+    path = write(tmp_path, {"forward": read_first}, "first")
+    assert analyse(Program(path).plan("forward"), {}, "").steps[0] == Move(0, 1)
+    assert load(path, device="cpu")(x)[0].tolist() == [4] * 4 == x.tolist()
+    # A copy of the copy is read after the source is written.
+    chain = schema.KernelCall(H2D, [1, 3, 3])
+    read_last = spec(values, [0], [3], steps[0], chain, schema.KernelCall(ADD, [1, 0, 5, 2, 2]), steps[2])
+    path = write(tmp_path, {"forward": read_last}, "last")
+    assert analyse(Program(path).plan("forward"), {}, "").steps[:2] == (Move(0, 1), Copy(1, 3))
+    assert load(path, device="cpu")(x)[0].tolist() == [4] * 4
+    assert x.tolist() == [8] * 4
     unwritten = spec(values, [0], [3, 1], *steps[:2], schema.KernelCall(ADD, [2, 1, 5, 3, 3]))
     flow = analyse(
         Program(write(tmp_path, {"forward": unwritten}, "other"), tmp_path / "other.ptd").plan("forward"), {}, ""
