@@ -72,7 +72,7 @@ class _Analysis:
         }
         self._constants = stored - self._states
         self._kept = self._states | self._constants | set(plan.inputs)
-        numbers = {index for index, value in enumerate(plan.values) if value.tensor is None}
+        numbers = {index for index, value in enumerate(plan.values) if value.tensor is None and not value.is_list}
         self._written = numbers | self._kept
         # The value that was last written to a place, and the value that each view is a view of.
         self._at_place = {tensors[index].place: index for index in self._kept if index in tensors}
@@ -170,6 +170,8 @@ class _Analysis:
         self._last_read[self._root(index)] = number
 
     def _find_view(self, index: int, reader: str) -> None:
+        if self._plan.values[index].is_list:
+            self._fail(f"{reader} reads value {index}, a {self._plan.values[index]}, which only an operator can read")
         tensor = self._plan.values[index].tensor
         base = self._at_place.get(tensor.place) if tensor is not None and tensor.place is not None else None
         if tensor is None or base is None or base not in self._written:

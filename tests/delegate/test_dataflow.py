@@ -253,6 +253,12 @@ def test_delegates_and_operators_use_constants_outside_the_delegate(tmp_path: Pa
             "instruction 0 reads value 1, which was not written before",
         ),
         (
+            [schema.EValue(schema.IntList([])), schema.EValue(schema.IntList([]))],
+            [],
+            [schema.MoveCall(0, 1)],
+            "instruction 0 reads value 0, a list of int, which only an operator can read",
+        ),
+        (
             [value(4, place=0), value(2, place=0), value(4), ONE],
             [0],
             [schema.KernelCall(ADD, [0, 1, 3, 2, 2])],
@@ -272,6 +278,17 @@ def test_invalid_reads_and_writes_are_refused(
     path = write(tmp_path, {"forward": spec(values, inputs, [], *steps)}, constants=[torch.ones(2)])
     with pytest.raises(DelegateError, match=message):
         load(path, device="cpu")
+
+
+def test_operator_with_a_list_of_results_writes_each(tmp_path: Path) -> None:
+    values = [value(5, 2), schema.EValue(schema.Int(2)), schema.EValue(schema.Int(0))]
+    values += [value(2, 2), value(2, 2), value(1, 2), schema.EValue(schema.TensorList([3, 4, 5]))]
+    split = schema.KernelCall(0, [0, 1, 2, 6, 6])
+    x = torch.randn(5, 2)
+    outputs = load_forward(
+        tmp_path, Spec(values, [0], [5, 3, 4], [], [], [split], [("aten::split_copy", "Tensor_out")])
+    )(x)
+    assert torch.equal(torch.cat([outputs[1], outputs[2], outputs[0]]), x)
 
 
 def test_operator_that_fails_names_its_instruction(tmp_path: Path) -> None:
