@@ -141,7 +141,7 @@ def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str)
     )
 
 
-def fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:
+def fqn_in(root: nn.Module, module: nn.Module) -> str | None:
     """The name of ``module`` in ``root``; None if it is none of its modules."""
     # transformers splits a model into shallow copies, which have the modules of the original.
     if module is root or (type(module) is type(root) and module._modules == root._modules):

@@ -172,6 +172,21 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         return model
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The generic programs of a model's components: quantized, not rewritten for any target.
+
+    Attributes:
+        programs: by component; constants have the names that they have in the whole model.
+        metadata: what transformers recorded, by component.
+        quantization: what was quantized, for each quantization.
+    """
+
+    programs: dict[str, ExportedProgram]
+    metadata: dict[str, ExportMetadata]
+    quantization: list[dict[str, Any]]
+
+
 class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not followed
     """Exports a model of transformers for the targets of its config.
 
@@ -259,48 +274,67 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         exported.generation_config = generation_config
         return exported
 
+    def trace(
+        self,
+        parts: Mapping[str, tuple[nn.Module, Inputs]],
+        configs: Mapping[str, EtConfig],
+        root: nn.Module,
+    ) -> "Traced":
+        """Quantize ``root`` once for each quantization in ``configs``, and trace its parts; nothing is lowered.
+
+        Args:
+            parts: modules of ``root`` with the kwargs of their forward, by component.
+            configs: by component.
+            root: the whole model; not changed.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+            RuntimeError: transformers cannot trace a part.
+        """
+        for name, (module, _) in parts.items():
+            _check_dtypes(module, configs[name], name)
+        copies = _Quantized(root, self._progress)
+        programs: dict[str, ExportedProgram] = {}
+        metadata: dict[str, ExportMetadata] = {}
+        for name, (module, inputs) in parts.items():
+            fqn = fqn_in(root, module)
+            quantized = copies.get(configs[name], module, fqn)
+            self._progress(f"exporting {name}")
+            try:
+                with torch.no_grad():
+                    program, metadata[name] = super().export_program(quantized, _contiguous(inputs), configs[name])
+            except Exception as error:
+                raise RuntimeError(
+                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
+                ) from error
+            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
+            programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
+        return Traced(programs, metadata, copies.reports())
+
     def _export(
         self,
         parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
     ) -> ExportedModel:
-        """Quantize ``root`` once for each quantization in ``configs``, trace its parts, and lower them together."""
-        for name, (module, _) in parts.items():
-            _check_dtypes(module, configs[name], name)
-        copies = _Quantized(root, self._progress)
-        traced: dict[str, tuple[ExportedProgram, ExportMetadata]] = {}
-        for name, (module, inputs) in parts.items():
-            self._progress(f"exporting {name}")
-            fqn = fqn_in(root, module, name)
-            quantized = copies.get(configs[name], module, fqn)
-            try:
-                with torch.no_grad():
-                    program, metadata = super().export_program(quantized, _contiguous(inputs), configs[name])
-            except Exception as error:
-                raise RuntimeError(
-                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
-                ) from error
-            metadata.export_config = json.loads(configs[name].to_json_string())
-            metadata.packages["et_cuda_passes"] = version("et-cuda-passes")
-            traced[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else ""), metadata
-        programs = {name: program for name, (program, _) in traced.items()}
-        components = self._lower(programs, configs)
-        report = {
+        """Quantize ``root``, trace its parts, and lower them together."""
+        traced = self.trace(parts, configs, root)
+        components = self._lower(traced.programs, configs)
+        exported = ExportedModel(
+            {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
+            self.export_format,
+            config=getattr(root, "config", None),
+        )
+        exported.report = {
             "targets": {
                 target: {name: each.report[target] for name, each in components.items() if target in each.report}
                 for target in dict.fromkeys(target for each in components.values() for target in each.builds)
             },
-            "quantization": copies.reports(),
+            "quantization": traced.quantization,
             "command": sys.argv,
-            "packages": {name: metadata.packages for name, (_, metadata) in traced.items()},
+            "packages": {name: each.packages for name, each in traced.metadata.items()},
         }
-        exported = ExportedModel(
-            {name: ExportedComponent(each, traced[name][1]) for name, each in components.items()},
-            self.export_format,
-            config=getattr(root, "config", None),
-        )
-        exported.report = report
         return exported
 
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
