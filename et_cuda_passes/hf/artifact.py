@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._sympy.numbers import int_oo
 
 SUFFIX = ".etcp.json"
 _SCHEMA = 1
@@ -60,7 +60,7 @@ class Signature:
         """The signature of an exported program."""
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         inputs: list[Input] = []
-        symbols: set[str] = set()
+        symbols: set[int | str] = set()
         for spec in program.graph_signature.input_specs:
             if spec.kind != InputKind.USER_INPUT:
                 continue
@@ -70,13 +70,13 @@ class Signature:
                 inputs.append(Input(spec.arg.name, constant=constant))
                 continue
             shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
-            symbols.update(size for size in shape if isinstance(size, str))
+            symbols.update(shape)
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
-        ranges: dict[str, tuple[int, int | None]] = {}
-        for symbol, bounds in program.range_constraints.items():
-            if str(symbol) in symbols:
-                upper = bounds.upper
-                ranges[str(symbol)] = (int(bounds.lower), int(upper) if isinstance(upper, (int, sympy.Integer)) else None)
+        ranges: dict[str, tuple[int, int | None]] = {
+            str(symbol): (int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper))
+            for symbol, bounds in program.range_constraints.items()
+            if str(symbol) in symbols
+        }
         return Signature(tuple(inputs), ranges)
 
     def check(self, leaves: Iterable[Any], component: str) -> None:
@@ -88,16 +88,18 @@ class Signature:
         given = list(leaves)
         if len(given) != len(self.inputs):
             raise ExportError(
-                f"{component} was traced with {len(self.inputs)} inputs ({', '.join(each.name for each in self.inputs)}), "
-                f"and this call has {len(given)}: pass the same arguments, and a cache in the same state (empty for a "
-                "prefill that was traced with an empty cache)"
+                f"{component} was traced with {len(self.inputs)} inputs "
+                f"({', '.join(each.name for each in self.inputs)}), and this call has {len(given)}: pass the same "
+                "arguments, and a cache in the same state (empty for a prefill that was traced with an empty cache)"
             )
         sizes: dict[str, tuple[int, str]] = {}
         for leaf, spec in zip(given, self.inputs, strict=True):
             if spec.dtype is None:
                 if isinstance(leaf, Tensor) or leaf != spec.constant:
                     shown = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-                    raise ExportError(f"{component} was traced with {spec.name}={spec.constant!r}; it cannot be {shown}")
+                    raise ExportError(
+                        f"{component} was traced with {spec.name}={spec.constant!r}; it cannot be {shown}"
+                    )
                 continue
             if not isinstance(leaf, Tensor):
                 raise ExportError(f"{component} was traced with a tensor for {spec.name}; got {leaf!r}")
@@ -125,7 +127,9 @@ class Signature:
                 # torch.export writes 2 for every dynamic size and accepts 1, as do the programs made from it.
                 if size < (1 if least <= 2 else least) or (most is not None and size > most):
                     bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-                    raise ExportError(f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs")
+                    raise ExportError(
+                        f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs"
+                    )
 
 
 def _shown(shape: tuple[int | str, ...]) -> str:
@@ -209,7 +213,10 @@ class Component:
                     f"{path} was written by a newer version of et_cuda_passes: install that one, or export again"
                 )
             inputs = tuple(_input(each) for each in data["inputs"])
-            ranges = {str(name): (int(low), None if high is None else int(high)) for name, (low, high) in data["ranges"].items()}
+            ranges = {
+                str(name): (int(low), None if high is None else int(high))
+                for name, (low, high) in data["ranges"].items()
+            }
             sizes = {
                 target: {str(name): int(size) for name, size in build["files"].items()}
                 for target, build in data["targets"].items()
@@ -235,7 +242,9 @@ def _input(data: Mapping[str, Any]) -> Input:
     if not isinstance(getattr(torch, data["dtype"]), torch.dtype):
         raise TypeError("the dtype is none")
     return Input(
-        str(data["name"]), str(data["dtype"]), tuple(size if isinstance(size, str) else int(size) for size in data["shape"])
+        str(data["name"]),
+        str(data["dtype"]),
+        tuple(size if isinstance(size, str) else int(size) for size in data["shape"]),
     )
 
 

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ _PACKAGES = ("torch", "torchao", "executorch")
 
 
 @dataclass
-class EtConfig(DynamoConfig):
+class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not followed
     """How :class:`EtExporter` exports a component: the fields of transformers' ``DynamoConfig``, and these.
 
     Attributes:
@@ -107,7 +108,9 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             packages, and the command line.
     """
 
-    report: Mapping[str, Any] = {}
+    def __init__(self, *args: Any, report: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.report: Mapping[str, Any] = report or {}
 
     def save_pretrained(
         self,
@@ -205,8 +208,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     config_class = EtConfig
     program_suffix = SUFFIX
 
-    required_packages = list(_PACKAGES)
-    tested_versions: dict[str, str] = {}  # noqa: RUF012  (as transformers declares it)
+    required_packages: ClassVar[list[str]] = list(_PACKAGES)
+    tested_versions: ClassVar[dict[str, str]] = {}
 
     def __init__(self, progress: Progress = lambda step: None) -> None:
         super().__init__()
@@ -229,9 +232,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         component = self._export({"model": (model, sample_inputs)}, {"model": config}, model).components["model"]
         return component.program, component.metadata
 
-    def export(
-        self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]
-    ) -> ExportedModel:
+    def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
         return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
 
@@ -271,7 +272,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
             )
         exported = self._export(parts, configs, shared)
-        exported.generation_config = generation_config
+        exported.generation_config = generation_config or getattr(model, "generation_config", None)
         return exported
 
     def trace(
@@ -321,21 +322,17 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         """Quantize ``root``, trace its parts, and lower them together."""
         traced = self.trace(parts, configs, root)
         components = self._lower(traced.programs, configs)
-        exported = ExportedModel(
+        return ExportedModel(
             {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
             self.export_format,
             config=getattr(root, "config", None),
-        )
-        exported.report = {
-            "targets": {
-                target: {name: each.report[target] for name, each in components.items() if target in each.report}
-                for target in dict.fromkeys(target for each in components.values() for target in each.builds)
+            report={
+                "targets": _reports_by_target(components),
+                "quantization": traced.quantization,
+                "command": sys.argv,
+                "packages": {name: each.packages for name, each in traced.metadata.items()},
             },
-            "quantization": traced.quantization,
-            "command": sys.argv,
-            "packages": {name: each.packages for name, each in traced.metadata.items()},
-        }
-        return exported
+        )
 
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
         """Rewrite each program for its targets, and lower those of one target together."""
@@ -386,7 +383,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 builds[name] = Build((path,), lacking)
             return builds
         methods = {"forward": programs["model"]} if alone and "model" in programs else programs
-        files = lower(methods, target, folder, f"model.{target}", lambda step: self._progress(f"{target}: {step}"))
+        files = lower(methods, target, folder, f"model.{target}", partial(_with_target, self._progress, target))
         return dict.fromkeys(programs, Build(tuple(files)))
 
     @classmethod
@@ -398,6 +395,19 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def load_program(cls, path: str | Path) -> Component:
         """Read what :meth:`save_program` wrote; no code is executed yet."""
         return Component.load(Path(path))
+
+
+def _with_target(progress: Progress, target: str, step: str) -> None:
+    progress(f"{target}: {step}")
+
+
+def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
+    """The reports of the rewrites by target and component."""
+    reports: dict[str, dict[str, Any]] = {}
+    for name, component in components.items():
+        for target, report in component.report.items():
+            reports.setdefault(target, {})[name] = report
+    return reports
 
 
 def finish_export(folder: str | Path, progress: Progress = lambda step: None) -> list[Path]:
@@ -429,7 +439,7 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None) ->
             programs[component.method] = load_model(component.builds[target].files[0], target).program
         packed = [component.builds[target].files[0] for component in unfinished.values()]
         with staged(folder) as staging:
-            files = lower(programs, target, staging, f"model.{target}", lambda step: progress(f"{target}: {step}"))
+            files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
             for name, component in unfinished.items():
                 component.builds[target] = Build(tuple(files))
                 component.write(staging / f"{name}{SUFFIX}")
@@ -484,12 +494,18 @@ class _Quantized:
         model = structural_copy(module)
         model.eval()
         # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
-        if "xnnpack" in config.targets and isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
+        if (
+            "xnnpack" in config.targets
+            and isinstance(model, PreTrainedModel)
+            and model._can_set_experts_implementation()
+        ):
             model.set_experts_implementation("batched_mm")
         report = None
         if config.quantizes:
             self._progress("quantizing")
-            report = quantize_model_(model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)})
+            report = quantize_model_(
+                model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)}
+            )
         return model, report
 
 

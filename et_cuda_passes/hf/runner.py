@@ -23,7 +23,7 @@ Call = Callable[[list[Any]], list[Any]]
 """From the flat inputs to the flat outputs. Tensors that the program mutates hold their new values afterwards."""
 
 
-class EtModelRunner(ModelRunner):
+class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not followed
     """Runs one component for one of its targets: ``runner(**kwargs)`` returns what the model's forward returns.
 
     THIS EXECUTES CODE FROM THE FILES, except for xnnpack: load only exports that you trust.
@@ -144,8 +144,6 @@ def _runs_here(target: str) -> bool:
 class _Loaded:
     """The files of a target, loaded once for all components that they contain."""
 
-    _all: "WeakValueDictionary[tuple[str, Path, int, int], _Loaded]" = WeakValueDictionary()
-
     def __init__(self, target: str, path: Path) -> None:
         self.target, self.path = target, path
 
@@ -155,9 +153,9 @@ class _Loaded:
         path = next(file for file in files if file.suffix in (".pte", ".pt2")).resolve()
         status = path.stat()
         key = (target, path, status.st_mtime_ns, status.st_ino)
-        loaded = _Loaded._all.get(key)
+        loaded = _LOADED.get(key)
         if loaded is None:
-            loaded = _Loaded._all[key] = _Loaded(target, path)
+            loaded = _LOADED[key] = _Loaded(target, path)
         return loaded
 
     def method(self, name: str) -> Call:
@@ -167,12 +165,14 @@ class _Loaded:
 
     @cached_property
     def _package(self) -> dict[str, Any]:
-        from torch._inductor.package.package import load_pt2
+        from torch.export.pt2_archive._package import load_pt2
 
         try:
             runners: dict[str, Any] = load_pt2(str(self.path), load_weights_from_disk=True).aoti_runners
         except RuntimeError as error:
-            raise ExportError(f"{self.path} cannot be loaded ({_first_line(error)}): export the model again here") from error
+            raise ExportError(
+                f"{self.path} cannot be loaded ({_first_line(error)}): export the model again here"
+            ) from error
         return runners
 
     def _cpu_method(self, name: str) -> Call:
@@ -226,6 +226,9 @@ class _Loaded:
         method = self._delegate_program.method(name)
         plan = self._plans[name]
         return _with_mutations(lambda leaves: method(*leaves), plan.inputs, plan.outputs)
+
+
+_LOADED: "WeakValueDictionary[tuple[str, Path, int, int], _Loaded]" = WeakValueDictionary()
 
 
 def _with_mutations(call: Call, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Call:

@@ -13,8 +13,7 @@ import torch
 from transformers import BertTokenizer
 from transformers.exporters import ExportedModel as TransformersExportedModel
 
-from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
-from et_cuda_passes.hf import artifact
+from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel, artifact
 from et_cuda_passes.hf.artifact import ExportError
 from tests.hf.models import bert, tokens
 
@@ -149,6 +148,9 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+OUTSIDE = {"cpu": {"files": {"../x.pt2": 1}, "missing": None}}
+
+
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -161,10 +163,9 @@ def change(path: Path, **values: Any) -> None:
         (lambda folder: truncate(folder / "model.etcp.json"), "is damaged, or not a component of an export"),
         (lambda folder: change(folder / "model.etcp.json", schema=2), "written by a newer version"),
         (lambda folder: change(folder / "model.etcp.json", inputs=[{"name": "x", "dtype": "nn"}]), "is damaged"),
-        (lambda folder: change(folder / "model.etcp.json", targets={"cpu": {"files": {"../x.pt2": 1}, "missing": None}}),
-         "which is not beside it"),
+        (lambda folder: change(folder / "model.etcp.json", targets=OUTSIDE), "which is not beside it"),
     ],
-)  # fmt: skip
+)
 def test_damaged_folder_is_an_error_with_the_file(folder: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(folder)
     with pytest.raises(ExportError, match=message):

@@ -1,4 +1,4 @@
-"""The components of a model: complete, with one name for each constant, and equal to the whole model when run in turn."""
+"""The components of a model: complete, one name for each constant, and equal to the whole model when run in turn."""
 
 from typing import Any
 

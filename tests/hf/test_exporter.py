@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import StaticCache
-from transformers.exporters import ExportedModel as TransformersExportedModel
 
-from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
+from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.schemes import quantize_model_
 from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
@@ -77,7 +76,9 @@ def expected_tokens(model: Any, ids: torch.Tensor) -> list[int]:
     config = static_cache()
     config.max_new_tokens = STEPS
     with torch.no_grad():
-        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+            0, ids.shape[1] :
+        ].tolist()
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ HEAD = """# Architectures
 What every target makes of {count} architectures of transformers, small and with random weights. `make zoo` writes this
 page.
 
-Each model is quantized and traced by `EtExporter`, and rewritten for each target: 4w in bfloat16 for cuda and metal, 4w in
-float32 for cpu, and 8da4w in float32 for xnnpack. A model that generates text is split into its components first, with a
-static cache where it has one. Nothing is lowered here.
+Each model is quantized and traced by `EtExporter`, and rewritten for each target: 4w in bfloat16 for cuda and metal,
+4w in float32 for cpu, and 8da4w in float32 for xnnpack. A model that generates text is split into its components first,
+with a static cache where it has one. Nothing is lowered here.
 
 - Weights: operators that read a quantized weight.
 - Rewritten, kept, missed: what became of them. Kept: the backend reads the weight as it was exported.
@@ -53,10 +53,8 @@ def _summary(rows: Mapping[str, list[Row]]) -> str:
         for row in mine:
             total.update({key: row[key] for key in ("linears", "rewritten", "kept", "missed")})
         worst = max((row["difference"] or 0.0 for row in mine), default=0.0)
-        lines.append(
-            f"| {target} | {len(mine)} | {total['linears']} | {total['rewritten']} | {total['kept']} | {total['missed']} "
-            f"| {worst:.1e} |"
-        )
+        counts = " | ".join(str(total[key]) for key in ("linears", "rewritten", "kept", "missed"))
+        lines.append(f"| {target} | {len(mine)} | {counts} | {worst:.1e} |")
     return "\n".join(lines)
 
 
@@ -84,4 +82,5 @@ def _problems(rows: Mapping[str, list[Row]]) -> list[str]:
 
 
 def _refused(rows: Mapping[str, list[Row]]) -> list[str]:
-    return [f"- {name}: {next((row['error'] for row in listed if row['error']), 'no quantized weight')}" for name, listed in rows.items()]
+    errors = {name: [row["error"] for row in listed if row["error"]] for name, listed in rows.items()}
+    return [f"- {name}: {(listed or ['no quantized weight'])[0]}" for name, listed in errors.items()]

@@ -1,4 +1,4 @@
-"""What every target makes of one architecture: outcomes by component, and how far the numbers are from the generic ones."""
+"""What every target makes of one architecture: outcomes by component, and the error against the generic program."""
 
 import copy
 import gc
@@ -89,9 +89,7 @@ def _rows(model: Model, dtype: torch.dtype, scheme: str, targets: tuple[str, ...
 
 def components(model: Model, root: Any, dtype: torch.dtype) -> dict[str, tuple[nn.Module, Any]]:
     """The parts of a model with their inputs."""
-    inputs = {
-        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.inputs().items()
-    }
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in model.inputs().items()}
     if not model.generates:
         return {"model": (root, inputs)}
     config = GenerationConfig(do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -142,8 +140,8 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
         if not bool(same.all()):
             return float("inf")
         finite = torch.isfinite(other)
-        error = torch.linalg.vector_norm((one - other)[finite]) / torch.linalg.vector_norm(other[finite]).clamp_min(1e-6)
-        worst = max(worst, float(error))
+        norm = torch.linalg.vector_norm(other[finite]).clamp_min(1e-6)
+        worst = max(worst, float(torch.linalg.vector_norm((one - other)[finite]) / norm))
     return worst
 
 
