@@ -23,7 +23,7 @@ _SCHEMA = 1
 
 
 class ExportError(ValueError):
-    """A model cannot be exported as asked, or an export cannot be read, saved or called; the message has the fix."""
+    """A model cannot be exported, or an export cannot be read, saved or called; the message has the fix."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Signature:
                 constant = getattr(spec.arg, "value", None)
                 inputs.append(Input(spec.arg.name, constant=constant))
                 continue
+            if not _is_dense(value):
+                raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
             shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
             symbols.update(shape)
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
@@ -124,12 +126,25 @@ class Signature:
                 raise ExportError(f"{where}: {wanted} is {known} in {owner}")
             if wanted in self.ranges:
                 least, most = self.ranges[wanted]
-                # torch.export writes 2 for every dynamic size and accepts 1, as do the programs made from it.
+                # torch.export writes 2 for every dynamic size and accepts 1, as do the programs that are built from it.
                 if size < (1 if least <= 2 else least) or (most is not None and size > most):
                     bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
                     raise ExportError(
                         f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs"
                     )
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a traced tensor is contiguous. The question to the tensor itself could restrict dynamic sizes."""
+    sizes, strides = (
+        [each if isinstance(each, int) else each.node.expr for each in parts] for parts in (value.shape, value.stride())
+    )
+    expected: Any = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _shown(shape: tuple[int | str, ...]) -> str:
@@ -138,7 +153,7 @@ def _shown(shape: tuple[int | str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """What a target runs of a component.
+    """The files with which a target runs a component.
 
     Attributes:
         files: the files; several components may share them.
@@ -157,7 +172,7 @@ class Component:
         name: the name of the component, and of its method in a .pte with several.
         method: the name of its method in a .pte.
         signature: what a call must look like.
-        builds: by target, in the order in which the targets were asked for.
+        builds: by target, in the order of the config's targets.
         report: of the rewrite, by target, as data.
         folder: keeps the folder of files that were not saved yet.
     """

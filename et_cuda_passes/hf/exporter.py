@@ -104,7 +104,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
     """transformers' ``ExportedModel``, whose ``save_pretrained`` writes everything or nothing, and a report.
 
     Attributes:
-        report: what became of every quantized weight by target and component, the quantization, the versions of the
+        report: the outcome of every quantized weight by target and component, the quantization, the versions of the
             packages, and the command line.
     """
 
@@ -123,7 +123,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         """Write the export to a folder, from which :meth:`from_pretrained` loads it.
 
         Args:
-            save_directory: the folder; made where it does not exist.
+            save_directory: the folder; created where it does not exist.
             push_to_hub: must be False: upload the folder with ``huggingface_hub`` afterwards.
             overwrite: replace an export that the folder holds.
             processor: the tokenizer or processor, to be saved beside the programs.
@@ -182,7 +182,7 @@ class Traced:
     Attributes:
         programs: by component; constants have the names that they have in the whole model.
         metadata: what transformers recorded, by component.
-        quantization: what was quantized, for each quantization.
+        quantization: the report of each quantization.
     """
 
     programs: dict[str, ExportedProgram]
@@ -479,7 +479,7 @@ class _Quantized:
         return self._copy_of(config).get_submodule(fqn) if fqn is not None else self._prepared(module, config)[0]
 
     def reports(self) -> list[dict[str, Any]]:
-        """What was quantized, for each quantization."""
+        """The reports of the quantizations."""
         return [report.to_dict() for _, _, report in self._copies if report is not None]
 
     def _copy_of(self, config: EtConfig) -> nn.Module:

@@ -31,8 +31,8 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
     A tensor that the model mutates, such as those of a static cache, holds its new values after the call.
 
     Args:
-        component: what the exporter made, or was read from a folder.
-        metadata: what the exporter recorded.
+        component: from the exporter, or read from a folder.
+        metadata: as transformers recorded it.
         target: one of the component's targets.
 
     Raises:
@@ -70,7 +70,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
 
         Args:
             program: the component.
-            metadata: what the exporter recorded.
+            metadata: as transformers recorded it.
             device: "cpu" or "cuda"; None for any.
             target: one of the component's targets; None for the first that runs here, and on ``device``.
 

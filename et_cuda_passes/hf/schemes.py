@@ -33,7 +33,7 @@ class QuantizationOptions:
 
 @dataclass
 class QuantizationReport:
-    """What was quantized."""
+    """The quantized layers."""
 
     layers: list[dict[str, Any]] = field(default_factory=list)
 
@@ -73,9 +73,9 @@ def quantize_model_(model: nn.Module, **options: Any) -> QuantizationReport:
     chosen = QuantizationOptions(**options)
     group = PerGroup(chosen.qlinear_group_size)
     if chosen.qlinear == "4w":
-        quantize_(model, IntxWeightOnlyConfig(getattr(torch, "int4"), group))
+        quantize_(model, IntxWeightOnlyConfig(torch.int4, group))  # type: ignore[attr-defined]
     elif chosen.qlinear == "8da4w":
-        quantize_(model, Int8DynamicActivationIntxWeightConfig(getattr(torch, "int4"), group))
+        quantize_(model, Int8DynamicActivationIntxWeightConfig(torch.int4, group))  # type: ignore[attr-defined]
     if chosen.qembedding == "8w":
         quantize_(model, IntxWeightOnlyConfig(torch.int8, PerAxis(0)), lambda layer, _: isinstance(layer, nn.Embedding))
     return QuantizationReport()

@@ -218,3 +218,24 @@ def test_missing_and_unknown_arguments_are_errors(exported: Any, inputs: dict[st
     with pytest.raises(ExportError, match="was not traced with position_ids"):
         runner(**inputs, position_ids=inputs["input_ids"])
     assert runner(**inputs, position_ids=None).last_hidden_state.shape == (2, 7, 64)
+
+
+@pytest.mark.parametrize("target", ["xnnpack", "cpu"])
+def test_outputs_of_a_former_call_stay(exported: Any, inputs: dict[str, torch.Tensor], target: str) -> None:
+    exported.to(target=target)
+    first = exported(**inputs).last_hidden_state
+    before = first.clone()
+    second = exported(**tokens(rows=2)).last_hidden_state
+    assert not torch.equal(first, second)
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("target", ["xnnpack", "cpu"])
+def test_inputs_that_are_not_contiguous_give_the_same_numbers(
+    exported: Any, inputs: dict[str, torch.Tensor], target: str
+) -> None:
+    exported.to(target=target)
+    turned = {name: value.t().contiguous().t() for name, value in inputs.items()}
+    assert not turned["input_ids"].is_contiguous()
+    expected = exported(**inputs).last_hidden_state
+    torch.testing.assert_close(exported(**turned).last_hidden_state, expected, rtol=0, atol=0)
