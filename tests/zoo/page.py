@@ -12,8 +12,8 @@ Row = Mapping[str, Any]
 
 HEAD = """# Architectures
 
-The outcomes of {count} architectures of transformers for every target, small and with random weights. `make zoo` writes this
-page.
+The outcomes of {count} architectures of transformers for every target, small and with random weights. `make zoo` writes
+this page.
 
 Each model is quantized and traced by `EtExporter`, and rewritten for each target: 4w in bfloat16 for cuda and metal,
 4w in float32 for cpu, and 8da4w in float32 for xnnpack. A model that generates text is split into its components first,
