@@ -1,4 +1,4 @@
-"""The packed kernels in a tiling that is named, and many of them compiled in processes side by side."""
+"""The packed kernels in a given tiling, and their compilation in parallel processes."""
 
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 
 def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) -> Tensor:
-    """One call in this tiling, of the kernel that takes such a weight: y [M, N] of x [M, K]."""
+    """One call of the weight's kernel in this tiling: y [M, N] of x [M, K]."""
     gpu = gpu_of(x.device)
     processors = gpu.processors
     y = x.new_empty(x.shape[0], packed.shape[0])
@@ -47,7 +47,7 @@ def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) 
 def compile_one(job: Job) -> bool:
     """Whether a kernel compiles and fits this GPU; its machine code then lies in Triton's cache.
 
-    The grid is 0 programs, so that nothing runs, and the weight and the result take no memory.
+    The grid is 0 programs, so that nothing runs, and the weight and the result need no memory.
     """
     tiling, bits, n, k, group, m = job
     gpu = gpu_of(torch.device("cuda"))
@@ -64,13 +64,13 @@ def compile_one(job: Job) -> bool:
         else:
             words = empty(n, mma_tiled.padded(k) // 8, dtype=torch.int32)
             launch_int4(x, m, words, empty(1, n, mma_tiled.scale_row(k, group)), Epilogue(), *last)
-    except Exception:  # ptxas, shared memory, registers: all of them mean the same here
+    except Exception:  # ptxas, shared memory or registers: the kernel does not compile or fit
         return False
     return True
 
 
 def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
-    """One job for every kernel that these compile to: Triton tells integers apart by being 1 and multiples of 16."""
+    """One job for each distinct kernel: Triton specialises on integers that are 1 and on multiples of 16."""
     found: dict[tuple[object, ...], Job] = {}
     for job in jobs:
         tiling, bits, n, k, group, m = job
@@ -87,7 +87,7 @@ def distinct(jobs: Iterable[Job], processors: int) -> list[Job]:
 def compile_all(jobs: Sequence[Job], processes: int | None = None) -> None:
     """Fill Triton's cache with these kernels; ``processes`` as for :func:`side_by_side`.
 
-    What a compiler that crashed has not compiled is compiled where it is first called.
+    A kernel that a crashed compiler did not compile is compiled at its first call.
     """
     try:
         side_by_side(compile_one, jobs, processes)
@@ -99,7 +99,7 @@ def side_by_side(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
     """Call ``work`` for each job, in ``processes`` processes; by default one for each processor, 16 at most.
 
     Raises:
-        What ``work`` raises.
+        Exception: any exception of ``work``.
     """
     processes = processes or min(16, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

@@ -1,4 +1,4 @@
-"""What the commands say beside their answers: progress and errors on stderr, and the list of files at the end."""
+"""Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
 import time
 import traceback
@@ -19,7 +19,7 @@ from et_cuda_passes.executorch.packed import ModelError
 
 
 class UsageError(Exception):
-    """Something asked for makes no sense; exits with 2."""
+    """An argument is invalid; exits with 2."""
 
 
 class LoweringError(Exception):
@@ -27,7 +27,7 @@ class LoweringError(Exception):
 
 
 class Steps:
-    """Progress on stderr: each step as it ends, with its time, and on a terminal the one that runs."""
+    """Progress on stderr: each step with its time when it ends, and on a terminal also the current step."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -36,7 +36,7 @@ class Steps:
         self._step: tuple[str, float] | None = None
 
     def __call__(self, step: str) -> None:
-        """Begin ``step``, and so end the one before."""
+        """Begin ``step``, which ends the previous one."""
         self._end()
         self._step = (step, time.monotonic())
         self._live.add_task(step, total=None)
@@ -62,8 +62,8 @@ class Steps:
 
 
 @contextmanager
-def guarded(debug: bool) -> Iterator[None]:
-    """Turn errors into one line and an exit code, and keep the libraries' deprecation warnings to themselves."""
+def handle_errors(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code, and hide deprecation warnings of the libraries."""
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -75,11 +75,11 @@ def guarded(debug: bool) -> Iterator[None]:
     except LoweringError as error:
         _fail(str(error), 1, debug)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else brief(error), 1, debug)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, debug)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        _fail(f"{brief(error)} (this was not foreseen; --debug shows where it comes from)", 1, debug)
+        _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
@@ -89,20 +89,20 @@ def _fail(message: str, code: int, debug: bool) -> NoReturn:
     raise typer.Exit(code)
 
 
-def brief(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+def one_line(error: BaseException) -> str:
+    """The class of an error and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def list_files(paths: Iterable[Path]) -> None:
-    """The files written, with their sizes, on stdout."""
+    """Print the written files with their sizes on stdout."""
     sizes = {str(path): f"{path.stat().st_size:,}" for path in paths}
     table = Table("written", Column("bytes", justify="right"), box=None, pad_edge=False)
     for path, size in sizes.items():
         table.add_row(Text(path, overflow="fold"), size)
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A path cut in two is no path: lines that are not for a screen are as long as they need to be.
+        # Outside of a terminal a line is not wrapped, so that every path stays whole.
         console = Console(highlight=False, width=max(map(len, sizes)) + max(map(len, sizes.values())) + 10)
     console.print(table)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ def generate(
         typer.Option(metavar="N", min=1, help=f"By default {_DEFAULT_TOKENS}, or as many as fit.", show_default=False),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", min=0.0, help="Of the sampling; 0 takes the most likely token each time.")
+        float, typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 selects the most likely token.")
     ] = 0.0,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default where OUT runs.", show_default=False)
@@ -57,7 +57,7 @@ def generate(
 
     The text goes to stdout as it is generated, and the number of tokens per second after it.
     """
-    with guarded(debug):
+    with handle_errors(debug):
         _check_device(device)
         if compare is not None and temperature:
             raise UsageError("--compare compares the most likely tokens: leave --temperature out")
@@ -122,7 +122,7 @@ def _generated(
     try:
         return generation.generate(model, tokens, count, temperature, streamer)  # type: ignore[no-any-return]
     except (ValueError, RuntimeError) as error:
-        raise GenerationFailed(f"the export does not run: {brief(error)} (--debug shows the traceback)") from error
+        raise GenerationFailed(f"the export does not run: {one_line(error)} (--debug shows the traceback)") from error
 
 
 def _compare(generation: Any, name: str, tokenizer: Any, tokens: "Tensor", made: "Tensor", count: int) -> None:

@@ -192,9 +192,9 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
         # A program with the rewrites of two targets runs on neither.
-        made, instead = (f" for target {made_for}", f", or --target {made_for}") if made_for else ("", "")
+        origin, instead = (f" for target {made_for}", f", or --target {made_for}") if made_for else ("", "")
         raise ModelError(
-            f"{path} is {what}{made}, which target {target.name} does not run: pass the program as it was before"
+            f"{path} is {what}{origin}, which target {target.name} does not run: pass the program as it was before"
             f"{instead}"
         )
     here = torch.backends.cpu.get_cpu_capability()

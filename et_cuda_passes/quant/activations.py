@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.ao.quantization.fx._decomposed
 import torchao.quantization.quant_primitives  # noqa: F401  (registers the operators)
-from torch.fx import Node
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
 
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import arguments, op_name, op_of
@@ -36,6 +37,12 @@ def is_quantize(node: Node) -> bool:
     """Whether ``node`` quantizes a tensor: an activation, since a weight is quantized before the export."""
     target = op_of(node)
     return isinstance(target, torch._ops.OpOverload) and target.name() in _QUANTIZERS
+
+
+def quantizes_activations(program: ExportedProgram) -> bool:
+    """Whether ``program`` quantizes an activation, in its subgraphs too."""
+    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    return any(is_quantize(node) for graph in graphs for node in graph.nodes)
 
 
 def quantized_activation_of(reader: Node) -> str:

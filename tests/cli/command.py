@@ -1,4 +1,4 @@
-"""The command line as tests call it."""
+"""Calls the command line from tests."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ class Result(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that says what is wrong; there must be no other, and nothing that looks like a traceback."""
+        """The one line with the error; no other error and no traceback may occur."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err

@@ -48,7 +48,7 @@ def test_generate_fills_the_cache_by_default(dynamo: Path, command: Run) -> None
     assert result.out.splitlines()[-1].startswith(f"{CACHE_LENGTH - 4 + 1} tokens, ")
 
 
-def test_temperature_samples(dynamo: Path, command: Run) -> None:
+def test_temperature_option_samples_tokens(dynamo: Path, command: Run) -> None:
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)

@@ -56,7 +56,7 @@ def refusal(path: Path) -> str:
 
 
 def test_valid_file_with_new_headers_is_read(tmp_path: Path, content: hostile.Members) -> None:
-    program = load_model(written(tmp_path / "made.pt2", content), "cpu").program
+    program = load_model(written(tmp_path / "created.pt2", content), "cpu").program
     x = torch.randn(3, 4)
     assert torch.equal(program.module()(x, y={"a": torch.ones(4)}), x * torch.arange(4.0) + 1 + 1)
 
@@ -611,9 +611,9 @@ def test_ambiguous_archive_is_rejected(name: str, tmp_path: Path, content: hosti
 
 
 def _bomb(path: Path, content: hostile.Members) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as created:
         for name, data in content.items():
-            with made.open(f"model/{name}", "w", force_zip64=True) as member:
+            with created.open(f"model/{name}", "w", force_zip64=True) as member:
                 member.write(data)
                 for _ in range(1024 if name == PROGRAM else 0):
                     member.write(b" " * (1 << 20))

@@ -1,0 +1,552 @@
+"""``EtExporter``: exports a model of transformers for several targets, from one quantization and one export.
+
+transformers traces the model and splits it into the components that generation needs. Here it is quantized before, and
+rewritten and lowered per target afterwards.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.exporters import ExportedModel as _ExportedModel
+from transformers.exporters import register_backend
+from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.metadata import ExportMetadata, register_treespec_types
+
+from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, missing_requirement
+from et_cuda_passes.executorch.packed import load_model, save_packed
+from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.report import Report
+from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.components import Inputs, fqn_in, split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
+from et_cuda_passes.hf.runner import EtModelRunner
+from et_cuda_passes.hf.schemes import quantize_model_
+from et_cuda_passes.rewrite import rewrite
+
+FORMAT = "et_cuda_passes"
+REPORT_FILE = "report.json"
+_PACKAGES = ("torch", "torchao", "executorch")
+
+
+@dataclass
+class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not followed
+    """How :class:`EtExporter` exports a component: the fields of transformers' ``DynamoConfig``, and these.
+
+    Attributes:
+        target: what the export is for, "cuda", "xnnpack", "cpu", "metal", or several, separated by commas. The first
+            that runs on a machine is the default there.
+
+    The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
+
+    Raises:
+        ValueError: no target is named, or an option is not valid or not possible on a target.
+    """
+
+    export_format: str = FORMAT
+
+    target: str | list[str] | None = None
+    qlinear: str | None = None
+    qlinear_group_size: int = 32
+    qlinear_packing_format: str | None = None
+    qembedding: str | None = None
+    qembedding_group_size: int = 0
+    qlinear_encoder: str | None = None
+    qlinear_group_size_encoder: int = 32
+    qlinear_packing_format_encoder: str | None = None
+    qembedding_encoder: str | None = None
+    qembedding_group_size_encoder: int = 0
+    algorithm: str = "hqq"
+    recipe: Any = None
+    group_size_fallback: str = "adjust"
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ExportError("EtConfig needs a target, such as target='cpu' or target='cuda,xnnpack'")
+        check_schemes(self.options)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets."""
+        return split_targets(self.target)
+
+    @property
+    def options(self) -> QuantizationOptions:
+        """The quantization."""
+        return QuantizationOptions(**{each.name: getattr(self, each.name) for each in fields(QuantizationOptions)})
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is to be quantized."""
+        schemes = (self.qlinear, self.qembedding, self.qlinear_encoder, self.qembedding_encoder, self.recipe)
+        return any(scheme is not None for scheme in schemes)
+
+
+class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is not followed
+    """transformers' ``ExportedModel``, whose ``save_pretrained`` writes everything or nothing, and a report.
+
+    Attributes:
+        report: the outcome of every quantized weight by target and component, the quantization, the versions of the
+            packages, and the command line.
+    """
+
+    def __init__(self, *args: Any, report: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.report: Mapping[str, Any] = report or {}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        *,
+        overwrite: bool = False,
+        processor: Any = None,
+    ) -> None:
+        """Write the export to a folder, from which :meth:`from_pretrained` loads it.
+
+        Args:
+            save_directory: the folder; created where it does not exist.
+            push_to_hub: must be False: upload the folder with ``huggingface_hub`` afterwards.
+            overwrite: replace an export that the folder holds.
+            processor: the tokenizer or processor, to be saved beside the programs.
+
+        Raises:
+            FileExistsError: the folder has a file of a name that would be written, and ``overwrite`` is False.
+            ExportError: ``push_to_hub`` is True.
+        """
+        if push_to_hub:
+            raise ExportError("save the export first, then upload the folder: huggingface_hub.upload_folder")
+        folder = Path(save_directory)
+        if not overwrite:
+            _refuse_existing(folder, [EXPORT_MANIFEST_FILE])
+        entries = {}
+        with atomic_output(folder) as staging:
+            for name, component in self.components.items():
+                file = f"{name}{SUFFIX}"
+                component.program.save(staging / file)
+                entries[name] = {"file": file, "metadata": asdict(component.metadata)}
+            for part in (self.config, self.generation_config, processor):
+                if part is not None:
+                    part.save_pretrained(staging)
+            manifest = {
+                "schema_version": EXPORT_SCHEMA_VERSION,
+                "export_format": str(self.export_format),
+                "components": entries,
+            }
+            for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
+                (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            new = [path.name for path in staging.iterdir()]
+            if not overwrite:
+                _refuse_existing(folder, new)
+            # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
+            for stale in _files_of_export(folder):
+                if stale.name not in new or stale.name == EXPORT_MANIFEST_FILE:
+                    stale.unlink()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
+        """As transformers' method. ``target="xnnpack"`` chooses among the targets of the export.
+
+        Raises:
+            ExportError: a file is missing or damaged, or nothing in the export runs here.
+        """
+        model: ExportedModel = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        report = Path(pretrained_model_name_or_path) / REPORT_FILE
+        if report.is_file():
+            model.report = json.loads(report.read_text(encoding="utf-8"))
+        return model
+
+
+@dataclass(frozen=True)
+class Traced:
+    """The generic programs of a model's components: quantized, not rewritten for any target.
+
+    Attributes:
+        programs: by component; constants have the names that they have in the whole model.
+        metadata: what transformers recorded, by component.
+        quantization: the report of each quantization.
+    """
+
+    programs: dict[str, ExportedProgram]
+    metadata: dict[str, ExportMetadata]
+    quantization: list[dict[str, Any]]
+
+
+class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not followed
+    """Exports a model of transformers for the targets of its config.
+
+        exporter = EtExporter()
+        exported = exporter.export(model, inputs, EtConfig(target="cpu", qlinear="4w"))
+        exported = exporter.export_for_generation(model, inputs, EtConfig(target="cuda,xnnpack", qlinear="4w"))
+
+    The model is not changed: what is quantized is a copy that shares the other weights. A model that torchao has
+    quantized before is exported as it is.
+
+    Args:
+        progress: called with the name of each step as it begins.
+    """
+
+    export_format = FORMAT
+    config_class = EtConfig
+    program_suffix = SUFFIX
+
+    required_packages: ClassVar[list[str]] = list(_PACKAGES)
+    tested_versions: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, progress: Progress = lambda step: None) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def export_program(
+        self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
+    ) -> tuple[Component, ExportMetadata]:
+        """Export one graph.
+
+        Args:
+            model: not changed.
+            sample_inputs: the kwargs of its forward. As in transformers' exporters, inputs that the model would compute
+                from others are added to it.
+            config: the targets and the quantization.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+        """
+        component = self._export({"model": (model, sample_inputs)}, {"model": config}, model).components["model"]
+        return component.program, component.metadata
+
+    def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
+        """Export the model as one graph, the component "model"; see :meth:`export_program`."""
+        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
+
+    def export_for_generation(
+        self,
+        model: PreTrainedModel,
+        sample_inputs: Inputs,
+        config: EtConfig | dict[str, Any],
+        *,
+        generation_config: GenerationConfig | None = None,
+        multi_token_decode: bool = False,
+    ) -> ExportedModel:
+        """Split a generative model into components and export each; they share the files of each target.
+
+        Args:
+            model: not changed.
+            sample_inputs: the kwargs of ``model.generate``.
+            config: one for all components, or one by component.
+            generation_config: as in transformers; ``cache_implementation="static"`` with ``max_cache_len`` gives a
+                cache of a fixed size, which the components update in place.
+            multi_token_decode: as in transformers.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+            ValueError: a component has no config.
+            RuntimeError: transformers cannot split or trace the model.
+        """
+        self._progress("splitting the model into components")
+        shared = structural_copy(model)
+        parts = split_model(shared, sample_inputs, generation_config, multi_token_decode)
+        if not isinstance(config, dict) or "target" in config:
+            configs = dict.fromkeys(parts, _config(config))
+        else:
+            configs = {name: _config(each) for name, each in config.items()}
+        if unconfigured := [name for name in parts if name not in configs]:
+            raise ExportError(
+                f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
+            )
+        exported = self._export(parts, configs, shared)
+        exported.generation_config = generation_config or getattr(model, "generation_config", None)
+        return exported
+
+    def trace(
+        self,
+        parts: Mapping[str, tuple[nn.Module, Inputs]],
+        configs: Mapping[str, EtConfig],
+        root: nn.Module,
+    ) -> "Traced":
+        """Quantize ``root`` once for each quantization in ``configs``, and trace its parts; nothing is lowered.
+
+        Args:
+            parts: modules of ``root`` with the kwargs of their forward, by component.
+            configs: by component.
+            root: the whole model; not changed.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+            RuntimeError: transformers cannot trace a part.
+        """
+        for name, (module, _) in parts.items():
+            _check_dtypes(module, configs[name], name)
+        copies = _Quantized(root, self._progress)
+        programs: dict[str, ExportedProgram] = {}
+        metadata: dict[str, ExportMetadata] = {}
+        for name, (module, inputs) in parts.items():
+            fqn = fqn_in(root, module)
+            quantized = copies.get(configs[name], module, fqn)
+            self._progress(f"exporting {name}")
+            try:
+                with torch.no_grad():
+                    program, metadata[name] = super().export_program(quantized, _contiguous(inputs), configs[name])
+            except Exception as error:
+                raise RuntimeError(
+                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
+                ) from error
+            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
+            programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
+        return Traced(programs, metadata, copies.reports())
+
+    def _export(
+        self,
+        parts: Mapping[str, tuple[nn.Module, Inputs]],
+        configs: Mapping[str, EtConfig],
+        root: nn.Module,
+    ) -> ExportedModel:
+        """Quantize ``root``, trace its parts, and lower them together."""
+        traced = self.trace(parts, configs, root)
+        components = self._lower(traced.programs, configs)
+        return ExportedModel(
+            {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
+            self.export_format,
+            config=getattr(root, "config", None),
+            report={
+                "targets": _reports_by_target(components),
+                "quantization": traced.quantization,
+                "command": sys.argv,
+                "packages": {name: each.packages for name, each in traced.metadata.items()},
+            },
+        )
+
+    def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
+        """Rewrite each program for its targets, and lower those of one target together."""
+        folder = TemporaryDirectory(prefix="et_cuda_passes-")
+        alone = len(programs) == 1
+        components = {
+            name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
+            for name, program in programs.items()
+        }
+        targets = dict.fromkeys(target for name in programs for target in configs[name].targets)
+        for target in targets:
+            # One for the target: components pack a weight that they share once, under one name.
+            pool = ConstantCache()
+            rewritten: dict[str, ExportedProgram] = {}
+            reports: dict[str, Report] = {}
+            for name, program in programs.items():
+                if target in configs[name].targets:
+                    self._progress(f"rewriting {name} for {target}")
+                    options = configs[name].options
+                    rewritten[name], reports[name] = rewrite(
+                        program,
+                        target,
+                        passes_for(options, target, encoder=name.endswith("_encoder")),
+                        expected_counts(options, target),
+                        pool=pool,
+                    )
+            builds = self._build(rewritten, reports, target, Path(folder.name), alone)
+            for name in rewritten:
+                components[name].builds[target] = builds[name]
+                components[name].report[target] = reports[name].to_dict()
+        return components
+
+    def _build(
+        self,
+        programs: Mapping[str, ExportedProgram],
+        reports: Mapping[str, Report],
+        target: str,
+        folder: Path,
+        alone: bool,
+    ) -> dict[str, Build]:
+        """Lower the programs of one target; or save them packed where this machine lacks something for it."""
+        if lacking := missing_requirement(target):
+            builds = {}
+            for name, program in programs.items():
+                self._progress(f"saving {name} packed for {target}")
+                path = folder / f"{name}.{target}.packed.pt2"
+                save_packed(program, reports[name], path)
+                builds[name] = Build((path,), lacking)
+            return builds
+        methods = {"forward": programs["model"]} if alone and "model" in programs else programs
+        files = lower(methods, target, folder, f"model.{target}", partial(_with_target, self._progress, target))
+        return dict.fromkeys(programs, Build(tuple(files)))
+
+    @classmethod
+    def save_program(cls, program: Component, path: str | Path) -> None:
+        """Write one component, and the files that it shares with others."""
+        program.save(Path(path))
+
+    @classmethod
+    def load_program(cls, path: str | Path) -> Component:
+        """Read what :meth:`save_program` wrote; no code is executed yet."""
+        return Component.load(Path(path))
+
+
+def _with_target(progress: Progress, target: str, step: str) -> None:
+    progress(f"{target}: {step}")
+
+
+def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
+    """The reports of the rewrites by target and component."""
+    reports: dict[str, dict[str, Any]] = {}
+    for name, component in components.items():
+        for target, report in component.report.items():
+            reports.setdefault(target, {})[name] = report
+    return reports
+
+
+def finish_export(folder: str | Path, progress: Progress = lambda step: None) -> list[Path]:
+    """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
+
+    Args:
+        folder: from :meth:`ExportedModel.save_pretrained`.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The files that were added; empty if nothing was left to do.
+
+    Raises:
+        ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
+    """
+    folder = Path(folder)
+    components, specs = _read_export(folder)
+    targets = {target for each in components.values() for target, build in each.builds.items() if build.missing}
+    added: list[Path] = []
+    for target in sorted(targets):
+        if lacking := missing_requirement(target):
+            raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
+        unfinished = {name: each for name, each in components.items() if target in each.builds}
+        programs = {}
+        for spec in specs:
+            register_treespec_types(spec)
+        for name, component in unfinished.items():
+            progress(f"reading {name} for {target}")
+            programs[component.method] = load_model(component.builds[target].files[0], target).program
+        packed = [component.builds[target].files[0] for component in unfinished.values()]
+        with atomic_output(folder) as staging:
+            files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
+            for name, component in unfinished.items():
+                component.builds[target] = Build(tuple(files))
+                component.write(staging / f"{name}{SUFFIX}")
+        added += [folder / file.name for file in files]
+        for component in unfinished.values():
+            component.builds[target] = Build(tuple(added))
+        for path in packed:
+            path.unlink()
+    return added
+
+
+def _read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
+    """The components of an export, and the pytree specs of their inputs and outputs."""
+    try:
+        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["export_format"] != FORMAT:
+            raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
+        entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
+        metadata = [entry["metadata"] for entry in manifest["components"].values()]
+        specs = [each[kind] for each in metadata for kind in ("in_spec", "out_spec") if each[kind] is not None]
+    except OSError as error:
+        raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ExportError(f"{folder / EXPORT_MANIFEST_FILE} is damaged: export the model again") from error
+    return {name: Component.load(path) for name, path in entries.items()}, specs
+
+
+class _Quantized:
+    """The root model, quantized once for each quantization that a config asks for."""
+
+    def __init__(self, root: nn.Module, progress: Progress) -> None:
+        self._root, self._progress = root, progress
+        self._copies: list[tuple[EtConfig, nn.Module, Any]] = []
+
+    def get(self, config: EtConfig, module: nn.Module, fqn: str | None) -> nn.Module:
+        """``module`` of the root, quantized and ready for the targets of ``config``."""
+        return self._copy_of(config).get_submodule(fqn) if fqn is not None else self._prepared(module, config)[0]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """The reports of the quantizations."""
+        return [report.to_dict() for _, _, report in self._copies if report is not None]
+
+    def _copy_of(self, config: EtConfig) -> nn.Module:
+        for known, model, _ in self._copies:
+            if known.options == config.options:
+                return model
+        model, report = self._prepared(self._root, config)
+        self._copies.append((config, model, report))
+        return model
+
+    def _prepared(self, module: nn.Module, config: EtConfig) -> tuple[nn.Module, Any]:
+        model = structural_copy(module)
+        model.eval()
+        # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
+        if (
+            "xnnpack" in config.targets
+            and isinstance(model, PreTrainedModel)
+            and model._can_set_experts_implementation()
+        ):
+            model.set_experts_implementation("batched_mm")
+        report = None
+        if config.quantizes:
+            self._progress("quantizing")
+            report = quantize_model_(
+                model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)}
+            )
+        return model, report
+
+
+def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
+    if isinstance(config, dict):
+        return EtConfig(**config)
+    if not isinstance(config, EtConfig):
+        raise TypeError(f"the config must be an EtConfig or a dict with its fields, not {type(config).__name__}")
+    return config
+
+
+def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
+    """Refuse before any work what XNNPACK refuses at the end of a lowering."""
+    dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
+    if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
+        raise ExportError(
+            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
+            "or leave xnnpack out of the targets"
+        )
+
+
+def _contiguous(inputs: Inputs) -> Inputs:
+    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
+    for name, value in inputs.items():
+        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
+    return inputs
+
+
+def _refuse_existing(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if (folder / name).exists():
+            what = "an export already" if name == EXPORT_MANIFEST_FILE else f"{name} already"
+            raise FileExistsError(f"{folder} has {what}: choose another folder, or overwrite it (overwrite=True)")
+
+
+def _files_of_export(folder: Path) -> Iterator[Path]:
+    """The files of the export that a folder holds, as far as it can be read."""
+    try:
+        entries = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))["components"].values()
+        for file in [entry["file"] for entry in entries]:
+            listed = json.loads((folder / file).read_text(encoding="utf-8"))["targets"].values()
+            names = [file, *(name for build in listed for name in build["files"])]
+            yield from (folder / name for name in names if Path(name).name == name and (folder / name).is_file())
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        pass
+    if (folder / EXPORT_MANIFEST_FILE).is_file():
+        yield folder / EXPORT_MANIFEST_FILE
+
+
+register_backend(EtExporter, EtModelRunner)
