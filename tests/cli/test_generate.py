@@ -77,7 +77,7 @@ def test_compare_names_the_first_token_that_differs(seed: int, dynamo: Path, tmp
     ("arguments", "message"),
     [
         (
-            ("--prompt", " ".join(["w1"] * 49)),
+            ("--trust", "--prompt", " ".join(["w1"] * 49)),
             "the prompt has 49 tokens, but the model was exported for 48: shorten",
         ),
         (
