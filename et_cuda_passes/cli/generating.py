@@ -47,9 +47,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Execute the compiled libraries in OUT, which can do whatever you can."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
-    """Generate text with the export in OUT. This executes the compiled programs in it.
+    """Generate text with the export in OUT.
 
     The text goes to stdout as it is generated, and the number of tokens per second after it.
     """
@@ -63,6 +67,12 @@ def generate(
                 generation.check_export(export)
                 tokenizer = generation.load_tokenizer(export)
                 tokens = generation.encode(tokenizer, prompt)
+                if not trust and target != "xnnpack":
+                    raise UsageError(
+                        f"{export} may contain compiled libraries, and to generate is to execute what their author put "
+                        "there. They were not executed; give --trust if you know where they come from, or --target "
+                        "xnnpack, which executes none"
+                    )
                 step(f"loading {export}")
                 decoder = generation.ExportedDecoder(generation.load_exported(export, device, target))
             count = _count(decoder.room(tokens.shape[1]), max_new_tokens, tokens.shape[1])

@@ -4,7 +4,6 @@ Sampling, logits processors, stopping criteria, masks and positions are transfor
 exported program's.
 """
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,9 +21,10 @@ from transformers import (
     PreTrainedModel,
     TextStreamer,
 )
-from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.utils import logging
+
+from et_cuda_passes.hf.exporter import FORMAT, ExportedModel
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -215,10 +215,7 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
     check_export(folder)
     try:
         manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if manifest["export_format"] == "et_cuda_passes":
-            # Registers the format with transformers.
-            importlib.import_module("et_cuda_passes.hf.exporter")
-        elif target is not None:
+        if target is not None and manifest["export_format"] != FORMAT:
             raise GenerationError(
                 f"the export in {folder} is in the format {manifest['export_format']}, which has no targets: leave "
                 "the target out"

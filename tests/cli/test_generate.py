@@ -15,6 +15,7 @@ from tests.cli.command import Run
 from tests.static_cache import CACHE_LENGTH, FORMATS, GENERATION_SEED, qwen3, saved_export, small_tokenizer
 
 PROMPT = "w5 w9 w33 w12"
+ASK = ("--prompt", PROMPT, "--trust")
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -33,7 +34,7 @@ def text_of(seed: int, count: int) -> str:
 
 
 def test_generate_prints_the_text_of_the_model_and_its_speed(folder: Path, command: Run) -> None:
-    result = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 8)
+    result = command("generate", folder, *ASK, "--max-new-tokens", 8)
     assert result.code == 0, result.err
     text, speed = result.out.splitlines()
     assert text.strip() == text_of(GENERATION_SEED, 8)
@@ -42,7 +43,7 @@ def test_generate_prints_the_text_of_the_model_and_its_speed(folder: Path, comma
 
 
 def test_generate_fills_the_cache_by_default(dynamo: Path, command: Run) -> None:
-    result = command("generate", dynamo, "--prompt", PROMPT)
+    result = command("generate", dynamo, *ASK)
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1].startswith(f"{CACHE_LENGTH - 4 + 1} tokens, ")
 
@@ -51,7 +52,7 @@ def test_temperature_option_samples_tokens(dynamo: Path, command: Run) -> None:
     texts = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        result = command("generate", dynamo, "--prompt", PROMPT, "--max-new-tokens", 8, "--temperature", 1.5)
+        result = command("generate", dynamo, *ASK, "--max-new-tokens", 8, "--temperature", 1.5)
         texts.append(result.out.splitlines()[0])
     assert texts[0] == texts[1] != texts[2]
 
@@ -60,7 +61,7 @@ def test_temperature_option_samples_tokens(dynamo: Path, command: Run) -> None:
 def test_compare_names_the_first_token_that_differs(seed: int, dynamo: Path, tmp_path: Path, command: Run) -> None:
     original = tmp_path / "original"
     qwen3(seed=seed).save_pretrained(original)
-    result = command("generate", dynamo, "--prompt", PROMPT, "--max-new-tokens", 8, "--compare", original)
+    result = command("generate", dynamo, *ASK, "--max-new-tokens", 8, "--compare", original)
     assert result.code == 0, result.err
     ours, _, theirs, verdict = result.out.splitlines()
     assert theirs == f"{original}: {text_of(seed, 8)}"
@@ -76,19 +77,19 @@ def test_compare_names_the_first_token_that_differs(seed: int, dynamo: Path, tmp
     ("arguments", "message"),
     [
         (
-            ("--prompt", " ".join(["w1"] * 49)),
+            ("--trust", "--prompt", " ".join(["w1"] * 49)),
             "the prompt has 49 tokens, but the model was exported for 48: shorten",
         ),
         (
-            ("--prompt", PROMPT, "--max-new-tokens", 46),
+            (*ASK, "--max-new-tokens", 46),
             "--max-new-tokens 46: the cache of the export has room for 45 tokens after a prompt of 4",
         ),
         (("--prompt", ""), "the prompt has no tokens"),
-        (("--prompt", PROMPT, "--device", "nowhere"), "--device nowhere: there is no such device"),
-        (("--prompt", PROMPT, "--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
-        (("--prompt", PROMPT, "--target", "cuda"), "which has no targets: leave the target out"),
+        ((*ASK, "--device", "nowhere"), "--device nowhere: there is no such device"),
+        ((*ASK, "--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
+        ((*ASK, "--target", "cuda"), "which has no targets: leave the target out"),
         (
-            ("--prompt", PROMPT, "--temperature", 1, "--compare", "anything"),
+            (*ASK, "--temperature", 1, "--compare", "anything"),
             "--compare compares the most likely tokens: leave --temperature out",
         ),
     ],
@@ -102,14 +103,14 @@ def test_prompt_or_option_that_cannot_be_used_is_named(
 
 
 def test_model_to_compare_with_that_cannot_be_loaded_is_named(dynamo: Path, tmp_path: Path, command: Run) -> None:
-    result = command("generate", dynamo, "--prompt", PROMPT, "--max-new-tokens", 2, "--compare", tmp_path)
+    result = command("generate", dynamo, *ASK, "--max-new-tokens", 2, "--compare", tmp_path)
     assert result.code == 2
     assert f"--compare {tmp_path} cannot be loaded" in result.error
 
 
 def test_folder_that_cannot_be_used_is_named(dynamo: Path, tmp_path: Path, command: Run) -> None:
     def error(folder: Path) -> str:
-        result = command("generate", folder, "--prompt", PROMPT)
+        result = command("generate", folder, *ASK)
         assert (result.code, result.out) == (2, "")
         return result.error
 
@@ -124,3 +125,17 @@ def test_folder_that_cannot_be_used_is_named(dynamo: Path, tmp_path: Path, comma
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
     assert f"{copy} has no tokenizer" in error(copy)
+
+
+def test_export_is_not_executed_without_trust(dynamo: Path, command: Run) -> None:
+    result = command("generate", dynamo, "--prompt", PROMPT)
+    assert (result.code, result.out) == (2, "")
+    assert f"{dynamo} may contain compiled libraries" in result.error
+    assert "They were not executed; give --trust" in result.error
+
+
+def test_export_for_xnnpack_needs_no_trust(tmp_path: Path, command: Run) -> None:
+    folder = saved_export("xnnpack", tmp_path)
+    result = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--target", "xnnpack")
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[0].strip() == text_of(GENERATION_SEED, 4)
