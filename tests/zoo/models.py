@@ -117,7 +117,7 @@ MODELS: tuple[Model, ...] = (
     *_causal("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", **EXPERTS),
     *_causal("gpt_oss", **EXPERTS, sliding_window=16),
     # State space and recurrent.
-    Model("mamba", "AutoModelForCausalLM", sizes={"state_size": 8, "time_step_rank": 8}, generates=False),
+    Model("mamba", "AutoModelForCausalLM", sizes={"state_size": 8, "time_step_rank": 32}, generates=False),
     Model("mamba2", "AutoModelForCausalLM", sizes={"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1}),
     Model("falcon_h1", "AutoModelForCausalLM", sizes={"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8}),
     # Text, encoders.

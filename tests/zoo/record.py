@@ -76,8 +76,10 @@ def _rows(model: Model, dtype: torch.dtype, scheme: str, targets: tuple[str, ...
         try:
             traced = EtExporter().trace({name: part}, {name: config}, root)
         except Exception as error:
-            cause = error.__cause__ or error
-            rows += [Row(target, name, error=f"transformers, tracing: {_line(cause)}") for target in targets]
+            # The exporter wraps what transformers' tracing raises, and only that.
+            cause = error.__cause__
+            step = f"transformers, tracing: {_line(cause)}" if cause else f"et_cuda_passes, quantizing: {_line(error)}"
+            rows += [Row(target, name, error=step) for target in targets]
             continue
         program = traced.programs[name]
         arguments = program.example_inputs[1]
