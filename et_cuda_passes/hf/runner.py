@@ -117,7 +117,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
         """The leaves in the order of the program."""
         constants = self.metadata.in_constants
         for name, value in kwargs.items():
-            if name in constants and value != constants[name]:
+            if name in constants and (isinstance(value, Tensor) or value != constants[name]):
                 raise ExportError(
                     f"{self.component.name} was traced with {name}={constants[name]!r}; it cannot be {value!r}"
                 )
