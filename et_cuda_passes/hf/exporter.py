@@ -5,7 +5,9 @@ rewritten and lowered per target afterwards.
 """
 
 import json
+import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -38,6 +40,10 @@ from et_cuda_passes.rewrite import rewrite
 
 FORMAT = "et_cuda_passes"
 REPORT_FILE = "report.json"
+# torchao's message for an operator that its tensors do not implement.
+_UNIMPLEMENTED = re.compile(
+    r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
+)
 _PACKAGES = ("torch", "torchao", "executorch")
 
 
@@ -284,6 +290,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
         Raises:
             ExportError: the model and a target do not go together.
+            ExportError: the model reads a quantized weight in a way that torchao cannot trace.
             RuntimeError: transformers cannot trace a part.
         """
         for name, (module, _) in parts.items():
@@ -299,6 +306,11 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 with torch.no_grad():
                     program, metadata[name] = super().export_program(quantized, _contiguous(inputs), configs[name])
             except Exception as error:
+                if operator := _UNIMPLEMENTED.search(str(error)):
+                    raise ExportError(
+                        f"{name}: {_line_of_model(error)} reads a quantized weight with {operator[1]}, which torchao "
+                        "does not implement for quantized weights: leave that layer as it is (skip it in a recipe)"
+                    ) from error
                 raise RuntimeError(
                     f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
                 ) from error
@@ -389,6 +401,13 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def load_program(cls, path: str | Path) -> Component:
         """Read what :meth:`save_program` wrote; no code is executed yet."""
         return Component.load(Path(path))
+
+
+def _line_of_model(error: BaseException) -> str:
+    """``file:line`` of the last frame that is in the code of a model."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [frame for frame in frames if Path(frame.filename).name.startswith("modeling_")] or frames
+    return f"{Path(found[-1].filename).name}:{found[-1].lineno}"
 
 
 def _with_target(progress: Progress, target: str, step: str) -> None:

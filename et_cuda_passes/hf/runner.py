@@ -1,14 +1,14 @@
 """Runs an exported component: with AOTInductor on the CPU, with ExecuTorch's runtime, or as a CUDA delegate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.fx._pytree as fx_pytree
 from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES
 from transformers.exporters.metadata import ExportMetadata, load_treespec
 from transformers.exporters.runners.base import ModelRunner
 
@@ -117,7 +117,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
         """The leaves in the order of the program."""
         constants = self.metadata.in_constants
         for name, value in kwargs.items():
-            if name in constants and value != constants[name]:
+            if name in constants and (isinstance(value, Tensor) or value != constants[name]):
                 raise ExportError(
                     f"{self.component.name} was traced with {name}={constants[name]!r}; it cannot be {value!r}"
                 )
@@ -128,13 +128,50 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
         if missing or unknown:
             problem = f"needs {', '.join(missing)}" if missing else f"was not traced with {', '.join(unknown)}"
             raise ExportError(f"{self.component.name} {problem}; it takes {', '.join(self._names)}")
-        try:
-            return list(fx_pytree.tree_flatten_spec(((), {name: given[name] for name in self._names}), self.in_spec))
-        except (KeyError, TypeError, ValueError) as error:
+        leaves: list[Any] = []
+        for name, spec in zip(self._names, self.in_spec.children()[1].children(), strict=True):
+            leaves += _flatten(given[name], spec, f"{self.component.name} was traced with {name}")
+        return leaves
+
+
+def _flatten(value: Any, spec: Any, where: str) -> list[Any]:
+    """The leaves of ``value`` in the order of ``spec``.
+
+    Raises:
+        ExportError: it has another structure.
+    """
+    if spec.is_leaf():
+        return [value]
+    keys = spec.context
+    if isinstance(value, Mapping) and isinstance(keys, list) and all(isinstance(key, str) for key in keys):
+        # A dict, or a ModelOutput of any class, in any order.
+        names = [key for key, part in value.items() if part is not None or key in keys]
+        if set(names) != set(keys):
+            raise ExportError(f"{where} with the keys {', '.join(keys)}; found {', '.join(names) or 'none'}")
+        children = [value[key] for key in keys]
+    else:
+        if type(value) is not spec.type:
+            raise ExportError(f"{where} as a {spec.type.__name__}; found a {type(value).__name__}")
+        children, context = SUPPORTED_NODES[spec.type].flatten_fn(value)
+        if _without_devices(context) != _without_devices(spec.context):
             raise ExportError(
-                f"{self.component.name} was traced with arguments of another structure ({error}): pass the same types, "
-                "dicts with the same keys, and caches of the same class"
-            ) from error
+                f"{where} as a {spec.type.__name__} of another state or size: an empty cache for a prefill that was "
+                "traced with one, a filled one for a decode, and as long as in the export"
+            )
+    parts = zip(children, spec.children(), strict=True)
+    return [leaf for child, part in parts for leaf in _flatten(child, part, where)]
+
+
+def _without_devices(context: Any) -> Any:
+    """The context of a pytree node as transformers writes it for caches, without the devices of their tensors.
+
+    A program that was traced on the CPU runs on another device, where its caches are.
+    """
+    if isinstance(context, dict):
+        return {key: _without_devices(value) for key, value in context.items() if context.get("_t") != "device"}
+    if isinstance(context, (list, tuple)):
+        return [_without_devices(value) for value in context]
+    return context
 
 
 def _runs_here(target: str) -> bool:

@@ -149,12 +149,12 @@ def test_calls_outside_of_the_export_are_errors(two_targets: Any, target: str) -
         ExportError, match=r"position_ids with the shape \[1, s\d+\]; got \[1, 6\]: s\d+ is 5 in input_ids"
     ):
         prefill(**(prefill_arguments(5, empty) | {"position_ids": torch.arange(6)[None]}))
-    with pytest.raises(ExportError, match="another structure"):
+    with pytest.raises(ExportError, match="attention_mask with the keys full_attention; found none"):
         prefill(**(prefill_arguments(5, empty) | {"attention_mask": {}}))
     with pytest.raises(ExportError, match="attention_mask_full_attention=None; it cannot be a tensor"):
         prefill(**(prefill_arguments(5, empty) | {"attention_mask": {"full_attention": torch.ones(1, 5)}}))
     filled = prefill(**prefill_arguments(5, empty)).past_key_values
-    with pytest.raises(ExportError, match="and a cache in the same state"):
+    with pytest.raises(ExportError, match="past_key_values as a StaticCache of another state or size"):
         prefill(**prefill_arguments(5, filled))
     step = {
         "input_ids": torch.tensor([[1]]),
@@ -164,7 +164,7 @@ def test_calls_outside_of_the_export_are_errors(two_targets: Any, target: str) -
     other = StaticCache(config=two_targets.config, max_cache_len=CACHE + 1)
     with torch.no_grad():
         qwen()(input_ids=torch.tensor([[1, 2]]), past_key_values=other)
-    with pytest.raises(ExportError, match="past_key_values_0 with the shape"):
+    with pytest.raises(ExportError, match="past_key_values as a StaticCache of another state or size"):
         decode(**step, past_key_values=other)
     assert decode(**step, past_key_values=filled).logits.shape == (1, 1, 96)
 
@@ -178,3 +178,19 @@ def test_copies_of_the_inputs_are_mutated_instead_on_request(two_targets: Any) -
         assert int(count) == 0
         two_targets.runners["prefill"](**prefill_arguments(5, cache))
         assert int(count) == 5
+
+
+def test_device_of_a_cache_does_not_matter(two_targets: Any) -> None:
+    two_targets.to(target="cpu")
+    filled = two_targets.runners["prefill"](
+        **prefill_arguments(5, StaticCache(config=two_targets.config, max_cache_len=CACHE))
+    ).past_key_values
+    for layer in filled.layers:
+        layer.device = torch.device("cuda")
+    two_targets.runners["decode"](
+        input_ids=torch.tensor([[1]]),
+        attention_mask={"full_attention": (torch.arange(CACHE) <= 5)[None, None, None]},
+        position_ids=torch.tensor([[5]]),
+        past_key_values=filled,
+    )
+    assert int(filled.layers[0].cumulative_length) == 6

@@ -77,7 +77,7 @@ class Model:
         model_type: as transformers names it.
         head: the auto class.
         inputs: the kwargs of its forward, or of ``generate``.
-        sizes: beside :data:`SIZES`.
+        sizes: beside :data:`SIZES`; with the value ``...`` the config has no such name, or computes it.
         generates: export what generation needs, with a static cache, instead of the forward alone.
         cache: the implementation of the cache.
     """
@@ -94,7 +94,8 @@ class Model:
         import transformers
 
         torch.manual_seed(0)
-        config = transformers.CONFIG_MAPPING[self.model_type](**{**SIZES, **self.sizes})
+        sizes = {name: value for name, value in {**SIZES, **self.sizes}.items() if value is not ...}
+        config = transformers.CONFIG_MAPPING[self.model_type](**sizes)
         model = getattr(transformers, self.head).from_config(config)
         return model.to(dtype).eval()
 
@@ -111,13 +112,13 @@ MODELS: tuple[Model, ...] = (
     *_causal("gpt_neox"),
     *_causal("gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=64, n_inner=128),
     *_causal("opt", word_embed_proj_dim=64, ffn_dim=128),
-    *_causal("falcon", multi_query=True),
+    *_causal("falcon", multi_query=True, head_dim=...),
     *_causal("bloom", n_layer=2, n_head=4),
     # Mixtures of experts.
     *_causal("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "phimoe", "granitemoe", **EXPERTS),
     *_causal("gpt_oss", **EXPERTS, sliding_window=16),
     # State space and recurrent.
-    Model("mamba", "AutoModelForCausalLM", sizes={"state_size": 8, "time_step_rank": 8}, generates=False),
+    Model("mamba", "AutoModelForCausalLM", sizes={"state_size": 8, "time_step_rank": 32}, generates=False),
     Model("mamba2", "AutoModelForCausalLM", sizes={"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 1}),
     Model("falcon_h1", "AutoModelForCausalLM", sizes={"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_state": 8}),
     # Text, encoders.
@@ -171,7 +172,12 @@ MODELS: tuple[Model, ...] = (
         "wavlm",
         "AutoModel",
         wave,
-        {"conv_dim": [32] * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4},
+        {
+            "num_attention_heads": 2,
+            "conv_dim": [32] * 7,
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 4,
+        },
     ),
     Model(
         "audio-spectrogram-transformer",
@@ -186,12 +192,6 @@ MODELS: tuple[Model, ...] = (
     Model("dinov2", "AutoModel", image, VISION),
     Model("siglip_vision_model", "AutoModel", image, VISION),
     Model("clip_vision_model", "AutoModel", image, VISION),
-    Model(
-        "swin",
-        "AutoModel",
-        image,
-        {**VISION, "patch_size": 4, "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
-    ),
     Model("convnext", "AutoModel", image, {"hidden_sizes": [32, 64], "depths": [1, 1], "num_stages": 2}),
     Model(
         "segformer",

@@ -12,15 +12,15 @@ Row = Mapping[str, Any]
 
 HEAD = """# Architectures
 
-The outcomes of {count} architectures of transformers for every target, small and with random weights. `make zoo` writes
-this page.
+The outcome of every quantized weight in {count} architectures of transformers, small and with random weights, for each
+target. `make zoo` writes this page.
 
 Each model is quantized and traced by `EtExporter`, and rewritten for each target: 4w in bfloat16 for cuda and metal,
 4w in float32 for cpu, and 8da4w in float32 for xnnpack. A model that generates text is split into its components first,
 with a static cache where it has one. Nothing is lowered here.
 
 - Weights: operators that read a quantized weight.
-- Rewritten, kept, missed: what became of them. Kept: the backend reads the weight as it was exported.
+- Rewritten, kept, missed: their outcomes. Kept: the backend reads the weight as it was exported.
 - Difference: the greatest error of an output of the rewritten program from the generic program, relative to its norm.
   Both run in eager mode on the CPU, where an operator of this package computes what its kernel computes.
 
@@ -40,7 +40,7 @@ def write_page(records: Path, path: Path) -> Path:
     lines = [HEAD.format(count=len(rows), summary=_summary(rows)).rstrip(), "", *_table(exported)]
     lines += ["", "## Missed weights and errors", "", *_problems(rows)]
     if refused:
-        lines += ["", "## Architectures that transformers does not export", "", *_refused(refused)]
+        lines += ["", "## Architectures without a program", "", *_refused(refused)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

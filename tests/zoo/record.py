@@ -76,8 +76,10 @@ def _rows(model: Model, dtype: torch.dtype, scheme: str, targets: tuple[str, ...
         try:
             traced = EtExporter().trace({name: part}, {name: config}, root)
         except Exception as error:
-            cause = error.__cause__ or error
-            rows += [Row(target, name, error=f"transformers, tracing: {_line(cause)}") for target in targets]
+            # The exporter wraps an error of transformers in a RuntimeError. Its own errors name the cause.
+            tracing = isinstance(error, RuntimeError) and error.__cause__ is not None
+            step = f"transformers, tracing: {_line(error.__cause__)}" if tracing else str(error)
+            rows += [Row(target, name, error=step) for target in targets]
             continue
         program = traced.programs[name]
         arguments = program.example_inputs[1]
@@ -145,6 +147,6 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return worst
 
 
-def _line(error: BaseException) -> str:
+def _line(error: BaseException | None) -> str:
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}"[:200]
