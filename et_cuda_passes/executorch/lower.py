@@ -142,12 +142,14 @@ def _metal(methods: Methods, folder: Path, stem: str, progress: Progress) -> Non
 
 
 def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from executorch.backends.xnnpack.utils.configs import get_xnnpack_edge_compile_config
+
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
     # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
     # One for all methods, so that a weight that several methods read is folded once.
     partitioner = XnnpackPartitioner()
-    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress)
+    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress, get_xnnpack_edge_compile_config())
 
 
 def _method_name(name: str) -> list[Any]:
@@ -157,13 +159,22 @@ def _method_name(name: str) -> list[Any]:
     return [CompileSpec("method_name", name.encode())]
 
 
-def _executorch(methods: Methods, partitioners: Mapping[str, Any], folder: Path, stem: str, progress: Progress) -> None:
+def _executorch(
+    methods: Methods,
+    partitioners: Mapping[str, Any],
+    folder: Path,
+    stem: str,
+    progress: Progress,
+    config: Any = None,
+) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     with torch.no_grad(), gc_throttled():
         progress("lowering with ExecuTorch")
         edge = to_edge_transform_and_lower(
-            dict(methods), partitioner={name: [partitioner] for name, partitioner in partitioners.items()}
+            dict(methods),
+            partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
+            compile_config=config,
         )
         progress("serializing")
         lowered = edge.to_executorch()

@@ -1,15 +1,72 @@
 """XnnpackPartitioner: ExecuTorch's partitioner with a pass list, and with an error instead of a wrong result."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as _Stock
+from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
+from executorch.exir.dialects._ops import ops as exir_ops
+from torch._export.utils import is_buffer, is_lifted_tensor_constant, is_param
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
 from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
 from et_cuda_passes.targets import default_passes
+
+_edge = exir_ops.edge.aten
+_READS_WEIGHT = frozenset(
+    {
+        exir_ops.edge.torchao.dequantize_affine.default,
+        exir_ops.edge.quantized_decomposed.dequantize_per_channel.default,
+    }
+)
+_LIGHT = frozenset(
+    {
+        _edge.add.Tensor,
+        _edge.sub.Tensor,
+        _edge.mul.Tensor,
+        _edge.div.Tensor,
+        _edge.neg.default,
+        _edge.pow.Tensor_Scalar,
+        _edge.rsqrt.default,
+        _edge.sqrt.default,
+        _edge.sigmoid.default,
+        _edge.tanh.default,
+        _edge.gelu.default,
+        _edge.exp.default,
+        _edge.sin.default,
+        _edge.cos.default,
+        _edge.view_copy.default,
+        _edge.permute_copy.default,
+        _edge.slice_copy.Tensor,
+        _edge.unsqueeze_copy.default,
+    }
+)
+"""A partition of these alone saves less than it costs."""
+
+_UNCHANGED = (
+    _LIGHT
+    | _READS_WEIGHT
+    | frozenset(
+        {
+            _edge.linear.default,
+            _edge.bmm.default,
+            _edge._softmax.default,
+            exir_ops.edge.torchao.choose_qparams_affine.default,
+            exir_ops.edge.torchao.quantize_affine.default,
+            operator.getitem,
+        }
+    )
+)
+"""No pass of the delegate changes these. Each pass traces its partition again, which is a third of the lowering."""
+
+# The delegate then runs only the pass that converts matrix products to linears.
+_ONE_PASS = [CompileSpec("dqlinear_partitioner", b"")]
 
 
 class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # ExecuTorch's class is untyped
@@ -63,3 +120,53 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             )
             raise ValueError(f"XNNPACK cannot compute these quantized weights correctly: {listed}")
         return program
+
+    def ops_to_not_decompose(
+        self, ep: ExportedProgram
+    ) -> tuple[list[torch._ops.OpOverload], Callable[[Node], bool] | None]:
+        """ExecuTorch's hook.
+
+        The stock partitioner returns a filter of nodes, for which ExecuTorch decomposes the program twice. Where all
+        nodes of an operator have the same answer, no filter is necessary, and one decomposition does.
+        """
+        operators, supported = super().ops_to_not_decompose(ep)
+        answers: dict[Any, set[bool]] = {}
+        for module in (each for each in ep.graph_module.modules() if isinstance(each, torch.fx.GraphModule)):
+            for node in module.graph.nodes:
+                found = getattr(node.target, "_op", node.target)  # of the edge dialect
+                if node.op == "call_function" and found in operators:
+                    answers.setdefault(found, set()).add(supported(node))
+        if all(len(each) == 1 for each in answers.values()):
+            return [found for found, answer in answers.items() if answer == {True}], None
+        return operators, supported
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """ExecuTorch's hook: drops the partitions that do not pay, and shortens the lowering of the others."""
+        result = super().partition(exported_program)
+        nodes: dict[str, list[Node]] = {}
+        for node in exported_program.graph.nodes:
+            if tag := node.meta.get("delegation_tag"):
+                nodes.setdefault(tag, []).append(node)
+        for tag, members in nodes.items():
+            if all(node.op != "call_function" or node.target in _LIGHT for node in members):
+                for node in members:
+                    del node.meta["delegation_tag"]
+                del result.partition_tags[tag]
+            elif all(_is_unchanged(node, exported_program) for node in members):
+                result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, _ONE_PASS)
+        return result
+
+
+def _is_unchanged(node: Node, program: ExportedProgram) -> bool:
+    """Whether no pass of the delegate changes the node."""
+    if node.op != "call_function":
+        return True
+    if node.target not in _UNCHANGED:
+        return False
+    # The delegate folds what it can compute from constants, except for quantized weights.
+    inputs = node.all_input_nodes
+    return node.target in _READS_WEIGHT or not inputs or not all(_is_constant(program, each) for each in inputs)
+
+
+def _is_constant(program: ExportedProgram, node: Node) -> bool:
+    return bool(is_param(program, node) or is_buffer(program, node) or is_lifted_tensor_constant(program, node))
