@@ -10,6 +10,7 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.dialects._ops import ops as exir_ops
+from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from torch._export.utils import is_buffer, is_lifted_tensor_constant, is_param
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -25,6 +26,7 @@ _READS_WEIGHT = frozenset(
         exir_ops.edge.quantized_decomposed.dequantize_per_channel.default,
     }
 )
+_clone = exir_ops.edge.dim_order_ops._clone_dim_order.default
 _LIGHT = frozenset(
     {
         _edge.add.Tensor,
@@ -45,12 +47,14 @@ _LIGHT = frozenset(
         _edge.permute_copy.default,
         _edge.slice_copy.Tensor,
         _edge.unsqueeze_copy.default,
+        _edge.cat.default,
+        _clone,
     }
 )
 """A partition of these alone saves less than it costs."""
 
 _UNCHANGED = (
-    _LIGHT
+    (_LIGHT - {_clone})
     | _READS_WEIGHT
     | frozenset(
         {
@@ -64,6 +68,9 @@ _UNCHANGED = (
     )
 )
 """No pass of the delegate changes these. Each pass traces its partition again, which is a third of the lowering."""
+
+_CAT_LIMIT = 5
+"""The delegate splits a concatenation of more tensors."""
 
 # The delegate then runs only the pass that converts matrix products to linears.
 _ONE_PASS = [CompileSpec("dqlinear_partitioner", b"")]
@@ -133,7 +140,7 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         answers: dict[Any, set[bool]] = {}
         for module in (each for each in ep.graph_module.modules() if isinstance(each, torch.fx.GraphModule)):
             for node in module.graph.nodes:
-                found = getattr(node.target, "_op", node.target)  # of the edge dialect
+                found = node.target._op if isinstance(node.target, EdgeOpOverload) else node.target
                 if node.op == "call_function" and found in operators:
                     answers.setdefault(found, set()).add(supported(node))
         if all(len(each) == 1 for each in answers.values()):
@@ -161,7 +168,7 @@ def _is_unchanged(node: Node, program: ExportedProgram) -> bool:
     """Whether no pass of the delegate changes the node."""
     if node.op != "call_function":
         return True
-    if node.target not in _UNCHANGED:
+    if node.target not in _UNCHANGED or (node.target is _edge.cat.default and len(node.args[0]) > _CAT_LIMIT):
         return False
     # The delegate folds what it can compute from constants, except for quantized weights.
     inputs = node.all_input_nodes
