@@ -48,6 +48,8 @@ _LIGHT = frozenset(
         _edge.slice_copy.Tensor,
         _edge.unsqueeze_copy.default,
         _edge.cat.default,
+        _edge.bmm.default,
+        _edge._softmax.default,
         _clone,
     }
 )
@@ -59,8 +61,6 @@ _UNCHANGED = (
     | frozenset(
         {
             _edge.linear.default,
-            _edge.bmm.default,
-            _edge._softmax.default,
             exir_ops.edge.torchao.choose_qparams_affine.default,
             exir_ops.edge.torchao.quantize_affine.default,
             operator.getitem,

@@ -5,7 +5,7 @@ graph's parameters. Each requirement of a ``Keep...`` rule excludes a case in wh
 than the graph without an error, or failed late without naming the layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, cast
@@ -20,6 +20,7 @@ from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Keep, Notes, Rule, requirement
 from et_cuda_passes.quant.activations import (
+    QUANTIZE,
     QUANTIZE_PER_TENSOR,
     decode_dynamic,
     dynamically_quantized,
@@ -133,6 +134,58 @@ def activation_has_two_dimensions(m: Match) -> Failure | None:
     """The delegate fails on a vector."""
     rank = m.val(m.x).dim()
     return None if rank >= 2 else Failure(f"{rank} dimension")
+
+
+@requirement("an activation that was quantized in the same way before")
+def quantized_before(m: Match) -> Failure | None:
+    """The first of several equal quantizations stays."""
+    return None if _first_quantization(m) is not m.root else Failure(f"{m.root.name}, the first")
+
+
+@requirement("an activation that is not mutated")
+def activation_is_not_mutated(m: Match) -> Failure | None:
+    """Two quantizations of a mutated tensor can differ."""
+    return Failure(f"{m.x.name}, which is mutated") if m.x in m.program.mutated else None
+
+
+def _first_quantization(m: Match) -> Node:
+    """The first node in the graph that dequantizes the same activation, quantized in the same way."""
+
+    def described(node: Node) -> tuple[Any, ...]:
+        a = decode_dynamic(m.program, node)
+        return (a.block_size, a.quant_min, a.quant_max, a.mapping, a.eps, a.dtype, *_arguments_without_nodes(a.nodes))
+
+    wanted, order = described(m.root), m.program.order
+    readers = (node for quantize in m.x.users if op_of(quantize) is QUANTIZE for node in quantize.users)
+    here = (node for node in readers if op_of(node) is DEQUANTIZE and node.graph is m.root.graph)
+    return min((node for node in here if described(node) == wanted), key=order.__getitem__)
+
+
+def _arguments_without_nodes(nodes: tuple[Node, ...]) -> Iterator[Any]:
+    """The arguments of all ``nodes`` except for nodes, as text."""
+    for node in nodes:
+        yield from (repr(map_arg(each, lambda _: None)) for each in (node.args, node.kwargs))
+
+
+@dataclass(frozen=True)
+class ShareActivation(Rule):
+    """dequantize(quantize(x)), where x is quantized in the same way before -> the result of the first
+
+    torchao quantizes the activations of each linear by themselves. The linears of a query, a key and a value then read
+    one quantized activation, and the delegate quantizes it once.
+    """
+
+    reports_misses: ClassVar[bool] = False
+
+    requirements = (activation_is_not_mutated, quantized_before)
+
+    def pattern(self, x: Capture) -> Pattern:
+        """A quantized activation."""
+        return op(DEQUANTIZE)(op(QUANTIZE)(x, ..., shared=True), ..., name="activation")
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The earlier activation."""
+        return _first_quantization(m)
 
 
 @requirement("activations in float32 or float16", hint="export in float32")

@@ -11,6 +11,7 @@ from et_cuda_passes.rules.xnnpack import (
     KeepDynamicInt8,
     KeepDynamicPerTensor,
     KeepStaticInt8,
+    ShareActivation,
     SplitBroadcastBias,
 )
 from et_cuda_passes.targets.target import Target
@@ -25,6 +26,7 @@ XNNPACK = Target(
     ),
     passes=lambda: [
         SplitBroadcastBias(),
+        ShareActivation(),
         KeepDynamicInt4(),
         KeepDynamicInt8(),
         KeepDynamicPerTensor(),
