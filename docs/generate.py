@@ -15,6 +15,17 @@ from typing import Any
 import torch
 
 import et_cuda_passes as ecp
+from et_cuda_passes.hf.support import (
+    FOR_EMBEDDINGS,
+    GROUP_SIZES,
+    SCHEMES,
+    Scheme,
+    Status,
+    formats,
+    parse_scheme,
+    support,
+    usual_support,
+)
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.targets import get_target
 
@@ -145,9 +156,81 @@ def operators_page() -> str:
     return "\n\n".join(parts)
 
 
+def supported(scheme: Scheme, target: str, embedding: bool = False) -> str:
+    """What a target does with a scheme, and with its fallback."""
+    if scheme.only_for not in (None, target):
+        return f"{Status.IMPOSSIBLE}: for {scheme.only_for} alone"
+    found = usual_support(scheme, target, embedding=embedding)
+    text = f"{found.status}: {found.detail}" if found.detail else str(found.status)
+    # 16 is the only usual group size that divides 272.
+    return text if scheme.fallback is None else f"{text}; else {support(scheme.fallback, 0, 272, target).status}"
+
+
+def schemes_page() -> str:
+    """Every scheme with what each target does with it, and the packing formats with their group sizes."""
+    names = ecp.targets()
+    linear = [(f"`{each}`", each.summary, *(supported(each, name) for name in names)) for each in SCHEMES.values()]
+    both = parse_scheme("8da4w,8da8w")
+    summary = "8da4w, and 8da8w where the group size does not divide in_features"
+    linear.append((f"`{both}`", summary, *(supported(both, name) for name in names)))
+    tables = [
+        (f"`{name}`", *(supported(SCHEMES[name], each, embedding=True) for each in names)) for name in FOR_EMBEDDINGS
+    ]
+    promises = [
+        f"`{name}:{each.name}`"
+        for name in names
+        for each in SCHEMES.values()
+        if each.only_for in (None, name) and usual_support(each, name).status.has_kernel
+    ]
+    packing = [
+        (
+            f"`{layout}`" + (" (default)" if layout == formats(name)[0] else ""),
+            name,
+            ", ".join(
+                str(size)
+                for size in sorted((*GROUP_SIZES, 256))
+                if layout in support(SCHEMES["4w"], size, 1024, name, layout).layouts
+            ),
+        )
+        for name in names
+        for layout in formats(name)
+    ]
+    meanings = [
+        (str(Status.PACKED), "the rewrite packs the weight for a kernel of the target"),
+        (str(Status.KEPT), "the backend has a kernel that reads the weight as it was exported"),
+        (str(Status.FOLDED), "the weight becomes floating-point again: right, but as large as before"),
+        (str(Status.IMPOSSIBLE), "the target has no kernel; `quantize_model_` refuses the scheme for this target"),
+    ]
+    return "\n\n".join(
+        [
+            "# Schemes",
+            "Each cell comes from a small layer that was quantized, exported and rewritten for the target, with the better "
+            "of bfloat16 and float32. [How to quantize](../how-to/quantize.md) says how a scheme is chosen.",
+            table(["word", "meaning"], meanings),
+            "## Linears",
+            "With groups of 32 if the target has them, else with one scale per row.",
+            table(["scheme", "meaning", *names], linear),
+            "`TARGET:SCHEME` promises that the target has a kernel for each layer; a rewrite that misses one then fails. "
+            f"The promises that can be kept: {', '.join(promises)}.",
+            "## Embeddings",
+            "With one scale per row.",
+            table(["scheme", *names], tables),
+            "## Packing formats",
+            "`qlinear_packing_format` selects the kernel of 4-bit linears and does not change the quantization. "
+            "Multiples of a group size are valid too.",
+            table(["format", "target", "group sizes"], packing),
+        ]
+    )
+
+
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
-    made = {"rules.md": rules_page(), "targets.md": targets_page(), "operators.md": operators_page()}
+    made = {
+        "rules.md": rules_page(),
+        "targets.md": targets_page(),
+        "operators.md": operators_page(),
+        "schemes.md": schemes_page(),
+    }
     return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in made.items()}
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.metal import MetalPartitioner
     from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
+    from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
 
 __all__ = [
     "DEQUANTIZE",
@@ -70,6 +71,8 @@ __all__ = [
     "Notes",
     "Outcome",
     "Pattern",
+    "QuantizationOptions",
+    "QuantizationReport",
     "QuantizedEmbedding",
     "Reason",
     "RemoveLinearViews",
@@ -88,19 +91,23 @@ __all__ = [
     "load",
     "op",
     "ops",
+    "quantize_model_",
     "requirement",
     "rewrite",
     "targets",
     "weight_of",
 ]
 
-# ExecuTorch takes seconds to import, and only lowering needs it.
+# ExecuTorch and torchao's configurations take seconds to import, and a rewrite needs neither.
 _LAZY = {
-    "CudaPartitioner": "cuda",
-    "MetalPartitioner": "metal",
-    "XnnpackPartitioner": "xnnpack",
-    "ModelError": "packed",
-    "load": "packed",
+    "CudaPartitioner": "executorch.cuda",
+    "MetalPartitioner": "executorch.metal",
+    "XnnpackPartitioner": "executorch.xnnpack",
+    "ModelError": "executorch.packed",
+    "load": "executorch.packed",
+    "QuantizationOptions": "hf.schemes",
+    "QuantizationReport": "hf.schemes",
+    "quantize_model_": "hf.schemes",
 }
 
 
@@ -124,7 +131,7 @@ if not TYPE_CHECKING:  # or a type checker would take any name for one of the pa
         if name in _LAZY:
             from importlib import import_module
 
-            return getattr(import_module(f"et_cuda_passes.executorch.{_LAZY[name]}"), name)
+            return getattr(import_module(f"et_cuda_passes.{_LAZY[name]}"), name)
         if name in _RENAMED:
             raise AttributeError(f"et_cuda_passes.{name} is now et_cuda_passes.{_RENAMED[name]}")
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")

@@ -1,0 +1,369 @@
+"""The decision about each weight of a model, before any of them is changed."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+
+from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.hf.encoders import encoder_fqns
+from et_cuda_passes.hf.options import QuantizationOptions
+from et_cuda_passes.hf.recipe import Entry, Recipe
+from et_cuda_passes.hf.report import LayerReport, QuantizationReport
+from et_cuda_passes.hf.support import (
+    AUTO,
+    FOR_EMBEDDINGS,
+    GROUP_SIZES,
+    PER_AXIS,
+    SCHEMES,
+    Scheme,
+    Status,
+    nearest,
+    support,
+)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# Layers ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    """A linear or an embedding of the model, or another module with a matrix."""
+
+    fqn: str
+    module: nn.Module
+    weight: Tensor
+    kind: str
+    encoder: bool
+
+    @property
+    def in_features(self) -> int:
+        """K, the columns of the weight."""
+        return int(self.weight.shape[-1])
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens to a weight: a scheme with a group size, or the reason why there is none."""
+
+    scheme: Scheme | None
+    group_size: int = PER_AXIS
+    algorithm: str | None = None
+    adjusted_from: int | None = None
+    reason: str = ""
+    pattern: str | None = None
+
+
+class _NoFit(Exception):
+    """No group size fits a layer; the text says why."""
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    """The linears, the embeddings, and the other matrices of modules that are neither, in the model's order."""
+    encoders = encoder_fqns(model)
+    names: dict[nn.Module, list[str]] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(fqn)
+    found = []
+    for module, fqns in names.items():
+        encoder = all(any(fqn == part or fqn.startswith(f"{part}.") for part in encoders) for fqn in fqns)
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            kind = "linear" if isinstance(module, nn.Linear) else "embedding"
+            found.append(Layer(fqns[0], module, module.weight, kind, encoder))
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:
+                    fqn = f"{fqns[0]}.{name}" if fqns[0] else name
+                    found.append(Layer(fqn, module, parameter, "other", encoder))
+    return found
+
+
+def _weight_key(weight: Tensor) -> tuple[Any, ...]:
+    """Equal for two parameters that are the same memory."""
+    if type(weight) not in (Tensor, nn.Parameter):
+        return (id(weight),)
+    return (weight.untyped_storage().data_ptr(), weight.storage_offset(), tuple(weight.shape), weight.stride())
+
+
+def _unquantizable(layer: Layer) -> str | None:
+    """Why the layer has no quantized form."""
+    weight = layer.weight
+    if layer.kind == "other":
+        if weight.dim() == 3:
+            return "a parameter of three dimensions, such as a stack of experts, which torchao does not quantize"
+        return f"a matrix of {type(layer.module).__name__}, which is neither a linear nor an embedding"
+    if type(weight) not in (Tensor, nn.Parameter):
+        return f"quantized before: its weight is a {type(weight).__name__}"
+    if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads this weight itself, past the linear"
+    if _reads_weight_itself(layer.module):
+        return f"{type(layer.module).__name__} reads this weight itself, and not as {_article(layer.kind)}"
+    if weight.dtype not in _FLOATS:
+        return f"a weight in {str(weight.dtype).removeprefix('torch.')}, which torchao does not quantize"
+    return None
+
+
+def _reads_weight_itself(module: nn.Module) -> bool:
+    """Whether a subclass has a forward that calls neither its base class nor the functional form.
+
+    Whisper's positions are an embedding whose forward indexes the weight, which no quantized tensor supports.
+    """
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ("super",))
+    own = type(module).forward not in (nn.Linear.forward, nn.Embedding.forward)
+    return own and not {"super", "forward", "linear", "embedding"} & set(names)
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind == "embedding" else f"a {kind}"
+
+
+def _fit(
+    scheme: Scheme, wanted: int, k: int, embedding: bool, fallback: str, goals: Mapping[str, str]
+) -> tuple[Scheme, int, str]:
+    """The scheme and the group size of a layer, and the reason if they are not those that are wanted.
+
+    Args:
+        scheme: the scheme that is wanted.
+        wanted: the group size that is wanted.
+        k: in_features.
+        embedding: whether only embeddings read the weight.
+        fallback: the option ``group_size_fallback``.
+        goals: the packing format for each named target.
+
+    Raises:
+        _NoFit: nothing fits, or ``fallback`` allows no other group size.
+    """
+
+    def lacking(scheme: Scheme, size: int) -> list[str]:
+        def status(name: str) -> Status:
+            layout = goals[name] if scheme.bits == 4 and not embedding else AUTO
+            return support(scheme, size, k, name, layout, embedding).status
+
+        return [name for name in goals if status(name) is Status.IMPOSSIBLE]
+
+    if scheme.per_row or wanted == PER_AXIS:
+        without = lacking(scheme, PER_AXIS)
+        if without:
+            raise _NoFit(f"{' and '.join(without)} has no kernel of {scheme.name} for in_features {k}")
+        return scheme, PER_AXIS, ""
+    if k % wanted == 0:
+        without = lacking(scheme, wanted)
+        if not without:
+            return scheme, wanted, ""
+        why = f"{' and '.join(without)} has no kernel of {scheme.name} for groups of {wanted}"
+        if any(support(scheme, wanted, 32 * wanted, name).status is not Status.IMPOSSIBLE for name in without):
+            why += f" and in_features {k}"
+    else:
+        why = f"in_features {k} is no multiple of {wanted}"
+        if scheme.fallback is not None and not lacking(scheme.fallback, PER_AXIS):
+            return replace(scheme.fallback, fallback=None), PER_AXIS, why
+    if fallback != "adjust":
+        raise _NoFit(why)
+    for size in (*(size for size in GROUP_SIZES if size <= wanted and k % size == 0), PER_AXIS):
+        if not lacking(scheme, size):
+            return scheme, size, why
+    wider = SCHEMES["8da8w" if scheme.dynamic else "8w"]
+    hint = f"; {scheme.name},{wider.name} gives it 8 bits" if scheme.bits == 4 and not lacking(wider, PER_AXIS) else ""
+    raise _NoFit(f"{why}, and no smaller group size has a kernel on {' and '.join(lacking(scheme, PER_AXIS))}{hint}")
+
+
+# Plan -----------------------------------------------------------------------------------------------------------------
+
+
+class Plan:
+    """Decides about every weight of a model and changes nothing."""
+
+    def __init__(self, model: nn.Module, options: QuantizationOptions) -> None:
+        self.options = options
+        self.layers = _layers(model)
+        self.groups: dict[tuple[Any, ...], list[Layer]] = {}
+        for layer in self.layers:
+            self.groups.setdefault(_weight_key(layer.weight), []).append(layer)
+        self.warnings: list[str] = []
+        self.problems: list[str] = []
+        if any(layer.weight.device.type == "meta" for layer in self.layers):
+            raise UsageError("the model's weights are on the meta device; load the weights before it is quantized")
+        self._check_encoder_options()
+        self._check_patterns()
+        self._check_group_sizes()
+        self.decisions = {key: self._decide(group) for key, group in self.groups.items()}
+        if self.problems:
+            raise UsageError("\n".join(self.problems))
+        self._check_dtypes()
+
+    def _check_encoder_options(self) -> None:
+        names = [name for name in ("qlinear_encoder", "qembedding_encoder") if getattr(self.options, name) is not None]
+        if names and not any(layer.encoder for layer in self.layers):
+            instead = names[0].removesuffix("_encoder")
+            raise UsageError(f"{names[0]} is given, and the model has no encoder beside other parts; use {instead}")
+
+    def _check_patterns(self) -> None:
+        source = self.options.recipe.source if isinstance(self.options.recipe, Recipe) else ""
+        fqns = [layer.fqn for layer in self.layers if layer.kind != "other"]
+        deciding = {self._entry_of(group) for group in self.groups.values()}
+        for entry in self.options.entries:
+            if not any(map(entry.matches, fqns)):
+                near = nearest(entry.pattern, fqns)
+                raise UsageError(f"{source}: the pattern {entry.pattern} matches no linear and no embedding; {near}")
+            if entry not in deciding:
+                self.warnings.append(
+                    f"{source}: entries before it decide about every layer that {entry.pattern} matches"
+                )
+
+    def _check_group_sizes(self) -> None:
+        """Refuse an unusual group size that divides no layer. The usual ones are adjusted to the layers."""
+        for encoder, suffix in ((False, ""), (True, "_encoder")):
+            scheme, size = self.options.linear_scheme(encoder), self.options.group_size(False, encoder)
+            ks = {layer.in_features for layer in self.layers if layer.kind == "linear" and layer.encoder is encoder}
+            if scheme is None or scheme.per_row or size in (PER_AXIS, *GROUP_SIZES) or not ks:
+                continue
+            if not any(k % size == 0 for k in ks):
+                good = [each for each in GROUP_SIZES if any(k % each == 0 for k in ks)]
+                raise UsageError(
+                    f"qlinear_group_size{suffix}={size} divides the in_features of no linear "
+                    f"({', '.join(map(str, sorted(ks)[:6]))}); valid are {', '.join(map(str, (*good, PER_AXIS)))}"
+                )
+
+    def _entry_of(self, group: Iterable[Layer]) -> Entry | None:
+        """The entry of the recipe that decides about a weight. The name of any layer that reads the weight counts."""
+        fqns = [layer.fqn for layer in group]
+        return next((entry for entry in self.options.entries if any(map(entry.matches, fqns))), None)
+
+    def _decide(self, group: Sequence[Layer]) -> Decision:
+        options, first = self.options, group[0]
+        unquantizable = next(filter(None, map(_unquantizable, group)), None)
+        if unquantizable is not None:
+            return Decision(None, reason=unquantizable)
+        encoder = all(layer.encoder for layer in group)
+        embeddings, linears = (any(layer.kind == kind for layer in group) for kind in ("embedding", "linear"))
+        table = options.embedding_scheme(encoder) if embeddings else None
+        linear = options.linear_scheme(encoder) if linears else None
+        scheme, size = table or linear, options.group_size(table is not None or not linears, encoder)
+        if table is not None and linear is not None and linear.dynamic:
+            # One weight with the embedding's bits; the linear quantizes its activations as the other linears do.
+            scheme = replace(SCHEMES[f"8da{table.bits}w"], algorithm=table.algorithm)
+        entry = self._entry_of(group)
+        pattern = entry.pattern if entry else None
+        algorithm = options.algorithm
+        if entry is not None:
+            if entry.skip:
+                return Decision(None, reason="the recipe skips it", pattern=pattern)
+            scheme = entry.scheme or scheme
+            size = size if entry.group_size is None else entry.group_size
+            algorithm = entry.algorithm or algorithm
+            problem = _entry_problem(entry, scheme, first, embedding=not linears)
+            if problem:
+                self.problems.append(f"recipe pattern {entry.pattern}: {problem}")
+                return Decision(None)
+        if scheme is None:
+            option = ("qlinear" if linears else "qembedding") + ("_encoder" if encoder else "")
+            return Decision(None, reason=f"{option} is not given", pattern=pattern)
+        # NaN is the smallest and the largest of whatever contains it; isfinite takes several times as long.
+        if first.weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(first.weight)):
+            self.problems.append(f"{first.fqn}: the weight contains NaN or infinity; repair the checkpoint")
+            return Decision(None)
+        k = first.in_features
+        goals = {name: options.packing_format(name, encoder) for name in self._targets(scheme)}
+        try:
+            fitted, fitted_size, why = _fit(scheme, size, k, not linears, options.group_size_fallback, goals)
+        except _NoFit as no_fit:
+            if options.group_size_fallback == "error" or (scheme.promised and options.group_size_fallback == "adjust"):
+                self.problems.append(f"{first.fqn}: {no_fit}; change the group size, or skip the layer in a recipe")
+            return Decision(None, reason=str(no_fit), pattern=pattern)
+        chosen = fitted.algorithm or algorithm
+        return Decision(fitted, fitted_size, chosen, size if why else None, why, pattern)
+
+    def _targets(self, scheme: Scheme) -> tuple[str, ...]:
+        """The targets that are named, by the option or else by the scheme."""
+        return self.options.targets or ((scheme.promised,) if scheme.promised else ())
+
+    def _check_dtypes(self) -> None:
+        """A target may have a kernel of a scheme and not for the model's dtype."""
+        checked = set()
+        for key, group in self.groups.items():
+            decision = self.decisions[key]
+            scheme, dtype = decision.scheme, group[0].weight.dtype
+            if scheme is None or not any(layer.kind == "linear" for layer in group):
+                continue
+            for name in self._targets(scheme):
+                if (scheme, dtype, name) not in checked:
+                    self._check_dtype(scheme, decision.group_size, group[0].in_features, name, dtype)
+                checked.add((scheme, dtype, name))
+
+    def _check_dtype(self, scheme: Scheme, size: int, k: int, target: str, dtype: torch.dtype) -> None:
+        def impossible(dtype: torch.dtype | None) -> bool:
+            return support(scheme, size, k, target, dtype=dtype).status is Status.IMPOSSIBLE
+
+        if not impossible(dtype) or impossible(None):
+            return
+        usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if not impossible(each))
+        text = f"{target} has no kernel of {scheme.name} for a model in {_dtype_name(dtype)}; convert it with {usable}"
+        if target == scheme.promised:
+            raise UsageError(text)
+        self.warnings.append(text)
+
+    def _quantized(self) -> Iterator[tuple[list[Layer], Decision]]:
+        """The layers of each weight that is quantized, a linear first: torchao reads the bias of a linear too."""
+        for key, decision in self.decisions.items():
+            if decision.scheme is not None:
+                yield sorted(self.groups[key], key=lambda layer: layer.kind != "linear"), decision
+
+    def configs(self) -> OrderedDict[str, AOBaseConfig]:
+        """torchao's configuration by FQN: one for each weight."""
+        found = OrderedDict()
+        for (first, *_), decision in self._quantized():
+            assert decision.scheme is not None and decision.algorithm is not None
+            found[first.fqn] = decision.scheme.config(decision.group_size, decision.algorithm)
+        return found
+
+    def shared(self) -> list[list[Any]]:
+        """The modules of each quantized weight that several share, the one that is quantized first."""
+        return [[layer.module for layer in group] for group, _ in self._quantized() if len(group) > 1]
+
+    def report(self) -> QuantizationReport:
+        """One entry for each layer."""
+        found = []
+        for layer in self.layers:
+            key = _weight_key(layer.weight)
+            decision, group = self.decisions[key], self.groups[key]
+            found.append(
+                LayerReport(
+                    fqn=layer.fqn,
+                    kind=layer.kind,
+                    out_features=int(layer.weight.shape[-2]),
+                    in_features=layer.in_features,
+                    encoder=layer.encoder,
+                    scheme=None if decision.scheme is None else decision.scheme.name,
+                    group_size=None if decision.scheme is None else decision.group_size,
+                    algorithm=decision.algorithm,
+                    adjusted_from=decision.adjusted_from,
+                    reason=decision.reason,
+                    pattern=decision.pattern,
+                    tied_to=tuple(other.fqn for other in group if other is not layer),
+                )
+            )
+        return QuantizationReport(found, list(self.warnings))
+
+
+def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding: bool) -> str:
+    """Why a recipe's entry cannot decide about a layer; empty if it can."""
+    if scheme is None:
+        return f'no scheme is given for {layer.fqn}; add scheme = "4w" to the entry'
+    if embedding and scheme.name not in FOR_EMBEDDINGS:
+        return (
+            f"{layer.fqn} is an embedding, and {scheme.name} is for linears; put an entry for it before this one, with "
+            f"one of {', '.join(FOR_EMBEDDINGS)} or skip = true"
+        )
+    if scheme.per_row and entry.group_size:
+        return f"{scheme.name} has one scale per row; remove group_size"
+    return ""
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
