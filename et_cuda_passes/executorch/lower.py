@@ -5,7 +5,7 @@ import gc
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,14 +18,23 @@ from torch.export import ExportedProgram
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
 
+Methods = Mapping[str, ExportedProgram]
+"""The programs of one model by method name."""
+
 
 def lower(
-    program: ExportedProgram, target: str, folder: Path, stem: str, progress: Progress = lambda step: None
+    program: ExportedProgram | Methods,
+    target: str,
+    folder: Path,
+    stem: str,
+    progress: Progress = lambda step: None,
 ) -> list[Path]:
     """Make what ``target`` runs.
 
     Args:
-        program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed.
+        program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
+            "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
+            the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
         target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor.
         folder: where the files go; made where it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
@@ -43,7 +52,7 @@ def lower(
     if make is None:
         raise ValueError(f"target {target!r} has no lowering")
     with staged(folder) as staging:
-        make(program, staging, stem, progress)
+        make({"forward": program} if isinstance(program, ExportedProgram) else program, staging, stem, progress)
         names = sorted(path.name for path in staging.iterdir())
     return [folder / name for name in names]
 
@@ -118,31 +127,46 @@ def _has_torchao_mps() -> bool:
     return True
 
 
-def _cuda(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+def _cuda(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from et_cuda_passes.executorch.cuda import CudaPartitioner
 
-    _executorch(program, CudaPartitioner(passes=[]), folder, stem, progress)
+    partitioners = {name: CudaPartitioner(_method_name(name), passes=[]) for name in methods}
+    _executorch(methods, partitioners, folder, stem, progress)
 
 
-def _metal(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+def _metal(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from et_cuda_passes.executorch.metal import MetalPartitioner
 
-    _executorch(program, MetalPartitioner(passes=[]), folder, stem, progress)
+    partitioners = {name: MetalPartitioner(_method_name(name), passes=[]) for name in methods}
+    _executorch(methods, partitioners, folder, stem, progress)
 
 
-def _xnnpack(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
+def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
     # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
-    _executorch(program, XnnpackPartitioner(), folder, stem, progress)
+    # One for all methods, so that a weight that several methods read is folded once.
+    partitioner = XnnpackPartitioner()
+    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress)
 
 
-def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: str, progress: Progress) -> None:
+def _method_name(name: str) -> list[Any]:
+    """The compile spec that keeps the libraries of several methods apart."""
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+
+    return [CompileSpec("method_name", name.encode())]
+
+
+def _executorch(
+    methods: Methods, partitioners: Mapping[str, Any], folder: Path, stem: str, progress: Progress
+) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     with torch.no_grad(), gc_throttled():
         progress("lowering with ExecuTorch")
-        edge = to_edge_transform_and_lower(program, partitioner=[partitioner])
+        edge = to_edge_transform_and_lower(
+            dict(methods), partitioner={name: [partitioner] for name, partitioner in partitioners.items()}
+        )
         progress("serializing")
         lowered = edge.to_executorch()
     with open(folder / f"{stem}.pte", "wb") as file:
@@ -155,9 +179,54 @@ def _executorch(program: ExportedProgram, partitioner: Any, folder: Path, stem: 
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
 
 
-def _cpu(program: ExportedProgram, folder: Path, stem: str, progress: Progress) -> None:
-    from torch._inductor import aoti_compile_and_package
+def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from torch._inductor import aot_compile, aoti_compile_and_package
+    from torch._inductor.package import package_aoti
 
-    progress("compiling with AOTInductor")
+    path = str(folder / f"{stem}.pt2")
+    if len(methods) == 1:
+        progress("compiling with AOTInductor")
+        with torch.no_grad(), gc_throttled():
+            aoti_compile_and_package(*methods.values(), package_path=path)
+        return
+    # A library that contains its constants cannot share them with another library. These leave them to the package.
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    }
+    files: dict[str, list[Any]] = {}
     with torch.no_grad(), gc_throttled():
-        aoti_compile_and_package(program, package_path=str(folder / f"{stem}.pt2"))
+        for name, program in methods.items():
+            progress(f"compiling {name} with AOTInductor")
+            args, kwargs = program.example_inputs
+            module = program.module(check_guards=False)
+            files[name] = aot_compile(module, args, kwargs, options=dict(options))
+        progress("serializing")
+        _share_weights(files)
+        package_aoti(path, files)
+
+
+def _share_weights(files: Mapping[str, list[Any]]) -> None:
+    """Make the compiled methods refer to one tensor for each constant that has the same FQN and value in several.
+
+    AOTInductor copies constants that it compiles, and its packaging recognizes shared ones by their address alone.
+    """
+    from torch.export.pt2_archive._package_weights import Weights
+
+    shared: dict[str, list[Any]] = {}
+    for weights in (file for listed in files.values() for file in listed if isinstance(file, Weights)):
+        for name, (tensor, properties) in weights.items():
+            known = shared.setdefault(name, [])
+            same = (
+                entry
+                for entry in known
+                if (entry[1].shape, entry[1].stride, entry[1].offset, entry[0].dtype)
+                == (properties.shape, properties.stride, properties.offset, tensor.dtype)
+                and torch.equal(entry[0], tensor)
+            )
+            found = next(same, None)
+            if found is None:
+                known.append((tensor, properties))
+            else:
+                weights[name] = found

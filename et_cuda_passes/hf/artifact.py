@@ -1,0 +1,250 @@
+"""An exported component: its files for each target, and what a call must look like. In memory and in a folder.
+
+The components of one model share files: they are the methods of one .pte. So a component is saved as a small JSON file
+that names the files beside it.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+SUFFIX = ".etcp.json"
+_SCHEMA = 1
+
+
+class ExportError(ValueError):
+    """A model cannot be exported as asked, or an export cannot be read, saved or called; the message has the fix."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One leaf of the inputs of a component.
+
+    Attributes:
+        name: its name in the exported program.
+        dtype: of a tensor, "int64"; None for a constant.
+        shape: sizes; a text names a dynamic size, and equal texts are equal sizes.
+        constant: the value that a leaf which is no tensor was traced with.
+    """
+
+    name: str
+    dtype: str | None = None
+    shape: tuple[int | str, ...] = ()
+    constant: int | float | bool | str | None = None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of a component as the export fixed them.
+
+    Attributes:
+        inputs: the leaves in the order of the program.
+        ranges: the least and the greatest value of each dynamic size; None for no greatest.
+    """
+
+    inputs: tuple[Input, ...]
+    ranges: dict[str, tuple[int, int | None]]
+
+    @staticmethod
+    def of(program: ExportedProgram) -> "Signature":
+        """The signature of an exported program."""
+        values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+        inputs: list[Input] = []
+        symbols: set[str] = set()
+        for spec in program.graph_signature.input_specs:
+            if spec.kind != InputKind.USER_INPUT:
+                continue
+            value = values.get(spec.arg.name)
+            if not isinstance(value, Tensor):
+                constant = getattr(spec.arg, "value", None)
+                inputs.append(Input(spec.arg.name, constant=constant))
+                continue
+            shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
+            symbols.update(size for size in shape if isinstance(size, str))
+            inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
+        ranges: dict[str, tuple[int, int | None]] = {}
+        for symbol, bounds in program.range_constraints.items():
+            if str(symbol) in symbols:
+                upper = bounds.upper
+                ranges[str(symbol)] = (int(bounds.lower), int(upper) if isinstance(upper, (int, sympy.Integer)) else None)
+        return Signature(tuple(inputs), ranges)
+
+    def check(self, leaves: Iterable[Any], component: str) -> None:
+        """Check that the component can be called with ``leaves``. The runtimes themselves do not check everything.
+
+        Raises:
+            ExportError: a leaf is not as the export fixed it.
+        """
+        given = list(leaves)
+        if len(given) != len(self.inputs):
+            raise ExportError(
+                f"{component} was traced with {len(self.inputs)} inputs ({', '.join(each.name for each in self.inputs)}), "
+                f"and this call has {len(given)}: pass the same arguments, and a cache in the same state (empty for a "
+                "prefill that was traced with an empty cache)"
+            )
+        sizes: dict[str, tuple[int, str]] = {}
+        for leaf, spec in zip(given, self.inputs, strict=True):
+            if spec.dtype is None:
+                if isinstance(leaf, Tensor) or leaf != spec.constant:
+                    shown = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
+                    raise ExportError(f"{component} was traced with {spec.name}={spec.constant!r}; it cannot be {shown}")
+                continue
+            if not isinstance(leaf, Tensor):
+                raise ExportError(f"{component} was traced with a tensor for {spec.name}; got {leaf!r}")
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            if dtype != spec.dtype:
+                raise ExportError(f"{component} takes {spec.name} as {spec.dtype}; got {dtype}")
+            self._check_shape(tuple(leaf.shape), spec, component, sizes)
+
+    def _check_shape(
+        self, shape: tuple[int, ...], spec: Input, component: str, sizes: dict[str, tuple[int, str]]
+    ) -> None:
+        where = f"{component} takes {spec.name} with the shape {_shown(spec.shape)}; got {list(shape)}"
+        if len(shape) != len(spec.shape):
+            raise ExportError(where)
+        for size, wanted in zip(shape, spec.shape, strict=True):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    raise ExportError(where)
+                continue
+            known, owner = sizes.setdefault(wanted, (size, spec.name))
+            if known != size:
+                raise ExportError(f"{where}: {wanted} is {known} in {owner}")
+            if wanted in self.ranges:
+                least, most = self.ranges[wanted]
+                # torch.export writes 2 for every dynamic size and accepts 1, as do the programs made from it.
+                if size < (1 if least <= 2 else least) or (most is not None and size > most):
+                    bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
+                    raise ExportError(f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs")
+
+
+def _shown(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a target runs of a component.
+
+    Attributes:
+        files: the files; several components may share them.
+        missing: None, or what the exporting machine lacked; then the only file is the component's packed program.
+    """
+
+    files: tuple[Path, ...]
+    missing: str | None = None
+
+
+@dataclass
+class Component:
+    """One exported graph, for all of its targets.
+
+    Attributes:
+        name: the name of the component, and of its method in a .pte with several.
+        method: the name of its method in a .pte.
+        signature: what a call must look like.
+        builds: by target, in the order in which the targets were asked for.
+        report: of the rewrite, by target, as data.
+        folder: keeps the folder of files that were not saved yet.
+    """
+
+    name: str
+    method: str
+    signature: Signature
+    builds: dict[str, Build]
+    report: dict[str, Any] = field(default_factory=dict)
+    folder: TemporaryDirectory[str] | None = None
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file ``path``, and the files that it names beside it."""
+        for build in self.builds.values():
+            for file in build.files:
+                destination = path.parent / file.name
+                # Components share files: whichever is saved first brings them.
+                if not destination.exists():
+                    shutil.copyfile(file, destination)
+        data = {
+            "schema": _SCHEMA,
+            "name": self.name,
+            "method": self.method,
+            "targets": {
+                target: {"files": {file.name: file.stat().st_size for file in build.files}, "missing": build.missing}
+                for target, build in self.builds.items()
+            },
+            "inputs": [
+                {"name": each.name, "dtype": each.dtype, "shape": list(each.shape)}
+                if each.dtype
+                else {"name": each.name, "constant": each.constant}
+                for each in self.signature.inputs
+            ],
+            "ranges": self.signature.ranges,
+        }
+        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: Path) -> "Component":
+        """Read what :meth:`save` wrote. No code from the files is executed.
+
+        Raises:
+            ExportError: the file or one that it names is missing or damaged.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["schema"] > _SCHEMA:
+                raise ExportError(
+                    f"{path} was written by a newer version of et_cuda_passes: install that one, or export again"
+                )
+            inputs = tuple(_input(each) for each in data["inputs"])
+            ranges = {str(name): (int(low), None if high is None else int(high)) for name, (low, high) in data["ranges"].items()}
+            sizes = {
+                target: {str(name): int(size) for name, size in build["files"].items()}
+                for target, build in data["targets"].items()
+            }
+            missing = {target: build["missing"] for target, build in data["targets"].items()}
+            name, method = str(data["name"]), str(data["method"])
+        except OSError as error:
+            raise ExportError(f"{path} cannot be read: {error.strerror}") from error
+        except ExportError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ExportError(f"{path} is damaged, or not a component of an export: export the model again") from error
+        builds = {
+            target: Build(tuple(_file(path, name, size) for name, size in files.items()), missing[target])
+            for target, files in sizes.items()
+        }
+        return Component(name, method, Signature(inputs, ranges), builds)
+
+
+def _input(data: Mapping[str, Any]) -> Input:
+    if "constant" in data:
+        return Input(str(data["name"]), constant=data["constant"])
+    if not isinstance(getattr(torch, data["dtype"]), torch.dtype):
+        raise TypeError("the dtype is none")
+    return Input(
+        str(data["name"]), str(data["dtype"]), tuple(size if isinstance(size, str) else int(size) for size in data["shape"])
+    )
+
+
+def _file(path: Path, name: str, size: int) -> Path:
+    """The file ``name`` beside ``path``, which has ``size`` bytes."""
+    if Path(name).name != name:
+        raise ExportError(f"{path} names the file {name!r}, which is not beside it: export the model again")
+    file = path.parent / name
+    if not file.is_file():
+        raise ExportError(f"{file} is missing; {path.name} needs it: copy the whole folder, or export the model again")
+    found = file.stat().st_size
+    if found != size:
+        raise ExportError(
+            f"{file} has {found} bytes, and {path.name} says {size}: copy the whole folder again, or export again"
+        )
+    return file

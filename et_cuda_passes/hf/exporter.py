@@ -1,0 +1,520 @@
+"""``EtExporter``: exports a model of transformers for several targets, from one quantization and one export.
+
+transformers traces the model and splits it into the components that generation needs. Here it is quantized before, and
+rewritten and lowered per target afterwards.
+"""
+
+import copy
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.exporters import ExportedModel as _ExportedModel
+from transformers.exporters import register_backend
+from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
+from transformers.exporters.configs import DynamoConfig
+from transformers.exporters.exporter_dynamo import DynamoExporter
+from transformers.exporters.metadata import ExportMetadata
+from transformers.exporters.utils import decompose_for_generation
+
+from et_cuda_passes.executorch.lower import Progress, lower, missing, staged
+from et_cuda_passes.executorch.packed import save_packed
+from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.report import Report
+from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.runner import EtModelRunner
+from et_cuda_passes.hf.schemes import (
+    QuantizationOptions,
+    check_schemes,
+    expected_counts,
+    passes_for,
+    quantize_model_,
+    split_targets,
+)
+from et_cuda_passes.rewrite import rewrite
+
+FORMAT = "et_cuda_passes"
+REPORT_FILE = "report.json"
+_PACKAGES = ("torch", "torchao", "executorch")
+
+
+@dataclass
+class EtConfig(DynamoConfig):
+    """How :class:`EtExporter` exports a component: the fields of transformers' ``DynamoConfig``, and these.
+
+    Attributes:
+        target: what the export is for, "cuda", "xnnpack", "cpu", "metal", or several, separated by commas. The first
+            that runs on a machine is the default there.
+
+    The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
+
+    Raises:
+        ValueError: no target is named, or an option is not valid or not possible on a target.
+    """
+
+    export_format: str = FORMAT
+
+    target: str | list[str] | None = None
+    qlinear: str | None = None
+    qlinear_group_size: int = 32
+    qlinear_packing_format: str | None = None
+    qembedding: str | None = None
+    qembedding_group_size: int = 0
+    qlinear_encoder: str | None = None
+    qlinear_group_size_encoder: int = 32
+    qlinear_packing_format_encoder: str | None = None
+    qembedding_encoder: str | None = None
+    qembedding_group_size_encoder: int = 0
+    algorithm: str = "hqq"
+    recipe: Any = None
+    group_size_fallback: str = "adjust"
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ExportError("EtConfig needs a target, such as target='cpu' or target='cuda,xnnpack'")
+        check_schemes(self.options)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets."""
+        return split_targets(self.target)
+
+    @property
+    def options(self) -> QuantizationOptions:
+        """The quantization."""
+        return QuantizationOptions(**{each.name: getattr(self, each.name) for each in fields(QuantizationOptions)})
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is to be quantized."""
+        schemes = (self.qlinear, self.qembedding, self.qlinear_encoder, self.qembedding_encoder, self.recipe)
+        return any(scheme is not None for scheme in schemes)
+
+
+class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is not followed
+    """transformers' ``ExportedModel``, whose ``save_pretrained`` writes everything or nothing, and a report.
+
+    Attributes:
+        report: what became of every quantized weight by target and component, the quantization, the versions of the
+            packages, and the command line.
+    """
+
+    report: Mapping[str, Any] = {}
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        push_to_hub: bool = False,
+        *,
+        overwrite: bool = False,
+        processor: Any = None,
+    ) -> None:
+        """Write the export to a folder, from which :meth:`from_pretrained` loads it.
+
+        Args:
+            save_directory: the folder; made where it does not exist.
+            push_to_hub: must be False: upload the folder with ``huggingface_hub`` afterwards.
+            overwrite: replace an export that the folder holds.
+            processor: the tokenizer or processor, to be saved beside the programs.
+
+        Raises:
+            FileExistsError: the folder has a file of a name that would be written, and ``overwrite`` is False.
+            ExportError: ``push_to_hub`` is True.
+        """
+        if push_to_hub:
+            raise ExportError("save the export first, then upload the folder: huggingface_hub.upload_folder")
+        folder = Path(save_directory)
+        if not overwrite:
+            _refuse_existing(folder, [EXPORT_MANIFEST_FILE])
+        entries = {}
+        with staged(folder) as staging:
+            for name, component in self.components.items():
+                file = f"{name}{SUFFIX}"
+                component.program.save(staging / file)
+                entries[name] = {"file": file, "metadata": asdict(component.metadata)}
+            for part in (self.config, self.generation_config, processor):
+                if part is not None:
+                    part.save_pretrained(staging)
+            manifest = {
+                "schema_version": EXPORT_SCHEMA_VERSION,
+                "export_format": str(self.export_format),
+                "components": entries,
+            }
+            for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
+                (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+            new = [path.name for path in staging.iterdir()]
+            if not overwrite:
+                _refuse_existing(folder, new)
+            # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
+            for stale in _files_of_export(folder):
+                if stale.name not in new or stale.name == EXPORT_MANIFEST_FILE:
+                    stale.unlink()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
+        """As transformers' method. ``target="xnnpack"`` chooses among the targets of the export.
+
+        Raises:
+            ExportError: a file is missing or damaged, or nothing in the export runs here.
+        """
+        model: ExportedModel = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        report = Path(pretrained_model_name_or_path) / REPORT_FILE
+        if report.is_file():
+            model.report = json.loads(report.read_text(encoding="utf-8"))
+        return model
+
+
+class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not followed
+    """Exports a model of transformers for the targets of its config.
+
+        exporter = EtExporter()
+        exported = exporter.export(model, inputs, EtConfig(target="cpu", qlinear="4w"))
+        exported = exporter.export_for_generation(model, inputs, EtConfig(target="cuda,xnnpack", qlinear="4w"))
+
+    The model is not changed: what is quantized is a copy that shares the other weights. A model that torchao has
+    quantized before is exported as it is.
+
+    Args:
+        progress: called with the name of each step as it begins.
+    """
+
+    export_format = FORMAT
+    config_class = EtConfig
+    program_suffix = SUFFIX
+
+    required_packages = list(_PACKAGES)
+    tested_versions: dict[str, str] = {}  # noqa: RUF012  (as transformers declares it)
+
+    def __init__(self, progress: Progress = lambda step: None) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def export_program(
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: EtConfig
+    ) -> tuple[Component, ExportMetadata]:
+        """Export one graph.
+
+        Args:
+            model: not changed.
+            sample_inputs: the kwargs of its forward. As in transformers' exporters, inputs that the model would compute
+                from others are added to it.
+            config: the targets and the quantization.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+        """
+        component = self._export({"model": (model, sample_inputs)}, {"model": config}, model).components["model"]
+        return component.program, component.metadata
+
+    def export(
+        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: EtConfig | dict[str, Any]
+    ) -> ExportedModel:
+        """Export the model as one graph, the component "model"; see :meth:`export_program`."""
+        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
+
+    def export_for_generation(
+        self,
+        model: PreTrainedModel,
+        sample_inputs: MutableMapping[str, Any],
+        config: EtConfig | dict[str, Any],
+        *,
+        generation_config: GenerationConfig | None = None,
+        multi_token_decode: bool = False,
+    ) -> ExportedModel:
+        """Split a generative model into components and export each; they share the files of each target.
+
+        Args:
+            model: not changed.
+            sample_inputs: the kwargs of ``model.generate``.
+            config: one for all components, or one by component.
+            generation_config: as in transformers; ``cache_implementation="static"`` with ``max_cache_len`` gives a
+                cache of a fixed size, which the components update in place.
+            multi_token_decode: as in transformers.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+            ValueError: a component has no config.
+            RuntimeError: transformers cannot split or trace the model.
+        """
+        self._progress("splitting the model into components")
+        shared = structural_copy(model)
+        with torch.no_grad():
+            parts = decompose_for_generation(
+                shared,
+                dict(sample_inputs),
+                generation_config=generation_config,
+                multi_token_decode=multi_token_decode,
+            )
+        if not isinstance(config, dict) or "target" in config:
+            configs = dict.fromkeys(parts, _config(config))
+        else:
+            configs = {name: _config(each) for name, each in config.items()}
+        if unconfigured := [name for name in parts if name not in configs]:
+            raise ExportError(
+                f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
+            )
+        exported = self._export(parts, configs, shared)
+        exported.generation_config = generation_config
+        return exported
+
+    def _export(
+        self,
+        parts: Mapping[str, tuple[nn.Module, MutableMapping[str, Any]]],
+        configs: Mapping[str, EtConfig],
+        root: nn.Module,
+    ) -> ExportedModel:
+        """Quantize ``root`` once for each quantization in ``configs``, trace its parts, and lower them together."""
+        for name, (module, _) in parts.items():
+            _check_dtypes(module, configs[name], name)
+        copies = _Quantized(root, self._progress)
+        traced: dict[str, tuple[ExportedProgram, ExportMetadata]] = {}
+        for name, (module, inputs) in parts.items():
+            self._progress(f"exporting {name}")
+            fqn = _fqn_in(root, module, name)
+            quantized = copies.get(configs[name], module, fqn)
+            try:
+                with torch.no_grad():
+                    program, metadata = super().export_program(quantized, _contiguous(inputs), configs[name])
+            except Exception as error:
+                raise RuntimeError(
+                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
+                ) from error
+            metadata.export_config = json.loads(configs[name].to_json_string())
+            metadata.packages["et_cuda_passes"] = version("et-cuda-passes")
+            traced[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else ""), metadata
+        programs = {name: program for name, (program, _) in traced.items()}
+        components = self._lower(programs, configs)
+        report = {
+            "targets": {
+                target: {name: each.report[target] for name, each in components.items() if target in each.report}
+                for target in dict.fromkeys(target for each in components.values() for target in each.builds)
+            },
+            "quantization": copies.reports(),
+            "command": sys.argv,
+            "packages": {name: metadata.packages for name, (_, metadata) in traced.items()},
+        }
+        exported = ExportedModel(
+            {name: ExportedComponent(each, traced[name][1]) for name, each in components.items()},
+            self.export_format,
+            config=getattr(root, "config", None),
+        )
+        exported.report = report
+        return exported
+
+    def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
+        """Rewrite each program for its targets, and lower those of one target together."""
+        folder = TemporaryDirectory(prefix="et_cuda_passes-")
+        alone = len(programs) == 1
+        components = {
+            name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
+            for name, program in programs.items()
+        }
+        targets = dict.fromkeys(target for name in programs for target in configs[name].targets)
+        for target in targets:
+            # One for the target: components pack a weight that they share once, under one name.
+            pool = ConstantCache()
+            rewritten: dict[str, ExportedProgram] = {}
+            reports: dict[str, Report] = {}
+            for name, program in programs.items():
+                if target in configs[name].targets:
+                    self._progress(f"rewriting {name} for {target}")
+                    options = configs[name].options
+                    rewritten[name], reports[name] = rewrite(
+                        program,
+                        target,
+                        passes_for(options, target, encoder=name.endswith("_encoder")),
+                        expected_counts(options, target),
+                        pool=pool,
+                    )
+            builds = self._build(rewritten, reports, target, Path(folder.name), alone)
+            for name in rewritten:
+                components[name].builds[target] = builds[name]
+                components[name].report[target] = reports[name].to_dict()
+        return components
+
+    def _build(
+        self,
+        programs: Mapping[str, ExportedProgram],
+        reports: Mapping[str, Report],
+        target: str,
+        folder: Path,
+        alone: bool,
+    ) -> dict[str, Build]:
+        """Lower the programs of one target; or save them packed where this machine lacks something for it."""
+        if lacking := missing(target):
+            builds = {}
+            for name, program in programs.items():
+                self._progress(f"saving {name} packed for {target}")
+                path = folder / f"{name}.{target}.packed.pt2"
+                save_packed(program, reports[name], path)
+                builds[name] = Build((path,), lacking)
+            return builds
+        methods = {"forward": programs["model"]} if alone and "model" in programs else programs
+        files = lower(methods, target, folder, f"model.{target}", lambda step: self._progress(f"{target}: {step}"))
+        return dict.fromkeys(programs, Build(tuple(files)))
+
+    @classmethod
+    def save_program(cls, program: Component, path: str | Path) -> None:
+        """Write one component, and the files that it shares with others."""
+        program.save(Path(path))
+
+    @classmethod
+    def load_program(cls, path: str | Path) -> Component:
+        """Read what :meth:`save_program` wrote; no code is executed yet."""
+        return Component.load(Path(path))
+
+
+class _Quantized:
+    """The root model, quantized once for each quantization that a config asks for."""
+
+    def __init__(self, root: nn.Module, progress: Progress) -> None:
+        self._root, self._progress = root, progress
+        self._copies: list[tuple[EtConfig, nn.Module, Any]] = []
+
+    def get(self, config: EtConfig, module: nn.Module, fqn: str | None) -> nn.Module:
+        """``module`` of the root, quantized and ready for the targets of ``config``."""
+        return self._copy_of(config).get_submodule(fqn) if fqn is not None else self._prepared(module, config)[0]
+
+    def reports(self) -> list[dict[str, Any]]:
+        """What was quantized, for each quantization."""
+        return [report.to_dict() for _, _, report in self._copies if report is not None]
+
+    def _copy_of(self, config: EtConfig) -> nn.Module:
+        for known, model, _ in self._copies:
+            if known.options == config.options:
+                return model
+        model, report = self._prepared(self._root, config)
+        self._copies.append((config, model, report))
+        return model
+
+    def _prepared(self, module: nn.Module, config: EtConfig) -> tuple[nn.Module, Any]:
+        model = structural_copy(module)
+        model.eval()
+        # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
+        if "xnnpack" in config.targets and isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")
+        report = None
+        if config.quantizes:
+            self._progress("quantizing")
+            report = quantize_model_(model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)})
+        return model, report
+
+
+def structural_copy(model: nn.Module) -> Any:
+    """A copy of the modules that shares all parameters and buffers."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str) -> ExportedProgram:
+    """``program``, whose constants have the names that they have in the whole model.
+
+    Methods of one file share a constant by its name. The same weight must have one name in all methods, and the
+    constants that tracing made, which every program numbers from 0, must have another in each.
+
+    Args:
+        program: a program of a submodule; it is not changed.
+        fqn: the name of the submodule; None if it is not one of the model's.
+        component: the name of the component; empty if it is the only one.
+    """
+    prefix = f"{component}." if fqn is None else f"{fqn}." if fqn else ""
+    names: dict[str, str] = {}
+
+    def renamed(spec: InputSpec) -> InputSpec:
+        if spec.target is None:
+            return spec
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            names[spec.target] = prefix + spec.target
+        elif component:
+            names[spec.target] = f"{component}_{spec.target}"
+        return InputSpec(spec.kind, spec.arg, names.get(spec.target, spec.target), spec.persistent)
+
+    signature = copy.deepcopy(program.graph_signature)
+    signature.input_specs = [renamed(spec) for spec in signature.input_specs]
+    for output in signature.output_specs:
+        if output.target in names:
+            output.target = names[output.target]
+
+    def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, prefix + name): value for name, value in values.items()}
+
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=signature,
+        state_dict=rename(program.state_dict),
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=rename(program.constants),
+        verifiers=program.verifiers,
+    )
+
+
+def _fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:
+    """The name of ``module`` in ``root``; None if it is none of its modules."""
+    # transformers splits a model into shallow copies, which have the modules of the original.
+    if module is root or (type(module) is type(root) and module._modules == root._modules):
+        return ""
+    return next((fqn for fqn, each in root.named_modules() if each is module), None)
+
+
+def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
+    if isinstance(config, dict):
+        return EtConfig(**config)
+    if not isinstance(config, EtConfig):
+        raise TypeError(f"the config must be an EtConfig or a dict with its fields, not {type(config).__name__}")
+    return config
+
+
+def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
+    """Refuse before any work what XNNPACK refuses at the end of a lowering."""
+    dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
+    if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
+        raise ExportError(
+            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
+            "or leave xnnpack out of the targets"
+        )
+
+
+def _contiguous(inputs: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
+    for name, value in inputs.items():
+        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
+    return inputs
+
+
+def _refuse_existing(folder: Path, names: list[str]) -> None:
+    for name in names:
+        if (folder / name).exists():
+            what = "an export already" if name == EXPORT_MANIFEST_FILE else f"{name} already"
+            raise FileExistsError(f"{folder} has {what}: choose another folder, or overwrite it (overwrite=True)")
+
+
+def _files_of_export(folder: Path) -> Iterator[Path]:
+    """The files of the export that a folder holds, as far as it can be read."""
+    try:
+        entries = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))["components"].values()
+        for file in [entry["file"] for entry in entries]:
+            listed = json.loads((folder / file).read_text(encoding="utf-8"))["targets"].values()
+            names = [file, *(name for build in listed for name in build["files"])]
+            yield from (folder / name for name in names if Path(name).name == name and (folder / name).is_file())
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        pass
+    if (folder / EXPORT_MANIFEST_FILE).is_file():
+        yield folder / EXPORT_MANIFEST_FILE
+
+
+register_backend(EtExporter, EtModelRunner)

@@ -1,0 +1,219 @@
+"""The folder of an export: whole or nothing, loaded by transformers' own class, and clear errors for what is wrong."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertTokenizer
+from transformers.exporters import ExportedModel as TransformersExportedModel
+
+from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
+from et_cuda_passes.hf import artifact
+from et_cuda_passes.hf.artifact import ExportError
+from tests.hf.models import bert, tokens
+
+
+@pytest.fixture(scope="module")
+def inputs() -> dict[str, torch.Tensor]:
+    return tokens(rows=2)
+
+
+@pytest.fixture(scope="module")
+def exported(inputs: dict[str, torch.Tensor]) -> Any:
+    return EtExporter().export(bert(), dict(inputs), EtConfig(target="xnnpack,cpu", qlinear="8da4w"))
+
+
+@pytest.fixture(scope="module")
+def original(exported: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "bert"
+    exported.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "bert"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("cls", [TransformersExportedModel, ExportedModel])
+@pytest.mark.parametrize("target", [None, "xnnpack", "cpu"])
+def test_saved_export_gives_the_same_numbers(
+    cls: Any, target: str | None, folder: Path, exported: Any, inputs: dict[str, torch.Tensor]
+) -> None:
+    exported.to(target=target)
+    expected = exported(**inputs)
+    again = cls.from_pretrained(folder, **({} if target is None else {"target": target}))
+    assert again.runners["model"].target == (target or "xnnpack")
+    assert again.config.model_type == "bert"
+    torch.testing.assert_close(again(**inputs).last_hidden_state, expected.last_hidden_state, rtol=0, atol=0)
+
+
+def test_saved_folder_has_programs_manifest_config_and_report(folder: Path) -> None:
+    assert names(folder) == [
+        "config.json",
+        "export.json",
+        "model.cpu.pt2",
+        "model.etcp.json",
+        "model.xnnpack.pte",
+        "report.json",
+    ]
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["targets"]) == ["xnnpack", "cpu"]
+    assert report["targets"]["xnnpack"]["model"]["counts"]["kept"] == 13
+    manifest = json.loads((folder / "export.json").read_text())
+    packages = manifest["components"]["model"]["metadata"]["packages"]
+    assert {"transformers", "torch", "torchao", "executorch", "et_cuda_passes"} <= set(packages)
+    assert report["command"]
+
+
+@pytest.mark.parametrize("cls", [TransformersExportedModel, ExportedModel])
+def test_loaded_export_can_be_saved_again(
+    cls: Any, folder: Path, tmp_path: Path, inputs: dict[str, torch.Tensor]
+) -> None:
+    again = cls.from_pretrained(folder)
+    again.save_pretrained(tmp_path / "second")
+    assert set(names(folder)) - set(names(tmp_path / "second")) <= {"report.json"}
+    twice = ExportedModel.from_pretrained(tmp_path / "second", target="cpu")
+    assert twice.report == getattr(again, "report", {})
+    assert torch.isfinite(twice(**inputs).last_hidden_state).all()
+
+
+def test_tokenizer_is_saved_beside_the_programs(exported: Any, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"]))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    exported.save_pretrained(tmp_path / "out", processor=tokenizer)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(names(tmp_path / "out"))
+
+
+def test_another_export_is_not_overwritten(exported: Any, folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(FileExistsError, match="has an export already: choose another folder, or overwrite it"):
+        exported.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_foreign_file_is_not_overwritten(exported: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="has config.json already"):
+        exported.save_pretrained(tmp_path)
+    assert names(tmp_path) == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def test_overwriting_replaces_the_files_of_the_former_export_alone(
+    folder: Path, inputs: dict[str, torch.Tensor]
+) -> None:
+    (folder / "notes.txt").write_text("mine")
+    other = EtExporter().export(bert(), dict(inputs), EtConfig(target="xnnpack"))
+    other.save_pretrained(folder, overwrite=True)
+    assert names(folder) == [
+        "config.json", "export.json", "model.etcp.json", "model.xnnpack.pte", "notes.txt", "report.json"
+    ]  # fmt: skip
+    torch.testing.assert_close(
+        ExportedModel.from_pretrained(folder)(**inputs).last_hidden_state,
+        other(**inputs).last_hidden_state,
+        rtol=0,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_full_disk_leaves_the_folder_as_it_was(
+    exported: Any, folder: Path, tmp_path: Path, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goal = folder if overwrite else tmp_path / "new"
+    before = {path.name: path.read_bytes() for path in goal.iterdir()} if overwrite else {}
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # The second file that is copied does not fit.
+    real, calls = shutil.copyfile, iter([False, True])
+    monkeypatch.setattr(artifact.shutil, "copyfile", lambda *args: full() if next(calls) else real(*args))
+    with pytest.raises(OSError, match="No space left"):
+        exported.save_pretrained(goal, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in goal.iterdir()} == before
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.cpu.pt2").unlink(), "model.cpu.pt2 is missing; model.etcp.json needs it"),
+        (lambda folder: truncate(folder / "model.xnnpack.pte"), "bytes, and model.etcp.json says"),
+        (lambda folder: truncate(folder / "model.etcp.json"), "is damaged, or not a component of an export"),
+        (lambda folder: change(folder / "model.etcp.json", schema=2), "written by a newer version"),
+        (lambda folder: change(folder / "model.etcp.json", inputs=[{"name": "x", "dtype": "nn"}]), "is damaged"),
+        (lambda folder: change(folder / "model.etcp.json", targets={"cpu": {"files": {"../x.pt2": 1}, "missing": None}}),
+         "which is not beside it"),
+    ],
+)  # fmt: skip
+def test_damaged_folder_is_an_error_with_the_file(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(folder)
+    with pytest.raises(ExportError, match=message):
+        ExportedModel.from_pretrained(folder)
+
+
+def test_damaged_program_of_the_right_size_is_an_error(folder: Path) -> None:
+    path = folder / "model.xnnpack.pte"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(ExportError, match=r"model.xnnpack.pte"):
+        ExportedModel.from_pretrained(folder, target="xnnpack")
+    path = folder / "model.cpu.pt2"
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(ExportError, match=r"model.cpu.pt2"):
+        ExportedModel.from_pretrained(folder, target="cpu")
+
+
+def test_unavailable_target_is_an_error_with_those_of_the_export(folder: Path) -> None:
+    with pytest.raises(ExportError, match="not exported for cuda, only for xnnpack, cpu"):
+        ExportedModel.from_pretrained(folder, target="cuda")
+    with pytest.raises(ExportError, match="nothing to run on cuda"):
+        ExportedModel.from_pretrained(folder, device="cuda")
+    with pytest.raises(TypeError, match="runner takes"):
+        ExportedModel.from_pretrained(folder, no_such_option=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_ids": torch.zeros(2, 7, dtype=torch.int32)}, "takes input_ids as int64; got int32"),
+        ({"input_ids": torch.zeros(2, 8, dtype=torch.int64)}, r"input_ids with the shape \[2, 7\]; got \[2, 8\]"),
+        ({"input_ids": torch.zeros(2, dtype=torch.int64)}, r"got \[2\]"),
+        ({"attention_mask": None}, "traced with a tensor for attention_mask; got None"),
+        ({"input_ids": 3}, "traced with a tensor for input_ids; got 3"),
+    ],
+)
+@pytest.mark.parametrize("target", ["xnnpack", "cpu"])
+def test_call_that_the_export_does_not_cover_is_an_error(
+    exported: Any, inputs: dict[str, torch.Tensor], target: str, wrong: dict[str, Any], message: str
+) -> None:
+    exported.to(target=target)
+    with pytest.raises(ExportError, match=message):
+        exported(**(inputs | wrong))
+
+
+def test_missing_and_unknown_arguments_are_errors(exported: Any, inputs: dict[str, torch.Tensor]) -> None:
+    runner = exported.runners["model"]
+    with pytest.raises(ExportError, match="model needs attention_mask; it takes input_ids, attention_mask"):
+        runner(input_ids=inputs["input_ids"])
+    with pytest.raises(ExportError, match="was not traced with position_ids"):
+        runner(**inputs, position_ids=inputs["input_ids"])
+    assert runner(**inputs, position_ids=None).last_hidden_state.shape == (2, 7, 64)

@@ -1,0 +1,125 @@
+"""The exporter and the runner: numbers equal to the quantized model in eager, on every target that runs here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+from transformers.exporters import ExportedModel as TransformersExportedModel
+
+from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
+from et_cuda_passes.hf.exporter import structural_copy
+from et_cuda_passes.hf.schemes import quantize_model_
+from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
+
+
+def quantized(model: Any, **options: Any) -> Any:
+    copied = structural_copy(model)
+    quantize_model_(copied, **options)
+    return copied
+
+
+def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
+    model, inputs = bert(), tokens(rows=2)
+    with torch.no_grad():
+        unquantized = model(**inputs)
+        expected = quantized(model, qlinear="4w")(**inputs)
+    exported = EtExporter().export(model, dict(inputs), EtConfig(target="cpu", qlinear="4w"))
+    found = exported(**inputs)
+    assert type(found) is type(expected)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-4)
+    # 4 bits are seen in the numbers, so that the comparison above can tell the two models apart.
+    assert (found.last_hidden_state - unquantized.last_hidden_state).abs().max() > 1e-2
+    assert exported.report["targets"]["cpu"]["model"]["counts"]["missed"] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
+
+
+def generate(exported: Any, ids: torch.Tensor, steps: int) -> list[int]:
+    """Greedy tokens from the runners of prefill and decode, with one cache of transformers' own."""
+    cache = StaticCache(config=exported.config, max_cache_len=CACHE)
+    length = ids.shape[1]
+    output = exported.runners["prefill"](
+        input_ids=ids,
+        attention_mask={"full_attention": None},
+        position_ids=torch.arange(length)[None],
+        past_key_values=cache,
+    )
+    cache = output.past_key_values
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+    found = [int(output.logits[0, -1].argmax())]
+    for position in range(length, length + steps - 1):
+        before = [tensor.clone() for tensor in tensors]
+        output = exported.runners["decode"](
+            input_ids=torch.tensor([[found[-1]]]),
+            attention_mask={"full_attention": (torch.arange(CACHE) <= position)[None, None, None]},
+            position_ids=torch.tensor([[position]]),
+            past_key_values=cache,
+        )
+        found.append(int(output.logits[0, -1].argmax()))
+        # The caller's own tensors have one more entry now, and the rest is as it was.
+        for old, new in zip(before, tensors, strict=True):
+            if new.dim() == 0:
+                assert new == old + 1
+            else:
+                assert (new[:, :, position] != old[:, :, position]).any()
+                rest = [place for place in range(CACHE) if place != position]
+                torch.testing.assert_close(new[:, :, rest], old[:, :, rest], rtol=0, atol=0)
+    return found
+
+
+STEPS = 12
+
+
+def expected_tokens(model: Any, ids: torch.Tensor) -> list[int]:
+    config = static_cache()
+    config.max_new_tokens = STEPS
+    with torch.no_grad():
+        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module")
+def causal() -> Any:
+    torch.manual_seed(1)
+    return qwen()
+
+
+@pytest.fixture(scope="module")
+def two_targets(causal: Any) -> Any:
+    steps: list[str] = []
+    config = EtConfig(target="cpu,xnnpack", qlinear="4w", dynamic=True)
+    exported = EtExporter(steps.append).export_for_generation(
+        causal, tokens(), config, generation_config=static_cache()
+    )
+    # One quantization, and one trace of each component, for both targets.
+    assert steps.count("quantizing") == 1
+    assert sum(step.startswith("exporting") for step in steps) == 2
+    return exported
+
+
+@pytest.mark.parametrize("target", ["cpu", "xnnpack"])
+def test_generation_gives_the_tokens_of_the_quantized_model(causal: Any, two_targets: Any, target: str) -> None:
+    ids = torch.randint(1, 90, (1, 6))
+    expected = expected_tokens(quantized(causal, qlinear="4w"), ids)
+    assert expected != expected_tokens(causal, ids)
+    two_targets.to(target=target)
+    assert two_targets.runners["prefill"].target == target
+    assert generate(two_targets, ids, STEPS) == expected
+
+
+def test_components_share_one_file_per_target(two_targets: Any) -> None:
+    prefill, decode = (two_targets.components[name].program for name in ("prefill", "decode"))
+    for target, name in (("cpu", "model.cpu.pt2"), ("xnnpack", "model.xnnpack.pte")):
+        assert [file.name for file in prefill.builds[target].files] == [name]
+        assert prefill.builds[target] == decode.builds[target]
+
+
+@pytest.mark.parametrize("scheme", [None, "8da4w"])
+def test_generation_on_xnnpack_gives_the_tokens_of_the_model(causal: Any, scheme: str | None) -> None:
+    ids = torch.randint(1, 90, (1, 6))
+    config = EtConfig(target="xnnpack", qlinear=scheme, dynamic=True)
+    exported = EtExporter().export_for_generation(causal, tokens(), config, generation_config=static_cache())
+    reference = causal if scheme is None else quantized(causal, qlinear=scheme)
+    assert generate(exported, ids, STEPS) == expected_tokens(reference, ids)
