@@ -7,9 +7,8 @@ rewritten and lowered per target afterwards.
 import copy
 import itertools
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -34,15 +33,9 @@ from et_cuda_passes.executorch.packed import save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
 from et_cuda_passes.hf.runner import EtModelRunner
-from et_cuda_passes.hf.schemes import (
-    QuantizationOptions,
-    check_schemes,
-    expected_counts,
-    passes_for,
-    quantize_model_,
-    split_targets,
-)
+from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import rewrite
 
 FORMAT = "et_cuda_passes"
