@@ -4,11 +4,9 @@ transformers traces the model and splits it into the components that generation 
 rewritten and lowered per target afterwards.
 """
 
-import copy
-import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.exporters import ExportedModel as _ExportedModel
 from transformers.exporters import register_backend
@@ -26,13 +23,13 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERS
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata
-from transformers.exporters.utils import decompose_for_generation
 
 from et_cuda_passes.executorch.lower import Progress, lower, missing, staged
 from et_cuda_passes.executorch.packed import save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.components import Inputs, fqn_in, split_model, structural_copy, with_fqns_of_root
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
@@ -195,7 +192,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         self._progress = progress
 
     def export_program(
-        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: EtConfig
+        self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
     ) -> tuple[Component, ExportMetadata]:
         """Export one graph.
 
@@ -212,7 +209,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         return component.program, component.metadata
 
     def export(
-        self, model: PreTrainedModel, sample_inputs: MutableMapping[str, Any], config: EtConfig | dict[str, Any]
+        self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]
     ) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
         return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
@@ -220,7 +217,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def export_for_generation(
         self,
         model: PreTrainedModel,
-        sample_inputs: MutableMapping[str, Any],
+        sample_inputs: Inputs,
         config: EtConfig | dict[str, Any],
         *,
         generation_config: GenerationConfig | None = None,
@@ -243,13 +240,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         """
         self._progress("splitting the model into components")
         shared = structural_copy(model)
-        with torch.no_grad():
-            parts = decompose_for_generation(
-                shared,
-                dict(sample_inputs),
-                generation_config=generation_config,
-                multi_token_decode=multi_token_decode,
-            )
+        parts = split_model(shared, sample_inputs, generation_config, multi_token_decode)
         if not isinstance(config, dict) or "target" in config:
             configs = dict.fromkeys(parts, _config(config))
         else:
@@ -264,7 +255,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
     def _export(
         self,
-        parts: Mapping[str, tuple[nn.Module, MutableMapping[str, Any]]],
+        parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
     ) -> ExportedModel:
@@ -275,7 +266,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         traced: dict[str, tuple[ExportedProgram, ExportMetadata]] = {}
         for name, (module, inputs) in parts.items():
             self._progress(f"exporting {name}")
-            fqn = _fqn_in(root, module, name)
+            fqn = fqn_in(root, module, name)
             quantized = copies.get(configs[name], module, fqn)
             try:
                 with torch.no_grad():
@@ -405,65 +396,6 @@ class _Quantized:
         return model, report
 
 
-def structural_copy(model: nn.Module) -> Any:
-    """A copy of the modules that shares all parameters and buffers."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str) -> ExportedProgram:
-    """``program``, whose constants have the names that they have in the whole model.
-
-    Methods of one file share a constant by its name. The same weight must have one name in all methods, and the
-    constants that tracing made, which every program numbers from 0, must have another in each.
-
-    Args:
-        program: a program of a submodule; it is not changed.
-        fqn: the name of the submodule; None if it is not one of the model's.
-        component: the name of the component; empty if it is the only one.
-    """
-    prefix = f"{component}." if fqn is None else f"{fqn}." if fqn else ""
-    names: dict[str, str] = {}
-
-    def renamed(spec: InputSpec) -> InputSpec:
-        if spec.target is None:
-            return spec
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
-            names[spec.target] = prefix + spec.target
-        elif component:
-            names[spec.target] = f"{component}_{spec.target}"
-        return InputSpec(spec.kind, spec.arg, names.get(spec.target, spec.target), spec.persistent)
-
-    signature = copy.deepcopy(program.graph_signature)
-    signature.input_specs = [renamed(spec) for spec in signature.input_specs]
-    for output in signature.output_specs:
-        if output.target in names:
-            output.target = names[output.target]
-
-    def rename(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {names.get(name, prefix + name): value for name, value in values.items()}
-
-    return ExportedProgram(
-        root=program.graph_module,
-        graph=program.graph,
-        graph_signature=signature,
-        state_dict=rename(program.state_dict),
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=rename(program.constants),
-        verifiers=program.verifiers,
-    )
-
-
-def _fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:
-    """The name of ``module`` in ``root``; None if it is none of its modules."""
-    # transformers splits a model into shallow copies, which have the modules of the original.
-    if module is root or (type(module) is type(root) and module._modules == root._modules):
-        return ""
-    return next((fqn for fqn, each in root.named_modules() if each is module), None)
-
-
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
     if isinstance(config, dict):
         return EtConfig(**config)
@@ -482,7 +414,7 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
         )
 
 
-def _contiguous(inputs: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+def _contiguous(inputs: Inputs) -> Inputs:
     """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
     for name, value in inputs.items():
         inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)

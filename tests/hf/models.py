@@ -7,8 +7,13 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 CACHE = 32
@@ -28,7 +33,7 @@ def bert(**options: Any) -> Any:
     ).eval()
 
 
-def qwen(**options: Any) -> Any:
+def qwen_config(**options: Any) -> Any:
     sizes = dict(
         hidden_size=64,
         intermediate_size=128,
@@ -39,7 +44,38 @@ def qwen(**options: Any) -> Any:
         vocab_size=96,
         max_position_embeddings=64,
     )
-    return Qwen3ForCausalLM(Qwen3Config(**(sizes | options))).eval()
+    return Qwen3Config(**(sizes | options))
+
+
+def qwen(**options: Any) -> Any:
+    return Qwen3ForCausalLM(qwen_config(**options)).eval()
+
+
+def t5() -> Any:
+    sizes = dict(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
+
+
+IMAGE_TOKEN, IMAGE_TOKENS = 95, 16
+
+
+def llava() -> Any:
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    config = LlavaConfig(
+        vision_config=vision.to_dict(),
+        text_config=qwen_config(num_hidden_layers=1).to_dict(),
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def image_and_text(length: int = 5) -> dict[str, torch.Tensor]:
+    ids = torch.cat([torch.full((1, IMAGE_TOKENS), IMAGE_TOKEN), torch.randint(1, 90, (1, length))], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 32, 32)}
 
 
 def tokens(rows: int = 1, length: int = 7, vocabulary: int = 90) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from transformers import StaticCache
 from transformers.exporters import ExportedModel as TransformersExportedModel
 
 from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
-from et_cuda_passes.hf.exporter import structural_copy
+from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.schemes import quantize_model_
 from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
 

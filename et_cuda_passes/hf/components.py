@@ -1,0 +1,149 @@
+"""The components of a generative model, and the names of their constants in the whole model."""
+
+import copy
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.exporters.utils import decompose_for_generation, is_multimodal
+
+Inputs = MutableMapping[str, Any]
+"""The kwargs of a forward."""
+
+_PROJECTORS = ("multi_modal_projector", "connector", "embed_vision", "embed_audio")
+
+
+def split_model(
+    model: PreTrainedModel, inputs: Inputs, generation_config: GenerationConfig | None, multi_token_decode: bool
+) -> dict[str, tuple[nn.Module, Inputs]]:
+    """The components that generation needs, in the order in which it runs them, each with the kwargs that it gets.
+
+    transformers splits off what ``forward`` runs. What ``generate`` runs before (the encoder of an encoder-decoder
+    model, and in most models those of images and audio) is added here, with the token embedding of a model whose
+    language model takes embeddings: an export without them could not be run.
+
+    Args:
+        model: ``generate`` is called on it.
+        inputs: the kwargs of ``generate``; not changed.
+        generation_config: see :meth:`et_cuda_passes.hf.exporter.EtExporter.export_for_generation`.
+        multi_token_decode: likewise.
+
+    Raises:
+        RuntimeError: transformers cannot split the model.
+    """
+    before: dict[str, Inputs] = {}
+    modules = _modules_before_forward(model)
+    with torch.no_grad(), _recorded(modules, before):
+        parts: dict[str, tuple[nn.Module, Inputs]] = decompose_for_generation(
+            model,
+            dict(inputs),
+            generation_config=generation_config,
+            multi_token_decode=multi_token_decode,
+        )
+    return {name: (modules[name], before[name]) for name in modules if name in before and name not in parts} | parts
+
+
+def _modules_before_forward(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that ``generate`` may run before the model's forward, by the name of their component."""
+    modules: dict[str, nn.Module] = {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        modules["encoder"] = model.get_encoder()
+    elif is_multimodal(model):
+        for modality in ("image", "audio"):
+            modules[f"{modality}_encoder"] = model.get_encoder(modality=modality)
+        for parent, name in itertools.product((model.base_model, model), _PROJECTORS):
+            if getattr(parent, name, None) is not None:
+                modules[name] = getattr(parent, name)
+        modules["token_embedding"] = model.get_input_embeddings()
+    return {name: module for name, module in modules.items() if module is not None and module is not model}
+
+
+@contextmanager
+def _recorded(modules: Mapping[str, nn.Module], calls: dict[str, Inputs]) -> Iterator[None]:
+    """Record the kwargs of the first call of each module."""
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if name in calls:
+            return
+        signature = inspect.signature(module.forward)
+        bound: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+        for parameter in signature.parameters.values():
+            if parameter.kind == inspect.Parameter.VAR_KEYWORD:
+                bound |= bound.pop(parameter.name, {})
+        calls[name] = copy.deepcopy({key: value for key, value in bound.items() if value is not None})
+
+    handles = [
+        module.register_forward_pre_hook(partial(record, name), with_kwargs=True) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def structural_copy(model: nn.Module) -> Any:
+    """A copy of the modules that shares all parameters and buffers."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str) -> ExportedProgram:
+    """``program``, whose constants have the names that they have in the whole model.
+
+    Methods of one file share a constant by its name. The same weight must have one name in all methods, and the
+    constants that tracing made, which every program numbers from 0, must have another in each.
+
+    Args:
+        program: a program of a submodule; it is not changed.
+        fqn: the name of the submodule; None if it is not one of the model's.
+        component: the name of the component; empty if it is the only one.
+    """
+    prefix = f"{component}." if fqn is None else f"{fqn}." if fqn else ""
+    names: dict[str, str] = {}
+
+    def renamed(spec: InputSpec) -> InputSpec:
+        if spec.target is None:
+            return spec
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            names[spec.target] = prefix + spec.target
+        elif component:
+            names[spec.target] = f"{component}_{spec.target}"
+        return InputSpec(spec.kind, spec.arg, names.get(spec.target, spec.target), spec.persistent)
+
+    signature = copy.deepcopy(program.graph_signature)
+    signature.input_specs = [renamed(spec) for spec in signature.input_specs]
+    for output in signature.output_specs:
+        if output.target in names:
+            output.target = names[output.target]
+
+    def rename(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {names.get(name, prefix + name): value for name, value in values.items()}
+
+    return ExportedProgram(
+        root=program.graph_module,
+        graph=program.graph,
+        graph_signature=signature,
+        state_dict=rename(program.state_dict),
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=rename(program.constants),
+        verifiers=program.verifiers,
+    )
+
+
+def fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:
+    """The name of ``module`` in ``root``; None if it is none of its modules."""
+    # transformers splits a model into shallow copies, which have the modules of the original.
+    if module is root or (type(module) is type(root) and module._modules == root._modules):
+        return ""
+    return next((fqn for fqn, each in root.named_modules() if each is module), None)

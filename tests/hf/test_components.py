@@ -1,0 +1,184 @@
+"""The components of a model: complete, with one name for each constant, and equal to the whole model when run in turn."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache, StaticCache
+
+from et_cuda_passes.hf import EtConfig, EtExporter
+from et_cuda_passes.hf.artifact import ExportError
+from et_cuda_passes.hf.components import split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.schemes import quantize_model_
+from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, qwen, static_cache, t5, tokens
+
+STEPS = 6
+
+
+def quantized(model: Any, scheme: str = "4w") -> Any:
+    copied = structural_copy(model)
+    quantize_model_(copied, qlinear=scheme)
+    return copied
+
+
+def expected_tokens(model: Any, inputs: dict[str, torch.Tensor], skip: int) -> list[int]:
+    config = static_cache()
+    config.max_new_tokens, config.decoder_start_token_id = STEPS, 0
+    with torch.no_grad():
+        return model.generate(**inputs, generation_config=config)[0, skip:].tolist()
+
+
+def test_structural_copy_shares_tensors_and_nothing_else() -> None:
+    model = qwen()
+    copied = structural_copy(model)
+    for (name, mine), (other, theirs) in zip(model.named_parameters(), copied.named_parameters(), strict=True):
+        assert name == other
+        assert mine is theirs
+    assert copied.config is not model.config
+    copied.lm_head.weight = nn.Parameter(torch.zeros(96, 64))
+    quantize_model_(copied, qlinear="4w")
+    assert type(model.model.layers[0].mlp.up_proj.weight) is nn.Parameter
+    assert model.lm_head.weight.abs().max() > 0
+
+
+def test_model_and_its_attributes_are_unchanged_by_an_export() -> None:
+    model = qwen().train()
+    state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    config = model.config.to_dict()
+    EtExporter().export(model, tokens(), EtConfig(target="cuda", qlinear="4w"))
+    assert model.config.to_dict() == config
+    assert model.training
+    for name, value in model.state_dict(keep_vars=True).items():
+        assert id(value) == state[name][0]
+        assert value.requires_grad
+        assert torch.equal(value, state[name][1])
+
+
+def test_split_adds_what_generate_runs_before_forward() -> None:
+    assert list(split_model(qwen(), tokens(), None, False)) == ["prefill", "decode"]
+    assert list(split_model(t5(), tokens(), None, False)) == ["encoder", "prefill", "decode"]
+    parts = split_model(llava(), image_and_text(), None, False)
+    assert list(parts) == [
+        "image_encoder", "multi_modal_projector", "token_embedding", "language_model", "lm_head", "decode"
+    ]  # fmt: skip
+    assert all(not isinstance(value, nn.Module) for _, inputs in parts.values() for value in inputs.values())
+    text = {name: value for name, value in tokens().items()}
+    assert "image_encoder" not in split_model(llava(), text, None, False)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1)
+        return self.linear(x) + torch.tensor([1.0, 2.0, 3.0, 4.0]) + self.count
+
+
+def test_constants_have_the_names_of_the_whole_model() -> None:
+    x, module = torch.randn(2, 4), Inner()
+    expected = structural_copy(module)(x) if False else module.linear(x) + torch.tensor([1.0, 2.0, 3.0, 4.0]) + 1
+    program = torch.export.export(module, (x,))
+    named = with_fqns_of_root(program, "a.b", "part")
+    targets = {spec.target for spec in named.graph_signature.input_specs if spec.target}
+    assert {"a.b.linear.weight", "a.b.linear.bias", "a.b.count"} < targets
+    (lifted,) = targets - {"a.b.linear.weight", "a.b.linear.bias", "a.b.count"}
+    assert lifted.startswith("part_lifted")
+    assert set(named.state_dict) | set(named.constants) == targets
+    torch.testing.assert_close(named.module()(x), expected)
+    decomposed = named.run_decompositions({})
+    assert list(decomposed.graph_signature.buffers_to_mutate.values()) == ["a.b.count"]
+    assert set(program.state_dict) == {"linear.weight", "linear.bias", "count"}
+
+
+def test_encoder_decoder_gives_the_tokens_of_the_quantized_model() -> None:
+    model, inputs = t5(), tokens(vocabulary=90)
+    reference = quantized(model)
+    config = static_cache()
+    config.decoder_start_token_id = 0
+    exported = EtExporter().export_for_generation(
+        model, inputs, EtConfig(target="cpu", qlinear="4w"), generation_config=config
+    )
+    inputs = tokens(vocabulary=90)
+    run = exported.runners
+    encoded = run["encoder"](**inputs)
+    caches = [StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=n) for n in (CACHE, 7)]
+    cache, found = EncoderDecoderCache(*caches), [0]
+    for position in range(STEPS):
+        output = run["prefill" if position == 0 else "decode"](
+            attention_mask=inputs["attention_mask"],
+            decoder_input_ids=torch.tensor([[found[-1]]]),
+            decoder_attention_mask=(torch.arange(CACHE) <= position)[None, None, None],
+            encoder_outputs=encoded,
+            past_key_values=cache,
+        )
+        cache = output.past_key_values
+        found.append(int(output.logits[0, -1].argmax()))
+    assert found[1:] == expected_tokens(reference, inputs, 1)
+    assert found[1:] != expected_tokens(model, inputs, 1)
+
+
+@pytest.mark.slow
+def test_image_and_text_gives_the_tokens_of_the_quantized_model() -> None:
+    model, inputs = llava(), image_and_text()
+    reference = quantized(model)
+    exported = EtExporter().export_for_generation(
+        model, inputs, EtConfig(target="cpu", qlinear="4w"), generation_config=static_cache()
+    )
+    inputs = image_and_text()
+    run, ids = exported.runners, inputs["input_ids"]
+    length = ids.shape[1]
+    image = run["image_encoder"](pixel_values=inputs["pixel_values"])
+    features = run["multi_modal_projector"](image_features=image.last_hidden_state)
+    embeddings = run["token_embedding"](input=ids)
+    embeddings = embeddings.masked_scatter((ids == IMAGE_TOKEN)[..., None], features)
+    output = run["language_model"](
+        attention_mask={"full_attention": None},
+        position_ids=torch.arange(length)[None],
+        past_key_values=StaticCache(config=model.config.get_text_config(), max_cache_len=CACHE),
+        inputs_embeds=embeddings,
+    )
+    cache = output.past_key_values
+    found = [int(run["lm_head"](input=output.last_hidden_state)[0, -1].argmax())]
+    for position in range(length, length + STEPS - 1):
+        output = run["decode"](
+            input_ids=torch.tensor([[found[-1]]]),
+            attention_mask={"full_attention": (torch.arange(CACHE) <= position)[None, None, None]},
+            position_ids=torch.tensor([[position]]),
+            past_key_values=cache,
+        )
+        cache = output.past_key_values
+        found.append(int(output.logits[0, -1].argmax()))
+    assert found == expected_tokens(reference, inputs, length)
+    assert found != expected_tokens(model, inputs, length)
+
+
+def test_components_have_their_own_configs_and_targets() -> None:
+    configs = {
+        "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w"),
+        "decode": {"target": "cuda"},
+    }
+    exported = EtExporter().export_for_generation(qwen(num_hidden_layers=1), tokens(), configs)
+    prefill, decode = (exported.components[name].program for name in ("prefill", "decode"))
+    assert list(prefill.builds) == ["xnnpack", "cuda"]
+    assert list(decode.builds) == ["cuda"]
+    assert prefill.report["xnnpack"]["counts"]["kept"] == 8
+    assert decode.report["cuda"]["outcomes"] == []
+    assert list(exported.report["targets"]) == ["xnnpack", "cuda"]
+    assert list(exported.report["targets"]["xnnpack"]) == ["prefill"]
+    with pytest.raises(ExportError, match="no entry for decode; the components are prefill, decode"):
+        EtExporter().export_for_generation(qwen(), tokens(), {"prefill": configs["prefill"]})
+
+
+def test_wrong_configs_are_refused_before_any_work() -> None:
+    with pytest.raises(ValueError, match="needs a target"):
+        EtConfig()
+    with pytest.raises(ValueError, match="there is no target 'cdua'"):
+        EtConfig(target="cdua")
+    with pytest.raises(ExportError, match="is in bfloat16, and xnnpack computes in float32"):
+        EtExporter(pytest.fail).export(qwen().bfloat16(), tokens(), EtConfig(target="xnnpack"))
+    with pytest.raises(TypeError, match="must be an EtConfig"):
+        EtExporter().export(qwen(), tokens(), "cpu")
