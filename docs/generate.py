@@ -204,14 +204,14 @@ def schemes_page() -> str:
     return "\n\n".join(
         [
             "# Schemes",
-            "Each cell comes from a small layer that was quantized, exported and rewritten for the target, with the better "
-            "of bfloat16 and float32. [How to quantize](../how-to/quantize.md) says how a scheme is chosen.",
+            "Each cell comes from a small layer that was quantized, exported and rewritten for the target, with the "
+            "better of bfloat16 and float32. [How to quantize](../how-to/quantize.md) says how a scheme is chosen.",
             table(["word", "meaning"], meanings),
             "## Linears",
             "With groups of 32 if the target has them, else with one scale per row.",
             table(["scheme", "meaning", *names], linear),
-            "`TARGET:SCHEME` promises that the target has a kernel for each layer; a rewrite that misses one then fails. "
-            f"The promises that can be kept: {', '.join(promises)}.",
+            "`TARGET:SCHEME` promises that the target has a kernel for each layer; a rewrite that misses one then "
+            f"fails. The promises that can be kept: {', '.join(promises)}.",
             "## Embeddings",
             "With one scale per row.",
             table(["scheme", *names], tables),

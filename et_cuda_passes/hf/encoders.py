@@ -6,7 +6,7 @@ from torch import nn
 
 _MODALITIES = ("image", "video", "audio")
 _PROJECTORS = ("multi_modal_projector", "projector", "connector", "encoder_projector")
-"""What brings the encoder's features to the size of the language model; it runs with the encoder."""
+"""Names of the modules that convert the encoder's features to the size of the language model, after the encoder."""
 
 
 def encoder_fqns(model: nn.Module) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The options of a quantization, and whether schemes, packing formats and targets go together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import targets
 
 FALLBACKS = ("error", "skip", "adjust")
-"""What happens to a layer whose in_features the group size does not divide."""
-_DEFAULT_GROUP_SIZE = 32
+"""The ways to treat a layer whose in_features the group size does not divide."""
+DEFAULT_GROUP_SIZE = 32
 _SUGGESTED = (256, *GROUP_SIZES)
 """The group sizes that an error message suggests."""
 
@@ -66,12 +66,12 @@ class QuantizationOptions:
     """
 
     qlinear: str | None = None
-    qlinear_group_size: int = _DEFAULT_GROUP_SIZE
+    qlinear_group_size: int = DEFAULT_GROUP_SIZE
     qlinear_packing_format: str | None = None
     qembedding: str | None = None
     qembedding_group_size: int = PER_AXIS
     qlinear_encoder: str | None = None
-    qlinear_group_size_encoder: int = _DEFAULT_GROUP_SIZE
+    qlinear_group_size_encoder: int = DEFAULT_GROUP_SIZE
     qlinear_packing_format_encoder: str | None = None
     qembedding_encoder: str | None = None
     qembedding_group_size_encoder: int = PER_AXIS
@@ -96,19 +96,6 @@ class QuantizationOptions:
         split_targets(self.target)
         if self.recipe is not None:
             object.__setattr__(self, "recipe", Recipe.load(self.recipe))
-
-    @staticmethod
-    def of(options: Mapping[str, Any]) -> "QuantizationOptions":
-        """The options with these names and values.
-
-        Raises:
-            ValueError: an option is unknown, or has a value that no target accepts.
-        """
-        known = [field.name for field in fields(QuantizationOptions)]
-        for name in options:
-            if name not in known:
-                raise UsageError(f"there is no option {name!r}; {nearest(name, known)}")
-        return QuantizationOptions(**options)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -306,7 +293,7 @@ def _check_group_size(options: QuantizationOptions, names: Sequence[str], encode
     """
     scheme, size = options.linear_scheme(encoder), options.group_size(False, encoder)
     option = "qlinear_group_size" + ("_encoder" if encoder else "")
-    if scheme is not None and scheme.per_row and size not in (_DEFAULT_GROUP_SIZE, PER_AXIS):
+    if scheme is not None and scheme.per_row and size not in (DEFAULT_GROUP_SIZE, PER_AXIS):
         raise UsageError(f"{option}={size}: {scheme.name} has one scale per row; leave the group size out, or write 0")
     if scheme is None or size == PER_AXIS or scheme.bits > 4:
         return

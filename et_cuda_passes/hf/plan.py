@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decision:
-    """What happens to a weight: a scheme with a group size, or the reason why there is none."""
+    """The scheme and the group size of a weight, or the reason why it stays as it is."""
 
     scheme: Scheme | None
     group_size: int = PER_AXIS
@@ -217,18 +217,24 @@ class Plan:
                 )
 
     def _check_group_sizes(self) -> None:
-        """Refuse an unusual group size that divides no layer. The usual ones are adjusted to the layers."""
+        """Refuse a group size that divides no layer, unless it is a usual one, which is adjusted to the layers."""
+        options = self.options
+        adjusted = (PER_AXIS, *GROUP_SIZES) if options.group_size_fallback == "adjust" else (PER_AXIS,)
         for encoder, suffix in ((False, ""), (True, "_encoder")):
-            scheme, size = self.options.linear_scheme(encoder), self.options.group_size(False, encoder)
-            ks = {layer.in_features for layer in self.layers if layer.kind == "linear" and layer.encoder is encoder}
-            if scheme is None or scheme.per_row or size in (PER_AXIS, *GROUP_SIZES) or not ks:
-                continue
-            if not any(k % size == 0 for k in ks):
-                good = [each for each in GROUP_SIZES if any(k % each == 0 for k in ks)]
-                raise UsageError(
-                    f"qlinear_group_size{suffix}={size} divides the in_features of no linear "
-                    f"({', '.join(map(str, sorted(ks)[:6]))}); valid are {', '.join(map(str, (*good, PER_AXIS)))}"
-                )
+            for kind, scheme in (
+                ("linear", options.linear_scheme(encoder)),
+                ("embedding", options.embedding_scheme(encoder)),
+            ):
+                size = options.group_size(kind == "embedding", encoder)
+                ks = {layer.in_features for layer in self.layers if (layer.kind, layer.encoder) == (kind, encoder)}
+                if scheme is None or scheme.per_row or scheme.fallback or size in adjusted or not ks:
+                    continue
+                if not any(k % size == 0 for k in ks):
+                    valid = [each for each in GROUP_SIZES if any(k % each == 0 for k in ks)]
+                    raise UsageError(
+                        f"q{kind}_group_size{suffix}={size} divides the in_features of no {kind} "
+                        f"({', '.join(map(str, sorted(ks)[:6]))}); valid are {', '.join(map(str, (*valid, PER_AXIS)))}"
+                    )
 
     def _entry_of(self, group: Iterable[Layer]) -> Entry | None:
         """The entry of the recipe that decides about a weight. The name of any layer that reads the weight counts."""

@@ -30,7 +30,7 @@ _KEYS = ("pattern", "scheme", "group_size", "algorithm", "skip")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a recipe says about the layers that a pattern matches.
+    """The values of a recipe for the layers that a pattern matches.
 
     Attributes:
         pattern: a glob in which ``*`` matches dots too, or after ``re:`` a regular expression for the whole name.

@@ -61,7 +61,7 @@ class QuantizationReport:
         """The entry of the layer with that FQN.
 
         Raises:
-            KeyError: there is none.
+            KeyError: no layer has that FQN.
         """
         for layer in self.layers:
             if layer.fqn == fqn:

@@ -4,6 +4,8 @@ Nothing is quantized before everything is checked. Each linear and each embeddin
 scheme, or with the reason why it stays floating-point.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
 from et_cuda_passes.hf.options import (
+    DEFAULT_GROUP_SIZE,
     QuantizationOptions,
     check_schemes,
     expected_counts,
@@ -18,8 +21,9 @@ from et_cuda_passes.hf.options import (
     promised_targets,
 )
 from et_cuda_passes.hf.plan import Plan
+from et_cuda_passes.hf.recipe import Recipe
 from et_cuda_passes.hf.report import LayerReport, QuantizationReport
-from et_cuda_passes.hf.support import Scheme, parse_scheme
+from et_cuda_passes.hf.support import PER_AXIS, Scheme, parse_scheme
 
 __all__ = [
     "LayerReport",
@@ -32,19 +36,36 @@ __all__ = [
     "passes_for",
     "promised_targets",
     "quantize_model_",
+    "quantize_with",
 ]
 
 
-@torch.no_grad()
-def quantize_model_(model: nn.Module, **options: Any) -> QuantizationReport:
+def quantize_model_(
+    model: nn.Module,
+    qlinear: str | None = None,
+    qlinear_group_size: int = DEFAULT_GROUP_SIZE,
+    qlinear_packing_format: str | None = None,
+    qembedding: str | None = None,
+    qembedding_group_size: int = PER_AXIS,
+    algorithm: str = "hqq",
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    target: str | Sequence[str] | None = None,
+    group_size_fallback: str = "adjust",
+    *,
+    qlinear_encoder: str | None = None,
+    qlinear_group_size_encoder: int = DEFAULT_GROUP_SIZE,
+    qlinear_packing_format_encoder: str | None = None,
+    qembedding_encoder: str | None = None,
+    qembedding_group_size_encoder: int = PER_AXIS,
+) -> QuantizationReport:
     """Quantize the linears and the embeddings of ``model`` in place.
+
+    The options are those of :class:`QuantizationOptions`, which describes them.
 
     A weight that several layers share, such as that of an embedding and a tied lm_head, is quantized once and stays
     shared: with the embedding's scheme if there is one, else with the linear's.
 
-    Args:
-        model: any module; encoders are recognized by the methods and names that transformers gives its models.
-        options: those of :class:`QuantizationOptions`, by name.
+    Encoders are recognized by the methods and names that transformers gives its models.
 
     Returns:
         The report, with one entry for each linear and each embedding.
@@ -53,9 +74,32 @@ def quantize_model_(model: nn.Module, **options: Any) -> QuantizationReport:
         ValueError: the options do not go together or do not fit the model. The model is then unchanged.
         OSError: the recipe cannot be read.
     """
-    chosen = QuantizationOptions.of(options)
-    check_schemes(chosen)
-    plan = Plan(model, chosen)
+    return quantize_with(
+        model,
+        QuantizationOptions(
+            qlinear=qlinear,
+            qlinear_group_size=qlinear_group_size,
+            qlinear_packing_format=qlinear_packing_format,
+            qembedding=qembedding,
+            qembedding_group_size=qembedding_group_size,
+            qlinear_encoder=qlinear_encoder,
+            qlinear_group_size_encoder=qlinear_group_size_encoder,
+            qlinear_packing_format_encoder=qlinear_packing_format_encoder,
+            qembedding_encoder=qembedding_encoder,
+            qembedding_group_size_encoder=qembedding_group_size_encoder,
+            algorithm=algorithm,
+            recipe=recipe,
+            target=target,
+            group_size_fallback=group_size_fallback,
+        ),
+    )
+
+
+@torch.no_grad()
+def quantize_with(model: nn.Module, options: QuantizationOptions) -> QuantizationReport:
+    """:func:`quantize_model_` with options that are built already."""
+    check_schemes(options)
+    plan = Plan(model, options)
     report, configs, shared = plan.report(), plan.configs(), plan.shared()
     # The plan holds the floating-point weights. Without it, each is freed when its layer is quantized.
     del plan

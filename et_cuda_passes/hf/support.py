@@ -239,7 +239,7 @@ def _parse_one(text: str, option: str, embedding: bool) -> Scheme:
 
 
 class Status(StrEnum):
-    """What a target does with a quantized layer."""
+    """The outcome of a quantized layer on a target."""
 
     PACKED = "packed"
     """The weight is packed for a kernel of the target."""
@@ -258,7 +258,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Support:
-    """What a target does with a layer.
+    """The outcome of a layer on a target, with its details.
 
     Attributes:
         status: the outcome.
@@ -307,7 +307,7 @@ def support(
     embedding: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Support:
-    """What ``target`` does with a layer of ``in_features``, from rewriting one.
+    """The outcome of a layer of ``in_features`` on ``target``, from rewriting one.
 
     Args:
         scheme: of the layer; its fallback is not considered.
@@ -364,7 +364,7 @@ def _layer(scheme: Scheme, group_size: int, in_features: int, embedding: bool, d
 
 
 def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embedding: bool = False) -> Support:
-    """What ``target`` does with a layer whose in_features every group size divides.
+    """The outcome on ``target`` of a layer whose in_features every group size divides.
 
     A linear has groups of 32, or one scale per row if the target has only that. An embedding has one scale per row.
     """

@@ -1,6 +1,8 @@
 """Schemes by name: what they compute, what each target does with them, and what is refused."""
 
 import copy
+import dataclasses
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from et_cuda_passes.hf.schemes import (
 from et_cuda_passes.hf.support import SCHEMES, Status, usual_support
 from et_cuda_passes.targets.compatibility import packed_layouts
 from et_cuda_passes.testing import assert_rewrites
+from tests.xnnpack import through
 
 ROOT = Path(__file__).parent.parent.parent
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -220,6 +223,30 @@ def test_compiled_program_equals_the_quantized_model(tmp_path: Path) -> None:
     assert error(got, model(x)) < 2.0**-4
 
 
+def test_signature_of_quantize_model_has_every_option_with_its_default() -> None:
+    parameters = list(inspect.signature(ecp.quantize_model_).parameters.values())[1:]
+    assert {each.name: each.default for each in parameters} == {
+        field.name: field.default for field in dataclasses.fields(QuantizationOptions)
+    }
+
+
+@pytest.mark.parametrize(("scheme", "hidden"), [("8da4w,8da8w", 720), ("8da8w", 96), ("4w", 96), ("8w", 96)])
+def test_program_in_executorchs_runtime_equals_the_quantized_model(scheme: str, hidden: int) -> None:
+    model = Mlp(hidden).eval()
+    ecp.quantize_model_(model, qlinear=scheme, target="xnnpack")
+    # An activation between two 8-bit values may be rounded to either: about 1 / 255 of the range of its row.
+    assert through(ecp.XnnpackPartitioner(), model, torch.randn(6, 64)) < (1e-2 if "da" in scheme else 1e-5)
+
+
+def test_embedding_with_a_padding_index_is_quantized() -> None:
+    table = nn.Embedding(64, 64, padding_idx=0)
+    report = ecp.quantize_model_(table, qembedding="8w", target="cpu")
+    assert report.layers[0].form == "8w per axis"
+    x = torch.tensor([[0, 3, 63]])
+    assert torch.equal(table(x), table.weight.dequantize()[x])
+    assert_rewrites(export(table, x), "cpu", expect={"embedding_int8": 1})
+
+
 def test_quantization_draws_no_random_numbers() -> None:
     layer = nn.Linear(64, 32)
     state = torch.get_rng_state()
@@ -276,7 +303,7 @@ def test_packing_format_selects_the_layout_and_not_the_quantization(target: str,
     ecp.quantize_model_(model, qlinear_packing_format=layout, **options)
     ecp.quantize_model_(plain, **options)
     assert torch.equal(model.up.weight.dequantize(), plain.up.weight.dequantize())
-    chosen = QuantizationOptions.of({"qlinear_packing_format": layout, **options})
+    chosen = QuantizationOptions(qlinear_packing_format=layout, **options)
     program, _ = ecp.rewrite(export(model, torch.randn(6, 64, dtype=BF16)), target, passes_for(chosen, target))
     assert packed_layouts(program) == {layout: 2}
 
@@ -367,7 +394,6 @@ def test_scheme_of_the_second_part_has_the_promise_of_the_first() -> None:
         ),
         ({"qembedding": "8da4w"}, r"8da4w is for linears; an embedding has one of 4w, 8w, 4w_hqq"),
         ({"qlinear": "4w", "target": "cudda"}, r"there is no target 'cudda'; the nearest is cuda"),
-        ({"qliner": "4w"}, r"there is no option 'qliner'; the nearest is qlinear"),
         ({"algorithm": "hqqq"}, r"algorithm='hqqq' is unknown; the nearest is hqq"),
         ({"group_size_fallback": "adapt"}, r"group_size_fallback='adapt' is unknown; known are error, skip, adjust"),
         ({"qlinear_group_size": -32}, r"a positive multiple of 16; got -32"),
@@ -509,6 +535,24 @@ def test_fallback_skip_leaves_the_layer_and_reports_it() -> None:
     assert [layer.scheme for layer in report.layers] == ["4w", None]
     assert report["down"].reason == "in_features 720 is no multiple of 32"
     assert type(model.down.weight) is nn.Parameter
+
+
+def test_group_size_that_divides_no_layer_is_refused_by_skip() -> None:
+    model = nn.Linear(720, 16)
+    unchanged(
+        model,
+        lambda: ecp.quantize_model_(model, qlinear="4w", group_size_fallback="skip"),
+        r"qlinear_group_size=32 divides the in_features of no linear \(720\); valid are 16, 0",
+    )
+
+
+def test_group_size_that_divides_no_embedding_is_refused() -> None:
+    model = Tied()
+    unchanged(
+        model,
+        lambda: ecp.quantize_model_(model, qembedding="4w", qembedding_group_size=48),
+        r"qembedding_group_size=48 divides the in_features of no embedding \(64\); valid are 64, 32, 16, 0",
+    )
 
 
 def test_fallback_error_lists_every_layer() -> None:
