@@ -12,10 +12,10 @@ Needs the extra ``hf``. The first use of a name below imports transformers and r
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from et_cuda_passes.hf.exporter import EtConfig, EtExporter, ExportedModel
+    from et_cuda_passes.hf.exporter import EtConfig, EtExporter, ExportedModel, finish_export
     from et_cuda_passes.hf.runner import EtModelRunner
 
-__all__ = ["EtConfig", "EtExporter", "EtModelRunner", "ExportedModel"]
+__all__ = ["EtConfig", "EtExporter", "EtModelRunner", "ExportedModel", "finish_export"]
 
 if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
 

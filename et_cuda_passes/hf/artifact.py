@@ -173,6 +173,10 @@ class Component:
                 # Components share files: whichever is saved first brings them.
                 if not destination.exists():
                     shutil.copyfile(file, destination)
+        self.write(path)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file ``path`` alone."""
         data = {
             "schema": _SCHEMA,
             "name": self.name,

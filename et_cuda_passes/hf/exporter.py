@@ -22,10 +22,10 @@ from transformers.exporters import register_backend
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.exporters.metadata import ExportMetadata
+from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 
 from et_cuda_passes.executorch.lower import Progress, lower, missing, staged
-from et_cuda_passes.executorch.packed import save_packed
+from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
@@ -358,6 +358,63 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def load_program(cls, path: str | Path) -> Component:
         """Read what :meth:`save_program` wrote; no code is executed yet."""
         return Component.load(Path(path))
+
+
+def finish_export(folder: str | Path, progress: Progress = lambda step: None) -> list[Path]:
+    """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
+
+    Args:
+        folder: from :meth:`ExportedModel.save_pretrained`.
+        progress: called with the name of each step as it begins.
+
+    Returns:
+        The files that were added; empty if nothing was left to do.
+
+    Raises:
+        ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
+    """
+    folder = Path(folder)
+    components, specs = _read_export(folder)
+    targets = {target for each in components.values() for target, build in each.builds.items() if build.missing}
+    added: list[Path] = []
+    for target in sorted(targets):
+        if lacking := missing(target):
+            raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
+        unfinished = {name: each for name, each in components.items() if target in each.builds}
+        programs = {}
+        for spec in specs:
+            register_treespec_types(spec)
+        for name, component in unfinished.items():
+            progress(f"reading {name} for {target}")
+            programs[component.method] = load_model(component.builds[target].files[0], target).program
+        packed = [component.builds[target].files[0] for component in unfinished.values()]
+        with staged(folder) as staging:
+            files = lower(programs, target, staging, f"model.{target}", lambda step: progress(f"{target}: {step}"))
+            for name, component in unfinished.items():
+                component.builds[target] = Build(tuple(files))
+                component.write(staging / f"{name}{SUFFIX}")
+        added += [folder / file.name for file in files]
+        for component in unfinished.values():
+            component.builds[target] = Build(tuple(added))
+        for path in packed:
+            path.unlink()
+    return added
+
+
+def _read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
+    """The components of an export, and the pytree specs of their inputs and outputs."""
+    try:
+        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
+        if manifest["export_format"] != FORMAT:
+            raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
+        entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
+        metadata = [entry["metadata"] for entry in manifest["components"].values()]
+        specs = [each[kind] for each in metadata for kind in ("in_spec", "out_spec") if each[kind] is not None]
+    except OSError as error:
+        raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ExportError(f"{folder / EXPORT_MANIFEST_FILE} is damaged: export the model again") from error
+    return {name: Component.load(path) for name, path in entries.items()}, specs
 
 
 class _Quantized:

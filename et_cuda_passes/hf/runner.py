@@ -46,7 +46,8 @@ class EtModelRunner(ModelRunner):
         if build.missing is not None:
             raise ExportError(
                 f"{component.name} is not lowered for {target}: the machine that exported it lacked {build.missing}. "
-                f"Its packed program is {build.files[0]}; export the model again on a machine that has it"
+                f"Its packed program is {build.files[0]}; on a machine that has it, finish the saved folder with "
+                "et_cuda_passes.hf.finish_export(folder)"
             )
         if target not in RUNNABLE:
             raise ExportError(f"programs for {target} do not run in Python, only those for {', '.join(RUNNABLE)}")
