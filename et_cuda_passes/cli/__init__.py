@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded, list_files
+from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
 from et_cuda_passes.executorch.lower import Progress, missing, staged
@@ -169,6 +170,7 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
+app.command()(generate)
 app.command()(run)
 app.command()(verify)
 

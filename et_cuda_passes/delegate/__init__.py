@@ -4,6 +4,9 @@
     prefill, decode = program.method("prefill"), program.method("decode")
     (logits,) = prefill(tokens)
 
+Operators outside the delegates, such as the copies that write a KV cache back to its input, run by torch's own kernels
+on the same device.
+
 A .pte contains a compiled library. :class:`Program` only reads the files. :meth:`Program.method` and :func:`load`
 execute the library, so use them only with files that you trust.
 """

@@ -311,12 +311,42 @@ class ProgramFile:
         named_data: the data in the file by key.
         segments: the parts of the file behind the flatbuffer.
         inline_data: a table ``BackendDelegateInlineData`` for each payload inside the flatbuffer.
+        constants: the segment of the constants, and where each of them begins in it.
+        states: the same for each segment of initial states.
     """
 
     plans: tuple[Table, ...]
     named_data: dict[str, Span]
     segments: tuple[Span, ...]
     inline_data: tuple[Table, ...]
+    constants: tuple[Span, tuple[int, ...]] | None
+    states: tuple[tuple[Span, tuple[int, ...]] | None, ...]
+
+    def stored(self, table: Table, part: int | None, index: int, size: int) -> Span:
+        """The data of a tensor.
+
+        Args:
+            table: the tensor, for messages.
+            part: the number of the segment of initial states; None for a constant.
+            index: the index of the tensor in its segment.
+            size: its bytes.
+
+        Raises:
+            DelegateError: the file has no such data.
+        """
+        parts = (self.constants,) if part is None else self.states[part : part + 1]
+        found = parts[0] if parts else None
+        if found is None:
+            table.fail("the file has no segment with its data, which executorch 1.5 writes", "data_buffer_idx")
+        segment, offsets = found
+        if index >= len(offsets):
+            table.fail(f"index {index} is out of range for {len(offsets)} tensors", "data_buffer_idx")
+        if offsets[index] + size > segment.size:
+            table.fail(
+                f"it has {size} bytes from byte {offsets[index]} of a segment of {segment.size} bytes",
+                "data_buffer_idx",
+            )
+        return Span(segment.file, segment.offset + offsets[index], size, f"the data of {table.name}")
 
     def payload(self, reference: Table) -> bytes | Span:
         """The payload that a table ``BackendDelegateDataReference`` refers to.
@@ -358,6 +388,8 @@ def read_pte(path: Path) -> ProgramFile:
         _read_named_data(root, 7, segments),
         tuple(segments),
         tuple(root.tables(3, "backend_delegate_data")),
+        None if (constants := root.table(5, "constant_segment")) is None else _read_offsets(constants, segments),
+        tuple(_read_offsets(table, segments) for table in root.tables(6, "mutable_data_segments")),
     )
 
 
@@ -409,6 +441,17 @@ def _read_segments(root: Table, field: int, file: File, base: int, limit: int) -
             table.fail(f"it has {size} bytes from byte {offset}, but all segments together have {limit} bytes")
         spans.append(file.span(base + offset, size, table.name))
     return spans
+
+
+def _read_offsets(table: Table, segments: list[Span]) -> tuple[Span, tuple[int, ...]] | None:
+    """A segment with tensors, and where each of them begins; None if there are no tensors."""
+    offsets = table.integers(1, "Q", "offsets")
+    if not offsets:
+        return None
+    index = table.integer(0, "I", "segment_index")
+    if index >= len(segments):
+        table.fail(f"segment {index} is out of range for {len(segments)} segments")
+    return segments[index], offsets
 
 
 def _read_named_data(root: Table, field: int, segments: list[Span]) -> dict[str, Span]:

@@ -1,7 +1,9 @@
-"""A method of a .pte as data, and as the steps that run it if all its operators are in CUDA delegates."""
+"""A method of a .pte as data: its values, its delegates, and the steps that run it."""
 
+import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -24,7 +26,16 @@ _KINDS = (
     "list of tensors",
     "list of optional tensors",
 )
-# ExecuTorch puts copies between host and device memory around a delegate. Here a tensor is always on the device.
+# The lists, and the ``struct`` formats of their items.
+_ITEM_FORMATS = {
+    "list of int": "q",
+    "list of float": "d",
+    "list of bool": "?",
+    "list of tensors": "i",
+    "list of optional tensors": "i",
+}
+_MAX_RANK = 16
+# ExecuTorch puts copies between host and device memory around a delegate.
 _COPIES = ("et_copy::_h2d_copy.out", "et_copy::_d2h_copy.out")
 
 
@@ -45,14 +56,33 @@ class TensorSpec:
         sizes: exact sizes if ``dynamism`` is STATIC, upper bounds if it is BOUND; only their number counts otherwise.
         dim_order: the dimensions from the outermost in memory to the innermost.
         dynamism: the meaning of ``sizes``.
-        stored: whether the file has the data, as a constant or as an initial state.
+        place: where the tensor is in the memory that ExecuTorch plans: the number of an arena, and an offset in it.
+        data: the data if it is in the .pte: of a constant, or, if there is a ``place``, of an initial state.
+        key: the key of the data if it is in the .ptd.
     """
 
     dtype: torch.dtype
     sizes: tuple[int, ...]
     dim_order: tuple[int, ...]
     dynamism: Dynamism
-    stored: bool
+    place: tuple[int, int] | None = None
+    data: Span | None = None
+    key: str | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether the files have the data."""
+        return self.data is not None or self.key is not None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements, or its upper bound."""
+        return math.prod(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the elements, or their upper bound."""
+        return self.numel * self.dtype.itemsize
 
     def mismatch(self, tensor: torch.Tensor) -> str | None:
         """The first property of ``tensor`` that this spec does not allow; None if all are allowed."""
@@ -80,11 +110,15 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Value:
-    """A value of a method: a tensor, a constant (number, text or None), or a list, of which only the kind is read."""
+    """A value of a method: a tensor, a constant (number, text or None), or a list.
+
+    The items of a list of integers or tensors are indices of values. In a list of optional tensors, -1 is None.
+    """
 
     kind: str
     tensor: TensorSpec | None = None
     constant: int | float | bool | str | None = None
+    items: tuple[float, ...] = ()
 
     @property
     def is_list(self) -> bool:
@@ -114,8 +148,24 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """Run an operator outside the delegates. ``args`` has its arguments and then its result."""
+
+    name: str
+    args: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Move:
     """Assign value ``source`` to value ``target``."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy value ``source`` to value ``target``, in ExecuTorch between the memories of host and device."""
 
     source: int
     target: int
@@ -129,13 +179,11 @@ class Free:
 
 
 @dataclass(frozen=True)
-class OtherOp:
-    """An operator outside every delegate, by name."""
-
-    name: str
+class Jump:
+    """Continue at another step if a value is False."""
 
 
-Step = Call | Move | Free | OtherOp
+Step = Call | Kernel | Move | Copy | Free | Jump
 
 
 @dataclass(frozen=True)
@@ -149,19 +197,24 @@ class Plan:
     delegates: tuple[BackendDelegate, ...]
     steps: tuple[Step, ...]
 
-    def check_runnable(self) -> None:
-        """Check that the method consists of CUDA delegates and moves of values only.
+    def check_runnable(self, operators: Collection[str]) -> None:
+        """Check that the method consists of CUDA delegates, moves of values, and operators from ``operators``.
 
         Raises:
             DelegateError: it does not; the message names the other operators or backends.
         """
         where = f"method {self.name!r}"
-        other_ops = Counter(step.name for step in self.steps if isinstance(step, OtherOp))
-        if other_ops:
-            names = ", ".join(f"{name} ({count} x)" if count > 1 else name for name, count in other_ops.items())
+        others = Counter(step.name for step in self.steps if isinstance(step, Kernel) and step.name not in operators)
+        if others:
+            names = ", ".join(f"{name} ({count} x)" if count > 1 else name for name, count in others.items())
             raise DelegateError(
-                f"{where} runs operators outside the CUDA delegate: {names}. Lower the model so that the delegate "
-                "contains all operators, or run the .pte with ExecuTorch's own runtime"
+                f"{where} runs operators outside the CUDA delegate that are not available here: {names}. Lower the "
+                "model so that the delegate contains them, or run the .pte with ExecuTorch's own runtime"
+            )
+        if any(isinstance(step, Jump) for step in self.steps):
+            raise DelegateError(
+                f"{where} has branches or loops outside the CUDA delegate. Lower the model so that the delegate "
+                "contains them, or run the .pte with ExecuTorch's own runtime"
             )
         calls = [step for step in self.steps if isinstance(step, Call)]
         backends = {self.delegates[call.delegate].backend for call in calls} - {BACKEND}
@@ -172,14 +225,10 @@ class Plan:
             )
         for call in calls:
             for index in call.args:
-                tensor = self.values[index].tensor
-                value = f"value {index}, which is passed to delegate {call.delegate}, is"
-                if tensor is None:
-                    raise DelegateError(f"{where}: {value} {self.values[index]} and not a tensor")
-                if tensor.stored:
+                if self.values[index].tensor is None:
                     raise DelegateError(
-                        f"{where}: {value} a constant or a state outside the delegate, which cannot be read here. Run "
-                        "the .pte with ExecuTorch's own runtime"
+                        f"{where}: value {index}, which is passed to delegate {call.delegate}, is "
+                        f"{self.values[index]} and not a tensor"
                     )
 
 
@@ -199,9 +248,11 @@ def read_plans(file: ProgramFile) -> dict[str, Plan]:
 
 
 def _read_plan(table: Table, file: ProgramFile) -> Plan:
-    values = tuple(_read_value(entry) for entry in table.tables(2, "values"))
+    entries = table.tables(2, "values")
+    values = tuple(_read_value(entry, len(entries), file) for entry in entries)
     operators = [
-        ".".join(filter(None, (entry.text(0, "name"), entry.text(1, "overload"))))
+        # Overload "default" is that without a name.
+        f"{entry.text(0, 'name')}.{entry.text(1, 'overload')}".removesuffix(".default").removesuffix(".")
         for entry in table.tables(6, "operators")
     ]
     delegates = []
@@ -242,7 +293,7 @@ def _read_step(entry: Table, values: int, operators: list[str], delegates: int) 
     if kind == 5:
         return Free(_read_index(call, 0, "value_index", values))
     if kind == 4:
-        return OtherOp("a conditional jump")
+        return Jump()
     if kind == 3:
         return Move(_read_index(call, 0, "move_from", values), _read_index(call, 1, "move_to", values))
     args = _read_indices(call, 1, "args", values)
@@ -250,21 +301,30 @@ def _read_step(entry: Table, values: int, operators: list[str], delegates: int) 
         return Call(_read_index(call, 0, "delegate_index", delegates), args)
     name = operators[_read_index(call, 0, "op_index", len(operators))]
     if name not in _COPIES:
-        return OtherOp(name)
+        return Kernel(name, args)
     if len(args) != 3 or args[1] != args[2]:
         call.fail(f"{name} has the arguments source, target and target again, but this has values {list(args)}", "args")
-    return Move(args[0], args[1])
+    return Copy(args[0], args[1])
 
 
-def _read_value(entry: Table) -> Value:
+def _read_value(entry: Table, count: int, file: ProgramFile) -> Value:
+    """A value of a method that has ``count`` values."""
     number, table = entry.union(0, "val")
     if not 0 < number < len(_KINDS):
         entry.fail(f"value type {number} does not exist")
     kind = _KINDS[number]
-    if table is None or kind == "None" or kind.startswith("list"):
-        return Value(kind)
+    if table is None or kind == "None":
+        return Value("None" if table is None else kind)
+    if kind in _ITEM_FORMATS:
+        items = table.integers(0, _ITEM_FORMATS[kind], "items")
+        if kind in ("list of float", "list of bool"):
+            return Value(kind, items=items)
+        least = -1 if kind == "list of optional tensors" else 0
+        return Value(
+            kind, items=tuple(item if item == least else _check_index(table, item, "items", count) for item in items)
+        )
     if kind == "tensor":
-        return Value(kind, _read_tensor(table))
+        return Value(kind, _read_tensor(table, file))
     if kind == "int":
         return Value(kind, constant=table.integer(0, "q", "int_val"))
     if kind == "bool":
@@ -274,11 +334,13 @@ def _read_value(entry: Table) -> Value:
     return Value(kind, constant=table.text(0, "string_val"))
 
 
-def _read_tensor(table: Table) -> TensorSpec:
+def _read_tensor(table: Table, file: ProgramFile) -> TensorSpec:
     code = table.integer(0, "b", "scalar_type")
     if code not in DTYPES:
         table.fail(f"dtype {code} does not exist", "scalar_type")
     sizes = table.integers(2, "i", "sizes")
+    if len(sizes) > _MAX_RANK:
+        table.fail(f"{len(sizes)} dimensions are more than the {_MAX_RANK} that ExecuTorch allows", "sizes")
     if any(size < 0 for size in sizes):
         table.fail(f"{list(sizes)} has a negative size", "sizes")
     order = table.integers(3, "B", "dim_order") or tuple(range(len(sizes)))
@@ -289,7 +351,16 @@ def _read_tensor(table: Table) -> TensorSpec:
         table.fail(f"dynamism {dynamism} does not exist", "shape_dynamism")
     if offset := table.integer(1, "i", "storage_offset"):
         table.fail(f"{offset} is not 0, the only supported offset", "storage_offset")
+    allocation, place = table.table(6, "allocation_info"), None
+    if allocation is not None:
+        low, high = (allocation.integer(field, "I", "memory_offset") for field in (1, 2))
+        place = (allocation.integer(0, "I", "memory_id"), low | high << 32)
+    spec = TensorSpec(DTYPES[code], sizes, order, Dynamism(dynamism), place)
     extra = table.table(9, "extra_tensor_info")
-    external = extra is not None and extra.integer(2, "b", "location") == 1
-    stored = table.integer(5, "I", "data_buffer_idx") > 0 or external
-    return TensorSpec(DTYPES[code], sizes, order, Dynamism(dynamism), stored)
+    if extra is not None and extra.integer(2, "b", "location") == 1:
+        return replace(spec, key=extra.text(1, "fully_qualified_name"))
+    index = table.integer(5, "I", "data_buffer_idx")
+    if index == 0:
+        return spec
+    part = None if place is None else 0 if extra is None else extra.integer(0, "Q", "mutable_data_segments_idx")
+    return replace(spec, data=file.stored(table, part, index, spec.nbytes))

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +13,9 @@ from torch import Tensor
 from et_cuda_passes.delegate.files import DTYPES, DelegateError, Span, read_ptd, read_pte
 from et_cuda_passes.delegate.library import Library
 from et_cuda_passes.delegate.method import Method
+from et_cuda_passes.delegate.operators import OPERATORS, bind
 from et_cuda_passes.delegate.payload import MAX_BYTES, MAX_WEIGHTS, Payload, Weight, read_payload
-from et_cuda_passes.delegate.plan import BACKEND, Call, Plan, read_plans
+from et_cuda_passes.delegate.plan import BACKEND, Call, Kernel, Plan, TensorSpec, read_plans
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Storages have a multiple of this many bytes, so that every dtype can view them.
@@ -37,8 +39,8 @@ def load(
         The method. Call it with its inputs as tensors; it returns its outputs as a list.
 
     Raises:
-        DelegateError: the files are damaged or do not belong together, operators are outside the delegate, or the
-            library does not load here. The files are checked before any code in them is executed.
+        DelegateError: the files are damaged or do not belong together, the method runs an operator or a backend that
+            is not available here, or the library does not load. The files are checked before any code in them runs.
     """
     return Program(pte_path, data_path, device).method(method)
 
@@ -77,6 +79,7 @@ class Program:
         self._plans = read_plans(file)
         self._payloads = self._read_payloads()
         self._storages: dict[tuple[str, str], Tensor] = {}
+        self._constants: dict[tuple[Path, int, int], Tensor] = {}
         self._libraries: dict[Payload, Library] = {}
         self._methods: dict[str, Method] = {}
 
@@ -86,18 +89,24 @@ class Program:
         return tuple(self._plans)
 
     def plan(self, name: str) -> Plan:
-        """A method as data, checked to consist of CUDA delegates only. No code is executed.
+        """A method as data, checked to consist of CUDA delegates and operators that torch has. No code is executed.
 
         Raises:
-            DelegateError: the method does not exist, or it runs something else.
+            DelegateError: the method does not exist, it runs something else, or data that it needs does not exist.
         """
         if name not in self._plans:
             raise DelegateError(f"{self.path} has no method {name!r}; it has {', '.join(self._plans) or 'none'}")
         plan = self._plans[name]
         try:
-            plan.check_runnable()
+            plan.check_runnable(OPERATORS)
+            for step in plan.steps:
+                if isinstance(step, Kernel):
+                    bind(step, plan.values)
         except DelegateError as error:
             raise DelegateError(f"{self.path}: {error}") from None
+        for value in plan.values:
+            if value.tensor is not None and value.tensor.stored:
+                self._span(value.tensor)
         return plan
 
     def method(self, name: str = "forward") -> Method:
@@ -117,8 +126,41 @@ class Program:
         payloads = {index: self._payloads[name][index] for index in used}
         libraries = {index: self._library(payload) for index, payload in payloads.items()}
         weights = {weight.fqn: self._view(weight) for payload in payloads.values() for weight in payload.weights}
-        self._methods[name] = Method(plan, libraries, weights, self.device, f"{self.path}: method {name!r}")
+        stored = {
+            index: self._tensor(value.tensor)
+            for index, value in enumerate(plan.values)
+            if value.tensor is not None and value.tensor.stored
+        }
+        where = f"{self.path}: method {name!r}"
+        self._methods[name] = Method(plan, libraries, weights, stored, self.device, where)
         return self._methods[name]
+
+    def _span(self, spec: TensorSpec) -> Span:
+        """The place of the data of a constant or of an initial state."""
+        if spec.key is None:
+            assert spec.data is not None
+            return spec.data
+        if spec.key not in self._named_data:
+            raise DelegateError(f"{self.path}: the files have no data {spec.key!r}: is this the .ptd of this .pte?")
+        span = self._named_data[spec.key]
+        if span.size != spec.nbytes:
+            raise DelegateError(f"{self.path}: {spec.nbytes} bytes of data {spec.key!r} are needed, not {span.size}")
+        return span
+
+    def _tensor(self, spec: TensorSpec) -> Tensor:
+        """A constant or an initial state on the device. Those with the same data share it."""
+        span = self._span(spec)
+        key = (span.file.path, span.offset, spec.nbytes)
+        if key not in self._constants:
+            # The constants of a valid file do not overlap.
+            size = sum(nbytes for _, _, nbytes in self._constants) + spec.nbytes
+            limit = sum(file.size for file in {span.file for span in (*self._named_data.values(), span)})
+            if size > limit:
+                raise DelegateError(f"{self.path}: its constants have more bytes than its files, {limit}: they overlap")
+            self._constants[key] = _read_storage(replace(span, size=spec.nbytes), 0, self.device)
+        memory = self._constants[key][: spec.nbytes].view(spec.dtype)
+        inverse = sorted(range(len(spec.sizes)), key=spec.dim_order.__getitem__)
+        return memory.view([spec.sizes[dimension] for dimension in spec.dim_order]).permute(inverse)
 
     def _read_payloads(self) -> dict[str, dict[int, Payload]]:
         """The payload of each CUDA delegate by method and index."""

@@ -1,6 +1,7 @@
 """Dead code elimination, repair of strides and names, and the verified ExportedProgram."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ def finish_program(program: Program) -> ExportedProgram:
     """The changed program, with its signature updated, its graph linted, and verified by the dialect's verifier."""
     repair_strides(program)
     drop_unused_aliases(program, program.dropped)
+    merge_mutated_names(program)
     separate_colliding_names(program, program.added)
     return program.to_exported()
 
@@ -112,6 +114,29 @@ def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> No
         if held is not None and not node.users and tensor_identity(held) in gone:
             program.remove_constant(node)
             program.graph.erase_node(node)
+
+
+def merge_mutated_names(program: Program) -> None:
+    """Keep one name of each constant that has several names and that the program mutates.
+
+    ``torch.export`` in its non-strict mode gives a buffer that the model also reaches as a plain attribute, such as the
+    static cache of ``TorchExportableModuleForDecoderOnlyLM``, a second name as a lifted constant.
+    ``run_decompositions`` refuses two names of a mutated tensor ("expected compiled_fn to be GraphModule").
+    All names have the same memory, so the readers of one name also see what is written under another.
+    """
+    groups: dict[Hashable, list[Node]] = defaultdict(list)
+    for node in program.graph.find_nodes(op="placeholder"):
+        held = program.constant(node)
+        if held is not None and held.numel() and program.is_mutated(node):
+            groups[tensor_identity(held)].append(node)
+    for nodes in groups.values():
+        # A buffer rather than a lifted constant: only a buffer's mutation can be in the signature.
+        kept = max(nodes, key=lambda node: (program.is_mutated_buffer(node), program.is_buffer(node)))
+        for node in nodes:
+            if node is not kept and not program.is_mutated_buffer(node):
+                node.replace_all_uses_with(kept)
+                program.remove_constant(node)
+                program.graph.erase_node(node)
 
 
 def repair_strides(program: Program) -> None:

@@ -167,6 +167,11 @@ class Program:
             else strip_parametrization(self._first_name.get(tensor_identity(held), target))
         )
 
+    def is_buffer(self, node: Node) -> bool:
+        """Whether constant ``node`` is a buffer, rather than a parameter or a lifted constant."""
+        spec = self._specs.get(self.resolve(node).name)
+        return spec is not None and spec.kind == InputKind.BUFFER
+
     def is_mutated_buffer(self, node: Node) -> bool:
         """Whether the program updates constant ``node``, by its signature."""
         return self.fqn_key(node) in self._updated

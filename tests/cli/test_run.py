@@ -115,10 +115,10 @@ def test_files_that_make_no_sense(model: Path, command: Run, tmp_path: Path) -> 
 def test_what_runs_outside_the_delegate_is_named(command: Run, tmp_path: Path) -> None:
     calls = [schema.KernelCall(0, [0, 0, 1])]
     values = [value(2), value(2)]
-    path = write(tmp_path, {"forward": Spec(values, [0], [1], [], [], calls, [("aten::relu", "out")])})
+    path = write(tmp_path, {"forward": Spec(values, [0], [1], [], [], calls, [("mine::relu", "out")])})
     result = command("run", path, "--trust", *CPU)
     assert result.code == 2
-    assert "operators outside the CUDA delegate: aten::relu.out" in result.error
+    assert "operators outside the CUDA delegate that are not available here: mine::relu.out" in result.error
 
     saved, _ = save(tmp_path, "float")
     assert command("lower", saved, "--target", "xnnpack", "--output-dir", tmp_path / "out").code == 0

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from executorch.backends.cuda.cuda_weight_collector import CudaWeightEntry, encode_cuda_weight_metadata
@@ -25,11 +26,31 @@ STATIC, BOUND = schema.TensorShapeDynamism.STATIC, schema.TensorShapeDynamism.DY
 CPU, CUDA = 0, 1
 
 
-def value(*sizes: int, dtype: torch.dtype = torch.float32, dynamism: int = STATIC, stored: int = 0) -> schema.EValue:
-    """A tensor value of a method."""
+def value(
+    *sizes: int,
+    dtype: torch.dtype = torch.float32,
+    dynamism: int = STATIC,
+    stored: int = 0,
+    place: int | None = None,
+    key: str | None = None,
+) -> schema.EValue:
+    """A tensor value: ``stored`` in the .pte or under ``key`` in the .ptd, at ``place`` in planned memory."""
     order = list(range(len(sizes)))
+    allocation = None if place is None else schema.AllocationDetails(1, place, 0)
+    extra = None if key is None else schema.ExtraTensorInfo(0, key, schema.TensorDataLocation.EXTERNAL)
     return schema.EValue(
-        schema.Tensor(scalar_type_enum(dtype), 0, list(sizes), order, False, 0, stored, None, dynamism, None)
+        schema.Tensor(
+            scalar_type_enum(dtype),
+            0,
+            list(sizes),
+            order,
+            False,
+            0,
+            stored,
+            allocation,
+            dynamism,
+            extra_tensor_info=extra,
+        )
     )
 
 
@@ -104,8 +125,24 @@ class Spec:
         )
 
 
-def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Path:
-    """Write ``folder``/``stem``.pte and .ptd in the form that ExecuTorch's lowering gives them."""
+def raw(tensor: Tensor) -> bytes:
+    """The bytes of a contiguous tensor."""
+    return bytes(tensor.view(torch.uint8).numpy())
+
+
+def write(
+    folder: Path,
+    methods: Mapping[str, Spec],
+    stem: str = "model",
+    *,
+    constants: Sequence[Tensor] = (),
+    states: Sequence[Tensor] = (),
+    external: Mapping[str, Tensor] = MappingProxyType({}),
+) -> Path:
+    """Write ``folder``/``stem``.pte and .ptd in the form that ExecuTorch's lowering gives them.
+
+    A value whose ``stored`` is 1 has the first of ``constants`` or, with a place, of ``states``.
+    """
     plans, inline, store = [], [], NamedDataStore()
     storages: dict[str, bytes] = {}
     for name, spec in methods.items():
@@ -117,10 +154,14 @@ def write(folder: Path, methods: Mapping[str, Spec], stem: str = "model") -> Pat
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 storages[entry(fqn, tensor, part.device).storage_key] = bytes(whole.numpy())
     named = store.get_named_data_store_output()
-    program = schema.Program(0, plans, [schema.Buffer(b"")], inline, [], schema.SubsegmentOffsets(0, []), None, None)
-    file = PTEFile(program, None, NamedDataStoreOutput(named.buffers, named.pte_data, {}))
+    constant_buffer, mutable_data = (
+        [schema.Buffer(b""), *(schema.Buffer(raw(tensor)) for tensor in tensors)] for tensors in (constants, states)
+    )
+    program = schema.Program(0, plans, constant_buffer, inline, [], schema.SubsegmentOffsets(0, []), None, None)
+    file = PTEFile(program, mutable_data if states else None, NamedDataStoreOutput(named.buffers, named.pte_data, {}))
     path = folder / f"{stem}.pte"
     path.write_bytes(bytes(serialize_pte_binary(file, extract_delegate_segments=True)))
+    storages |= {key: raw(tensor) for key, tensor in external.items()}
     entries = {key: DataEntry(index, 1, None) for index, key in enumerate(storages)}
     data = FlatTensorSerializer().serialize(DataPayload(list(storages.values()), entries))
     (folder / f"{stem}.ptd").write_bytes(bytes(data))
@@ -204,6 +245,49 @@ def small(**changes: object) -> Spec:
     ]
     spec = Spec(values, [0, 4, 8], [3, 5], [PART], [], instructions, [("et_copy::_h2d_copy", "out")])
     return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def with_operators() -> Spec:
+    """`small()` with every other kind of value, with data outside the delegate, and with operators."""
+    spec = small()
+    values = [
+        *spec.values[:9],
+        schema.EValue(schema.IntList([4, 4])),
+        schema.EValue(schema.DoubleList([0.5, 2.0])),
+        schema.EValue(schema.BoolList([True, False])),
+        schema.EValue(schema.TensorList([2, 3])),
+        schema.EValue(schema.OptionalTensorList([-1, 2])),
+        value(2, 2, stored=1),
+        value(2, 2, stored=1, place=64),
+        value(2, 2, place=128),
+        value(4, key="outside"),
+        value(4, 10, dtype=torch.bfloat16, dynamism=BOUND),
+        value(4, place=128),
+    ]
+    instructions = [
+        *spec.instructions[:3],
+        schema.KernelCall(1, [14, 15, 16, 16]),
+        schema.KernelCall(2, [15, 16, 5, 15]),
+        schema.KernelCall(3, [12, 4, 18, 18]),
+        schema.KernelCall(4, [4, 4, 4]),
+        schema.FreeCall(1),
+    ]
+    operators = [
+        *spec.operators,
+        ("aten::mm", "out"),
+        ("aten::copy_", ""),
+        ("aten::cat", "out"),
+        ("executorch_prim::mul", "Scalar"),
+    ]
+    return small(values=values, instructions=instructions, operators=operators, inputs=[0, 8], outputs=[3, 5, 19])
+
+
+def write_with_operators(folder: Path) -> Path:
+    """A file of the method `with_operators()`."""
+    constant, state, outside = torch.arange(4.0).view(2, 2), torch.ones(2, 2), torch.zeros(4)
+    return write(
+        folder, {"forward": with_operators()}, constants=[constant], states=[state], external={"outside": outside}
+    )
 
 
 def read_program(path: Path) -> Program:

@@ -36,10 +36,10 @@ def test_output_that_views_a_weight_is_not_changed_by_later_calls() -> None:
         def __call__(self, inputs: list[Tensor], static: bool) -> list[Tensor]:
             return [state.add_(inputs[0])[1:]]
 
-    spec = TensorSpec(torch.float32, (4,), (0,), Dynamism.BOUND, False)
+    spec = TensorSpec(torch.float32, (4,), (0,), Dynamism.BOUND)
     plan = Plan("forward", (Value("tensor", spec), Value("tensor", spec)), (0,), (1,), (), (Call(0, (0, 1)),))
     libraries = cast("dict[int, Library]", {0: WritesToItsWeight()})
-    method = Method(plan, libraries, {"state": state}, torch.device("cpu"), "an example")
+    method = Method(plan, libraries, {"state": state}, {}, torch.device("cpu"), "an example")
     first, second = method(torch.ones(4))[0], method(torch.ones(4))[0]
     assert (first.tolist(), second.tolist()) == ([1, 1, 1], [2, 2, 2])
 

@@ -11,8 +11,8 @@ from executorch.exir._serialize._program import deserialize_pte_binary
 
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.files import read_pte
-from et_cuda_passes.delegate.plan import Call, Free, Move, read_plans
-from tests.delegate.delegated import PART, Spec, small, value, write
+from et_cuda_passes.delegate.plan import Call, Copy, Free, Kernel, Move, read_plans
+from tests.delegate.delegated import PART, Spec, small, value, write, write_with_operators
 
 
 def test_plans_match_the_deserializer_of_executorch(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_plans_match_the_deserializer_of_executorch(tmp_path: Path) -> None:
             assert mine.tensor.dtype == torch.bfloat16
     assert [entry.constant for entry in own.values[4:]] == [-7, True, 0.5, "text", None, None]
     assert own.values[9].kind == "list of int"
-    assert own.steps == (Move(0, 1), Call(0, (1, 2)), Move(2, 3), Free(1))
+    assert own.steps == (Copy(0, 1), Call(0, (1, 2)), Move(2, 3), Free(1))
     named = theirs.named_data
     assert {key: span.read() for key, span in ours.named_data.items()} == {
         key: named.buffers[entry.buffer_index] for key, entry in named.pte_data.items()
@@ -49,10 +49,11 @@ def kernels(*names: tuple[str, str]) -> Spec:
     ("spec", "message"),
     [
         (
-            lambda: kernels(("aten::add", "out"), ("aten::relu", "")),
-            r"operators outside the CUDA delegate: aten::add.out \(2 x\), aten::relu\. Lower the model",
+            lambda: kernels(("mine::add", "out"), ("aten::relu", ""), ("aten::mm", "out")),
+            r"operators outside the CUDA delegate that are not available here: mine::add.out \(2 x\), aten::relu\. "
+            "Lower the model",
         ),
-        (lambda: small(instructions=[schema.JumpFalseCall(5, 0)]), "outside the CUDA delegate: a conditional jump"),
+        (lambda: small(instructions=[schema.JumpFalseCall(5, 0)]), "has branches or loops outside the CUDA delegate"),
         (
             lambda: small(parts=[dataclasses.replace(PART, backend="XnnpackBackend")]),
             "runs delegates of XnnpackBackend, but only delegates of CudaBackend can run here",
@@ -63,8 +64,8 @@ def kernels(*names: tuple[str, str]) -> Spec:
         ),
         (lambda: small(instructions=[schema.DelegateCall(0, [9, 2])]), "is list of int and not a tensor"),
         (
-            lambda: small(values=[*small().values, value(2, stored=1)], instructions=[schema.DelegateCall(0, [10, 2])]),
-            "value 10, which is passed to delegate 0, is a constant or a state outside the delegate",
+            lambda: kernels(("aten::mm", "out")),
+            r"aten::mm.out has 3 values, but its schema .* needs 4",
         ),
     ],
 )
@@ -97,6 +98,15 @@ def test_plan_with_other_operators_is_not_runnable(spec: Callable[[], Spec], mes
         ({"instructions": [schema.MoveCall(-1, 0)]}, "move_from"),
         ({"instructions": [schema.FreeCall(10)]}, "value_index"),
         ({"values": [value(-1)]}, "has a negative size"),
+        ({"values": [value(*[1] * 17)]}, "17 dimensions are more than the 16"),
+        ({"values": [value(2, stored=1)]}, "data_buffer_idx at byte .*: index 1 is out of range for 1 tensors"),
+        ({"values": [value(2, stored=1, place=0)]}, "the file has no segment with its data"),
+        ({"values": [schema.EValue(schema.IntList([1]))]}, "items at byte .*: index 1 is out of range for 1 entries"),
+        ({"values": [schema.EValue(schema.TensorList([-1]))]}, "items at byte .*: index -1 is out of range"),
+        (
+            {"values": [schema.EValue(schema.OptionalTensorList([-1, -2]))]},
+            "items at byte .*: index -2 is out",
+        ),
         ({"values": [value(2, dynamism=3)]}, "dynamism 3 does not exist"),
     ],
 )
@@ -111,3 +121,38 @@ def test_two_methods_of_one_name_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"two", b"one"))
     with pytest.raises(DelegateError, match="a second method has the name 'one'"):
         Program(path)
+
+
+def test_values_and_data_match_the_deserializer_of_executorch(tmp_path: Path) -> None:
+    path = write_with_operators(tmp_path)
+    theirs = deserialize_pte_binary(path.read_bytes())
+    (plan,), (own,) = theirs.program.execution_plan, read_plans(read_pte(path)).values()
+    for index in range(9, 14):
+        assert list(own.values[index].items) == plan.values[index].val.items
+    constant, state, inner, outside = (own.values[index].tensor for index in (14, 15, 16, 17))
+    assert constant and state and inner and outside
+    assert (constant.place, state.place, inner.place) == (None, (1, 64), (1, 128))
+    assert constant.data and constant.data.read() == theirs.program.constant_buffer[1].storage
+    assert state.data and theirs.mutable_data and state.data.read() == theirs.mutable_data[1].storage
+    assert (inner.stored, outside.key) == (False, "outside")
+    assert own.steps[3:7] == (
+        Kernel("aten::mm.out", (14, 15, 16, 16)),
+        Kernel("aten::copy_", (15, 16, 5, 15)),
+        Kernel("aten::cat.out", (12, 4, 18, 18)),
+        Kernel("executorch_prim::mul.Scalar", (4, 4, 4)),
+    )
+
+
+def test_data_that_is_too_large_for_its_segment_is_refused(tmp_path: Path) -> None:
+    spec = small(values=[*small().values, value(5, stored=1)])
+    path = write(tmp_path, {"forward": spec}, constants=[torch.arange(4.0)])
+    with pytest.raises(DelegateError, match=r"it has 20 bytes from byte \d+ of a segment of \d+ bytes"):
+        Program(path)
+
+
+def test_data_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    spec = small(values=[*small().values, value(5, key="outside")])
+    for external, message in (({}, "have no data 'outside'"), ({"outside": torch.zeros(6)}, "20 bytes of .*, not 24")):
+        program = Program(write(tmp_path, {"forward": spec}, external=external))
+        with pytest.raises(DelegateError, match=message):
+            program.plan("forward")

@@ -1,0 +1,138 @@
+"""``generate``: text from an exported decoder, as it is generated."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DEFAULT_TOKENS = 256
+
+
+class GenerationFailed(LoweringError):
+    """The export does not run; exits with 1."""
+
+
+def generate(
+    export: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of an export, with its tokenizer.")],
+    prompt: Annotated[str, typer.Option(help="The prompt; the chat template in OUT is put around it.")],
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help=f"By default {_DEFAULT_TOKENS}, or as many as fit.", show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0.0, help="Of the sampling; 0 takes the most likely token each time.")
+    ] = 0.0,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default where OUT runs.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help="Which of OUT's targets runs; by default the first that runs here.",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Also print the text of this model, and where the tokens first differ.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Generate text with the export in OUT. This executes the compiled programs in it.
+
+    The text goes to stdout as it is generated, and the number of tokens per second after it.
+    """
+    with guarded(debug):
+        _check_device(device)
+        if compare is not None and temperature:
+            raise UsageError("--compare compares the most likely tokens: leave --temperature out")
+        generation = _import_generation(debug)
+        try:
+            with Steps() as step:
+                generation.check_export(export)
+                tokenizer = generation.load_tokenizer(export)
+                tokens = generation.encode(tokenizer, prompt)
+                step(f"loading {export}")
+                decoder = generation.ExportedDecoder(generation.load_exported(export, device, target))
+            count = _count(decoder.room(tokens.shape[1]), max_new_tokens, tokens.shape[1])
+        except generation.GenerationError as error:
+            raise UsageError(str(error)) from error
+        streamer = generation.TimedStreamer(tokenizer)
+        made = _generated(generation, decoder, tokens, count, temperature, streamer)
+        typer.echo(str(streamer.speed))
+        if compare is not None:
+            _compare(generation, compare, tokenizer, tokens, made, count)
+
+
+def _import_generation(debug: bool) -> Any:
+    """The module that needs transformers."""
+    try:
+        from transformers.utils import logging
+
+        from et_cuda_passes.hf import generation
+    except ImportError as error:
+        raise UsageError(f"generate needs transformers ({error}): pip install 'et-cuda-passes[hf]'") from error
+    if not debug:
+        logging.set_verbosity_error()
+    return generation
+
+
+def _check_device(text: str | None) -> None:
+    try:
+        device = torch.device(text or "cpu")
+    except RuntimeError:
+        raise UsageError(f"--device {text}: there is no such device; write cpu, cuda, cuda:1, ...") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {text}: torch finds no CUDA device here")
+
+
+def _count(room: int | None, wanted: int | None, prompt: int) -> int:
+    """The number of tokens to generate."""
+    if room is None:
+        return wanted or _DEFAULT_TOKENS
+    if wanted is not None and wanted > room:
+        raise UsageError(
+            f"--max-new-tokens {wanted}: the cache of the export has room for {room} tokens after a prompt of {prompt}"
+        )
+    return wanted or min(_DEFAULT_TOKENS, room)
+
+
+def _generated(
+    generation: Any, model: Any, tokens: "Tensor", count: int, temperature: float, streamer: Any
+) -> "Tensor":
+    try:
+        return generation.generate(model, tokens, count, temperature, streamer)  # type: ignore[no-any-return]
+    except (ValueError, RuntimeError) as error:
+        raise GenerationFailed(f"the export does not run: {brief(error)} (--debug shows the traceback)") from error
+
+
+def _compare(generation: Any, name: str, tokenizer: Any, tokens: "Tensor", made: "Tensor", count: int) -> None:
+    """Print the text of the model that was exported, and the first token that differs from ``made``."""
+    try:
+        with Steps() as step:
+            step(f"loading {name}")
+            original = generation.load_original(name)
+            step(f"generating with {name}")
+            expected = generation.generate(original, tokens, count)
+    except generation.GenerationError as error:
+        raise UsageError(f"--compare {error}") from error
+    typer.echo(f"{name}: {tokenizer.decode(expected, skip_special_tokens=True)}")
+    position = generation.first_difference(made, expected)
+    if position is None:
+        typer.echo(f"all {len(made)} tokens are the same")
+        return
+    ours, theirs = (
+        repr(tokenizer.decode(each[position])) if position < len(each) else "the end" for each in (made, expected)
+    )
+    typer.echo(f"token {position + 1} is the first that differs: {ours}, and {theirs} of {name}")
