@@ -57,6 +57,11 @@ def lower(
     return [folder / name for name in names]
 
 
+def lowering_steps(target: str, methods: int) -> int:
+    """How often :func:`lower` calls ``progress`` for so many methods."""
+    return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
+
+
 def missing(target: str) -> str | None:
     """What this machine lacks for the lowering to ``target``, and what would help; None where nothing is known to lack.
 

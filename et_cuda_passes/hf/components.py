@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 from transformers.exporters.utils import decompose_for_generation, is_multimodal
+from transformers.utils import ModelOutput
 
 Inputs = MutableMapping[str, Any]
 """The kwargs of a forward."""
@@ -139,6 +141,32 @@ def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str)
         constants=rename(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def length_shapes(value: Any, length: int, longest: int) -> Any:
+    """The dynamic shapes of an input, or of all of them, whose only dynamic size is the length of the text.
+
+    Args:
+        value: the input; a dict for the kwargs of a component.
+        length: the length of the text that it was made for.
+        longest: the largest length.
+    """
+    if isinstance(value, torch.Tensor):
+        return {axis: Dim.AUTO(max=longest) for axis, size in enumerate(value.shape) if size == length}
+    if type(value) is dict:
+        return {name: length_shapes(each, length, longest) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(length_shapes(each, length, longest) for each in value)
+    if isinstance(value, ModelOutput):
+        return [length_shapes(each, length, longest) for each in value.values()]
+    return _static(get_auto_dynamic_shapes(value))
+
+
+def _static(shapes: Any) -> Any:
+    """``shapes`` of the same structure without a dynamic size."""
+    if isinstance(shapes, dict):
+        return {name: _static(each) for name, each in shapes.items() if not isinstance(name, int)}
+    return type(shapes)(map(_static, shapes)) if isinstance(shapes, (list, tuple)) else None
 
 
 def fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:

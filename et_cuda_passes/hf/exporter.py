@@ -6,8 +6,8 @@ rewritten and lowered per target afterwards.
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,13 +23,14 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERS
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
+from transformers.exporters.utils import prepare_for_export
 
-from et_cuda_passes.executorch.lower import Progress, lower, missing, staged
+from et_cuda_passes.executorch.lower import Progress, lower, lowering_steps, missing, staged
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
-from et_cuda_passes.hf.components import Inputs, fqn_in, split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.components import Inputs, fqn_in, length_shapes, split_model, structural_copy, with_fqns_of_root
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
@@ -47,6 +48,8 @@ class EtConfig(DynamoConfig):
     Attributes:
         target: what the export is for, "cuda", "xnnpack", "cpu", "metal", or several, separated by commas. The first
             that runs on a machine is the default there.
+        max_length: with ``dynamic=True``, the largest length of a text; then the length is the only dynamic size. None
+            makes every size dynamic that the model does not fix.
 
     The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
 
@@ -70,6 +73,7 @@ class EtConfig(DynamoConfig):
     algorithm: str = "hqq"
     recipe: Any = None
     group_size_fallback: str = "adjust"
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -178,6 +182,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
     Args:
         progress: called with the name of each step as it begins.
+        planned: called with the number of the steps that follow, as soon as it is known.
     """
 
     export_format = FORMAT
@@ -187,9 +192,11 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     required_packages = list(_PACKAGES)
     tested_versions: dict[str, str] = {}  # noqa: RUF012  (as transformers declares it)
 
-    def __init__(self, progress: Progress = lambda step: None) -> None:
+    def __init__(
+        self, progress: Progress = lambda step: None, planned: Callable[[int], None] = lambda count: None
+    ) -> None:
         super().__init__()
-        self._progress = progress
+        self._progress, self._planned = progress, planned
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
@@ -205,14 +212,15 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         Raises:
             ExportError: the model and a target do not go together.
         """
-        component = self._export({"model": (model, sample_inputs)}, {"model": config}, model).components["model"]
+        exported = self._export({"model": (model, sample_inputs)}, {"model": config}, model, sample_inputs)
+        component = exported.components["model"]
         return component.program, component.metadata
 
     def export(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]
     ) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
-        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
+        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model, sample_inputs)
 
     def export_for_generation(
         self,
@@ -249,7 +257,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             raise ExportError(
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
             )
-        exported = self._export(parts, configs, shared)
+        exported = self._export(parts, configs, shared, sample_inputs)
         exported.generation_config = generation_config
         return exported
 
@@ -258,19 +266,22 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
+        sample_inputs: Inputs,
     ) -> ExportedModel:
         """Quantize ``root`` once for each quantization in ``configs``, trace its parts, and lower them together."""
+        self._planned(_steps(parts, configs))
         for name, (module, _) in parts.items():
             _check_dtypes(module, configs[name], name)
         copies = _Quantized(root, self._progress)
         traced: dict[str, tuple[ExportedProgram, ExportMetadata]] = {}
         for name, (module, inputs) in parts.items():
-            self._progress(f"exporting {name}")
             fqn = fqn_in(root, module, name)
             quantized = copies.get(configs[name], module, fqn)
+            self._progress(f"exporting {name}")
             try:
+                config = _with_shapes(configs[name], quantized, inputs, sample_inputs)
                 with torch.no_grad():
-                    program, metadata = super().export_program(quantized, _contiguous(inputs), configs[name])
+                    program, metadata = super().export_program(quantized, _contiguous(inputs), config)
             except Exception as error:
                 raise RuntimeError(
                     f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
@@ -451,6 +462,26 @@ class _Quantized:
             self._progress("quantizing")
             report = quantize_model_(model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)})
         return model, report
+
+
+def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
+    """How many steps an export reports after the model is split."""
+    options = [configs[name].options for name in parts if configs[name].quantizes]
+    count = len(parts) + len([each for index, each in enumerate(options) if each not in options[:index]])
+    for target in dict.fromkeys(target for name in parts for target in configs[name].targets):
+        methods = sum(target in configs[name].targets for name in parts)
+        count += methods + (methods if missing(target) else lowering_steps(target, methods))
+    return count
+
+
+def _with_shapes(config: EtConfig, model: nn.Module, inputs: Inputs, sample_inputs: Inputs) -> EtConfig:
+    """``config`` with the dynamic sizes of a component, if only the length of the text is dynamic."""
+    text = sample_inputs.get("input_ids")
+    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text is None:
+        return config
+    # transformers adds inputs before it traces, and the shapes must be those of all.
+    prepared = prepare_for_export(model, dict(inputs))[1]
+    return replace(config, dynamic_shapes=length_shapes(prepared, text.shape[1], config.max_length))
 
 
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
