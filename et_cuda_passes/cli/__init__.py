@@ -5,7 +5,6 @@ goes to stdout, progress and errors go to stderr.
 """
 
 import json
-import os
 import re
 import shlex
 from dataclasses import Field, fields, is_dataclass
@@ -21,7 +20,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded, list_files
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, check_writable, guarded, list_files
+from et_cuda_passes.cli.exporting import export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
@@ -84,7 +84,7 @@ def lower(
     with guarded(debug):
         _known_target(target)
         demanded = _expectations(expect or [], target)
-        _writable(output_dir)
+        check_writable(output_dir)
         stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"
         packed = output_dir / f"{stem}.packed.pt2"
         with Steps() as step:
@@ -170,6 +170,7 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
+app.command()(export)
 app.command()(generate)
 app.command()(run)
 app.command()(verify)
@@ -202,16 +203,6 @@ def _known_target(target: str) -> None:
         get_target(target)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _writable(folder: Path) -> None:
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"--output-dir {folder} cannot be made: {nearest} is a file; name a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
-        )
 
 
 def _expectations(texts: list[str], target: str) -> dict[str, int]:

@@ -46,6 +46,10 @@ class Checkpoint:
     gguf: "GgufFile | None" = None
     own_config: bool = True
 
+    def __str__(self) -> str:
+        """Where the weights are."""
+        return str((self.gguf.path if self.gguf else self.weights) or self.name)
+
     @property
     def is_local(self) -> bool:
         """Whether nothing has to be downloaded."""

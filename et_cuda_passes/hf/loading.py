@@ -1,8 +1,8 @@
 """From a checkpoint to a model of transformers, its tokenizer or processor, and inputs to export it with."""
 
 import contextlib
+import copy
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto import auto_factory, modeling_auto
 from transformers.pipelines import SUPPORTED_TASKS
 from transformers.utils import logging
 
@@ -71,7 +70,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is damaged or incomplete, or the model does not have the task.
     """
-    with _silent():
+    # One of the loaders' progress bars has no switch.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
         config = _config(checkpoint)
         cls = model_class(config, task)
         length = _max_length(config, max_length)
@@ -83,15 +83,22 @@ def load(
     return Loaded(model, processor, inputs, generates, length, kept)
 
 
+def generation_config(model: Any, max_length: int) -> Any:
+    """The model's own, with a static cache for ``max_length`` tokens."""
+    config = copy.deepcopy(model.generation_config)
+    config.cache_implementation = "static"
+    config.max_cache_len = max_length
+    return config
+
+
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keep progress bars and warnings of the loaders from stderr. One of the bars has no switch."""
+def quiet() -> Iterator[None]:
+    """Keep the warnings and progress bars of transformers from stderr."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -186,16 +193,15 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
             options["dtype"] = floats[0] if floats else torch.float32
     else:
         options["local_files_only"] = checkpoint.is_local
-    source = checkpoint.gguf.path if checkpoint.gguf else checkpoint.weights or checkpoint.name
     try:
         model, info = cls.from_pretrained(name, **options)
     except Exception as error:  # damaged files end in errors of many kinds
-        raise CheckpointError(f"{source} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
     # transformers fills them with random numbers.
     absent = sorted(info["missing_keys"])
     if absent:
         raise CheckpointError(
-            f"{source} has no weights for {', '.join(absent[:3])}{' and others' if len(absent) > 3 else ''} of "
+            f"{checkpoint} has no weights for {', '.join(absent[:3])}{' and others' if len(absent) > 3 else ''} of "
             f"{cls.__name__}: choose the task that the checkpoint was trained for, or another checkpoint"
         )
     return model.eval()
