@@ -100,7 +100,7 @@ def export(
     with guarded(debug):
         with _refusals():
             check_extra("export")
-            quantization = QuantizationOptions.of(options)
+            quantization = QuantizationOptions(**options)
             check_schemes(quantization)
             _check_output(output_dir, overwrite, model)
             _check_dtype(dtype, quantization.targets)

@@ -34,7 +34,7 @@ def keep_blocks(model: Any, file: GgufFile) -> dict[str, str]:
         CheckpointError: the file has no blocks that can be kept, or the names of its tensors are unknown.
     """
     if not set(KINDS) & set(file.types.values()):
-        found = ", ".join(dict.fromkeys(file.types.values()))
+        found = ", ".join(sorted(set(file.types.values())))
         raise CheckpointError(
             f"--keep-gguf keeps blocks of {', '.join(KINDS)}, and {file.path} has {found}: leave --keep-gguf out to "
             "expand the weights and quantize them anew"
@@ -53,14 +53,14 @@ def keep_blocks(model: Any, file: GgufFile) -> dict[str, str]:
         for name, parameter in module.named_parameters(recurse=False):
             owners.setdefault(id(parameter), []).append((module, name))
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for tensor in reader.tensors:
         fqn = names.get(tensor.name)
         if fqn not in parameters or tensor.tensor_type.name in ("F32", "F16", "BF16"):
             continue
         places = owners[id(parameters[fqn])]
-        found[fqn] = _keep(tensor, parameters[fqn], places, processor)
-    return found
+        reasons[fqn] = _keep(tensor, parameters[fqn], places, processor)
+    return reasons
 
 
 def _keep(tensor: Any, parameter: nn.Parameter, places: list[tuple[nn.Module, str]], processor: Any) -> str:
@@ -75,10 +75,9 @@ def _keep(tensor: Any, parameter: nn.Parameter, places: list[tuple[nn.Module, st
         order = processor.process(weights=np.arange(rows)[:, None], name=tensor.name).weights[:, 0]
     except (IndexError, KeyError, ValueError):
         order = np.arange(rows)
-    raw = torch.from_numpy(np.ascontiguousarray(tensor.data))
-    if tuple(raw.shape[:1]) != tuple(parameter.shape[:1]) or sorted(order) != list(range(rows)):
+    if tensor.data.ndim != 2 or rows != parameter.shape[0] or sorted(order) != list(range(rows)):
         return "its rows are not those of the weight"
-    blocks = ExportableGGUFTensor.from_raw(raw[torch.from_numpy(order)], kind, parameter.dtype)
+    blocks = ExportableGGUFTensor.from_raw(torch.from_numpy(tensor.data[order]), kind, parameter.dtype)
     # What transformers' loader did to the numbers is known by the result alone.
     for start in range(0, rows, _ROWS_AT_A_TIME):
         part = ExportableGGUFTensor(blocks.raw[start : start + _ROWS_AT_A_TIME], kind, parameter.dtype)

@@ -25,7 +25,9 @@ _RATE = 16000
 # Tasks that transformers no longer has a pipeline for, though it has the models.
 _SEQUENCE_TO_SEQUENCE = ("text2text-generation", "translation", "summarization")
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "image_processor_config.json")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = frozenset(
+    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+)
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "seq_length")
 
 
@@ -209,19 +211,22 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
 
 def _processor(checkpoint: Checkpoint) -> Any:
     """The processor or the tokenizer; None if the checkpoint has none."""
-    folder = Path(checkpoint.name)
-    options: dict[str, Any] = {"local_files_only": checkpoint.is_local}
-    auto = transformers.AutoProcessor
-    if not checkpoint.is_local:
-        auto = transformers.AutoProcessor
-    elif not any((folder / name).is_file() for name in _PROCESSOR_FILES):
-        auto = transformers.AutoTokenizer
-        if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-            if checkpoint.gguf is None or not checkpoint.gguf.has_tokenizer:
-                return None
-            options["gguf_file"] = checkpoint.gguf.path.name
-            folder = checkpoint.gguf.path.parent
-    name = str(folder) if checkpoint.is_local else checkpoint.name
+    name, options = checkpoint.name, {"local_files_only": checkpoint.is_local}
+    auto: Any = transformers.AutoProcessor
+    if checkpoint.is_local:
+        files = {path.name for path in Path(checkpoint.name).iterdir()}
+        preprocessor = next((each for each in _PROCESSOR_FILES if each in files), None)
+        if preprocessor is None:
+            auto = transformers.AutoTokenizer
+            if not files & _TOKENIZER_FILES:
+                if checkpoint.gguf is None or not checkpoint.gguf.has_tokenizer:
+                    return None
+                name = str(checkpoint.gguf.path.parent)
+                options["gguf_file"] = checkpoint.gguf.path.name
+        elif not files & _TOKENIZER_FILES:
+            # A processor has a tokenizer, and its parts do not.
+            text = (Path(checkpoint.name) / preprocessor).read_text(encoding="utf-8")
+            auto = transformers.AutoFeatureExtractor if "feature_extractor" in text else transformers.AutoImageProcessor
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # damaged files end in errors of many kinds
