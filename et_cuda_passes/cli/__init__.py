@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, check_writable, guarded, list_files
-from et_cuda_passes.cli.exporting import export
+from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
@@ -62,7 +62,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def lower(
-    model: ModelPath,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an unfinished export."
+        ),
+    ],
     target: TargetName,
     output_dir: Annotated[
         Path, typer.Option("--output-dir", "-o", help="Where the files go; made if missing.")
@@ -79,10 +84,16 @@ def lower(
 ) -> None:
     """Rewrite MODEL for a target and write what it runs, with report.json.
 
-    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2. The folder of an export that another machine
+    could not finish gets what it lacks.
     """
     with guarded(debug):
         _known_target(target)
+        if is_export(model):
+            if output_dir not in (Path(), model) or stop_after or expect:
+                raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
+            finish(model, target)
+            return
         demanded = _expectations(expect or [], target)
         check_writable(output_dir)
         stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"

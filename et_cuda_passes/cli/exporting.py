@@ -14,6 +14,7 @@ import typer
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, check_writable, guarded, list_files
 from et_cuda_passes.executorch.lower import missing
 from et_cuda_passes.executorch.packed import read_report
+from et_cuda_passes.graph.report import ExpectationError
 from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes
@@ -23,6 +24,8 @@ from et_cuda_passes.targets import targets
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
 _MANIFEST = "export.json"
 _SHORTEST = 8
+# The other names of options are words of the language too.
+_OPTION = re.compile(r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback)\b|\balgorithm(?==)")
 
 
 def _option(name: str, **options: Any) -> Any:
@@ -162,6 +165,29 @@ def _export(
     return exported, loaded
 
 
+def is_export(path: Path) -> bool:
+    """Whether a path is the folder of an export."""
+    return path.is_dir() and (path / _MANIFEST).is_file()
+
+
+def finish(folder: Path, target: str) -> None:
+    """Lower what the machine that wrote an export saved packed for a target."""
+    with _refusals():
+        check_extra("finishing an export")
+    if lacking := missing(target):
+        raise LoweringError(f"lowering to {target} needs {lacking}: go on with {folder} on a machine that has it")
+    with Steps() as step:
+        step(f"reading {folder}")
+        from et_cuda_passes.hf.exporter import finish_export
+
+        with _stage(step, (target,)):
+            files = finish_export(folder, step, target)
+    if files:
+        list_files(files)
+    else:
+        typer.echo(f"{folder} has nothing to finish for {target}")
+
+
 # Refusals and errors --------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +220,10 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
         if "--dtype" in text and "xnnpack" in names and len(names) > 1:
             text += "; xnnpack computes in float32, so export for it with a command of its own"
         raise UsageError(text) from error
+    except ExpectationError as error:
+        first = next((each for each in error.report.outcomes if each.status == "missed"), None)
+        where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
+        raise LoweringError(f"{step.current}: {str(error).splitlines()[0]}{where}") from error
     except Exception as error:
         text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else brief(error)
         raise LoweringError(f"{step.current}: {text} (--debug shows the traceback)") from error
@@ -205,9 +235,7 @@ def _in_options(text: str) -> str:
     more = f" (and {len(others)} more)" if others else ""
     first = re.sub(r"(?:load the model with|convert it with) (.*torch\.)", r"give \1", first)
     first = re.sub(r"(?:dtype=torch\.|model\.to\(torch\.)(\w+)\)?", r"--dtype \1", first)
-    names = "|".join(f"{name}(?:_encoder)?" for name in ("qlinear", "qembedding"))
-    sizes = rf"\b((?:{names})(?:_group_size|_packing_format)?(?:_encoder)?|group_size_fallback|algorithm)\b(?==| is given)"
-    return re.sub(sizes, lambda match: "--" + match[1].replace("_", "-"), first) + more
+    return _OPTION.sub(lambda match: "--" + match[0].replace("_", "-"), first) + more
 
 
 def _check_output(folder: Path, overwrite: bool, model: str) -> None:

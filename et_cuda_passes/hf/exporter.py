@@ -371,12 +371,15 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         return Component.load(Path(path))
 
 
-def finish_export(folder: str | Path, progress: Progress = lambda step: None) -> list[Path]:
+def finish_export(
+    folder: str | Path, progress: Progress = lambda step: None, target: str | None = None
+) -> list[Path]:
     """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
 
     Args:
         folder: from :meth:`ExportedModel.save_pretrained`.
         progress: called with the name of each step as it begins.
+        target: the target to finish; None for each that is not finished.
 
     Returns:
         The files that were added; empty if nothing was left to do.
@@ -386,9 +389,9 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None) ->
     """
     folder = Path(folder)
     components, specs = _read_export(folder)
-    targets = {target for each in components.values() for target, build in each.builds.items() if build.missing}
+    targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
-    for target in sorted(targets):
+    for target in sorted(targets if target is None else targets & {target}):
         if lacking := missing(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
