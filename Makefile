@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test real nightly limits replay lint types layers golden docs clean
+.PHONY: help setup demo test real zoo nightly limits replay lint types layers golden docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real
+
+zoo: setup  ## architectures of transformers in small, for every target; writes docs/reference/zoo.md (ARGS=--fresh)
+	$(ONE_THREAD) $(PY) -m tests.zoo $(ARGS)
 
 nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000); every tiling of the tables in every group size
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels

@@ -6,7 +6,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -83,10 +83,8 @@ class Steps:
 
 def _reset_peak_memory() -> None:
     """Forget the largest resident memory until now, where the system can do that."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
 
 
 def _peak_memory() -> str:

@@ -1,7 +1,6 @@
 """``export``: a model on disk becomes programs for every target, in one folder."""
 
 import errno
-import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -38,7 +37,8 @@ Text = str | None
 
 def export(
     model: Annotated[
-        str, typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name.")
+        str,
+        typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
     target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(targets())}; several with commas.")],
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; made if missing.")],
@@ -47,7 +47,8 @@ def export(
         bool, _option("keep-gguf", help="Keep the blocks Q4_K, Q5_K and Q6_K of the GGUF file; expand the others.")
     ] = False,
     task: Annotated[
-        Text, typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's.")
+        Text,
+        typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's."),
     ] = None,
     qlinear: Annotated[Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}")] = None,
     qlinear_group_size: Annotated[int, _option("qlinear-group-size", help="Default 32; 0 is one scale per row.")] = 32,
@@ -62,7 +63,9 @@ def export(
     qembedding_encoder: Annotated[Text, _option("qembedding-encoder")] = None,
     qembedding_group_size_encoder: Annotated[int, _option("qembedding-group-size-encoder")] = 0,
     algorithm: Annotated[str, typer.Option("--algorithm", help="How scales are chosen: hqq or affine.")] = "hqq",
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="A TOML file with other schemes for some layers.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A TOML file with other schemes for some layers.")
+    ] = None,
     group_size_fallback: Annotated[
         str, _option("group-size-fallback", help="For in_features that the group does not divide: adjust, skip, error.")
     ] = "adjust",
@@ -75,7 +78,8 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        Text, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False)
+        Text,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
@@ -123,7 +127,7 @@ def export(
         list_files(_files(exported, output_dir))
         lacking = {name: each for name in quantization.targets if (each := missing(name))}
         if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
-            typer.echo(f'next: {shlex.join(["et-cuda-passes", "generate", str(output_dir), "--prompt", "Hello"])}')
+            typer.echo(f"next: {shlex.join(['et-cuda-passes', 'generate', str(output_dir), '--prompt', 'Hello'])}")
         if lacking:
             texts = [f"lowering to {name} needs {each}" for name, each in lacking.items()]
             command = " && ".join(
@@ -213,7 +217,9 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
         raise UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite")) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise LoweringError(f"{step.current}: the disk is full; free some space and run the command again") from error
+            raise LoweringError(
+                f"{step.current}: the disk is full; free some space and run the command again"
+            ) from error
         raise
     except (ExportError, ValueError) as error:
         text = _in_options(str(error))
@@ -248,11 +254,12 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         return
     if (folder / _MANIFEST).exists():
         raise UsageError(f"{folder} has an export already: name another folder, or give --overwrite")
-    found = sorted(os.listdir(folder))
+    found = sorted(path.name for path in folder.iterdir())
     if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise UsageError(
-            f"{folder} has other files ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}): name another folder, "
-            "or give --overwrite, which replaces files of the same names"
+            f"{folder} has other files ({shown}): name another folder, or give --overwrite, which replaces files of the "
+            "same names"
         )
 
 
@@ -270,7 +277,9 @@ def _check_dtype(dtype: str | None, names: tuple[str, ...]) -> None:
 def _print_kept(kept: dict[str, str]) -> None:
     if not kept:
         return
-    typer.echo(f"kept the blocks of {sum(not reason for reason in kept.values())} of {len(kept)} weights of the GGUF file")
+    typer.echo(
+        f"kept the blocks of {sum(not reason for reason in kept.values())} of {len(kept)} weights of the GGUF file"
+    )
     reasons: dict[str, list[str]] = {}
     for fqn, reason in kept.items():
         if reason:

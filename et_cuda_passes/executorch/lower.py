@@ -162,9 +162,7 @@ def _method_name(name: str) -> list[Any]:
     return [CompileSpec("method_name", name.encode())]
 
 
-def _executorch(
-    methods: Methods, partitioners: Mapping[str, Any], folder: Path, stem: str, progress: Progress
-) -> None:
+def _executorch(methods: Methods, partitioners: Mapping[str, Any], folder: Path, stem: str, progress: Progress) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
     with torch.no_grad(), gc_throttled():
@@ -186,7 +184,7 @@ def _executorch(
 
 def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from torch._inductor import aot_compile, aoti_compile_and_package
-    from torch._inductor.package import package_aoti
+    from torch.export.pt2_archive._package import package_pt2
 
     path = str(folder / f"{stem}.pt2")
     if len(methods) == 1:
@@ -206,10 +204,11 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
             progress(f"compiling {name} with AOTInductor")
             args, kwargs = program.example_inputs
             module = program.module(check_guards=False)
-            files[name] = aot_compile(module, args, kwargs, options=dict(options))
+            compiled: Any = aot_compile(module, args, kwargs, options=dict(options))
+            files[name] = compiled
         progress("serializing")
         _share_weights(files)
-        package_aoti(path, files)
+        package_pt2(path, aoti_files=files)
 
 
 def _share_weights(files: Mapping[str, list[Any]]) -> None:

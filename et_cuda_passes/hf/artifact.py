@@ -12,18 +12,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.utils._sympy.numbers import int_oo
 
 SUFFIX = ".etcp.json"
 _SCHEMA = 1
 
 
 class ExportError(ValueError):
-    """A model cannot be exported as asked, or an export cannot be read, saved or called; the message has the fix."""
+    """A model cannot be exported, or an export cannot be read, saved or called; the message has the fix."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Signature:
         """The signature of an exported program."""
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         inputs: list[Input] = []
-        symbols: set[str] = set()
+        symbols: set[int | str] = set()
         for spec in program.graph_signature.input_specs:
             if spec.kind != InputKind.USER_INPUT:
                 continue
@@ -69,14 +69,16 @@ class Signature:
                 constant = getattr(spec.arg, "value", None)
                 inputs.append(Input(spec.arg.name, constant=constant))
                 continue
+            if not _is_dense(value):
+                raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
             shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
-            symbols.update(size for size in shape if isinstance(size, str))
+            symbols.update(shape)
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
-        ranges: dict[str, tuple[int, int | None]] = {}
-        for symbol, bounds in program.range_constraints.items():
-            if str(symbol) in symbols:
-                upper = bounds.upper
-                ranges[str(symbol)] = (int(bounds.lower), int(upper) if isinstance(upper, (int, sympy.Integer)) else None)
+        ranges: dict[str, tuple[int, int | None]] = {
+            str(symbol): (int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper))
+            for symbol, bounds in program.range_constraints.items()
+            if str(symbol) in symbols
+        }
         return Signature(tuple(inputs), ranges)
 
     def check(self, leaves: Iterable[Any], component: str) -> None:
@@ -88,16 +90,18 @@ class Signature:
         given = list(leaves)
         if len(given) != len(self.inputs):
             raise ExportError(
-                f"{component} was traced with {len(self.inputs)} inputs ({', '.join(each.name for each in self.inputs)}), "
-                f"and this call has {len(given)}: pass the same arguments, and a cache in the same state (empty for a "
-                "prefill that was traced with an empty cache)"
+                f"{component} was traced with {len(self.inputs)} inputs "
+                f"({', '.join(each.name for each in self.inputs)}), and this call has {len(given)}: pass the same "
+                "arguments, and a cache in the same state (empty for a prefill that was traced with an empty cache)"
             )
         sizes: dict[str, tuple[int, str]] = {}
         for leaf, spec in zip(given, self.inputs, strict=True):
             if spec.dtype is None:
                 if isinstance(leaf, Tensor) or leaf != spec.constant:
                     shown = "a tensor" if isinstance(leaf, Tensor) else repr(leaf)
-                    raise ExportError(f"{component} was traced with {spec.name}={spec.constant!r}; it cannot be {shown}")
+                    raise ExportError(
+                        f"{component} was traced with {spec.name}={spec.constant!r}; it cannot be {shown}"
+                    )
                 continue
             if not isinstance(leaf, Tensor):
                 raise ExportError(f"{component} was traced with a tensor for {spec.name}; got {leaf!r}")
@@ -122,10 +126,25 @@ class Signature:
                 raise ExportError(f"{where}: {wanted} is {known} in {owner}")
             if wanted in self.ranges:
                 least, most = self.ranges[wanted]
-                # torch.export writes 2 for every dynamic size and accepts 1, as do the programs made from it.
+                # torch.export writes 2 for every dynamic size and accepts 1, as do the programs that are built from it.
                 if size < (1 if least <= 2 else least) or (most is not None and size > most):
                     bounds = f"from {least} to {most}" if most is not None else f"at least {least}"
-                    raise ExportError(f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs")
+                    raise ExportError(
+                        f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs"
+                    )
+
+
+def _is_dense(value: Tensor) -> bool:
+    """Whether a traced tensor is contiguous. The question to the tensor itself could restrict dynamic sizes."""
+    sizes, strides = (
+        [each if isinstance(each, int) else each.node.expr for each in parts] for parts in (value.shape, value.stride())
+    )
+    expected: Any = 1
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _shown(shape: tuple[int | str, ...]) -> str:
@@ -134,7 +153,7 @@ def _shown(shape: tuple[int | str, ...]) -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """What a target runs of a component.
+    """The files with which a target runs a component.
 
     Attributes:
         files: the files; several components may share them.
@@ -153,7 +172,7 @@ class Component:
         name: the name of the component, and of its method in a .pte with several.
         method: the name of its method in a .pte.
         signature: what a call must look like.
-        builds: by target, in the order in which the targets were asked for.
+        builds: by target, in the order of the config's targets.
         report: of the rewrite, by target, as data.
         folder: keeps the folder of files that were not saved yet.
     """
@@ -209,7 +228,10 @@ class Component:
                     f"{path} was written by a newer version of et_cuda_passes: install that one, or export again"
                 )
             inputs = tuple(_input(each) for each in data["inputs"])
-            ranges = {str(name): (int(low), None if high is None else int(high)) for name, (low, high) in data["ranges"].items()}
+            ranges = {
+                str(name): (int(low), None if high is None else int(high))
+                for name, (low, high) in data["ranges"].items()
+            }
             sizes = {
                 target: {str(name): int(size) for name, size in build["files"].items()}
                 for target, build in data["targets"].items()
@@ -235,7 +257,9 @@ def _input(data: Mapping[str, Any]) -> Input:
     if not isinstance(getattr(torch, data["dtype"]), torch.dtype):
         raise TypeError("the dtype is none")
     return Input(
-        str(data["name"]), str(data["dtype"]), tuple(size if isinstance(size, str) else int(size) for size in data["shape"])
+        str(data["name"]),
+        str(data["dtype"]),
+        tuple(size if isinstance(size, str) else int(size) for size in data["shape"]),
     )
 
 

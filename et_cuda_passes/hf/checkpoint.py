@@ -1,4 +1,4 @@
-"""A checkpoint on disk, checked before anything slow begins: a folder, a .safetensors file, a GGUF file, or a Hub name."""
+"""Where a model is: a folder, a .safetensors file, a GGUF file or a Hub name, checked before anything slow begins."""
 
 import importlib.util
 import re
@@ -25,7 +25,9 @@ def check_extra(command: str) -> None:
     Raises:
         ExportError: one is not.
     """
-    lacking = [name for name in ("transformers", "gguf", "accelerate", "safetensors") if not importlib.util.find_spec(name)]
+    lacking = [
+        name for name in ("transformers", "gguf", "accelerate", "safetensors") if not importlib.util.find_spec(name)
+    ]
     if lacking:
         raise ExportError(f"{command} needs {' and '.join(lacking)}: {_EXTRA}")
 
@@ -141,7 +143,7 @@ class GgufFile:
                 gguf.dequantize(tensor.data.reshape(-1, tensor.data.shape[-1])[:1], tensor.tensor_type)
             except NotImplementedError as error:
                 raise CheckpointError(
-                    f"{path}: {tensor.name} is of type {name}, which gguf cannot expand: convert the file to another type"
+                    f"{path}: {tensor.name} is of type {name}, which gguf cannot expand: convert the file"
                 ) from error
         return GgufFile(
             path,

@@ -28,9 +28,9 @@ def split_model(
 ) -> dict[str, tuple[nn.Module, Inputs]]:
     """The components that generation needs, in the order in which it runs them, each with the kwargs that it gets.
 
-    transformers splits off what ``forward`` runs. What ``generate`` runs before (the encoder of an encoder-decoder
-    model, and in most models those of images and audio) is added here, with the token embedding of a model whose
-    language model takes embeddings: an export without them could not be run.
+    transformers splits off the modules that ``forward`` runs. This function adds those that ``generate`` runs before:
+    the encoder of an encoder-decoder model, and in most models the encoders of images and audio. It also adds the token
+    embedding of a model whose language model takes embeddings. An export without them could not be run.
 
     Args:
         model: ``generate`` is called on it.
@@ -102,7 +102,7 @@ def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str)
     """``program``, whose constants have the names that they have in the whole model.
 
     Methods of one file share a constant by its name. The same weight must have one name in all methods, and the
-    constants that tracing made, which every program numbers from 0, must have another in each.
+    constants that tracing created, which every program numbers from 0, must have another in each.
 
     Args:
         program: a program of a submodule; it is not changed.
@@ -169,7 +169,7 @@ def _static(shapes: Any) -> Any:
     return type(shapes)(map(_static, shapes)) if isinstance(shapes, (list, tuple)) else None
 
 
-def fqn_in(root: nn.Module, module: nn.Module, name: str) -> str | None:
+def fqn_in(root: nn.Module, module: nn.Module) -> str | None:
     """The name of ``module`` in ``root``; None if it is none of its modules."""
     # transformers splits a model into shallow copies, which have the modules of the original.
     if module is root or (type(module) is type(root) and module._modules == root._modules):

@@ -5,13 +5,16 @@ rewritten and lowered per target afterwards.
 """
 
 import json
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,11 +41,15 @@ from et_cuda_passes.rewrite import rewrite
 
 FORMAT = "et_cuda_passes"
 REPORT_FILE = "report.json"
+# torchao's message for an operator that its tensors do not implement.
+_UNIMPLEMENTED = re.compile(
+    r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
+)
 _PACKAGES = ("torch", "torchao", "executorch")
 
 
 @dataclass
-class EtConfig(DynamoConfig):
+class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not followed
     """How :class:`EtExporter` exports a component: the fields of transformers' ``DynamoConfig``, and these.
 
     Attributes:
@@ -101,11 +108,13 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
     """transformers' ``ExportedModel``, whose ``save_pretrained`` writes everything or nothing, and a report.
 
     Attributes:
-        report: what became of every quantized weight by target and component, the quantization, the versions of the
+        report: the outcome of every quantized weight by target and component, the quantization, the versions of the
             packages, and the command line.
     """
 
-    report: Mapping[str, Any] = {}
+    def __init__(self, *args: Any, report: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.report: Mapping[str, Any] = report or {}
 
     def save_pretrained(
         self,
@@ -118,7 +127,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         """Write the export to a folder, from which :meth:`from_pretrained` loads it.
 
         Args:
-            save_directory: the folder; made where it does not exist.
+            save_directory: the folder; created where it does not exist.
             push_to_hub: must be False: upload the folder with ``huggingface_hub`` afterwards.
             overwrite: replace an export that the folder holds.
             processor: the tokenizer or processor, to be saved beside the programs.
@@ -170,6 +179,21 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         return model
 
 
+@dataclass(frozen=True)
+class Traced:
+    """The generic programs of a model's components: quantized, not rewritten for any target.
+
+    Attributes:
+        programs: by component; constants have the names that they have in the whole model.
+        metadata: what transformers recorded, by component.
+        quantization: the report of each quantization.
+    """
+
+    programs: dict[str, ExportedProgram]
+    metadata: dict[str, ExportMetadata]
+    quantization: list[dict[str, Any]]
+
+
 class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not followed
     """Exports a model of transformers for the targets of its config.
 
@@ -189,8 +213,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     config_class = EtConfig
     program_suffix = SUFFIX
 
-    required_packages = list(_PACKAGES)
-    tested_versions: dict[str, str] = {}  # noqa: RUF012  (as transformers declares it)
+    required_packages: ClassVar[list[str]] = list(_PACKAGES)
+    tested_versions: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self, progress: Progress = lambda step: None, planned: Callable[[int], None] = lambda count: None
@@ -212,15 +236,17 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         Raises:
             ExportError: the model and a target do not go together.
         """
-        exported = self._export({"model": (model, sample_inputs)}, {"model": config}, model, sample_inputs)
+        exported = self._export(
+            {"model": (model, sample_inputs)}, {"model": config}, model, _text_length(sample_inputs)
+        )
         component = exported.components["model"]
         return component.program, component.metadata
 
-    def export(
-        self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]
-    ) -> ExportedModel:
+    def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
-        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model, sample_inputs)
+        return self._export(
+            {"model": (model, sample_inputs)}, {"model": _config(config)}, model, _text_length(sample_inputs)
+        )
 
     def export_for_generation(
         self,
@@ -257,56 +283,79 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             raise ExportError(
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
             )
-        exported = self._export(parts, configs, shared, sample_inputs)
-        exported.generation_config = generation_config
+        exported = self._export(parts, configs, shared, _text_length(sample_inputs))
+        exported.generation_config = generation_config or getattr(model, "generation_config", None)
         return exported
+
+    def trace(
+        self,
+        parts: Mapping[str, tuple[nn.Module, Inputs]],
+        configs: Mapping[str, EtConfig],
+        root: nn.Module,
+        text_length: int | None = None,
+    ) -> "Traced":
+        """Quantize ``root`` once for each quantization in ``configs``, and trace its parts; nothing is lowered.
+
+        Args:
+            parts: modules of ``root`` with the kwargs of their forward, by component.
+            configs: by component.
+            root: the whole model; not changed.
+            text_length: the length of the text in the kwargs, for a config with ``max_length``.
+
+        Raises:
+            ExportError: the model and a target do not go together.
+            ExportError: the model reads a quantized weight in a way that torchao cannot trace.
+            RuntimeError: transformers cannot trace a part.
+        """
+        for name, (module, _) in parts.items():
+            _check_dtypes(module, configs[name], name)
+        copies = _Quantized(root, self._progress)
+        programs: dict[str, ExportedProgram] = {}
+        metadata: dict[str, ExportMetadata] = {}
+        for name, (module, inputs) in parts.items():
+            fqn = fqn_in(root, module)
+            quantized = copies.get(configs[name], module, fqn)
+            self._progress(f"exporting {name}")
+            try:
+                config = _with_shapes(configs[name], quantized, inputs, text_length)
+                with torch.no_grad():
+                    program, metadata[name] = super().export_program(quantized, _contiguous(inputs), config)
+            except Exception as error:
+                if operator := _UNIMPLEMENTED.search(str(error)):
+                    raise ExportError(
+                        f"{name}: {_line_of_model(error)} reads a quantized weight with {operator[1]}, which torchao "
+                        "does not implement for quantized weights: leave that layer as it is (skip it in a recipe)"
+                    ) from error
+                raise RuntimeError(
+                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
+                ) from error
+            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
+            programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
+        return Traced(programs, metadata, copies.reports())
 
     def _export(
         self,
         parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
-        sample_inputs: Inputs,
+        text_length: int | None,
     ) -> ExportedModel:
-        """Quantize ``root`` once for each quantization in ``configs``, trace its parts, and lower them together."""
+        """Quantize ``root``, trace its parts, and lower them together."""
         self._planned(_steps(parts, configs))
-        for name, (module, _) in parts.items():
-            _check_dtypes(module, configs[name], name)
-        copies = _Quantized(root, self._progress)
-        traced: dict[str, tuple[ExportedProgram, ExportMetadata]] = {}
-        for name, (module, inputs) in parts.items():
-            fqn = fqn_in(root, module, name)
-            quantized = copies.get(configs[name], module, fqn)
-            self._progress(f"exporting {name}")
-            try:
-                config = _with_shapes(configs[name], quantized, inputs, sample_inputs)
-                with torch.no_grad():
-                    program, metadata = super().export_program(quantized, _contiguous(inputs), config)
-            except Exception as error:
-                raise RuntimeError(
-                    f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
-                ) from error
-            metadata.export_config = json.loads(configs[name].to_json_string())
-            metadata.packages["et_cuda_passes"] = version("et-cuda-passes")
-            traced[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else ""), metadata
-        programs = {name: program for name, (program, _) in traced.items()}
-        components = self._lower(programs, configs)
-        report = {
-            "targets": {
-                target: {name: each.report[target] for name, each in components.items() if target in each.report}
-                for target in dict.fromkeys(target for each in components.values() for target in each.builds)
-            },
-            "quantization": copies.reports(),
-            "command": sys.argv,
-            "packages": {name: metadata.packages for name, (_, metadata) in traced.items()},
-        }
-        exported = ExportedModel(
-            {name: ExportedComponent(each, traced[name][1]) for name, each in components.items()},
+        traced = self.trace(parts, configs, root, text_length)
+        components = self._lower(traced.programs, configs)
+        return ExportedModel(
+            {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
             self.export_format,
             config=getattr(root, "config", None),
+            report={
+                "targets": _reports_by_target(components),
+                "quantization": traced.quantization,
+                "command": sys.argv,
+                "packages": {name: each.packages for name, each in traced.metadata.items()},
+            },
         )
-        exported.report = report
-        return exported
 
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
         """Rewrite each program for its targets, and lower those of one target together."""
@@ -357,7 +406,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 builds[name] = Build((path,), lacking)
             return builds
         methods = {"forward": programs["model"]} if alone and "model" in programs else programs
-        files = lower(methods, target, folder, f"model.{target}", lambda step: self._progress(f"{target}: {step}"))
+        files = lower(methods, target, folder, f"model.{target}", partial(_with_target, self._progress, target))
         return dict.fromkeys(programs, Build(tuple(files)))
 
     @classmethod
@@ -371,15 +420,34 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         return Component.load(Path(path))
 
 
-def finish_export(
-    folder: str | Path, progress: Progress = lambda step: None, target: str | None = None
-) -> list[Path]:
+def _line_of_model(error: BaseException) -> str:
+    """``file:line`` of the last frame that is in the code of a model."""
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [frame for frame in frames if Path(frame.filename).name.startswith("modeling_")] or frames
+    return f"{Path(found[-1].filename).name}:{found[-1].lineno}"
+
+
+def _with_target(progress: Progress, target: str, step: str) -> None:
+    progress(f"{target}: {step}")
+
+
+def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
+    """The reports of the rewrites by target and component."""
+    reports: dict[str, dict[str, Any]] = {}
+    for name, component in components.items():
+        for target, report in component.report.items():
+            reports.setdefault(target, {})[name] = report
+    return reports
+
+
+def finish_export(folder: str | Path, progress: Progress = lambda step: None, only: str | None = None) -> list[Path]:
     """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
 
     Args:
         folder: from :meth:`ExportedModel.save_pretrained`.
         progress: called with the name of each step as it begins.
-        target: the target to finish; None for each that is not finished.
+        only: the target to finish; None for each that is not finished.
+        only: the target to finish; None for each that is not finished.
 
     Returns:
         The files that were added; empty if nothing was left to do.
@@ -391,7 +459,7 @@ def finish_export(
     components, specs = _read_export(folder)
     targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
-    for target in sorted(targets if target is None else targets & {target}):
+    for target in sorted(targets if only is None else targets & {only}):
         if lacking := missing(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
@@ -403,7 +471,7 @@ def finish_export(
             programs[component.method] = load_model(component.builds[target].files[0], target).program
         packed = [component.builds[target].files[0] for component in unfinished.values()]
         with staged(folder) as staging:
-            files = lower(programs, target, staging, f"model.{target}", lambda step: progress(f"{target}: {step}"))
+            files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
             for name, component in unfinished.items():
                 component.builds[target] = Build(tuple(files))
                 component.write(staging / f"{name}{SUFFIX}")
@@ -443,7 +511,7 @@ class _Quantized:
         return self._copy_of(config).get_submodule(fqn) if fqn is not None else self._prepared(module, config)[0]
 
     def reports(self) -> list[dict[str, Any]]:
-        """What was quantized, for each quantization."""
+        """The reports of the quantizations."""
         return [report.to_dict() for _, _, report in self._copies if report is not None]
 
     def _copy_of(self, config: EtConfig) -> nn.Module:
@@ -458,12 +526,18 @@ class _Quantized:
         model = structural_copy(module)
         model.eval()
         # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
-        if "xnnpack" in config.targets and isinstance(model, PreTrainedModel) and model._can_set_experts_implementation():
+        if (
+            "xnnpack" in config.targets
+            and isinstance(model, PreTrainedModel)
+            and model._can_set_experts_implementation()
+        ):
             model.set_experts_implementation("batched_mm")
         report = None
         if config.quantizes:
             self._progress("quantizing")
-            report = quantize_model_(model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)})
+            report = quantize_model_(
+                model, **{each.name: getattr(config, each.name) for each in fields(QuantizationOptions)}
+            )
         return model, report
 
 
@@ -477,14 +551,19 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
     return count
 
 
-def _with_shapes(config: EtConfig, model: nn.Module, inputs: Inputs, sample_inputs: Inputs) -> EtConfig:
+def _text_length(inputs: Inputs) -> int | None:
+    """The number of tokens in the inputs."""
+    tokens = inputs.get("input_ids")
+    return None if tokens is None else int(tokens.shape[1])
+
+
+def _with_shapes(config: EtConfig, model: nn.Module, inputs: Inputs, text_length: int | None) -> EtConfig:
     """``config`` with the dynamic sizes of a component, if only the length of the text is dynamic."""
-    text = sample_inputs.get("input_ids")
-    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text is None:
+    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text_length is None:
         return config
     # transformers adds inputs before it traces, and the shapes must be those of all.
     prepared = prepare_for_export(model, dict(inputs))[1]
-    return replace(config, dynamic_shapes=length_shapes(prepared, text.shape[1], config.max_length))
+    return replace(config, dynamic_shapes=length_shapes(prepared, text_length, config.max_length))
 
 
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:

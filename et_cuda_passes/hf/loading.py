@@ -167,7 +167,9 @@ def _max_length(config: Any, wanted: int | None) -> int:
     text = config.get_text_config()
     positions = next((int(getattr(text, name)) for name in _POSITIONS if getattr(text, name, None)), None)
     if wanted is not None and positions is not None and wanted > positions:
-        raise CheckpointError(f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that")
+        raise CheckpointError(
+            f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that"
+        )
     return wanted or min(positions or _LONGEST, _LONGEST)
 
 
@@ -175,7 +177,11 @@ def _max_length(config: Any, wanted: int | None) -> int:
 
 
 def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> Any:
-    options: dict[str, Any] = {"config": config, "output_loading_info": True, "dtype": DTYPES[dtype] if dtype else "auto"}
+    options: dict[str, Any] = {
+        "config": config,
+        "output_loading_info": True,
+        "dtype": DTYPES[dtype] if dtype else "auto",
+    }
     name: str | None = checkpoint.name
     if checkpoint.gguf is not None:
         # Otherwise a machine with a kernel for the file's own blocks gets no nn.Linear to quantize.
@@ -261,7 +267,9 @@ def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
     if name in ("input_values", "input_features"):
         return {name: _sound(config, processor, name).to(model.dtype)}
     if name != "input_ids":
-        raise CheckpointError(f"{type(model).__name__} takes {name}, which this command cannot make: use EtExporter in Python")
+        raise CheckpointError(
+            f"{type(model).__name__} takes {name}, which this command cannot make: use EtExporter in Python"
+        )
     inputs = _text(config, processor, length)
     if config.is_encoder_decoder and not model.can_generate():
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -318,7 +326,9 @@ def _sound(config: Any, processor: Any, name: str) -> Tensor:
     bins = getattr(config, "num_mel_bins", None)
     frames = getattr(config, "max_source_positions", None)
     if not bins:
-        raise CheckpointError(f"{config.model_type} needs its feature extractor: copy preprocessor_config.json to the model")
+        raise CheckpointError(
+            f"{config.model_type} needs its feature extractor: copy preprocessor_config.json to the model"
+        )
     return torch.rand(1, int(bins), 2 * int(frames) if frames else 100)
 
 

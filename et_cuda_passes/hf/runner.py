@@ -1,14 +1,14 @@
 """Runs an exported component: with AOTInductor on the CPU, with ExecuTorch's runtime, or as a CUDA delegate."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.fx._pytree as fx_pytree
 from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES
 from transformers.exporters.metadata import ExportMetadata, load_treespec
 from transformers.exporters.runners.base import ModelRunner
 
@@ -23,7 +23,7 @@ Call = Callable[[list[Any]], list[Any]]
 """From the flat inputs to the flat outputs. Tensors that the program mutates hold their new values afterwards."""
 
 
-class EtModelRunner(ModelRunner):
+class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not followed
     """Runs one component for one of its targets: ``runner(**kwargs)`` returns what the model's forward returns.
 
     THIS EXECUTES CODE FROM THE FILES, except for xnnpack: load only exports that you trust.
@@ -31,8 +31,8 @@ class EtModelRunner(ModelRunner):
     A tensor that the model mutates, such as those of a static cache, holds its new values after the call.
 
     Args:
-        component: what the exporter made, or was read from a folder.
-        metadata: what the exporter recorded.
+        component: from the exporter, or read from a folder.
+        metadata: as transformers recorded it.
         target: one of the component's targets.
 
     Raises:
@@ -70,7 +70,7 @@ class EtModelRunner(ModelRunner):
 
         Args:
             program: the component.
-            metadata: what the exporter recorded.
+            metadata: as transformers recorded it.
             device: "cpu" or "cuda"; None for any.
             target: one of the component's targets; None for the first that runs here, and on ``device``.
 
@@ -117,7 +117,7 @@ class EtModelRunner(ModelRunner):
         """The leaves in the order of the program."""
         constants = self.metadata.in_constants
         for name, value in kwargs.items():
-            if name in constants and value != constants[name]:
+            if name in constants and (isinstance(value, Tensor) or value != constants[name]):
                 raise ExportError(
                     f"{self.component.name} was traced with {name}={constants[name]!r}; it cannot be {value!r}"
                 )
@@ -128,13 +128,50 @@ class EtModelRunner(ModelRunner):
         if missing or unknown:
             problem = f"needs {', '.join(missing)}" if missing else f"was not traced with {', '.join(unknown)}"
             raise ExportError(f"{self.component.name} {problem}; it takes {', '.join(self._names)}")
-        try:
-            return list(fx_pytree.tree_flatten_spec(((), {name: given[name] for name in self._names}), self.in_spec))
-        except (KeyError, TypeError, ValueError) as error:
+        leaves: list[Any] = []
+        for name, spec in zip(self._names, self.in_spec.children()[1].children(), strict=True):
+            leaves += _flatten(given[name], spec, f"{self.component.name} was traced with {name}")
+        return leaves
+
+
+def _flatten(value: Any, spec: Any, where: str) -> list[Any]:
+    """The leaves of ``value`` in the order of ``spec``.
+
+    Raises:
+        ExportError: it has another structure.
+    """
+    if spec.is_leaf():
+        return [value]
+    keys = spec.context
+    if isinstance(value, Mapping) and isinstance(keys, list) and all(isinstance(key, str) for key in keys):
+        # A dict, or a ModelOutput of any class, in any order.
+        names = [key for key, part in value.items() if part is not None or key in keys]
+        if set(names) != set(keys):
+            raise ExportError(f"{where} with the keys {', '.join(keys)}; found {', '.join(names) or 'none'}")
+        children = [value[key] for key in keys]
+    else:
+        if type(value) is not spec.type:
+            raise ExportError(f"{where} as a {spec.type.__name__}; found a {type(value).__name__}")
+        children, context = SUPPORTED_NODES[spec.type].flatten_fn(value)
+        if _without_devices(context) != _without_devices(spec.context):
             raise ExportError(
-                f"{self.component.name} was traced with arguments of another structure ({error}): pass the same types, "
-                "dicts with the same keys, and caches of the same class"
-            ) from error
+                f"{where} as a {spec.type.__name__} of another state or size: an empty cache for a prefill that was "
+                "traced with one, a filled one for a decode, and as long as in the export"
+            )
+    parts = zip(children, spec.children(), strict=True)
+    return [leaf for child, part in parts for leaf in _flatten(child, part, where)]
+
+
+def _without_devices(context: Any) -> Any:
+    """The context of a pytree node as transformers writes it for caches, without the devices of their tensors.
+
+    A program that was traced on the CPU runs on another device, where its caches are.
+    """
+    if isinstance(context, dict):
+        return {key: _without_devices(value) for key, value in context.items() if context.get("_t") != "device"}
+    if isinstance(context, (list, tuple)):
+        return [_without_devices(value) for value in context]
+    return context
 
 
 def _runs_here(target: str) -> bool:
@@ -143,8 +180,6 @@ def _runs_here(target: str) -> bool:
 
 class _Loaded:
     """The files of a target, loaded once for all components that they contain."""
-
-    _all: "WeakValueDictionary[tuple[str, Path, int, int], _Loaded]" = WeakValueDictionary()
 
     def __init__(self, target: str, path: Path) -> None:
         self.target, self.path = target, path
@@ -155,9 +190,9 @@ class _Loaded:
         path = next(file for file in files if file.suffix in (".pte", ".pt2")).resolve()
         status = path.stat()
         key = (target, path, status.st_mtime_ns, status.st_ino)
-        loaded = _Loaded._all.get(key)
+        loaded = _LOADED.get(key)
         if loaded is None:
-            loaded = _Loaded._all[key] = _Loaded(target, path)
+            loaded = _LOADED[key] = _Loaded(target, path)
         return loaded
 
     def method(self, name: str) -> Call:
@@ -167,12 +202,14 @@ class _Loaded:
 
     @cached_property
     def _package(self) -> dict[str, Any]:
-        from torch._inductor.package.package import load_pt2
+        from torch.export.pt2_archive._package import load_pt2
 
         try:
             runners: dict[str, Any] = load_pt2(str(self.path), load_weights_from_disk=True).aoti_runners
         except RuntimeError as error:
-            raise ExportError(f"{self.path} cannot be loaded ({_first_line(error)}): export the model again here") from error
+            raise ExportError(
+                f"{self.path} cannot be loaded ({_first_line(error)}): export the model again here"
+            ) from error
         return runners
 
     def _cpu_method(self, name: str) -> Call:
@@ -226,6 +263,9 @@ class _Loaded:
         method = self._delegate_program.method(name)
         plan = self._plans[name]
         return _with_mutations(lambda leaves: method(*leaves), plan.inputs, plan.outputs)
+
+
+_LOADED: "WeakValueDictionary[tuple[str, Path, int, int], _Loaded]" = WeakValueDictionary()
 
 
 def _with_mutations(call: Call, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Call:

@@ -24,7 +24,22 @@ from transformers import (
 
 from tests.hf.models import bert, qwen
 
-WORDS = ("[UNK]", "[EOS]", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "and", "then", "it", "sleeps")
+WORDS = (
+    "[UNK]",
+    "[EOS]",
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "it",
+    "sleeps",
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -34,16 +34,16 @@ def bert(**options: Any) -> Any:
 
 
 def qwen_config(**options: Any) -> Any:
-    sizes = dict(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        vocab_size=96,
-        max_position_embeddings=64,
-    )
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
     return Qwen3Config(**(sizes | options))
 
 
@@ -52,7 +52,7 @@ def qwen(**options: Any) -> Any:
 
 
 def t5() -> Any:
-    sizes = dict(vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4)
+    sizes = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
     return T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, **sizes)).eval()
 
 

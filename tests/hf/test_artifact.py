@@ -13,8 +13,7 @@ import torch
 from transformers import BertTokenizer
 from transformers.exporters import ExportedModel as TransformersExportedModel
 
-from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
-from et_cuda_passes.hf import artifact
+from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel, artifact
 from et_cuda_passes.hf.artifact import ExportError
 from tests.hf.models import bert, tokens
 
@@ -149,6 +148,9 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+OUTSIDE = {"cpu": {"files": {"../x.pt2": 1}, "missing": None}}
+
+
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -161,10 +163,9 @@ def change(path: Path, **values: Any) -> None:
         (lambda folder: truncate(folder / "model.etcp.json"), "is damaged, or not a component of an export"),
         (lambda folder: change(folder / "model.etcp.json", schema=2), "written by a newer version"),
         (lambda folder: change(folder / "model.etcp.json", inputs=[{"name": "x", "dtype": "nn"}]), "is damaged"),
-        (lambda folder: change(folder / "model.etcp.json", targets={"cpu": {"files": {"../x.pt2": 1}, "missing": None}}),
-         "which is not beside it"),
+        (lambda folder: change(folder / "model.etcp.json", targets=OUTSIDE), "which is not beside it"),
     ],
-)  # fmt: skip
+)
 def test_damaged_folder_is_an_error_with_the_file(folder: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(folder)
     with pytest.raises(ExportError, match=message):
@@ -217,3 +218,24 @@ def test_missing_and_unknown_arguments_are_errors(exported: Any, inputs: dict[st
     with pytest.raises(ExportError, match="was not traced with position_ids"):
         runner(**inputs, position_ids=inputs["input_ids"])
     assert runner(**inputs, position_ids=None).last_hidden_state.shape == (2, 7, 64)
+
+
+@pytest.mark.parametrize("target", ["xnnpack", "cpu"])
+def test_outputs_of_a_former_call_stay(exported: Any, inputs: dict[str, torch.Tensor], target: str) -> None:
+    exported.to(target=target)
+    first = exported(**inputs).last_hidden_state
+    before = first.clone()
+    second = exported(**tokens(rows=2)).last_hidden_state
+    assert not torch.equal(first, second)
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("target", ["xnnpack", "cpu"])
+def test_inputs_that_are_not_contiguous_give_the_same_numbers(
+    exported: Any, inputs: dict[str, torch.Tensor], target: str
+) -> None:
+    exported.to(target=target)
+    turned = {name: value.t().contiguous().t() for name, value in inputs.items()}
+    assert not turned["input_ids"].is_contiguous()
+    expected = exported(**inputs).last_hidden_state
+    torch.testing.assert_close(exported(**turned).last_hidden_state, expected, rtol=0, atol=0)

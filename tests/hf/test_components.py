@@ -1,11 +1,11 @@
-"""The components of a model: complete, with one name for each constant, and equal to the whole model when run in turn."""
+"""The components of a model: complete, one name for each constant, and equal to the whole model when run in turn."""
 
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import EncoderDecoderCache, StaticCache
+from transformers import EncoderDecoderCache, FalconConfig, FalconForCausalLM, StaticCache
 
 from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.artifact import ExportError
@@ -172,6 +172,13 @@ def test_components_have_their_own_configs_and_targets() -> None:
     assert list(exported.report["targets"]["xnnpack"]) == ["prefill"]
     with pytest.raises(ExportError, match="no entry for decode; the components are prefill, decode"):
         EtExporter().export_for_generation(qwen(), tokens(), {"prefill": configs["prefill"]})
+
+
+def test_weight_that_is_read_other_than_by_a_linear_is_an_error_with_the_line() -> None:
+    config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
+    message = r"model: modeling_falcon.py:\d+ reads a quantized weight with aten\.\w+, .*skip it in a recipe"
+    with pytest.raises(ExportError, match=message):
+        EtExporter().export(FalconForCausalLM(config), tokens(), EtConfig(target="cuda", qlinear="4w"))
 
 
 def test_wrong_configs_are_refused_before_any_work() -> None:

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from transformers import StaticCache
-from transformers.exporters import ExportedModel as TransformersExportedModel
 
-from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
+from et_cuda_passes.hf import EtConfig, EtExporter
+from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.schemes import quantize_model_
 from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
@@ -77,7 +77,9 @@ def expected_tokens(model: Any, ids: torch.Tensor) -> list[int]:
     config = static_cache()
     config.max_new_tokens = STEPS
     with torch.no_grad():
-        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+            0, ids.shape[1] :
+        ].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +127,70 @@ def test_generation_on_xnnpack_gives_the_tokens_of_the_model(causal: Any, scheme
     exported = EtExporter().export_for_generation(causal, tokens(), config, generation_config=static_cache())
     reference = causal if scheme is None else quantized(causal, qlinear=scheme)
     assert generate(exported, ids, STEPS) == expected_tokens(reference, ids)
+
+
+def prefill_arguments(length: int, cache: Any) -> dict[str, Any]:
+    return {
+        "input_ids": torch.randint(1, 90, (1, length)),
+        "attention_mask": {"full_attention": None},
+        "position_ids": torch.arange(length)[None],
+        "past_key_values": cache,
+    }
+
+
+@pytest.mark.parametrize("target", ["cpu", "xnnpack"])
+def test_calls_outside_of_the_export_are_errors(two_targets: Any, target: str) -> None:
+    two_targets.to(target=target)
+    prefill, decode = (two_targets.runners[name] for name in ("prefill", "decode"))
+    empty = StaticCache(config=two_targets.config, max_cache_len=CACHE)
+    with pytest.raises(ExportError, match=r"sizes of s\d+ from 2 to 31"):
+        prefill(**prefill_arguments(CACHE + 1, empty))
+    with pytest.raises(
+        ExportError, match=r"position_ids with the shape \[1, s\d+\]; got \[1, 6\]: s\d+ is 5 in input_ids"
+    ):
+        prefill(**(prefill_arguments(5, empty) | {"position_ids": torch.arange(6)[None]}))
+    with pytest.raises(ExportError, match="attention_mask with the keys full_attention; found none"):
+        prefill(**(prefill_arguments(5, empty) | {"attention_mask": {}}))
+    with pytest.raises(ExportError, match="attention_mask_full_attention=None; it cannot be a tensor"):
+        prefill(**(prefill_arguments(5, empty) | {"attention_mask": {"full_attention": torch.ones(1, 5)}}))
+    filled = prefill(**prefill_arguments(5, empty)).past_key_values
+    with pytest.raises(ExportError, match="past_key_values as a StaticCache of another state or size"):
+        prefill(**prefill_arguments(5, filled))
+    step = {
+        "input_ids": torch.tensor([[1]]),
+        "attention_mask": {"full_attention": (torch.arange(CACHE) <= 5)[None, None, None]},
+        "position_ids": torch.tensor([[5]]),
+    }
+    other = StaticCache(config=two_targets.config, max_cache_len=CACHE + 1)
+    with torch.no_grad():
+        qwen()(input_ids=torch.tensor([[1, 2]]), past_key_values=other)
+    with pytest.raises(ExportError, match="past_key_values as a StaticCache of another state or size"):
+        decode(**step, past_key_values=other)
+    assert decode(**step, past_key_values=filled).logits.shape == (1, 1, 96)
+
+
+def test_copies_of_the_inputs_are_mutated_instead_on_request(two_targets: Any) -> None:
+    for target in ("cpu", "xnnpack"):
+        two_targets.to(target=target)
+        cache = StaticCache(config=two_targets.config, max_cache_len=CACHE)
+        count = cache.layers[0].cumulative_length
+        two_targets.runners["prefill"](share_inputs=False, **prefill_arguments(5, cache))
+        assert int(count) == 0
+        two_targets.runners["prefill"](**prefill_arguments(5, cache))
+        assert int(count) == 5
+
+
+def test_device_of_a_cache_does_not_matter(two_targets: Any) -> None:
+    two_targets.to(target="cpu")
+    filled = two_targets.runners["prefill"](
+        **prefill_arguments(5, StaticCache(config=two_targets.config, max_cache_len=CACHE))
+    ).past_key_values
+    for layer in filled.layers:
+        layer.device = torch.device("cuda")
+    two_targets.runners["decode"](
+        input_ids=torch.tensor([[1]]),
+        attention_mask={"full_attention": (torch.arange(CACHE) <= 5)[None, None, None]},
+        position_ids=torch.tensor([[5]]),
+        past_key_values=filled,
+    )
+    assert int(filled.layers[0].cumulative_length) == 6

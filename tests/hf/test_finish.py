@@ -30,16 +30,16 @@ def test_cuda_without_a_gpu_gives_packed_programs_and_says_how_to_go_on(tmp_path
         assert (counts["rewritten"], counts["missed"]) == (8, 0)
     exported.save_pretrained(tmp_path / "out")
     assert {"prefill.cuda.packed.pt2", "decode.cuda.packed.pt2"} <= set(names(tmp_path / "out"))
-    message = rf"not lowered for cuda: .* lacked {LACKING}.*finish the saved folder with et_cuda_passes.hf.finish_export"
+    message = (
+        rf"not lowered for cuda: .* lacked {LACKING}.*finish the saved folder with et_cuda_passes.hf.finish_export"
+    )
     with pytest.raises(ExportError, match=message):
         ExportedModel.from_pretrained(tmp_path / "out")
     with pytest.raises(ExportError, match=f"lowering to cuda needs {LACKING}"):
         finish_export(tmp_path / "out")
 
 
-def test_packed_programs_are_finished_where_nothing_is_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_programs_are_finished_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = qwen(num_hidden_layers=1), tokens()
     with monkeypatch.context() as patched:
         patched.setattr(exporter, "missing", lambda target: "a compiler" if target == "cpu" else None)
@@ -62,7 +62,8 @@ def test_packed_programs_are_finished_where_nothing_is_missing(
         "position_ids": torch.arange(7)[None],
     }
     found, expected = (
-        each.runners["prefill"](**arguments, past_key_values=StaticCache(config=model.config, max_cache_len=32)).logits for each in (again, whole)
+        each.runners["prefill"](**arguments, past_key_values=StaticCache(config=model.config, max_cache_len=32)).logits
+        for each in (again, whole)
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 

@@ -99,9 +99,7 @@ def test_folder_that_is_no_export_is_refused(tmp_path: Path, folder: Path) -> No
         load_exported(tmp_path)
     with pytest.raises(GenerationError, match="has no tokenizer: copy the tokenizer files"):
         load_tokenizer(tmp_path)
-    with pytest.raises(
-        GenerationError, match="format dynamo, which has no targets|not exported for metal"
-    ):
+    with pytest.raises(GenerationError, match="format dynamo, which has no targets|not exported for metal"):
         load_exported(folder, target="metal")
     (tmp_path / "export.json").write_text("{}")
     with pytest.raises(GenerationError, match=r"cannot be loaded \(KeyError: 'export_format'\)"):
