@@ -1,10 +1,13 @@
 """The encoders of a model, by the methods and names that transformers gives its models."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 _MODALITIES = ("image", "video", "audio")
+_LANGUAGE_MODELS = ("text_config", "decoder", "generator")
+"""Names of the configuration of a language model within that of a larger model."""
 _PROJECTORS = ("multi_modal_projector", "projector", "connector", "encoder_projector")
 """Names of the modules that convert the encoder's features to the size of the language model, after the encoder."""
 
@@ -17,11 +20,11 @@ def encoder_fqns(model: nn.Module) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for prefix, owner in _owners(model):
         names = {module: fqn for fqn, module in owner.named_modules()}
-        encoders = [module for module in _encoders(owner) if module in names and module is not owner]
-        for module in encoders:
-            found[_join(prefix, names[module])] = None
-        for fqn, _ in owner.named_modules():
-            if fqn.rpartition(".")[2] in _PROJECTORS and encoders and _is_sibling(fqn, [names[m] for m in encoders]):
+        encoders = [fqn for fqn in _encoders(owner, names) if fqn]
+        parents = {fqn.rpartition(".")[0] for fqn in encoders}
+        for fqn in names.values():
+            parent, _, name = fqn.rpartition(".")
+            if fqn in encoders or (name in _PROJECTORS and parent in parents):
                 found[_join(prefix, fqn)] = None
     return tuple(found)
 
@@ -36,18 +39,19 @@ def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _encoders(owner: Any) -> list[nn.Module]:
-    """The encoders of a model of transformers, as its ``get_encoder`` finds them."""
+def _encoders(owner: Any, names: Mapping[nn.Module, str]) -> list[str]:
+    """The FQNs of what ``get_encoder`` of a model of transformers finds; empty for the model itself."""
     config = owner.config
-    if getattr(config, "is_encoder_decoder", False):
-        return [owner.get_encoder()]
-    if all(getattr(config, name, None) is None for name in ("text_config", "decoder", "generator")):
+    # Without one of these, the model is an encoder as a whole, or a decoder.
+    has_language_model = any(getattr(config, name, None) is not None for name in _LANGUAGE_MODELS)
+    if not has_language_model and not getattr(config, "is_encoder_decoder", False):
         return []
-    return [owner.get_encoder(modality=modality) for modality in _MODALITIES]
-
-
-def _is_sibling(fqn: str, others: list[str]) -> bool:
-    return any(fqn.rpartition(".")[0] == other.rpartition(".")[0] for other in others)
+    first = names.get(owner.get_encoder(), "")
+    # A decoder without an encoder returns itself, in a larger model too.
+    found = [first] if first.endswith("encoder") else []
+    if has_language_model:
+        found += [names.get(owner.get_encoder(modality=modality), "") for modality in _MODALITIES]
+    return found
 
 
 def _join(prefix: str, fqn: str) -> str:

@@ -1,7 +1,7 @@
 """The options of a quantization, and whether schemes, packing formats and targets go together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from et_cuda_passes.hf.recipe import Entry, Recipe, check_group_size
 from et_cuda_passes.hf.support import (
     ALGORITHMS,
     AUTO,
+    FOR_EMBEDDINGS,
     GROUP_SIZES,
     PER_AXIS,
     SCHEMES,
@@ -97,6 +98,13 @@ class QuantizationOptions:
         if self.recipe is not None:
             object.__setattr__(self, "recipe", Recipe.load(self.recipe))
 
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain data, from which ``QuantizationOptions(**data)`` builds equal ones."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["recipe"] = self.recipe.to_dict() if isinstance(self.recipe, Recipe) else None
+        found["target"] = ",".join(self.targets) or None
+        return found
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The names of the targets; empty for any."""
@@ -123,9 +131,9 @@ class QuantizationOptions:
         size: int = getattr(self, name)
         return size
 
-    def schemes(self) -> dict[str, tuple[Scheme, bool]]:
-        """Every scheme that the options name, and whether it is for embeddings, by where it stands."""
-        found: dict[str, tuple[Scheme, bool]] = {}
+    def schemes(self) -> dict[str, tuple[Scheme, bool | None]]:
+        """Every scheme that the options name, by where it stands, and whether it is for embeddings; None for either."""
+        found: dict[str, tuple[Scheme, bool | None]] = {}
         for encoder, suffix in ((False, ""), (True, "_encoder")):
             linear, embedding = self.linear_scheme(encoder), self.embedding_scheme(encoder)
             if linear is not None:
@@ -134,7 +142,7 @@ class QuantizationOptions:
                 found[f"qembedding{suffix}"] = (embedding, True)
         for entry in self.entries:
             if entry.scheme is not None:
-                found[f"recipe pattern {entry.pattern}"] = (entry.scheme, False)
+                found[f"recipe pattern {entry.pattern}"] = (entry.scheme, None)
         return found
 
     def packing_formats(self, encoder: bool = False) -> dict[str | None, str]:
@@ -238,29 +246,39 @@ def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | No
     """
     names = options.targets if target is None else split_targets(target)
     for place, (scheme, embedding) in options.schemes().items():
-        _check_scheme(place, scheme, embedding, names)
+        kinds = (False, True) if embedding is None and scheme.name in FOR_EMBEDDINGS else (bool(embedding),)
+        _check_promise(place, scheme, names)
+        for name in names or ((scheme.promised,) if scheme.promised else ()):
+            statuses = [usual_support(scheme, name, embedding=kind).status for kind in kinds]
+            # A recipe's pattern may match linears and embeddings: the plan knows which.
+            _check_status(place, scheme, name, min(statuses, key=list(Status).index))
     for encoder in (False, True):
         for name in names:
             _check_packing_format(options, name, encoder)
         _check_group_size(options, names, encoder)
 
 
-def _check_scheme(place: str, scheme: Scheme, embedding: bool, names: Sequence[str]) -> None:
-    """Every target has a rule for the scheme, and the one that it promises a kernel."""
-    if names and scheme.promised is not None and scheme.promised not in names:
+def _check_promise(place: str, scheme: Scheme, names: Sequence[str]) -> None:
+    """The promised target is one of those that are named."""
+    if not names or scheme.promised is None or scheme.promised in names:
+        return
+    same = [name for name in names if scheme.only_for is None and usual_support(scheme, name).status.has_kernel]
+    nearest_choices = [f"write {' or '.join(f'{name}:{scheme.name}' for name in same)}"] if same else []
+    raise UsageError(
+        f"{place}={scheme} promises kernels of {scheme.promised}, and the target is {', '.join(names)}; "
+        + "; ".join([*nearest_choices, *(instead(scheme, name) for name in names)])
+    )
+
+
+def _check_status(place: str, scheme: Scheme, target: str, status: Status) -> None:
+    """The target has a rule for the scheme, and a kernel if the scheme promises one."""
+    if status is Status.IMPOSSIBLE:
+        raise UsageError(f"{place}={scheme}: {target} has no kernel for {scheme.name}; {instead(scheme, target)}")
+    if target == scheme.promised and not status.has_kernel:
         raise UsageError(
-            f"{place}={scheme} promises kernels of {scheme.promised}, and the target is {', '.join(names)}; "
-            + "; ".join(instead(scheme, name) for name in names)
+            f"{place}={scheme}: {target} has no kernel for {scheme.name} and computes with floating-point weights; "
+            f"{instead(scheme, target)}"
         )
-    for name in names or ((scheme.promised,) if scheme.promised else ()):
-        status = usual_support(scheme, name, embedding=embedding).status
-        if status is Status.IMPOSSIBLE:
-            raise UsageError(f"{place}={scheme}: {name} has no kernel for {scheme.name}; {instead(scheme, name)}")
-        if name == scheme.promised and not status.has_kernel:
-            raise UsageError(
-                f"{place}={scheme}: {name} has no kernel for {scheme.name} and computes with floating-point weights; "
-                f"{instead(scheme, name)}"
-            )
 
 
 def _check_packing_format(options: QuantizationOptions, target: str, encoder: bool) -> None:

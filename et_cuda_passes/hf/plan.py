@@ -1,5 +1,6 @@
 """The decision about each weight of a model, before any of them is changed."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from torchao.core.config import AOBaseConfig
 
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.hf.encoders import encoder_fqns
-from et_cuda_passes.hf.options import QuantizationOptions
+from et_cuda_passes.hf.options import DEFAULT_GROUP_SIZE, QuantizationOptions
 from et_cuda_passes.hf.recipe import Entry, Recipe
 from et_cuda_passes.hf.report import LayerReport, QuantizationReport
 from et_cuda_passes.hf.support import (
@@ -22,8 +23,10 @@ from et_cuda_passes.hf.support import (
     SCHEMES,
     Scheme,
     Status,
+    instead,
     nearest,
     support,
+    usual_support,
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,7 +91,8 @@ def _weight_key(weight: Tensor) -> tuple[Any, ...]:
     """Equal for two parameters that are the same memory."""
     if type(weight) not in (Tensor, nn.Parameter):
         return (id(weight),)
-    return (weight.untyped_storage().data_ptr(), weight.storage_offset(), tuple(weight.shape), weight.stride())
+    place = (weight.device, weight.untyped_storage().data_ptr(), weight.storage_offset())
+    return (*place, weight.dtype, tuple(weight.shape), weight.stride())
 
 
 def _unquantizable(layer: Layer) -> str | None:
@@ -114,9 +118,14 @@ def _reads_weight_itself(module: nn.Module) -> bool:
 
     Whisper's positions are an embedding whose forward indexes the weight, which no quantized tensor supports.
     """
-    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ("super",))
-    own = type(module).forward not in (nn.Linear.forward, nn.Embedding.forward)
-    return own and not {"super", "forward", "linear", "embedding"} & set(names)
+    forward = inspect.unwrap(type(module).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ("super",))
+    return forward not in (nn.Linear.forward, nn.Embedding.forward) and not {
+        "super",
+        "forward",
+        "linear",
+        "embedding",
+    } & set(names)
 
 
 def _article(kind: str) -> str:
@@ -151,7 +160,8 @@ def _fit(
         without = lacking(scheme, PER_AXIS)
         if without:
             raise _NoFit(f"{' and '.join(without)} has no kernel of {scheme.name} for in_features {k}")
-        return scheme, PER_AXIS, ""
+        other = wanted not in (DEFAULT_GROUP_SIZE, PER_AXIS)
+        return scheme, PER_AXIS, f"{scheme.name} has one scale per row" if other else ""
     if k % wanted == 0:
         without = lacking(scheme, wanted)
         if not without:
@@ -195,7 +205,7 @@ class Plan:
         self.decisions = {key: self._decide(group) for key, group in self.groups.items()}
         if self.problems:
             raise UsageError("\n".join(self.problems))
-        self._check_dtypes()
+        self._check_linears()
 
     def _check_encoder_options(self) -> None:
         names = [name for name in ("qlinear_encoder", "qembedding_encoder") if getattr(self.options, name) is not None]
@@ -263,7 +273,7 @@ class Plan:
             scheme = entry.scheme or scheme
             size = size if entry.group_size is None else entry.group_size
             algorithm = entry.algorithm or algorithm
-            problem = _entry_problem(entry, scheme, first, embedding=not linears)
+            problem = _entry_problem(entry, scheme, first, not linears, options.targets)
             if problem:
                 self.problems.append(f"recipe pattern {entry.pattern}: {problem}")
                 return Decision(None)
@@ -289,28 +299,39 @@ class Plan:
         """The targets that are named, by the option or else by the scheme."""
         return self.options.targets or ((scheme.promised,) if scheme.promised else ())
 
-    def _check_dtypes(self) -> None:
-        """A target may have a kernel of a scheme and not for the model's dtype."""
+    def _check_linears(self) -> None:
+        """Warn of what a named target does with the linears, by scheme and dtype."""
         checked = set()
         for key, group in self.groups.items():
-            decision = self.decisions[key]
-            scheme, dtype = decision.scheme, group[0].weight.dtype
-            if scheme is None or not any(layer.kind == "linear" for layer in group):
+            decision, linear = self.decisions[key], next((each for each in group if each.kind == "linear"), None)
+            if decision.scheme is None or linear is None:
                 continue
-            for name in self._targets(scheme):
-                if (scheme, dtype, name) not in checked:
-                    self._check_dtype(scheme, decision.group_size, group[0].in_features, name, dtype)
-                checked.add((scheme, dtype, name))
+            for name in self._targets(decision.scheme):
+                kind = (decision.scheme, linear.weight.dtype, name, linear.encoder)
+                if kind not in checked:
+                    self._check_linear(decision.scheme, decision.group_size, linear, name)
+                checked.add(kind)
 
-    def _check_dtype(self, scheme: Scheme, size: int, k: int, target: str, dtype: torch.dtype) -> None:
-        def impossible(dtype: torch.dtype | None) -> bool:
-            return support(scheme, size, k, target, dtype=dtype).status is Status.IMPOSSIBLE
+    def _check_linear(self, scheme: Scheme, size: int, linear: Layer, target: str) -> None:
+        layout = self.options.packing_format(target, linear.encoder) if scheme.bits == 4 else AUTO
+        dtype = linear.weight.dtype
 
-        if not impossible(dtype) or impossible(None):
+        def works(dtype: torch.dtype | None) -> bool:
+            """Whether the target has a rule, and the packing format if there is one."""
+            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype)
+            return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
+
+        if support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED:
+            self.warnings.append(
+                f"{target} has no kernel for {scheme.name} and computes with floating-point weights; "
+                f"{instead(scheme, target)}"
+            )
+        if works(dtype) or not works(None):
             return
-        usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if not impossible(each))
-        text = f"{target} has no kernel of {scheme.name} for a model in {_dtype_name(dtype)}; convert it with {usable}"
-        if target == scheme.promised:
+        usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if works(each))
+        kernel = f"kernel of {scheme.name}" if layout == AUTO else f"kernel of {scheme.name} in {layout}"
+        text = f"{target} has no {kernel} for a model in {_dtype_name(dtype)}; convert it with {usable}"
+        if target == scheme.promised or layout != AUTO:
             raise UsageError(text)
         self.warnings.append(text)
 
@@ -357,7 +378,7 @@ class Plan:
         return QuantizationReport(found, list(self.warnings))
 
 
-def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding: bool) -> str:
+def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding: bool, names: Iterable[str]) -> str:
     """Why a recipe's entry cannot decide about a layer; empty if it can."""
     if scheme is None:
         return f'no scheme is given for {layer.fqn}; add scheme = "4w" to the entry'
@@ -368,6 +389,9 @@ def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding:
         )
     if scheme.per_row and entry.group_size:
         return f"{scheme.name} has one scale per row; remove group_size"
+    for name in names:
+        if usual_support(scheme, name, embedding=embedding).status is Status.IMPOSSIBLE:
+            return f"{name} has no kernel of {scheme.name} for {layer.fqn}; {instead(scheme, name)}"
     return ""
 
 

@@ -239,7 +239,7 @@ def _parse_one(text: str, option: str, embedding: bool) -> Scheme:
 
 
 class Status(StrEnum):
-    """The outcome of a quantized layer on a target."""
+    """The outcome of a quantized layer on a target, the best first."""
 
     PACKED = "packed"
     """The weight is packed for a kernel of the target."""
@@ -273,7 +273,6 @@ class Support:
     reasons: tuple[Reason, ...] = field(default=(), compare=False)
 
 
-_BEST_FIRST = {status: rank for rank, status in enumerate((Status.PACKED, Status.KEPT, Status.FOLDED))}
 _FOLD = FoldDequantize().name
 _ROWS = 16
 """N of the layer that is rewritten; every kernel pads N."""
@@ -319,9 +318,12 @@ def support(
         dtype: of the model; None for the best outcome in bfloat16 and float32.
     """
     plain = replace(scheme, promised=None, fallback=None)
-    dtypes = _DTYPES if dtype is None else (dtype,)
-    found = (_support(plain, group_size, in_features, target, packing_format, embedding, each) for each in dtypes)
-    return min(found, key=lambda each: _BEST_FIRST.get(each.status, len(_BEST_FIRST)))
+    found = []
+    for each in _DTYPES if dtype is None else (dtype,):
+        found.append(_support(plain, group_size, in_features, target, packing_format, embedding, each))
+        if found[-1].status.has_kernel:
+            break
+    return min(found, key=lambda each: list(Status).index(each.status))
 
 
 @cache

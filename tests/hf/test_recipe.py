@@ -106,8 +106,16 @@ def test_promise_of_an_entry_is_a_promise_of_the_options() -> None:
 
 
 def test_scheme_of_an_entry_is_checked_against_the_target() -> None:
-    with pytest.raises(ValueError, match=r"recipe pattern \*\.up=8w: metal has no kernel for 8w"):
+    with pytest.raises(ValueError, match=r"recipe pattern \*\.up=8da8w: metal has no kernel for 8da8w"):
+        forms([{"pattern": "*.up", "scheme": "8da8w"}], qlinear="4w", target="metal")
+    message = r"recipe pattern \*\.up: metal has no kernel of 8w for block\.up; metal has kernels for 4w, fpa4w, 8da4w"
+    with pytest.raises(ValueError, match=message):
         forms([{"pattern": "*.up", "scheme": "8w"}], qlinear="4w", target="metal")
+
+
+def test_scheme_of_an_entry_may_be_for_embeddings_alone() -> None:
+    found = forms([{"pattern": "embed", "scheme": "8w"}], qlinear="4w", target="metal")
+    assert (found["embed"], found["lm_head"]) == ("8w per axis", "4w group 32")
 
 
 def test_file_gives_what_the_mapping_gives(tmp_path: Path) -> None:

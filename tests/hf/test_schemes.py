@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -314,6 +315,37 @@ def test_packing_format_of_one_target_leaves_the_others_alone() -> None:
     assert [options.packing_format(target) for target in options.targets] == ["tile_packed_to_4d", "auto"]
 
 
+def test_options_survive_as_plain_data() -> None:
+    recipe = {"layer": [{"pattern": "*.down", "scheme": "cuda:8w", "group_size": 0}, {"pattern": "re:x", "skip": True}]}
+    options = QuantizationOptions(qlinear="4w", qembedding_encoder="8w", recipe=recipe, target=["cuda", "cpu"])
+    data = json.loads(json.dumps(options.to_dict()))
+    assert (data["target"], data["recipe"]) == ("cuda,cpu", recipe)
+    assert QuantizationOptions(**data).to_dict() == data
+
+
+def test_folded_weights_are_a_warning() -> None:
+    report = ecp.quantize_model_(Mlp(), qlinear="4w", target="xnnpack")
+    assert report.warnings == [
+        "xnnpack has no kernel for 4w and computes with floating-point weights; xnnpack has kernels for 8da4w, 8da8w"
+    ]
+
+
+def test_dtype_of_the_packing_formats_kernel_counts() -> None:
+    model = Mlp().half()
+    options = {"qlinear": "4w", "target": "cuda"}
+    unchanged(
+        model,
+        lambda: ecp.quantize_model_(model, qlinear_packing_format="tile_packed_to_4d", **options),
+        r"no kernel of 4w in tile_packed_to_4d for a model in float16; convert it with model.to\(torch.bfloat16\)$",
+    )
+    assert not ecp.quantize_model_(model, qlinear_packing_format="mma_tiled", **options).warnings
+
+
+def test_group_size_of_a_tied_head_gives_way_to_one_scale_per_row() -> None:
+    report = ecp.quantize_model_(Tied(), qlinear="8da8w", qembedding="8w", qembedding_group_size=64)
+    assert (report["head"].form, report["head"].reason) == ("8da8w per axis", "8da8w has one scale per row")
+
+
 def test_packing_format_of_the_encoder_is_its_own() -> None:
     options = QuantizationOptions(qlinear="4w", qlinear_packing_format_encoder="tile_packed_to_4d", target="cuda")
     kernels = {encoder: passes_for(options, "cuda", encoder) for encoder in (False, True)}
@@ -386,7 +418,7 @@ def test_scheme_of_the_second_part_has_the_promise_of_the_first() -> None:
         ({"qlinear": "cuda:4w,cpu:8w"}, r"names two targets; write cuda: once"),
         ({"qlinear": "cuda:fpa4w"}, r"fpa4w is for metal alone; cuda has kernels for 4w"),
         ({"qlinear": "fpa4w", "target": "cuda"}, r"promises kernels of metal, and the target is cuda"),
-        ({"qlinear": "metal:4w", "target": "cuda"}, r"the target is cuda; cuda has kernels for 4w"),
+        ({"qlinear": "metal:4w", "target": "cuda"}, r"the target is cuda; write cuda:4w; cuda has kernels for 4w"),
         ({"qlinear": "xnnpack:4w"}, r"computes with floating-point weights; xnnpack has kernels for 8da4w, 8da8w"),
         (
             {"qlinear": "8w", "target": "cuda,metal"},
