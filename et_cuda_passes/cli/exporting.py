@@ -258,8 +258,8 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise UsageError(
-            f"{folder} has other files ({shown}): name another folder, or give --overwrite, which replaces files of the "
-            "same names"
+            f"{folder} has other files ({shown}): name another folder, or give --overwrite, which replaces files "
+            "of the same names"
         )
 
 

@@ -42,7 +42,7 @@ def without_gpu() -> Iterator[None]:
         yield
 
 
-# A decoder for two targets, one of which this machine cannot finish ----------------------------------------------------
+# A decoder for two targets, one of which this machine cannot finish ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_existing_export_is_refused_without_overwrite(result: Result, output: Pa
     assert refused.error == f"error: {output} has an export already: name another folder, or give --overwrite"
 
 
-# Other models and options, packed for cuda -----------------------------------------------------------------------------
+# Other models and options, packed for cuda ----------------------------------------------------------------------------
 
 
 def packed(command: Run, folder: Path, *options: object) -> tuple[Result, dict[str, Any]]:
@@ -241,7 +241,7 @@ def test_full_disk_leaves_nothing(
     assert names(out) == []
 
 
-# Other targets and modalities ------------------------------------------------------------------------------------------
+# Other targets and modalities -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -265,7 +265,7 @@ def test_models_of_other_modalities_are_exported(
         assert all(runner.target == target for runner in exported.runners.values())
 
 
-# Bad input -------------------------------------------------------------------------------------------------------------
+# Bad input ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_models_of_other_modalities_are_exported(
     [
         (("--target", "tpu"), "there is no target 'tpu'"),
         (("--target", "cuda", "--qlinear", "5w"), "--qlinear='5w'"),
-        (("--target", "cuda", "--qlinear", "metal:4w"), "--qlinear=metal:4w promises kernels of metal, and the target is cuda"),
+        (("--target", "cuda", "--qlinear", "metal:4w"), "promises kernels of metal, and the target is cuda"),
         (("--target", "cuda", "--qlinear", "fpa4w"), "--qlinear=fpa4w promises kernels of metal"),
         (("--target", "xnnpack", "--qlinear", "4w", "--qlinear-packing-format", "tile_packed_to_4d"),
          "--qlinear-packing-format='tile_packed_to_4d' is not for xnnpack"),
@@ -286,7 +286,8 @@ def test_models_of_other_modalities_are_exported(
         (("--target", "xnnpack,cpu", "--dtype", "bfloat16"), "xnnpack computes in float32; give --dtype float32"),
         (("--target", "cuda", "--keep-gguf"), "there is none: give --gguf FILE"),
         (("--target", "cuda", "--gguf", "nothing.gguf"), "there is no file nothing.gguf"),
-        (("--target", "cuda", "--task", "image-classification"), "does not have the task image-classification; --task takes"),
+        (("--target", "cuda", "--task", "image-classification"),
+         "does not have the task image-classification; --task"),
         (("--target", "cuda", "--max-length", "100"), "--max-length 100: the model has positions for 64 tokens"),
         (("--target", "cuda", "--qlinear-encoder", "4w"), "--qlinear-encoder is given, and the model has no encoder"),
     ],

@@ -65,12 +65,18 @@ def masked(folder: Path) -> Path:
 
 
 def image_classifier(folder: Path) -> Path:
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     return saved(ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)), folder)
 
 
 def speech_recognizer(folder: Path) -> Path:
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=32)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 32,
+    }
     config = Wav2Vec2Config(
         conv_dim=(32, 32),
         conv_kernel=(10, 8),
