@@ -88,7 +88,7 @@ def export(
 
     cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
     """
-    options = {
+    options: dict[str, Any] = {
         "target": target,
         "qlinear": qlinear,
         "qlinear_group_size": qlinear_group_size,

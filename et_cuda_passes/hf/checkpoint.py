@@ -62,7 +62,7 @@ class Checkpoint:
         """The checkpoint that ``--model`` and ``--gguf`` name.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: it does not exist, or is damaged.
         """
         path = Path(model)
         if path.is_file():
@@ -85,7 +85,7 @@ class Checkpoint:
             return Checkpoint(model, gguf=GgufFile.read(gguf), own_config=(path / CONFIG).is_file())
         if path.suffix in (".gguf", ".safetensors") or not _HUB_NAME.fullmatch(model):
             raise CheckpointError(f"there is no file or folder {model}")
-        # transformers says it if there is no such name, and where it looked.
+        # transformers reports an unknown name, and where it looked.
         return Checkpoint(model, gguf=None if gguf is None else GgufFile.read(gguf))
 
 

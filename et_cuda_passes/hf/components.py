@@ -148,7 +148,7 @@ def length_shapes(value: Any, length: int, longest: int) -> Any:
 
     Args:
         value: the input; a dict for the kwargs of a component.
-        length: the length of the text that it was made for.
+        length: the length of the text in it.
         longest: the largest length.
     """
     if isinstance(value, torch.Tensor):

@@ -563,7 +563,8 @@ def _with_shapes(config: EtConfig, model: nn.Module, inputs: Inputs, text_length
         return config
     # transformers adds inputs before it traces, and the shapes must be those of all.
     prepared = prepare_for_export(model, dict(inputs))[1]
-    return replace(config, dynamic_shapes=length_shapes(prepared, text_length, config.max_length))
+    shapes: dict[str, Any] = {"dynamic_shapes": length_shapes(prepared, text_length, config.max_length)}
+    return replace(config, **shapes)
 
 
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:

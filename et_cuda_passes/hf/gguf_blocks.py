@@ -78,7 +78,7 @@ def _keep(tensor: Any, parameter: nn.Parameter, places: list[tuple[nn.Module, st
     if tensor.data.ndim != 2 or rows != parameter.shape[0] or sorted(order) != list(range(rows)):
         return "its rows are not those of the weight"
     blocks = ExportableGGUFTensor.from_raw(torch.from_numpy(tensor.data[order]), kind, parameter.dtype)
-    # What transformers' loader did to the numbers is known by the result alone.
+    # transformers' loader may change numbers, and only a comparison shows it.
     for start in range(0, rows, _ROWS_AT_A_TIME):
         part = ExportableGGUFTensor(blocks.raw[start : start + _ROWS_AT_A_TIME], kind, parameter.dtype)
         if not torch.equal(part.dequantize(), parameter.detach()[start : start + _ROWS_AT_A_TIME]):

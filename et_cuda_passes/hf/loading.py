@@ -217,7 +217,8 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
 
 def _processor(checkpoint: Checkpoint) -> Any:
     """The processor or the tokenizer; None if the checkpoint has none."""
-    name, options = checkpoint.name, {"local_files_only": checkpoint.is_local}
+    name = checkpoint.name
+    options: dict[str, Any] = {"local_files_only": checkpoint.is_local}
     auto: Any = transformers.AutoProcessor
     if checkpoint.is_local:
         files = {path.name for path in Path(checkpoint.name).iterdir()}
