@@ -2,16 +2,16 @@
 
     python -m benchmarks.attention [--cases "Voxtral encoder" ViT] [--sweep]
 
-Every kernel is checked against fp64 first, and ours for the same bits three times over; then all calls of one CUDA
-graph are timed, so that launches cost nothing, and the number is the median of the replays, per call. "of the limit" is
-of the larger of the bytes at the bandwidth of a copy and of the operations at the rate of a large product of cuBLAS,
-both measured here. Tensors are as linears write them, [batch, rows, heads, head dimension].
+Every kernel is first compared with fp64, and ours must repeat its bits three times. Then all calls of one CUDA graph
+are timed, so that launches cost nothing; a number is the median of the replays, per call. "of the limit" relates to the
+larger of two times: the bytes at the bandwidth of a copy, and the operations at the rate of a large product of cuBLAS,
+both measured here. Tensors have the form that linears write, [batch, rows, heads, head dimension].
 
-ExecuTorch's kernel is that of its CUDA backend, where it can be imported: with a mask of ones, which makes it right,
-and without one, whose error is printed.
+ExecuTorch's kernel is that of its CUDA backend, if it can be imported: with a mask of ones, with which it is correct,
+and without a mask; the error of the latter is printed.
 
-``--sweep`` times our kernel in every choice of blocks, warps and stages worth a try, fastest first; those that do not
-compile, do not fit or are wrong are left out, and said.
+``--sweep`` times our kernel in every plausible choice of blocks, warps and stages, fastest first. Choices that do not
+compile, do not fit or are wrong are listed without a time.
 """
 
 import argparse
@@ -31,12 +31,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.int4 import microseconds
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels.attention_launch import Blocks, blocks, launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.buckets import gpu_of
 
 MOST_WRONG = 5e-3
 AXES = (2, 2, 2, 2)
 COPIES = 4
-"""Inputs that take turns; between layers of a model, too, they come from the L2 cache."""
+"""Number of inputs in rotation; they come from the L2 cache, as between layers of a model."""
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -53,12 +53,12 @@ class Case:
 
     @property
     def operations(self) -> float:
-        """Of both products."""
+        """Operations of both products."""
         return 4.0 * self.batch * self.heads * self.rows * self.keys * self.d
 
     @property
     def nbytes(self) -> float:
-        """Of q, k, v and the result."""
+        """Bytes of q, k, v and the result."""
         return 4.0 * self.batch * self.d * (self.heads * self.rows + self.kv_heads * self.keys)
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,7 +85,7 @@ CASES = {
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In fp64, [batch, rows, heads, head dimension], a head at a time."""
+    """Attention in fp64, [batch, rows, heads, head dimension], one head at a time."""
     group = q.shape[2] // k.shape[2]
     y = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     for head in range(q.shape[2]):
@@ -96,26 +96,26 @@ def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def error(y: Tensor, wanted: Tensor) -> float:
-    """Relative error; of NaN it is NaN, which is not below anything."""
+    """Relative error; NaN if a result is NaN, which fails every comparison."""
     return float((y.double() - wanted).norm() / wanted.norm())
 
 
 def ours(q: Tensor, k: Tensor, v: Tensor, chosen: Blocks | None = None) -> Tensor:
-    """Our kernel, in the blocks that it chooses or in these."""
+    """Our kernel, with its own choice of blocks or with ``chosen``."""
     if chosen is None:
         chosen = blocks(gpu_of(q.device), q.shape[3], q.shape[1])
     return launch(q, k, v, q.shape[3] ** -0.5, AXES, chosen)
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's flash attention, of transposed views."""
+    """torch's flash attention on transposed views."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
 
 
 def backends(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The kernel of ExecuTorch's CUDA backend, of transposed views; the copies that the backend makes are not in it."""
+    """The kernel of ExecuTorch's CUDA backend on transposed views, without the copies that the backend adds."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     shared = q.shape[1] != k.shape[1]
     y: Tensor = torch.ops.triton.sdpa(q, k, v, mask, 0.0, False, q.shape[3] ** -0.5, shared)
@@ -123,7 +123,7 @@ def backends(mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def kernels(case: Case) -> dict[str, Kernel]:
-    """Every kernel that there is on this machine."""
+    """The kernels that this machine has."""
     found: dict[str, Kernel] = {"ours": ours, "flash": flash}
     try:
         import_module("executorch.backends.cuda.triton.kernels")
@@ -134,7 +134,7 @@ def kernels(case: Case) -> dict[str, Kernel]:
 
 
 def sweep_blocks(d: int) -> list[Blocks]:
-    """Blocks worth a try for a head dimension."""
+    """Plausible blocks for a head dimension."""
     sizes = [(64, 32, 4), (64, 64, 4), (64, 128, 4), (128, 32, 8), (128, 64, 8), (128, 128, 8)]
     sizes += [(128, 64, 4), (128, 32, 4), (128, 256, 8), (256, 64, 8), (256, 32, 8)] if d <= 64 else [(64, 16, 4)]
     return [Blocks(m, n, warps, stages) for (m, n, warps), stages in product(sizes, (2, 3, 4))]
@@ -149,7 +149,7 @@ def compare(name: str, case: Case, limit: Limit) -> Table:
     """All kernels on one case.
 
     Raises:
-        RuntimeError: our kernel is wrong, or gives other bits another time.
+        RuntimeError: our kernel is wrong, or does not repeat its bits.
     """
     inputs = [case.tensors() for _ in range(COPIES)]
     wanted = exact(*inputs[0])
@@ -164,7 +164,7 @@ def compare(name: str, case: Case, limit: Limit) -> Table:
         except Exception as problem:
             if kernel is ours:
                 raise
-            # Somebody else's kernel is left out where it fails; what was measured is not lost by it.
+            # A failure of another kernel is printed, and the other measurements continue.
             table.add_row(label, "", "", "", f"{type(problem).__name__}: {str(problem)[:80]}")
             continue
         part = limit.microseconds(case.nbytes, case.operations) / time
@@ -183,7 +183,7 @@ def swept(name: str, case: Case) -> Table:
         try:
             y = kernel(*inputs[0])
             torch.cuda.synchronize()
-        except Exception as problem:  # ptxas, shared memory, registers: all of them mean the same here
+        except Exception as problem:  # ptxas, shared memory or registers: the choice does not compile or fit
             left_out[chosen] = type(problem).__name__
             continue
         off = error(y, wanted)
@@ -202,7 +202,7 @@ def swept(name: str, case: Case) -> Table:
 
 
 def main() -> None:
-    """Print the tables, each when it is measured."""
+    """Print each table when it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--sweep", action="store_true", help="our kernel in every choice of blocks")

@@ -1,9 +1,9 @@
-"""How fast the L2 cache of this GPU is read: what bounds a product whose tiles all read the same activations.
+"""Measures the read bandwidth of this GPU's L2 cache, which limits a product whose tiles read the same activations.
 
     python -m benchmarks.cache
 
-Four programs on every multiprocessor read the same megabytes again and again, each from another place on. The last size
-is beyond the cache, as far as programs do not happen to read the same part of it at one time.
+Four programs on every multiprocessor read the same megabytes repeatedly, each from another start. The last size exceeds
+the cache, unless programs happen to read the same part at the same time.
 """
 
 import torch
@@ -17,7 +17,7 @@ BLOCK, ROUNDS, PROGRAMS = 4096, 400, 4
 
 @triton.jit
 def read(x_ptr, y_ptr, size, rounds, BLOCK: tl.constexpr):
-    """Sum ``rounds`` blocks of x int32 [size], which ``size`` of a multiple of BLOCK wraps around, into y's block."""
+    """Sum ``rounds`` blocks of x int32 [size] into y's block, with wrap-around; ``size`` is a multiple of BLOCK."""
     at = tl.arange(0, BLOCK)
     pid = tl.program_id(0)
     sums = tl.zeros((BLOCK,), tl.int32)
@@ -27,7 +27,7 @@ def read(x_ptr, y_ptr, size, rounds, BLOCK: tl.constexpr):
 
 
 def terabytes(megabytes: float) -> float:
-    """Read in a second, the second of two runs timed."""
+    """Bytes read in a second, from the second of two timed runs."""
     size = int(megabytes * 2**20 / 4) // BLOCK * BLOCK
     x = torch.randint(0, 9, (size,), device="cuda", dtype=torch.int32)
     programs = PROGRAMS * torch.cuda.get_device_properties(0).multi_processor_count

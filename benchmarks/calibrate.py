@@ -1,16 +1,16 @@
-"""Measure what the Triton kernel's tilings cost on the GPU of this machine.
+"""Measure the costs of the Triton kernel's tilings on the GPU of this machine.
 
     python -m benchmarks.calibrate [--bits 4] [--seconds 480] [--out calibration.jsonl]
-    python -m benchmarks.calibrate --dry-run                    # needs no GPU: what would be compiled and timed
+    python -m benchmarks.calibrate --dry-run                    # needs no GPU: lists the kernels and points
 
-One line of JSON for every measurement, written when it is made: of the machine, of a kernel's resources, and of a
-point, which is a tiling, a group size, and a product of M rows with a weight [N, K]. A run that finds the file begun on
-the same GPU goes on with what it lacks. Points are in such an order that a run that is ended has some of everything.
+Each measurement is written immediately as a line of JSON: about the machine, a kernel's resources, or a point. A point
+is a tiling, a group size, and a product of M rows with a weight [N, K]. A run resumes a file that was begun on the same
+GPU. The order of points gives a run that is interrupted some points of every kind.
 
-- ``fit``: every tiling in every group size, steps whole and not, over K and over tiles for a multiprocessor.
-- ``cut``: tilings that cut the tiles which do not fill the last wave.
-- ``held``: products drawn at random, each in all tilings that could be chosen for it and by cuBLAS. These show what a
-  choice by predicted costs loses, and nothing is fitted to them.
+- ``fit``: every tiling in every group size, with whole and partial steps, for several K and numbers of tiles.
+- ``cut``: tilings that split the tiles which do not fill the last wave.
+- ``held``: random products, each in all tilings that could be chosen for it and by cuBLAS. They show the loss of a
+  choice by predicted costs, and nothing is fitted to them.
 """
 
 import argparse
@@ -31,31 +31,31 @@ from benchmarks.grid import drawn
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.cost import is_whole
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
-from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import Tiling
 
 GROUPS = {4: (32, 64, 128), 8: (32, 128, 0)}
-"""By bits; 0 is one scale a row."""
+"""Group sizes by bits; 0 is one scale a row."""
 WHOLE_K = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 OTHER_K = (544, 576, 800, 896, 1120, 1216, 1600, 2144, 2880, 3104, 4160, 4928, 6560, 9856, 11296, 13888)
 HELD_ROWS = (1, 3, 7, 12, 24, 40, 90, 150, 333, 600, 777, 1100, 2040, 3500)
 MOST_N, LEAST_N, MOST_M, MOST_WEIGHT = 160_000, 512, 4096, 6e8
-# Triton makes a kernel of its own for integers that 16 divides, and another for 1: here they are of one kind, as far as
-# that goes, so that there is less to compile.
+# Triton compiles a separate kernel for integers that 16 divides, and another for 1. Here most are of one kind, so that
+# there is less to compile.
 FEW_ROWS = 64
 HELD_SEED = 1000
 MOST_FAILURES = 60
-"""One after another: more are an error of the GPU, after which nothing runs."""
+"""Failures in a row: more indicate an error of the GPU, after which nothing runs."""
 MEMORY = 228 * 1024
-"""Shared memory of a multiprocessor, of which a first guess of its programs is made."""
+"""Shared memory of a multiprocessor, for a first estimate of its number of programs."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One point: which of the module's three kinds it is, tiling (None is cuBLAS), and the product."""
+    """One point: its kind, the tiling (None is cuBLAS), and the product."""
 
     kind: str
     tiling: Tiling | None
@@ -65,13 +65,13 @@ class Measurement:
     k: int
 
     def entry(self) -> dict[str, Any]:
-        """As in the file, without its time."""
+        """The entry of the file, without the time."""
         tiling = None if self.tiling is None else astuple(self.tiling)
         return {"kind": self.kind, "tiling": tiling, "group": self.group, "m": self.m, "n": self.n, "k": self.k}
 
 
 def candidates(bits: int, wgmma: bool) -> list[Tiling]:
-    """Every tiling that may be chosen, of those that do not cut tiles: BLOCK_M, N, K, segments, warps, stages."""
+    """Every tiling without split tiles that may be chosen: BLOCK_M, N, K, segments, warps, stages."""
     few = {
         8: [
             *[(16, 256, 4, 4, 3), (16, 128, 4, 4, 4), (16, 64, 4, 4, 6), (32, 256, 2, 4, 3), (32, 128, 2, 4, 4)],
@@ -101,7 +101,7 @@ def candidates(bits: int, wgmma: bool) -> list[Tiling]:
         256: [(64, 64, 1, 4, 3), (64, 64, 1, 4, 4), (128, 64, 1, 8, 4), (128, 64, 1, 8, 5)],
     }
     found = [Tiling(m, n, k, s, 0, w, st) for m, rows in few.items() for n, k, s, w, st in rows]
-    if bits == 4 and wgmma:  # what has the one instruction has bulk copies too
+    if bits == 4 and wgmma:  # GPUs with this instruction also have bulk copies
         found += [
             replace(tiling, bulk=1)
             for tiling in found
@@ -114,14 +114,14 @@ def candidates(bits: int, wgmma: bool) -> list[Tiling]:
 
 
 def programs(tiling: Tiling) -> int:
-    """How many a multiprocessor may hold, at a guess by the bytes of its steps and by the registers of its sums."""
+    """An estimate of the programs on a multiprocessor, by the bytes of the steps and the registers of the sums."""
     step = tiling.segments * tiling.block_k * (2 * tiling.block_m + tiling.block_n // 2)
     registers = tiling.segments**2 * tiling.block_m * tiling.block_n // (32 * tiling.warps) + 90
     return max(1, min(MEMORY // (tiling.stages * step + 2048), 65536 // (registers * 32 * tiling.warps), 16))
 
 
 def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int, chance: random.Random) -> Any:
-    """M, N and K of so many tiles for a multiprocessor, ``share``, as near as the bounds allow."""
+    """M, N and K that give about ``share`` tiles for a multiprocessor, within the bounds."""
     tiles = max(1, round(share * processors))
     if tiling.block_m <= 32:
         high = chance.choice((1, 1, 1, 1, 2, 3, 4))
@@ -137,7 +137,7 @@ def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int
 
 
 def of_tiling(tiling: Tiling, group: int, bits: int, count: int, whole: bool, processors: int) -> list[Measurement]:
-    """``count`` points over K and over tiles for a multiprocessor."""
+    """``count`` points with several K and numbers of tiles for a multiprocessor."""
     chance = random.Random(f"{astuple(tiling)} {group} {whole}")
     ks = [k for k in (*WHOLE_K, *OTHER_K) if is_whole(tiling, k) == whole and k % (group or 1) == 0]
     if not tiling.bulk:
@@ -156,7 +156,7 @@ def of_tiling(tiling: Tiling, group: int, bits: int, count: int, whole: bool, pr
 
 
 def heights(m: int) -> list[int]:
-    """BLOCK_M of the tilings that may be chosen for so many rows."""
+    """BLOCK_M of the tilings that may be chosen for ``m`` rows."""
     least = min(256, max(8, 1 << (m - 1).bit_length()))
     if m > 2 * FEW_ROWS:
         return [64, 128, 256] if m < 1024 else [128, 256]
@@ -164,12 +164,12 @@ def heights(m: int) -> list[int]:
 
 
 def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> list[list[Measurement]]:
-    """Products that are drawn, each with all tilings of its rows and cuBLAS."""
+    """Random products, each with all tilings for its rows and with cuBLAS."""
     chance = random.Random(HELD_SEED)
     shapes = [shape for seed in range(-(-count // 24)) for shape in drawn(HELD_SEED + seed, 24)][:count]
     found = []
     for number, (n, k) in enumerate(shapes):
-        # Every second shape is a real one: the rows go around for each kind on its own.
+        # Every second shape is a real one, and each kind has its own rotation of rows.
         place = number // 2 + number % 2 * (len(HELD_ROWS) // 2)
         m, n = HELD_ROWS[place % len(HELD_ROWS)], n // 16 * 16
         group = chance.choice([group for group in groups if k % (group or 1) == 0])
@@ -187,7 +187,7 @@ def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> li
 
 
 def plan(bits: int, wgmma: bool, processors: int, held: int) -> list[Measurement]:
-    """All measurements, in the order in which they are made."""
+    """All measurements in their order."""
     tilings, groups = candidates(bits, wgmma), GROUPS[bits]
     series: list[list[Measurement]] = []
     for tiling in tilings:
@@ -206,20 +206,20 @@ def plan(bits: int, wgmma: bool, processors: int, held: int) -> list[Measurement
 
 
 def jobs_of(points: Iterable[Measurement], bits: int) -> list[Job]:
-    """What is compiled for them."""
+    """The kernels to compile for them."""
     return [Job(p.tiling, bits, p.n, p.k, p.group, p.m) for p in points if p.tiling is not None]
 
 
 class Resources:
-    """Registers and shared memory of each kernel that is loaded, as Triton reports them."""
+    """Registers and shared memory of each loaded kernel, from Triton."""
 
     def __init__(self, bits: int) -> None:
-        """``bits`` says which kernel."""
+        """``bits`` selects the kernel."""
         self._kernel = int4_matmul if bits == 4 else int8_matmul
         self._seen = 0
 
     def newest(self) -> dict[str, int] | None:
-        """Those of the kernel that was loaded since the last call."""
+        """The resources of the kernel that was loaded since the last call."""
         try:
             cache = self._kernel.device_caches[torch.cuda.current_device()][0]
             if len(cache) == self._seen:
@@ -227,7 +227,7 @@ class Resources:
             self._seen = len(cache)
             kernel = list(cache.values())[-1]
             return {"registers": kernel.n_regs, "spills": kernel.n_spills, "shared": kernel.metadata.shared}
-        except (AttributeError, IndexError, TypeError):  # another version of Triton: times are what counts
+        except (AttributeError, IndexError, TypeError):  # another version of Triton; the times are valid anyway
             return None
 
 
@@ -250,10 +250,10 @@ def machine(bits: int) -> dict[str, Any]:
 
 
 def begun(path: Path, bits: int, gpu: str) -> list[dict[str, Any]]:
-    """The lines of a file that was begun.
+    """The lines of an existing file.
 
     Raises:
-        ValueError: it is of another GPU, or of other bits.
+        ValueError: the file is for another GPU, or for other bits.
     """
     if not path.exists():
         return []
@@ -265,12 +265,12 @@ def begun(path: Path, bits: int, gpu: str) -> list[dict[str, Any]]:
 
 
 def key(entry: Mapping[str, Any]) -> str:
-    """What a line of a point is found by."""
+    """The key of a point's line."""
     return json.dumps([entry[name] for name in ("kind", "tiling", "group", "m", "n", "k")])
 
 
 def measure(pool: Pool, points: Iterable[Measurement], file: TextIO, bits: int, end: float) -> Iterator[float]:
-    """Time points and write a line for each, until the clock says ``end``; yields the times."""
+    """Time points and write a line for each, until the clock reaches ``end``; yields the times."""
     resources = Resources(bits)
     known: set[tuple[object, ...]] = set()
     checked: set[tuple[object, ...]] = set()
@@ -285,14 +285,14 @@ def measure(pool: Pool, points: Iterable[Measurement], file: TextIO, bits: int, 
         kernel = (point.tiling, point.group, point.tiling is not None and is_whole(point.tiling, point.k))
         try:
             if point.tiling is None:
-                taken = quick_microseconds(pool.dense_calls(point.n, point.k, point.m))
+                elapsed = quick_microseconds(pool.dense_calls(point.n, point.k, point.m))
             else:
                 place = (point.n, point.k, point.group, point.m, point.tiling)
-                taken = pool.time(*place, check=kernel not in checked or point.kind != "fit")
+                elapsed = pool.time(*place, check=kernel not in checked or point.kind != "fit")
                 checked.add(kernel)
-            entry["us"] = round(taken, 3)
+            entry["us"] = round(elapsed, 3)
             failures = 0
-        except Exception as error:  # shared memory, ptxas, a wrong result: the other points are still measured
+        except Exception as error:  # shared memory, ptxas or a wrong result: the other points are still measured
             entry["error"] = f"{type(error).__name__}: {error}"[:200]
             failures += 1
         if point.tiling is not None:
@@ -309,7 +309,7 @@ def measure(pool: Pool, points: Iterable[Measurement], file: TextIO, bits: int, 
 
 
 def main() -> None:
-    """Measure until the time is over, and say what there is."""
+    """Measure until the time is over, and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--seconds", type=float, default=480)
@@ -343,7 +343,7 @@ def main() -> None:
             file.write(json.dumps(machine(options.bits)) + "\n")
         pool = Pool(shapes, max(p.m for p in points), options.bits)
         times = [*measure(pool, points, file, options.bits, begin + options.seconds)]
-    failed = sum(math.isnan(taken) for taken in times)
+    failed = sum(math.isnan(elapsed) for elapsed in times)
     console.print(f"{options.out}: {len(times)} of {len(points)} points in {time.monotonic() - begin:.0f} s", end="")
     console.print(f", {failed} of them failed")
 

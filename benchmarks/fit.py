@@ -1,11 +1,11 @@
-"""Fit the model of :mod:`et_cuda_passes.kernels.cost` to what ``python -m benchmarks.calibrate`` measured.
+"""Fit the model of :mod:`et_cuda_passes.kernels.cost` to measurements of ``python -m benchmarks.calibrate``.
 
     python -m benchmarks.fit calibration.jsonl [--out et_cuda_passes/kernels/tuned/sm_90.json]
-    python -m benchmarks.fit benchmarks/calibrations/sm_90.jsonl.gz         # what that table was fitted to
+    python -m benchmarks.fit benchmarks/calibrations/sm_90.jsonl.gz         # the data of that table
 
-Needs no GPU. What is fitted are the logarithms of times, point by point of the same weight, so that all errors are
-relative. It says how far predictions are from what was measured: for the points that were fitted, and for products that
-were drawn, which were not; and what choosing the cheapest by prediction loses against the fastest measured.
+It needs no GPU. The fit is to the logarithms of times, with equal weights, so that errors are relative. It prints the
+errors of the predictions, for the fitted points and for random products that were not fitted, and the loss of the
+choice by prediction against the fastest measurement.
 """
 
 import argparse
@@ -33,20 +33,20 @@ from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled
 
 Key = tuple[Tiling, int, bool]
-"""A tiling that cuts nothing, the group size (0: one scale a row), and whether steps along K are whole."""
+"""A tiling without split tiles, the group size (0: one scale a row), and whether steps along K are whole."""
 FIRST = (1.0, 0.5, 0.5, 0.1)
-"""Microseconds to begin the fit of a tiling with: as :class:`TilingCost` has them."""
+"""Initial microseconds of the fit of a tiling, in the order of :class:`TilingCost`."""
 LOOSE, TIED = 0.02, 0.2
-"""How much a factor of e away from where the fit began weighs, beside an error of as much in each point: from FIRST,
-and from the costs of the same tiling in all group sizes."""
+"""The weight of a deviation by a factor of e from the start of the fit, relative to such an error of a point: from
+FIRST and from the costs of the same tiling in all group sizes."""
 ROBUST = 0.2
-"""Relative error from which on a point pulls no harder."""
+"""Relative error beyond which the influence of a point does not grow."""
 ROUNDS = 3
 MISSING_ROW = 0.0072
-"""Microseconds of a bulk copy for a row that is not there: a program of 256 x 64 with 106 to 179 such rows takes 0.8 to
-1.4 for a step instead of 0.45. The points that are fitted have too few of them."""
+"""Microseconds of a bulk copy for a row beyond M: a program of 256 x 64 with 106 to 179 such rows takes 0.8 to 1.4 for
+a step instead of 0.45. The fitted points have too few of them."""
 CUT = ("second", "part", "part_bandwidth")
-"""Costs of the GPU that only tiles which are cut have."""
+"""Costs of the GPU that only split tiles have."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Calibration:
 
 
 def weight_bytes(bits: int, k: int, group: int) -> float:
-    """Of a row of a weight and its scales."""
+    """Bytes of a row of a weight and its scales."""
     if bits == 4:
         return mma_tiled.padded(k) / 2 + 2 * mma_tiled.scale_row(k, group)
     return k + 2 * (k / group)
 
 
 def load(path: Path) -> Calibration:
-    """A file as ``benchmarks.calibrate`` writes it, or one that gzip compressed."""
+    """A file of ``benchmarks.calibrate``, possibly compressed by gzip."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     machine = lines[0]
@@ -104,7 +104,7 @@ def load(path: Path) -> Calibration:
 def least_squares(
     residuals: Callable[[np.ndarray], np.ndarray], first: Sequence[float], rounds: int = 30
 ) -> tuple[np.ndarray, float]:
-    """Levenberg and Marquardt's method: where the sum of squares is least, near ``first``, and this sum."""
+    """Levenberg and Marquardt's method: the minimum of the sum of squares near ``first``, and this sum."""
     at = np.array(first, dtype=float)
     value = residuals(at)
     best, damping = float(value @ value), 1e-2
@@ -129,13 +129,13 @@ def least_squares(
 
 
 def bounded(errors: np.ndarray) -> np.ndarray:
-    """Errors whose squares grow no faster than errors do beyond ROBUST."""
+    """Errors whose squares grow only linearly beyond ROBUST."""
     size = np.abs(errors)
     return np.sign(errors) * np.where(size <= ROBUST, size, np.sqrt(ROBUST * np.maximum(2 * size - ROBUST, 0)))
 
 
 def both(points: Sequence[Measured]) -> tuple[Any, Any]:
-    """Their tilings and their products, stacked."""
+    """The tilings and products of ``points``, stacked."""
     return model.stacked([point.tiling for point in points]), model.stacked([point.work for point in points])
 
 
@@ -143,11 +143,11 @@ class Fit:
     """Costs of all tilings on one GPU."""
 
     def __init__(self, calibration: Calibration) -> None:
-        """Groups the points that are fitted by kernel."""
+        """Groups the fitted points by kernel."""
         self.calibration, machine = calibration, calibration.machine
         self.processors = machine["processors"]
         self.by_kernel: dict[Key, list[Measured]] = defaultdict(list)
-        tried = candidates(machine["bits"], calibration.gpu.wgmma)  # a file may have others, which are no longer
+        tried = candidates(machine["bits"], calibration.gpu.wgmma)  # a file may have tilings that no longer exist
         for point in calibration.points:
             if point.kind == "fit" and point.key is not None and point.key[0] in tried:
                 self.by_kernel[point.key].append(point)
@@ -158,21 +158,21 @@ class Fit:
         self.alike: dict[tuple[Tiling, bool], np.ndarray] = {}
 
     def programs(self, key: Key) -> int:
-        """That a multiprocessor holds, of this kernel or, where it was not loaded first, of the one most like it."""
+        """Programs of this kernel on a multiprocessor, or of the most similar kernel with known resources."""
         known = self.calibration.programs
         alike = [count for (tiling, _, whole), count in known.items() if tiling == key[0] and whole == key[2]]
         alike += [count for (tiling, _, _), count in known.items() if tiling == key[0]]
         return max(1, known.get(key) or (alike[0] if alike else 1))
 
     def predicted(self, points: Sequence[Measured], gpu: GpuCost | None = None) -> np.ndarray:
-        """Microseconds of each point, by the costs of its kernel."""
+        """Predicted microseconds of each point."""
         costs = model.stacked([self.costs[point.key] for point in points if point.key])
         return np.asarray(model.time(*both(points), costs, gpu or self.gpu, self.processors))
 
     def fit_kernel(self, key: Key, gpu: GpuCost) -> tuple[TilingCost, float]:
         """The costs of one kernel, given the GPU's, and the sum of squares.
 
-        They are tied to those of the same tiling in all group sizes: some kernels have few points.
+        They are tied to those of the same tiling in all group sizes, since some kernels have few points.
         """
         points, programs = self.by_kernel[key], self.programs(key)
         (tilings, works), measured = both(points), np.log([point.us for point in points])
@@ -188,7 +188,7 @@ class Fit:
         return TilingCost(programs, *np.exp(at).tolist()), total
 
     def fit_alike(self) -> None:
-        """The costs of each tiling for all group sizes together, with whole steps or not."""
+        """The costs of each tiling for all group sizes together, for whole and for partial steps."""
         for tiling, whole in {(key[0], key[2]) for key in self.by_kernel}:
             keys = [key for key in self.by_kernel if (key[0], key[2]) == (tiling, whole)]
             points = [point for key in keys for point in self.by_kernel[key]]
@@ -205,7 +205,7 @@ class Fit:
             self.alike[tiling, whole], _ = least_squares(given, np.log(FIRST))
 
     def fit_gpu(self, names: Sequence[str], keys: Sequence[Key]) -> None:
-        """The GPU's own costs of these names, by these kernels, the costs of each of which are fitted again."""
+        """The GPU's costs ``names``, fitted with ``kernels``, whose own costs are fitted again each time."""
         for name in names:
             tried: dict[float, float] = {}
             for factor in (0.8, 0.9, 1.0, 1.12, 1.25):
@@ -214,7 +214,7 @@ class Fit:
             self.gpu = replace(self.gpu, **{name: getattr(self.gpu, name) * min(tried, key=tried.__getitem__)})
 
     def fit_cut(self) -> None:
-        """What adding parts costs, with the costs of tilings as they are."""
+        """The costs of adding parts, with fixed costs of tilings."""
         points = [point for point in self.cut if point.key in self.costs]
         measured = np.log([point.us for point in points])
         if not points:
@@ -244,12 +244,12 @@ class Fit:
 
 
 def rounded(value: float) -> float:
-    """To four digits: more would only be noise."""
+    """Rounded to four digits; more would be noise."""
     return float(f"{value:.4g}")
 
 
 def table_text(fit: Fit) -> str:
-    """The table of costs, a line a tiling."""
+    """The table of costs, with one line for each tiling."""
     machine = fit.calibration.machine
     head = {"source": f"calibrated on {machine['gpu']}", "measured": True}
     gpu = {name: rounded(value) for name, value in asdict(fit.gpu).items()}
@@ -264,12 +264,12 @@ def table_text(fit: Fit) -> str:
 
 
 def cost_row(cost: TilingCost | None) -> list[float] | None:
-    """As in the table."""
+    """The form of the table."""
     return None if cost is None else [cost.programs, *(rounded(value) for value in astuple(cost)[1:])]
 
 
 def percentile(values: Sequence[float], part: float) -> float:
-    """Of the sorted values."""
+    """A quantile of sorted values."""
     return sorted(values)[min(len(values) - 1, int(part * len(values)))]
 
 
@@ -292,7 +292,7 @@ def error_table(fit: Fit) -> Table:
 
 
 def held_products(points: Iterable[Measured]) -> dict[tuple[int, int, int], list[Measured]]:
-    """The products that were drawn, with all that was measured of each."""
+    """The random products with all of their measurements."""
     found: dict[tuple[int, int, int], list[Measured]] = defaultdict(list)
     for point in points:
         if point.kind == "held":
@@ -301,7 +301,7 @@ def held_products(points: Iterable[Measured]) -> dict[tuple[int, int, int], list
 
 
 def choice_table(fit: Fit) -> Table:
-    """What choosing by prediction loses, and where it and the fastest are beside cuBLAS, by rows."""
+    """The loss of the choice by prediction, and the ratio of it and of the fastest to cuBLAS, by rows."""
     table = Table("rows", "products", "lost", "worst", "chosen / cuBLAS", "fastest / cuBLAS", title="products drawn")
     lost: dict[int, list[float]] = defaultdict(list)
     chosen_ratio, best_ratio = defaultdict(list), defaultdict(list)

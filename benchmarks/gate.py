@@ -2,8 +2,8 @@
 
     python -m benchmarks.gate [--group 32] [--layers "Voxtral" "SmolLM2"] [--rows 1 16 64 256 1500 4096]
 
-Two products are what the default passes without ``FuseGate`` make of such a layer: the second multiplies what the first
-one wrote. Weights are rotated past the L2 cache, and launches cost nothing (a CUDA graph), which favours the two.
+Without ``FuseGate`` the default passes write two products for such a layer: the second multiplies the result of the
+first. Weights are rotated past the L2 cache, and launches cost nothing (a CUDA graph), which favours the two.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.compiling import side_by_side
 from benchmarks.int4 import copies, int4_pair, microseconds, random_weight
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.epilogue import interleave_rows
 
@@ -31,30 +31,30 @@ Packed = tuple[Tensor, Tensor]
 
 
 def packed(n: int, k: int, group: int) -> Packed:
-    """A random weight and its scales, as the kernel takes them."""
+    """A random weight and its scales, in the kernel's layout."""
     return int4_pair(*random_weight(n, k, group))
 
 
 def apart(x: Tensor, gate: Packed, up: Packed, group: int) -> Tensor:
-    """Two products."""
+    """The layer as two products."""
     n = gate[0].shape[0]
     first = linear(x, *gate, None, group, n, "silu")
     return linear(x, *up, None, group, n, "", first)  # type: ignore[no-any-return]
 
 
 def together(x: Tensor, both: Packed, group: int) -> Tensor:
-    """One product, of the weight that :func:`joined` makes."""
+    """The layer as one product with the weight of :func:`joined`."""
     n = both[0].shape[0] // 2
     return linear(x, *both, None, group, n, "silu", None, None, True)  # type: ignore[no-any-return]
 
 
 def joined(gate: Packed, up: Packed) -> Packed:
-    """The rows of both weights, taking turns."""
+    """The alternating rows of both weights."""
     return interleave_rows(gate[0], up[0], 0), interleave_rows(gate[1], up[1], 1)
 
 
 def warm(job: tuple[int, int, int, int]) -> None:
-    """Compile what a measurement needs, and see that both forms agree: N, K, group size, M."""
+    """Compile the kernels of a measurement, and check that both forms agree: N, K, group size, M."""
     n, k, group, m = job
     gate, up, x = packed(n, k, group), packed(n, k, group), torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     one, two = together(x, joined(gate, up), group), apart(x, gate, up, group)
@@ -82,7 +82,7 @@ def times(n: int, k: int, group: int, rows: Sequence[int]) -> list[tuple[float, 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", type=int, default=32, choices=GROUP_SIZES)
+    parser.add_argument("--group", type=int, default=32, choices=INT4_GROUP_SIZES)
     parser.add_argument("--layers", nargs="+", default=list(LAYERS), choices=list(LAYERS))
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--jobs", type=int, help="processes that compile side by side")

@@ -1,19 +1,19 @@
-"""The int4 kernel beside cuBLAS in bf16 on shapes that are drawn, half of them from real models.
+"""The int4 kernel beside cuBLAS in bf16 on random shapes, half of them from real models.
 
     python -m benchmarks.grid [--seed 0] [--groups 32 64 128] [--shapes 24] [--rows 1 2 5 ...] [--seconds 540]
                               [--beside NAME=FILE ...] [--out FILE]
     python -m benchmarks.grid --write-choices FILE      # needs no GPU
-    python -m benchmarks.grid --dry-run                 # nor this: what would be compiled and timed
+    python -m benchmarks.grid --dry-run                 # nor this: lists the kernels and points
     python -m benchmarks.grid --summary FILE            # the tables of an earlier run's FILE
 
-N is from 512 to 160,000, a multiple of 8, K from 512 to 16,384, a multiple of 32; a group size that does not divide K
-is left out for it. Times are of a call in a CUDA graph, weights rotated past the L2 cache, the median of a few replays;
-cuBLAS, tinygemm (up to 16 rows, the better of two inner_k_tiles) and each choice of tilings are timed one after the
-other at every point. Every result is compared with fp64 first.
+N is a multiple of 8 from 512 to 160,000, and K a multiple of 32 from 512 to 16,384. Group sizes that do not divide K
+are omitted. A time is that of a call in a CUDA graph, with weights rotated past the L2 cache, the median of a few
+replays. At every point cuBLAS, tinygemm (up to 16 rows, the better of two inner_k_tiles) and each choice of tilings are
+timed in sequence. Every result is first compared with fp64.
 
-The package's own choice is timed always. ``--beside`` adds choices from files, as ``--write-choices`` writes them: of
-another version of the package, say, so that two are compared in one run. ``--out`` has a line of JSON for each point,
-written when it is measured.
+The package's own choice is always timed. ``--beside`` adds choices from files of ``--write-choices``, for example of
+another version of the package, so that two are compared in one run. ``--out`` gets a line of JSON for each point as
+soon as it is measured.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from benchmarks.compiling import Job, compile_all, distinct
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool, geometric_mean
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import Weight, tiling_for
 from et_cuda_passes.kernels.gpus import HOPPER, GpuArch
-from et_cuda_passes.kernels.launching import gpu_of
 from et_cuda_passes.kernels.tiling import Tiling
 
 REAL = {
@@ -57,13 +57,13 @@ REAL = {
     "gpt-oss": [(5120, 2880), (2880, 4096), (2880, 2880)],
     "Whisper-small": [(768, 768), (2304, 768), (3072, 768), (768, 3072)],
 }
-"""N and K by model; q, k and v in one, gate and up in one."""
+"""N and K by model; q, k and v are one weight, and so are gate and up."""
 ROWS = (1, 2, 5, 8, 12, 24, 48, 96, 160, 333, 600, 777, 1100, 2048, 3500)
 GROUPS = (32, 64, 128)
 OURS = "package"
 TINYGEMM_ROWS = 16
 BIG = 4 * 2**20
-"""Bytes of a packed weight from which on the aim with few rows is the lower one."""
+"""Bytes of a packed weight from which on the lower aim for few rows applies."""
 AIMS = [
     ("1 to 16", 1, 16, 0, 0.60, 1.0),
     ("1 to 16, weights of 4 MB and more packed", 1, 16, BIG, 0.50, 1.0),
@@ -71,7 +71,7 @@ AIMS = [
     ("65 to 512", 65, 512, 0, 1.05, 1.35),
     ("513 to 4096", 513, 4096, 0, 1.03, 1.2),
 ]
-"""Rows, from, to, bytes of the weight at least, and what the geometric mean and the worst should be at most."""
+"""Rows from and to, minimum bytes of the weight, and upper limits of the geometric mean and the worst."""
 TINYGEMM_AIM = 1.1
 WORST = 12
 Point = dict[str, Any]
@@ -79,20 +79,20 @@ Chooser = Callable[[int, int, int, int], Tiling | None]
 
 
 def drawn(seed: int, count: int) -> list[tuple[int, int]]:
-    """So many shapes N, K: every second one of a real model, the others with random logarithms."""
+    """``count`` shapes N, K: every second one of a real model, the others with random logarithms."""
     chance = random.Random(seed)
     real = chance.sample(sorted({shape for shapes in REAL.values() for shape in shapes}), count // 2)
 
     def one(low: int, high: int, multiple: int) -> int:
         return round(math.exp(chance.uniform(math.log(low), math.log(high))) / multiple) * multiple
 
-    made = [(one(512, 160_000, 8), one(512, 16_384, 32)) for _ in range(count - len(real))]
-    pairs = [*zip(made, real, strict=False)]
-    return [shape for pair in pairs for shape in pair] + made[len(real) :]
+    random_shapes = [(one(512, 160_000, 8), one(512, 16_384, 32)) for _ in range(count - len(real))]
+    pairs = [*zip(random_shapes, real, strict=False)]
+    return [shape for pair in pairs for shape in pair] + random_shapes[len(real) :]
 
 
 def points_of(shapes: Sequence[tuple[int, int]], groups: Sequence[int], rows: Sequence[int]) -> list[Point]:
-    """Every point that is timed, by shape, rows and group size."""
+    """Every point: shape, rows and group size."""
     return [
         {"n": n, "k": k, "rows": m, "group": group}
         for (n, k), m, group in product(shapes, rows, groups)
@@ -101,17 +101,17 @@ def points_of(shapes: Sequence[tuple[int, int]], groups: Sequence[int], rows: Se
 
 
 def place(point: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """What a point is found by: N, K, group size, rows."""
+    """The key of a point: N, K, group size, rows."""
     return point["n"], point["k"], point["group"], point["rows"]
 
 
 def package_choice(gpu: GpuArch) -> Chooser:
-    """What the package chooses for a number of rows that is known."""
+    """The package's choice for a known number of rows."""
     return lambda n, k, group, rows: tiling_for(gpu, Weight(n, k, group), rows)
 
 
 def choices_in(path: Path) -> Chooser:
-    """Choices that were written by ``--write-choices``; None for what they have not."""
+    """Choices from a file of ``--write-choices``; None for points that it lacks."""
     found = {place(entry): Tiling(*entry["tiling"]) for entry in map(json.loads, path.read_text().splitlines())}
     return lambda n, k, group, rows: found.get((n, k, group, rows))
 
@@ -133,12 +133,12 @@ def chosen(points: Iterable[Point], choosers: Mapping[str, Chooser]) -> Iterator
 
 
 def jobs_of(both: Iterable[tuple[Point, Mapping[str, Tiling]]]) -> list[Job]:
-    """What is compiled for them."""
+    """The kernels to compile for them."""
     return [Job(tiling, 4, p["n"], p["k"], p["group"], p["rows"]) for p, tilings in both for tiling in tilings.values()]
 
 
 def measured(pool: Pool, point: Point, tilings: Mapping[str, Tiling], dense: float) -> Point:
-    """The point with its times; what failed has an error and no time."""
+    """The point with its times; a failure has an error instead of a time."""
     n, k, group, m = place(point)
     found: Point = dict(point) | {"cublas": dense, "times": {}, "tilings": {}, "errors": {}}
     if m <= TINYGEMM_ROWS:
@@ -154,7 +154,7 @@ def measured(pool: Pool, point: Point, tilings: Mapping[str, Tiling], dense: flo
             if tiling not in known:
                 known[tiling] = pool.time(n, k, group, m, tiling)
             found["times"][name] = known[tiling]
-        except Exception as error:  # shared memory, ptxas, a wrong result: the others are still worth their time
+        except Exception as error:  # shared memory, ptxas or a wrong result: the others are still timed
             found["errors"][name] = f"{type(error).__name__}: {error}"[:200]
     return found
 
@@ -187,7 +187,7 @@ def run_grid(
 
 
 def ratios(points: Iterable[Point], name: str, of: str = "cublas") -> list[float]:
-    """Time of a choice over that of cuBLAS or of tinygemm."""
+    """The time of a choice divided by that of cuBLAS or tinygemm."""
     return [p["times"][name] / p[of] for p in points if name in p["times"] and of in p]
 
 
@@ -218,7 +218,7 @@ def rows_table(points: Sequence[Point], names: Sequence[str]) -> Table:
 
 
 def aims_table(points: Sequence[Point], names: Sequence[str]) -> Table:
-    """The classes of rows against what should be reached."""
+    """The classes of rows, compared with their limits."""
     table = Table("rows", "points", "choice", "mean", "aim", "worst", "aim", "reached")
     for text, first, last, nbytes, mean, worst in AIMS:
         within = [p for p in points if first <= p["rows"] <= last and p["n"] * p["k"] / 2 >= nbytes]
@@ -239,7 +239,7 @@ def aims_table(points: Sequence[Point], names: Sequence[str]) -> Table:
 
 
 def worst_table(points: Sequence[Point], name: str) -> Table:
-    """The points that are furthest above the aim for the worst of their class."""
+    """The points that exceed the limit of their class most."""
 
     def above(point: Point) -> float:
         aim = next(worst for _, first, last, _, _, worst in AIMS if first <= point["rows"] <= last)
@@ -263,7 +263,7 @@ def print_summary(points: Sequence[Point], console: Console) -> None:
 
 
 def main() -> None:
-    """Time the grid, or write what is chosen for it, or print an earlier run's tables."""
+    """Time the grid, write its choices, or print the tables of an earlier run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--groups", type=int, nargs="+", default=GROUPS, choices=GROUPS)

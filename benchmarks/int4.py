@@ -1,4 +1,4 @@
-"""What the benchmarks of the int4 kernels share: layers of real models, random weights, and a clock."""
+"""Shared by the benchmarks of the int4 kernels: layers of real models, random weights, and timing."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -34,21 +34,21 @@ LAYERS = {
 REPLAYS = 20
 QUICK_REPLAYS = (3, 15)
 SPARE = 0.3
-"""Part of the GPU's memory below which cached memory is given back."""
+"""Fraction of the GPU's memory below which cached memory is released."""
 ENOUGH = 4.0
-"""Milliseconds of replays that :func:`quick_microseconds` takes the median of."""
+"""Milliseconds of replays whose median :func:`quick_microseconds` returns."""
 
 
 def copies(nbytes: int) -> int:
-    """How many weights of this size overflow the cache twice over."""
+    """The number of weights of this size that exceed twice the cache."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return max(2, -(-2 * cache // nbytes))
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """All of ``calls`` as one CUDA graph, the first two of them run before: the others are of the same kernels.
+    """All of ``calls`` as one CUDA graph, after a run of the first two; the others use the same kernels.
 
-    ``torch.cuda.graph`` would collect garbage and give all cached memory back first, which takes longer than the rest.
+    ``torch.cuda.graph`` would first collect garbage and release all cached memory, which takes longer than the rest.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -67,7 +67,7 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 
 
 def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
-    """Median time of one call, all of ``calls`` being one CUDA graph, so that launches cost nothing."""
+    """Median time of one call in a CUDA graph of all ``calls``, so that launches cost nothing."""
     graph = captured(calls)
     times: list[float] = []
     for _ in range(REPLAYS):
@@ -81,13 +81,13 @@ def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
 
 
 def quick_microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """As :func:`microseconds`, in a fraction of the time: replays until ENOUGH milliseconds, within QUICK_REPLAYS."""
-    taken = quickly_timed(captured(calls)) / len(calls)
-    # The graph is gone, and its memory stays in a pool that no other graph uses.
+    """A faster :func:`microseconds`: replays until ENOUGH milliseconds, within QUICK_REPLAYS."""
+    elapsed = quickly_timed(captured(calls)) / len(calls)
+    # The memory of the deleted graph stays in a pool that no other graph uses.
     free, total = torch.cuda.mem_get_info()
     if free < SPARE * total:
         torch.cuda.empty_cache()
-    return taken
+    return elapsed
 
 
 def quickly_timed(graph: torch.cuda.CUDAGraph) -> float:
@@ -109,7 +109,7 @@ def quickly_timed(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def int4_pair(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight as the Triton kernel takes it, on the GPU: packed, and its scales in bf16, with no zeros."""
+    """A packed weight for the Triton kernel on the GPU, and its scales in bf16, without zeros."""
     pair = mma_tiled.scale_and_zero(scale, torch.zeros_like(scale), torch.bfloat16, q.shape[1])
     return mma_tiled.pack(q).cuda(), pair.cuda()
 

@@ -2,15 +2,15 @@
 
     python -m benchmarks.kernels [--bits 4] [--group 32] [--layers up down] [--rows 1 4 16 64 256 1500 4096] [--tuned]
 
-With ``--bits 8`` it is the int8 kernel, in groups or, with ``--group 0``, with one scale a row. Where the package
-``gemlite`` is installed its int4 kernels are there too, as they come, and with ``--tuned`` after its own autotuning,
-which takes minutes a layer.
+``--bits 8`` selects the int8 kernel, in groups or, with ``--group 0``, with one scale a row. If the package ``gemlite``
+is installed, its int4 kernels are timed too, in their default setting, and with ``--tuned`` also after its own
+autotuning, which takes minutes for a layer.
 
-Weights are rotated through more memory than the L2 cache holds, so that each call reads them from memory; a CUDA graph
-of all of them is replayed, so that launches cost nothing. The number is the median of the replays, per call. tinygemm
-is not timed beyond 256 rows, where it takes 20 times as long. The last line of a layer is how much of the limit the
-Triton kernel reaches: the larger of the bytes at the bandwidth of a copy and of the operations at the rate of a large
-product of cuBLAS, both measured here.
+Weights are rotated through more memory than the L2 cache, so that each call reads them from memory. A CUDA graph of all
+calls is replayed, so that launches cost nothing. A number is the median of the replays, per call. tinygemm is not timed
+beyond 256 rows, where it takes 20 times as long. The last line of a layer is the fraction of the limit that the Triton
+kernel reaches. The limit is the larger of two times: the bytes at the bandwidth of a copy, and the operations at the
+rate of a large product of cuBLAS, both measured here.
 """
 
 import argparse
@@ -29,14 +29,14 @@ from benchmarks.compiling import Job, compile_all
 from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels import choose
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.buckets import gpu_of
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 
 ROWS = (1, 4, 16, 64, 256, 1500, 4096)
 MOST_ROWS = {"tinygemm": 256}
-"""Beyond so many a kernel is not timed."""
+"""Largest number of rows for which a kernel is timed."""
 CUBLAS, OURS = "cuBLAS bf16", "triton"
 int4pack = torch.ops.aten._weight_int4pack_mm
 triton_linear = INT4_LINEARS["mma_tiled"].op
@@ -53,11 +53,11 @@ class Weight:
 
     @property
     def zero(self) -> Tensor:
-        """Zeros like the scales."""
+        """Zeros with the shape of the scales."""
         return torch.zeros_like(self.scale)
 
     def repeat(self, make: Callable[[], Linear]) -> list[Linear]:
-        """A linear of each of as many copies as overflow the cache."""
+        """Linears with copies of the weight that exceed the cache."""
         return [make() for _ in range(copies(self.q.numel() // 2))]
 
 
@@ -92,7 +92,7 @@ def ours(weight: Weight) -> list[Linear]:
 
 
 def gemlite(weight: Weight) -> list[Linear]:
-    """gemlite's kernels, in the setting that it has then."""
+    """gemlite's kernels, in its current setting."""
     from gemlite.helper import A16Wn
 
     def make() -> Linear:
@@ -100,14 +100,14 @@ def gemlite(weight: Weight) -> list[Linear]:
         maker = A16Wn(device="cuda", dtype=torch.bfloat16)
         return maker.from_weights(q, scale, torch.full_like(scale, 8), 4, weight.group)  # type: ignore[no-any-return]
 
-    made = weight.repeat(make)
+    copies = weight.repeat(make)
     x = torch.randn(3, weight.q.shape[1], device="cuda", dtype=torch.bfloat16)
     wanted = ours(weight)[0](x)
-    off = float((made[0](x) - wanted).norm() / wanted.norm())
-    # Seen on an H100: 1.2e-2 to 1.9e-2, where ours is within 4e-3 of fp64. Of another weight it is above 1.
+    off = float((copies[0](x) - wanted).norm() / wanted.norm())
+    # On an H100 it is 1.2e-2 to 1.9e-2, where ours is within 4e-3 of fp64. A wrong weight gives more than 1.
     if not off <= 3e-2:
         raise RuntimeError(f"gemlite's result is another, by {off:.1e}")
-    return made
+    return copies
 
 
 def ours_int8(n: int, k: int, group: int) -> list[Linear]:
@@ -148,13 +148,13 @@ def layer_times(n: int, k: int, bits: int, group: int, rows: tuple[int, ...]) ->
         except Exception as error:
             if name == OURS:
                 raise
-            # Somebody else's kernel is left out where it fails; what was measured is not lost by it.
+            # A failure of another kernel is printed, and the other measurements continue.
             print(f"{name}, {n} x {k}: {type(error).__name__}: {error}")
     return times
 
 
 def has_gemlite() -> bool:
-    """Whether the package can be imported; it needs a GPU for that."""
+    """Whether gemlite can be imported, which needs a GPU."""
     try:
         import gemlite  # noqa: F401
     except ImportError:
@@ -163,14 +163,14 @@ def has_gemlite() -> bool:
 
 
 def shown(times: Iterable[float | None], form: str) -> list[str]:
-    """As cells of the table."""
+    """Times as cells of the table."""
     return ["" if time is None else form.format(time) for time in times]
 
 
 def layer_table(
     name: str, bits: int, group: int, rows: tuple[int, ...], times: dict[str, list[float | None]], limit: Limit
 ) -> Table:
-    """Times, ratios, and how much of the limit the Triton kernel reaches."""
+    """Times, ratios, and the fraction of the limit that the Triton kernel reaches."""
     n, k = LAYERS[name]
     table = Table(f"{name}, {n} x {k}", *(f"M = {m}" for m in rows))
     for kernel, row in times.items():
@@ -188,7 +188,7 @@ def layer_table(
 
 
 def main() -> None:
-    """Print the tables, each when it is measured."""
+    """Print each table when it is measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--group", type=int, default=32, choices=(0, 16, 32, 64, 128, 256))
@@ -199,8 +199,8 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    if options.bits == 4 and options.group not in GROUP_SIZES:
-        parser.error(f"the int4 kernel has groups of {', '.join(map(str, GROUP_SIZES))}")
+    if options.bits == 4 and options.group not in INT4_GROUP_SIZES:
+        parser.error(f"the int4 kernel has groups of {', '.join(map(str, INT4_GROUP_SIZES))}")
     if options.tuned and not (options.bits == 4 and has_gemlite()):
         parser.error("--tuned is for the int4 kernels of the package gemlite, which is not installed")
     gpu = gpu_of(torch.device("cuda"))
@@ -223,13 +223,13 @@ def main() -> None:
     if options.tuned:
         import gemlite as package
 
-        # For the whole process: everything else was timed before.
+        # The setting applies to the whole process, so all other kernels are timed before.
         package.reset_config()
         package.set_autotune("max")
         for name in options.layers:
             n, k = LAYERS[name]
-            made = gemlite(Weight(*random_weight(n, k, options.group), options.group))
-            times = found[name] | {"gemlite, tuned": timed(made, k, rows)}
+            copies = gemlite(Weight(*random_weight(n, k, options.group), options.group))
+            times = found[name] | {"gemlite, tuned": timed(copies, k, rows)}
             console.print(layer_table(name, options.bits, options.group, rows, times, limit))
 
 

@@ -1,4 +1,4 @@
-"""What no kernel on this machine is faster than: a copy, a large product of cuBLAS in bf16, a kernel's own start."""
+"""Limits of this machine: the rate of a copy, of a large product of cuBLAS in bf16, and the start of a kernel."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -11,7 +11,7 @@ from benchmarks.int4 import microseconds
 
 @dataclass(frozen=True)
 class Limit:
-    """Bytes a second that a copy moves, operations a second of a product, microseconds of a kernel of one element."""
+    """Bytes a second of a copy, operations a second of a product, microseconds of a kernel for one element."""
 
     bandwidth: float
     rate: float
@@ -19,7 +19,7 @@ class Limit:
 
     @classmethod
     def measured(cls) -> Self:
-        """On the GPU of this machine, the product on random data: on zeros it would be faster."""
+        """Measured on the GPU of this machine. The product has random data, since zeros would be faster."""
         a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
         b = torch.empty_like(a)
         bandwidth = 2 * a.numel() / microseconds([lambda: b.copy_(a)] * 4) * 1e6
@@ -30,7 +30,7 @@ class Limit:
         return cls(bandwidth, rate, microseconds([lambda: one.add_(1)] * 200))
 
     def microseconds(self, nbytes: float, operations: float) -> float:
-        """The larger of what moving and what computing takes."""
+        """The larger of the times of moving and of computing."""
         return max(nbytes / self.bandwidth, operations / self.rate) * 1e6
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""How fast weights are packed and how much memory that takes: `python -m benchmarks.packing`.
+"""The speed and the memory of packing weights: `python -m benchmarks.packing`.
 
-Every line is measured in a process of its own with one thread: weights a second of the thread's own time (the best of
-several runs), and how far the process's peak memory rises above the input and the output. MB are 10^6 bytes of int8
-weights, the form that quantization leaves them in. The memory column is read from /proc and needs Linux.
+Every line is measured in a separate process with one thread: weights a second of the thread's own time (the best of
+several runs), and the peak memory of the process above input and output. MB are 10^6 bytes of int8 weights, the form
+that quantization writes. The memory column is read from /proc and needs Linux.
 """
 
 import argparse
@@ -38,17 +38,17 @@ SIZES = ((576, 1536), (3072, 3072), (8192, 3072), (16384, 8192))
 
 
 def cpu_all_at_once(q: torch.Tensor) -> torch.Tensor:
-    """What the CPU layout costs without chunks: the whole weight as int32, straight into the operator."""
+    """The CPU layout without chunks: the operator gets the whole weight as int32."""
     packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32) + 8, 8)
     return packed
 
 
 def measure(pack: Convert, unpack: Convert | None, n: int, k: int, repeats: int | None = None) -> tuple[float, float]:
-    """Weights a second, and peak bytes above input and output, of `unpack` or, where that is None, of `pack`.
+    """Weights a second, and peak bytes above input and output, of `unpack`, or of `pack` if `unpack` is None.
 
     Runs in a fresh process, so `pack` and `unpack` must be importable functions or partials of such.
     """
-    # The fresh processes are forks of one that has imported this module and done nothing else.
+    # Fresh processes are forks of a process that only imported this module.
     clean = multiprocessing.get_context("forkserver")
     clean.set_forkserver_preload(["benchmarks.packing"])
     with ProcessPoolExecutor(1, mp_context=clean) as pool:
@@ -60,7 +60,7 @@ def _measure_here(pack: Convert, unpack: Convert | None, n: int, k: int, repeats
     torch.manual_seed(0)
     run = pack if unpack is None else unpack
     small = torch.randint(-8, 8, (64, 256), dtype=torch.int8)
-    run(small if unpack is None else pack(small))  # what happens once a process is no part of either figure
+    run(small if unpack is None else pack(small))  # one-time work of a process does not count
 
     weights = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     given = weights if unpack is None else pack(weights)

@@ -1,4 +1,4 @@
-"""Random memory of a GPU, parts of which are weights: any number of any shape, with nothing to generate or to pack."""
+"""Random memory of a GPU whose parts serve as weights of any number and shape, without generating or packing."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -15,31 +15,31 @@ from et_cuda_passes.layouts import mma_tiled
 
 MOST_WRONG = 4e-3
 ALIGNED = 256
-"""Bytes at whose multiples weights begin."""
+"""Alignment of weights in bytes."""
 SAMPLE = 96
-"""Columns, and rows, of a result that are compared with fp64."""
+"""Number of columns and of rows of a result that are compared with fp64."""
 int4pack = torch.ops.aten._weight_int4pack_mm
 Call = Callable[[], Tensor]
 
 
 def rotation(nbytes: int, cache: int) -> int:
-    """How many weights of this size overflow a cache of ``cache`` bytes twice over."""
+    """The number of weights of this size that exceed twice a cache of ``cache`` bytes."""
     return max(1, -(-2 * cache // nbytes))
 
 
 def starts(nbytes: int, cache: int) -> list[int]:
-    """The byte at which each weight of the rotation begins."""
+    """The offset of each weight of the rotation in bytes."""
     stride = -(-nbytes // ALIGNED) * ALIGNED
     return [number * stride for number in range(rotation(nbytes, cache))]
 
 
 def room(sizes: Iterable[int], cache: int) -> int:
-    """Bytes that the rotations of weights of these sizes need."""
+    """Bytes for the rotations of weights of these sizes."""
     return max(starts(nbytes, cache)[-1] + -(-nbytes // ALIGNED) * ALIGNED for nbytes in sizes)
 
 
 class Pool:
-    """Random bytes for weights, scales and dense weights, each as many as ``shapes`` (N, K, group size) need."""
+    """Random bytes for the weights, scales and dense weights of ``shapes`` (N, K, group size)."""
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], rows: int, bits: int = 4, *, dense: bool = True) -> None:
         """``rows`` is the largest number of rows of x."""
@@ -57,7 +57,7 @@ class Pool:
         self._dense = torch.empty(most, device="cuda", dtype=torch.bfloat16).normal_()
 
     def weight_bytes(self, n: int, k: int) -> int:
-        """Of a packed weight."""
+        """Bytes of a packed weight."""
         return n * (mma_tiled.padded(k) // 2 if self.bits == 4 else k)
 
     def _scales(self, n: int, k: int, group: int) -> int:
@@ -75,7 +75,7 @@ class Pool:
         return [partial(F.linear, x, weight) for weight in weights]
 
     def pairs(self, n: int, k: int, group: int) -> list[tuple[Tensor, Tensor]]:
-        """The weights of a rotation as the Triton kernel takes them."""
+        """The weights of a rotation in the layout of the Triton kernel."""
         nbytes, scales = self.weight_bytes(n, k), self._scales(n, k, group)
         dtype, width = (torch.int32, mma_tiled.padded(k) // 8) if self.bits == 4 else (torch.int8, k)
         row = mma_tiled.scale_row(k, group) if self.bits == 4 else k // group
@@ -105,7 +105,7 @@ class Pool:
         return calls
 
     def error(self, n: int, k: int, group: int, m: int, tiling: Tiling) -> float:
-        """Of the Triton kernel against fp64, over SAMPLE rows and columns, the last among them."""
+        """The error of the Triton kernel against fp64, over SAMPLE rows and columns with the last ones."""
         packed, qparams = self.pairs(n, k, group)[0]
         x = self.x(m, k)
         y = run(tiling, x, packed, qparams, group)
@@ -113,13 +113,13 @@ class Pool:
         scale = qparams.view(n, -1)[columns, : k // group].double().repeat_interleave(group, dim=1)
         q = mma_tiled.unpack(packed[columns])[:, :k].double() - 8 if self.bits == 4 else packed[columns].double()
         exact = q * scale
-        if self.bits == 4 or group != k:  # one scale a row is multiplied by at the end
+        if self.bits == 4 or group != k:  # one scale a row is multiplied at the end
             exact = exact.bfloat16().double()
         wanted = x[rows].double() @ exact.T
         return float((y[rows][:, columns].double() - wanted).norm() / wanted.norm())
 
     def time(self, n: int, k: int, group: int, m: int, tiling: Tiling, *, check: bool = True) -> float:
-        """Microseconds of a call of the Triton kernel, whose result is compared with fp64 first, if ``check``.
+        """Microseconds of a call of the Triton kernel; with ``check`` its result is first compared with fp64.
 
         Raises:
             RuntimeError: the result is wrong.

@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 def seconds(run: Callable[[], _T]) -> tuple[float, _T]:
-    """Processor seconds of this process for the fastest of ``ROUNDS`` runs, and what the last of them gave."""
+    """Processor seconds of this process for the fastest of ``ROUNDS`` runs, and the result of the last one."""
     best = float("inf")
     for _ in range(ROUNDS):
         begin = time.process_time()
@@ -37,7 +37,7 @@ def seconds(run: Callable[[], _T]) -> tuple[float, _T]:
 
 
 def row(name: str, program: ExportedProgram, target: str) -> tuple[str, ...]:
-    """Name, nodes, linears, seconds of a whole rewrite, and of one whose constants are packed already."""
+    """Name, nodes, linears, seconds of a whole rewrite, and of a rewrite with packed constants."""
     whole, (_, report) = seconds(lambda: ecp.rewrite(program, target))
     pool = ConstantCache()
     ecp.rewrite(program, target, pool=pool)

@@ -2,11 +2,12 @@
 
     python -m benchmarks.stack [--group 32] [--rows 1 2 5 8 12 ...] [--folder DIR] [--jobs 6]
 
-Every variant is lowered in a process of its own, ``--jobs`` at once; what the folder holds already is not lowered
-again. Then each library runs alone: the median time of a call, the GPU's own clock around many calls, and how far the
-outputs are from fp64 on the same weights. ``cuBLAS bf16`` is the same stack in eager PyTorch, captured in a CUDA graph
-so that launches cost it nothing. The last line is how much of the limit the Triton kernels reach: the larger of the
-packed weights' bytes at the speed of a copy and the operations at that of a large product of cuBLAS.
+Every variant is lowered in a separate process, ``--jobs`` at once; variants in the folder are not lowered again. Then
+each library runs alone: the median time of a call, from the GPU's clock around many calls, and the error of the outputs
+against fp64 on the same weights. ``cuBLAS bf16`` is the same stack in eager PyTorch, captured in a CUDA graph so that
+launches cost nothing. The last line is the fraction of the limit that the Triton kernels reach. The limit is the larger
+of two times: the bytes of the packed weights at the speed of a copy, and the operations at that of a large product of
+cuBLAS.
 """
 
 import argparse
@@ -37,10 +38,10 @@ class Variant(NamedTuple):
     """One program.
 
     Attributes:
-        kernel: of our partitioner's int4 linears; None for the stock partitioner.
-        hint: length that the export sees.
+        kernel: kernel of our partitioner's int4 linears; None for the stock partitioner.
+        hint: length of the example of the export.
         quantized: whether the weights are int4.
-        fixed: whether that length is the only one.
+        fixed: whether the length is static.
         aoti_packed: whether the weights are ExecuTorch's own ``AotiPackedInt4Tensor``.
     """
 
@@ -58,7 +59,7 @@ VARIANTS = {
     "AotiPackedInt4": Variant(None, 16, quantized=True, aoti_packed=True),
     "tinygemm": Variant("tinygemm", 16, quantized=True),
     "triton": Variant("triton", 16, quantized=True),
-    # What choosing the kernel at run time costs is the difference to these.
+    # The difference to these is the cost of choosing the kernel at run time.
     "triton, 1 row": Variant("triton", 1, quantized=True, fixed=True),
     "triton, 16 rows": Variant("triton", 16, quantized=True, fixed=True),
 }
@@ -99,7 +100,7 @@ def quantized(group: int) -> nn.Module:
 
 
 def export(model: nn.Module, variant: Variant) -> ExportedProgram:
-    """One method whose length is dynamic, 1 to 4096, and is the hint while kernels are tuned; or fixed."""
+    """One method whose length is dynamic, 1 to 4096, with the hint for tuning kernels; or static."""
     x = torch.randn(variant.hint, FEATURES, dtype=torch.bfloat16)
     dynamic = None if variant.fixed else ({0: Dim("length", min=1, max=LONGEST)},)
     return torch.export.export(model, (x,), dynamic_shapes=dynamic)
@@ -113,7 +114,7 @@ def passes(kernel: str) -> list[Any]:
 
 
 def lower(name: str, group: int, folder: Path) -> None:
-    """Write ``<folder>/<name>/model.pte`` and what belongs to it."""
+    """Write ``<folder>/<name>/model.pte`` and its other files."""
     from executorch.backends.cuda.cuda_backend import CudaBackend
     from executorch.backends.cuda.cuda_partitioner import CudaPartitioner as StockCudaPartitioner
     from executorch.exir import to_edge_transform_and_lower
@@ -144,7 +145,7 @@ def lower(name: str, group: int, folder: Path) -> None:
 
 
 def lower_all(names: Sequence[str], group: int, folder: Path, jobs: int) -> None:
-    """Lower what is not there yet, ``jobs`` processes at once; the log of each lies beside it."""
+    """Lower missing variants, ``jobs`` processes at once; each writes a log beside its files."""
     waiting = [name for name in names if not (folder / name / "model.pte").exists()]
     running: dict[str, subprocess.Popen[bytes]] = {}
     while waiting or running:
@@ -161,7 +162,7 @@ def lower_all(names: Sequence[str], group: int, folder: Path, jobs: int) -> None
 
 
 def microseconds(call: Callable[[], object], calls: int) -> float:
-    """Median over five rounds of the time of one call, in rounds of ``calls``, on the GPU's clock."""
+    """Median over five rounds of ``calls`` calls of the time of one call, on the GPU's clock."""
     for _ in range(3):
         call()
     times = []
@@ -251,7 +252,7 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
 
 
 def floors(limit: Limit, rows: Sequence[int], group: int) -> dict[int, float]:
-    """The least microseconds of a call by rows: four bits a weight, a bf16 scale a group, and x and the result."""
+    """The lower limit of the microseconds of a call by rows: 4-bit weights, bf16 scales, x and the result."""
     weights = 2 * BLOCKS * FEATURES * HIDDEN
     read = weights * (1 / 2 + 2 / group)
     return {m: limit.microseconds(read + 2 * 2 * m * FEATURES, 2 * m * weights) for m in rows}
@@ -264,7 +265,7 @@ def table(
     sizes: dict[str, str],
     least: dict[int, float],
 ) -> Table:
-    """Times, the ratios of the Triton kernels to every other, and their part of the limit, ``least`` by rows."""
+    """Times, the ratios of the Triton kernels to every other, and their fraction of the limit, ``least`` by rows."""
     result = Table("", *(f"M = {m}" for m in rows), "relative error", ".ptd, lowering", title="microseconds a call")
     for name, row in times.items():
         error = f"{errors[name]:.1e}" if name in errors else ""

@@ -15,12 +15,16 @@ PROMPTS = ("What is the capital of France? Answer in one sentence.", "Explain in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo as the command line asks; 0 done, 1 failed."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description="The main job on SmolLM2-135M-Instruct.")
-    parser.add_argument("--work-dir", type=Path, default=Path("build/demo"), help="where the files go (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=40, help="the longest answer, in tokens (%(default)s)")
-    parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
-    parser.add_argument("--fresh", action="store_true", help="use no file of an earlier run")
+    """Run the demo; returns 0 for success, 1 for a failure."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description="The package on SmolLM2-135M-Instruct.")
+    parser.add_argument(
+        "--work-dir", type=Path, default=Path("build/demo"), help="the folder of the files (%(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=40, help="the maximum length of an answer, in tokens (%(default)s)"
+    )
+    parser.add_argument("--prompt", action="append", help="a prompt; may be given several times")
+    parser.add_argument("--fresh", action="store_true", help="reuse no files of an earlier run")
     options = parser.parse_args(arguments)
     if options.tokens < 2:
         parser.error("--tokens must be at least 2: the speed is that of the tokens after the first")
@@ -37,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ndemo: interrupted; the next run goes on with the step that this one was at", file=sys.stderr)
+        print("\ndemo: interrupted; the next run resumes with this step", file=sys.stderr)
         return 130
     return 0
 
 
 def _silence_libraries() -> None:
-    """What they say at import and export is about themselves, and would cut through the bars."""
-    # Before torchao is imported, and after torch, which sets its own loggers' levels.
+    """Disable the log output of libraries at import and export, which would interrupt the progress bars."""
+    # This runs before the import of torchao, and after that of torch, which sets the levels of its loggers.
     import torch  # noqa: F401
 
     warnings.simplefilter("ignore")

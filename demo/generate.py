@@ -1,4 +1,4 @@
-"""Running a program: compiled by AOTInductor for this machine's CPU, and decoded greedily."""
+"""Compiles programs with AOTInductor for this machine's CPU, and decodes greedily."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 ROUNDS = 3
-"""How often take_turns asks everything; the speeds are the medians."""
+"""Number of rounds of take_turns; the speeds are medians over the rounds."""
 
 Run = Callable[[Tensor, Tensor], Tensor]
-"""What Decoder.forward is: tokens [1, n] and start [1] to the logits [1, 1, vocabulary]."""
+"""The signature of Decoder.forward: tokens [1, n] and start [1] to the logits [1, 1, vocabulary]."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of an answer, and how long its first one and the others took, in seconds."""
+    """The tokens of an answer, and the seconds for its first token and for the others."""
 
     tokens: tuple[int, ...]
     first: float
@@ -37,7 +37,7 @@ def compile_for_cpu(program: ExportedProgram, package: Path) -> None:
 
 
 def load_package(package: Path) -> Run:
-    """The compiled program in `package`, ready to run."""
+    """Load the compiled program in `package`."""
     run: Run = torch._inductor.aoti_load_package(str(package))
     return run
 
@@ -59,7 +59,7 @@ def answer(run: Run, prompt: Sequence[int], limit: int, end: int) -> Answer:
 
 @dataclass(frozen=True)
 class Result:
-    """What one program answered to each prompt, and how fast: the median of the rounds."""
+    """The answers of one program to all prompts, and its speed: the median of the rounds."""
 
     answers: tuple[Answer, ...]
     seconds_to_first: float
@@ -69,14 +69,15 @@ class Result:
 def take_turns(
     runs: Mapping[str, Run], prompts: Sequence[Sequence[int]], limit: int, end: int, advance: Callable[[], None]
 ) -> dict[str, Result]:
-    """Let the programs answer all prompts in turns, so that whatever else the machine does meets them alike.
+    """Let the programs answer all prompts in turns, so that other load on the machine affects them equally.
 
-    The speed is that of decoding: the tokens after each answer's first over the time they took; the time to the first
-    token is the mean over the prompts. `advance` is called after each of ROUNDS * len(runs) * len(prompts) answers.
+    The speed is that of decoding: the tokens after the first one of each answer, divided by their time. The time to the
+    first token is the mean over the prompts. `advance` is called after each of ROUNDS * len(runs) * len(prompts)
+    answers.
     """
     rounds: dict[str, list[tuple[Answer, ...]]] = {name: [] for name in runs}
     for run in runs.values():
-        # Memory touched and threads started for the first time are nobody's speed.
+        # The first run allocates memory and starts threads, so it is not measured.
         answer(run, prompts[0], 2, end)
     for _ in range(ROUNDS):
         for name, run in runs.items():
@@ -91,7 +92,7 @@ def take_turns(
 def _result(rounds: Sequence[tuple[Answer, ...]]) -> Result:
     def speed(answers: tuple[Answer, ...]) -> float:
         seconds = sum(a.others for a in answers)
-        # No seconds: every answer ended with its first token.
+        # Every answer ended with its first token, so no time was measured.
         return sum(len(a.tokens) - 1 for a in answers) / seconds if seconds else math.nan
 
     return Result(
@@ -113,9 +114,9 @@ def check_fits(prompts: Sequence[Sequence[int]], limit: int, cache_length: int) 
 
 @torch.no_grad()
 def save_errors(runs: Mapping[str, Run], exported: Mapping[str, Path], prompt: Sequence[int], path: Path) -> None:
-    """Write to `path`, as JSON, how far each program's logits after `prompt` are from those of its exported program.
+    """Write to `path`, as JSON, the error of each program's logits after `prompt`, compared with its exported program.
 
-    The error is |found - wanted| / |wanted|, and the exported program is run in eager, operator by operator.
+    The error is |found - wanted| / |wanted|, and the exported program runs in eager, operator by operator.
     """
     inputs = torch.tensor([list(prompt)]), torch.zeros(1, dtype=torch.int64)
     errors = {}

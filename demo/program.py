@@ -1,4 +1,4 @@
-"""From a model to exported programs: a decoder with its cache inside, quantized or not, and rewritten for a target."""
+"""From a model to exported programs: a decoder with its cache, quantized or not, and rewritten for a target."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ALGORITHM = "hqq_scale_only"
 
 
 class Decoder(nn.Module):
-    """Tokens at a position of the text in, the logits of the last one's successor out.
+    """A decoder from tokens at a position of the text to the logits of the next token.
 
-    forward(tokens int64 [1, n], start int64 [1]) -> [1, 1, vocabulary]. `start` is the position of the first of the
-    tokens; the keys and values of all positions before it are in the buffers, from earlier calls. So one program with
-    a dynamic n reads a prompt at once (n its length) and answers token by token (n = 1), and a text that starts again
-    at 0 needs no reset: a position is never attended to before it is written.
+    forward(tokens int64 [1, n], start int64 [1]) -> [1, 1, vocabulary]. `start` is the position of the first token. The
+    buffers contain the keys and values of all earlier positions, from earlier calls. So one program with a dynamic n
+    reads a prompt at once (n is its length) and answers token by token (n = 1). A new text at position 0 needs no
+    reset: attention reads only positions that were written before.
     """
 
     def __init__(self, model: Any, cache_length: int) -> None:
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         config = model.config
         self.cache.early_initialization(1, config.num_key_value_heads, config.head_dim, model.dtype, model.device)
         for index, layer in enumerate(self.cache.layers):
-            # A copy, because export wants the program's state to be in buffers and nowhere else.
+            # A copy, because torch.export requires the state of the program in buffers.
             self.register_buffer(f"keys_{index}", torch.zeros_like(layer.keys), persistent=False)
             self.register_buffer(f"values_{index}", torch.zeros_like(layer.values), persistent=False)
 
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.cache.layers):
             layer.keys = self.get_buffer(f"keys_{index}")
             layer.values = self.get_buffer(f"values_{index}")
-            # The layer counts on in place, so each gets a tensor of its own.
+            # The layer increments it in place, so each layer gets its own tensor.
             layer.cumulative_length = start[0].clone()
         positions = start + torch.arange(tokens.shape[1], device=tokens.device)
         output = self.model(
@@ -56,9 +56,9 @@ class Decoder(nn.Module):
 
 
 def quantize(model: Any) -> Any:
-    """Quantize every nn.Linear of `model` to int4, weight-only, in groups of 32; in place, and returned.
+    """Quantize every nn.Linear of `model` in place to int4, weight-only, in groups of 32; returns `model`.
 
-    An output head that shares its weight with the embedding gets a quantized one of its own; the embedding stays.
+    An output head that shares its weight with the embedding gets its own quantized weight; the embedding is unchanged.
     """
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
@@ -75,7 +75,7 @@ def quantize(model: Any) -> Any:
 def export(model: Any, cache_length: int) -> ExportedProgram:
     """`model` in a Decoder, exported once with a dynamic number of tokens from 1 to `cache_length`."""
     length = Dim("length", min=1, max=cache_length)
-    # Any length but 0 and 1 will do: torch.export takes those two for constants.
+    # Any length but 0 and 1 works: torch.export treats these as constants.
     example = (torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     with torch.no_grad():
         return torch.export.export(Decoder(model, cache_length), example, dynamic_shapes=({1: length}, None))
@@ -93,10 +93,10 @@ def save_rewritten(program: ExportedProgram, target: str, path: Path) -> None:
 
 
 def report_of(path: Path) -> str:
-    """The report that save_rewritten left beside `path`."""
+    """The report that save_rewritten wrote beside `path`."""
     return _report_path(path).read_text(encoding="utf-8").rstrip()
 
 
 def _report_path(path: Path) -> Path:
-    # What is still being made is called partial-<name>; its report is that of <name>.
+    # An unfinished file is named partial-<name>; its report is that of <name>.
     return path.with_name(path.name.removeprefix("partial-")).with_suffix(".report.txt")

@@ -1,4 +1,4 @@
-"""What the demo prints, once it has something to say."""
+"""The output of the demo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from demo.workspace import size_of
 
 
 def opening(console: Console, model: str) -> None:
-    """The model, and what everything is measured on."""
+    """Print the model and the machine."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchao", "executorch"))
     console.print(Text(f"{model}: int4 weights in groups of 32, for a GPU and for this CPU", style="bold"))
     console.print(
@@ -31,14 +31,14 @@ def opening(console: Console, model: str) -> None:
 
 
 def reports(console: Console, texts: Sequence[str]) -> None:
-    """What the rewrites did."""
-    _heading(console, "What the rewrites did")
+    """Print the results of the rewrites."""
+    _heading(console, "Results of the rewrites")
     for text in texts:
         console.print(text, highlight=False, markup=False)
 
 
 def sizes(console: Console, files: Mapping[str, tuple[Path, str]]) -> None:
-    """The files' sizes on disk."""
+    """Print the sizes of the files on disk."""
     _heading(console, "Sizes on disk, in MB (in each the embedding, which stays bfloat16)")
     table = _table("", show_header=False)
     for name, (path, what) in files.items():
@@ -47,7 +47,7 @@ def sizes(console: Console, files: Mapping[str, tuple[Path, str]]) -> None:
 
 
 def errors(console: Console, path: Path) -> None:
-    """What compiling changed, and what packing and compiling changed."""
+    """Print the error of compiling, and of packing and compiling."""
     _heading(console, "Logits of the compiled program against the exported one in eager, relative error")
     table = _table("", show_header=False)
     for name, error in json.loads(path.read_text(encoding="utf-8")).items():
@@ -56,7 +56,7 @@ def errors(console: Console, path: Path) -> None:
 
 
 def answers(console: Console, prompts: Sequence[str], results: Mapping[str, Result], tokenizer: Tokenizer) -> None:
-    """Every prompt with what each program made of it."""
+    """Print every prompt with the answers of all programs."""
     for number, prompt in enumerate(prompts):
         _heading(console, prompt)
         for name, result in results.items():
@@ -65,7 +65,7 @@ def answers(console: Console, prompts: Sequence[str], results: Mapping[str, Resu
 
 
 def speeds(console: Console, results: Mapping[str, Result]) -> None:
-    """How fast each program was."""
+    """Print the speed of each program."""
     _heading(console, "Speed on this CPU, both compiled with AOTInductor")
     table = _table("tokens/s", "ms to the first token")
     for name, result in results.items():
@@ -74,10 +74,10 @@ def speeds(console: Console, results: Mapping[str, Result]) -> None:
 
 
 def closing(console: Console, cuda: Path, lowered: Path | None) -> None:
-    """What there is for ExecuTorch, or how to get it."""
+    """Print the files for ExecuTorch, or the command that writes them."""
     console.print()
     if lowered is None:
-        what = f"The last step for cuda needs a GPU. Where there is one: et-cuda-passes lower {cuda} --target cuda"
+        what = f"The last step for cuda needs a GPU. On a machine with one: et-cuda-passes lower {cuda} --target cuda"
         console.print(what, highlight=False, markup=False)
         return
     for file in sorted(lowered.iterdir()):

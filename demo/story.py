@@ -21,7 +21,7 @@ STEPS = 9
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     work_dir: Path
     tokens: int
@@ -30,7 +30,7 @@ class Settings:
 
 
 def demo(settings: Settings, source: Source, console: Console) -> None:
-    """Quantize once, export once; rewrite that one program for cuda and for cpu; run it beside the unquantized model.
+    """Quantize once, export once; rewrite the program for cuda and for cpu; run it beside the unquantized model.
 
     Raises:
         ValueError: a prompt and its answer do not fit into the exported program's cache.
@@ -45,7 +45,7 @@ def demo(settings: Settings, source: Source, console: Console) -> None:
         rewritten = files.after_rewriting()
         model, program = cache(source.model), cache(torch.export.load)
 
-        # Quantizing changes the model in place, so the unquantized export goes first.
+        # Quantization changes the model in place, so the unquantized export comes first.
         bf16 = files.make(
             "bf16.pt2",
             "load the model in bfloat16, export it",
@@ -58,13 +58,13 @@ def demo(settings: Settings, source: Source, console: Console) -> None:
         )
         model.cache_clear()
 
-        # For a GPU: rewritten on the host, and taken further where there is one.
+        # For a GPU: rewritten on the host, and lowered if the machine has one.
         cuda = rewritten.make(
             "cuda.pt2", "rewrite that program for cuda", lambda path: save_rewritten(program(int4), "cuda", path)
         )
         lowered = None
         if torch.cuda.is_available():
-            # ExecuTorch takes seconds to import.
+            # The import of ExecuTorch takes seconds.
             from et_cuda_passes.executorch.lower import lower
 
             lowered = rewritten.make(

@@ -1,4 +1,4 @@
-"""The files that the demo's steps leave, and the screen that shows a step at work."""
+"""The files of the demo's steps, and the display of their progress."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 Build = Callable[[Path], object]
-"""Makes what belongs at a path: a file, or a folder."""
+"""A function that creates the file or folder at a path."""
 
 PACKAGES = ("torch", "torchao", "executorch", "triton", "transformers")
 ROOT = Path(__file__).parent.parent
 
 
 class Screen:
-    """One line for each step that is done, under it a bar for the one at work."""
+    """Prints a line for each finished step, and under it a bar for the current one."""
 
     def __init__(self, console: Console, steps: int) -> None:
         self.console = console
@@ -47,7 +47,7 @@ class Screen:
 
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """A step at work; what it yields counts one of `total`. Without a total the bar only shows that it goes on."""
+        """Display a running step; the yielded function counts one of `total`. Without a total the bar has no end."""
         task = self._progress.add_task(title, total=total)
         begin = time.perf_counter()
         try:
@@ -57,15 +57,15 @@ class Screen:
         self.done(title, f"{time.perf_counter() - begin:.1f} s")
 
     def done(self, title: str, how: str) -> None:
-        """A step is done: `how` is the time it took, or that there was nothing to do."""
+        """Print that a step is done; `how` is its time, or that its file was reused."""
         self._progress.advance(self._all)
         self.console.print(f"  {title:<64} {how:>10}", highlight=False, markup=False)
 
 
 class Workspace:
-    """A folder of finished files. One that is there was made by the same code from the same versions.
+    """A folder of finished files. An existing file was written by the same code with the same versions.
 
-    A step writes beside its file's name and renames, so that an interrupted one leaves nothing that looks finished.
+    A step writes to a temporary name and then renames, so that an interrupted step leaves no file that looks finished.
     """
 
     def __init__(self, folder: Path, screen: Screen) -> None:
@@ -81,16 +81,16 @@ class Workspace:
         return workspace
 
     def after_rewriting(self) -> Workspace:
-        """A workspace inside for what also depends on the code of et_cuda_passes."""
+        """A workspace inside this one, for files that also depend on the code of et_cuda_passes."""
         return Workspace(self.folder / f"rewritten-{_key([], 'et_cuda_passes')}", self._screen)
 
     def make(self, name: str, title: str, build: Build) -> Path:
-        """The path of the file or folder `name`, after `build` has made it if it was not there."""
+        """The path of the file or folder `name`, which `build` creates if it does not exist."""
         path = self.folder / name
         if path.exists():
             self._screen.done(title, "reused")
             return path
-        # The suffix stays: torch refuses a package that is not called .pt2.
+        # The suffix stays, since torch rejects a package without the suffix .pt2.
         partial = path.with_name(f"partial-{name}")
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -108,7 +108,7 @@ def size_of(path: Path) -> int:
 
 
 def _environment() -> list[str]:
-    """What decides the files besides the code; a compiled one runs only on a CPU with the same instructions."""
+    """The versions and the CPU on which files depend; a compiled file runs only on a CPU with the same instructions."""
     versions = [f"{package} {version(package)}" for package in PACKAGES]
     return [*versions, platform.python_version(), platform.machine(), torch.backends.cpu.get_cpu_capability()]
 

@@ -1,7 +1,7 @@
 """Write docs/reference from the code, and check every link of the documentation.
 
-Run as ``python -m docs.generate`` (``make docs``) from the root of the repository. The pages are text made from the
-registered rules, targets and operators alone, so that the same code gives the same bytes; a test compares them.
+Run as ``python -m docs.generate`` (``make docs``) from the root of the repository. The pages are computed only
+from the registered rules, targets and operators, so the same code gives the same bytes; a test compares them.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ def cell(text: Any) -> str:
 
 
 def plain(value: Any) -> str:
-    """A value of a target as a reader of a table wants it."""
+    """A value of a target as text for a table."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, bool):
@@ -74,7 +74,7 @@ def plain(value: Any) -> str:
 
 
 def described(cls: type) -> tuple[str, dict[str, str]]:
-    """The prose of a class's docstring after its first line, and what its ``Attributes:`` section says of each."""
+    """The prose of a class's docstring after its first line, and the entries of its ``Attributes:`` section."""
     prose, _, section = docstring(cls)[1].partition("Attributes:\n")
     entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
     return prose.strip(), {name: " ".join(text.split()) for name, text in entries}
@@ -88,11 +88,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def rules_page() -> str:
-    """Every rule: its rewrite, its targets, its options, and what it requires with the hints that a report gives."""
+    """Every rule: its rewrite, targets and options, and its requirements with the hints of a report."""
     parts = [
         "# Rules",
-        "By name. A rule that matched is applied where everything that it requires holds; all that do not hold are "
-        "the reasons of a miss, each with its hint.",
+        "In the order of their names. A rule rewrites a match if all of its requirements hold. The requirements that "
+        "fail are the reasons of a miss, each with its hint.",
     ]
     for name, (rule, targets) in rules().items():
         cls = type(rule)
@@ -115,11 +115,11 @@ def rules_page() -> str:
 
 
 def targets_page() -> str:
-    """Every target: its kernels with what each accepts, as data, and its list of passes."""
+    """Every target: its kernels as data, and its list of passes."""
     parts = [
         "# Targets",
-        "What a kernel accepts is data that rules read as `m.target`; a place that asks for something else is a miss "
-        "with its reason. The first kernel of a family is its default.",
+        "The abilities of a kernel are data that rules read as `m.target`. A place that a kernel does not support is a "
+        "miss with its reason. The first kernel of a family is its default.",
     ]
     for name in ecp.targets():
         target = get_target(name)
@@ -134,7 +134,7 @@ def targets_page() -> str:
             parts.append(table(["family", *(column.replace("_", " ") for column in columns)], rows))
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
-    parts.append("## What the columns say")
+    parts.append("## Columns of the tables")
     meanings = ((name.replace("_", " "), text) for name, text in described(Kernel)[1].items())
     parts.append(table(["column", "meaning"], meanings))
     return "\n\n".join(parts)
@@ -157,7 +157,7 @@ def operators_page() -> str:
 
 
 def supported(scheme: Scheme, target: str, embedding: bool = False) -> str:
-    """What a target does with a scheme, and with its fallback."""
+    """The outcome of a scheme on a target, and that of its fallback."""
     if scheme.only_for not in (None, target):
         return f"{Status.IMPOSSIBLE}: for {scheme.only_for} alone"
     found = usual_support(scheme, target, embedding=embedding)
@@ -225,17 +225,17 @@ def schemes_page() -> str:
 
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
-    made = {
+    texts = {
         "rules.md": rules_page(),
         "targets.md": targets_page(),
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
     }
-    return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in made.items()}
+    return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
 
 
 def anchors(text: str) -> set[str]:
-    """The anchors that a page's headings make, as code hosts spell them."""
+    """The anchors of a page's headings, as code hosts spell them."""
     headings = re.findall(
         r"^#+ +(.*?)\s*$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
     )
@@ -243,7 +243,7 @@ def anchors(text: str) -> set[str]:
 
 
 def broken_links(root: Path = ROOT) -> Iterator[str]:
-    """Each relative link of README, CONTRIBUTING and docs that leads nowhere, as ``page: link``."""
+    """Each relative link of README, CONTRIBUTING and docs without a target, as ``page: link``."""
     for page in [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -256,10 +256,10 @@ def broken_links(root: Path = ROOT) -> Iterator[str]:
 
 
 def main() -> int:
-    """Write the pages, drop those that nothing writes any more, check the links; 1 where one is broken."""
-    made = pages()
+    """Write the pages and check the links; returns 1 if a link is broken."""
+    texts = pages()
     REFERENCE.mkdir(parents=True, exist_ok=True)
-    for path, text in made.items():
+    for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT).as_posix())
     broken = list(broken_links())

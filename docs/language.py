@@ -1,8 +1,8 @@
 """Checks the language of docstrings, comments, messages and pages: ``python -m docs.language [PATH ...]``.
 
-It finds what a machine can see: words to avoid, sentences that begin with "Of" or with an abstract "What", and test
-names without a subject. Code is left out: what stands between backquotes, in code blocks, and every identifier.
-``[tool.language]`` in pyproject.toml lists the paths that are checked by default.
+It finds words to avoid, sentences that begin with "Of" or with an abstract "What", and test names without a subject.
+Code is ignored: text between backquotes, code blocks, and identifiers. ``[tool.language]`` in pyproject.toml lists the
+paths that are checked by default.
 """
 
 import ast
@@ -48,7 +48,7 @@ CODE = re.compile(r"```.*?```|``[^`]*``|`[^`]*`|:\w+:`[^`]*`|<[^>\s]+>|\S*[/\\_]
 
 
 def problems(text: str) -> Iterator[str]:
-    """What is wrong with a piece of prose."""
+    """The faults of a piece of prose."""
     prose = re.sub(r"\s+", " ", CODE.sub("x", text)).strip()
     for found in WORDS.finditer(prose):
         yield f"'{found[0]}': write {INSTEAD[found[0].lower()]}"
@@ -101,7 +101,7 @@ def _paragraphs(text: str, line: int) -> Iterator[tuple[int, str]]:
 
 
 def check(paths: Iterable[Path]) -> int:
-    """Print what is found in ``paths``, files or folders; returns how much."""
+    """Print the faults in ``paths``, files or folders; returns their number."""
     count = 0
     for path in paths:
         files = [path] if path.is_file() else sorted([*path.rglob("*.py"), *path.rglob("*.md")])
@@ -115,7 +115,7 @@ def check(paths: Iterable[Path]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """The paths given, or those of pyproject.toml; 1 where something is found."""
+    """Check the paths given, or those of pyproject.toml; returns 1 if there are faults."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["language"]["paths"]
     found = check([Path(argument) for argument in arguments] or [ROOT / path for path in listed])
     if found:

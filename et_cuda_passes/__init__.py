@@ -1,6 +1,6 @@
-"""et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with the fate of every layer told.
+"""et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with an outcome for every layer.
 
-The public interface; everything else may change.
+These names are the public interface; everything else may change.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
 from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.affine import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
@@ -98,7 +98,7 @@ __all__ = [
     "weight_of",
 ]
 
-# ExecuTorch and torchao's configurations take seconds to import, and a rewrite needs neither.
+# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.
 _LAZY = {
     "CudaPartitioner": "executorch.cuda",
     "MetalPartitioner": "executorch.metal",
@@ -111,7 +111,7 @@ _LAZY = {
 }
 
 
-# Old names with the new ones, for the error that somebody gets who still uses an old one.
+# Old names with the new ones, for the error about an old name.
 _RENAMED = {
     "MatchContext": "Match",
     "JointRule": "GroupRule",
@@ -125,7 +125,7 @@ _RENAMED = {
     "LinearViews": "RemoveLinearViews",
 }
 
-if not TYPE_CHECKING:  # or a type checker would take any name for one of the package's
+if not TYPE_CHECKING:  # else a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
         if name in _LAZY:

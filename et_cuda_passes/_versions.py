@@ -1,4 +1,4 @@
-"""The tested ranges of what this package builds on, checked when a part that needs them is imported."""
+"""The tested version ranges of the dependencies, checked when a part that needs them is imported."""
 
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +19,7 @@ def require_version(distribution: str) -> None:
     """Check that an installed distribution is within its tested range.
 
     Raises:
-        ImportError: it is not installed, or of another version; the message has the range and the fix.
+        ImportError: the distribution is missing or has another version; the message has the range and the fix.
     """
     lowest, beyond = RANGES[distribution]
     wanted = f"{distribution}>={lowest},<{beyond}"
@@ -32,6 +32,6 @@ def require_version(distribution: str) -> None:
 
 
 def _parts(text: str) -> tuple[int, ...]:
-    """The numbers of a version's release: (2, 13, 0) of "2.13.0+cpu"."""
+    """The numbers of a version: (2, 13, 0) for "2.13.0+cpu"."""
     release = re.match(r"\d+(\.\d+)*", text)
     return tuple(int(part) for part in release[0].split(".")) if release else ()

@@ -16,8 +16,7 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
-from et_cuda_passes.quant.decomposed import decomposed_weights
-from et_cuda_passes.quant.unwrapping import unwrapped
+from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.target import Target
@@ -61,7 +60,7 @@ def rewrite(
 
     # 1. Normalise: weights that are still wrapped in tensor subclasses are unwrapped.
     normalised, still_wrapped = unwrapped(exported_program)
-    find = partial(find_candidates, advised=chosen.advised, wrapped=still_wrapped)
+    find = partial(find_candidates, schemes=chosen.advised, wrapped=still_wrapped)
     with gc_disabled():
         # 2. Copy: only the copy is changed.
         program = Program(normalised, pool)

@@ -1,4 +1,4 @@
-"""What every test has: the golden files, the skip where there is no GPU, random numbers that can be drawn again."""
+"""Shared by all tests: golden files, the skip without a GPU, and reproducible random numbers."""
 
 import os
 import random
@@ -14,16 +14,16 @@ from hypothesis import settings
 
 GOLDEN = Path(__file__).parent / "golden"
 
-# A deadline measures the machine's other load. In CI the same commit runs the same examples.
+# A deadline would depend on the load of the machine. In CI the same commit runs the same examples.
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("house")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # The workers fill the cores; threads under them would only compete.
+    # The workers fill the cores; more threads would compete with them.
     torch.set_num_threads(1)
 
 
-# In the environment, so that the processes that tests start, and the workers, draw the same.
+# The seed is in the environment, so that workers and processes that tests start draw the same numbers.
 SEED = "TEST_SEED"
 
 
@@ -49,7 +49,7 @@ def pytest_report_header() -> str:
 
 
 def seed(name: str) -> None:
-    """Make what is drawn next depend on the run's seed and on ``name`` alone, not on what ran before."""
+    """Seed the generators from the run's seed and ``name`` alone, so that earlier tests have no influence."""
     value = zlib.crc32(f"{os.environ[SEED]} {name}".encode())
     random.seed(value)
     np.random.seed(value)
@@ -71,7 +71,7 @@ def seeded(request: pytest.FixtureRequest) -> None:
     seed(request.node.nodeid)
 
 
-# First, so that `-m golden` sees the marker.
+# This runs first, so that `-m golden` sees the marker.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA device")

@@ -9,23 +9,23 @@ import torchao.quantization.quant_primitives  # noqa: F401  (registers dequantiz
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-# Not the package's own name for it: what hypothesis draws depends on the constants in the modules that are imported,
-# and a plan must not change with the package.
+# The package's name is not used here: hypothesis draws constants from the imported modules, and a plan must not change
+# with the package.
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
 E, N, K = 4, 40, 96
 BF16 = torch.bfloat16
 
 
 class Experts(nn.Module):
-    """``form(weight, *inputs)`` over a random stack [E, N, K], or [E, K, N] where ``columns``.
+    """``form(weight, *inputs)`` over a random stack [E, N, K], or [E, K, N] if ``columns``.
 
     Args:
-        form: what is computed from the dequantized stack.
+        form: the computation on the dequantized stack.
         block: elements along each axis of the stored stack that share a scale; groups of 32 along K by default.
         low, high: the quantized range, both ends included.
         zero_points: "random" within the range, or None for no zero point tensor at all.
-        columns: stored as [E, K, N].
-        dtype: of the dequantized weight and the scales.
+        columns: whether the stack is stored as [E, K, N].
+        dtype: dtype of the dequantized weight and the scales.
         shape: E, N and K.
     """
 
@@ -60,7 +60,7 @@ class Experts(nn.Module):
         return self.form(DEQUANTIZE(self.data, self.block, self.scale, self.zero_point, *scheme), *inputs)
 
     def exact(self) -> Tensor:
-        """The weights in fp64, [E, N, K] whichever way they are stored."""
+        """The weights in fp64, as [E, N, K]."""
         expanded = []
         for part in (self.scale, self.zero_point):
             table = torch.zeros(self.scale.shape) if part is None else part
@@ -96,7 +96,7 @@ OFFS = torch.tensor([2, 2, 9, 11], dtype=torch.int32)
 
 
 def grouped(weight: Tensor, x: Tensor, offs: Tensor) -> Tensor:
-    """Row by row, as grouped mm is defined."""
+    """The definition of grouped mm, row by row."""
     expert = [int((offs <= row).sum()) for row in range(x.shape[0])]
     return torch.stack([weight[e] @ x[row] for row, e in enumerate(expert)])
 

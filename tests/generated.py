@@ -1,8 +1,8 @@
-"""Random quantized models: a plan drawn by hypothesis, the module that follows it, and what must become of each read.
+"""Random quantized models: a plan drawn by hypothesis, the module that follows it, and the expected outcomes.
 
-A plan is data, so that hypothesis can shrink it and a failure prints it whole. A step's result is an output, or nothing
-but later steps reads it; steps write buffers, caches and an input of the caller's. Each read of a quantized weight that
-torch.export leaves in the graph is one candidate of the report.
+A plan is data, so that hypothesis can shrink it and a failure prints all of it. A step's result is an output, or only
+later steps read it. Steps mutate buffers, caches and an input. Each read of a quantized weight that torch.export leaves
+in the graph is one candidate of the report.
 """
 
 import re
@@ -29,7 +29,7 @@ Kind = Literal[
     "nested", "map", "lookup", "expert", "all experts", "both ways", "chosen experts", "grouped experts", "attention",
     "no_grad write",
 ]  # fmt: skip
-# A branch is traced by dynamo, which takes longer than all the rest of a model: one kind in each draw of several.
+# dynamo traces a branch, which takes longer than the rest of a model. So these kinds share one entry.
 KINDS: list[Kind] = [
     "linear", "linear", "linear", "no bias", "no bias", "written bias", "wide bias", "gate", "matmul", "subclass",
     "no_grad", "lookup", "attention", "no_grad write",
@@ -45,9 +45,9 @@ AFTER: list[After] = [
     "slice in place", "view in place", "cache", "cache rows", "cache slice", "read, write, read", "input", "input sum",
 ]  # fmt: skip
 CACHED: list[After] = ["cache", "cache rows", "cache slice", "read, write, read"]
-"""They write a buffer [4, n]."""
+"""These kinds mutate a buffer [4, n]."""
 OUT = (3, 64)
-"""The shape of the input that a program may write: some weights have 64 rows or columns."""
+"""The shape of the input that a program may mutate: some weights have 64 rows or columns."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Weight:
 STACK = 3
 """Experts in a stack, each [32, k]."""
 INT4 = Weight(32, 32, 32, -8, 7, "zero", False, None)
-"""What torchao's own configuration makes of a linear; N and K are of no interest."""
+"""A linear quantized by torchao's own configuration; its N and K are arbitrary."""
 
 
 @dataclass(frozen=True)
 class Read:
-    """A read of a weight: how, and by a vector or something of more dimensions."""
+    """A read of a weight: its kind, and whether its operand is a vector."""
 
     kind: Kind
     weight: Weight
@@ -81,7 +81,7 @@ class Read:
 
 @dataclass(frozen=True)
 class Step:
-    """One read of weight ``weight`` (modulo how many fit), by value ``source`` (likewise), and what happens to it.
+    """One read of weight ``weight`` by value ``source``, both modulo the number that fit, and the use of its result.
 
     The result of an unused step is no output; a later step may read it.
     """
@@ -92,12 +92,12 @@ class Step:
     after: After
     unused: bool = False
     write: int = 0
-    """Where attention is written in place: 0 nowhere, 1 q before, 2 k and v behind, 3 the result."""
+    """The mutation in attention: 0 none, 1 q before, 2 k and v after, 3 the result."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A model, how it is exported, and for what it is rewritten."""
+    """A model, the options of its export, and the target of its rewrite."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -143,7 +143,7 @@ def plans(draw: Callable[[Any], Any]) -> Plan:
     )
     rank = draw(st.integers(1, 4))
     return Plan(
-        # Of a width that some weight fits.
+        # The width fits some weight.
         shape=(*(draw(st.integers(2, 3)) for _ in range(rank - 1)), draw(st.sampled_from([w.k for w in held]))),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float32])),
         dynamic=rank > 1 and draw(st.booleans()),
@@ -157,7 +157,7 @@ def plans(draw: Callable[[Any], Any]) -> Plan:
 
 
 class Log:
-    """What a model read while it was traced; an export puts back the lists of a module, and leaves this."""
+    """The reads of a model in a trace; torch.export restores lists of a module, but not this object."""
 
     def __init__(self) -> None:
         self.reads: list[Read] = []
@@ -205,7 +205,7 @@ class Generated(nn.Module):
             if any(self._has(kind) for kind in EXPERTS)
             else {}
         )
-        # One scale an expert: in groups of 32 along either axis.
+        # One scale an expert, or groups of 32 along either axis.
         self.square = Experts(lambda w: w, (1, 32, 32), dtype=plan.dtype, shape=(STACK, 32, 32))
         quantize_(self, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
         for n in self._widths() if self._has("store") else ():
@@ -220,20 +220,20 @@ class Generated(nn.Module):
         return sorted({32, *(size for weight in self.plan.weights for size in (weight.n, weight.k))})
 
     def forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-        # A branch is chosen by the input, which is the same before and after a rewrite to the last bit.
+        # The input selects the branch: it is equal before and after a rewrite, to the last bit.
         choice, values, outputs = (x.sum() > 0, x.amax() > 1), [x], []
         for step in self.plan.steps:
             value = values[step.source % len(values)]
-            made = self.read(step, value, *choice)
-            if made is None:
+            created = self.read(step, value, *choice)
+            if created is None:
                 continue
-            values.append(self.after(step.after, made))
+            values.append(self.after(step.after, created))
             if not step.unused:
                 outputs.append(values[-1])
             if step.after in ("input", "input sum"):
-                self.write_input(step.after, made, out)
+                self.write_input(step.after, created, out)
                 values.append(out)
-        # The inputs themselves are no outputs.
+        # Inputs are not returned as outputs.
         return tuple(outputs) or (x + 1,)
 
     @staticmethod
@@ -247,7 +247,7 @@ class Generated(nn.Module):
             part += rows * 0.5
 
     def read(self, step: Step, x: Tensor, positive: Tensor, large: Tensor) -> Tensor | None:
-        """One read of a weight that fits ``x``, two or three where both branches do; None where no weight fits."""
+        """One read of a weight that fits ``x``, two or three if both branches read one; None if no weight fits."""
         k = x.shape[-1]
         if step.kind == "subclass":
             if str(k) not in self.subclass:
@@ -256,7 +256,7 @@ class Generated(nn.Module):
             y: Tensor = self.subclass[str(k)](x)
             return y
         if step.kind in EXPERTS:
-            # Of other dtypes, torch exports no grouped mm.
+            # torch exports grouped mm only in these dtypes.
             if str(k) not in self.stacks or (step.kind == "grouped experts" and x.dtype is not torch.bfloat16):
                 return None
             if step.kind == "both ways":
@@ -352,17 +352,17 @@ class Generated(nn.Module):
             return rows @ weight.mT + rows @ weight
         if kind == "chosen experts":
             return torch.bmm(rows.expand(2, *rows.shape), weight[ids].mT)
-        # What lies beyond the last offset is undefined.
+        # Rows beyond the last offset are undefined.
         return F.grouped_mm(rows.repeat(2, 1)[:2], weight.mT, offs=torch.tensor([1, 1, 2], dtype=torch.int32))
 
     def after(self, what: After, y: Tensor) -> Tensor:
-        """What happens to a result."""
+        """The use of a result."""
         weight = self.log.reads[-1].weight
-        # With weights of one sign a relu leaves nothing but what was nearly 0, of which no digit is certain.
+        # With weights of one sign, a relu would leave only values near 0, whose digits are uncertain.
         if what == "relu" and (weight.low < 0 or weight.zero_points == "random"):
             return torch.relu(y)
         if what == "tanh":
-            # Of numbers up to 1: of larger ones nothing is left but the error of those near 0.
+            # The argument is at most 1: for larger numbers only the error of values near 0 would remain.
             return torch.tanh(y / y.abs().amax().clamp_min(1))
         if what == "transpose" and y.dim() > 2:
             return y.transpose(0, 1) * 2
@@ -375,7 +375,7 @@ class Generated(nn.Module):
             other = torch.linspace(0.5, 1.5, y.shape[0], dtype=y.dtype).expand(y.shape[::-1]) * 1
             return (other.permute(*reversed(range(y.dim()))) + y).transpose(0, -1).flatten(1)
         if what == "dropout":
-            # In eval it returns its input.
+            # In eval mode it returns its input.
             same = F.dropout(y, 0.1, training=False)
             same += 1
             return y
@@ -392,7 +392,7 @@ class Generated(nn.Module):
         return y
 
     def cached(self, what: After, y: Tensor) -> Tensor:
-        """``y`` with the rows of a cache, of which some are written with ``y`` before or between."""
+        """``y`` with the rows of a cache, some of which ``y`` overwrites before or between."""
         cache, row = getattr(self, f"cache{y.shape[-1]}"), y.detach().reshape(-1, y.shape[-1])[:1]
         before = cache.sum(0) if what == "read, write, read" else 0
         if what == "cache":
@@ -405,25 +405,25 @@ class Generated(nn.Module):
 
 
 def example(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -> Tensor:
-    """An input of ``plan``; ``rows`` for another length where that is dynamic."""
+    """An input of ``plan``; ``rows`` is another length for a dynamic dimension."""
     random = torch.Generator().manual_seed(seed)
     shape = plan.shape if rows is None or not plan.dynamic else (rows, *plan.shape[1:])
     return (torch.randn(shape, generator=random) + sign * 0.5).to(plan.dtype)
 
 
 def inputs(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) -> tuple[Tensor, Tensor]:
-    """The example, and the input that the program may write."""
+    """The example input, and the input that the program may mutate."""
     return example(plan, seed, rows, sign), torch.linspace(-1, 1, 3 * 64).view(OUT).to(plan.dtype)
 
 
 def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
-    """The program of ``plan``, and what reads weights in it; passes over a plan that torch itself does not export."""
+    """The program of ``plan``, and its reads of weights; rejects a plan that torch itself does not export."""
     model = Generated(plan)
     rows = ({0: Dim("rows", min=2, max=16)}, None) if plan.dynamic else None
     try:
         program = torch.export.export(model, inputs(plan), dynamic_shapes=rows)
     except TorchDynamoException:
-        # Branches and maps of some dynamic sizes, by their results' strides.
+        # torch fails for the strides of results of some branches and maps with dynamic sizes.
         reject()
     except AttributeError as error:
         # no_grad beside nested branches: torch looks for the graph of a branch in the wrong module.
@@ -434,7 +434,7 @@ def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
 
 
 def has_kernel(read: Read, plan: Plan) -> bool | None:
-    """Whether the rewrite of ``read`` is promised, told from the documentation alone; None where it says nothing."""
+    """Whether the documentation promises the rewrite of ``read``; None if it says nothing."""
     weight = read.weight
     if plan.target == "xnnpack":
         return True
@@ -443,12 +443,12 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
     int4 = weight.high - weight.low <= 15 and weight.group % 32 == 0
     in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
     if read.kind == "lookup":
-        # Tables of 5 to 8 bits, and others that are held as such, have conditions of their own.
+        # Tables of 5 to 8 bits, and tables that are stored as such, have other conditions.
         return (int4 and in_dtype) or None
-    # Up to 8 bits and groups of 16: all that is drawn.
+    # Up to 8 bits and groups of 16 cover all drawn weights.
     int8 = plan.target == "cuda"
     if not (int4 or int8) or not in_dtype or (plan.target == "cpu" and read.kind in BRANCHES):
-        # The CPU has an int8 linear too, for some of what its int4 linear does not take.
+        # The CPU also has an int8 linear, for some weights that its int4 linear does not support.
         return None if plan.target == "cpu" else False
     # A vector times a matrix may be exported as another operator than a linear.
     return None if read.kind == "matmul" and read.vector else True

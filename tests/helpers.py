@@ -33,12 +33,12 @@ from et_cuda_passes.targets import Target
 
 aten = torch.ops.aten
 NO_DEVICE = "CUDA|NVIDIA driver"
-"""What lowering to a GPU that is not there says, with torch built for CPUs and for GPUs."""
+"""The error of a lowering without a GPU, with a torch built for CPUs or for GPUs."""
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
 
 
 class Sketch:
-    """An exported program in the making: inputs, constants and calls as they are named, every value a fake one."""
+    """A builder of an exported program: inputs, constants and calls, all with fake values."""
 
     def __init__(self) -> None:
         self.graph = torch.fx.Graph()
@@ -92,7 +92,7 @@ class Sketch:
         return node
 
     def raw(self, target: Any, *args: Any, val: torch.Tensor, **kwargs: Any) -> Node:
-        """A call that the operator itself would refuse; its value is said to be like ``val``."""
+        """A call that the operator itself would reject; ``val`` is its value."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = self.mode.from_tensor(val, static_shapes=True)
         return node
@@ -110,10 +110,10 @@ class Sketch:
     def program(
         self, *outputs: Node, writes: dict[str, Node] | None = None, verifiers: Any = (TrainingIRVerifier,)
     ) -> ExportedProgram:
-        """The program that returns ``outputs``, a single one bare.
+        """The program that returns ``outputs``, a single one without a tuple.
 
-        ``writes`` maps a buffer's FQN to what it holds afterwards. ``verifiers`` are those of the dialect, by default
-        that of ``torch.export.export``, in which operators may write in place.
+        ``writes`` maps a buffer's FQN to its new value. ``verifiers`` are those of the dialect, by default that of
+        ``torch.export.export``, which allows mutation in place.
         """
         written = writes or {}
         held, inputs = list(self._held), list(self._inputs)
@@ -121,7 +121,7 @@ class Sketch:
         for node in outputs:
             node.meta.setdefault("stack_trace", f'  File "model.py", line 7, in forward\n    y = f({node.name})\n')
         self.graph.output((*written.values(), *outputs))
-        # Placeholders stand in the order of the signature: constants, then what the caller gives.
+        # Placeholders have the order of the signature: constants, then user inputs.
         for node, _ in [*held, *inputs]:
             first = next(n for n in self.graph.nodes if n.op != "placeholder")
             first.prepend(node)
@@ -154,7 +154,7 @@ def chain(n: int, size: int = 32) -> ExportedProgram:
     like = sketch.mode.from_tensor(torch.empty(size, size, dtype=torch.bfloat16), static_shapes=True)
     for q, s in held:
         weight = sketch.graph.call_function(DEQUANTIZE, (q, [1, 32], s, None, torch.int8, -8, 7, torch.bfloat16))
-        # One fake value for all of them: computing thousands takes seconds.
+        # All calls share one fake value, since computing thousands takes seconds.
         weight.meta["val"] = like
         x, val = sketch.graph.call_function(aten.linear.default, (x, weight)), x.meta["val"]
         x.meta["val"] = val
@@ -166,7 +166,7 @@ TARGET = Target("test", "no kernels", kernels={}, passes=list)
 
 
 def calls_of(*targets: Any) -> Callable[[Program], list[Candidate]]:
-    """Finds every call of ``targets`` as a candidate."""
+    """A function that finds every call of ``targets`` as a candidate."""
     return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if op_of(n) in targets]
 
 
@@ -176,7 +176,7 @@ def apply_with(
     find_candidates: Callable[[Program], list[Candidate]],
     pool: ConstantCache | None = None,
 ) -> tuple[ExportedProgram, Report]:
-    """Run ``passes`` for :data:`TARGET`, as ``rewrite`` does, with other candidates."""
+    """Run ``passes`` for :data:`TARGET` as ``rewrite`` does, with other candidates."""
     entries = parse_passes(passes)
     copy = Program(program, pool)
     tracker = OutcomeTracker(find_candidates(copy), group_rules(entries))

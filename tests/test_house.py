@@ -1,4 +1,4 @@
-"""The house's own rules, which no tool holds: what `make help` lists, what an import loads, how long a module is."""
+"""Rules of the project that no tool checks: the list of `make help`, the imports, the length of modules."""
 
 import re
 import subprocess
@@ -28,8 +28,7 @@ RULES = [
     for value in vars(module).values()
     if isinstance(value, type) and issubclass(value, Rule) and value.__module__ == module.__name__
 ]
-# The kernels room holds data alone so far, which the tests of the targets read.
-ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "kernels")
+ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 LONGEST = 600
 
 
@@ -42,7 +41,7 @@ def where(path: Path) -> str:
 
 
 def kept_files() -> list[Path]:
-    """The files that are or would be committed."""
+    """The files that are committed or would be."""
     try:
         listed = run("git", "ls-files", "--cached", "--others", "--exclude-standard")
     except (OSError, subprocess.CalledProcessError):
@@ -53,11 +52,12 @@ def kept_files() -> list[Path]:
 def test_make_help_lists_the_targets() -> None:
     listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
     assert listed == [
-        "setup", "demo", "test", "real", "nightly", "replay", "lint", "types", "layers", "golden", "docs", "clean",
+        "setup", "demo", "test", "real", "nightly", "limits", "replay",
+        "lint", "types", "layers", "golden", "docs", "clean",
     ]  # fmt: skip
 
 
-def test_every_make_target_is_listed() -> None:
+def test_make_targets_are_all_in_the_help() -> None:
     declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert declared is not None
     listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
@@ -72,11 +72,11 @@ def test_importing_the_package_loads_neither_executorch_nor_a_model_loader() -> 
 
 
 @pytest.mark.parametrize("name", ecp.__all__)
-def test_every_public_name_is_there(name: str) -> None:
+def test_public_names_all_exist(name: str) -> None:
     assert getattr(ecp, name) is not None
 
 
-def test_a_name_that_is_not_public_is_refused() -> None:
+def test_unknown_public_name_is_an_error() -> None:
     with pytest.raises(AttributeError, match="module 'et_cuda_passes' has no attribute 'Anything'"):
         ecp.Anything()
 
@@ -87,7 +87,7 @@ def test_renamed_name_is_refused_with_its_new_name() -> None:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=where)
-def test_a_module_is_short(path: Path) -> None:
+def test_module_has_at_most_the_allowed_lines(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST, f"{where(path)} has {lines} lines; split it by idea"
 
@@ -116,12 +116,12 @@ def test_rules_of_every_default_list_are_checked() -> None:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_has_tests(room: str) -> None:
-    assert list((ROOT / "tests" / room).glob("test_*.py")), f"tests/{room} holds no tests of et_cuda_passes/{room}"
+def test_room_has_its_tests(room: str) -> None:
+    assert list((ROOT / "tests" / room).glob("test_*.py")), f"tests/{room} has no tests of et_cuda_passes/{room}"
 
 
-def test_no_file_names_a_place_on_one_machine() -> None:
-    # Home directories and mount points of whoever wrote it: a clone has neither.
+def test_files_contain_no_path_of_one_machine() -> None:
+    # Home directories and mount points of one machine do not exist in a clone.
     place = re.compile(r"(?<![\w./<>{}$-])/(?:root|work|home|Users)/\w")
     found = []
     for path in kept_files():
@@ -134,14 +134,14 @@ def test_no_file_names_a_place_on_one_machine() -> None:
     assert not found, "\n".join(found)
 
 
-def test_the_distribution_installs_what_its_metadata_says() -> None:
+def test_distribution_contains_the_packages_of_its_metadata() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == "et-cuda-passes"
     assert project["scripts"] == {"et-cuda-passes": "et_cuda_passes.cli:main"}
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_the_ranges_of_the_metadata_are_those_checked_at_import() -> None:
+def test_ranges_of_the_metadata_are_checked_at_import() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in project["dependencies"]}
     for name, (lowest, beyond) in RANGES.items():

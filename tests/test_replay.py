@@ -55,7 +55,7 @@ def test_replay_agrees_in_another_process_and_finds_what_changed(
         four["cpu"]["signature"].reverse()
         eight["cuda"]["report"]["bytes_after"] += 1
         eight["metal"] = {"error": {"type": "builtins.ValueError", "text": "no"}}
-        # Another model than the code's, and none of the name that the code has.
+        # The recording has a model that the code does not have, and lacks one that the code has.
         by_name["8da4w"]["name"] = "gone"
         return records
 
@@ -64,12 +64,12 @@ def test_replay_agrees_in_another_process_and_finds_what_changed(
     command = ["--record", str(now), "--against", str(before), "--families", FAMILIES, "--workers", "1"]
     assert replay.main(command) == 1
 
-    # What it made is what the first process made, to the byte.
+    # Both processes wrote the same bytes.
     for file in sorted(recording.iterdir()):
         assert file.read_bytes() == (now / file.name).read_bytes(), file.name
     text = capsys.readouterr().out
-    made = sum(len(record["programs"]) for family in FAMILIES.split(",") for record in replay.read(now, family))
-    assert f"{made} programs, 13 differences" in text
+    count = sum(len(record["programs"]) for family in FAMILIES.split(",") for record in replay.read(now, family))
+    assert f"{count} programs, 13 differences" in text
     headings = [line.split() for line in text.splitlines() if "distinct" in line]
     counts = {words[0].strip(":"): int(words[1].strip(",")) for words in headings}
     assert counts == {"missing": 4, "new": 4, "error": 1, "graph": 1, "signature": 1, "constant": 1, "report": 1}
@@ -167,7 +167,7 @@ def kinds(old: Record, new: Record, allowed: Allowed | None = None) -> list[str]
 def test_replay_names_the_kind_of_a_change(change: Change, kind: str, unchanged: Record) -> None:
     changed = as_recorded(change)
     assert kinds(unchanged, changed) == [kind]
-    # What may differ in a report hides nothing elsewhere.
+    # An allowed difference in a report hides no difference elsewhere.
     assert kind in kinds(unchanged, changed, Allowed({"silu": "relu"}, ignore_texts=True))
 
 
@@ -227,14 +227,14 @@ def test_ignored_texts_leave_statuses_and_counts_of_sentences(unchanged: Record)
     assert kinds(old, warned, ignore) == ["report"]
 
 
-def test_a_model_that_exports_differently_is_named_as_such(recording: Path) -> None:
+def test_model_that_exports_differently_is_reported_as_such(recording: Path) -> None:
     old = next(replay.read(recording, "golden"))
     new = old | {"input": "another", "programs": {}}
     assert [each.kind for each in replay.compare_models("golden", old, new, Allowed())] == ["input"]
 
 
 def test_plans_are_drawn_apart_from_the_package(recording: Path) -> None:
-    # What hypothesis draws depends on the modules that are imported.
+    # The imported modules influence the draws of hypothesis.
     with pytest.raises(RuntimeError, match="before the package is imported"):
         replay.draw(1)
     plan = next(replay.read(recording, "generated"))["plan"]
@@ -254,7 +254,7 @@ def test_plans_are_drawn_apart_from_the_package(recording: Path) -> None:
         (["--against", "{folder}", "--renames", "{folder}/names"], "'linear' is not `old -> new`"),
     ],
 )
-def test_a_wrong_command_is_refused_with_the_fix(
+def test_wrong_command_is_rejected_with_the_fix(
     arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old").mkdir()

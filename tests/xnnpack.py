@@ -1,4 +1,4 @@
-"""Lowering for XNNPACK and running with ExecuTorch's own runtime, which tests of several rooms share."""
+"""Lowers for XNNPACK and runs with ExecuTorch's runtime; shared by tests of several rooms."""
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
@@ -11,7 +11,7 @@ __all__ = ["Stock", "error", "example", "lowered", "output", "through"]
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random numbers that are the same in every call and every process."""
+    """Random numbers that are equal in every call and every process."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
@@ -35,5 +35,5 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def through(partitioner: Stock, model: nn.Module, x: Tensor) -> float:
-    """The error of ``model``, exported and lowered with ``partitioner``, against itself in eager."""
+    """The error of ``model``, exported and lowered with ``partitioner``, compared with eager."""
     return error(output(lowered(torch.export.export(model, (x,)), partitioner), x), model(x))

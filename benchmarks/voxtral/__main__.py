@@ -1,14 +1,14 @@
-"""Voxtral Mini 3B's dimensions with random weights, through ExecuTorch's CUDA backend and measured, by variant.
+"""Voxtral Mini 3B's dimensions with random weights, lowered by ExecuTorch's CUDA backend and measured, by variant.
 
-    python -m benchmarks.voxtral --jobs 4                     # lower and measure; again: goes on where it stopped
-    python -m benchmarks.voxtral --scale tiny                 # the whole way in a minute or two
-    python -m benchmarks.voxtral --table                      # the tables, from the results alone
+    python -m benchmarks.voxtral --jobs 4                     # lower and measure; a second call resumes
+    python -m benchmarks.voxtral --scale tiny                 # all steps in a minute or two
+    python -m benchmarks.voxtral --table                      # only the tables, from existing results
 
-One .pte with one .ptd a variant; its methods are audio_encoder, token_embedding and text_decoder. torchao quantizes the
-linears to int4 in groups of 32; embeddings and convolutions stay bf16. Each step is a process of its own: lowering a
-variant (weights, export and lowering, since a program of 9 GB is longer written and read than exported), computing the
-right answers in eager, measuring a variant. A step that ended well is not done again. Lowering and measuring need a
-CUDA device.
+Each variant is one .pte with one .ptd and the methods audio_encoder, token_embedding and text_decoder. torchao
+quantizes the linears to int4 in groups of 32; embeddings and convolutions stay bf16. Each step is a separate process:
+lowering a variant (weights, export and lowering in one, since writing and reading a program of 9 GB takes longer than
+its export), computing the reference in eager, measuring a variant. A successful step is not repeated. Lowering and
+measuring need a CUDA device.
 """
 
 import argparse
@@ -32,14 +32,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.voxtral", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, help="artifacts, results and logs; default build/voxtral-<scale>")
-    parser.add_argument("--cache", type=Path, help="what compiling writes, as large as the .ptd; default FOLDER/cache")
+    parser.add_argument(
+        "--cache", type=Path, help="folder of the compilers' files, as large as the .ptd; default FOLDER/cache"
+    )
     parser.add_argument("--scale", default="full", choices=SCALES)
     parser.add_argument("--layers", type=int, help="layers of both networks, instead of the scale's")
     parser.add_argument("--variants", default=",".join(DEFAULT), help=f"of {', '.join(VARIANTS)}; default %(default)s")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="variants lowered at a time")
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="start no step after so long")
-    parser.add_argument("--limit", type=float, default=480, metavar="SECONDS", help="end a step after so long")
-    parser.add_argument("--lower-only", action="store_true", help="leave measuring for later")
+    parser.add_argument("--deadline", type=float, metavar="SECONDS", help="start no step after this time")
+    parser.add_argument("--limit", type=float, default=480, metavar="SECONDS", help="end a step after this time")
+    parser.add_argument("--lower-only", action="store_true", help="do not measure")
     parser.add_argument("--table", action="store_true", help="print the tables and do nothing else")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -55,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def sizes(options: argparse.Namespace) -> Dimensions:
-    """The scale's dimensions, with the layers asked for."""
+    """The scale's dimensions, with the requested number of layers."""
     dimensions = SCALES[options.scale]
     if options.layers is None:
         return dimensions
@@ -63,7 +65,7 @@ def sizes(options: argparse.Namespace) -> Dimensions:
 
 
 def plan(options: argparse.Namespace) -> list[Step]:
-    """The steps in their order: what runs side by side first."""
+    """The steps in their order: parallel ones first."""
     settings = {"scale": options.scale, "layers": options.layers}
     command = [sys.executable, "-m", "benchmarks.voxtral", "--folder", str(options.folder), "--scale", options.scale]
     command += ["--cache", str(options.cache), "--jobs", str(min(options.jobs, len(options.variants)))]
@@ -87,15 +89,15 @@ def plan(options: argparse.Namespace) -> list[Step]:
 class Environment:
     """A step's environment variables.
 
-    Each step has a compiler cache of its own: two variants that hold the same code compile it to the same path, and
-    the backend removes the file once it has read it.
+    Each step has a separate compiler cache: two variants with equal code compile it to the same path, and the backend
+    removes the file after reading it.
     """
 
     def __init__(self, cache: Path) -> None:
         self.cache = cache
 
     def __call__(self, step: Step, jobs: int) -> Mapping[str, str]:
-        """Of ``step``, which shares the processors with ``jobs`` - 1 others."""
+        """The threads of ``step``, which shares the processors with ``jobs`` - 1 others."""
         cores = os.cpu_count() or 1
         path = os.environ.get("PYTHONPATH")
         return {
@@ -103,14 +105,14 @@ class Environment:
             "PYTHONPATH": os.pathsep.join([str(ROOT), path] if path else [str(ROOT)]),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": str(max(1, cores // jobs)),
-            # More than a fair share: they work in bursts, between stretches of one thread.
+            # More than an equal share, since steps alternate between bursts and single-threaded phases.
             "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(cores, 2 * cores // jobs))),
             "TORCHINDUCTOR_CACHE_DIR": str(self.cache / step.name),
         }
 
 
 def perform(options: argparse.Namespace) -> None:
-    """Do one step, in this process."""
+    """Run one step in this process."""
     import shutil
 
     import torch
@@ -125,7 +127,7 @@ def perform(options: argparse.Namespace) -> None:
 
         result = lower(VARIANTS[name], dimensions, options.folder / name, "cuda")
         result["jobs"] = options.jobs
-        # Only what failed is helped by it, when it is tried again.
+        # This only helps a failed step when it is repeated.
         shutil.rmtree(options.cache / options.step, ignore_errors=True)
     elif kind == "reference":
         from benchmarks.voxtral.reference import refer
@@ -137,13 +139,13 @@ def perform(options: argparse.Namespace) -> None:
 
         made, right = (results.read(step) for step in (f"lower-{name}", f"reference-{VARIANTS[name].reference}"))
         if made is None or right is None or made["weights"] != right["weights"]:
-            raise SystemExit(f"{name} and its reference were not made from the same weights: make both again")
+            raise SystemExit(f"{name} and its reference have different weights: build both again")
         result = measure_artifact(options.folder / name, answers / f"{VARIANTS[name].reference}.pt", dimensions)
     results.write(options.step, {"scale": options.scale, "layers": options.layers}, result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; 0 when every step is done."""
+    """Run all steps; returns 0 if every step is done."""
     options = parse(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     if options.step:

@@ -1,4 +1,4 @@
-"""How long a call takes, and what the machine can do at best."""
+"""Measures the time of a call, and the limits of the machine."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import torch
 from benchmarks.limit import Limit
 
 LEAST, MOST, SECONDS = 10, 60, 1.5
-"""Calls at least and at most, and seconds after which no more than the least are made."""
+"""Minimum and maximum number of calls, and seconds after which only the minimum is measured."""
 
 
 class Laps:
@@ -28,7 +28,7 @@ class Laps:
 
 
 def latency(call: Callable[[], object], device: str) -> dict[str, float]:
-    """Milliseconds from calling until the device is done, warm: the median of many, the extremes, and how many."""
+    """Milliseconds from a call until the device is idle, after a warm-up: median, extremes, and number of calls."""
 
     def wait() -> None:
         if device == "cuda":

@@ -1,4 +1,4 @@
-"""The networks' sizes, and what a call of each costs at least."""
+"""The networks' sizes, and the minimum cost of a call."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ class Dimensions:
     """Sizes of both networks and of the inputs that they are measured with.
 
     Attributes:
-        mel, frames: of the spectrogram; the second convolution halves the frames into positions.
-        audio_features, audio_heads, audio_hidden, audio_layers: of the encoder; ``audio_hidden`` is also how many
-            features of consecutive positions the projector takes together.
-        features, hidden, layers: of the decoder.
-        heads, kv_heads, head_dim: of its attention.
-        vocabulary: tokens.
+        mel, frames: sizes of the spectrogram; the second convolution halves the frames into positions.
+        audio_features, audio_heads, audio_hidden, audio_layers: sizes of the encoder; ``audio_hidden`` is also the
+            number of features of consecutive positions that the projector joins.
+        features, hidden, layers: sizes of the decoder.
+        heads, kv_heads, head_dim: sizes of its attention.
+        vocabulary: number of tokens.
         cache: positions in the KV cache.
         prompt: tokens of the prompt; 375 of the audio and 13 around them.
-        steps: tokens decoded after it, to compare the logits of.
+        steps: number of decoded tokens whose logits are compared.
     """
 
     mel: int = 128
@@ -43,12 +43,12 @@ class Dimensions:
 
     @property
     def audio_tokens(self) -> int:
-        """Embeddings that the projector gives."""
+        """Number of embeddings of the projector."""
         return self.positions * self.audio_features // self.audio_hidden
 
     @property
     def linears(self) -> dict[str, int]:
-        """How many linears each method has."""
+        """Number of linears of each method."""
         return {"audio_encoder": 6 * self.audio_layers + 2, "token_embedding": 0, "text_decoder": 7 * self.layers + 1}
 
     @property
@@ -65,13 +65,13 @@ class Dimensions:
 
     @property
     def bf16_bytes(self) -> int:
-        """Bytes of all that is big in bf16: the linears, the embedding and the KV cache."""
+        """Bytes of the large tensors in bf16: the linears, the embedding and the KV cache."""
         cache = 2 * self.layers * self.kv_heads * self.head_dim * self.cache
         return 2 * (sum(self.linear_weights.values()) + self.vocabulary * self.features + cache)
 
     @property
     def flops(self) -> dict[str, float]:
-        """Operations of each measured case: two for each weight and row; attention causal where it is."""
+        """Operations of each measured case: two for each weight and row; causal attention counts half."""
         projector = self.features * (self.audio_hidden + self.features)
         tower = self.linear_weights["audio_encoder"] - projector
         front = 3 * self.audio_features * (self.frames * self.mel + self.positions * self.audio_features)
@@ -87,7 +87,8 @@ class Dimensions:
 
 SCALES = {
     "full": Dimensions(),
-    # Heads of the real widths, which choose the attention's kernels; all else as small as the int4 kernels take.
+    # Heads have the real widths, which determine the attention's kernels; other sizes are the least of the int4
+    # kernels.
     "tiny": Dimensions(
         mel=32,
         frames=96,

@@ -1,4 +1,4 @@
-"""Where the time of a call goes: kernels from torch.profiler, in classes by their names."""
+"""The time of a call by classes of kernels, from torch.profiler."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,14 +11,14 @@ from torch.profiler import ProfilerActivity, profile
 CLASSES: dict[str, str] = {
     "copies": r"^(Memcpy|Memset)",
     "attention": r"sdpa|attention|flash|fmha",
-    # What Inductor makes of torchao's dequantize_affine, and kernels that say so.
+    # Kernels of Inductor for torchao's dequantize_affine.
     "dequantize": r"^triton_(poi|per|red|mix)_fused_\w*mul_(\w+_)?sub_|dequant",
-    # A GEMM that dequantizes what it multiplies is a GEMM.
+    # A GEMM that dequantizes its operand is a GEMM.
     "matmul": r"tinygemm|int4|gemm|gemv|matmul|^triton_tem_|cutlass|cublas|nvjet|xmma|_mm_|convolution",
     "KV cache": r"index_copy|index_put|scatter|(?<!to)_copy__",
     "pointwise": r"^triton_(poi|per|red|mix)_|elementwise|layer_norm|reduce_kernel|softmax",
 }
-"""Classes in the order in which they are tried: the first whose pattern is found in a kernel's name has it."""
+"""Classes in order: a kernel belongs to the first class whose pattern is in its name."""
 OTHER = "other"
 
 
@@ -28,7 +28,7 @@ def classify(name: str) -> str:
 
 
 def summarize(kernels: Iterable[tuple[str, float]], calls: int) -> dict[str, Any]:
-    """Names and microseconds of the kernels of ``calls`` calls -> what one call spends, in milliseconds."""
+    """Names and microseconds of the kernels of ``calls`` calls -> milliseconds of one call by class."""
     spent: defaultdict[str, float] = defaultdict(float)
     times: Counter[str] = Counter()
     for name, microseconds in kernels:

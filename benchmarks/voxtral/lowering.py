@@ -1,4 +1,4 @@
-"""A variant, from random weights to a .pte and a .ptd."""
+"""Lowers a variant from random weights to a .pte and a .ptd."""
 
 import resource
 import shutil
@@ -23,41 +23,41 @@ from et_cuda_passes.executorch.lower import gc_throttled
 def passes(variant: Variant) -> list[Any]:
     """The default passes for cuda, with the variant's kernels."""
     left_out = ["fused_linear_int4"] * (not variant.fused) + ["fuse_gate"] * (not variant.gated)
-    made: list[Any] = [rule for rule in ecp.default_passes("cuda") if rule.name not in left_out]
+    rules: list[Any] = [rule for rule in ecp.default_passes("cuda") if rule.name not in left_out]
     if variant.kernel is not None:
         named = ("linear_int4", "fused_linear_int4")
-        made = [replace(rule, kernel=variant.kernel) if rule.name in named else rule for rule in made]
-    return made
+        rules = [replace(rule, kernel=variant.kernel) if rule.name in named else rule for rule in rules]
+    return rules
 
 
 def partitioners(variant: Variant, dimensions: Dimensions) -> dict[str, list[Any]]:
-    """One for each method; ours fail unless every linear is rewritten."""
-    made: dict[str, list[Any]] = {}
+    """The partitioner of each method; ours fail unless every linear is rewritten."""
+    by_method: dict[str, list[Any]] = {}
     for method, linears in dimensions.linears.items():
         specs = [CompileSpec("method_name", method.encode())]
         if variant.ours:
             expect = {"rewritten": linears, "missed": 0}
-            made[method] = [ecp.CudaPartitioner(specs, passes=passes(variant), expect=expect)]
+            by_method[method] = [ecp.CudaPartitioner(specs, passes=passes(variant), expect=expect)]
         else:
-            made[method] = [StockCudaPartitioner(specs)]
-    return made
+            by_method[method] = [StockCudaPartitioner(specs)]
+    return by_method
 
 
 def lower(variant: Variant, dimensions: Dimensions, folder: Path, device: str) -> dict[str, Any]:
     """Write ``folder``/model.pte and its .ptd.
 
     Args:
-        variant: what to make.
+        variant: the variant.
         dimensions: sizes of the networks.
         folder: emptied first.
-        device: where the weights are made and quantized. They are exported on the CPU, and it is ExecuTorch that
-            moves a method to the GPU while it compiles it.
+        device: device on which the weights are created and quantized. The export runs on the CPU, and ExecuTorch moves
+            a method to the GPU while it compiles it.
 
     Returns:
-        Seconds, bytes and counts, as JSON takes them.
+        Seconds, bytes and counts, as data for JSON.
 
     Raises:
-        RuntimeError: the disk has no room for what is written.
+        RuntimeError: the disk has too little space.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -84,7 +84,7 @@ def lower(variant: Variant, dimensions: Dimensions, folder: Path, device: str) -
         lowered.write_to_file(file)
     lowered.write_tensor_data_to_file(str(folder))
     lap("write")
-    reports = {name: made[0].report.counts() for name, made in by_method.items()} if variant.ours else {}
+    reports = {name: listed[0].report.counts() for name, listed in by_method.items()} if variant.ours else {}
     return {
         "seconds": lap.seconds,
         "weights": digest,

@@ -1,4 +1,4 @@
-"""An artifact measured: how right it is, how long its calls take, on what their time is spent, how much memory."""
+"""Measures an artifact: errors, latencies, time by class of kernels, memory."""
 
 import gc
 import time
@@ -16,16 +16,16 @@ from benchmarks.voxtral.reference import Inputs, Method, decode
 from et_cuda_passes.delegate import Program
 
 PROFILED = {"audio_encoder": 5, "prefill": 5, "decode": 20}
-"""The cases whose kernels are looked at, and for how many calls."""
+"""The profiled cases, and their number of calls."""
 _CACHE = (".keys", ".values")
 
 
 def compare(got: Tensor, wanted: Tensor) -> dict[str, float]:
-    """How far ``got`` is from ``wanted``, rows being all dimensions but the last.
+    """The error of ``got`` against ``wanted``; rows are all dimensions but the last.
 
     Returns:
-        ``relative_error``, |got - wanted| / |wanted|; in how many of the ``rows`` the largest element is the ``same``;
-        and where it is another, by how much of the largest one ``wanted`` has less there, at most (``shortfall``).
+        ``relative_error``, |got - wanted| / |wanted|; ``same``, the number of ``rows`` whose largest element has the
+        same index; and ``shortfall``, for other rows the largest relative difference of the two elements in ``wanted``.
     """
     got, wanted = (tensor.reshape(-1, tensor.shape[-1]).float() for tensor in (got, wanted))
     best, chosen = wanted.argmax(-1, keepdim=True), got.argmax(-1, keepdim=True)
@@ -51,8 +51,8 @@ def measure(load: Callable[[str], Method], reference: Path, dimensions: Dimensio
     """Load the methods with ``load`` and run every case of the reference.
 
     Args:
-        load: gives a method by its name.
-        reference: what :func:`~benchmarks.voxtral.reference.refer` wrote.
+        load: returns a method by its name.
+        reference: the file of :func:`~benchmarks.voxtral.reference.refer`.
         dimensions: sizes of the networks.
         device: "cuda", or "cpu" for a test.
     """
@@ -72,7 +72,7 @@ def measure(load: Callable[[str], Method], reference: Path, dimensions: Dimensio
     inputs = Inputs(**{name: tensor.to(device) for name, tensor in state["inputs"].items()})
     cases = inputs.cases(methods, dimensions)
     with torch.no_grad():
-        # In order: the decoded tokens find in the cache what prefill and those before them left.
+        # The order matters: decoded tokens read the cache of prefill and of earlier tokens.
         outputs = {name: case() for name, case in cases.items()}
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         print("ran every case", flush=True)
@@ -82,7 +82,7 @@ def measure(load: Callable[[str], Method], reference: Path, dimensions: Dimensio
         del outputs, wanted
         timed = {name: latency(case, device) for name, case in cases.items() if "+" not in name}
         print(timed, flush=True)
-        profiled(cases["decode"], 1, device)  # the profiler's own start
+        profiled(cases["decode"], 1, device)  # the start of the profiler
         profiles = {name: profiled(cases[name], calls, device) for name, calls in PROFILED.items()}
     return {
         "load_s": load_s,
@@ -95,7 +95,7 @@ def measure(load: Callable[[str], Method], reference: Path, dimensions: Dimensio
 
 
 def weight_bytes(method: Method) -> int:
-    """Bytes of a loaded method's weights, its KV cache left out."""
+    """Bytes of a loaded method's weights, without its KV cache."""
     held: Mapping[str, Tensor] = getattr(method, "weights", {})
     return sum(tensor.nbytes for name, tensor in held.items() if not name.endswith(_CACHE))
 

@@ -1,8 +1,8 @@
 """The two networks, with the names and the arithmetic of transformers' Voxtral, written for torch.export.
 
-``text_decoder`` gives the logits of every position, [1, L, vocabulary], as the exports of Voxtral that ExecuTorch's
-runner takes do; the runner reads the last one's. At 388 tokens the other 387 cost a tenth of the multiplications.
-Queries share keys in attention (``enable_gqa``), where transformers repeats the keys: the same numbers, fewer copies.
+``text_decoder`` returns the logits of every position, [1, L, vocabulary], like the exports of Voxtral for ExecuTorch's
+runner, which reads the last one. At 388 tokens the other 387 cost a tenth of the multiplications. Queries share keys in
+attention (``enable_gqa``), where transformers repeats the keys: the numbers are equal, with fewer copies.
 """
 
 import torch
@@ -27,7 +27,7 @@ class AudioAttention(nn.Module):
         self.out_proj = nn.Linear(d.audio_features, d.audio_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, positions, audio_features], and so is what it gives."""
+        """X [1, positions, audio_features] -> the same shape."""
         q, k, v = (
             projection(x).view(1, x.shape[1], self.heads, -1).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -48,7 +48,7 @@ class AudioLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(d.audio_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [1, positions, audio_features], and so is what it gives."""
+        """X [1, positions, audio_features] -> the same shape."""
         x = x + self.self_attn(self.self_attn_layer_norm(x))
         y: Tensor = self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
         return x + y
@@ -104,14 +104,14 @@ class AudioEncoder(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Llama's, in plain operators: torch's own lowers to one that not every version of Inductor decomposes."""
+    """Llama's norm in plain operators: not every version of Inductor decomposes the operator of torch's own norm."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(features))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., features], and so is what it gives; the mean in fp32."""
+        """X [..., features] -> the same shape; the mean is in fp32."""
         wide = x.float()
         normal = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPSILON)
         scaled: Tensor = self.weight * normal.to(x.dtype)
@@ -129,7 +129,7 @@ class Rotary(nn.Module):
         self.register_buffer("inverse_frequencies", torch.empty(head_dim // 2), persistent=False)
 
     def frequencies(self, device: torch.device) -> Tensor:
-        """What the buffer holds: fp32 [head_dim / 2]."""
+        """The value of the buffer: fp32 [head_dim / 2]."""
         return ROPE_BASE ** -(torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float32) / self.head_dim)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -140,14 +140,14 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """X [1, heads, L, head_dim] turned by each position's angles; a pair is half the width apart."""
-    # Slices, since ExecuTorch's verifier refuses split, and with it chunk.
+    """X [1, heads, L, head_dim] rotated by each position's angles; the elements of a pair are half the width apart."""
+    # Slices, since ExecuTorch's verifier rejects split, and so chunk.
     first, second = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class TextAttention(nn.Module):
-    """Attention to the cache, in which the keys and values of these positions are put first."""
+    """Attention to the cache, after the keys and values of these positions are written to it."""
 
     keys: Tensor
     values: Tensor
@@ -163,7 +163,7 @@ class TextAttention(nn.Module):
             self.register_buffer(name, torch.zeros(1, d.kv_heads, d.cache, d.head_dim), persistent=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """X [1, L, features], and so is what it gives; mask bool [1, 1, L, cache]."""
+        """X [1, L, features] -> the same shape; mask bool [1, 1, L, cache]."""
         q, k, v = (
             projection(x).view(1, x.shape[1], -1, self.head_dim).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -185,7 +185,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(d.hidden, d.features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X [..., features], and so is what it gives."""
+        """X [..., features] -> the same shape."""
         y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
         return y
 
@@ -201,14 +201,14 @@ class TextLayer(nn.Module):
         self.post_attention_layernorm = RmsNorm(d.features)
 
     def forward(self, x: Tensor, *where: Tensor) -> Tensor:
-        """X [1, L, features], and so is what it gives."""
+        """X [1, L, features] -> the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), *where)
         y: Tensor = self.mlp(self.post_attention_layernorm(x))
         return x + y
 
 
 class LanguageModel(nn.Module):
-    """The layers, from embeddings to what the output head takes."""
+    """The layers, from embeddings to the input of the output head."""
 
     def __init__(self, d: Dimensions) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class TextDecoder(nn.Module):
         self.lm_head = nn.Linear(d.features, d.vocabulary, bias=False)
 
     def forward(self, inputs_embeds: Tensor, cache_position: Tensor) -> Tensor:
-        """Embeddings [1, L, features] and int64 [L]; a position is attended to once it was written."""
+        """Embeddings [1, L, features] and int64 [L]; attention reads only written positions."""
         y: Tensor = self.lm_head(self.language_model(inputs_embeds, cache_position))
         return y
 
@@ -255,7 +255,7 @@ class TokenEmbedding(nn.Module):
 
 
 class Voxtral(nn.Module):
-    """The methods by their names. No two share the name of a weight: in a .ptd a name stands for one weight."""
+    """The methods by their names. No two share the name of a weight: in a .ptd a name identifies one weight."""
 
     def __init__(self, d: Dimensions) -> None:
         super().__init__()

@@ -8,12 +8,12 @@ from benchmarks.voxtral.model import Voxtral
 
 
 def export(model: Voxtral, dimensions: Dimensions, hint: int) -> dict[str, ExportedProgram]:
-    """``model`` by method, on the device and in the dtype that it is in.
+    """The methods of ``model``, on its device and in its dtype.
 
     Args:
         model: from :func:`~benchmarks.voxtral.weights.build`.
         dimensions: its sizes.
-        hint: length of the example, 2 or more; the lowering tunes what has a dynamic length for this one.
+        hint: length of the example, 2 or more; the lowering tunes dynamic lengths for it.
     """
     weight = model.token_embedding.embed_tokens.weight
     at = torch.arange(hint, device=weight.device)

@@ -1,4 +1,4 @@
-"""What the methods should give: the same weights in eager, operator by operator, linears dequantized to float."""
+"""The reference: the same weights in eager, operator by operator, with dequantized linears."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from benchmarks.voxtral.dimensions import Dimensions
 from benchmarks.voxtral.weights import Form, build
 
 Method = Callable[..., Any]
-"""Takes tensors, gives a tensor or a list of one."""
+"""A function of tensors that returns a tensor or a list with one."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the methods are called with: mel, tokens [1, prompt + steps] and their embeddings."""
+    """Inputs of the methods: mel, tokens [1, prompt + steps] and their embeddings."""
 
     mel: Tensor
     tokens: Tensor
     embeddings: Tensor
 
     def cases(self, methods: Mapping[str, Method], dimensions: Dimensions) -> dict[str, Callable[[], Tensor]]:
-        """The measured calls: a case may run any number of times, decode once prefill ran."""
+        """The measured calls. A case may run any number of times, decode only after prefill."""
         prompt, device = dimensions.prompt, self.tokens.device
         embedded = {0: self.embeddings[:, :prompt]}
         embedded |= {prompt + step: self.embeddings[:, prompt + step :][:, :1] for step in range(dimensions.steps)}
-        # Tensors of their own: a library wants its inputs aligned, and a call would copy what is not.
+        # Separate tensors are aligned; a library would copy an unaligned input.
         text = {
             at: partial(
                 methods["text_decoder"], x.clone(), torch.arange(at, at + x.shape[1], dtype=torch.int64, device=device)
@@ -62,13 +62,13 @@ def _only(call: Callable[[], Any]) -> Tensor:
 
 
 def refer(form: Form, dimensions: Dimensions, path: Path, device: str) -> dict[str, Any]:
-    """Run every case in eager and write inputs and outputs to ``path``; its own latencies are returned.
+    """Run every case in eager, write inputs and outputs to ``path``, and return the latencies.
 
     Args:
         form: "float" or "dequantized".
         dimensions: sizes of the networks.
-        path: where :class:`Inputs` and the outputs by case go.
-        device: where to run.
+        path: file for :class:`Inputs` and the outputs by case.
+        device: device of the run.
     """
     lap = Laps()
     model, digest = build(dimensions, form, device, kept=device)

@@ -1,4 +1,4 @@
-"""Steps in processes of their own, their results in a folder: what is finished is not done again."""
+"""Runs steps in separate processes, with their results in a folder; finished steps are not repeated."""
 
 import contextlib
 import json
@@ -17,11 +17,11 @@ class Step:
     """One process.
 
     Attributes:
-        name: of the step and of its result's file.
-        command: what is run; it writes the result with :meth:`Results.write` and ends with 0.
-        settings: what the result depends on; a result with others is no result.
-        needs: steps whose results it uses.
-        parallel: whether it may run beside others that are; else it runs alone.
+        name: name of the step and of its result's file.
+        command: the command; it writes the result with :meth:`Results.write` and exits with 0.
+        settings: the settings on which the result depends; a result with other settings is ignored.
+        needs: steps whose results it reads.
+        parallel: whether it may run beside other parallel steps; else it runs alone.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Results:
         self.folder = folder
 
     def write(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Keep a result; a file is whole or absent."""
+        """Write a result; its file is complete or absent."""
         path = self._path(name)
         unfinished = path.with_suffix(".unfinished")
         content = {"settings": dict(settings), "finished": time.time(), **result}
@@ -46,7 +46,7 @@ class Results:
         unfinished.replace(path)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A result as it was written; None where there is none, or its file is damaged."""
+        """A result; None if its file is missing or damaged."""
         try:
             content = json.loads(self._path(name).read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError):
@@ -54,14 +54,14 @@ class Results:
         return content if isinstance(content, dict) else None
 
     def is_done(self, step: Step) -> bool:
-        """Whether ``step`` has a result, of these settings, made after those that it needs, and they are done too."""
+        """Whether ``step`` has a result with these settings that is newer than its needs, which are done too."""
         result = self.read(step.name)
         if result is None or result.get("settings") != dict(step.settings) or not all(map(self.is_done, step.needs)):
             return False
         return all(self._finished(need.name) <= result["finished"] for need in step.needs)
 
     def log(self, name: str) -> Path:
-        """Where a step's output goes."""
+        """The file for a step's output."""
         return self.folder / f"{name}.log"
 
     def _path(self, name: str) -> Path:
@@ -83,10 +83,10 @@ class Runner:
     """Runs steps in their order.
 
     Args:
-        results: where results and logs go.
-        environment: of a step's process, by step and the number of steps that may run beside one another.
+        results: folder of results and logs.
+        environment: returns the environment of a step's process, for the step and the number of parallel steps.
         jobs: parallel steps at a time.
-        deadline_s: seconds after which no step is started; those that run are waited for.
+        deadline_s: seconds after which no step is started; running steps are waited for.
         limit_s: seconds after which a step is ended.
         say: prints a line.
     """
@@ -144,7 +144,7 @@ class Runner:
         return step.parallel and len(self._running) < self._jobs and all(r.step.parallel for r in self._running)
 
     def _drop_hopeless(self, pending: list[Step]) -> list[Step]:
-        """Without those that need what failed."""
+        """The steps without those that need a failed one."""
         kept = []
         for step in pending:
             if lost := [need.name for need in step.needs if need.name in self._failed]:
@@ -190,7 +190,7 @@ class Runner:
 
     @staticmethod
     def _end(running: _Running) -> None:
-        """End a step and what it started: compilers, mostly."""
+        """End a step and its child processes, mostly compilers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.process.pid, signal.SIGKILL)
         running.process.wait()

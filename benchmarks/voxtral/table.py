@@ -14,12 +14,12 @@ CASES = {
     "decode": "text_decoder, 1 token",
     "token_embedding": "token_embedding",
 }
-"""Measured cases and what they are called; those with a floor come first."""
+"""Measured cases and their titles; those with a lower bound come first."""
 Result = Mapping[str, Any]
 
 
 def table(lines: Iterable[Sequence[object]]) -> str:
-    """Markdown; the first line is the heading."""
+    """A table in Markdown; the first line is the heading."""
     heading, *rest = [f"| {' | '.join(map(str, line))} |" for line in lines]
     columns = heading.count(" | ") + 1
     return "\n".join([heading, f"|{' --- |' * columns}", *rest])
@@ -29,8 +29,8 @@ def report(results: Mapping[str, Result], dimensions: Dimensions) -> str:
     """All tables.
 
     Args:
-        results: by step, as many as there are.
-        dimensions: sizes that they were made with.
+        results: existing results by step.
+        dimensions: sizes of the networks.
     """
     measured = {name: results[f"measure-{name}"] for name in VARIANTS if f"measure-{name}" in results}
     lowered = {name: results[f"lower-{name}"] for name in VARIANTS if f"lower-{name}" in results}
@@ -52,17 +52,17 @@ def report(results: Mapping[str, Result], dimensions: Dimensions) -> str:
 
 
 def size(nbytes: float) -> str:
-    """Bytes, in units that leave digits."""
+    """Bytes in a suitable unit."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def title(case: str, dimensions: Dimensions) -> str:
-    """What a case is called."""
+    """The title of a case."""
     return CASES[case].format(prompt=dimensions.prompt)
 
 
 def machine(measured: Iterable[Result]) -> str:
-    """The machine, which is the same for all."""
+    """The machine, which is the same for all steps."""
     found = next((result["machine"] for result in measured if "machine" in result), None)
     if found is None:
         return ""
@@ -76,9 +76,9 @@ def latencies(
 ) -> list[list[str]]:
     """Sizes and latencies by variant, and of eager."""
     lines = [["variant", ".ptd", ".pte", *(title(case, dimensions) for case in CASES)]]
-    for name, made in lowered.items():
+    for name, result in lowered.items():
         times = measured.get(name, {}).get("latency", {})
-        sizes = [size(made["ptd_bytes"]), size(made["pte_bytes"])]
+        sizes = [size(result["ptd_bytes"]), size(result["pte_bytes"])]
         lines.append([VARIANTS[name].summary, *sizes, *(milliseconds(times.get(case)) for case in CASES)])
     if eager := results.get("reference-float", {}).get("latency"):
         lines.append(["bf16 in eager, no .pte", "", "", *(milliseconds(eager.get(case)) for case in CASES)])
@@ -91,7 +91,7 @@ def milliseconds(times: Result | None) -> str:
 
 
 def embedding_note(dimensions: Dimensions) -> str:
-    """What of each .ptd no variant quantizes."""
+    """The part of each .ptd that no variant quantizes."""
     embedding = size(2 * dimensions.vocabulary * dimensions.features)
     return (
         f"The embedding stays bf16 in each, {embedding} of the .ptd; where a model's export quantizes it too, "
@@ -113,25 +113,25 @@ def errors(measured: Mapping[str, Result], dimensions: Dimensions) -> list[list[
 
 
 def costs(measured: Mapping[str, Result], lowered: Mapping[str, Result]) -> list[list[str]]:
-    """What making and loading take."""
+    """The times and the memory of lowering and loading."""
     lines = [["variant", "load", "GPU, running", "export", "lowering", "writing", "GPU, lowering", "host, lowering"]]
-    for name, made in lowered.items():
-        ran, seconds = measured.get(name), made["seconds"]
+    for name, result in lowered.items():
+        ran, seconds = measured.get(name), result["seconds"]
         loading = [f"{sum(ran['load_s'].values()):.1f} s", size(ran["gpu_peak_bytes"])] if ran else ["", ""]
         lines.append(
             [
                 VARIANTS[name].summary,
                 *loading,
                 *(f"{seconds[part]:.0f} s" for part in ("export", "lower", "write")),
-                size(made["gpu_peak_bytes"]),
-                size(made["host_peak_bytes"]),
+                size(result["gpu_peak_bytes"]),
+                size(result["host_peak_bytes"]),
             ]
         )
     return lines
 
 
 def together_note(lowered: Iterable[Result]) -> str:
-    """Whether lowerings competed."""
+    """A note if lowerings ran in parallel."""
     jobs = max((result.get("jobs", 1) for result in lowered), default=1)
     if jobs == 1:
         return ""
@@ -142,7 +142,7 @@ def together_note(lowered: Iterable[Result]) -> str:
 
 
 def floor_ms(case: str, result: Result, dimensions: Dimensions) -> float | None:
-    """The least that a case can take."""
+    """The lower bound of a case's time."""
     if "machine" not in result:
         return None
     method = "text_decoder" if case in ("prefill", "decode") else case
@@ -176,5 +176,5 @@ def shares(measured: Mapping[str, Result], dimensions: Dimensions) -> list[list[
 
 
 def share(part: float, whole: float) -> str:
-    """Milliseconds, and how much of the whole they are."""
+    """Milliseconds, and their fraction of the whole."""
     return f"{part:.2f} ({part / whole:.0%})" if part else ""

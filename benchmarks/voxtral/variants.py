@@ -1,11 +1,11 @@
-"""What is compared: how the linears are held, and what lowers them."""
+"""The compared variants: the form of the linears, and their lowering."""
 
 from dataclasses import dataclass
 
 from benchmarks.voxtral.dimensions import Dimensions
 
 HINT = 3
-"""Length of the example that a decoder is exported with; it is also the one that Voxtral's own exports use."""
+"""Length of the example that a decoder is exported with; Voxtral's own exports use the same."""
 
 
 @dataclass(frozen=True)
@@ -13,14 +13,14 @@ class Variant:
     """One artifact.
 
     Attributes:
-        name: its own.
-        summary: for the table.
+        name: name of the variant.
+        summary: text for the table.
         quantized: whether the linears are int4 in groups of 32.
-        ours: lowered with ``ecp.CudaPartitioner``; else with the stock one.
-        kernel: the int4 kernel that ``LinearInt4`` is told to use; None for its own choice.
+        ours: whether ``ecp.CudaPartitioner`` lowers it; else the stock partitioner.
+        kernel: the int4 kernel for ``LinearInt4``; None for its default.
         fused: whether linears of one input (q, k and v) are packed and launched as one.
         gated: whether a gated layer is one product.
-        for_prompt: exported with an example as long as the prompt instead of ``HINT``.
+        for_prompt: whether the example of the export is as long as the prompt, instead of ``HINT``.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def reference(self) -> str:
-        """The form of the weights that eager computes the right answer with."""
+        """The form of the weights in the eager reference."""
         return "dequantized" if self.quantized else "float"
 
 

@@ -1,4 +1,4 @@
-"""Random weights, made and quantized one module at a time: the whole is never there twice, nor in fp32."""
+"""Random weights, created and quantized module by module: the model is never in memory twice, nor in fp32."""
 
 import hashlib
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from benchmarks.voxtral.model import RmsNorm, Rotary, Voxtral
 
 GROUP_SIZE = 32
 Form = Literal["float", "int4", "dequantized"]
-"""Linears as they are made, quantized, or quantized and made float again."""
+"""The form of linears: float, quantized, or quantized and dequantized."""
 
 
 def build(
@@ -23,16 +23,16 @@ def build(
     kept: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Voxtral, str]:
-    """A model with random weights, the same ones for every ``form`` on one ``device``.
+    """A model with random weights, which are equal for every ``form`` on one ``device``.
 
-    Every linear keeps the scale of what it is given, so that 30 layers neither vanish nor overflow.
+    Every linear preserves the scale of its input, so that 30 layers neither vanish nor overflow.
 
     Args:
         dimensions: sizes.
-        form: of the linears; embeddings and convolutions are float in each.
-        device: where weights are made and quantized.
-        kept: where they are then.
-        dtype: of all that is float but the frequencies of the rotation.
+        form: form of the linears; embeddings and convolutions are always float.
+        device: device on which weights are created and quantized.
+        kept: device on which they stay.
+        dtype: dtype of all float tensors except the frequencies of the rotation.
 
     Returns:
         The model, and a digest of its weights before quantization.

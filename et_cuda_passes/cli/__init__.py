@@ -1,6 +1,6 @@
-"""The command line: lower a saved program for a target, explain what a target would make of it, list the rules, run.
+"""The command line: lower a saved program for a target, report the outcomes for a target, list the rules, run.
 
-Exit codes: 0 done, 1 the lowering or a run failed or an expectation did not hold, 2 bad usage. What a command answers
+Exit codes: 0 success, 1 the lowering or a run failed or an expectation is unmet, 2 bad usage. The result of a command
 goes to stdout, progress and errors go to stderr.
 """
 
@@ -20,12 +20,20 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, check_writable, guarded, list_files
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    check_writable,
+    handle_errors,
+    list_files,
+    one_line,
+)
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
-from et_cuda_passes.executorch.lower import Progress, missing, staged
+from et_cuda_passes.executorch.lower import Progress, atomic_output, missing_requirement
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.rewrite import check_expectations, check_expected
@@ -39,14 +47,14 @@ app = typer.Typer(
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
     add_completion=False,
-    # An error is one line here, not a box, and a traceback is Python's own.
+    # An error is one line, not a box, and a traceback has Python's form.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
 class Stage(StrEnum):
-    """Where ``lower`` can stop."""
+    """The stages after which ``lower`` can stop."""
 
     rewrite = "rewrite"
 
@@ -55,7 +63,7 @@ ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from to
 TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(ecp.targets())}.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which runs code that stands in it.")
+    bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -70,10 +78,10 @@ def lower(
     ],
     target: TargetName,
     output_dir: Annotated[
-        Path, typer.Option("--output-dir", "-o", help="Where the files go; made if missing.")
+        Path, typer.Option("--output-dir", "-o", help="The folder of the files; created if missing.")
     ] = Path(),
     stop_after: Annotated[
-        Stage | None, typer.Option(help="Write the packed program, for a later machine to go on with.")
+        Stage | None, typer.Option(help="Write the packed program, for lowering on another machine.")
     ] = None,
     expect: Annotated[
         list[str] | None,
@@ -82,13 +90,13 @@ def lower(
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Rewrite MODEL for a target and write what it runs, with report.json.
+    """Rewrite MODEL for a target, and write the files that it runs and report.json.
 
     cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2. The folder of an export that another machine
     could not finish gets what it lacks.
     """
-    with guarded(debug):
-        _known_target(target)
+    with handle_errors(debug):
+        _check_target(target)
         if is_export(model):
             if output_dir not in (Path(), model) or stop_after or expect:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
@@ -103,32 +111,32 @@ def lower(
             given = load_model(model, target, trust)
             if stop_after and packed.resolve() == model.resolve():
                 raise UsageError(
-                    f"{model} is what would be written; it is packed already, or give another --output-dir"
+                    f"the output {packed} would replace {model}; it is packed already, or give another --output-dir"
                 )
             program, report = _rewritten(given, target, step)
-            with staged(output_dir) as staging:
+            with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
         files = [output_dir / "report.json"]
-        _tell(given, report)
+        print_report(given, report)
         try:
             check_expectations(demanded, report)
         except ecp.ExpectationError as error:
             raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
 
-        lacking = None if stop_after else missing(target)
+        lacking = None if stop_after else missing_requirement(target)
         with Steps() as step:
             if not stop_after and not lacking:
                 try:
                     files += lower_program(program, target, output_dir, stem, step)
                 except Exception as error:
                     raise LoweringError(
-                        f"{model} could not be lowered for {target}: {brief(error)} (--debug shows the traceback)"
+                        f"{model} could not be lowered for {target}: {one_line(error)} (--debug shows the traceback)"
                     ) from error
             elif lacking and given.packed:
                 packed = model
             else:
                 step(f"saving {packed}")
-                with staged(output_dir) as staging:
+                with atomic_output(output_dir) as staging:
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
         list_files(files)
@@ -140,7 +148,7 @@ def lower(
             command = ["et-cuda-passes", "lower", str(packed), "--target", target, "--output-dir", str(output_dir)]
             raise LoweringError(
                 f"lowering to {target} needs {lacking}. The packed program is {packed}; on a machine that has it, "
-                f"go on with: {shlex.join(command)}"
+                f"continue with: {shlex.join(command)}"
             )
 
 
@@ -148,9 +156,9 @@ def lower(
 def explain(
     model: ModelPath, target: TargetName, as_json: Json = False, trust: Trust = False, debug: Debug = False
 ) -> None:
-    """Say what a target makes of every quantized weight of MODEL; nothing is written."""
-    with guarded(debug):
-        _known_target(target)
+    """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
+    with handle_errors(debug):
+        _check_target(target)
         with Steps() as step:
             step(f"loading {model}")
             given = load_model(model, target, trust)
@@ -158,12 +166,12 @@ def explain(
         if as_json:
             typer.echo(report.to_json())
         else:
-            _tell(given, report)
+            print_report(given, report)
 
 
 @app.command()
 def rules(as_json: Json = False) -> None:
-    """List each target's passes in order, and what every rule rewrites, requires and has as options."""
+    """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
     listed = {name: [_described(entry) for entry in ecp.default_passes(name)] for name in ecp.targets()}
     if as_json:
         about = {name: {"summary": get_target(name).summary, "passes": passes} for name, passes in listed.items()}
@@ -201,7 +209,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """The options before a command."""
 
 
 def main() -> None:
@@ -209,7 +217,7 @@ def main() -> None:
     app(prog_name="et-cuda-passes")
 
 
-def _known_target(target: str) -> None:
+def _check_target(target: str) -> None:
     try:
         get_target(target)
     except ValueError as error:
@@ -217,14 +225,14 @@ def _known_target(target: str) -> None:
 
 
 def _expectations(texts: list[str], target: str) -> dict[str, int]:
-    """The counts demanded by ``--expect``, their names checked before anything slow begins."""
+    """The counts of ``--expect``. Their names are checked before a slow step begins."""
     demanded: dict[str, int] = {}
     for text in texts:
         parts = re.fullmatch(r"(\w+)=(\d+)", text)
         if parts is None:
             raise UsageError(f"--expect {text}: write NAME=COUNT, such as linear_int4=211 or missed=0")
         if parts[1] in demanded:
-            raise UsageError(f"--expect {text}: {parts[1]} was given a count before; give each name one")
+            raise UsageError(f"--expect {text}: {parts[1]} has a count already; give each name one")
         demanded[parts[1]] = int(parts[2])
     try:
         check_expected(demanded, [entry.name for entry in ecp.default_passes(target)])
@@ -234,14 +242,15 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
 
 
 def _rewritten(given: Model, target: str, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
-    """The program for ``target``, and the report of when it was packed, here or before."""
+    """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None:
         return given.program, given.report
     progress(f"rewriting for {target}")
     return ecp.rewrite(given.program, target)
 
 
-def _tell(given: Model, report: ecp.Report) -> None:
+def print_report(given: Model, report: ecp.Report) -> None:
+    """Print the report, after the layouts that MODEL has already."""
     if given.packed:
         layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
         typer.echo(f"MODEL is packed already: {layouts}")

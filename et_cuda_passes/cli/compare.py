@@ -1,4 +1,4 @@
-"""How far what a lowered program gives is from what the original gives."""
+"""Compares the outputs of a lowered program with those of the original."""
 
 import math
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output against the original's.
+    """One output compared with the original's.
 
     Attributes:
         what: the output, with its dtype and shape.
-        relative: |result - original| / |original| in the 2-norm, over the elements that are finite; for integers and
-            bool the share of elements that differ.
+        relative: |result - original| / |original| in the 2-norm, over the finite elements; for integers and bool the
+            fraction of elements that differ.
         largest: the largest difference of an element.
-        tolerance: what ``relative`` may be.
-        problem: what no tolerance allows; empty where there is nothing.
+        tolerance: upper limit of ``relative``.
+        problem: a difference that no tolerance allows; empty if there is no such difference.
     """
 
     what: str
@@ -42,28 +42,28 @@ class Comparison:
         )
 
 
-def default_tolerance(dtype: torch.dtype, dynamic_activations: bool = False) -> float:
-    """What the relative error of an output may be.
+def default_tolerance(dtype: torch.dtype, quantized_activations: bool = False) -> float:
+    """The upper limit of the relative error of an output.
 
-    In 16 bits and less, 4 units in the last place (2^-5 for bfloat16, 2^-8 for float16): operands, weights, accumulated
-    and final values are each rounded once, by the kernels of the target in another order than in eager. In 32 and 64
-    bits the rounding of a value is small against that of sums of thousands in another order: 1024 units (2^-13 for
-    float32). Activations quantized to 8 bits on the way may fall on the other side of a step of 1/255 of their range
-    when they differ by the last bit: 2^-6. An integer is right or wrong.
+    In 16 bits and less it is 4 units in the last place (2^-5 for bfloat16, 2^-8 for float16): operands, weights,
+    accumulated and final values are each rounded once, by the kernels of the target in another order than in eager. In
+    32 and 64 bits it is 1024 units (2^-13 for float32): sums of thousands of values in another order dominate the
+    error. With activations quantized to 8 bits it is at least 2^-6: an activation that differs in the last bit may be
+    rounded to the next step, 1/255 of the range. Integers must be equal.
     """
     if not dtype.is_floating_point:
         return 0.0
     units = 4 if dtype.itemsize <= 2 else 1024
-    return max(units * torch.finfo(dtype).eps, 2**-6 if dynamic_activations else 0.0)
+    return max(units * torch.finfo(dtype).eps, 2**-6 if quantized_activations else 0.0)
 
 
-def compare(index: int, got: Any, wanted: Any, tolerance: float | None, dynamic_activations: bool) -> Comparison:
+def compare(index: int, got: Any, wanted: Any, tolerance: float | None, quantized_activations: bool) -> Comparison:
     """Compare an output with the original's; ``tolerance`` None for :func:`default_tolerance`."""
     if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
-        problem = "" if type(got) is type(wanted) and got == wanted else f"is {got!r}, the original's is {wanted!r}"
+        problem = "" if type(got) is type(wanted) and got == wanted else f"is {got!r}, the original is {wanted!r}"
         return Comparison(f"output {index}", 0.0, 0.0, 0.0, problem)
     what = f"output {index} ({wanted.dtype} {list(wanted.shape)})"
-    limit = default_tolerance(wanted.dtype, dynamic_activations) if tolerance is None else tolerance
+    limit = default_tolerance(wanted.dtype, quantized_activations) if tolerance is None else tolerance
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
         return Comparison(what, math.inf, math.inf, limit, f"is {got.dtype} {list(got.shape)}")
     exact = not wanted.dtype.is_floating_point
@@ -80,7 +80,7 @@ def compare(index: int, got: Any, wanted: Any, tolerance: float | None, dynamic_
             f"{count} of {a.numel()} elements are infinite or NaN in only one of the two",
         )
     if a.numel() and not bool(finite.any()):
-        problem = f"none of its {a.numel()} elements is finite, so that none was compared; give other inputs"
+        problem = f"none of its {a.numel()} elements is finite, so none was compared; give other inputs"
         return Comparison(what, math.inf, math.inf, limit, problem)
     difference, size = (a - b)[finite], float(b[finite].norm())
     largest = float(difference.abs().max()) if difference.numel() else 0.0

@@ -1,4 +1,4 @@
-"""What the commands say beside their answers: progress and errors on stderr, and the list of files at the end."""
+"""Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ from et_cuda_passes.executorch.packed import ModelError
 
 
 class UsageError(Exception):
-    """Something asked for makes no sense; exits with 2."""
+    """An argument is invalid; exits with 2."""
 
 
 class LoweringError(Exception):
@@ -29,7 +29,7 @@ class LoweringError(Exception):
 
 
 class Steps:
-    """Progress on stderr: each step as it ends, with its time, and on a terminal the one that runs.
+    """Progress on stderr: each step with its time when it ends, and on a terminal also the current step.
 
     With :meth:`expect`, a step also has the part of the steps that is done, and the peak of memory during it.
     """
@@ -51,7 +51,7 @@ class Steps:
         self._count = self._done + (self._step is not None) + count
 
     def __call__(self, step: str) -> None:
-        """Begin ``step``, and so end the one before."""
+        """Begin ``step``, which ends the previous one."""
         self._end()
         self._step = (step, time.monotonic())
         _reset_peak_memory()
@@ -98,14 +98,14 @@ def _peak_memory() -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Check that a folder exists or can be made, and that files can be written to it.
+    """Check that a folder exists or can be created, and that files can be written to it.
 
     Raises:
         UsageError: not so.
     """
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise UsageError(f"--output-dir {folder} cannot be made: {nearest} is a file; name a directory")
+        raise UsageError(f"--output-dir {folder} cannot be created: {nearest} is a file; name a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(
             f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
@@ -113,8 +113,8 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def guarded(debug: bool) -> Iterator[None]:
-    """Turn errors into one line and an exit code, and keep the libraries' deprecation warnings to themselves."""
+def handle_errors(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code, and hide deprecation warnings of the libraries."""
     try:
         with warnings.catch_warnings():
             if not debug:
@@ -126,11 +126,11 @@ def guarded(debug: bool) -> Iterator[None]:
     except LoweringError as error:
         _fail(str(error), 1, debug)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else brief(error), 1, debug)
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, debug)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        _fail(f"{brief(error)} (this was not foreseen; --debug shows where it comes from)", 1, debug)
+        _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
@@ -140,20 +140,20 @@ def _fail(message: str, code: int, debug: bool) -> NoReturn:
     raise typer.Exit(code)
 
 
-def brief(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+def one_line(error: BaseException) -> str:
+    """The class of an error and the first line of its message."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
 def list_files(paths: Iterable[Path]) -> None:
-    """The files written, with their sizes, on stdout."""
+    """Print the written files with their sizes on stdout."""
     sizes = {str(path): f"{path.stat().st_size:,}" for path in paths}
     table = Table("written", Column("bytes", justify="right"), box=None, pad_edge=False)
     for path, size in sizes.items():
         table.add_row(Text(path, overflow="fold"), size)
     console = Console(highlight=False)
     if not console.is_terminal:
-        # A path cut in two is no path: lines that are not for a screen are as long as they need to be.
+        # Outside of a terminal a line is not wrapped, so that every path stays whole.
         console = Console(highlight=False, width=max(map(len, sizes)) + max(map(len, sizes.values())) + 10)
     console.print(table)

@@ -10,8 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, check_writable, guarded, list_files
-from et_cuda_passes.executorch.lower import missing
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    check_writable,
+    handle_errors,
+    list_files,
+    one_line,
+)
+from et_cuda_passes.executorch.lower import missing_requirement
 from et_cuda_passes.executorch.packed import read_report
 from et_cuda_passes.graph.report import ExpectationError
 from et_cuda_passes.hf.artifact import ExportError
@@ -41,7 +49,7 @@ def export(
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
     target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(targets())}; several with commas.")],
-    output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; made if missing.")],
+    output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
         bool, _option("keep-gguf", help="Keep the blocks Q4_K, Q5_K and Q6_K of the GGUF file; expand the others.")
@@ -104,7 +112,7 @@ def export(
         "recipe": recipe,
         "group_size_fallback": group_size_fallback,
     }
-    with guarded(debug):
+    with handle_errors(debug):
         with _refusals():
             check_extra("export")
             quantization = QuantizationOptions(**options)
@@ -113,7 +121,7 @@ def export(
             _check_dtype(dtype, quantization.targets)
             checkpoint = Checkpoint.find(model, gguf)
             if keep_gguf and checkpoint.gguf is None:
-                raise UsageError("--keep-gguf keeps the blocks of a GGUF file, and there is none: give --gguf FILE")
+                raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
         if dtype is None and checkpoint.gguf is not None and checkpoint.gguf.is_quantized:
             # Blocks have no dtype. 4-bit kernels are fastest in bfloat16, and XNNPACK computes in float32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
@@ -125,7 +133,7 @@ def export(
         _print_kept(loaded.kept)
         _print_report(exported.report)
         list_files(_files(exported, output_dir))
-        lacking = {name: each for name in quantization.targets if (each := missing(name))}
+        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name))}
         if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
             typer.echo(f"next: {shlex.join(['et-cuda-passes', 'generate', str(output_dir), '--prompt', 'Hello'])}")
         if lacking:
@@ -148,7 +156,7 @@ def _export(
     max_length: int | None,
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
-    """The export, and the model that it was made from."""
+    """The export, and the model."""
     step(f"loading {checkpoint}")
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf.exporter import EtConfig, EtExporter
@@ -178,7 +186,7 @@ def finish(folder: Path, target: str) -> None:
     """Lower what the machine that wrote an export saved packed for a target."""
     with _refusals():
         check_extra("finishing an export")
-    if lacking := missing(target):
+    if lacking := missing_requirement(target):
         raise LoweringError(f"lowering to {target} needs {lacking}: go on with {folder} on a machine that has it")
     with Steps() as step:
         step(f"reading {folder}")
@@ -231,7 +239,7 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
         where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
         raise LoweringError(f"{step.current}: {str(error).splitlines()[0]}{where}") from error
     except Exception as error:
-        text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else brief(error)
+        text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else one_line(error)
         raise LoweringError(f"{step.current}: {text} (--debug shows the traceback)") from error
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ def generate(
         typer.Option(metavar="N", min=1, help=f"By default {_DEFAULT_TOKENS}, or as many as fit.", show_default=False),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(metavar="T", min=0.0, help="Of the sampling; 0 takes the most likely token each time.")
+        float, typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 selects the most likely token.")
     ] = 0.0,
     device: Annotated[
         str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default where OUT runs.", show_default=False)
@@ -47,13 +47,17 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Execute the compiled libraries in OUT, which can do whatever you can."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
-    """Generate text with the export in OUT. This executes the compiled programs in it.
+    """Generate text with the export in OUT.
 
     The text goes to stdout as it is generated, and the number of tokens per second after it.
     """
-    with guarded(debug):
+    with handle_errors(debug):
         _check_device(device)
         if compare is not None and temperature:
             raise UsageError("--compare compares the most likely tokens: leave --temperature out")
@@ -63,6 +67,12 @@ def generate(
                 generation.check_export(export)
                 tokenizer = generation.load_tokenizer(export)
                 tokens = generation.encode(tokenizer, prompt)
+                if not trust and target != "xnnpack":
+                    raise UsageError(
+                        f"{export} may contain compiled libraries, and to generate is to execute what their author put "
+                        "there. They were not executed; give --trust if you know where they come from, or --target "
+                        "xnnpack, which executes none"
+                    )
                 step(f"loading {export}")
                 decoder = generation.ExportedDecoder(generation.load_exported(export, device, target))
             count = _count(decoder.room(tokens.shape[1]), max_new_tokens, tokens.shape[1])
@@ -78,13 +88,11 @@ def generate(
 def _import_generation(debug: bool) -> Any:
     """The module that needs transformers."""
     try:
-        from transformers.utils import logging
-
         from et_cuda_passes.hf import generation
     except ImportError as error:
         raise UsageError(f"generate needs transformers ({error}): pip install 'et-cuda-passes[hf]'") from error
     if not debug:
-        logging.set_verbosity_error()
+        generation.hide_warnings()
     return generation
 
 
@@ -114,7 +122,7 @@ def _generated(
     try:
         return generation.generate(model, tokens, count, temperature, streamer)  # type: ignore[no-any-return]
     except (ValueError, RuntimeError) as error:
-        raise GenerationFailed(f"the export does not run: {brief(error)} (--debug shows the traceback)") from error
+        raise GenerationFailed(f"the export does not run: {one_line(error)} (--debug shows the traceback)") from error
 
 
 def _compare(generation: Any, name: str, tokenizer: Any, tokens: "Tensor", made: "Tensor", count: int) -> None:

@@ -1,4 +1,4 @@
-"""Inputs of a program: out of a safetensors file, or random ones."""
+"""Inputs of a program, from a safetensors file or random."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from et_cuda_passes.cli.console import UsageError, brief
+from et_cuda_passes.cli.console import UsageError, one_line
 
 InputsPath = Annotated[
     Path | None,
@@ -18,16 +18,16 @@ InputsPath = Annotated[
 ]
 RandomSeed = Annotated[
     int | None,
-    # What a torch.Generator takes.
-    typer.Option("--random-seed", metavar="N", min=0, max=2**64 - 1, help="Make random inputs from this seed."),
+    # The range of a seed of torch.Generator.
+    typer.Option("--random-seed", metavar="N", min=0, max=2**64 - 1, help="Generate random inputs from this seed."),
 ]
 
-# 4 GiB of float32: beyond it, an upper bound of a size is no size that anyone means.
+# 4 GiB of float32. A larger upper bound of a size is not meant as an actual size.
 _MOST = 1 << 30
 
 
 def check_one_source(inputs: Path | None, seed: int | None) -> None:
-    """Refuse both at once."""
+    """Raise if both are given."""
     if inputs is not None and seed is not None:
         raise UsageError("--inputs and --random-seed each give all inputs: give one of them")
 
@@ -36,7 +36,7 @@ def read_inputs(path: Path) -> list[Tensor]:
     """The tensors of a safetensors file, in the order of their numbers.
 
     Raises:
-        UsageError: there is no such file, it is none, or its names are no numbers from 0 on.
+        UsageError: the file is missing or no safetensors file, or its names are no numbers from 0 on.
     """
     try:
         from safetensors.torch import load_file
@@ -44,8 +44,8 @@ def read_inputs(path: Path) -> list[Tensor]:
         raise UsageError("--inputs needs safetensors: pip install safetensors") from None
     try:
         tensors = load_file(path)
-    except Exception as error:  # a damaged file is a SafetensorError, a missing one an OSError, others are others
-        raise UsageError(f"--inputs {path} cannot be read as safetensors ({brief(error)})") from error
+    except Exception as error:  # SafetensorError, OSError and others
+        raise UsageError(f"--inputs {path} cannot be read as safetensors ({one_line(error)})") from error
     if len(tensors) == 1:
         return list(tensors.values())
     wanted = [str(number) for number in range(len(tensors))]
@@ -61,14 +61,16 @@ def random_tensor(
     """Normally distributed floats, or integers from ``low`` to ``high``, which for bool are both values.
 
     Raises:
-        UsageError: that would be more than 4 GiB, or the dtype has no random numbers.
+        UsageError: the tensor would exceed 4 GiB, or the dtype has no random numbers.
     """
     if torch.Size(sizes).numel() > _MOST:
-        raise UsageError(f"an input has the upper bounds {list(sizes)}: give one of a size that you mean with --inputs")
+        raise UsageError(
+            f"an input has the upper bounds {list(sizes)}: give an input of the intended size with --inputs"
+        )
     if dtype == torch.bool:
         return torch.randint(0, 2, sizes, generator=generator).bool()
     if dtype.is_floating_point:
         return torch.randn(sizes, generator=generator).to(dtype)
     if not re.fullmatch(r"torch\.u?int\d+", str(dtype)):
-        raise UsageError(f"there are no random inputs of {dtype}: give them with --inputs")
+        raise UsageError(f"random inputs of {dtype} are not supported: give them with --inputs")
     return torch.randint(low, high + 1, sizes, generator=generator).to(dtype)

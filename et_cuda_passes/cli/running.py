@@ -1,4 +1,4 @@
-"""``run``: a method of a CUDA-delegated .pte, once, and how long it takes."""
+"""``run``: runs a method of a CUDA-delegated .pte once, or measures its time."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, guarded
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.method import check_inputs
@@ -22,33 +22,33 @@ _FEWEST, _SECONDS = 20, 2.0
 
 
 class RunError(LoweringError):
-    """A program does not run, or gives something wrong; exits with 1."""
+    """A program does not run, or its results are wrong; exits with 1."""
 
 
 def run(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the one beside it.", show_default=False)
+        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the .ptd beside it.", show_default=False)
     ] = None,
     method: Annotated[str, typer.Option(metavar="NAME", help="The method to run.")] = "forward",
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Execute the compiled library in MODEL, which can do whatever you can.")
+        bool, typer.Option("--trust", help="Execute the compiled library in MODEL, which can do anything that you can.")
     ] = False,
     benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Time the method; one that writes to its buffers goes on writing.")
+        bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
     ] = False,
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cuda, cuda:1, ...; or cpu for a library compiled for it.")
+        str, typer.Option(metavar="DEVICE", help="cuda, cuda:1, ...; or cpu for a library that is compiled for cpu.")
     ] = "cuda",
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
-    """Run a method of MODEL and print what its outputs are like.
+    """Run a method of MODEL and print a summary of each output.
 
     Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
     """
-    with guarded(debug):
+    with handle_errors(debug):
         check_one_source(inputs, random_seed)
         given = None if inputs is None else tuple(read_inputs(inputs))
         try:
@@ -60,8 +60,8 @@ def run(
             raise ModelError(str(error)) from error
         if not trust:
             raise UsageError(
-                f"{model} holds a compiled library, and to run it is to execute what its author put there. It was not "
-                "executed; give --trust if you know where it comes from"
+                f"{model} contains a compiled library, and running it executes code of its author. It was not "
+                "executed; give --trust if you trust the source of the file"
             )
         try:
             with Steps() as step:
@@ -82,7 +82,7 @@ def run(
             middle, least, most = (seconds * 1e6 for seconds in (statistics.median(times), min(times), slow))
             typer.echo(
                 f"{method}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
-                f"({len(times)} runs, each to its end, after {_WARM_UPS} to warm up)"
+                f"({len(times)} runs to completion, after {_WARM_UPS} warm-up runs)"
             )
 
 
@@ -90,11 +90,11 @@ def _device(text: str) -> torch.device:
     try:
         return torch.device(text)
     except RuntimeError:
-        raise UsageError(f"--device {text}: there is no such device; write cuda, cuda:1, ... or cpu") from None
+        raise UsageError(f"--device {text}: unknown device; write cuda, cuda:1, ... or cpu") from None
 
 
 def _random(plan: Plan, seed: int) -> tuple[Any, ...]:
-    """Random tensors where the method takes tensors, and the constants that it was exported with."""
+    """Random values for the tensor inputs, and the constants that the method was exported with."""
     generator = torch.Generator().manual_seed(seed)
     values = [plan.values[index] for index in plan.inputs]
     if any(value.tensor is not None and value.tensor.dynamism == Dynamism.UNBOUND for value in values):
@@ -106,7 +106,7 @@ def _random(plan: Plan, seed: int) -> tuple[Any, ...]:
 
 
 def _with_constants(plan: Plan, given: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """A file has tensors alone: the constants that the method was exported with are put between them."""
+    """The inputs from a file, which has only tensors, with the constants of the method inserted between them."""
     values = [plan.values[index] for index in plan.inputs]
     if sum(value.tensor is not None for value in values) != len(given):
         return given
@@ -128,7 +128,7 @@ def _described(output: Any) -> str:
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of each run, from the call to the end of its work on the device."""
+    """Seconds of each run, from the call until the device is idle."""
     for _ in range(_WARM_UPS):
         call()
     times: list[float] = []

@@ -1,4 +1,4 @@
-"""``verify``: a program lowered for a target against the original in eager."""
+"""``verify``: compares a program lowered for a target with the original in eager."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.compare import compare
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, brief, guarded
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
 from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
 from et_cuda_passes.cli.running import RunError
-from et_cuda_passes.executorch.lower import lower, missing
+from et_cuda_passes.executorch.lower import lower, missing_requirement
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
+from et_cuda_passes.quant.activations import quantizes_activations
 from et_cuda_passes.targets import get_target
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -30,30 +31,30 @@ def verify(
         float | None,
         typer.Option(
             metavar="R",
-            help="What the relative error of each output may be. By default by its dtype: 2^-5 for bfloat16, 2^-8 for "
-            "float16, 2^-13 for float32, 2^-6 at least with 8-bit activations; integers are equal.",
+            help="Largest relative error of an output. The default depends on its dtype: 2^-5 for bfloat16, 2^-8 for "
+            "float16, 2^-13 for float32, at least 2^-6 with 8-bit activations; integers must be equal.",
             show_default=False,
         ),
     ] = None,
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which runs code that stands in it.")
+        bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
-    """Lower MODEL for a target, run it, and compare it with the original program in eager; nothing is written.
+    """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
 
     Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
-    have the shapes of these; integers stay in their range.
+    have the same shapes; integers stay in their range.
     """
-    with guarded(debug):
+    with handle_errors(debug):
         _check_target(target)
         if tolerance is not None and not tolerance >= 0:
             raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
         check_one_source(inputs, random_seed)
         given = None if inputs is None else read_inputs(inputs)
-        if lacking := missing(target):
+        if lacking := missing_requirement(target):
             raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
         with Steps() as step:
             step(f"loading {model}")
@@ -70,20 +71,20 @@ def verify(
                 try:
                     files = lower(program, target, Path(folder), "model", step)
                 except Exception as error:
-                    raise LoweringError(f"{model} could not be lowered for {target}: {brief(error)}") from error
+                    raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
                 step("running it lowered")
                 try:
                     got = execute(target, files, args, kwargs)
                 except Exception as error:
-                    raise RunError(f"{model} lowered for {target} does not run: {brief(error)}") from error
+                    raise RunError(f"{model} lowered for {target} does not run: {one_line(error)}") from error
         if loaded.packed:
-            typer.echo("MODEL is packed already: it is compared with the packed program")
+            typer.echo("MODEL is packed already: the lowered program is compared with the packed one")
         if len(got) != len(wanted):
-            raise RunError(f"{model} lowered for {target} gives {len(got)} outputs, the original {len(wanted)}")
-        # What runs over quantized activations: the least difference moves one of them by a whole step.
-        dynamic = any((outcome.rule or "").startswith(("keep_dynamic", "keep_static")) for outcome in report.outcomes)
+            raise RunError(f"{model} lowered for {target} has {len(got)} outputs, the original has {len(wanted)}")
+        # A difference in the last bit can move a quantized activation by a whole step.
+        quantized = quantizes_activations(program)
         pairs = enumerate(zip(got, wanted, strict=True))
-        compared = [compare(index, mine, theirs, tolerance, dynamic) for index, (mine, theirs) in pairs]
+        compared = [compare(index, mine, theirs, tolerance, quantized) for index, (mine, theirs) in pairs]
         for comparison in compared:
             typer.echo(str(comparison))
         relative, largest = (
@@ -92,7 +93,7 @@ def verify(
         summary = f"largest relative error {relative:.2e}, largest error {largest:.2e}"
         if wrong := sum(not comparison.holds for comparison in compared):
             raise RunError(f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}")
-        typer.echo(f"verdict: {model} lowered for {target} gives what the original gives; {summary}")
+        typer.echo(f"verdict: {model} lowered for {target} agrees with the original; {summary}")
 
 
 def _check_target(target: str) -> None:
@@ -101,11 +102,11 @@ def _check_target(target: str) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if target not in EXECUTABLE:
-        raise UsageError(f"programs for {target} do not run from Python: verify takes {', '.join(EXECUTABLE)}")
+        raise UsageError(f"programs for {target} do not run from Python: verify supports {', '.join(EXECUTABLE)}")
 
 
 def _arguments(program: ExportedProgram, given: list[Tensor] | None, seed: int | None) -> Arguments:
-    """What the program is called with: its example inputs, with other tensors in the places of theirs."""
+    """The arguments for the program: its example inputs, with their tensors replaced by ``given`` or random ones."""
     example = program.example_inputs
     if example is None:
         if given is None:
@@ -119,7 +120,7 @@ def _arguments(program: ExportedProgram, given: list[Tensor] | None, seed: int |
         generator = torch.Generator().manual_seed(seed)
         given = [_random_like(tensor, generator) for tensor in tensors]
     if len(given) != len(tensors):
-        raise UsageError(f"MODEL takes {len(tensors)} tensors, --inputs has {len(given)}")
+        raise UsageError(f"MODEL has {len(tensors)} tensor inputs, --inputs has {len(given)}")
     for index, (tensor, wanted) in enumerate(zip(given, tensors, strict=True)):
         if tensor.dtype != wanted.dtype or tensor.dim() != wanted.dim():
             raise UsageError(
@@ -146,6 +147,6 @@ def _eager(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, An
     try:
         with torch.no_grad():
             outputs = tree_leaves(program.module()(*args, **kwargs))
-    except Exception as error:  # guards of the exported program raise many kinds
-        raise UsageError(f"the original program does not run with these inputs: {brief(error)}") from error
+    except Exception as error:  # guards of the exported program raise many kinds of errors
+        raise UsageError(f"the original program does not run with these inputs: {one_line(error)}") from error
     return [output.clone() if isinstance(output, Tensor) else output for output in outputs]

@@ -1,10 +1,11 @@
-"""What the steps of a method read and write, and which of its values share memory.
+"""The reads and writes of a method, and which of its values share memory.
 
 ExecuTorch plans the memory of a method when it writes the .pte. Two consequences are visible there: a static view has
 no instruction, only the place of its base, and an input that the model writes to is written in its planned place. Here
 every value is a tensor of torch, so views are found again by their place, and a value in place is the caller's tensor.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
@@ -71,13 +72,15 @@ class _Analysis:
         }
         self._constants = stored - self._states
         self._kept = self._states | self._constants | set(plan.inputs)
-        numbers = {index for index, value in enumerate(plan.values) if value.tensor is None}
+        numbers = {index for index, value in enumerate(plan.values) if value.tensor is None and not value.is_list}
         self._written = numbers | self._kept
         # The value that was last written to a place, and the value that each view is a view of.
         self._at_place = {tensors[index].place: index for index in self._kept if index in tensors}
         self._base: dict[int, int] = {}
         self._steps: list[ExecutableStep] = []
-        self._mutated: set[int] = set()
+        # By the value that others are views of: the numbers of the instructions that write to it, and of its last read.
+        self._mutations: dict[int, list[int]] = defaultdict(list)
+        self._last_read: dict[int, int] = {}
 
     def _bind(self, step: Step) -> ExecutableStep:
         assert not isinstance(step, Jump), "check_runnable refuses jumps"
@@ -89,13 +92,13 @@ class _Analysis:
             name = f"instruction {number}"
             reads, writes = self._operands(step, name)
             for index in reads:
-                self._read(index, name)
+                self._read(index, name, number)
             if isinstance(step, Copy):
-                copies.append((len(self._steps), self._root(step.source), step.target))
+                copies.append((len(self._steps), number, self._root(step.source)))
             self._steps.append(step)
             if isinstance(step, Operation):
                 for index in step.mutated:
-                    self._mutate(index, name)
+                    self._mutate(index, name, number)
             for index in writes:
                 self._write(index, name)
             if isinstance(step, Free):
@@ -105,16 +108,33 @@ class _Analysis:
             elif isinstance(step, Operation) and step.alias_of is not None:
                 self._alias(step.results[0], step.alias_of)
         for index in self._plan.outputs:
-            self._read(index, "an output")
-        # A copy can be the same tensor if nothing writes to either of them.
-        for position, source, target in copies:
-            if not {source, target} & self._mutated:
-                copy = self._steps[position]
-                assert isinstance(copy, Copy)
-                self._steps[position] = Move(copy.source, copy.target)
+            self._read(index, "an output", len(self._source))
+        self._skip_copies(copies)
         inputs = enumerate(self._plan.inputs)
-        mutated = tuple(position for position, index in inputs if index in self._mutated)
+        mutated = tuple(position for position, index in inputs if index in self._mutations)
         return Dataflow(tuple(self._steps), mutated, tuple(sorted(self._states)), tuple(sorted(self._constants)))
+
+    def _skip_copies(self, copies: list[tuple[int, int, int]]) -> None:
+        """Make a copy the same tensor if nothing writes to it, and to its source not before the last read of the copy.
+
+        A KV cache is copied to the device, read there, and written at the end, so it need not be copied.
+
+        Args:
+            copies: the position of each copy in the steps, the number of its instruction, and the root of its source.
+        """
+        targets = Counter(self._steps[position].target for position, _, _ in copies)  # type: ignore[union-attr]
+        same: dict[int, int] = {}
+        for position, number, root in copies:
+            copy = self._steps[position]
+            assert isinstance(copy, Copy)
+            # If the source is itself a copy that was skipped, both are the first source.
+            source = same.get(root, root)
+            later = [mutation for mutation in self._mutations.get(source, ()) if mutation > number]
+            last = self._last_read.get(copy.target, -1)
+            is_written = copy.target in self._mutations or targets[copy.target] > 1
+            if not is_written and all(last < mutation for mutation in later):
+                same[copy.target] = source
+                self._steps[position] = Move(copy.source, copy.target)
 
     def _results(self, step: object) -> tuple[int, ...]:
         """The values that a step writes to, other than in place."""
@@ -143,10 +163,15 @@ class _Analysis:
             return (step.source,), (step.target,)
         return (), ()
 
-    def _read(self, index: int, reader: str) -> None:
+    def _read(self, index: int, reader: str, number: int) -> None:
         """Check that a value exists. A view without an instruction is created when it is first read."""
-        if index in self._written:
-            return
+        if index not in self._written:
+            self._find_view(index, reader)
+        self._last_read[self._root(index)] = number
+
+    def _find_view(self, index: int, reader: str) -> None:
+        if self._plan.values[index].is_list:
+            self._fail(f"{reader} reads value {index}, a {self._plan.values[index]}, which only an operator can read")
         tensor = self._plan.values[index].tensor
         base = self._at_place.get(tensor.place) if tensor is not None and tensor.place is not None else None
         if tensor is None or base is None or base not in self._written:
@@ -176,11 +201,11 @@ class _Analysis:
         if value.tensor.place is not None:
             self._at_place[value.tensor.place] = index
 
-    def _mutate(self, index: int, writer: str) -> None:
+    def _mutate(self, index: int, writer: str, number: int) -> None:
         root = self._root(index)
         if root in self._constants:
             self._fail(f"{writer} writes to value {index}, which is a constant")
-        self._mutated.add(root)
+        self._mutations[root].append(number)
 
     def _alias(self, index: int, base: int) -> None:
         if self._plan.values[index].tensor is not None:

@@ -21,38 +21,37 @@ from torch import Tensor
 from et_cuda_passes.delegate.files import DTYPES, DelegateError
 from et_cuda_passes.delegate.plan import Kernel, Value
 
-# Those of ExecuTorch 1.5's portable library whose result is determined by their arguments, except for the backward
-# operators.
+# Those of ExecuTorch 1.5's portable library that take real numbers and whose result is determined by their arguments,
+# except for the backward operators.
 _TORCH_NAMES = """
-    _adaptive_avg_pool2d.out _cdist_forward.out _conj_physical.out _fft_c2r.out _fft_r2c.out _log_softmax.out
-    _native_batch_norm_legit.no_stats_out _native_batch_norm_legit_no_training.out _pdist_forward.out _softmax.out
-    _to_copy.out _upsample_bilinear2d_aa.out abs.out acos.out acosh.out add.Scalar_out add.out addmm.out alias_copy.out
-    amax.out amin.out any.all_out any.dims_out any.out arange.out arange.start_out argmax.out argmin.out
-    as_strided_copy.out asin.out asinh.out atan.out atan2.out atanh.out avg_pool2d.out bitwise_and.Scalar_out
-    bitwise_and.Tensor_out bitwise_left_shift.Tensor_Scalar_out bitwise_left_shift.Tensor_out bitwise_not.out
-    bitwise_or.Scalar_out bitwise_or.Tensor_out bitwise_right_shift.Tensor_Scalar_out bitwise_right_shift.Tensor_out
-    bitwise_xor.Scalar_out bitwise_xor.Tensor_out bmm.out cat.out ceil.out clamp.Tensor_out clamp.out clone.out
-    constant_pad_nd.out convolution.out copy.out copy_ cos.out cosh.out cumsum.out detach_copy.out diagonal_copy.out
-    div.Scalar_mode_out div.Scalar_out div.out div.out_mode elu.out embedding.out empty.out eq.Scalar_out eq.Tensor_out
-    erf.out exp.out expand_copy.out expm1.out fill.Scalar_out fill.Tensor_out flip.out floor.out floor_divide.out
-    fmod.Scalar_out fmod.Tensor_out full.out full_like.out gather.out ge.Scalar_out ge.Tensor_out gelu.out glu.out
-    grid_sampler_2d.out gt.Scalar_out gt.Tensor_out hardtanh.out index.Tensor_out index_put.out index_put_
-    index_select.out isinf.out isnan.out le.Scalar_out le.Tensor_out leaky_relu.out lift_fresh_copy.out linear.out
-    log.out log10.out log1p.out log2.out logical_and.out logical_not.out logical_or.out logical_xor.out logit.out
-    lt.Scalar_out lt.Tensor_out masked_fill.Scalar_out masked_scatter.out masked_select.out max.dim_max max.unary_out
-    max_pool2d_with_indices.out maximum.out mean.dtype_out mean.out min.dim_min min.unary_out minimum.out mm.out
-    mul.Scalar_out mul.out narrow_copy.out native_group_norm.out native_layer_norm.out ne.Scalar_out ne.Tensor_out
-    neg.out nonzero.out ones.out permute_copy.out pixel_shuffle.out pixel_unshuffle.out pow.Scalar_out
-    pow.Tensor_Scalar_out pow.Tensor_Tensor_out prod.int_out prod.out reciprocal.out reflection_pad1d.out
-    reflection_pad2d.out reflection_pad3d.out relu.out remainder.Scalar_out remainder.Tensor_out repeat.out
-    repeat_interleave.Tensor_out replication_pad1d.out replication_pad2d.out replication_pad3d.out roll.out round.out
-    rsqrt.out rsub.Scalar_out scalar_tensor.out scatter.src_out scatter.value_out scatter_add.out select_copy.int_out
-    select_scatter.out sigmoid.out sign.out sin.out sinh.out slice_copy.Tensor_out slice_scatter.out
-    split_copy.Tensor_out split_with_sizes_copy.out sqrt.out squeeze_copy.dim_out squeeze_copy.dims_out stack.out
-    sub.Scalar_out sub.out sum.IntList_out t_copy.out tan.out tanh.out topk.values transpose_copy.int_out tril.out
-    trunc.out unbind_copy.int_out unfold_copy.out unsqueeze_copy.out upsample_bilinear2d.vec_out
-    upsample_nearest2d.vec_out var.correction_out var.out var_mean.correction_out view_as_real_copy.out view_copy.out
-    where.self_out zeros.out
+    _adaptive_avg_pool2d.out _cdist_forward.out _log_softmax.out _native_batch_norm_legit.no_stats_out
+    _native_batch_norm_legit_no_training.out _pdist_forward.out _softmax.out _to_copy.out _upsample_bilinear2d_aa.out
+    abs.out acos.out acosh.out add.Scalar_out add.out addmm.out alias_copy.out amax.out amin.out any.all_out
+    any.dims_out any.out arange.out arange.start_out argmax.out argmin.out as_strided_copy.out asin.out asinh.out
+    atan.out atan2.out atanh.out avg_pool2d.out bitwise_and.Scalar_out bitwise_and.Tensor_out
+    bitwise_left_shift.Tensor_Scalar_out bitwise_left_shift.Tensor_out bitwise_not.out bitwise_or.Scalar_out
+    bitwise_or.Tensor_out bitwise_right_shift.Tensor_Scalar_out bitwise_right_shift.Tensor_out bitwise_xor.Scalar_out
+    bitwise_xor.Tensor_out bmm.out cat.out ceil.out clamp.Tensor_out clamp.out clone.out constant_pad_nd.out
+    convolution.out copy.out copy_ cos.out cosh.out cumsum.out detach_copy.out diagonal_copy.out div.Scalar_mode_out
+    div.Scalar_out div.out div.out_mode elu.out embedding.out empty.out eq.Scalar_out eq.Tensor_out erf.out exp.out
+    expand_copy.out expm1.out fill.Scalar_out fill.Tensor_out flip.out floor.out floor_divide.out fmod.Scalar_out
+    fmod.Tensor_out full.out full_like.out gather.out ge.Scalar_out ge.Tensor_out gelu.out glu.out grid_sampler_2d.out
+    gt.Scalar_out gt.Tensor_out hardtanh.out index.Tensor_out index_put.out index_put_ index_select.out isinf.out
+    isnan.out le.Scalar_out le.Tensor_out leaky_relu.out lift_fresh_copy.out linear.out log.out log10.out log1p.out
+    log2.out logical_and.out logical_not.out logical_or.out logical_xor.out logit.out lt.Scalar_out lt.Tensor_out
+    masked_fill.Scalar_out masked_scatter.out masked_select.out max.dim_max max.unary_out max_pool2d_with_indices.out
+    maximum.out mean.dtype_out mean.out min.dim_min min.unary_out minimum.out mm.out mul.Scalar_out mul.out
+    narrow_copy.out native_group_norm.out native_layer_norm.out ne.Scalar_out ne.Tensor_out neg.out nonzero.out ones.out
+    permute_copy.out pixel_shuffle.out pixel_unshuffle.out pow.Scalar_out pow.Tensor_Scalar_out pow.Tensor_Tensor_out
+    prod.int_out prod.out reciprocal.out reflection_pad1d.out reflection_pad2d.out reflection_pad3d.out relu.out
+    remainder.Scalar_out remainder.Tensor_out repeat.out repeat_interleave.Tensor_out replication_pad1d.out
+    replication_pad2d.out replication_pad3d.out roll.out round.out rsqrt.out rsub.Scalar_out scalar_tensor.out
+    scatter.src_out scatter.value_out scatter_add.out select_copy.int_out select_scatter.out sigmoid.out sign.out
+    sin.out sinh.out slice_copy.Tensor_out slice_scatter.out split_with_sizes_copy.out sqrt.out squeeze_copy.dim_out
+    squeeze_copy.dims_out stack.out sub.Scalar_out sub.out sum.IntList_out t_copy.out tan.out tanh.out topk.values
+    transpose_copy.int_out tril.out trunc.out unbind_copy.int_out unfold_copy.out unsqueeze_copy.out
+    upsample_bilinear2d.vec_out upsample_nearest2d.vec_out var.correction_out var.out var_mean.correction_out
+    view_copy.out where.self_out zeros.out
 """
 _TORCH_OPERATORS = frozenset(f"aten::{name}" for name in _TORCH_NAMES.split())
 
@@ -65,11 +64,18 @@ def _empty(size: list[int], dim_order: list[int] | None, *, out: Tensor) -> None
     out.resize_(size)
 
 
+def _split(source: Tensor, size: int, dim: int, *, out: list[Tensor]) -> None:
+    # torch's operator of this name does not resize the written arguments.
+    for tensor, part in zip(out, source.split(size, dim), strict=True):
+        tensor.resize_(part.shape).copy_(part)
+
+
 _DIM_ORDER_COPY = "(Tensor self, *, bool non_blocking=False, int[]? dim_order=None, Tensor(a!) out) -> Tensor(a!)"
 
 # By schema. A function without a written argument returns its result.
 _OWN_OPERATORS: Mapping[str, Callable[..., Any]] = {
     "aten::_local_scalar_dense(Tensor self) -> Scalar": Tensor.item,
+    "aten::split_copy.Tensor_out(Tensor self, int split_size, int dim=0, *, Tensor(a!)[] out) -> ()": _split,
     "aten::sym_numel(Tensor self) -> int": Tensor.numel,
     "aten::sym_size.int(Tensor self, int dim) -> int": Tensor.size,
     f"dim_order_ops::_clone_dim_order.out{_DIM_ORDER_COPY}": _copy,

@@ -1,8 +1,8 @@
-"""A .pt2 read before torch reads it: nothing that stands in the file decides which code runs.
+"""Checks a .pt2 before torch reads it, so that nothing in the file decides which code runs.
 
 ``torch.export.load`` unpickles, evaluates expressions and looks up functions and classes by names in the file. Here
-every member is checked first, and torch is given an archive that holds the checked bytes under headers of our own. JSON
-and pickles are read once, into memory; tensor data stay in the file.
+every member is checked first. torch then reads an archive that contains the checked bytes under new headers. JSON and
+pickles are read once, into memory; tensor data stay in the file.
 """
 
 import io
@@ -29,7 +29,7 @@ __all__ = ["NoArchive", "Refused", "checked", "member_names"]
 
 _PROGRAM = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
-# Tensors as they are, or one pickle of all of them, as torch before 2.10 wrote it.
+# Raw tensors, or one pickle of all of them, as torch before 2.10 wrote it.
 _FOLDERS = {
     "data/weights/": ("weight_", "model_weights_config.json"),
     "data/constants/": ("tensor_", "model_constants_config.json"),
@@ -53,10 +53,10 @@ class Checked(NamedTuple):
 
 
 def member_names(path: Path) -> list[str]:
-    """The names of the members, each without the one folder that all stand in.
+    """The names of the members, without their common folder.
 
     Raises:
-        NoArchive: the file is no ZIP file, or a part of one.
+        NoArchive: the file is no ZIP file, or is truncated.
         Refused: the ZIP file is not of the form that ``torch.export.save`` writes.
     """
     with path.open("rb") as file:
@@ -65,19 +65,19 @@ def member_names(path: Path) -> list[str]:
 
 @contextmanager
 def checked(path: Path) -> Iterator[Checked]:
-    """What ``path`` holds, for ``torch.export.load``, which then runs no code that ``path`` chooses.
+    """The checked content of ``path``, from which ``torch.export.load`` runs no code.
 
     Raises:
-        NoArchive: the file is no ZIP file, or a part of one.
-        Refused: it holds something that ``torch.export.save`` does not write, or that could run code; the message names
-            the member.
+        NoArchive: the file is no ZIP file, or is truncated.
+        Refused: the file contains something that ``torch.export.save`` does not write or that could run code; the
+            message names the member.
     """
     with path.open("rb") as file:
         members = read_zip(file, _whole(file))
         content = {name: _checked(file, name, span) for name, span in members.items()}
         for needed in (_PROGRAM, _INPUTS):
             if needed not in members:
-                raise Refused(f"there is no member {needed}")
+                raise Refused(f"it has no member {needed}")
         for folder, (prefix, table) in _FOLDERS.items():
             _check_folder(file, members, content, folder, prefix, table)
         program = b"".join(part for part in content[_PROGRAM] if isinstance(part, bytes))
@@ -89,7 +89,7 @@ def _whole(file: BinaryIO) -> Span:
 
 
 def _checked(file: BinaryIO, name: str, span: Span) -> Content:
-    """What torch is to read as member ``name``; the tensors in a folder are checked with the folder's table."""
+    """The checked content of member ``name``. Tensors in a folder are checked with the folder's table."""
     with _naming(name):
         if name == _PROGRAM:
             return (check_program(read_all(file, (span,), _LONGEST_JSON, name)),)
@@ -105,17 +105,17 @@ def _checked(file: BinaryIO, name: str, span: Span) -> Content:
         if _OTHERS.fullmatch(name):
             return (read_all(file, (span,), _LONGEST_TEXT, name),)
         if name.startswith("data/constants/"):
-            raise Refused("it is an object of Python or TorchScript, which runs code to be read")
+            raise Refused("it is an object of Python or TorchScript, and reading it runs code")
         raise Refused("torch.export.save writes no such member")
 
 
 def _check_folder(
     file: BinaryIO, members: dict[str, Span], content: dict[str, Content], folder: str, prefix: str, table: str
 ) -> None:
-    """Check a table of tensors and the tensors; puts the pickles among these into ``content`` as they were checked."""
+    """Check a table of tensors and its tensors, and replace pickles in ``content`` by the checked ones."""
     if folder + table not in members:
         if folder + "model.pt" not in members:
-            raise Refused(f"there is no member {folder + table}")
+            raise Refused(f"it has no member {folder + table}")
         return
     records = {name.removeprefix(folder): span.size for name, span in members.items() if name.startswith(folder)}
     with _naming(folder + table):
@@ -128,16 +128,16 @@ def _check_folder(
 
 
 def _pickled(file: BinaryIO, span: Span, *, tensor: bool) -> Content:
-    """What ``torch.save`` wrote, checked and laid out anew."""
+    """The checked content of a file that ``torch.save`` wrote, with new headers."""
     try:
         members = read_zip(file, span)
     except NoArchive:
-        raise Refused("it is no file of torch.save, or one of a form that torch left long ago") from None
+        raise Refused("it is no file of torch.save, or one in a form from before torch 1.6") from None
     for name in members:
         if not _INNER.fullmatch(name):
-            raise Refused(f"torch.save writes no such member as {name} into it")
+            raise Refused(f"torch.save writes no member {name} into it")
     if "data.pkl" not in members:
-        raise Refused("there is no pickle in it")
+        raise Refused("it contains no pickle")
     storages = {name.removeprefix("data/"): span.size for name, span in members.items() if name.startswith("data/")}
     data = read_all(file, (members["data.pkl"],), _LONGEST_PICKLE, "data.pkl")
     check_pickle(data, storages, check_tensor_meta, tensor=tensor)
@@ -151,7 +151,7 @@ def _pickled(file: BinaryIO, span: Span, *, tensor: bool) -> Content:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Name the member in what is refused of it."""
+    """Add the name of the member to the message of a refusal."""
     try:
         yield
     except Refused as error:

@@ -1,4 +1,4 @@
-"""Expressions of sizes and guards: Python source that torch evaluates, parsed here and held to arithmetic."""
+"""Checks expressions of sizes and guards, Python source that torch evaluates: only arithmetic is allowed."""
 
 import ast
 import re
@@ -6,16 +6,16 @@ import re
 from et_cuda_passes.executorch.archive_zip import Refused, short
 
 _LONGEST = 20_000
-# Bits of a number that sympy computes at once while it parses.
+# Largest number of bits in the numbers that sympy computes while it parses.
 _MOST_BITS = 4096
-# Backed and unbacked sizes and floats, as torch numbers them.
+# torch's names of backed and unbacked sizes and floats.
 _SYMBOL = re.compile(r"(s|u|f|i|zf|zuf)\d{1,18}", re.ASCII)
 _CONSTANTS = frozenset(("oo", "zoo", "nan", "int_oo", "true", "false"))
 _ASSUMPTIONS = frozenset((
     "integer", "positive", "nonnegative", "negative", "nonpositive", "nonzero", "real", "extended_real",
     "finite", "infinite", "zero", "commutative", "precision", "evaluate",
 ))  # fmt: skip
-# What sympy's srepr and torch's own printers write.
+# Functions that sympy's srepr and torch's printers write.
 _FUNCTIONS = frozenset((
     "Symbol", "Integer", "Rational", "Float", "Add", "Mul", "Pow", "Max", "Min", "Abs", "Mod", "floor",
     "ceiling", "Equality", "Unequality", "StrictLessThan", "LessThan", "StrictGreaterThan", "GreaterThan", "Eq",
@@ -33,17 +33,17 @@ _SHAPE = frozenset(("size", "stride", "storage_offset", "dim", "numel"))
 
 
 def check_expression(text: str, place: str) -> None:
-    """Refuse an expression of sizes that is more than arithmetic over symbols and numbers."""
+    """Reject an expression of sizes that is more than arithmetic over symbols and numbers."""
     _bits(_parsed(text, place), place)
 
 
 def check_guard(text: str, place: str) -> None:
-    """Refuse a guard that is more than comparisons of sizes of the inputs ``L[...]``."""
+    """Reject a guard that is more than comparisons of sizes of the inputs ``L[...]``."""
     _guard(_parsed(text, place), place)
 
 
 def _parsed(text: str, place: str) -> ast.expr:
-    # Nothing but what source of this kind is written in: no quotes inside quotes, no line breaks, no other scripts.
+    # Only the characters that such source needs: no quotes in quotes, no line breaks, only ASCII.
     if len(text) > _LONGEST or not re.fullmatch(r"[\w .,'=<>!+\-*/%()\[\]&|~]*", text, re.ASCII):
         raise Refused(f"{place} is no arithmetic: {short(text)}")
     try:
@@ -53,7 +53,7 @@ def _parsed(text: str, place: str) -> ast.expr:
 
 
 def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
-    """At most as many bits as the numbers in ``node`` make together; whatever is no arithmetic is refused."""
+    """A bound of the bits of the numbers in ``node``. Rejects everything but arithmetic."""
     if depth > 200:
         raise Refused(f"{place} is nested too deeply")
 
@@ -81,7 +81,7 @@ def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
             if not all(_is_assumption(keyword) for keyword in keywords):
                 raise Refused(f"{place} is no arithmetic: {short(ast.unparse(node))}")
             if name in ("Symbol", "Float", "Integer") and len(arguments) == 1:
-                return _made(name, arguments[0], place)
+                return _literal(name, arguments[0], place)
             if name in _POWERS:
                 return _power(arguments, place, depth)
             return _limited(sum(map(inner, arguments)), node, place)
@@ -89,12 +89,12 @@ def _bits(node: ast.expr, place: str, depth: int = 0) -> int:
 
 
 def _is_assumption(keyword: ast.keyword) -> bool:
-    """``integer=True`` of a symbol, or the ``precision=53`` of a float."""
+    """Whether ``keyword`` is like ``integer=True`` of a symbol, or ``precision=53`` of a float."""
     value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
     return keyword.arg in _ASSUMPTIONS and isinstance(value, (bool, int)) and 0 <= value <= 256
 
 
-def _made(name: str, argument: ast.expr, place: str) -> int:
+def _literal(name: str, argument: ast.expr, place: str) -> int:
     """A symbol from its name, or a number from its digits."""
     match argument:
         case ast.Constant(value=str(text)) if name == "Symbol" and _SYMBOL.fullmatch(text):
@@ -111,7 +111,7 @@ def _made(name: str, argument: ast.expr, place: str) -> int:
 
 
 def _power(arguments: list[ast.expr], place: str, depth: int) -> int:
-    """The bits of a power or a shift, whose second operand is a small number unless it has symbols."""
+    """The bits of a power or a shift. Its second operand must be a small number, or contain symbols."""
     total = sum(_bits(argument, place, depth + 1) for argument in arguments)
     if len(arguments) != 2:
         raise Refused(f"{place} has a power of {len(arguments)} operands")
@@ -121,7 +121,7 @@ def _power(arguments: list[ast.expr], place: str, depth: int) -> int:
         isinstance(part, ast.Constant) and isinstance(part.value, str) for part in parts
     ):
         return total
-    # A number, perhaps negative, or a call such as Integer(2) or Rational(1, 2): nothing that computes a larger one.
+    # A number, or a call such as Integer(2) or Rational(1, 2), but no call that computes a larger number.
     numbers = [part.value for part in parts if isinstance(part, ast.Constant)]
     calls = [part for part in parts if isinstance(part, ast.Call | ast.BinOp)]
     if len(calls) > 1 or len(numbers) > 2 or any(isinstance(part, ast.BinOp) for part in calls):
@@ -180,7 +180,7 @@ def _guard(node: ast.expr, place: str, depth: int = 0) -> None:
 
 
 def _is_source(node: ast.expr) -> bool:
-    """``L['x'][0].field``, or a size of it, as in ``L['x'].size()[1]``."""
+    """Whether ``node`` is like ``L['x'][0].field``, or a size of such, as ``L['x'].size()[1]``."""
     match node:
         case ast.Name(id="L"):
             return True

@@ -1,8 +1,8 @@
-"""Pickles in a .pt2, checked without a single call of what they name.
+"""Checks pickles in a .pt2 without a call of any function that they name.
 
-``torch.load`` may call whatever a pickle names. Python's own unpickler runs here first over the same bytes, and each
-name that the pickle looks up gives a stand-in: it checks what it is called with and returns a value without behaviour.
-A name without a stand-in is refused. Tensor data are not read.
+``torch.load`` may call the functions that a pickle names. Here Python's unpickler first runs over the same bytes, with
+a stand-in for each name that the pickle looks up. A stand-in checks its arguments and returns a value without
+behaviour. A name without a stand-in is rejected. Tensor data are not read.
 """
 
 import io
@@ -28,7 +28,7 @@ from et_cuda_passes.executorch.archive_standins import (
 )
 from et_cuda_passes.executorch.archive_zip import Refused
 
-# Every operation of the protocols that torch.save writes, but for those that look up a name in a way of their own.
+# Every operation of the protocols that torch.save writes, except those that look up a name in another way.
 _OPCODES = {opcode.name for opcode in pickletools.opcodes} - {
     *("EXT1", "EXT2", "EXT4", "INST", "OBJ", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"),
 }
@@ -52,16 +52,16 @@ _PLACE = re.compile(r"(cpu|cuda|mps|xpu|hpu|meta)(:\d+)?")
 def check_pickle(
     data: bytes, records: Mapping[str, int], check_tensor_meta: Callable[[object], None], *, tensor: bool
 ) -> None:
-    """Refuse ``data`` unless unpickling it makes nothing but tensors, containers, numbers and inputs that pytree knows.
+    """Reject ``data`` unless it unpickles to tensors, containers, numbers and inputs that pytree knows.
 
     Args:
         data: the pickle.
-        records: sizes in bytes of the storages, by the key under which the pickle refers to them.
-        check_tensor_meta: raises for a description of a fake tensor, as JSON, that torch must not read.
-        tensor: whether it must hold one tensor; else a tuple or dict of values.
+        records: sizes of the storages in bytes, by their keys in the pickle.
+        check_tensor_meta: raises for a JSON description of a fake tensor that torch must not read.
+        tensor: whether the pickle must contain one tensor; else a tuple or dict of values.
 
     Raises:
-        Refused: it does not; the message names what it looks up or calls.
+        Refused: it unpickles to something else; the message names the function or value.
     """
     try:
         _check_operations(data)
@@ -87,13 +87,13 @@ def _check_operations(data: bytes) -> None:
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
         if opcode.name not in _OPCODES:
             raise Refused(f"it uses the pickle operation {opcode.name}")
-        # The unpickler's memory grows with the largest index.
+        # The memory of the unpickler grows with the largest index.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > count:
             raise Refused("it numbers its values with gaps")
 
 
 def _walk(value: object, budget: int) -> int:
-    """Refuse what is not a value; every path counts, because what reads the inputs follows every path."""
+    """Reject everything but values. Each path to a value counts, because the readers of inputs follow every path."""
     budget -= 1
     if budget < 0:
         raise Refused(f"it holds more than {_MOST_VALUES:,} values")
@@ -118,7 +118,7 @@ def _walk(value: object, budget: int) -> int:
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, data: bytes, records: Mapping[str, int], check_tensor_meta: Callable[[object], None]) -> None:
-        # As torch.load calls it.
+        # torch.load uses the same encoding.
         super().__init__(io.BytesIO(data), encoding="utf-8")
         self._records = records
         self._classes: dict[str, NoAttributes] = {}
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, saved: Any) -> StorageStandIn:
         if not isinstance(saved, tuple) or len(saved) != 5 or saved[0] != "storage":
-            raise Refused("it refers to something else than a storage")
+            raise Refused("it refers to an object that is no storage")
         _, storage, key, place, numel = saved
         if not isinstance(storage, StorageStandIn) or storage.numel != -1 or type(numel) is not int or numel < 0:
             raise Refused("it describes a storage in a way that torch.save does not")
@@ -152,10 +152,10 @@ class _Unpickler(pickle.Unpickler):
             allowed = _allowed_class(module, name)
             if allowed is None:
                 raise Refused(f"it looks up {path}")
-            made = NoAttributes(
+            standin = NoAttributes(
                 name, (InstanceStandIn,), {"__slots__": (), "is_tensor": issubclass(allowed, torch.Tensor)}
             )
-            self._classes[path] = made
+            self._classes[path] = standin
         return self._classes[path]
 
 
@@ -172,7 +172,7 @@ _STORAGES = {
 
 
 def _allowed_class(module: str, name: str) -> type | None:
-    """A class of inputs or weights that was registered as such in this process, found without an import."""
+    """A class of inputs or weights that is registered in this process; found without an import."""
     path = f"{module}.{name}"
     if path in ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"):
         return torch.Tensor
@@ -183,7 +183,7 @@ def _allowed_class(module: str, name: str) -> type | None:
     for cls in _pytree.SUPPORTED_NODES:
         if f"{cls.__module__}.{cls.__qualname__}" == path and _is_users(cls):
             return cls
-    # A cache is an input that pytree knows once an export registered it; its layers are a part of it.
+    # An export registers a cache with pytree. The layers of the cache are a part of it.
     if module == "transformers.cache_utils" and re.fullmatch(r"\w+(Cache|Layer)", name):
         found = getattr(sys.modules.get(module), name, None)
         return found if isinstance(found, type) and found.__module__ == module else None
@@ -191,6 +191,6 @@ def _allowed_class(module: str, name: str) -> type | None:
 
 
 def _is_users(cls: type) -> bool:
-    """Whether ``cls`` was registered with pytree by somebody, not by Python's or torch's own modules."""
+    """Whether a user's package registered ``cls`` with pytree, rather than Python or torch."""
     root = cls.__module__.partition(".")[0]
     return (root != "torch" and root not in sys.stdlib_module_names) or root == "__main__"

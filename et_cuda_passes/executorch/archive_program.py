@@ -1,7 +1,7 @@
-"""The JSON members of a .pt2: the graph and the tables of weights, held to torch's own schema.
+"""Checks the JSON members of a .pt2, the graph and the tables of weights, against torch's own schema.
 
-The schema says which fields there are and of which type; a value of another type, or a field beside them, is refused.
-What the texts may hold is said in :mod:`et_cuda_passes.executorch.archive_texts`.
+The schema lists the fields and their types. A value of another type, or an additional field, is rejected.
+:mod:`et_cuda_passes.executorch.archive_texts` checks the texts.
 """
 
 import dataclasses
@@ -27,30 +27,30 @@ _MOST_DEPTH = 200
 
 
 def check_program(data: bytes) -> bytes:
-    """Refuse a ``models/model.json`` in which a text could become code.
+    """Reject a ``models/model.json`` in which a text could become code.
 
     Returns:
-        what torch is to read: ``data``, or where a traceback in it has ``)"``, the same with a space between the two.
-        Inductor can write tracebacks into raw strings of C++, which end there.
+        ``data``. If a traceback contains ``)"``, a space is inserted between the two characters, since Inductor can
+        write tracebacks into raw strings of C++, which ``)"`` ends.
 
     Raises:
         Refused: the message names the field and its value.
     """
     program = read_json(data)
     _Walk().check(schema.ExportedProgram, program, "")
-    changed = [_part_raw_string(node["metadata"]) for node in _nodes(program["graph_module"]["graph"])]
+    changed = [_split_raw_string_end(node["metadata"]) for node in _nodes(program["graph_module"]["graph"])]
     return json.dumps(program).encode() if any(changed) else data
 
 
 def _nodes(value: Any) -> Iterator[dict[str, Any]]:
-    """The nodes of a graph and of the graphs in it."""
+    """The nodes of a graph and of its subgraphs."""
     if isinstance(value, dict):
         yield from value.get("nodes", ())
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _nodes(item)
 
 
-def _part_raw_string(metadata: dict[str, str]) -> bool:
+def _split_raw_string_end(metadata: dict[str, str]) -> bool:
     trace = metadata.get("stack_trace", "")
     if ')"' in trace:
         metadata["stack_trace"] = trace.replace(')"', ') "')
@@ -58,13 +58,13 @@ def _part_raw_string(metadata: dict[str, str]) -> bool:
 
 
 def check_payloads(data: bytes, records: Mapping[str, int], prefix: str) -> frozenset[str]:
-    """Refuse a table of weights or constants whose tensors do not stand in ``records`` (bytes by member name).
+    """Reject a table of weights or constants whose tensors are not in ``records`` (bytes by member name).
 
     Returns:
-        the members that are pickles.
+        The members that are pickles.
 
     Raises:
-        Refused: as above; also where an entry is no tensor.
+        Refused: as above, or an entry is no tensor.
     """
     table = read_json(data)
     _Walk().check(schema.PayloadConfig, table, "")
@@ -87,12 +87,12 @@ def check_payloads(data: bytes, records: Mapping[str, int], prefix: str) -> froz
 
 
 def check_tensor_meta(value: object) -> None:
-    """Refuse the description of a fake tensor in which a text could become code."""
+    """Reject the description of a fake tensor in which a text could become code."""
     _Walk().check(schema.TensorMeta, value, "")
 
 
 def _check_tensor(fqn: str, meta: dict[str, Any], first: dict[str, Any], nbytes: int) -> None:
-    """Refuse a tensor that its record does not hold. The record has the dtype of the first tensor in it."""
+    """Reject a tensor that exceeds its record. A record has the dtype of its first tensor."""
     size, stride = ([value.get("as_int") for value in meta[name]] for name in ("sizes", "strides"))
     dtype = _DTYPES.get(first["dtype"])
     if dtype is None:
@@ -111,7 +111,7 @@ class _Walk:
         self._fields: dict[type, dict[str, tuple[Any, bool]]] = {}
 
     def check(self, kind: Any, value: Any, place: str, depth: int = 0, rule: Rule | None = None) -> None:
-        """Refuse ``value`` unless it is a ``kind`` of the schema whose texts ``rule`` takes."""
+        """Reject ``value`` unless it is a ``kind`` of the schema and ``rule`` accepts its texts."""
         if depth > _MOST_DEPTH:
             raise Refused(f"{place[:80]} is nested too deeply")
         if isinstance(kind, str):

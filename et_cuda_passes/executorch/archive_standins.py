@@ -1,4 +1,4 @@
-"""Stand-ins for what a pickle looks up: they check what they are called with and do nothing else."""
+"""Stand-ins for the names that a pickle looks up: they check their arguments and do nothing else."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from et_cuda_passes.executorch.archive_zip import Refused
 
 
 class StorageStandIn:
-    """The class of a storage, or a storage with as many elements as its record has."""
+    """The class of a storage, or a storage with the number of elements of its record."""
 
     __slots__ = ("itemsize", "numel")
 
@@ -24,7 +24,7 @@ class StorageStandIn:
 
 
 class TensorStandIn:
-    """A tensor, without its data; ``state`` holds what the pickle attaches to it."""
+    """A tensor, without its data; ``state`` holds the attributes from the pickle."""
 
     __slots__ = ("state",)
 
@@ -47,29 +47,29 @@ class FunctionStandIn:
         try:
             return self.check(*arguments)
         except TypeError as error:
-            raise Refused(f"{self.name} is called with other arguments than torch gives it ({error})") from None
+            raise Refused(f"{self.name} is called with other arguments than torch passes ({error})") from None
 
     def __setstate__(self, state: object) -> None:
         raise Refused(f"{self.name} is given a state")
 
 
 class NoAttributes(type):
-    """A class whose attributes a pickle does not set."""
+    """A class whose attributes a pickle must not set."""
 
     def __setattr__(cls, name: str, value: object) -> None:
         raise Refused(f"the attribute {name} of a class is set")
 
 
 class InstanceStandIn(metaclass=NoAttributes):
-    """An object of an allowed class; ``state`` holds what it is made from."""
+    """An object of an allowed class; ``state`` holds its arguments."""
 
     __slots__ = ("state",)
     state: list[object]
     is_tensor = False
 
     def __new__(cls, *arguments: Any) -> "InstanceStandIn":
-        if cls.is_tensor:  # torch.Tensor(2**40) would be as long
-            raise Refused("a tensor is made by another function than torch's")
+        if cls.is_tensor:  # torch.Tensor(2**40) would allocate so many elements
+            raise Refused("a tensor is built by another function than torch's")
         instance = super().__new__(cls)
         instance.state = list(arguments)
         return instance
@@ -88,7 +88,7 @@ class InstanceStandIn(metaclass=NoAttributes):
 
 
 def _checked_state(state: object) -> object:
-    """The attributes that an object is given, none of which may be one of Python's own."""
+    """The attributes that a pickle sets; none may be one of Python's special names."""
     parts = state if isinstance(state, tuple) and len(state) == 2 else (state,)
     for part in parts:
         for name in part if isinstance(part, dict) else ():
@@ -98,7 +98,7 @@ def _checked_state(state: object) -> object:
 
 
 def functions(check_tensor_meta: Callable[[object], None]) -> dict[str, Callable[..., Any]]:
-    """What a pickle may call, and what is checked of each call; the signatures are those of torch."""
+    """The functions that a pickle may call, with the check of each call. The signatures are those of torch."""
     rebuild: dict[str, Callable[..., Any]] = {}
 
     def tensor(storage: Any, offset: Any, size: Any, stride: Any) -> TensorStandIn:
@@ -137,7 +137,7 @@ def functions(check_tensor_meta: Callable[[object], None]) -> dict[str, Callable
 
     def from_type(function: Any, cls: Any, arguments: Any, state: Any) -> TensorStandIn:
         if not isinstance(function, FunctionStandIn) or function.name not in rebuild:
-            raise Refused("a tensor is made by another function than torch's")
+            raise Refused("a tensor is built by another function than torch's")
         _tensor_class(cls)
         return TensorStandIn((_tensor(function(*arguments)).state, _checked_state(state)))
 
@@ -185,16 +185,16 @@ class _Ordered(OrderedDict[Any, Any]):
 
 def _default_dict(factory: object) -> defaultdict[Any, Any]:
     if factory is not None and not isinstance(factory, FunctionStandIn):
-        raise Refused("a defaultdict makes its values in an unknown way")
+        raise Refused("a defaultdict creates its values in an unknown way")
     if isinstance(factory, FunctionStandIn) and not re.fullmatch(r"(__builtin__|builtins)\.\w+", factory.name):
-        raise Refused(f"a defaultdict makes its values with {factory.name}")
+        raise Refused(f"a defaultdict creates its values with {factory.name}")
     return defaultdict(None)
 
 
 def _layout(name: object) -> torch.layout:
     value = getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(value, torch.layout):
-        raise Refused(f"there is no layout {name!r}")
+        raise Refused(f"torch has no layout {name!r}")
     return value
 
 
@@ -206,7 +206,7 @@ def _tensor(value: object) -> TensorStandIn:
 
 def _tensor_class(cls: object) -> None:
     if not (isinstance(cls, type) and issubclass(cls, InstanceStandIn) and cls.is_tensor):
-        raise Refused("a tensor of a class that is none")
+        raise Refused("the class of a tensor is no tensor class")
 
 
 def _no_hooks(hooks: object) -> None:
@@ -215,7 +215,7 @@ def _no_hooks(hooks: object) -> None:
 
 
 def fits(size: Any, stride: Any, offset: Any, numel: int) -> bool:
-    """Whether a view of a storage with ``numel`` elements stays in it."""
+    """Whether a view stays inside a storage with ``numel`` elements."""
     numbers = (*size, *stride, offset)
     if len(size) != len(stride) or any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
         return False

@@ -1,4 +1,4 @@
-"""The texts in a .pt2 that torch evaluates, looks up, compiles, or writes into source, and what they may hold.
+"""Rules for the texts in a .pt2 that torch evaluates, looks up, compiles, or writes into source.
 
 Names of values and inputs, and keys of keyword arguments, become names in Python source. Expressions of sizes go
 through ``sympy.sympify``, which evaluates Python. ``ExportedProgram.module`` compiles guards. Targets are looked up by
@@ -16,7 +16,7 @@ from et_cuda_passes.executorch.archive_tree import check_literal, check_tree, re
 from et_cuda_passes.executorch.archive_zip import Refused, short
 
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# An FQN: names of modules are whatever a ModuleDict takes as a key. "@" numbers the calls of a module.
+# An FQN. A ModuleDict accepts many characters in its keys. "@" numbers the calls of a module.
 _FQN = re.compile(r"[\w\-+/:@ ]+(\.[\w\-+/:@ ]+)*")
 _SYMBOLIC = re.compile(
     r"_operator\.(eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift)"
@@ -28,7 +28,7 @@ _HIGHER_ORDER = re.compile(
     r"wrap_with_autocast|auto_functionalized|auto_functionalized_v2|out_dtype|flex_attention|invoke_subgraph|"
     r"tag_activation_checkpoint|wrap_activation_checkpoint|hints_wrapper|strict_mode|with_effects)"
 )
-# Left in a graph around calls under torch.vmap.
+# torch.vmap leaves these functions in a graph.
 _VMAP = re.compile(
     r"torch\._functorch\.predispatch\.(_add_batch_dim|_remove_batch_dim|_vmap_increment_nesting|_vmap_decrement_nesting)"
     r"|torch\._C\._functorch\.(_add_batch_dim|_remove_batch_dim|_vmap_increment_nesting|_vmap_decrement_nesting)"
@@ -38,10 +38,10 @@ _NAMESPACES = frozenset((
     "aten", "prims", "export", "torchao", "quantized_decomposed", "et_cuda_passes", "dim_order_ops", "llama",
     "transformers",
 ))  # fmt: skip
-# Operators of these namespaces that reach for something outside the program.
+# Operators of these namespaces that access something outside the program.
 _OUTSIDE = frozenset(("aten.from_file", "aten.save", "aten._print", "aten.warn"))
 
-# Refuses a text, at a place that the message names.
+# Raises for a text that is not allowed; the second argument is the place for the message.
 Rule = Callable[[str, str], None]
 
 
@@ -51,7 +51,7 @@ def rule_of(kind: str, name: str) -> Rule | None:
 
 
 def check_key(key: str, place: str) -> None:
-    """Refuse a key that could end a text or a line."""
+    """Reject a key that could end a text or a line."""
     if not key.isprintable() or re.search(r"[\"'\\]", key):
         raise Refused(f"{place or 'it'} has a key with quotes or control characters: {short(key)}")
 
@@ -80,7 +80,7 @@ def _option(text: str, place: str) -> None:
 
 
 def _literal(text: str, place: str) -> None:
-    """A text that stands in double quotes of generated source must not end them."""
+    """A text in double quotes of generated source must not end them."""
     if re.search(r'["\\\x00-\x1f\x7f]', text):
         raise Refused(f"{place} has quotes, backslashes or control characters: {short(text)}")
 
@@ -101,7 +101,7 @@ def _device(text: str, place: str) -> None:
 
 
 def _target(text: str, place: str) -> None:
-    """A function that torch writes into graphs. Torch would find any other by its name too."""
+    """A target must be a function that torch writes into graphs: torch looks up any name."""
     if (
         _SYMBOLIC.fullmatch(text)
         or _SYMBOLIC_TORCH.fullmatch(text)
@@ -130,7 +130,7 @@ def _keywords(text: str, place: str) -> None:
 
 
 def _metadata(value: dict[str, str], place: str) -> None:
-    """What a node keeps of its origin. Only the traceback may have lines."""
+    """Metadata of a node about its origin. Only the traceback may have line breaks."""
     for key, text in value.items():
         where = f"{place}.{key}"
         if key == "stack_trace":
@@ -139,7 +139,7 @@ def _metadata(value: dict[str, str], place: str) -> None:
         elif key in ("nn_module_stack", "torch_fn"):
             _one_line(text, where)
         elif key == "source_fn_stack":
-            # torch looks up what stands behind the comma.
+            # torch looks up the name after the comma.
             if not re.fullmatch(r"[\w.<>,; \-]*", text) or "__" in re.sub(r"[\w]+,", "", text):
                 raise Refused(f"{where} is no list of functions: {short(text)}")
         elif key in ("from_node", "custom"):

@@ -1,4 +1,4 @@
-"""The structure of a program's inputs and outputs, as pytree writes it: torch imports classes that it names."""
+"""Checks the structure of a program's inputs and outputs in pytree's form: torch imports the classes in it."""
 
 import json
 import re
@@ -13,7 +13,7 @@ _MOST_DEPTH = 200
 
 
 def read_json(data: bytes) -> Any:
-    """``data`` as JSON; refused where it is none."""
+    """``data`` as JSON; rejects other data."""
     try:
         return json.loads(data.decode())
     except RecursionError:
@@ -23,13 +23,13 @@ def read_json(data: bytes) -> Any:
 
 
 def check_literal(text: str, place: str) -> None:
-    """A text that stands in quotes of either kind, or in a raw string of C++, must not end them."""
+    """A text in quotes of either kind, or in a raw string of C++, must not end them."""
     if re.search(r"[\"'\\()\x00-\x1f\x7f]", text):
         raise Refused(f"{place} has quotes, parentheses, backslashes or control characters: {short(text)}")
 
 
 def check_tree(text: str, place: str) -> None:
-    """The structure of inputs or outputs: torch imports classes that it names."""
+    """Reject a structure of inputs or outputs in which torch would import other classes than registered ones."""
     value = read_json(text.encode())
     if not isinstance(value, list) or len(value) != 2 or value[0] != 1:
         raise Refused(f"{place} is no structure of inputs that torch {torch.__version__} reads")
@@ -48,7 +48,7 @@ def _node(node: Any, place: str, depth: int) -> None:
                 f"{place} has inputs of the type {short(kind)}, which is not registered with torch.utils._pytree in "
                 "this process"
             )
-        # A type with a function of its own for its context, such as a named tuple, may write no JSON.
+        # A type with its own function for the context, such as a named tuple, may write other text than JSON.
         _context(read_json(context.encode()) if isinstance(context, str) and _is_json(context) else context, place, 0)
         if kind == "collections.defaultdict":
             _factory(context, place)
@@ -67,7 +67,7 @@ def _is_json(text: str) -> bool:
 
 
 def _context(value: Any, place: str, depth: int) -> None:
-    """What a type of inputs keeps beside its tensors: plain values, and classes of transformers' caches."""
+    """The context of a type of inputs: plain values, and classes of transformers' caches."""
     if depth > _MOST_DEPTH:
         raise Refused(f"{place} is nested too deeply")
     if isinstance(value, str):
@@ -86,7 +86,7 @@ def _context(value: Any, place: str, depth: int) -> None:
 
 
 def _transformers_object(value: dict[str, Any], place: str) -> None:
-    """An object as transformers' exporters describe it: of a class that they import by its path, and may call."""
+    """An object in the form of transformers' exporters, which import its class by path and may call it."""
     kind, path, name = value["_t"], value.get("p"), value.get("n")
     if kind in ("obj", "type"):
         known = bool(re.fullmatch(r"transformers\.cache_utils:\w+(Cache|Layer)", str(path), re.ASCII))
@@ -97,13 +97,13 @@ def _transformers_object(value: dict[str, Any], place: str) -> None:
     else:
         known = kind in ("tensor", "sym", "device", "size", "items")
     if not known:
-        raise Refused(f"{place} has an input made from {short(path or name or kind)}")
+        raise Refused(f"{place} has an input built from {short(path or name or kind)}")
 
 
 def _factory(context: Any, place: str) -> None:
     value = read_json(context.encode()) if isinstance(context, str) else context
-    made = (
+    called = (
         f"{value.get('default_factory_module')}.{value.get('default_factory_name')}" if isinstance(value, dict) else ""
     )
-    if made not in {f"builtins.{name}" for name in ("list", "dict", "tuple", "set", "int", "float", "bool", "str")}:
-        raise Refused(f"{place} has a defaultdict that calls {short(made)}")
+    if called not in {f"builtins.{name}" for name in ("list", "dict", "tuple", "set", "int", "float", "bool", "str")}:
+        raise Refused(f"{place} has a defaultdict that calls {short(called)}")

@@ -1,9 +1,9 @@
 """The ZIP container of a .pt2: read by strict rules, and written again for torch without a copy of the data.
 
-Two readers of one ZIP file can see different members: names stand twice, sizes three times. :func:`read_zip` therefore
-accepts only the form that ``torch.export.save`` writes, and :func:`write_zip` lays out the members that were read under
-headers of its own. Torch then reads these headers and nothing else. Member data stay in the file until torch asks for
-them: neither memory nor disk holds them twice.
+Two readers of one ZIP file can see different members: a ZIP file contains each name twice and each size three times. So
+:func:`read_zip` accepts only the form that ``torch.export.save`` writes, and :func:`write_zip` writes new headers for
+the members. Torch reads only these headers. Member data stay in the file until torch reads them: neither memory nor
+disk holds them twice.
 """
 
 import io
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import BinaryIO
 
-# Bounds of what is parsed before any of it is believed. A model of 100 B parameters has some thousand members.
+# Limits of the directory that is parsed. A model with 100 B parameters has some thousand members.
 _MOST_MEMBERS = 100_000
 _LONGEST_DIRECTORY = 32 << 20
 
@@ -38,33 +38,33 @@ _ENCRYPTED, _LINK = 0x1, 0xA000
 
 
 class NoArchive(ValueError):
-    """The bytes are no ZIP file, or a part of one."""
+    """The bytes are no ZIP file, or a truncated one."""
 
 
 class Refused(ValueError):
-    """The archive is not what ``torch.export.save`` writes; the message names the member."""
+    """The archive has another form than ``torch.export.save`` writes; the message names the member."""
 
 
 def short(value: object) -> str:
-    """``value`` as Python writes it, cut to what a message has room for."""
+    """``repr(value)``, truncated for a message."""
     shown = repr(value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 @dataclass(frozen=True)
 class Span:
-    """``size`` bytes at ``start`` of the file that was opened."""
+    """``size`` bytes at ``start`` of the open file."""
 
     start: int
     size: int
 
 
-# The content of a member: bytes in memory and spans of the file, one after another.
+# The content of a member: a sequence of bytes in memory and spans of the file.
 Content = tuple["bytes | Span", ...]
 
 
 def size_of(content: Content) -> int:
-    """The bytes of ``content``."""
+    """The number of bytes of ``content``."""
     return sum(part.size if isinstance(part, Span) else len(part) for part in content)
 
 
@@ -72,7 +72,7 @@ def read_all(file: BinaryIO, content: Content, most: int, name: str) -> bytes:
     """``content`` in memory.
 
     Raises:
-        Refused: it is longer than ``most`` bytes.
+        Refused: the content is longer than ``most`` bytes.
     """
     if size_of(content) > most:
         raise Refused(f"member {name} has {size_of(content):,} bytes; at most {most:,} are read")
@@ -80,11 +80,11 @@ def read_all(file: BinaryIO, content: Content, most: int, name: str) -> bytes:
 
 
 def read_zip(file: BinaryIO, outer: Span) -> dict[str, Span]:
-    """The members of the ZIP file that fills ``outer``, by name without the one folder that all of them stand in.
+    """The members of the ZIP file that fills ``outer``, by name without their common folder.
 
     Raises:
-        NoArchive: there is no ZIP file, or its end is missing.
-        Refused: a member is compressed, encrypted, a link, or a folder; a name leaves the folder, or stands twice; a
+        NoArchive: ``outer`` contains no ZIP file, or its end is missing.
+        Refused: a member is compressed, encrypted, a link, or a folder; a name leaves the folder, or occurs twice; a
             size exceeds the file; two members share bytes; the two headers of a member disagree.
     """
     directory, count = _directory(file, outer)
@@ -98,7 +98,7 @@ def read_zip(file: BinaryIO, outer: Span) -> dict[str, Span]:
     for _ in range(count):
         at = _read_entry(file, outer, directory, listed, at, members)
     if at != len(listed):
-        raise Refused(f"the archive's directory has {len(listed) - at} bytes more than its {count} members")
+        raise Refused(f"the archive's directory has {len(listed) - at} bytes after its {count} members")
     ends = sorted((span.start, span.start + span.size, name) for name, span in members.items())
     for (_, end, one), (start, _, other) in pairwise(ends):
         if start < end:
@@ -107,13 +107,13 @@ def read_zip(file: BinaryIO, outer: Span) -> dict[str, Span]:
 
 
 def write_zip(members: Mapping[str, Content]) -> Content:
-    """A ZIP file with ``members`` in the folder ``archive``, stored, every size in 64 bits."""
+    """A ZIP file with ``members`` in the folder ``archive``, uncompressed, with 64-bit sizes."""
     parts: list[bytes | Span] = []
     entries: list[bytes] = []
     offset = 0
     for name, content in members.items():
         path, size = f"archive/{name}".encode(), size_of(content)
-        # Torch does not check the checksum. It stays 0 where the data are in the file, which would have to be read.
+        # Torch does not check the checksum. For data in the file it is 0, since its computation would read the data.
         crc = zlib.crc32(b"".join(part for part in content if isinstance(part, bytes)))
         crc = 0 if any(isinstance(part, Span) for part in content) else crc
         extra = struct.pack("<HHQQ", 1, 16, size, size)
@@ -134,7 +134,7 @@ def write_zip(members: Mapping[str, Content]) -> Content:
 
 
 class Contents(io.RawIOBase):
-    """A file to read with ``content`` in it; its spans are read from ``file`` as they are asked for."""
+    """A readable file with ``content``; its spans are read from ``file`` on demand."""
 
     def __init__(self, file: BinaryIO, content: Iterable["bytes | Span"]) -> None:
         self._file = file
@@ -160,7 +160,7 @@ class Contents(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: "memoryview", /) -> int:  # type: ignore[override]
-        """Fill ``buffer`` as far as there are bytes: torch takes a short read for the end."""
+        """Fill ``buffer`` up to the end of the content: torch treats a short read as the end."""
         view = memoryview(buffer).cast("B")
         done = 0
         while done < len(view) and self._position < self._size:
@@ -193,7 +193,7 @@ def _at(file: BinaryIO, start: int, size: int) -> bytes:
 
 
 def _directory(file: BinaryIO, outer: Span) -> tuple[Span, int]:
-    """Where the list of members stands, and how many it has."""
+    """The span of the list of members, and the number of members."""
     if outer.size < _END.size:
         raise NoArchive("no end of a ZIP file")
     stop = outer.start + outer.size
@@ -209,16 +209,16 @@ def _directory(file: BinaryIO, outer: Span) -> tuple[Span, int]:
         last, count, size, start = before, end64[7], end64[8], end64[9]
     directory = Span(outer.start + start, size)
     if directory.start + directory.size != last:
-        raise NoArchive("the list of members does not stand where the end of the ZIP file says")
+        raise NoArchive("the list of members is not at the offset in the end of the ZIP file")
     if count * _ENTRY.size > size:
-        raise Refused(f"the archive says that it has {count:,} members, and lists fewer")
+        raise Refused(f"the archive declares {count:,} members, and lists fewer")
     return directory, count
 
 
 def _read_entry(file: BinaryIO, outer: Span, directory: Span, listed: bytes, at: int, members: dict[str, Span]) -> int:
-    """Add one member of ``listed`` to ``members``; returns where the next one begins."""
+    """Add one member of ``listed`` to ``members``; returns the offset of the next one."""
     if at + _ENTRY.size > len(listed):
-        raise Refused("the archive lists fewer members than it says")
+        raise Refused("the archive lists fewer members than it declares")
     entry = _ENTRY.unpack_from(listed, at)
     flags, method, packed, size = entry[3], entry[4], entry[8], entry[9]
     long, extra_long, comment, outside, offset = entry[10], entry[11], entry[12], entry[15], entry[16]
@@ -234,16 +234,16 @@ def _read_entry(file: BinaryIO, outer: Span, directory: Span, listed: bytes, at:
     if (outside >> 16) & 0xF000 == _LINK:
         raise Refused(f"member {name} is a symbolic link")
     if name in members:
-        raise Refused(f"member {name} stands in the archive twice")
+        raise Refused(f"member {name} is in the archive twice")
     start = outer.start + offset
     if start + _LOCAL.size > directory.start:
         raise Refused(f"member {name} begins beyond the file")
     local = _LOCAL.unpack(_at(file, start, _LOCAL.size))
     start += _LOCAL.size + local[9] + local[10]
     if start + size > directory.start:
-        raise Refused(f"member {name} is said to have {size:,} bytes, which the file does not hold")
+        raise Refused(f"member {name} declares {size:,} bytes, which the file does not contain")
     if local[0] != _SIGNED["local"] or local[3] or _at(file, start - local[9] - local[10], local[9]) != raw:
-        raise Refused(f"member {name} has another header than the archive's list says")
+        raise Refused(f"member {name} has another header than in the archive's list")
     members[name] = Span(start, size)
     return int(after)
 
@@ -253,7 +253,7 @@ def _name(raw: bytes) -> str:
         name = raw.decode()
     except UnicodeDecodeError:
         raise Refused(f"a member's name is not UTF-8: {raw!r}") from None
-    # The folder is named after the file that was written first. Nothing reads that name.
+    # The folder has the name of the original file, which nothing reads.
     root, _, path = name.partition("/")
     parts = path.split("/")
     if not re.fullmatch(r"[\w.\-+@ /]+", path, re.ASCII) or {"", ".", ".."} & {root, *parts} or not root.isprintable():
@@ -262,7 +262,7 @@ def _name(raw: bytes) -> str:
 
 
 def _in_64_bits(extra: bytes, packed: int, size: int, offset: int, name: str) -> tuple[int, int, int]:
-    """Sizes and offset, as the ZIP64 field has those that 32 bits do not hold."""
+    """Sizes and offset, read from the ZIP64 field if they exceed 32 bits."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<HH", extra, at)
@@ -282,11 +282,11 @@ def _in_64_bits(extra: bytes, packed: int, size: int, offset: int, name: str) ->
 def _without_root(members: dict[str, Span]) -> dict[str, Span]:
     roots = {name.partition("/")[0] for name in members}
     if len(roots) > 1:
-        raise Refused(f"the members stand in {len(roots)} folders; torch.export.save writes one")
+        raise Refused(f"the members are in {len(roots)} folders; torch.export.save writes one")
     inside = {name.partition("/")[2]: span for name, span in members.items()}
     seen: set[str] = set()
-    for name in inside:  # torch finds a member without regard to case
+    for name in inside:  # torch ignores case when it looks up a member
         if name.lower() in seen:
-            raise Refused(f"member {name} stands in the archive twice")
+            raise Refused(f"member {name} is in the archive twice")
         seen.add(name.lower())
     return inside

@@ -1,20 +1,20 @@
-"""CudaPartitioner: the stock one, with a pass list."""
+"""CudaPartitioner: ExecuTorch's partitioner with a pass list."""
 
 from et_cuda_passes._versions import require_version
 
-# Before the imports below: ExecuTorch's own module imports triton, and says less when it is missing.
+# This check comes before the imports below: ExecuTorch's module imports triton, and its error is less clear.
 require_version("triton")
 
 from executorch.backends.cuda.cuda_partitioner import CudaPartitioner as _Stock  # noqa: E402
 
-from et_cuda_passes.executorch.rewriting import AotiRewritingPartitioner  # noqa: E402
+from et_cuda_passes.executorch.partitioner import AotiRewritingPartitioner  # noqa: E402
 from et_cuda_passes.rules.split import ReplaceSplit  # noqa: E402
 
 
-class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  # final is advice: there is no other hook
+class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  # the class is marked final, and it has no other hook
     """ExecuTorch's ``CudaPartitioner`` that first runs ``passes`` over every method, on the host.
 
-    :class:`~et_cuda_passes.rules.split.ReplaceSplit` comes last where it is not among them: the backend lowers no
+    :class:`~et_cuda_passes.rules.split.ReplaceSplit` runs last, unless the list contains it: the backend lowers no
     ``split`` or ``chunk``.
     """
 

@@ -1,4 +1,4 @@
-"""What a target runs, made from a rewritten program: a .pte with its .ptd, or an AOTInductor package."""
+"""Lowers a rewritten program to the files of its target: a .pte with its .ptd, or an AOTInductor package."""
 
 import errno
 import gc
@@ -29,29 +29,29 @@ def lower(
     stem: str,
     progress: Progress = lambda step: None,
 ) -> list[Path]:
-    """Make what ``target`` runs.
+    """Lower a program to the files that ``target`` runs.
 
     Args:
         program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
             "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
             the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
         target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor.
-        folder: where the files go; made where it does not exist.
+        folder: the folder of the files; created if it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
         progress: called as each step begins.
 
     Returns:
-        The files written. None of them appears before all are whole.
+        The files written. None of them appears before all are complete.
 
     Raises:
-        ValueError: there is no such target.
-        Exception: whatever ExecuTorch, the backend or AOTInductor refuse the program with; nothing is written then.
+        ValueError: the target is unknown.
+        Exception: any error of ExecuTorch, the backend or AOTInductor; then no file is written.
     """
     make = {"cuda": _cuda, "metal": _metal, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
     if make is None:
         raise ValueError(f"target {target!r} has no lowering")
-    with staged(folder) as staging:
+    with atomic_output(folder) as staging:
         make({"forward": program} if isinstance(program, ExportedProgram) else program, staging, stem, progress)
         names = sorted(path.name for path in staging.iterdir())
     return [folder / name for name in names]
@@ -62,11 +62,11 @@ def lowering_steps(target: str, methods: int) -> int:
     return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
 
 
-def missing(target: str) -> str | None:
-    """What this machine lacks for the lowering to ``target``, and what would help; None where nothing is known to lack.
+def missing_requirement(target: str) -> str | None:
+    """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
 
-    The lowerings to cuda and metal compile and tune kernels on the device itself. Every rewrite works anywhere, and
-    what it makes can be saved (:mod:`et_cuda_passes.executorch.packed`) for a machine that has what is missing.
+    The lowerings to cuda and metal compile and tune kernels on the device itself. A rewrite works on every machine, and
+    :mod:`et_cuda_passes.executorch.packed` saves its result for a machine that has the device.
     """
     if target == "cuda" and not torch.cuda.is_available():
         if torch.version.cuda is None:
@@ -85,10 +85,10 @@ def missing(target: str) -> str | None:
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder whose files move into ``folder`` when the block ends; with an error, none does.
+def atomic_output(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into ``folder`` when the block ends; after an error, none does.
 
-    It lies inside ``folder``, so that the move is a rename and never leaves half a file under its final name.
+    It is inside ``folder``, so that the move is a rename and never leaves a partial file under its final name.
 
     Raises:
         IsADirectoryError: a file would have the name of a directory.
@@ -100,17 +100,17 @@ def staged(folder: Path) -> Iterator[Path]:
         files = {path: folder / path.name for path in sorted(staging.iterdir())}
         for file in files.values():
             if file.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "a file is to be written where a directory is", str(file))
+                raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
         for path, file in files.items():
             os.replace(path, file)
 
 
 @contextmanager
 def gc_throttled() -> Iterator[None]:
-    """Cyclic garbage collection a hundredth as often, and of what is made inside alone.
+    """Cyclic garbage collection at a hundredth of the frequency, and only of objects created inside.
 
-    For lowering, which is long, builds much and keeps nearly all of it, but whose garbage can hold tensors: it must be
-    collected now and then. What there was before is left out of it until the end.
+    Lowering takes long, and nearly all objects that it creates stay alive. Its garbage can hold tensors, so some
+    collection is needed. Objects from before are excluded until the end.
     """
     thresholds = gc.get_threshold()
     gc.collect()
@@ -125,7 +125,7 @@ def gc_throttled() -> Iterator[None]:
 
 def _has_torchao_mps() -> bool:
     try:
-        # What ExecuTorch's Metal backend itself imports; it raises where the operators are not built.
+        # ExecuTorch's Metal backend imports this module, which raises if the operators are not built.
         import torchao.experimental.ops.mps.cshim  # noqa: F401
     except (ImportError, RuntimeError, AttributeError):
         return False

@@ -1,7 +1,7 @@
-"""Programs in files: read what ``torch.export.save`` wrote, write a packed program that a later machine goes on with.
+"""Reads programs that ``torch.export.save`` wrote, and writes packed programs for lowering on another machine.
 
-A packed program carries a record of its own: the target and, for the cpu layout, the instruction set that it was packed
-for, and the report of its rewrite, so that what went on elsewhere still tells the fate of every layer.
+A packed program contains a record: the target, the report of its rewrite with the outcome of every layer, and, for the
+cpu layout, the instruction set that it was packed for.
 """
 
 import json
@@ -29,11 +29,13 @@ from et_cuda_passes.targets.compatibility import (
 )
 
 _RECORD = "et_cuda_passes.json"
+_OLD_KEYS = {"untaken": "rejected"}
+"""Keys of a report that earlier versions wrote, with their names of today."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
 
 class ModelError(ValueError):
-    """A file is no program that a target can take; the message says why and what to give instead."""
+    """A file contains no program that the target can run; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class Model:
     """A program from a file.
 
     Attributes:
-        program: as it was saved.
-        packed: how many operators in it read packed int4 weights already, by layout.
-        report: of the rewrite that packed it; None where it was not saved by :func:`save_packed`.
+        program: the program as it was saved.
+        packed: number of its operators that read packed int4 weights already, by layout.
+        report: the report of the rewrite that packed it; None if :func:`save_packed` did not write the file.
     """
 
     program: ExportedProgram
@@ -52,23 +54,23 @@ class Model:
 
 
 def load(path: Path | str, trust: bool = False) -> ExportedProgram:
-    """Read a program that ``torch.export.save`` wrote, without running code that stands in the file.
+    """Read a program that ``torch.export.save`` wrote, without running code from the file.
 
-    ``torch.export.load`` unpickles and evaluates what a file holds. Here a file is refused first if it holds more than
-    data; what it may hold is in docs/reference/trust.md.
+    ``torch.export.load`` unpickles and evaluates parts of a file. This function first rejects a file that contains more
+    than data; docs/reference/trust.md lists what a file may contain.
 
     Args:
         path: a .pt2.
-        trust: leave the file to ``torch.export.load`` as it is.
+        trust: skip the check, and pass the file to ``torch.export.load``.
 
     Raises:
-        ModelError: the file is missing, truncated or no exported program, or holds something that could run code.
+        ModelError: the file is missing, truncated or no exported program, or contains something that could run code.
     """
     return _read(Path(path), trust)[0]
 
 
 def load_model(path: Path, target: str, trust: bool = False) -> Model:
-    """Read a program that ``target`` is to run, as :func:`load` does.
+    """Read a program for ``target``, as :func:`load` does.
 
     Raises:
         ModelError: as :func:`load`; or the program is packed for another target or for another instruction set than
@@ -80,7 +82,7 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
         report = read_report(record["report"]) if record else None
         texts = [record[name] for name in record if name != "report"]
         if type(record) is not dict or not all(type(text) is str and text.isprintable() for text in texts):
-            raise TypeError("the record is none")
+            raise TypeError("the record has values that are no text")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"{path} was packed by another version of et_cuda_passes: pack the original program again"
@@ -91,16 +93,16 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
 
 
 def _read(path: Path, trust: bool) -> tuple[ExportedProgram, str]:
-    """The program, and the record of our own beside it."""
+    """The program and the text of its record, empty if it has none."""
     _check_kind(path, trust)
-    # torch.export.load fills in the names that it is given; it takes no notice of an empty dict.
+    # torch.export.load reads only the extra files whose names are in this dict.
     extra = {_RECORD: ""}
     try:
         with _opened(path, trust) as file, quiet_load():
             program = torch.export.load(file, extra_files=extra)
     except ModelError:
         raise
-    except Exception as error:  # torch.export.load lets through whatever a damaged file makes its parts raise
+    except Exception as error:  # a damaged file raises any exception from torch.export.load
         text = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
@@ -120,7 +122,7 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
 
 
 def _check_kind(path: Path, trust: bool) -> None:
-    """Tell what is no archive of an exported program, which torch.export.load does in many ways or not at all."""
+    """Raise if ``path`` is no archive of an exported program, for which torch.export.load has no clear error."""
     if not path.exists():
         raise ModelError(f"{path} does not exist; MODEL is a .pt2 that torch.export.save wrote")
     if not path.is_file():
@@ -146,7 +148,10 @@ def _check_kind(path: Path, trust: bool) -> None:
 
 @contextmanager
 def _opened(path: Path, trust: bool) -> Iterator[Any]:
-    """What torch.export.load is given: the checked file, or the path; the operators that it calls are registered."""
+    """The argument for torch.export.load: the checked file, or with ``trust`` the path.
+
+    Registers the operators that the program calls.
+    """
     if trust:
         with zipfile.ZipFile(path) as file:
             _register_operators(b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
@@ -171,12 +176,12 @@ def _trusted_names(path: Path) -> list[str]:
 def _distrust(path: Path, error: archive.Refused) -> ModelError:
     return ModelError(
         f"{path}: {error}. It was not read, because reading it could run code that its author put there: {_AGAIN}; or, "
-        "if you know where the file comes from, give --trust (trust=True in Python)"
+        "if you trust the source of the file, pass --trust (trust=True in Python)"
     )
 
 
 def _register_operators(program: bytes) -> None:
-    """Have ExecuTorch register the operators that the program calls, without which it cannot be read."""
+    """Register ExecuTorch's operators that the program calls: torch cannot read the program without them."""
     if b"quantized_decomposed.embedding_" in program:
         quantized_embedding.register()
 
@@ -186,10 +191,10 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
     made_for = record.get("target") or (next(iter(targets_supporting(model.program)), "") if foreign else "")
     if foreign or made_for not in ("", target.name):
         what = f"packed ({', '.join(foreign)})" if foreign else "rewritten"
-        # For none, where two targets' rewrites stand in one program.
-        made, instead = (f" for target {made_for}", f", or --target {made_for}") if made_for else ("", "")
+        # A program with the rewrites of two targets runs on neither.
+        origin, instead = (f" for target {made_for}", f", or --target {made_for}") if made_for else ("", "")
         raise ModelError(
-            f"{path} is {what}{made}, which target {target.name} does not run: give the program as it was before"
+            f"{path} is {what}{origin}, which target {target.name} does not run: pass the program as it was before"
             f"{instead}"
         )
     here = torch.backends.cpu.get_cpu_capability()
@@ -201,12 +206,13 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
 
 
 def read_report(data: dict[str, Any]) -> Report:
-    """The inverse of :meth:`Report.to_dict`; raises what comes of data that are none."""
+    """The inverse of :meth:`Report.to_dict`; malformed data raise any of the errors that :func:`load_model` catches."""
     outcomes = [
         Outcome(**{**outcome, "reasons": [Reason(**reason) for reason in outcome["reasons"]]})
         for outcome in data["outcomes"]
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
+    data = {_OLD_KEYS.get(name, name): value for name, value in data.items()}
     rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
     report = Report(outcomes=outcomes, applied=applied, **rest)
     _check_types(report)
@@ -214,8 +220,10 @@ def read_report(data: dict[str, Any]) -> Report:
 
 
 def _check_types(value: Any) -> None:
-    """Raise TypeError where a report or a part of it has a value of another type than it should, or a text has control
-    characters, which a terminal would take for commands."""
+    """Raise TypeError if a value in a report has another type than its field, or a text has control characters.
+
+    A terminal interprets control characters as commands.
+    """
     hints = get_type_hints(type(value))
     for field in fields(value):
         held, kind = getattr(value, field.name), hints[field.name]
@@ -230,7 +238,7 @@ def _check_types(value: Any) -> None:
             elif isinstance(part, str) and not part.replace("\n", "").replace("\t", "").isprintable():
                 raise TypeError(f"{field.name} has control characters")
     if isinstance(value, Outcome) and value.status not in STATUSES:
-        raise TypeError("there is no such status")
+        raise TypeError(f"{value.status} is no status")
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -242,7 +250,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _leaf_types(kind: Any) -> set[type]:
-    """The types that values in ``kind`` have: of a ``dict[str, list[str]]``, str."""
+    """The types of the leaves of ``kind``: str for a ``dict[str, list[str]]``."""
     if kind is None or kind is type(None):
         return {type(None)}
     if get_origin(kind) is Literal:
@@ -253,9 +261,9 @@ def _leaf_types(kind: Any) -> set[type]:
 
 @contextmanager
 def quiet_load() -> Iterator[None]:
-    """Without torch.export.load's own log of the error that it is about to raise, unless the log asks for details.
+    """Suppress the log that torch.export.load writes before it raises, unless logging is at level DEBUG.
 
-    Its log of inputs that are more than tensors and containers is badly formatted, and prints a traceback of its own.
+    Its log message for inputs other than tensors and containers is malformed, and prints a traceback.
     """
     logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
     before = [log.level for log in logs]

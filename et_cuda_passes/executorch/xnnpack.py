@@ -1,4 +1,4 @@
-"""XnnpackPartitioner: ExecuTorch's, with a pass list, and with an error instead of a wrong result."""
+"""XnnpackPartitioner: ExecuTorch's partitioner with a pass list, and with an error instead of a wrong result."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as _Stock
 from torch.export import ExportedProgram
 
-from et_cuda_passes.executorch.rewriting import RewritingPartitioner
+from et_cuda_passes.executorch.partitioner import RewritingPartitioner
 from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
 from et_cuda_passes.targets import default_passes
 
@@ -17,7 +17,7 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
 
     The stock partitioner treats every ``dequantize_affine`` as its own quantization. For a weight-only scheme the
     delegate then computes with the raw integers and reports no error. This partitioner folds such a weight to floats,
-    and raises an error where that is not possible either.
+    and raises an error if that is not possible either.
 
     Args:
         *args: as for the stock partitioner.

@@ -39,11 +39,11 @@ class ConstantCache:
         if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._names)
-            made: object = make()
-            if not isinstance(made, torch.Tensor):
-                raise TypeError(f"the function that makes {fqn} returned {made!r}; it must return a tensor")
+            created: object = make()
+            if not isinstance(created, torch.Tensor):
+                raise TypeError(f"the function that makes {fqn} returned {created!r}; it must return a tensor")
             self._names.add(name)
-            self._entries[key] = (name, made, held, _versions(held))
+            self._entries[key] = (name, created, held, _versions(held))
         name, tensor, *_ = self._entries[key]
         return name, tensor
 

@@ -28,7 +28,7 @@ from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 from transformers.exporters.utils import prepare_for_export
 
-from et_cuda_passes.executorch.lower import Progress, lower, lowering_steps, missing, staged
+from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowering_steps, missing_requirement
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
@@ -142,7 +142,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         if not overwrite:
             _refuse_existing(folder, [EXPORT_MANIFEST_FILE])
         entries = {}
-        with staged(folder) as staging:
+        with atomic_output(folder) as staging:
             for name, component in self.components.items():
                 file = f"{name}{SUFFIX}"
                 component.program.save(staging / file)
@@ -397,7 +397,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         alone: bool,
     ) -> dict[str, Build]:
         """Lower the programs of one target; or save them packed where this machine lacks something for it."""
-        if lacking := missing(target):
+        if lacking := missing_requirement(target):
             builds = {}
             for name, program in programs.items():
                 self._progress(f"saving {name} packed for {target}")
@@ -460,7 +460,7 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
     targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
     for target in sorted(targets if only is None else targets & {only}):
-        if lacking := missing(target):
+        if lacking := missing_requirement(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
         programs = {}
@@ -470,7 +470,7 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
             progress(f"reading {name} for {target}")
             programs[component.method] = load_model(component.builds[target].files[0], target).program
         packed = [component.builds[target].files[0] for component in unfinished.values()]
-        with staged(folder) as staging:
+        with atomic_output(folder) as staging:
             files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
             for name, component in unfinished.items():
                 component.builds[target] = Build(tuple(files))
@@ -547,7 +547,7 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
     count = len(parts) + len([each for index, each in enumerate(options) if each not in options[:index]])
     for target in dict.fromkeys(target for name in parts for target in configs[name].targets):
         methods = sum(target in configs[name].targets for name in parts)
-        count += methods + (methods if missing(target) else lowering_steps(target, methods))
+        count += methods + (methods if missing_requirement(target) else lowering_steps(target, methods))
     return count
 
 

@@ -4,7 +4,6 @@ Sampling, logits processors, stopping criteria, masks and positions are transfor
 exported program's.
 """
 
-import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -22,8 +21,10 @@ from transformers import (
     PreTrainedModel,
     TextStreamer,
 )
-from transformers.exporters import ExportedModel
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
+from transformers.utils import logging
+
+from et_cuda_passes.hf.exporter import FORMAT, ExportedModel
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -73,12 +74,13 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
     @property
     def device(self) -> torch.device:
         """Where the components run."""
-        return self.exported.device
+        return torch.device(self.exported.device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the export."""
-        return self.exported.dtype
+        dtype: torch.dtype = self.exported.dtype
+        return dtype
 
     def forward(
         self,
@@ -88,7 +90,10 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """What the model's forward returns. ``generate`` reads the names of the arguments to know what to prepare."""
+        """Run a component, which returns the same as the model's forward.
+
+        ``generate`` reads the names of the arguments to know what to prepare.
+        """
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -171,6 +176,11 @@ class TimedStreamer(TextStreamer):  # type: ignore[misc]  # transformers is not 
         return Speed(tokens[0] - start, tokens[-1] - tokens[0], len(tokens)) if tokens else Speed(0.0, 0.0, 0)
 
 
+def hide_warnings() -> None:
+    """Let transformers log errors only."""
+    logging.set_verbosity_error()
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in the folder of an export.
 
@@ -205,10 +215,7 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
     check_export(folder)
     try:
         manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if manifest["export_format"] == "et_cuda_passes":
-            # Registers the format with transformers.
-            importlib.import_module("et_cuda_passes.hf.exporter")
-        elif target is not None:
+        if target is not None and manifest["export_format"] != FORMAT:
             raise GenerationError(
                 f"the export in {folder} is in the format {manifest['export_format']}, which has no targets: leave "
                 "the target out"
@@ -282,7 +289,7 @@ def generate(
 
 
 def first_difference(first: Tensor, second: Tensor) -> int | None:
-    """The position of the first token that differs; None if there is none."""
+    """The position of the first token that differs; None if all are the same."""
     for position, (one, other) in enumerate(zip(first.tolist(), second.tolist(), strict=False)):
         if one != other:
             return position

@@ -1,1 +1,1 @@
-"""Kernels: what each can take, and how one is chosen."""
+"""Triton kernels, their launches, and the choice of a tiling."""

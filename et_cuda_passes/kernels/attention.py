@@ -1,12 +1,11 @@
-"""The Triton kernel of attention without a mask: a softmax over keys that is corrected as larger scores come up.
+"""The Triton kernel of attention without a mask, with an online softmax.
 
-``y[m] = sum over n of softmax(scale * q[m] . k[n]) v[n]``, over blocks of keys. A row's running maximum is what its
-exponentials are relative to; where a block raises it, the sums so far are multiplied by what that changes (Milakov and
-Gimelshein, "Online normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). Scores are never in
-memory.
+``y[m] = sum over n of softmax(scale * q[m] . k[n]) v[n]``, over blocks of keys. Exponentials are relative to a row's
+running maximum; if a block raises it, the earlier sums are rescaled (Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). Scores are never stored in memory.
 
-The last block, which the keys may not fill, is the first that is computed, so that nothing in the loop over the others
-is masked. Powers are of two, log2 e being part of the scale: what the GPU's instruction computes.
+The last block, which may be partial, is computed first, so that the loop over the other blocks needs no mask. The scale
+includes log2 e, since the GPU's instruction computes powers of two.
 """
 
 import triton
@@ -17,9 +16,9 @@ from et_cuda_passes.kernels.tiles import multiply
 
 @triton.jit
 def sequence(ptr, batch, head, length, HEADS: tl.constexpr, ROW: tl.constexpr, D: tl.constexpr):
-    """Where one head of one batch begins in [B, HEADS, length, D] if ROW is D, else in [B, length, HEADS, D].
+    """Pointer to one head of one batch in [B, HEADS, length, D] if ROW is D, else in [B, length, HEADS, D].
 
-    ROW is what is from a row to the next.
+    ROW is the row stride.
     """
     at = (batch * HEADS + head).to(tl.int64) * length * D if ROW == D else batch.to(tl.int64) * length * ROW + head * D
     return ptr + at
@@ -27,18 +26,18 @@ def sequence(ptr, batch, head, length, HEADS: tl.constexpr, ROW: tl.constexpr, D
 
 @triton.jit
 def keys_block(q, k, v, most, total, sums, left, SCALE: tl.constexpr, MASKED: tl.constexpr, USE_ASM: tl.constexpr):
-    """A block of keys k and values v [BLOCK_N, D], of which ``left`` are, if MASKED.
+    """Update the softmax with a block of keys k and values v [BLOCK_N, D]; if MASKED, only the first ``left`` count.
 
     Returns:
-        ``most`` and ``total`` [BLOCK_M], the rows' greatest score and sum of powers, and ``sums`` [BLOCK_M, D], with
-        these keys in them.
+        The updated ``most`` and ``total`` [BLOCK_M], the greatest score and the sum of powers of each row, and ``sums``
+        [BLOCK_M, D].
     """
     scores = multiply(q, tl.trans(k), tl.zeros((q.shape[0], k.shape[0]), tl.float32), USE_ASM)
     if MASKED:
         scores = tl.where((tl.arange(0, k.shape[0]) < left)[None, :], scores * SCALE, float("-inf"))
         higher = tl.maximum(most, tl.max(scores, 1))
         powers = tl.exp2(scores - higher[:, None])
-    else:  # scaled twice, so that it is a part of the subtraction
+    else:  # scaled twice, so that the scaling fuses with the subtraction
         higher = tl.maximum(most, tl.max(scores, 1) * SCALE)
         powers = tl.exp2(scores * SCALE - higher[:, None])
     change = tl.exp2(most - higher)
@@ -49,7 +48,7 @@ def keys_block(q, k, v, most, total, sums, left, SCALE: tl.constexpr, MASKED: tl
 
 @triton.jit
 def attention(
-    q_ptr,  # [B, HEADS, M, D], or [B, M, HEADS, D] with Q_ROW from row to row
+    q_ptr,  # [B, HEADS, M, D], or [B, M, HEADS, D] with row stride Q_ROW
     k_ptr,  # [B, KV_HEADS, L, D] or [B, L, KV_HEADS, D]
     v_ptr,  # as k
     y_ptr,  # as q
@@ -64,17 +63,16 @@ def attention(
     K_ROW: tl.constexpr,
     V_ROW: tl.constexpr,
     Y_ROW: tl.constexpr,
-    SCALE: tl.constexpr,  # not negative, times log2 e
-    NEGATED: tl.constexpr,  # whether it is of -q
+    SCALE: tl.constexpr,  # absolute value of the scale, times log2 e
+    NEGATED: tl.constexpr,  # whether the scale is negative
     USE_ASM: tl.constexpr,
     SALT: tl.constexpr,
 ):
     """BLOCK_M rows of one head of one batch.
 
-    Q_ROW to Y_ROW are how many elements are from a row to the next: D where the heads come first; else the heads' D, or
-    more, where these are columns of a wider tensor.
+    Q_ROW to Y_ROW are row strides: D if the heads come first, else HEADS * D, or more for columns of a wider tensor.
 
-    SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
+    SALT is any positive number; see :func:`et_cuda_passes.kernels.triton_launch.launch`.
     """
     if -SALT == M:
         return
@@ -86,7 +84,7 @@ def attention(
     d = tl.arange(0, D)[None, :]
     n = tl.arange(0, BLOCK_N)[:, None]
     m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.where(m < M, m, 0)[:, None].to(tl.int64)  # with no mask: what stands for rows beyond M is not stored
+    row = tl.where(m < M, m, 0)[:, None].to(tl.int64)  # unmasked: rows beyond M are not stored
     q = tl.load(sequence(q_ptr, batch, head, M, HEADS, Q_ROW, D) + row * Q_ROW + d)
     if NEGATED:
         q = (-q.to(tl.float32)).to(q.dtype)
@@ -102,8 +100,8 @@ def attention(
     v = tl.load(v_at + first.to(tl.int64) * V_ROW, mask=n < L - first, other=0.0)
     most, total, sums = keys_block(q, k, v, most, total, sums, L - first, SCALE, True, USE_ASM)
     if whole > 0:
-        # A compiler that does not see that it runs guards the loop by a condition of its own, and then lets the tensor
-        # cores' instructions wait for one another.
+        # With at least one iteration for certain, the compiler does not guard the loop. A guard would serialise the
+        # tensor cores' instructions.
         for _ in range(tl.maximum(whole, 1)):
             k = tl.load(k_at)
             v = tl.load(v_at)
@@ -111,7 +109,7 @@ def attention(
             k_at += BLOCK_N * K_ROW
             v_at += BLOCK_N * V_ROW
 
-    # Over no keys the result is 0, as a sum of nothing.
+    # Without keys the result is 0, the empty sum.
     y = tl.where(L > 0, sums / total[:, None], 0.0)
     y_at = sequence(y_ptr, batch, head, M, HEADS, Y_ROW, D) + m[:, None].to(tl.int64) * Y_ROW + d
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None])

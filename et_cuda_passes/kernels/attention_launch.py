@@ -1,7 +1,7 @@
-"""The blocks in which attention is computed, by the GPU, the head dimension and the rows, and the launch.
+"""The launch of attention, and the blocks for a GPU, a head dimension and a number of rows.
 
-A number of rows that is not known has the blocks for many: of a second launch for few, Inductor would write copies of
-q, k and v where they are computed in place.
+An unknown number of rows has the blocks for many rows. For a second launch with the blocks for few rows, Inductor would
+write copies of q, k and v.
 """
 
 import math
@@ -12,10 +12,10 @@ import torch
 from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels import triton_launch
 from et_cuda_passes.kernels.attention import attention as kernel
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.gpus import GpuArch
-from et_cuda_passes.kernels.launching import gpu_of
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 FEW_ROWS = 64
@@ -23,7 +23,7 @@ FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class Blocks:
-    """A program's rows M and the keys of one step, its warps, and in how many buffers keys are loaded ahead."""
+    """A program's rows M, the keys of one step, the warps, and the number of stages whose loads are in flight."""
 
     block_m: int
     block_n: int
@@ -31,15 +31,15 @@ class Blocks:
     stages: int
 
 
-# Head dimensions up to -> blocks for few rows, and for more. Chosen by the machine code: no registers are spilled, and
-# those of up to 64 on Hopper leave room for two programs on a multiprocessor, one of which multiplies while the other
-# takes powers. More rows read the keys fewer times.
+# Largest head dimension -> blocks for few rows, and for many rows. They were chosen by their machine code: no registers
+# are spilled, and with a head dimension of up to 64 two programs fit on a multiprocessor of Hopper, so that one
+# multiplies while the other computes powers. With more rows in a block, keys are read fewer times.
 _HOPPER = {
     64: (Blocks(64, 64, 4, 3), Blocks(128, 64, 8, 3)),
     128: (Blocks(64, 64, 4, 2), Blocks(128, 128, 8, 2)),
     256: (Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)),
 }
-# In the 99 KB of shared memory that the smallest of them have.
+# These fit in 99 KB of shared memory, the least of the other GPUs.
 _OTHER = {
     64: (Blocks(64, 32, 4, 3), Blocks(128, 64, 8, 3)),
     128: (Blocks(32, 32, 4, 2), Blocks(128, 32, 8, 2)),
@@ -48,24 +48,25 @@ _OTHER = {
 
 
 def blocks(gpu: GpuArch, head_dim: int, rows: int | SymInt) -> Blocks:
-    """The blocks for a head dimension of :data:`HEAD_DIMS` and a number of rows, known or not."""
+    """The blocks for a head dimension of :data:`HEAD_DIMS` and a known or unknown number of rows."""
     table = _HOPPER if gpu.wgmma else _OTHER
     few, many = table[min(bound for bound in table if head_dim <= bound)]
     return few if statically_known_true(rows <= FEW_ROWS) else many
 
 
 def row_length(tensor: Tensor, head_axis: int) -> int | None:
-    """Elements from a row of one head to the next, where the kernel can read ``tensor`` as it lies; None where not.
+    """The row stride of a head in ``tensor``, if the kernel can read it without a copy; else None.
 
-    It can where the heads of a row lie side by side, these rows at any distance, 16 bytes wide each: columns of a wider
-    tensor, as a linear that was fused with others leaves them. And where everything is contiguous, heads first.
+    The kernel reads two forms. In the first, the heads of a row are adjacent, and the row stride is any multiple of 16
+    bytes: columns of a wider tensor, as a fused linear writes them. In the second, the tensor is contiguous with the
+    heads before the rows.
     """
     batch, d = tensor.shape[0], tensor.shape[3]
     heads, rows = tensor.shape[head_axis], tensor.shape[3 - head_axis]
     of_batch, of_head, of_row = tensor.stride(0), tensor.stride(head_axis), tensor.stride(3 - head_axis)
 
     if any(statically_known_true(size == 0) for size in (batch, heads, rows)):
-        return int(d)  # of nothing, nothing is read: its strides say nothing
+        return int(d)  # an empty tensor has arbitrary strides
 
     def lies(*pairs: tuple[int | SymInt, int | SymInt, int | SymInt]) -> bool:
         return all(statically_known_true(size == 1) or statically_known_true(a == b) for size, a, b in pairs)
@@ -81,7 +82,7 @@ def row_length(tensor: Tensor, head_axis: int) -> int | None:
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
     """Attention without a mask on CUDA, of bf16 or fp16 tensors; see :mod:`et_cuda_passes.ops.attention`.
 
-    What the kernel cannot read as it lies is copied.
+    A tensor in a form that the kernel cannot read is copied.
     """
     q, k, v = (
         t if row_length(t, at) is not None else t.clone(memory_format=torch.contiguous_format)
@@ -92,7 +93,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], chosen: Blocks) -> Tensor:
-    """:func:`attention` in one choice of blocks, of tensors that have a :func:`row_length`."""
+    """:func:`attention` with the blocks ``chosen``; every tensor has a :func:`row_length`."""
     batch, heads, rows = q.shape[0], q.shape[head_axes[0]], q.shape[3 - head_axes[0]]
     length = k.shape[3 - head_axes[1]]
     y = q.new_empty((batch, *((heads, rows) if head_axes[3] == 1 else (rows, heads)), q.shape[3]))
@@ -116,5 +117,5 @@ def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[in
         "num_stages": chosen.stages,
     }
     grid = (batch * heads * -(-rows // chosen.block_m),)
-    (y,) = known_writes.launch(kernel, grid, arguments, ["y_ptr"], f"{batch} {rows} {length}")
+    (y,) = triton_launch.launch(kernel, grid, arguments, ["y_ptr"], f"{batch} {rows} {length}")
     return y

@@ -1,7 +1,7 @@
-"""Which tiling a weight gets: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
+"""Chooses the tiling of a weight: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
 
-A number of rows that is not known at export is a launch for each bucket of rows. The bounds of the buckets are chosen
-for each weight, so that the worst loss against the best tiling of every length is smallest.
+If the number of rows is unknown at export, each bucket of rows gets a tiling and a launch. The bounds of the buckets
+are chosen for each weight, to minimise the worst loss against the best tiling of a length.
 """
 
 import json
@@ -21,16 +21,16 @@ BOUNDS = (
     *(8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512),
     *(640, 768, 896, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096),
 )
-"""Where a bucket of rows may end. Beyond the last one every length has the last bucket's tiling."""
+"""Possible ends of a bucket of rows. A length beyond the last end has the last bucket's tiling."""
 MOST_LAUNCHES = 8
 ENOUGH = 1.02
-"""A loss that is not worth another launch."""
+"""A loss so small that it justifies no further launch."""
 MOST_WAVES = 3
 CUT = 1.0
-"""Microseconds that a launch more, and an allocation, cost besides the GPU's time."""
+"""Microseconds of host time for a further launch and an allocation."""
 ROUNDS = 12
 EFFICIENCY = 0.7
-"""Of the tensor cores' rate on a data sheet, that a kernel reaches."""
+"""The fraction of the tensor cores' data-sheet rate that a kernel reaches."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Costs:
     """A GPU's costs.
 
     Attributes:
-        source: where they come from, as in ``calibrated on NVIDIA H100 80GB HBM3``.
+        source: their origin, as in ``calibrated on NVIDIA H100 80GB HBM3``.
         measured: whether they were measured on such a GPU.
-        gpu: the GPU's own.
-        tilings: by group size (0: one scale a row) and whether steps along K are whole.
+        gpu: costs that do not depend on the tiling.
+        tilings: costs of each tiling, by group size (0: one scale a row) and whether steps along K are whole.
     """
 
     source: str
@@ -54,7 +54,7 @@ def load_costs(path: Path) -> Costs:
     """A table as ``python -m benchmarks.fit`` writes it.
 
     Raises:
-        ValueError: a tiling, or a cost of it, is not as it should be, naming the file and the entry.
+        ValueError: a tiling or one of its costs is malformed; the message names the file and the entry.
     """
     table = json.loads(path.read_text())
     found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
@@ -76,11 +76,11 @@ def load_costs(path: Path) -> Costs:
 
 
 def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tuple[int, int]]) -> Costs:
-    """Costs of a GPU that nobody measured, from those of Hopper and from numbers of data sheets.
+    """Costs of a GPU without measurements, from the costs of Hopper and from data sheets.
 
-    Waiting takes as long there. The work of a step takes as long or, where that is longer, what the tensor cores need
-    at EFFICIENCY of their rate. Memory is faster by its bandwidth, the L2 cache by the number of multiprocessors that
-    read it. ``resources`` are registers and bytes of shared memory of the tilings that compile for the GPU.
+    Latencies are equal. The work of a step takes the same time, or the time of the tensor cores at EFFICIENCY of their
+    rate, whichever is longer. Memory bandwidth scales as on the data sheets, and that of the L2 cache with the number
+    of multiprocessors. ``resources`` are registers and bytes of shared memory of the tilings that compile for the GPU.
     """
     rate = EFFICIENCY * gpu.rate / gpu.processors
     found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
@@ -104,10 +104,11 @@ def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tu
 
 @cache
 def costs_of(gpu: GpuArch, bits: int) -> Costs:
-    """The costs on a GPU: of its table ``tuned/<name>.json``, or ``tuned/<name>_int8.json``, or predicted.
+    """The costs on a GPU, from its table ``tuned/<name>.json`` or ``tuned/<name>_int8.json``, or predicted.
 
-    They are predicted from Hopper's for the same bits. ``tuned/resources.json`` and ``tuned/resources_int8.json``
-    list, by GPU, the tilings whose machine code passes the tests of compilation; a GPU in the list gets no others.
+    The prediction starts from Hopper's table for the same bits. ``tuned/resources.json`` and
+    ``tuned/resources_int8.json`` list, by GPU, the tilings whose machine code passes the tests of compilation. A GPU
+    in the list gets no others.
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
     resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
@@ -127,17 +128,17 @@ def costs_of(gpu: GpuArch, bits: int) -> Costs:
 
 @dataclass(frozen=True)
 class Weight:
-    """What a choice is made for.
+    """The facts about a weight that determine its tilings.
 
     Attributes:
-        n: out_features, those of both halves of a gated pair.
+        n: out_features; for a gated pair, the sum of both halves.
         k: in_features.
-        group_size: along K.
-        bits: of a weight.
+        group_size: group size along K.
+        bits: bits of an element.
         outputs: see :class:`~et_cuda_passes.kernels.cost.Work`.
-        batch: see there; each product is one expert's.
-        experts: whether it is for the experts' kernel, which has no segments, tiles that are cut, copies in bulk, or
-            steps within a group.
+        batch: as in ``Work``; each product is that of one expert.
+        experts: whether the experts' kernel reads it. That kernel has no segments, no split tiles, no bulk copies, and
+            no steps shorter than a group.
     """
 
     n: int
@@ -149,24 +150,24 @@ class Weight:
     experts: bool = False
 
     def has(self, tiling: Tiling) -> bool:
-        """Whether the weight's kernel has this tiling."""
+        """Whether the weight's kernel supports this tiling."""
         plain = (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k >= self.group_size
         # With four warps the experts' kernel spills registers in a tile of 128 x 128.
         spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
         return (plain and not spills) or not self.experts
 
     def work(self, m: Numbers) -> Work:
-        """With so many rows of x."""
+        """The product with ``m`` rows of x."""
         return Work(m, self.n, self.k, self.weight_bytes, self.outputs, self.batch)
 
     @property
     def weight_bytes(self) -> float:
-        """Of a row, with its scales."""
+        """Bytes of a row with its scales."""
         return self.k * self.bits / 8 + 2 * (self.k / self.group_size)
 
 
 def nearest_group(costs: Costs, weight: Weight) -> int:
-    """The group size whose costs stand for the weight's."""
+    """The group size in the table that is nearest to the weight's."""
     known = sorted({group for group, _ in costs.tilings})
     if weight.group_size == weight.k and 0 in known:
         return 0
@@ -174,7 +175,7 @@ def nearest_group(costs: Costs, weight: Weight) -> int:
 
 
 def candidates(costs: Costs, weight: Weight) -> Iterator[tuple[Tiling, TilingCost]]:
-    """The tilings that a weight can have, those that cut tiles too."""
+    """The tilings that a weight can have, with and without split tiles."""
     group = nearest_group(costs, weight)
     for whole in (True, False):
         for tiling, cost in costs.tilings.get((group, whole), {}).items():
@@ -187,7 +188,7 @@ def candidates(costs: Costs, weight: Weight) -> Iterator[tuple[Tiling, TilingCos
 def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -> tuple[list[Tiling], np.ndarray]:
     """The tilings that a weight can have, and microseconds of each (first dimension) for each number of rows.
 
-    Infinite for a tiling of so many or so few rows that it never wins.
+    The time is infinite for a tiling whose rows are so many or so few that it is never the cheapest.
     """
     tilings, known = zip(*candidates(costs, weight), strict=True)
     shapes, numbers = stacked(tilings, column=True), np.array(rows)
@@ -205,13 +206,13 @@ def tiling_for(gpu: GpuArch, weight: Weight, rows: int) -> Tiling:
 
 
 def lengths(first: int, last: int) -> list[int]:
-    """Numbers of rows from ``first`` to ``last`` that stand for all between: every tile's edge is near one."""
+    """Sample numbers of rows from ``first`` to ``last``: the edge of every tile is near one of them."""
     return sorted({first, (first + last) // 2, last})
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Tilings by the most rows each serves, ascending, and the worst loss against the best tiling of a length."""
+    """Tilings by the largest number of rows of each, ascending, and the worst loss against the best of a length."""
 
     tilings: Mapping[int, Tiling]
     loss: float
@@ -227,7 +228,7 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     intervals = [lengths(*pair) for pair in zip(begins, ends, strict=True)]
     rows = [number for interval in intervals for number in interval]
     choices, times = predicted(gpu, costs, weight, rows)
-    # Of each tiling, the worst loss within each interval.
+    # The worst loss of each tiling within each interval.
     starts = np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
     losses = np.maximum.reduceat(times / times.min(axis=0), starts, axis=1)
     chosen = cover(losses, most)
@@ -242,15 +243,15 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
 
 
 def cover(losses: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """Intervals as (first, end, choice), at most ``most``, whose worst loss is as small as it can be.
+    """At most ``most`` intervals (first, end, choice) with the smallest worst loss.
 
-    ``losses`` is of each choice (first dimension) in each interval. Fewer are taken where the loss is below ENOUGH
-    anyway, or hardly larger.
+    ``losses`` contains the loss of each choice (first dimension) in each interval. Fewer intervals are used if their
+    loss is below ENOUGH.
     """
     count = losses.shape[1]
 
     def greedy(limit: float) -> list[tuple[int, int, int]] | None:
-        """As few as cover all with no loss above ``limit``: each reaches as far as it can."""
+        """The fewest intervals without a loss above ``limit``: each extends as far as possible."""
         above = losses > limit
         found: list[tuple[int, int, int]] = []
         first = 0
@@ -278,12 +279,12 @@ def cover(losses: np.ndarray, most: int) -> list[tuple[int, int, int]]:
 
 
 def best_within(losses: np.ndarray) -> int:
-    """The choice with the smallest worst loss, and of those the smallest sum."""
+    """The choice with the smallest worst loss; among equals, the one with the smallest sum."""
     return int(np.lexsort((losses.sum(axis=1), losses.max(axis=1)))[0])
 
 
 def describe(gpu: GpuArch, weight: Weight, rows: int | None) -> str:
-    """The tilings chosen for a weight, as a report says it: for ``rows``, or by rows where they are not known."""
+    """The tilings of a weight as text for a report: for ``rows``, or one for each bucket if ``rows`` is None."""
     costs = costs_of(gpu, weight.bits)
     if rows is not None:
         return f"M = {rows}: {tiling_for(gpu, weight, rows)} ({costs.source})"

@@ -1,15 +1,15 @@
-"""What a tiling costs for a product: a model of its time, whose numbers ``python -m benchmarks.calibrate`` measures.
+"""A model of the time of a product in a tiling; ``python -m benchmarks.calibrate`` measures its numbers.
 
-A launch is tiles, each of them steps along K. A multiprocessor works at some tiles at once, and at the others after
-them, in waves. For ``q`` tiles at once::
+A launch consists of tiles, and a tile of steps along K. A multiprocessor computes ``q`` tiles at once, and then the
+next ones, in waves. A wave takes::
 
     begin + q * each + steps * max(latency, q * step)
 
-``latency`` is how long one program waits for its own loads and products; ``q * step`` what the multiprocessor needs to
-do the work of ``q`` steps, whoever waits meanwhile. ``begin`` passes once for all of them, ``each`` for one after the
-other. Tiles that do not fill the last wave may be cut along K: their parts are shorter tiles, and adding them up is a
-second launch. Under all this lies what memory and the L2 cache need for the bytes. The maxima are rounded off: who is
-nearly held up by two things takes longer than by one.
+``latency`` is the time that one program waits for its own loads and products. ``q * step`` is the time of a
+multiprocessor for the work of ``q`` steps. ``begin`` is spent once for all tiles, ``each`` once for every tile. Tiles
+that do not fill the last wave may be split along K: their parts are shorter tiles, and a second launch adds them. The
+time of memory and of the L2 cache is a lower bound. The maxima are smooth, since two limits that are nearly equal delay
+a program more than one.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ Numbers = Any
 
 @dataclass(frozen=True)
 class TilingCost:
-    """What a kernel in one tiling, for one group size, whole steps or not, takes on one GPU, in microseconds.
+    """The costs of a kernel in one tiling, for one group size and whole steps or not, on one GPU, in microseconds.
 
     Attributes:
-        programs: that a multiprocessor holds at once.
-        begin: of tiles that run at once, the begin and end, whatever their number.
-        each: of every one of them, what they do one after the other.
-        latency: of a step, however few run.
-        step: of every one of them at least, for a step.
+        programs: number of programs that a multiprocessor holds at once.
+        begin: begin and end of tiles that run at once, for any number of them.
+        each: serial time of each tile.
+        latency: least time of a step, for any number of tiles.
+        step: least time of a step for each tile.
     """
 
     programs: int
@@ -45,17 +45,17 @@ class TilingCost:
 
 @dataclass(frozen=True)
 class GpuCost:
-    """What does not depend on the tiling, in microseconds and bytes a microsecond.
+    """The costs that do not depend on the tiling, in microseconds and bytes a microsecond.
 
     Attributes:
-        start: of a launch.
-        bandwidth: of memory.
-        cache_bandwidth: of the L2 cache.
-        second: of the launch that adds parts, and its start.
-        part: of a part that is added, one after the other.
-        part_bandwidth: of parts that are written, and of parts that are read.
-        missing_row: that a bulk copy needs for each row beyond M of a tile of x.
-        sharpness: of the rounded maxima; infinite for sharp ones.
+        start: time of a launch.
+        bandwidth: bandwidth of memory.
+        cache_bandwidth: bandwidth of the L2 cache.
+        second: time of the launch that adds parts.
+        part: serial time of each part that is added.
+        part_bandwidth: bandwidth of parts that are written, and of parts that are read.
+        missing_row: time of a bulk copy for each row beyond M of a tile of x.
+        sharpness: exponent of the smooth maxima; infinite for exact ones.
     """
 
     start: float
@@ -70,15 +70,16 @@ class GpuCost:
 
 @dataclass(frozen=True)
 class Work:
-    """A product, as far as its time depends on it.
+    """The facts about a product that determine its time.
 
     Attributes:
         m: rows of x.
         n: rows of the weight.
         k: columns of both.
-        weight_bytes: of a row of the weight and its scales.
-        outputs: tensors of [m, n] that are written or read at the end: 1, and one for a factor and an addend each.
-        batch: how many such products one launch makes, each of a weight of its own.
+        weight_bytes: bytes of a row of the weight with its scales.
+        outputs: number of tensors [m, n] that the epilogue writes or reads: 1, and 1 for each of a factor and an
+            addend.
+        batch: number of such products in one launch, each with its own weight.
     """
 
     m: int
@@ -90,7 +91,7 @@ class Work:
 
 
 def stacked(rows: Sequence[Any], *, column: bool = False) -> Any:
-    """Equal dataclasses as one, whose fields are arrays [len(rows)], or [len(rows), 1] if ``column``."""
+    """One dataclass from several of one type: its fields are arrays [len(rows)], or [len(rows), 1] if ``column``."""
     kind = type(rows[0])
     arrays = {field.name: np.array([getattr(row, field.name) for row in rows]) for field in fields(kind)}
     return kind(**{name: array[:, None] if column else array for name, array in arrays.items()})
@@ -102,16 +103,16 @@ def is_whole(tiling: Tiling, k: int) -> bool:
 
 
 def rounded_max(sharpness: float, *values: Numbers) -> Numbers:
-    """The largest value, and more where others are near; each is at least 0, the first one more than that."""
+    """A smooth maximum: the largest value, increased by values near it. All are at least 0, the first one above 0."""
     largest = np.maximum.reduce(np.broadcast_arrays(*values))
     relative = sum((value / largest) ** sharpness for value in values)
     return largest * relative ** (1 / sharpness)
 
 
 def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors: int) -> Numbers:
-    """Microseconds of a launch, and of the one that adds parts, on a GPU of so many multiprocessors.
+    """Microseconds of a launch, and of the launch that adds parts, on a GPU with ``processors`` multiprocessors.
 
-    The fields of ``tiling``, ``work`` and ``cost`` may be arrays, as :func:`stacked` makes them.
+    The fields of ``tiling``, ``work`` and ``cost`` may be arrays, as :func:`stacked` builds them.
     """
     sharpness, q = gpu.sharpness, cost.programs
     across = -(-work.n // tiling.block_n)
@@ -123,21 +124,21 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     is_cut = (rest > 0) & (ways > 1)
     rest, ways = np.where(is_cut, rest, 0), np.where(is_cut, ways, 1)
     parts = rest * np.where(is_cut, ways, 0)
-    # Rows that are not there: see ``tiles.first_row``.
+    # Rows beyond M: see ``tiles.first_row``.
     missing = tiling.bulk * np.maximum(tiling.block_m - work.m, 0) * gpu.missing_row
 
     def stepping(count: Numbers) -> Numbers:
-        """A step of ``count`` tiles at once."""
+        """Time of a step of ``count`` tiles at once."""
         return np.maximum(rounded_max(sharpness, cost.latency, count * cost.step), count * missing)
 
     length = -(-steps // tiling.segments)
-    alone = -(-(tiles - rest) // processors)  # whole tiles of the multiprocessor that has most
+    alone = -(-(tiles - rest) // processors)  # whole tiles of the busiest multiprocessor
     waves, last = alone // q, alone % q
-    # Where a multiprocessor holds more programs than ``tiling.waves``, some have two whole tiles of the one wave, and
-    # others only parts. That is seen often, not always: a choice by the worse case loses less.
+    # If a multiprocessor holds more programs than ``tiling.waves``, some get two whole tiles of one wave, and others
+    # only parts. This happens often, not always; assuming the worse case loses less.
     last = np.where((parts > 0) & (alone == tiling.waves) & (q > alone), np.minimum(q, 2 * alone), last)
     busy = waves * (cost.begin + q * cost.each + length * stepping(q))
-    # The last wave: whole tiles, beside parts of cut ones until those end.
+    # The last wave: whole tiles run beside parts of split tiles until the parts end.
     beside = -(-parts // processors)
     together = np.where(parts > 0, -(-steps // ways), 0)
     longer = np.where(last > 0, np.maximum(length - together, 0), 0)

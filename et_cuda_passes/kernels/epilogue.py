@@ -1,4 +1,4 @@
-"""The epilogue of a matrix product: bias, activation, a product and a sum with other tensors, all in fp32.
+"""The epilogue of a matrix product in fp32: bias, activation, a factor and an addend.
 
 To add an activation function, add a branch to ``activate`` and an entry to ``ACTIVATIONS``.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation function as it stands in a graph: an operator of one tensor, and its keyword arguments."""
+    """An activation function in a graph: an operator of one tensor, and its keyword arguments."""
 
     operator: torch._ops.OpOverload
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -32,14 +32,14 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_tanh": Activation(_aten.gelu.default, {"approximate": "tanh"}),
     "relu": Activation(_aten.relu.default),
 }
-"""The activation functions by the name that ``activate`` knows them by."""
+"""The activation functions by their names in ``activate``."""
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _power_of_two(x, USE_ASM: tl.constexpr):
-    """2 ** x, to 2 units in the last place; 0 for what has no normal number."""
+    """2 ** x, to 2 units in the last place; subnormal results are 0."""
     if USE_ASM:
         y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -49,7 +49,7 @@ def _power_of_two(x, USE_ASM: tl.constexpr):
 
 @triton.jit
 def _inverse(x, USE_ASM: tl.constexpr):
-    """1 / x, to 1 unit in the last place; 0 for what has no normal number."""
+    """1 / x, to 1 unit in the last place; subnormal results are 0."""
     if USE_ASM:
         y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -59,16 +59,16 @@ def _inverse(x, USE_ASM: tl.constexpr):
 
 @triton.jit
 def _times_sigmoid(y, z, USE_ASM: tl.constexpr):
-    """y * sigmoid(z) for z given as -z * log2(e)."""
+    """y * sigmoid(a), where z is -a * log2(e)."""
     return y * _inverse(1.0 + _power_of_two(z, USE_ASM), USE_ASM)
 
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr, USE_ASM: tl.constexpr):
-    """The activation function, off by 3e-7 and 2e-6 of itself at most; of gelu from -5 on by 2e-3 of itself.
+    """Apply the activation function, with an error of at most 3e-7 + 2e-6 of the result; gelu below -5: 2e-3 of it.
 
-    A thread has more than a hundred to make at the end of a large tile, when nothing else of it runs: what divides with
-    all its digits, and the error function with them, took two to three times the instructions.
+    A thread computes more than a hundred of these at the end of a large tile, when it has no other work. Exact division
+    and the exact error function took two to three times as many instructions.
     """
     if ACTIVATION == "silu":
         y = _times_sigmoid(y, y * -_LOG2_E, USE_ASM)
@@ -81,7 +81,7 @@ def activate(y, ACTIVATION: tl.constexpr, USE_ASM: tl.constexpr):
         t = _inverse(1.0 + 0.23164190 * size, USE_ASM)
         series = t * (0.127414796 + t * (-0.142248368 + t * (0.710706871 + t * (-0.726576014 + t * 0.530702714))))
         tail = series * _power_of_two(y * y * (-0.5 * _LOG2_E), USE_ASM)
-        # Of an infinite y the tail is 0, and so is the product.
+        # For an infinite y the tail is 0, and so is the product.
         y = tl.maximum(y, 0.0) - tl.minimum(size, 64.0) * tail
     if ACTIVATION == "gelu_tanh":
         # 0.5 (1 + tanh(z)) = sigmoid(2 z), with z = sqrt(2 / pi) (y + 0.044715 y^3).

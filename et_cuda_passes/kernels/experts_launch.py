@@ -1,7 +1,6 @@
-"""The launches of the experts' kernel: which tilings, over how many tiles.
+"""The launches of the experts' kernel, one for each bucket of rows (see :mod:`et_cuda_passes.kernels.buckets`).
 
-As for :mod:`et_cuda_passes.kernels.int4_launch`, a number of rows that is not known is a launch for each bucket, its
-grid multiplied by 0 or 1. How many rows each expert gets is data: a bucket is chosen by their average.
+The number of rows of each expert is data, so the average number of rows selects the bucket.
 """
 
 from collections.abc import Iterator
@@ -9,26 +8,26 @@ from collections.abc import Iterator
 from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from et_cuda_passes.kernels import known_writes
+from et_cuda_passes.kernels import triton_launch
+from et_cuda_passes.kernels.buckets import bucket_flags, buckets_for, gpu_of
 from et_cuda_passes.kernels.choose import Weight
 from et_cuda_passes.kernels.int4_experts import int4_experts
-from et_cuda_passes.kernels.launching import flagged, gpu_of, possible
 from et_cuda_passes.kernels.tiling import Tiling
 
 MOST_LAUNCHES = 3
-"""Buckets of a number of rows that is not known at export: few, since experts come in many layers."""
+"""Maximum number of buckets for an unknown number of rows: few, since a model has experts in many layers."""
 
 Size = int | SymInt
 
 
 def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_size: int) -> Tensor:
-    """``x [B, M, K]`` times the matrix of expert ``ids[s]``, or of every expert in turn: [S, M, N] on CUDA.
+    """``x [B, M, K]`` times the matrix of expert ``ids[s]``, or of expert s without ids: [S, M, N] on CUDA.
 
-    All contiguous; batch s reads ``x[s // (S / B)]``.
+    All are contiguous. Batch s reads ``x[s // (S / B)]``.
     """
     (batches, m, _), experts = x.shape, packed.shape[0]
     count = experts if ids is None else ids.shape[0]
-    # Of no ids no batch is read.
+    # With empty ids both counts are 0, and 0 must not be a divisor.
     share: Size = 1 if statically_known_true(batches == count) else count // batches
     y = x.new_empty((count, m, packed.shape[1]))
     for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count):
@@ -38,11 +37,11 @@ def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_si
 
 
 def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_size: int) -> Tensor:
-    """``x [M, K]`` in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
+    """``x [M, K]``, in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
     m, experts = x.shape[0], packed.shape[0]
     y = x.new_empty((m, packed.shape[1]))
     for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts):
-        # Every group, and the rows that no expert has, ends in a tile that may not be full.
+        # Every group, and the rows without an expert, may end in a tile that is not full.
         tiles = m // tiling.block_m + experts + 1
         y = _launch(x, packed, qparams, offs, y, m, 1, tiles * flag, tiling, group_size, True, wgmma)
     return y
@@ -51,11 +50,11 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
 def _buckets(
     x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size
 ) -> Iterator[tuple[Size, Tiling, bool]]:
-    """For the rows that each of ``count`` experts has: (1 if within the bucket, else 0; tiling; wgmma or not)."""
+    """For ``rows`` rows of each expert: (1 if within the bucket, else 0; tiling; whether wgmma is used)."""
     gpu = gpu_of(x.device)
     batch = count if isinstance(count, int) else packed.shape[0]
     weight = Weight(packed.shape[1], x.shape[-1], group_size, batch=max(1, batch), experts=True)
-    for flag, tiling in flagged(rows, possible(rows, weight, gpu, MOST_LAUNCHES)):
+    for flag, tiling in bucket_flags(rows, buckets_for(rows, weight, gpu, MOST_LAUNCHES)):
         yield flag, tiling, gpu.wgmma
 
 
@@ -73,14 +72,14 @@ def _launch(
     grouped: bool,
     wgmma: bool,
 ) -> Tensor:
-    """One tiling over so many tiles of rows; y as it is then is returned."""
+    """Launch one tiling over ``tiles`` tiles of rows; returns the mutated y."""
     experts, n, k = packed.shape[0], packed.shape[1], x.shape[-1]
     sizes = f"{m} {share} {experts} {n} {k} {grouped} {chosen is not None}"
     arguments = {
         "x_ptr": x,
         "words_ptr": packed,
         "qparams_ptr": qparams,
-        # A pointer that is not read still has to be one.
+        # A pointer that the kernel does not read must still be a tensor.
         "expert_ptr": packed if chosen is None else chosen,
         "y_ptr": y,
         "M": m,
@@ -102,5 +101,5 @@ def _launch(
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    (y,) = known_writes.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"], sizes)
+    (y,) = triton_launch.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"], sizes)
     return y

@@ -1,8 +1,8 @@
-"""GPUs by name, as data: what a kernel's shape has to fit, and what its time depends on.
+"""GPUs by name: the limits for a tiling, and the speeds that determine its time.
 
 The limits of a multiprocessor are those of the CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability". Bandwidth and rate (bf16 with fp32 sums, without sparsity) are of the card in ``card``, by NVIDIA's data
-sheets and architecture white papers; other cards of the same architecture differ in these and in multiprocessors.
+Capability". Bandwidth and rate (bf16 with fp32 sums, without sparsity) are those of the card in ``card``, from NVIDIA's
+data sheets and architecture white papers. Other cards of the same architecture differ in these and in multiprocessors.
 """
 
 import re
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 KIB = 1024
 RESERVED = 1024
-"""Bytes of shared memory that each program has beside its own."""
+"""Bytes of shared memory that the system reserves for each program."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class GpuArch:
 
     Attributes:
         name: as in ``sm_90``.
-        card: the card that numbers which an architecture does not fix are of.
-        processors: multiprocessors.
-        program_memory: bytes of shared memory that a program can have.
+        card: the card whose processors, bandwidth and rate these are.
+        processors: number of multiprocessors.
+        program_memory: largest number of bytes of shared memory of a program.
         memory: bytes of shared memory of a multiprocessor.
-        warps: that a multiprocessor holds.
-        programs: that a multiprocessor holds.
+        warps: largest number of warps on a multiprocessor.
+        programs: largest number of programs on a multiprocessor.
         bandwidth: bytes a microsecond.
         rate: floating-point operations a microsecond.
-        registers: of a multiprocessor, 32 bits each.
+        registers: number of 32-bit registers of a multiprocessor.
     """
 
     name: str
@@ -52,14 +52,14 @@ class GpuArch:
         return divmod(int(self.name.removeprefix("sm_")), 10)
 
     def __str__(self) -> str:
-        """As :func:`gpu_arch` reads it."""
+        """The name that :func:`gpu_arch` parses."""
         return self.name if self == GPUS[self.name] else f"{self.name}:{self.processors}"
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
-        """Programs of so many registers a thread, bytes and warps that a multiprocessor holds at once; 0: none fits."""
+        """Programs that a multiprocessor holds at once, by registers a thread, shared memory and warps; or 0."""
         if shared > self.program_memory:
             return 0
-        of_warp = -(-registers * 32 // 256) * 256  # given out in units of 256
+        of_warp = -(-registers * 32 // 256) * 256  # allocated in units of 256
         by_registers = self.registers // (of_warp * warps)
         return min(by_registers, self.memory // (shared + RESERVED), self.warps // warps, self.programs)
 
@@ -82,7 +82,7 @@ def gpu_arch(name: str) -> GpuArch:
     """The GPU of a name: ``sm_89``, or ``sm_89:76`` for a card of 76 multiprocessors.
 
     Raises:
-        ValueError: no such GPU is known, or the number is none.
+        ValueError: the name or the number is unknown.
     """
     found = re.fullmatch(r"(sm_\d+)(?::([1-9]\d{0,3}))?", name)
     if found is None or found[1] not in GPUS:
@@ -93,13 +93,15 @@ def gpu_arch(name: str) -> GpuArch:
 
 
 def gpu_of_capability(capability: tuple[int, int], processors: int) -> GpuArch:
-    """The GPU of a compute capability; of one that is not known, the nearest before it.
+    """The GPU of a compute capability, or for an unknown one the nearest older GPU.
 
     Raises:
-        ValueError: it is older than all that are known.
+        ValueError: the capability is older than every known GPU.
     """
     older = [gpu for gpu in GPUS.values() if gpu.capability <= capability]
     if not older:
         least = next(iter(GPUS))
-        raise ValueError(f"a GPU of compute capability {capability} is older than {least}, from which on kernels run")
+        raise ValueError(
+            f"a GPU of compute capability {capability} is older than {least}, the oldest that the kernels support"
+        )
     return replace(max(older, key=lambda gpu: gpu.capability), processors=processors)

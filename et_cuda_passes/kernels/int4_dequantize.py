@@ -1,8 +1,8 @@
-"""Triton functions that turn words of the ``mma_tiled`` layout into a tile of weights, in the tensor cores' own order.
+"""Triton functions that dequantize words of the ``mma_tiled`` layout to a tile of weights, in the tensor cores' order.
 
-The layout (:mod:`et_cuda_passes.layouts.mma_tiled`) was chosen so that the words a thread loads hold exactly the
-elements that the ``mma`` and ``wgmma`` instructions want of this thread as their left operand. The joins, the permute
-and the reshapes below are then only names: the compiler turns them into no instruction at all.
+In this layout (:mod:`et_cuda_passes.layouts.mma_tiled`) the words that a thread loads contain exactly the elements that
+``mma`` and ``wgmma`` read from this thread as their left operand. So the joins, the permute and the reshapes below
+compile to no instruction.
 """
 
 import triton
@@ -10,11 +10,11 @@ import triton.language as tl
 
 
 def _arithmetic(dtype: str, magic: str, minus: str, one: str, zero: str) -> str:
-    """PTX from the nibbles of ``w``, two words' halves side by side, to four registers of two 16-bit floats.
+    """PTX that converts the nibbles of ``w``, the halves of two words, to four registers of two 16-bit floats.
 
     ``magic | q`` is a float of value 128 + q (bf16) or 1024 + q (fp16): subtracting 136 or 1032 leaves q - 8 with no
     conversion instruction and no rounding. Only fused multiply-adds are used, since bf16 has no other arithmetic
-    before sm_90. Operand 6 is the scale; what is added is operand 7, or the negative zero that changes nothing.
+    before sm_90. Operand 6 is the scale. The addend is operand 7, or negative zero, which changes nothing.
     """
     lines = []
     for nibble in range(4):
@@ -39,11 +39,11 @@ _BEGIN = tl.constexpr("{ .reg .b32 w, t, one, minus, none; ")
 # Nibbles 0..3 or 4..7 of two neighbouring words, operands 4 and 5.
 _LOW = tl.constexpr("prmt.b32 w, $4, $5, 0x5410; ")
 _HIGH = tl.constexpr("prmt.b32 w, $4, $5, 0x7632; ")
-# wgmma reads its left operand from registers while later instructions run, and Triton up to 3.6 lets one step's be in
-# flight while the next step writes the same registers (triton-lang/triton#9433). What writes them waits here. The place
-# of a wait is certain: after the loads that it takes its words from, so after the barrier that ends the step before,
-# and before the products that it is for. As a text of its own it would have to be impure, and torch takes a kernel with
-# impure assembly to write to all of its arguments.
+# wgmma reads its left operand from registers while later instructions run. Triton up to 3.6 lets the wgmma of one step
+# run while the next step writes the same registers (triton-lang/triton#9433). So the instructions that write them wait
+# here. The wait has a certain place: after the loads of its words, hence after the barrier that ends the previous step,
+# and before the products that read its results. A separate assembly text would have to be impure, and torch assumes
+# that a kernel with impure assembly mutates all of its arguments.
 _WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0; ")
 _SCALED_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r")
 _AFFINE_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
@@ -51,7 +51,7 @@ _AFFINE_OPERANDS = tl.constexpr("=r,=r,=r,=r,r,r,r,r")
 
 @triton.jit
 def _nibble(words, scale, zero, place: tl.constexpr, HAS_ZERO: tl.constexpr):
-    """(q - 8) * scale + zero of one nibble of every word, rounded once, on any machine."""
+    """(q - 8) * scale + zero of one nibble of every word, rounded once, without assembly."""
     w = (((words >> (4 * place)) & 15) - 8).to(tl.float32) * scale.to(tl.float32)
     if HAS_ZERO:
         w += zero.to(tl.float32)
@@ -88,13 +88,13 @@ def _half_words(
 
 @triton.jit
 def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Scales or zeros [ROWS, all groups of a step or more] -> those of nibbles 0..3 and of 4..7, [ROWS, BLOCK_K / 8].
+    """Scales or zeros [ROWS, groups of a step or more] -> those of nibbles 0..3 and of 4..7, [ROWS, BLOCK_K / 8].
 
-    A word reaches over 64 values of K: a block's words are (lane of four, parity).
+    The eight words of 64 values of K are (lane of four, parity); each has nibbles from all over the 64 values.
     """
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if BLOCK_K > GROUP_SIZE else 1
     if qparams.shape[1] > GROUPS:
-        # Four were loaded, so that a thread's share is wide enough for an asynchronous copy.
+        # Four groups were loaded, so that a thread's share is wide enough for an asynchronous copy.
         qparams, _ = tl.split(qparams.reshape(ROWS, 2, 2).permute(0, 2, 1))
         if GROUPS == 1:
             qparams, _ = tl.split(qparams)
@@ -113,11 +113,11 @@ def _per_word(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl
 
 @triton.jit
 def load_one(qparams_at, number, there, dtype: tl.constexpr):
-    """Scale ``number`` of each row, [ROWS, 1], where it is ``there``, else 0. Rows begin at ``qparams_at``, of int32.
+    """Scale ``number`` of each row, [ROWS, 1], if ``there``, else 0. Rows begin at ``qparams_at``, a pointer to int32.
 
-    For a step that lies in one group: one scale is too few bytes for an asynchronous copy, and a step would wait for
-    it. A pair is not; which of it is meant is said by masks of the two loads, since the compiler does not follow a
-    selection back to where the words are loaded, and then moves the weights from thread to thread.
+    This serves a step that lies in one group. One scale has too few bytes for an asynchronous copy, so that a step
+    would wait for it. A pair has enough. The masks of two loads select one of the pair: the compiler does not propagate
+    another selection back to the loads of the words, and would then move the weights between threads.
     """
     pair = qparams_at + number // 2
     first = tl.load(pair, mask=there & (number % 2 == 0), other=0)
@@ -127,9 +127,9 @@ def load_one(qparams_at, number, there, dtype: tl.constexpr):
 
 @triton.jit
 def row_lengths(K32, GROUP_SIZE: tl.constexpr):
-    """What a row has of x, of words and of scales, for K = 32 ``K32``.
+    """The lengths of a row of x, of words and of scales, for K = 32 ``K32``.
 
-    Products with constants, so that the compiler knows what divides them: every load is a vector by that.
+    They are products with constants, so that the compiler knows their divisors and vectorizes every load.
     """
     words_row = tl.cdiv(K32, 2) * 8
     return K32 * 32, words_row, tl.cdiv(words_row * 8 // GROUP_SIZE + 3, 8) * 8
@@ -149,13 +149,13 @@ def dequantize_tile(
 ):
     """Words int32 [ROWS, BLOCK_K / 8], scale and zero [ROWS, groups of the step] -> weights [ROWS, BLOCK_K]."""
     s0, s1 = _per_word(scale, ROWS, BLOCK_K, GROUP_SIZE)
-    z0, z1 = s0, s1  # where there are no zeros the scales stand for them
+    z0, z1 = s0, s1  # without zeros the scales are placeholders
     if HAS_ZERO:
         z0, z1 = _per_word(zero, ROWS, BLOCK_K, GROUP_SIZE)
     w0, w1, w2, w3 = _half_words(words, s0, z0, False, HAS_ZERO, USE_ASM, WGMMA)
     w4, w5, w6, w7 = _half_words(words, s1, z1, True, HAS_ZERO, USE_ASM, WGMMA)
-    # A nibble's place is (step of 16 along K, 2 bits; half of the step): the last is joined last.
+    # The position of a nibble is (step of 16 along K, 2 bits; half of the step): the last index is joined last.
     w = tl.join(tl.join(tl.join(w0, w4), tl.join(w2, w6)), tl.join(tl.join(w1, w5), tl.join(w3, w7)))
-    # (row, block, lane, parity, step / 2, step % 2, half of the step) -> K in its own order.
+    # (row, block, lane, parity, step / 2, step % 2, half of the step) -> natural order of K.
     w = w.reshape(ROWS, BLOCK_K // 64, 4, 2, 2, 2, 2)
     return w.permute(0, 1, 4, 5, 6, 2, 3).reshape(ROWS, BLOCK_K)

@@ -1,9 +1,9 @@
 """The Triton kernel of experts' int4 weights: rows of x, each times the matrix of one expert.
 
 ``y[r, n] = sum over k of x[r, k] * ((q[e(r), n, k] - 8) * scale + zero)``. A program is a tile of rows that have one
-expert, times a tile of that expert's matrix, which goes from packed words to registers as in
-:mod:`et_cuda_passes.kernels.int4_matmul` and is never stored. Experts that no row has are not read. A sum is never cut
-along K, so that equal inputs give equal bits.
+expert, times a tile of that expert's matrix, which is dequantized in registers as in
+:mod:`et_cuda_passes.kernels.int4_matmul` and never stored. Experts without rows are not read. No tile is split along K,
+so that equal inputs give equal bits.
 """
 
 import triton
@@ -15,13 +15,13 @@ from et_cuda_passes.kernels.tiles import multiply
 
 @triton.jit
 def _group_of(pid, before, end, M, E, BLOCK_M: tl.constexpr):
-    """The group that row tile ``pid`` lies in, its first row there and the group's end; group E is what no expert has.
+    """The group of row tile ``pid``, the tile's first row and the group's end; group E is the rows without an expert.
 
-    Groups follow each other, ``before`` and ``end`` [a power of two above E] being where they begin and end, each in
-    tiles of its own.
+    ``before`` and ``end`` [a power of two above E] are the begins and ends of consecutive groups. Each group has its
+    own tiles.
     """
     group = tl.arange(0, end.shape[0])
-    # Offsets out of order, or beyond x, mean nothing that torch would say either: nothing outside of x is touched.
+    # torch does not define offsets out of order or beyond x. The clamps keep every access inside of x.
     end = tl.minimum(tl.maximum(tl.where(group < E, end.to(tl.int32), M), 0), M)
     start = tl.minimum(tl.maximum(tl.where(group > E, M, before.to(tl.int32)), 0), M)
     tiles = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
@@ -36,7 +36,7 @@ def int4_experts(
     x_ptr,  # [rows, K]
     words_ptr,  # int32 [E, N, padded K / 8]
     qparams_ptr,  # [1 or 2, E, N, row of scales]: the scales, and the zeros if HAS_ZERO
-    expert_ptr,  # GROUPED: the end of each expert's rows [E]; else the expert of each batch, not read unless HAS_IDS
+    expert_ptr,  # GROUPED: the end of each expert's rows [E]; else the expert of each batch, read only if HAS_IDS
     y_ptr,  # [rows, N]
     M,  # GROUPED: rows; else rows of a batch
     SHARE,  # batches that read the same rows of x
@@ -58,8 +58,8 @@ def int4_experts(
 ):
     """One tile [BLOCK_M, BLOCK_N] of y, over a grid of (tiles of rows, tiles of N). SALT as for ``int4_matmul``.
 
-    Rows of y that no expert has are 0; those of an expert that there is none of are NaN. A negative expert counts from
-    the last, as an index of torch does. WIDTH is a power of two above E.
+    Rows of y without an expert are 0; rows whose expert is out of range are NaN. A negative expert counts from the
+    last, as an index of torch does. WIDTH is a power of two above E.
     """
     if -SALT == M:
         return
@@ -68,7 +68,7 @@ def int4_experts(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
-        # Loaded here: what another function is given the pointer for, torch takes it to write to.
+        # Loaded here, since torch assumes that a function mutates every pointer that is passed to it.
         each = tl.arange(0, WIDTH)
         ends = tl.load(expert_ptr + each, mask=each < E, other=0)
         before = tl.load(expert_ptr + each - 1, mask=(each > 0) & (each <= E), other=0)
@@ -92,20 +92,20 @@ def int4_experts(
             expert = tl.where(expert < 0, expert + E, expert)
     at = y_row[None, :] * N + n[:, None]
     inside = in_m[None, :] & (n < N)[:, None]
-    if GROUPED or HAS_IDS:  # noqa: SIM102 (what is not compiled is not a branch)
+    if GROUPED or HAS_IDS:  # noqa: SIM102 (the outer condition is resolved at compile time)
         if (expert < 0) | (expert >= E):
             none = tl.full((BLOCK_N, BLOCK_M), 0.0 if GROUPED else float("nan"), tl.float32)
             tl.store(y_ptr + at, none.to(y_ptr.dtype.element_ty), mask=inside)
             return
 
-    of_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))  # not one row again and again: see ``tiles.operand_rows``
+    of_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))  # different rows: see ``tiles.operand_rows``
     x_row = tl.where(in_m, x_row, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
     group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
-    # 1 at least: a compiler that does not see it guards the loop, and then lets the tensor cores' instructions wait for
-    # one another.
+    # With at least one step for certain, the compiler does not guard the loop. A guard would serialise the tensor
+    # cores' instructions.
     steps = tl.maximum(tl.cdiv(words_row * 8, BLOCK_K), 1)
     matrix = expert.to(tl.int64) * N
     words_at = words_ptr + matrix * words_row + of_n[:, None] * words_row + word[None, :]
@@ -122,7 +122,7 @@ def int4_experts(
             zero = tl.load(zero_at) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m[None, :], other=0.0)
         else:
-            # In units of 64 and 32, which the vectors of a load never straddle. A scale of 0 makes a weight of 0.
+            # In units of 64 and 32, so that a mask never splits the vector of a load. A scale of 0 gives a weight of 0.
             blocks = words_row // 8 - step * (BLOCK_K // 64)
             rest = K32 - step * (BLOCK_K // 32)
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks

@@ -1,16 +1,17 @@
-"""The Triton kernel of the int4 linear: one source, shaped by a :class:`Tiling` for one row or for thousands.
+"""The Triton kernel of the int4 linear: one source, with a :class:`Tiling` for one row or for thousands.
 
-``y[m, n] = sum over k of x[m, k] * ((q[n, k] - 8) * scale + zero)``, the weight being the left operand of the tensor
-cores: it goes from packed words to registers, is dequantized there, and is never stored. x is the right operand, so
-that few rows M cost few columns of the instruction (8 or 16), not 64 padded rows.
+``y[m, n] = sum over k of x[m, k] * ((q[n, k] - 8) * scale + zero)``. The weight is the left operand of the tensor
+cores: it is dequantized from packed words in registers and never stored. x is the right operand, so that few rows M
+need few columns of the instruction (8 or 16), not 64 padded rows.
 
-Two ways to fill a GPU when there are few tiles, both summing in a fixed order, so that equal inputs give equal bits:
+Two methods fill a GPU that has few tiles. Both sum in a fixed order, so that equal inputs give equal bits:
 
-- ``SEGMENTS``: a tile holds BLOCK_N rows of the weight at SEGMENTS places along K, side by side. The products of
-  different segments are dropped (the tensor cores have time to spare when M is small), the others are added up in
-  shared memory at the end. More bytes are in flight, with nothing to write between.
-- ``SLOTS``: the tiles that do not fill the last wave of so many programs are each cut along K among the idle ones.
-  Their fp32 parts go to ``parts``, and ``add_parts`` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
+- ``SEGMENTS``: a tile contains BLOCK_N rows of the weight at SEGMENTS places along K, side by side. The products of
+  different segments are dropped (the tensor cores have spare time when M is small); the others are added in shared
+  memory at the end. More bytes are in flight, without intermediate writes.
+- ``SLOTS``: the tiles that do not fill the last wave of SLOTS programs are split along K among the idle programs
+  (stream-K). Their fp32 parts are stored in ``parts``, and ``add_parts`` sums them. So a GEMM with 1.1 waves takes the
+  time of 1.1 waves, not of 2.
 """
 
 import triton
@@ -33,14 +34,14 @@ from et_cuda_passes.kernels.tiles import (
 
 @triton.jit
 def int4_matmul(
-    x_ptr,  # [M, K]; its tensor descriptor, of BULK dimensions, the first one 1 if they are three, if BULK
+    x_ptr,  # [M, K]; if BULK, its tensor descriptor of BULK dimensions, [M, K] or [1, M, K]
     words_ptr,  # int32 [N, padded K / 8]
     qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
     factor_ptr,  # as y, not read unless HAS_FACTOR
     addend_ptr,  # as y, not read unless HAS_ADDEND
     y_ptr,  # [M, N], or [M, N / 2] if GATED: see ``store_tile``
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], written only if SLOTS
     M,
     N,
     K32,  # K / 32
@@ -64,7 +65,7 @@ def int4_matmul(
 ):
     """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
 
-    SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
+    SALT is any positive number; see :func:`et_cuda_passes.kernels.triton_launch.launch`.
     """
     if -SALT == M:
         return
@@ -72,18 +73,18 @@ def int4_matmul(
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
-    # K in steps of a block; "part" is a range of steps, [0, steps) unless the tile is cut.
+    # K in steps of a block. A part of a tile is a range of steps, [0, steps) unless the tile is split.
     steps = tl.cdiv(words_row * 8, BLOCK_K)
     tile, first, last, cut = tile_part(pid, tiles, steps, SLOTS)
-    if SLOTS > 0:  # noqa: SIM102 (what is not compiled is no place to return from)
+    if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time)
         if cut & (first >= steps):
             return
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
 
     ROWS: tl.constexpr = SEGMENTS * BLOCK_N
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
-    # Steps of one segment. It is 1 at least: a compiler that does not see it guards the loop, and then lets the tensor
-    # cores' instructions wait for one another.
+    # Steps of one segment. With at least one for certain, the compiler does not guard the loop. A guard would serialise
+    # the tensor cores' instructions.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
     first_m = first_row(tile_m, M, BLOCK_M, BULK)
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
@@ -107,7 +108,7 @@ def int4_matmul(
 
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     for step in range(length):
-        # In units of 64, which the vectors of a load never straddle.
+        # In units of 64, so that a mask never splits the vector of a load.
         blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
         if ONE_GROUP:
             begin = row_step[:, None] if SEGMENTS > 1 else tl.full((1, 1), first, tl.int32)
@@ -119,7 +120,7 @@ def int4_matmul(
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
         else:
-            # A scale of 0 makes a weight of 0.
+            # A scale of 0 gives a weight of 0.
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks[:, None]
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
@@ -143,7 +144,7 @@ def int4_matmul(
             x_at += BLOCK_K
     sums = add_segments(sums, BLOCK_M, BLOCK_N, SEGMENTS)
 
-    if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)
+    if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time, so that torch sees no mutation)
         if cut:
             store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
             return

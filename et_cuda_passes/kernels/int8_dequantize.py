@@ -1,16 +1,16 @@
-"""Triton functions that turn int8 weights into a tile of 16-bit floats, in the registers that the tensor cores read.
+"""Triton functions that convert int8 weights to a tile of 16-bit floats, in the registers that the tensor cores read.
 
-The weight stays row by row in memory: a thread of ``mma`` and ``wgmma`` reads pairs of neighbours along K as their left
-operand, and a pair of bytes is what a load from shared memory gives it. The conversion below takes that pair as it lies
-and gives the register of two floats, elementwise, so that nothing moves between threads.
+The weight stays row-major in memory. A thread of ``mma`` and ``wgmma`` provides pairs of neighbours along K as the left
+operand, and a load from shared memory gives it a pair of bytes. The conversion below is elementwise: from that pair to
+the register of two floats, without a move between threads.
 """
 
 import triton
 import triton.language as tl
 
 # bf16 has 7 bits after the leading one: 0x4300 | (q & 127) is 128 + (q & 127), and 0x4300 | (q & 128), whose last bit
-# is the lowest of the exponent, is 128 or 256. Their difference is q: one permute puts both bytes under 0x43, two masks
-# make the two floats, and one fused multiply-add, the only arithmetic of bf16 before sm_90, subtracts them.
+# is the lowest of the exponent, is 128 or 256. Their difference is q. One permute puts both bytes under 0x43, two masks
+# give the two floats, and one fused multiply-add, the only arithmetic of bf16 before sm_90, subtracts them.
 _BF16_EXACT = (
     "prmt.b32 p, w, $2, 0x4140; and.b32 s, p, 0xff80ff80; and.b32 t, p, 0xff7fff7f; "
     "mov.b32 minus, 0xbf80bf80; fma.rn.bf16x2 t, s, minus, t; "
@@ -33,11 +33,11 @@ _AFFINE_F16 = tl.constexpr(_BEGIN + _AFFINE + "cvt.rn.f16x2.f32 $0, t, p; }")
 _EXACT_OPERANDS = tl.constexpr("=r,h,r,r")
 _SCALED_OPERANDS = tl.constexpr("=r,h,r,r,r")
 _AFFINE_OPERANDS = tl.constexpr("=r,h,r,r,r,r,r,r")
-# The bytes above the weights, made anew at each step. wgmma reads its left operand from registers while later
-# instructions run, and Triton up to 3.6 lets one step's be in flight while the next step writes the same registers
-# (triton-lang/triton#9433): what the conversions of a step take from here, they take after this wait. It is pure, as
-# torch takes a kernel with impure assembly to write to all of its arguments. Its place is certain: it has an operand
-# that this step loads, so it comes after the barrier that ends the step before.
+# The bytes above the weights, computed again in each step. wgmma reads its left operand from registers while later
+# instructions run. Triton up to 3.6 lets the wgmma of one step run while the next step writes the same registers
+# (triton-lang/triton#9433). The conversions of a step read these bytes, and so run after this wait. The assembly is
+# pure, since torch assumes that a kernel with impure assembly mutates all of its arguments. The wait has a certain
+# place: it has an operand that this step loads, so it comes after the barrier that ends the previous step.
 _WAIT = "wgmma.wait_group.sync.aligned 0; mov.b32 $0, "
 _BF16 = tl.constexpr(0x43434343)
 _F16 = tl.constexpr(0x64646464)
@@ -49,7 +49,7 @@ _WAIT_F32 = tl.constexpr(_WAIT + "0x4b000000;")
 
 @triton.jit
 def magic_bytes(guard_at, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, WGMMA: tl.constexpr):
-    """What :func:`dequantize_bytes` takes in this step, [1, 1]; guard_at [1, 1]: any place, anew in each step."""
+    """``magic`` of :func:`dequantize_bytes` for a step, [1, 1]; guard_at [1, 1]: an address that each step changes."""
     if WGMMA:
         WAIT: tl.constexpr = _WAIT_F32 if HAS_ZERO else (_WAIT_F16 if HALF else _WAIT_BF16)
         magic = tl.inline_asm_elementwise(WAIT, "=r,r", [tl.load(guard_at)], dtype=tl.int32, is_pure=True, pack=1)
@@ -62,7 +62,7 @@ def magic_bytes(guard_at, HALF: tl.constexpr, HAS_ZERO: tl.constexpr, WGMMA: tl.
 def dequantize_bytes(q, scale, zero, magic, x, SCALED: tl.constexpr, HAS_ZERO: tl.constexpr, USE_ASM: tl.constexpr):
     """q [ROWS, BLOCK_K] int8 -> q, q * scale if SCALED, or q * scale + zero if HAS_ZERO, rounded once to x's dtype.
 
-    scale and zero have q's shape; with a zero both are fp32, otherwise scale is of x's dtype.
+    scale and zero have q's shape. With a zero both are fp32, otherwise scale has x's dtype.
     """
     HALF: tl.constexpr = x.dtype == tl.float16
     if not USE_ASM:
@@ -94,7 +94,7 @@ def per_weight(qparams, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def both_of_pair(pairs, x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """int32 [ROWS, GROUPS / 2], each two floats of x's dtype -> [ROWS, GROUPS]."""
+    """int32 [ROWS, GROUPS / 2], each with two floats of x's dtype -> [ROWS, GROUPS]."""
     low = (pairs & 0xFFFF).to(tl.int16).to(x.dtype, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(x.dtype, bitcast=True)
     return tl.join(low, high).reshape(ROWS, GROUPS)
@@ -102,5 +102,5 @@ def both_of_pair(pairs, x, ROWS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def one_of_pair(even, odd, x):
-    """int32 pairs, of which one is zero -> the low float of ``even`` or the high one of ``odd``."""
+    """Two int32 pairs, one of them zero -> the low float of ``even`` or the high float of ``odd``."""
     return ((even & 0xFFFF) | (odd >> 16)).to(tl.int16).to(x.dtype, bitcast=True)

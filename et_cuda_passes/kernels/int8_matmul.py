@@ -1,12 +1,12 @@
-"""The Triton kernel of the int8 linear: one source, shaped by a :class:`Tiling` for one row or for thousands.
+"""The Triton kernel of the int8 linear: one source, with a :class:`Tiling` for one row or for thousands.
 
-``y[m, n] = sum over k of x[m, k] * (q[n, k] * scale + zero)``, as :mod:`et_cuda_passes.kernels.int4_matmul` computes
-it: the weight, row by row in memory as an embedding reads it, is the left operand of the tensor cores and becomes
-floats in registers; SEGMENTS and SLOTS fill a GPU where there are few tiles, with equal bits for equal inputs.
+``y[m, n] = sum over k of x[m, k] * (q[n, k] * scale + zero)``, as in :mod:`et_cuda_passes.kernels.int4_matmul`. The
+weight, row-major in memory as an embedding reads it, is the left operand of the tensor cores and is converted to floats
+in registers. SEGMENTS and SLOTS fill a GPU that has few tiles, with equal bits for equal inputs.
 
-With one scale a row and no zeros the products are of the integers, which are exact, and the sums are multiplied.
-Groups are multiplied before the product. Zeros are added there in fp32: one of 200 steps, rounded to bf16, would be off
-by half a step.
+With one scale a row and no zeros, the product reads the exact integers, and the sums are multiplied by the scale. With
+groups, the weight is multiplied before the product. Zeros are added there in fp32: a zero of 200 steps, rounded to
+bf16, would have an error of half a step.
 """
 
 import triton
@@ -35,11 +35,11 @@ from et_cuda_passes.kernels.tiles import (
 def int8_matmul(
     x_ptr,  # [M, K]
     packed_ptr,  # int8 [N, K]
-    scale_ptr,  # [N, K / GROUP_SIZE], or [N, 1] where GROUP_SIZE is 0
+    scale_ptr,  # [N, K / GROUP_SIZE], or [N, 1] if GROUP_SIZE is 0
     zero_ptr,  # fp32, like the scale; not read unless HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
     y_ptr,  # [M, N]
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], written only if SLOTS
     M,
     N,
     K_UNITS,  # K / UNIT
@@ -61,33 +61,33 @@ def int8_matmul(
     """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
 
     UNIT is a power of two that divides K, a multiple of 16 and of GROUP_SIZE; GROUP_SIZE divides BLOCK_K or is a
-    multiple of it. PAIRS says that a row has an even number of groups. SALT as for ``int4_matmul``.
+    multiple of it. PAIRS: whether a row has an even number of groups. SALT as for ``int4_matmul``.
     """
     if -SALT == M:
         return
-    # A product with a constant, so that the compiler knows what divides it: every load is a vector by that.
+    # A product with a constant, so that the compiler knows its divisors and vectorizes every load.
     K = K_UNITS * UNIT
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
-    # K in steps of a block; "part" is a range of steps, [0, steps) unless the tile is cut.
+    # K in steps of a block. A part of a tile is a range of steps, [0, steps) unless the tile is split.
     steps = tl.cdiv(K, BLOCK_K)
     tile, first, last, cut = tile_part(pid, tiles, steps, SLOTS)
-    if SLOTS > 0:  # noqa: SIM102 (what is not compiled is no place to return from)
+    if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time)
         if cut & (first >= steps):
             return
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
 
     ROWS: tl.constexpr = SEGMENTS * BLOCK_N
     COLUMNS: tl.constexpr = SEGMENTS * BLOCK_M
-    # Steps of one segment. It is 1 at least: a compiler that does not see it guards the loop, and then lets the tensor
-    # cores' instructions wait for one another.
+    # Steps of one segment. With at least one for certain, the compiler does not guard the loop. A guard would serialise
+    # the tensor cores' instructions.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
     n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     q_at = packed_ptr + n.to(tl.int64)[:, None] * K + (row_step * BLOCK_K)[:, None] + k[None, :]
     x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
-    # Groups of a step; where a group has several steps, they all find the same scale.
+    # Groups of a step. If a group has several steps, all of them load the same scale.
     GROUPED: tl.constexpr = GROUP_SIZE > 0
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE if GROUPED and GROUP_SIZE < BLOCK_K else 1
     STEPS: tl.constexpr = GROUP_SIZE // BLOCK_K if GROUP_SIZE > BLOCK_K else 1
@@ -105,7 +105,7 @@ def int8_matmul(
             q = tl.load(q_at)
             x = load_columns(x_at, in_m, BLOCK_M)
         else:
-            # In units of 16, which the vectors of a load never straddle. What is beyond K is 0 times 0.
+            # In units of 16, so that a mask never splits the vector of a load. Products beyond K are 0 times 0.
             in_rows = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (row_step + step) * (BLOCK_K // 16)
             in_columns = tl.minimum(K // 16, last * (BLOCK_K // 16)) - (column_step + step) * (BLOCK_K // 16)
             q = tl.load(q_at, mask=(k // 16)[None, :] < in_rows[:, None], other=0)
@@ -119,8 +119,8 @@ def int8_matmul(
             at = (row_step + step) // STEPS * GROUPS
             here = at[:, None] + group[None, :] < row_groups
             if PAIRS:
-                # A copy to shared memory that runs ahead has at least four bytes a thread: two scales. Where only one
-                # is wanted, its neighbours are left out of one copy or of the other.
+                # An asynchronous copy has at least four bytes a thread: two scales. If a step needs only one of them,
+                # the masks of two copies exclude its neighbour.
                 pair_at = pairs_ptr + (in_row + at[:, None]) // 2 + copy[None, :]
                 pair_here = at[:, None] // 2 + copy[None, :] < row_groups // 2
                 odd = (at % 2 == 1)[:, None]
@@ -150,7 +150,7 @@ def int8_matmul(
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         sums *= tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
 
-    if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)
+    if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time, so that torch sees no mutation)
         if cut:
             store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
             return

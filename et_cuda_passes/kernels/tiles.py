@@ -1,4 +1,4 @@
-"""What the matrix products share: which tile a program has and which part of it along K, and how parts become one."""
+"""Shared by the matrix products: the tile of a program, its part along K, and the sum of parts."""
 
 import triton
 import triton.language as tl
@@ -6,13 +6,15 @@ import triton.language as tl
 from et_cuda_passes.kernels.epilogue import activate, finish
 
 MASKED = tl.constexpr(64)
-"""Tiles of so many rows of x and fewer load those that are there; see ``load_columns``."""
+"""Tiles of at most so many rows of x mask the rows beyond M; see ``load_columns``."""
 
 
 @triton.jit
 def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr):
-    """Rows (of the weight, of x) of a tile, counted in tiles: eight tiles of rows N go through all of M before the
-    next, so that their weights stay in the L2 cache."""
+    """Indices (of rows N, of rows M) of a tile, in grouped program order.
+
+    Eight tiles of rows N run through all of M before the next eight, so that their weights stay in the L2 cache.
+    """
     in_band = 8 * tiles_m
     band = tile // in_band * 8
     height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
@@ -21,10 +23,10 @@ def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
-    """The tile of a program, its steps along K as [first, last), and whether it is one part of a tile that is cut.
+    """The tile of a program, its steps along K as [first, last), and whether it is one part of a split tile (stream-K).
 
-    The tiles that do not fill the last wave of SLOTS programs are each cut among the idle ones. Rounding up can leave
-    the last parts of a tile with nothing to do: their ``first`` is not below ``steps``.
+    The tiles that do not fill the last wave of SLOTS programs are split among the idle programs. Rounding up can leave
+    the last parts of a tile empty: their ``first`` is not below ``steps``.
     """
     tile = pid
     first = 0
@@ -46,9 +48,9 @@ def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
 def first_row(tile_m, M, BLOCK_M: tl.constexpr, BULK: tl.constexpr):
     """The first row of x that a tile reads.
 
-    A bulk copy takes several nanoseconds for every row beyond M, one after the other: a product of 333 rows in tiles of
-    256 took twice as long. So the last tile of bulk copies begins early enough to end at row M. It does not store the
-    rows that the tile before has.
+    A bulk copy needs several nanoseconds for every row beyond M, in sequence: a product of 333 rows in tiles of 256
+    took twice as long. So the last tile of bulk copies begins early enough to end at row M. It does not store the rows
+    of the previous tile.
     """
     first = tile_m * BLOCK_M
     return tl.minimum(first, tl.maximum(M - BLOCK_M, 0)) if BULK else first
@@ -58,13 +60,15 @@ def first_row(tile_m, M, BLOCK_M: tl.constexpr, BULK: tl.constexpr):
 def operand_rows(
     tile_n, tile_m, first, length, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
 ):
-    """Which rows of the weight and of x a tile reads, and the step along K that each begins at.
+    """The rows of the weight and of x that a tile reads, and the step along K at which each begins.
 
-    Every BLOCK_N rows of the weight, and BLOCK_M of x, are the same ones ``length`` steps further: n and row_step
-    [SEGMENTS BLOCK_N]; m, whether it is one, and column_step [SEGMENTS BLOCK_M].
+    Each segment reads the same BLOCK_N rows of the weight and BLOCK_M rows of x, ``length`` steps further along K.
 
-    What stands for rows beyond N or M are other rows, each once. Were they all one row, every program would wait for
-    the few lines of the cache that hold it: a tile of 256 rows of which 132 are there took twice as long.
+    Rows beyond N or M are replaced by other rows, each a different one. If all were replaced by one row, every program
+    would wait for the few cache lines that hold it: a tile of 256 rows with 132 valid ones took twice as long.
+
+    Returns:
+        n and row_step [SEGMENTS BLOCK_N]; m, whether it is below M, and column_step [SEGMENTS BLOCK_M].
     """
     rows = tl.arange(0, SEGMENTS * BLOCK_N)
     columns = tl.arange(0, SEGMENTS * BLOCK_M)
@@ -72,16 +76,16 @@ def operand_rows(
     m = tile_m * BLOCK_M + columns % BLOCK_M
     row_step = first + rows // BLOCK_N * length
     column_step = first + columns // BLOCK_M * length
-    # Those of the tile before, if there is one: a remainder costs a division.
+    # Rows of the previous tile, if any: a remainder would need a division.
     in_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))
     return in_n, row_step, m % M if BLOCK_M > MASKED else tl.where(m < M, m, 0), m < M, column_step
 
 
 @triton.jit
 def load_columns(at, in_m, BLOCK_M: tl.constexpr):
-    """A tile of x [K, columns], with no mask where tiles are of many rows: what stands for rows beyond M is not stored.
+    """A tile of x [K, columns], with no mask if tiles have many rows: results of rows beyond M are not stored.
 
-    With few rows the bytes that are not read count: a tile of eight rows reads as many bytes of x as of its weights.
+    With few rows a mask saves bytes: a tile of eight rows reads as many bytes of x as of its weights.
     """
     return tl.load(at, mask=in_m[None, :], other=0.0) if BLOCK_M <= MASKED else tl.load(at)
 
@@ -90,9 +94,8 @@ def load_columns(at, in_m, BLOCK_M: tl.constexpr):
 def load_block(x, m, k, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of x [K, columns] from row ``m`` and column ``k`` on, by its tensor descriptor of RANK 2 or 3 dimensions.
 
-    One instruction of one thread copies it all (TMA), where every thread copies 16 bytes at a time else: those take the
-    shared memory's time, which the tensor cores need, and made a product of 1500 rows a tenth slower or more. Rows
-    beyond M come as zeros.
+    One instruction of one thread copies all of it (TMA). Copies of 16 bytes by every thread would occupy the shared
+    memory, which the tensor cores need; they slowed a product of 1500 rows by a tenth or more. Rows beyond M are zeros.
     """
     return (x.load([m, k]) if RANK == 2 else x.load([0, m, k]).reshape(BLOCK_M, BLOCK_K)).T
 
@@ -100,14 +103,14 @@ def load_block(x, m, k, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.c
 @triton.jit
 def multiply(w, x, sums, USE_ASM: tl.constexpr):
     """``sums`` [rows, columns] + ``w`` [rows, K] @ ``x`` [K, columns]."""
-    if not USE_ASM:  # Triton's interpreter takes bf16 operands of a dot for integers
+    if not USE_ASM:  # Triton's interpreter computes a dot of bf16 operands on their integer bits
         w, x = w.to(tl.float32), x.to(tl.float32)
     return tl.dot(w, x, sums, input_precision="ieee" if w.dtype == tl.float32 else None)
 
 
 @triton.jit
 def add_segments(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
-    """[SEGMENTS BLOCK_N, SEGMENTS BLOCK_M] -> [BLOCK_N, BLOCK_M]: the sum of the products of a segment with itself."""
+    """[SEGMENTS BLOCK_N, SEGMENTS BLOCK_M] -> [BLOCK_N, BLOCK_M]: the sum of the products of equal segments."""
     if SEGMENTS > 1:
         rows = tl.arange(0, SEGMENTS * BLOCK_N)
         columns = tl.arange(0, SEGMENTS * BLOCK_M)
@@ -119,7 +122,7 @@ def add_segments(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: t
 
 @triton.jit
 def store_part(parts_ptr, sums, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Part number ``part`` of the cut tiles, [BLOCK_M, BLOCK_N] each, from sums [BLOCK_N, BLOCK_M]."""
+    """Store sums [BLOCK_N, BLOCK_M] as part number ``part`` of the split tiles, [BLOCK_M, BLOCK_N]."""
     place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     tl.store(parts_ptr + part * (BLOCK_M * BLOCK_N) + place, sums)
 
@@ -145,12 +148,13 @@ def store_tile(
     GATED: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """A tile of y from its sums [BLOCK_N, BLOCK_M], the epilogue between: BLOCK_M rows from ``first_m`` on.
+    """Apply the epilogue to sums [BLOCK_N, BLOCK_M], and store them as BLOCK_M rows of y from ``first_m`` on.
 
     Rows before ``own_m`` belong to another tile and are not stored; None if there are no such rows.
 
-    GATED: of every 16 rows of the weight the first eight are a gate's, and the others what it is multiplied by. A
-    thread's sums of a row and of the one eight further lie side by side in the tensor cores' order: nothing moves.
+    GATED: blocks of 16 rows of the weight are eight rows of the gate and the eight rows that it multiplies. In the
+    tensor cores' order a thread holds the sums of a row and of the row eight further side by side, so that no data
+    moves.
     """
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = first_m + tl.arange(0, BLOCK_M)
@@ -195,7 +199,7 @@ def add_parts(
     HEIGHT: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """Sum the parts of HEIGHT rows of one cut tile, first to last. GATED and SALT as in the product that made them."""
+    """Sum the parts of HEIGHT rows of one split tile, first to last. GATED and SALT as in the product of the parts."""
     if -SALT == M:
         return
     tiles_m = tl.cdiv(M, BLOCK_M)

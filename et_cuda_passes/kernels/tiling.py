@@ -1,4 +1,4 @@
-"""How a kernel is shaped, as data; :mod:`et_cuda_passes.kernels.choose` says which shape a weight gets."""
+"""The tiling of a kernel, as data; :mod:`et_cuda_passes.kernels.choose` chooses the tiling of a weight."""
 
 from dataclasses import dataclass
 
@@ -6,23 +6,24 @@ UNBOUNDED = 2**31 - 1
 """The bound of the last bucket of rows."""
 
 BULK_K = 64
-"""Step along K of a tiling with bulk copies: 128 bytes of a row. AOTInductor describes no tile that is wider."""
+"""Step along K of a tiling with bulk copies: 128 bytes of a row. AOTInductor has no descriptors of wider tiles."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """The kernel's shape. See :mod:`et_cuda_passes.kernels.int4_matmul`.
+    """A kernel's tiling. See :mod:`et_cuda_passes.kernels.int4_matmul`.
 
     Attributes:
         block_m: rows of x in a tile.
         block_n: rows of the weight in a tile.
         block_k: step along K, 64, 128 or 256.
-        segments: places along K that a tile works at side by side.
-        waves: 0, or programs that a multiprocessor holds at once: tiles that do not fill the last wave are cut.
+        segments: number of segments along K that a tile computes side by side.
+        waves: 0, or the number of programs that a multiprocessor holds at once; then tiles that do not fill the last
+            wave are split along K.
         warps: warps of a program.
         stages: steps whose loads are in flight.
-        bulk: 1 if one thread copies a tile of x by its tensor descriptor (TMA, from sm_90 on), 0 if all copy parts of
-            it. ``block_k`` is BULK_K then and ``segments`` 1.
+        bulk: 1 if one thread copies a tile of x by its tensor descriptor (TMA, from sm_90 on), 0 if every thread copies
+            a part of it. With 1, ``block_k`` is BULK_K and ``segments`` is 1.
     """
 
     block_m: int
@@ -36,11 +37,11 @@ class Tiling:
 
     @property
     def may_be_cut(self) -> bool:
-        """Whether ``waves`` may be other than 0. Segments are another answer, and small tiles have parts too small."""
+        """Whether ``waves`` may be other than 0: not with segments, which serve the same end, nor in small tiles."""
         return self.segments == 1 and self.block_m >= 16 and self.warps >= 4
 
     def __str__(self) -> str:
-        """As in ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
+        """A text like ``64x64x256, 2 segments``: BLOCK_M x BLOCK_N x BLOCK_K."""
         parts = [f"{self.block_m}x{self.block_n}x{self.block_k}"]
         parts += [f"{self.segments} segments"] * (self.segments > 1)
         parts += ["cut along K"] * (self.waves > 0)

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import experts_launch
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.layouts import LAYOUTS, Layout, mma_tiled
 from et_cuda_passes.ops.int4_linear import packed_count, reference_matmul, scale_and_shift
 from et_cuda_passes.ops.registry import define, define_triton
@@ -189,10 +189,10 @@ def _matrices(words: Tensor, pair: Tensor, k: int, group_size: int, dtype: torch
 
 
 def _check_kernel(name: str, x: Tensor, qparams: Tensor, group_size: int) -> None:
-    if group_size not in GROUP_SIZES or qparams.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.half):
+    if group_size not in INT4_GROUP_SIZES or qparams.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.half):
         raise ValueError(
             f"{name}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
-            f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {qparams.dtype}, group {group_size}"
+            f"{', '.join(map(str, INT4_GROUP_SIZES))}; given x {x.dtype}, scales {qparams.dtype}, group {group_size}"
         )
 
 

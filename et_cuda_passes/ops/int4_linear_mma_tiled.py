@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
-from et_cuda_passes.kernels.int4_launch import GROUP_SIZES, Epilogue, int4_linear
+from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES, Epilogue, int4_linear
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops.int4_linear import Int4Linear, check_bias, check_constants, contiguous, reference_matmul
 from et_cuda_passes.ops.registry import define_triton
@@ -91,10 +91,15 @@ def _int4_linear(
         y = y if other is None else y * other
         y = y if factor is None else y * factor
         return (y if addend is None else y + addend).contiguous()
-    if group_size not in GROUP_SIZES or scale_and_zero.dtype != x.dtype or x.dtype not in (torch.bfloat16, torch.half):
+    if (
+        group_size not in INT4_GROUP_SIZES
+        or scale_and_zero.dtype != x.dtype
+        or x.dtype not in (torch.bfloat16, torch.half)
+    ):
         raise ValueError(
             f"{_NAME}: the CUDA kernel has bf16 and fp16, with scales of the same dtype, and group sizes "
-            f"{', '.join(map(str, GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, group {group_size}"
+            f"{', '.join(map(str, INT4_GROUP_SIZES))}; given x {x.dtype}, scales {scale_and_zero.dtype}, "
+            f"group {group_size}"
         )
     bias, factor, addend = (None if tensor is None else contiguous(tensor) for tensor in (bias, factor, addend))
     epilogue = Epilogue(bias, activation, factor, addend, gated)

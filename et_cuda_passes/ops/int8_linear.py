@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from et_cuda_passes.kernels import int8_launch
+from et_cuda_passes.kernels import linear_launch
 from et_cuda_passes.ops.int4_linear import check_bias, contiguous
 from et_cuda_passes.ops.registry import define_triton
 
@@ -65,8 +65,8 @@ def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
 def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
     """Whether the Triton kernel has these dtypes and this group size."""
     k, floats = x.shape[-1], (torch.bfloat16, torch.float16)
-    native = group_size == k or group_size in int8_launch.GROUP_SIZES
-    return x.dtype in floats and scale.dtype is x.dtype and native and k % int8_launch.IN_MULTIPLE == 0
+    native = group_size == k or group_size in linear_launch.INT8_GROUP_SIZES
+    return x.dtype in floats and scale.dtype is x.dtype and native and k % linear_launch.INT8_IN_MULTIPLE == 0
 
 
 def _int8_linear(
@@ -75,7 +75,7 @@ def _int8_linear(
     _check(x, packed, scale, zero, bias, group_size)
     if x.device.type == "cuda" and _has_triton(x, scale, group_size):
         bias = None if bias is None else contiguous(bias)
-        return int8_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size)
+        return linear_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size)
     matmul = _int8pack if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])

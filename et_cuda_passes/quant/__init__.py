@@ -1,4 +1,4 @@
-"""Quantization schemes: the one decoder of dequantize operators, and where dequantized weights are read."""
+"""Quantized weights and activations: their decoders, and the operators that read them."""
 
 from et_cuda_passes._versions import require_version
 

@@ -1,4 +1,4 @@
-"""Which operators a report must account for: every one that reads a quantized weight."""
+"""Candidates: the operators that read a quantized weight, each of which needs an outcome in the report."""
 
 import operator
 from collections.abc import Iterator
@@ -10,15 +10,21 @@ from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.subgraphs import Subgraphs
-from et_cuda_passes.quant.advised import SuggestedSchemes
-from et_cuda_passes.quant.converted import PRODUCTS, converted_weight, multiplied_weight, unsupported_reason
-from et_cuda_passes.quant.dynamic import is_quantize
-from et_cuda_passes.quant.forms import dequantized_data, is_dequantize
-from et_cuda_passes.quant.unwrapping import is_wrapped, wrapped_reason
+from et_cuda_passes.quant.activations import is_quantize
+from et_cuda_passes.quant.decoders import dequantized_data, is_dequantize
+from et_cuda_passes.quant.unsupported import (
+    PRODUCTS,
+    SuggestedSchemes,
+    converted_weight,
+    is_wrapped,
+    multiplied_weight,
+    unsupported_reason,
+    wrapped_reason,
+)
 
 aten = torch.ops.aten
 
-# A weight may pass through these on its way to the operator that uses it: they move it, and compute nothing.
+# Operators that may stand between a weight and the operator that uses it: they move the weight and compute nothing.
 _MOVE_OPS = frozenset(
     {
         aten.t.default,
@@ -43,7 +49,7 @@ _MOVE_OPS = frozenset(
     }
 )
 
-# Experts' weights are stacked, and one or some of them are picked.
+# Operators that select one or several experts from a stack of weights.
 _SELECT_OPS = frozenset(
     {
         aten.select.int,
@@ -59,22 +65,22 @@ _SELECT_OPS = frozenset(
 _STACK = 3
 """Dimensions of a stack of matrices."""
 
-# What these ask of a weight, its size or its dtype, is no use of it.
+# Operators that read the size or the dtype of a weight, which is no use of its values.
 _METADATA_OPS = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
 
-def find_candidates(program: Program, advised: SuggestedSchemes | None = None, wrapped: str = "") -> list[Candidate]:
+def find_candidates(program: Program, schemes: SuggestedSchemes | None = None, wrapped: str = "") -> list[Candidate]:
     """The readers of every quantized weight of ``program``, in the order of execution, inside control flow too.
 
     Args:
         program: the program, unwrapped where that is possible.
-        advised: what the target takes, for weights in a form that no rule knows.
+        schemes: the schemes of the target, for weights in a form that no rule matches.
         wrapped: why weights are still wrapped in tensor subclasses, if any are.
     """
-    return [*_reachable(program, advised or SuggestedSchemes(), wrapped), *_unreachable(program)]
+    return [*_reachable(program, schemes or SuggestedSchemes(), wrapped), *_unreachable(program)]
 
 
-def _reachable(program: Program, advised: SuggestedSchemes, wrapped: str) -> Iterator[Candidate]:
+def _reachable(program: Program, schemes: SuggestedSchemes, wrapped: str) -> Iterator[Candidate]:
     subgraphs = program.subgraphs
     constant: set[Node] = set()
     weights: dict[Node, dict[Node, None]] = {}
@@ -92,7 +98,7 @@ def _reachable(program: Program, advised: SuggestedSchemes, wrapped: str) -> Ite
             constant.add(node)
         if is_dequantize(node):
             data = dequantized_data(node)
-            # What a loop hands in, another value in each run, may be a part of a weight.
+            # A loop's input has another value in each iteration. It may be a part of a weight.
             if data is not None and (
                 data in constant or (subgraphs.is_input(data) and not subgraphs.captured_operand(data))
             ):
@@ -103,8 +109,8 @@ def _reachable(program: Program, advised: SuggestedSchemes, wrapped: str) -> Ite
         for source in _read(node, subgraphs):
             read.update(weights.get(source, {}))
         if not read:
-            yield from _converted(program, node, constant, converted, advised)
-            yield from _wrapped(program, node, whole, advised, wrapped)
+            yield from _converted(program, node, constant, converted, schemes)
+            yield from _wrapped(program, node, whole, schemes, wrapped)
             continue
         if forwards_weight(node):
             weights[node] = read
@@ -114,33 +120,33 @@ def _reachable(program: Program, advised: SuggestedSchemes, wrapped: str) -> Ite
 
 
 def forwards_weight(node: Node) -> bool:
-    """Whether ``node`` only hands a weight on, or some experts of a stack of them."""
+    """Whether ``node`` only moves a weight, or selects experts from a stack."""
     if op_of(node) in _MOVE_OPS:
         return True
     if op_of(node) not in _SELECT_OPS:
         return False
     if op_of(node) is operator.getitem:
-        return True  # of a split
+        return True  # a part of a split
     value = node.all_input_nodes[0].meta.get("val")
     return isinstance(value, torch.Tensor) and value.dim() >= _STACK
 
 
 def _read(node: Node, subgraphs: Subgraphs) -> list[Node]:
-    """What ``node`` reads itself: a call of control flow only hands on what its subgraphs read."""
-    handed = subgraphs.captured_operands(node)
-    return [source for source in node.all_input_nodes if source not in handed]
+    """The inputs that ``node`` reads itself. A call of control flow only passes captured operands to its subgraphs."""
+    captured = subgraphs.captured_operands(node)
+    return [source for source in node.all_input_nodes if source not in captured]
 
 
 def _converted(
-    program: Program, node: Node, constant: set[Node], converted: dict[Node, Node], advised: SuggestedSchemes
+    program: Program, node: Node, constant: set[Node], converted: dict[Node, Node], schemes: SuggestedSchemes
 ) -> Iterator[Candidate]:
-    """``node``, if it multiplies by a narrow weight, or one that the program itself converts.
+    """``node``, if it multiplies by a narrow weight, or by one that the program itself converts.
 
-    ``converted`` holds where those stand.
+    ``converted`` maps each node that holds a converted weight to its conversion.
     """
     narrow = multiplied_weight(program, node)
     if narrow is not None:
-        why = unsupported_reason(program, narrow, "multiplied as it is", _elements(narrow), advised)
+        why = unsupported_reason(program, narrow, "multiplied as it is", _elements(narrow), schemes)
         yield Candidate(node, (narrow,), program.fqn(narrow) or narrow.name, program.subgraphs.path(node), why)
         return
     if converted_weight(program, node) is not None:
@@ -154,10 +160,8 @@ def _converted(
     elif op_of(node) in PRODUCTS:
         weight = converted_weight(program, converted[operand])
         assert weight is not None
-        fqn, why = (
-            program.fqn(weight) or weight.name,
-            unsupported_reason(program, weight, "converted", _elements(operand), advised),
-        )
+        fqn = program.fqn(weight) or weight.name
+        why = unsupported_reason(program, weight, "converted", _elements(operand), schemes)
         yield Candidate(node, (converted[operand],), fqn, program.subgraphs.path(node), why)
 
 
@@ -167,9 +171,12 @@ def _elements(node: Node) -> int:
 
 
 def _wrapped(
-    program: Program, node: Node, whole: dict[Node, Node], advised: SuggestedSchemes, why: str
+    program: Program, node: Node, whole: dict[Node, Node], schemes: SuggestedSchemes, why: str
 ) -> Iterator[Candidate]:
-    """``node``, if it reads a weight that is still wrapped; ``whole`` holds where those stand."""
+    """``node``, if it reads a weight that is still wrapped.
+
+    ``whole`` maps each node that holds such a weight to its placeholder.
+    """
     if node.op == "placeholder":
         if is_wrapped(program.constant(node)):
             whole[node] = node
@@ -182,8 +189,8 @@ def _wrapped(
         whole[node] = first
         return
     fqn = ", ".join(program.fqn(source) or source.name for source in sources)
-    # Not among its weights: no rule replaces it.
-    yield Candidate(node, (), fqn, program.subgraphs.path(node), wrapped_reason(program.constant(first), why, advised))
+    # No rule replaces a wrapped weight, so the candidate lists no weights.
+    yield Candidate(node, (), fqn, program.subgraphs.path(node), wrapped_reason(program.constant(first), why, schemes))
 
 
 def consumers(weight: Node) -> Iterator[Node]:
@@ -196,7 +203,7 @@ def consumers(weight: Node) -> Iterator[Node]:
 
 
 def _is_constant(program: Program, node: Node, constant: set[Node]) -> bool:
-    """Whether ``node`` has one value in every run: a parameter, buffer or constant, or computed from such alone."""
+    """Whether ``node`` has the same value in every run: a constant, or computed from constants alone."""
     if node.op == "placeholder":
         return program.constant(node) is not None or program.subgraphs.captured_operand(node) in constant
     inputs = node.all_input_nodes
@@ -210,12 +217,15 @@ def _name(program: Program, data: Node) -> str:
 
 
 def _unreachable(program: Program) -> Iterator[Candidate]:
-    """Weights dequantized in graphs that no rule reaches. Whether an operand is constant is not known: report all."""
+    """Weights dequantized in graphs that no rule reaches.
+
+    Constant operands cannot be distinguished from others there, so every dequantize counts.
+    """
     for graph in program.subgraphs.opaque_graphs():
         for node in graph.nodes:
             data = dequantized_data(node)
-            # The integers of a dynamically quantized activation are computed in the graph; a weight's are passed in.
+            # The graph computes the integers of a dynamically quantized activation. A weight's are passed in.
             if data is not None and not is_quantize(data):
-                where = "it stands in a graph that is called from two places, or by an operator that is not known"
+                where = "it stands in a graph that is called from two places, or by an unknown operator"
                 for user in node.users:
                     yield Candidate(user, (node,), data.name, program.subgraphs.path(user), unreachable_reason=where)

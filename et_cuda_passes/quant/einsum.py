@@ -1,4 +1,4 @@
-"""``einsum(equation, x, weights)`` where it is a product of rows with experts' matrices, read into its axes."""
+"""Parses the equation of an einsum that multiplies rows by experts' matrices into its axes."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from et_cuda_passes.graph.errors import Unmet
 class ExpertEinsum:
     """The axes of an einsum that multiplies rows by experts' matrices.
 
-    Each axis is named by its letter. The weights' are ``batch``, then N and K in either order.
+    A letter names each axis. The weights have the axes ``batch``, then N and K in either order.
 
     Attributes:
         x: the letters of x, in its order.
         out: the letters of the result, in its order.
-        batch: letters along which the weights' matrices lie: that of the experts, or those of the ids.
-        shared: the first of ``batch``, along which x lies too; the others read the same rows.
-        rows: letters of x alone.
-        n, k: what the matrices' axes are called.
+        batch: letters that number the matrices: the letter of the experts, or the letters of the ids.
+        shared: the leading letters of ``batch`` that x has too. Along the others all matrices read the same rows.
+        rows: letters that only x has.
+        n, k: letters of the matrices' axes.
         as_columns: whether the weights are [..., K, N].
     """
 
@@ -32,10 +32,10 @@ class ExpertEinsum:
 
 
 def parse_einsum(equation: str, weights: int) -> ExpertEinsum:
-    """The product that ``equation`` is, of two operands of which the one numbered ``weights`` is the weights.
+    """The axes of ``equation``, which has two operands; ``weights`` is the index of the operand that holds the weights.
 
     Raises:
-        Unmet: it is another sum.
+        Unmet: the equation is no product of rows with matrices.
     """
     inputs, arrow, out = equation.replace(" ", "").partition("->")
     operands = inputs.split(",")

@@ -1,6 +1,7 @@
-"""Weights of experts, stacked in one tensor: all of them as one matrix of their rows, and one of them alone.
+"""Weights of experts, which are stacked in one tensor.
 
-Reading them so, every layout and every rule of a matrix serves experts too.
+A stack becomes one matrix of all experts' rows, and one expert of it a matrix of its own. So every layout and every
+rule of a matrix serves experts too.
 """
 
 import operator
@@ -16,7 +17,6 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.forms import decoder_for
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, load_plain
 
 aten = torch.ops.aten
@@ -40,43 +40,18 @@ def selected_expert(stack: Pattern, name: str) -> AnyOf:
     )
 
 
-def decode_expert(program: Program, node: Node) -> QuantizedWeight:
-    """The matrix [N, K] of the expert that ``node``, matched by :func:`selected_expert`, picks.
+def find_expert(node: Node) -> tuple[Node, Any]:
+    """The stack that ``node``, matched by :func:`selected_expert`, reads one expert of, and the expert's index.
 
     Raises:
-        Unmet: the expert is chosen while the program runs, or the stack is none that could be packed.
-    """
-    source, index = _picked(node)
-    stack = as_matrix(program, source)
-    count = num_experts(program, source)
-    if not isinstance(index, int):
-        raise Unmet(
-            f"an expert whose number is computed while the program runs ({index}); look several up at once, as in "
-            "weight[ids] with a tensor ids, and multiply with bmm"
-        )
-    expert, n = index % count, stack.shape[0] // count
-    rows = slice(expert * n, (expert + 1) * n)
-
-    def read(program: Program, _: QuantizedWeight) -> WeightValues:
-        whole = (stack.loader or load_plain)(program, stack)
-        points = None if whole.zero_point is None else whole.zero_point[rows]
-        return WeightValues(lambda: whole.data[rows], whole.scale[rows], points)
-
-    block = (min(stack.block_size[0], n), stack.block_size[1])
-    return replace(stack, shape=(n, stack.shape[1]), block_size=block, loader=read, encoding="expert", expert=expert)
-
-
-def _picked(node: Node) -> tuple[Node, Any]:
-    """The dequantize node that ``node`` reads one expert of, and the expert's number.
-
-    Raises:
-        Unmet: it reads several experts, or something across them.
+        Unmet: ``node`` reads several experts, or slices across them.
+        TypeError: ``node`` selects no expert.
     """
     target = op_of(node)
     if target in _SQUEEZES:
         part = node.all_input_nodes[0]
         if op_of(part) is aten.slice.Tensor:
-            return _sliced(part)
+            return _find_sliced(part)
         pieces = part.all_input_nodes[0]
         sizes = arguments(pieces).get("split_sizes")
         index: Any = part.args[1]
@@ -93,78 +68,103 @@ def _picked(node: Node) -> tuple[Node, Any]:
     return bound["self"], bound["index"]
 
 
-def _sliced(node: Node) -> tuple[Node, Any]:
+def _find_sliced(node: Node) -> tuple[Node, Any]:
     bound = arguments(node)
     start = 0 if bound["start"] is None else bound["start"]
     source, count = bound["self"], bound["self"].meta["val"].shape[0]
-    # A slice, unlike an index, may begin before the first and end behind the last.
+    # A slice, unlike an index, may begin before the first expert and end behind the last.
     if not isinstance(start, int) or not -count <= start < count or node.meta["val"].shape[0] != 1:
         raise Unmet(f"{node.name}, which is not one expert")
     return source, start
 
 
-def num_experts(program: Program, node: Node) -> int:
-    """E, the number of experts in the stack that dequantize ``node`` gives."""
-    return _whole(program, node).shape[0]
-
-
-def as_matrix(program: Program, node: Node) -> QuantizedWeight:
-    """The weight [E, N, K] that dequantize ``node`` gives, as the matrix [E * N, K] of all experts' rows.
+def expert_weight(stack: QuantizedWeight, index: Any) -> QuantizedWeight:
+    """The matrix [N, K] of the expert numbered ``index`` in ``stack`` [E, N, K].
 
     Raises:
-        Unmet: it is no such weight, or its blocks are not the rows of whole experts.
+        Unmet: ``index`` is computed while the program runs, or ``stack`` cannot be read as a matrix.
     """
-    whole = _whole(program, node)
-    experts, n, k = whole.shape
-    return replace(whole, shape=(experts * n, k), block_size=(_rows(whole, 1), whole.block_size[2]))
+    matrix = as_matrix(stack)
+    count = num_experts(stack)
+    if not isinstance(index, int):
+        raise Unmet(
+            f"an expert whose number is computed while the program runs ({index}); look several up at once, as in "
+            "weight[ids] with a tensor ids, and multiply with bmm"
+        )
+    expert, n = index % count, matrix.shape[0] // count
+    rows = slice(expert * n, (expert + 1) * n)
+
+    def load(program: Program, _: QuantizedWeight) -> WeightValues:
+        whole = (matrix.loader or load_plain)(program, matrix)
+        points = None if whole.zero_point is None else whole.zero_point[rows]
+        return WeightValues(lambda: whole.data[rows], whole.scale[rows], points)
+
+    block = (min(matrix.block_size[0], n), matrix.block_size[1])
+    return replace(matrix, shape=(n, matrix.shape[1]), block_size=block, loader=load, encoding="expert", expert=expert)
 
 
-def as_transposed_matrix(program: Program, node: Node) -> QuantizedWeight:
-    """As :func:`as_matrix`, of a weight that is stored as [E, K, N].
+def num_experts(stack: QuantizedWeight) -> int:
+    """E of a stack [E, N, K].
 
     Raises:
-        Unmet: as there.
+        Unmet: the weight is no stack of matrices.
     """
-    whole = _whole(program, node)
-    experts, k, n = whole.shape
+    _check_stack(stack)
+    return stack.shape[0]
 
-    def turned(part: Tensor, *shape: int) -> Tensor:
+
+def as_matrix(stack: QuantizedWeight) -> QuantizedWeight:
+    """A stack [E, N, K] as the matrix [E * N, K] of all experts' rows.
+
+    Raises:
+        Unmet: the weight is no stack of matrices, or several experts share a scale in part.
+    """
+    _check_stack(stack)
+    experts, n, k = stack.shape
+    return replace(stack, shape=(experts * n, k), block_size=(_rows_per_scale(stack, 1), stack.block_size[2]))
+
+
+def as_transposed_matrix(stack: QuantizedWeight) -> QuantizedWeight:
+    """A stack that is stored as [E, K, N], as the matrix [E * N, K] of all experts' rows.
+
+    Raises:
+        Unmet: as :func:`as_matrix`, or the scale is a number.
+    """
+    _check_stack(stack)
+    experts, k, n = stack.shape
+
+    def transposed(part: Tensor, *shape: int) -> Tensor:
         return part.detach().reshape(shape).transpose(1, 2)
 
-    def read(program: Program, weight: QuantizedWeight) -> WeightValues:
-        data, scale, *rest = (program.constant(node) for node in whole.sources)
+    def load(program: Program, weight: QuantizedWeight) -> WeightValues:
+        data, scale, *rest = (program.constant(node) for node in stack.sources)
         assert data is not None and scale is not None
-        blocks = [size // block for size, block in zip(whole.shape, whole.block_size, strict=True)]
+        blocks = [size // block for size, block in zip(stack.shape, stack.block_size, strict=True)]
 
         def table(part: Tensor) -> Tensor:
-            return turned(part, *blocks).reshape(-1, blocks[1]).repeat_interleave(weight.block_size[0], dim=0)
+            return transposed(part, *blocks).reshape(-1, blocks[1]).repeat_interleave(weight.block_size[0], dim=0)
 
         points = next((table(part) for part in rest if part is not None), None)
-        return WeightValues(lambda: turned(data, experts, k, n).reshape(-1, k), table(scale), points)
+        return WeightValues(lambda: transposed(data, experts, k, n).reshape(-1, k), table(scale), points)
 
-    if whole.scale is None:  # one number for all weights, whichever way they lie
+    if stack.scale is None:
         raise Unmet("a scale that is no tensor: quantize in blocks of (1, group size, 1)")
-    block = (_rows(whole, 2), whole.block_size[1])
-    return replace(whole, shape=(experts * n, k), block_size=block, loader=read, encoding="columns")
+    block = (_rows_per_scale(stack, 2), stack.block_size[1])
+    return replace(stack, shape=(experts * n, k), block_size=block, loader=load, encoding="columns")
 
 
-def _whole(program: Program, node: Node) -> QuantizedWeight:
-    decoder = decoder_for(op_of(node))
-    if decoder is None:
-        raise TypeError(f"{node.name} calls no operator that dequantizes")
-    whole = decoder(program, node)
-    if len(whole.shape) != 3:
-        matrix = ": write a product with a matrix [N, K] as linear(x, weight)" if len(whole.shape) == 2 else ""
-        raise Unmet(f"a weight of shape {list(whole.shape)}, which is no stack of experts [E, N, K]{matrix}")
-    return whole
+def _check_stack(weight: QuantizedWeight) -> None:
+    if len(weight.shape) != 3:
+        matrix = ": write a product with a matrix [N, K] as linear(x, weight)" if len(weight.shape) == 2 else ""
+        raise Unmet(f"a weight of shape {list(weight.shape)}, which is no stack of experts [E, N, K]{matrix}")
 
 
-def _rows(whole: QuantizedWeight, axis: int) -> int:
-    """How many rows of all experts' rows share their scales; ``axis`` is that of N."""
-    experts, n = whole.block_size[0], whole.block_size[axis]
-    if experts != 1 and n != whole.shape[axis]:
+def _rows_per_scale(stack: QuantizedWeight, n_axis: int) -> int:
+    """The number of rows of the matrix of all experts that share a scale."""
+    experts, n = stack.block_size[0], stack.block_size[n_axis]
+    if experts != 1 and n != stack.shape[n_axis]:
         raise Unmet(
-            f"scales in blocks of {list(whole.block_size)}, which several experts share in part: quantize in blocks of "
+            f"scales in blocks of {list(stack.block_size)}, which several experts share in part: quantize in blocks of "
             "(1, 1, group size)"
         )
     return experts * n

@@ -1,4 +1,4 @@
-"""A quantized weight as its dequantize node describes it, whichever operator that is, and its tensors."""
+"""A quantized weight as its dequantize node describes it, independent of the operator, and its tensors."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.errors import Unmet
@@ -15,10 +16,10 @@ from et_cuda_passes.graph.program import Program
 
 @dataclass(frozen=True)
 class WeightValues:
-    """The tensors of an :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
+    """The tensors of a :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
 
-    ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None where they are zero. ``load``
-    gives the integers [N, K], unpacked if they are stored otherwise.
+    ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None if they are zero. ``load``
+    returns the integers [N, K], and unpacks them if they are stored packed.
     """
 
     load: Callable[[], Tensor]
@@ -39,19 +40,19 @@ class QuantizedWeight:
     Attributes:
         fqn: the weight's FQN.
         data: node of the quantized integers, as they are stored.
-        scale: node of the scales, one a block; None where they are stored with the integers or are
-            ``constant_qparams``.
-        zero_point: node of the zero points, as many as scales, or None where all are zero.
+        scale: node of the scales, one a block; None if they are stored with the integers or are ``constant_qparams``.
+        zero_point: node of the zero points, as many as scales; None if all are zero.
         shape: (N, K) for a linear's weight: out_features, in_features; (N, K, 1, ...) for a convolution's.
         block_size: elements that share one scale, along each axis.
         quant_min, quant_max: the range of the integers, both ends included.
         storage_dtype: dtype of ``data``.
         scale_dtype: dtype of the scales.
         output_dtype: dtype of the dequantized weight.
-        constant_qparams: the scale and the zero point of the whole weight where the graph holds them as numbers.
-        loader: gives the tensors of a weight that is stored otherwise than an integer an element.
-        encoding: names what ``loader`` does, where there is one.
-        expert: which of the experts it is whose weights are stored together in ``data``; None for all that is stored.
+        constant_qparams: the scale and the zero point of the whole weight if the graph holds them as numbers.
+        loader: computes the tensors of a weight that is not stored as one integer an element; None for
+            :func:`load_plain`.
+        encoding: names the form that ``loader`` reads; empty without a loader.
+        expert: the index of this expert, if ``data`` holds the weights of several experts; None for all of ``data``.
     """
 
     fqn: str
@@ -83,12 +84,12 @@ class QuantizedWeight:
 
     @property
     def integers_key(self) -> Hashable:
-        """What the integers [N, K] depend on beside ``data``: in the layout of every constant that is made of them."""
+        """Everything beside ``data`` that determines the integers [N, K]; a part of the key of a packed constant."""
         return self.shape, self.encoding, self.expert
 
     @property
     def values_key(self) -> Hashable:
-        """What all of its tensors depend on beside :attr:`sources`: in the layout of what is made of them."""
+        """Everything beside :attr:`sources` that determines the tensors; a part of the key of a packed constant."""
         present = (self.scale is not None, self.zero_point is not None)
         return self.integers_key, self.block_size, self.constant_qparams, present
 
@@ -99,7 +100,7 @@ class QuantizedWeight:
 
     @property
     def in_features(self) -> int:
-        """K; of a matrix, or of a convolution's kernels of size 1."""
+        """K of a matrix, or of a convolution whose kernel size is 1."""
         return self.shape[1] if len(self.shape) > 1 else 1
 
     @property
@@ -107,7 +108,7 @@ class QuantizedWeight:
         """Elements along K that share a scale. Rows may share scales too: :func:`weight_values` repeats them.
 
         Raises:
-            Unmet: the weight is no matrix, nor a convolution's of kernel size 1.
+            Unmet: the weight is neither a matrix nor that of a convolution whose kernel size is 1.
         """
         matrix = len(self.shape) >= 2 and len(self.block_size) == len(self.shape)
         if not matrix or any(size != 1 for size in self.shape[2:]):
@@ -127,24 +128,24 @@ class QuantizedWeight:
 
 
 def constant(program: Program, value: Any, what: str) -> tuple[Node, Tensor]:
-    """The node and the tensor of an argument that must be a constant which nothing writes.
+    """The node and the tensor of an argument that must be a constant which the program never mutates.
 
     Raises:
-        Unmet: it is none; the text says what stands there.
+        Unmet: the argument is no such constant; the text says what was found.
     """
     if not isinstance(value, Node):
         raise Unmet(f"{what} is {value!r}, not a tensor")
     tensor = program.constant(value)
     if tensor is None:
-        made = op_name(op_of(value)) if op_of(value) is not None else value.op
+        producer = op_name(op_of(value)) if op_of(value) is not None else value.op
         raise Unmet(
-            f"{what} comes from {made} ({value.name}), not straight from a parameter or buffer: compute it before the "
-            "export, and hold the result in a buffer"
+            f"{what} comes from {producer} ({value.name}), not straight from a parameter or buffer: compute it before "
+            "the export, and hold the result in a buffer"
         )
     if program.is_mutated(value):
         raise Unmet(
-            f"{value.name}, which the program writes while it runs, and which a packed weight would not follow: read a "
-            "copy that nothing writes, or leave this layer unquantized"
+            f"{value.name}, which the program mutates while it runs; a packed weight would keep the old values: read a "
+            "copy that is never mutated, or leave this layer unquantized"
         )
     return value, tensor
 
@@ -155,7 +156,7 @@ def optional_constant(program: Program, value: Any, what: str) -> tuple[Node | N
 
 
 def integer_range(low: Any, high: Any, storage: torch.dtype) -> tuple[int, int]:
-    """The range that a dequantize states, or that of the integers' dtype where it states none.
+    """The range that a dequantize states, or else the range of the integers' dtype.
 
     Raises:
         Unmet: the storage holds no integers, or the range is empty.
@@ -172,7 +173,7 @@ def integer_range(low: Any, high: Any, storage: torch.dtype) -> tuple[int, int]:
 
 
 def check_blocks(weight: QuantizedWeight, scale: Tensor | None, zero_point: Tensor | None) -> None:
-    """Blocks that divide the weight, with a scale and a zero point each.
+    """Check that blocks divide the weight, and that each block has a scale and a zero point.
 
     Raises:
         Unmet: the parts contradict each other.
@@ -192,14 +193,14 @@ def check_blocks(weight: QuantizedWeight, scale: Tensor | None, zero_point: Tens
 
 
 def per_row(weight: QuantizedWeight, part: Tensor) -> Tensor:
-    """One value a block as [N, K / group], repeated for the rows that share it."""
+    """One value a block, as [N, K / group], repeated for the rows that share it."""
     rows = weight.block_size[0]
     table = part.detach().reshape(weight.shape[0] // rows, -1)
     return table if rows == 1 else table.repeat_interleave(rows, dim=0)
 
 
 def load_plain(program: Program, weight: QuantizedWeight) -> WeightValues:
-    """The tensors of a weight that is stored an integer an element, [N, K] or [N, K, 1, ...]; nothing is copied."""
+    """The tensors of a weight with one integer an element, [N, K] or [N, K, 1, ...]; the integers are a view."""
     data = program.constant(weight.data)
     assert data is not None
     integers = data.detach().reshape(weight.shape[:2])
@@ -210,3 +211,19 @@ def load_plain(program: Program, weight: QuantizedWeight) -> WeightValues:
     points = None if weight.zero_point is None else program.constant(weight.zero_point)
     assert scales is not None
     return WeightValues(lambda: integers, per_row(weight, scales), None if points is None else per_row(weight, points))
+
+
+def has_data(program: Program, weight: QuantizedWeight) -> bool:
+    """Whether the weight's tensors hold values: they are neither on the meta device nor fake."""
+    tensors = [program.constant(node) for node in weight.sources]
+    return all(t is not None and t.device.type != "meta" and not isinstance(t, FakeTensor) for t in tensors)
+
+
+def weight_values(program: Program, weight: QuantizedWeight) -> WeightValues:
+    """The tensors of a matrix weight, or of a convolution whose kernel size is 1.
+
+    Raises:
+        Unmet: the weight is neither.
+    """
+    weight.group_size  # noqa: B018  (raises for other shapes)
+    return (weight.loader or load_plain)(program, weight)

@@ -21,9 +21,9 @@ from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.layouts import embedding_table
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT8_EMBEDDING
 from et_cuda_passes.ops.quantized_embedding import quantized_embedding
-from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, dequantized, weight_of, weight_values
 from et_cuda_passes.quant.candidates import consumers
-from et_cuda_passes.quant.forms import is_dequantize
+from et_cuda_passes.quant.decoders import dequantized, is_dequantize, weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_values
 from et_cuda_passes.rules.packing import int4_scales, int8_scales, kernel_of, pack_int4, pack_int8
 from et_cuda_passes.rules.requirements import (
     dtype_names,

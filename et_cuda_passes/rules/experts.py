@@ -23,9 +23,10 @@ from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Failure, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
-from et_cuda_passes.quant.affine import QuantizedWeight, dequantized
+from et_cuda_passes.quant.decoders import dequantized, weight_of
 from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
 from et_cuda_passes.quant.experts import as_matrix, as_transposed_matrix, num_experts
+from et_cuda_passes.quant.weight import QuantizedWeight
 from et_cuda_passes.rules.packing import int4_scales, kernel_of, pack_experts, packed_weight, scale_dtype
 from et_cuda_passes.rules.requirements import (
     integers_are_in_range,
@@ -110,18 +111,18 @@ def rows_of_stack(m: Match) -> QuantizedWeight:
     """
     # x @ stack sums over axis 1 of the stack, stack @ x over axis 2.
     stored_as_columns = (TRANSPOSED in m.match.bindings) == (WEIGHT_ON_LEFT in m.match.bindings)
-    return m.memoize(as_transposed_matrix if stored_as_columns else as_matrix, "weight")
+    return as_transposed_matrix(weight_of(m)) if stored_as_columns else as_matrix(weight_of(m))
 
 
 def summary_of(m: Match) -> str:
     """For the report: number of experts, scheme, kernel and layout."""
-    kernel, count = kernel_of(m), m.memoize(num_experts, "weight")
+    kernel, count = kernel_of(m), num_experts(weight_of(m))
     return f"{count} experts, {packed_weight(m).scheme} -> {kernel.name} ({kernel.layout})"
 
 
 def packed_product(b: Builder, m: Match, operator: torch._ops.OpOverload, x: Node, index: Node | None) -> Node:
     """A call of ``operator`` with x, the packed weights, and ``index``: the ids of a bmm, the offs of a grouped mm."""
-    weight, kernel, count = packed_weight(m), kernel_of(m), m.memoize(num_experts, "weight")
+    weight, kernel, count = packed_weight(m), kernel_of(m), num_experts(weight_of(m))
     packed, qparams = pack_experts(b, weight, count, kernel, scale_dtype(m))
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     return b.call(operator, x, packed, qparams, index, group_size, weight.out_features // count)
@@ -209,7 +210,7 @@ PACKED_STACK = (
 @requirement("rows [E, M, K], or [M, K] for all experts", hint="reshape x")
 def x_has_rows_for_all_experts(m: Match) -> Failure | None:
     """Apart from one batch for all experts, the kernel does not broadcast."""
-    x, experts = m.val(m.x), m.memoize(num_experts, "weight")
+    x, experts = m.val(m.x), num_experts(weight_of(m))
     if x.dim() == 2 and WEIGHT_ON_LEFT not in m.match.bindings:
         return None
     if x.dim() == 3 and any(statically_known_true(x.shape[0] == batches) for batches in (1, experts)):
@@ -424,7 +425,7 @@ class EinsumInt4(Rule):
 
     def packed_weight(self, m: Match) -> QuantizedWeight:
         """The rows of all experts."""
-        return m.memoize(as_transposed_matrix if einsum_of(m).as_columns else as_matrix, "weight")
+        return as_transposed_matrix(weight_of(m)) if einsum_of(m).as_columns else as_matrix(weight_of(m))
 
     def summary(self, m: Match) -> str:
         """Number of experts, scheme, kernel and layout."""

@@ -19,8 +19,8 @@ from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Failure, GroupRule, Notes, requirement
-from et_cuda_passes.quant.affine import dequantized_matrix, weight_of
-from et_cuda_passes.quant.dynamic import decode_dynamic
+from et_cuda_passes.quant.activations import decode_dynamic
+from et_cuda_passes.quant.decoders import dequantized_matrix, weight_of
 from et_cuda_passes.rules.epilogue import ELEMENTWISE_OPS, activation_of, can_fuse_elementwise
 from et_cuda_passes.rules.linear import (
     LinearInt4,

@@ -25,9 +25,9 @@ from et_cuda_passes.kernels.choose import Weight, describe
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR, MMA_TILED
-from et_cuda_passes.quant.affine import QuantizedWeight, dequantized, dequantized_matrix, weight_of, weight_values
-from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized
-from et_cuda_passes.quant.forms import needs_python_kernel
+from et_cuda_passes.quant.activations import decode_dynamic, dynamically_quantized
+from et_cuda_passes.quant.decoders import dequantized, dequantized_matrix, needs_python_kernel, weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.rules.packing import (
     compute_dtype,
     int4_scales,

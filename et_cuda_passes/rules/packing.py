@@ -12,7 +12,8 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.layouts import LAYOUTS, Layout
 from et_cuda_passes.layouts.layout import ZERO_OFFSET, unsigned_shift
-from et_cuda_passes.quant.affine import QuantizedWeight, WeightValues, weight_of, weight_values
+from et_cuda_passes.quant.decoders import weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_values
 
 
 def kernel_of(m: Match) -> Kernel:

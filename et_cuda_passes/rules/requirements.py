@@ -15,7 +15,8 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Failure, Requirement, requirement
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.affine import QuantizedWeight, has_data, weight_of, weight_values
+from et_cuda_passes.quant.decoders import weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
 from et_cuda_passes.rules.packing import compute_dtype, int4_shift, int8_shift, kernel_of, packed_weight
 
 

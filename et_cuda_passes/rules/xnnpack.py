@@ -19,16 +19,18 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Keep, Notes, Rule, requirement
-from et_cuda_passes.quant.affine import DEQUANTIZE, QuantizedWeight, dequantized, weight_of, weight_values
-from et_cuda_passes.quant.candidates import consumers
-from et_cuda_passes.quant.dynamic import decode_dynamic, dynamically_quantized, quantized_activation_of
-from et_cuda_passes.quant.forms import is_dequantize
-from et_cuda_passes.quant.static import (
+from et_cuda_passes.quant.activations import (
     QUANTIZE_PER_TENSOR,
+    decode_dynamic,
+    dynamically_quantized,
     dynamically_quantized_per_tensor,
+    quantized_activation_of,
     static_qparams,
     statically_quantized,
 )
+from et_cuda_passes.quant.candidates import consumers
+from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, is_dequantize, weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, scales_are_finite, weight_has_data
 
 aten = torch.ops.aten

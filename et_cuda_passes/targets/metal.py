@@ -3,7 +3,7 @@
 import torch
 
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.advised import SuggestedSchemes
+from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4

@@ -9,7 +9,7 @@ from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
-from et_cuda_passes.quant.advised import SuggestedSchemes
+from et_cuda_passes.quant.unsupported import SuggestedSchemes
 
 INT8 = "int8"
 """The ``layout`` of the int8 kernels: int8 [N, K], row by row."""

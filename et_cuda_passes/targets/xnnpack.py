@@ -3,7 +3,7 @@
 XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch's own kernels.
 """
 
-from et_cuda_passes.quant.advised import SuggestedSchemes
+from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import QuantizedEmbedding
 from et_cuda_passes.rules.xnnpack import (
     FoldDequantize,

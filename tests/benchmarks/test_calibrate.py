@@ -1,4 +1,4 @@
-"""What is measured of tilings covers them, and the fit finds the costs that measurements were made from."""
+"""The calibration measures every tiling, and the fit recovers the costs of synthetic measurements."""
 
 import json
 import math
@@ -24,7 +24,7 @@ RESOURCES = {TILINGS[0]: (92, 46592), TILINGS[1]: (121, 79360), TILINGS[2]: (106
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("wgmma", [True, False])
-def test_every_candidate_is_a_tiling_of_its_kernel(bits: int, wgmma: bool) -> None:
+def test_candidates_are_all_tilings_of_their_kernel(bits: int, wgmma: bool) -> None:
     tried = candidates(bits, wgmma)
     assert len(set(tried)) == len(tried)
     assert any(tiling.bulk for tiling in tried) == (bits == 4 and wgmma)
@@ -35,7 +35,7 @@ def test_every_candidate_is_a_tiling_of_its_kernel(bits: int, wgmma: bool) -> No
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_any_beginning_of_the_plan_has_some_of_everything(bits: int) -> None:
+def test_prefix_of_the_plan_has_all_kinds_of_products(bits: int) -> None:
     points = plan(bits, True, 132, 28)
     assert len(set(points)) == len(points)
     for part in (points, points[: len(points) // 4]):
@@ -48,7 +48,7 @@ def test_any_beginning_of_the_plan_has_some_of_everything(bits: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 17, 64, 65, 129, 1023, 4096])
-def test_a_product_is_timed_in_tiles_that_may_suit_it(rows: int) -> None:
+def test_product_is_timed_in_plausible_tilings(rows: int) -> None:
     found = heights(rows)
     assert min(256, rows) <= 2 * max(found) and min(found) <= max(8, 2 * rows)
 
@@ -63,7 +63,7 @@ def costs_of(tiling: Tiling, group: int, whole: bool) -> TilingCost:
 
 @pytest.fixture
 def calibration(tmp_path: Path) -> Path:
-    """A file as of a GPU whose times are the model's, and 2 % of noise."""
+    """A calibration file with the times of the model and 2 % noise."""
     chance = random.Random(0)
     machine = {"kind": "machine", "bits": 4, "gpu": "a GPU", "capability": [9, 0], "processors": 132, "start": 1.3}
     lines = [machine | {"bandwidth": 2.6e12, "rate": 7e14}]
@@ -76,14 +76,14 @@ def calibration(tmp_path: Path) -> Path:
             continue
         cost = costs_of(replace(point.tiling, waves=0), point.group, is_whole(point.tiling, point.k))
         work = Work(point.m, point.n, point.k, weight_bytes(4, point.k, point.group))
-        taken = time(point.tiling, work, cost, GPU, 132) * math.exp(chance.gauss(0, 0.02))
-        lines.append(point.entry() | {"us": taken})
+        measured = time(point.tiling, work, cost, GPU, 132) * math.exp(chance.gauss(0, 0.02))
+        lines.append(point.entry() | {"us": measured})
     path = tmp_path / "calibration.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def test_the_fit_finds_what_the_times_were_made_from(calibration: Path, tmp_path: Path) -> None:
+def test_fit_recovers_the_costs_of_synthetic_times(calibration: Path, tmp_path: Path) -> None:
     fit = Fit(load(calibration))
     fit.run()
     points = fit.calibration.points
@@ -100,7 +100,7 @@ def test_the_fit_finds_what_the_times_were_made_from(calibration: Path, tmp_path
             assert cost.programs == costs_of(tiling, group, whole).programs
 
 
-def test_a_file_of_another_gpu_is_not_gone_on_with(calibration: Path) -> None:
+def test_file_of_another_gpu_is_rejected(calibration: Path) -> None:
     assert begun(calibration.with_name("none"), 4, "a GPU") == []
     measured = {key(line) for line in begun(calibration, 4, "a GPU") if "us" in line}
     assert measured <= {key(json.loads(json.dumps(point.entry()))) for point in plan(4, True, 132, 0)}

@@ -1,4 +1,4 @@
-"""The package's table of costs against the calibration, of which some products were not fitted."""
+"""The package's table of costs, compared with the calibration; some of its products were not fitted."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ RECORDED = Path(__file__).parents[2] / "benchmarks" / "calibrations"
 
 
 def fit_of(name: str, bits: int) -> Fit:
-    """A calibration, with the costs of the package's table in place of a new fit."""
+    """A calibration with the costs of the package's table, without a new fit."""
     fit, costs = Fit(load(RECORDED / name)), costs_of(HOPPER, bits)
     fit.gpu = costs.gpu
     fit.costs = {
@@ -37,7 +37,7 @@ def recorded_int8() -> Fit:
 
 
 @pytest.mark.parametrize(("kind", "least"), [("fit", 7000), ("cut", 1250), ("held", 3800)])
-def test_the_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, kind: str, least: int) -> None:
+def test_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, kind: str, least: int) -> None:
     points = [point for point in recorded.known(recorded.calibration.points) if point.kind == kind]
     assert len(points) >= least
     off = np.abs(np.log(recorded.predicted(points) / [point.us for point in points]))
@@ -45,7 +45,7 @@ def test_the_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, 
     assert np.quantile(off, 0.5) <= math.log(1.05)
 
 
-def test_the_predicted_choice_loses_little_on_products_that_were_not_fitted(recorded: Fit) -> None:
+def test_predicted_choice_loses_little_on_products_that_were_not_fitted(recorded: Fit) -> None:
     lost = []
     for points in held_products(recorded.calibration.points).values():
         timed = recorded.known(points)
@@ -57,7 +57,7 @@ def test_the_predicted_choice_loses_little_on_products_that_were_not_fitted(reco
     assert max(lost) <= 1.32
 
 
-def test_the_int8_table_predicts_nine_of_ten_points_within_15_percent(recorded_int8: Fit) -> None:
+def test_int8_table_predicts_nine_of_ten_points_within_15_percent(recorded_int8: Fit) -> None:
     points = recorded_int8.known(recorded_int8.calibration.points)
     assert len(points) >= 5000
     off = np.abs(np.log(recorded_int8.predicted(points) / [point.us for point in points]))
@@ -65,7 +65,7 @@ def test_the_int8_table_predicts_nine_of_ten_points_within_15_percent(recorded_i
     assert np.quantile(off, 0.5) <= math.log(1.05)
 
 
-def test_the_predicted_int8_choice_loses_little_on_products_that_were_not_fitted(recorded_int8: Fit) -> None:
+def test_predicted_int8_choice_loses_little_on_products_that_were_not_fitted(recorded_int8: Fit) -> None:
     lost = []
     for points in held_products(recorded_int8.calibration.points).values():
         timed = recorded_int8.known(points)

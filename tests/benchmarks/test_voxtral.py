@@ -1,4 +1,4 @@
-"""The benchmark of Voxtral's networks: they compute what transformers' do, and what is measured is what is said."""
+"""The benchmark of Voxtral's networks: they agree with transformers', and the measurements are as described."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,7 +39,7 @@ def full() -> Voxtral:
 
 
 def transformers_voxtral(model: Voxtral) -> Any:
-    """transformers' own model of the same sizes, with the weights of ``model``."""
+    """transformers' model of the same sizes, with the weights of ``model``."""
     transformers = pytest.importorskip("transformers")
     d = TINY
     config = transformers.VoxtralConfig(
@@ -59,7 +59,7 @@ def transformers_voxtral(model: Voxtral) -> Any:
             "num_attention_heads": d.heads,
             "num_key_value_heads": d.kv_heads,
             "head_dim": d.head_dim,
-            # Voxtral's own, which the configuration supplies by default: rope_theta and rms_norm_eps.
+            # rope_theta and rms_norm_eps have Voxtral's values by default.
         },
         audio_token_id=24,
     )
@@ -77,7 +77,7 @@ def transformers_voxtral(model: Voxtral) -> Any:
 
 
 def test_both_networks_compute_what_transformers_does() -> None:
-    """Prefill and decode steps, a cache longer than both, against one pass over all tokens without a cache."""
+    """Prefill and decode steps with a longer cache agree with one pass over all tokens without a cache."""
     model, _ = build(TINY, "float", "cpu", dtype=torch.float32)
     own = transformers_voxtral(model)
     mel = torch.randn(1, TINY.mel, TINY.frames)
@@ -93,7 +93,7 @@ def test_both_networks_compute_what_transformers_does() -> None:
     assert wanted.std() > 0.3, "logits that tell something"
 
 
-def test_a_text_that_starts_again_needs_no_reset() -> None:
+def test_new_text_needs_no_reset() -> None:
     model, _ = build(TINY, "float", "cpu", dtype=torch.float32)
     first, second = torch.randn(2, 1, 10, TINY.features)
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_a_text_that_starts_again_needs_no_reset() -> None:
     torch.testing.assert_close(torch.cat(got, dim=1), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_the_linears_and_nothing_else_are_quantized() -> None:
+def test_only_linears_are_quantized() -> None:
     model, digest = build(TINY, "int4", "cpu")
     plain, same = build(TINY, "float", "cpu")
     dense, again = build(TINY, "dequantized", "cpu")
@@ -127,8 +127,8 @@ def test_the_linears_and_nothing_else_are_quantized() -> None:
     assert all(value.dtype == torch.bfloat16 for value in plain.parameters())
 
 
-def test_no_two_methods_share_the_name_of_a_weight(programs: dict[str, ExportedProgram]) -> None:
-    """In a .ptd a name stands for one weight of all methods."""
+def test_methods_share_no_name_of_a_weight(programs: dict[str, ExportedProgram]) -> None:
+    """In a .ptd a name identifies one weight of all methods."""
     names = [name for program in programs.values() for name in [*program.state_dict, *program.constants]]
     assert len(names) == len(set(names))
     caches = [name for name in programs["text_decoder"].constants if name.endswith((".keys", ".values"))]
@@ -151,25 +151,25 @@ def test_one_program_takes_every_length(programs: dict[str, ExportedProgram]) ->
 
 
 @pytest.mark.parametrize("name", ["tinygemm", "ours", "unfused", "ungated"])
-def test_every_linear_is_rewritten(name: str, programs: dict[str, ExportedProgram]) -> None:
+def test_linears_are_all_rewritten(name: str, programs: dict[str, ExportedProgram]) -> None:
     for method, program in programs.items():
         _, report = ecp.rewrite(program, "cuda", passes(VARIANTS[name]))
         counts = report.counts()
         assert (counts["rewritten"], counts["missed"]) == (LINEARS[method], 0)
         if name == "tinygemm":
             assert all("-> tinygemm" in outcome.detail for outcome in report.outcomes)
-        # q, k and v; gate and up have something behind them.
+        # q, k and v are fused; gate and up have other readers.
         layers = {"audio_encoder": TINY.audio_layers, "text_decoder": TINY.layers, "token_embedding": 0}[method]
         assert counts.get("fused_linear_int4", 0) == (0 if name == "unfused" else 3 * layers)
         gates = TINY.layers if method == "text_decoder" and name in ("ours", "unfused") else 0
         assert report.applied.get("fuse_gate", 0) == gates
 
 
-def test_the_partitioners_of_a_variant() -> None:
+def test_variant_has_its_partitioners() -> None:
     for name in VARIANTS:
-        for method, made in partitioners(VARIANTS[name], TINY).items():
-            assert isinstance(made[0], ecp.CudaPartitioner) == (name in ("tinygemm", "ours", "unfused", "ungated"))
-            specs = {spec.key: spec.value for spec in made[0].delegation_spec.compile_specs}
+        for method, created in partitioners(VARIANTS[name], TINY).items():
+            assert isinstance(created[0], ecp.CudaPartitioner) == (name in ("tinygemm", "ours", "unfused", "ungated"))
+            specs = {spec.key: spec.value for spec in created[0].delegation_spec.compile_specs}
             assert specs["method_name"] == method.encode()
     assert set(DEFAULT) < set(VARIANTS)
     assert VARIANTS["bf16-prompt"].hint(FULL) == 388
@@ -183,13 +183,13 @@ def test_lowering_lacks_nothing_but_the_device(tmp_path: Path) -> None:
         lower(VARIANTS["ours"], small, tmp_path / "ours", "cpu")
 
 
-def test_a_full_disk_is_told_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_an_error_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9}))
     with pytest.raises(RuntimeError, match=r"has 1 GB free, lowering bf16 takes 19"):
         lower(VARIANTS["bf16"], FULL, tmp_path / "bf16", "cpu")
 
 
-def test_the_full_size_is_voxtrals(full: Voxtral) -> None:
+def test_full_size_is_that_of_voxtral(full: Voxtral) -> None:
     """Parameters of Voxtral-Mini-3B by part, as they follow from its configuration."""
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in full.named_children()}
     linears: dict[str, list[nn.Linear]] = {
@@ -206,7 +206,7 @@ def test_the_full_size_is_voxtrals(full: Voxtral) -> None:
     assert FULL.bf16_bytes == pytest.approx(held, rel=2e-3)
 
 
-def test_the_operations_of_a_call_are_those_that_torch_counts(full: Voxtral) -> None:
+def test_operations_of_a_call_agree_with_the_counter_of_torch(full: Voxtral) -> None:
     mel = torch.empty(1, FULL.mel, FULL.frames, device="meta", dtype=torch.bfloat16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         full.audio_encoder(mel)
@@ -215,13 +215,13 @@ def test_the_operations_of_a_call_are_those_that_torch_counts(full: Voxtral) -> 
     at = torch.arange(FULL.prompt, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         full.text_decoder(x, at)
-    # Attention is counted over the whole cache, and a causal one needs half of the prompt's square.
+    # Attention is counted over the whole cache; causal attention needs half of the prompt's square.
     square = 4 * FULL.layers * FULL.heads * FULL.head_dim * FULL.prompt
     assert counter.get_total_flops() - square * FULL.cache == FULL.flops["prefill"] - square * FULL.prompt / 2
     assert FULL.flops["decode"] == pytest.approx(2 * FULL.linear_weights["text_decoder"], rel=0.06)
 
 
-def test_what_compare_finds() -> None:
+def test_compare_finds_relative_and_largest_errors() -> None:
     wanted = torch.tensor([[[4.0, 2.0, 0.0], [1.0, 3.0, 2.0], [0.0, 5.0, 1.0]]])
     assert compare(wanted, wanted) == {"relative_error": 0, "rows": 3, "same": 3, "shortfall": 0}
     got = wanted.clone()
@@ -233,13 +233,13 @@ def test_what_compare_finds() -> None:
 
 
 def loader(form: Form, change: Callable[[Voxtral], None] = lambda model: None) -> Callable[[str], Callable[..., Any]]:
-    """Gives the methods of a model in eager, their result in a list, as a loaded artifact does."""
+    """The methods of a model in eager, with results in a list like those of a loaded artifact."""
     model, _ = build(TINY, form, "cpu")
     change(model)
     return lambda name: lambda *inputs: [model.get_submodule(name)(*inputs)]
 
 
-def test_an_artifact_is_measured_against_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifact_is_compared_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "LEAST", 2)
     monkeypatch.setattr(clock, "SECONDS", 0)
     path = tmp_path / "dequantized.pt"
@@ -256,14 +256,14 @@ def test_an_artifact_is_measured_against_eager(tmp_path: Path, monkeypatch: pyte
     assert all(times["calls"] == 2 and times["min_ms"] <= times["median_ms"] for times in found["latency"].values())
     assert all(spent["kernels"] > 1 for spent in found["profile"].values())
 
-    # The unquantized weights are not the ones that it should have.
+    # The reference gets the unquantized weights, which are the wrong ones.
     other = measure(loader("float"), path, TINY, "cpu")["correct"]
     assert other["token_embedding"]["relative_error"] == 0
     for case in ("audio_encoder", "prefill", "decode"):
         assert other[case]["relative_error"] > 0.05
 
     def forget(model: Voxtral) -> None:
-        """Decode without what prefill put in the cache of the last layer."""
+        """Decode with an empty cache of the last layer."""
         attention = model.text_decoder.language_model.layers[-1].self_attn
 
         def zero(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -276,7 +276,7 @@ def test_an_artifact_is_measured_against_eager(tmp_path: Path, monkeypatch: pyte
     assert lost["decode"]["relative_error"] > 0.05 > lost["prefill"]["relative_error"]
 
 
-def test_the_cache_is_no_weight() -> None:
+def test_cache_is_not_counted_as_a_weight() -> None:
     held: dict[str, Tensor] = {"a.weight": torch.zeros(4), "layers.0.self_attn.keys": torch.zeros(100)}
     method = type("Method", (), {"weights": {**held, "layers.0.self_attn.values": torch.zeros(100)}})
     assert weight_bytes(method()) == 16

@@ -1,4 +1,4 @@
-"""The benchmark's steps: what is finished is not done again, what failed is; kernels in classes; tables."""
+"""The benchmark's steps: finished ones are skipped, failed ones are repeated; classes of kernels; tables."""
 
 import json
 import sys
@@ -58,7 +58,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def test_a_finished_step_is_not_done_again(bench: Bench) -> None:
+def test_finished_step_is_not_repeated(bench: Bench) -> None:
     first = bench.step("first")
     steps = (first, bench.step("second", needs=(first,)))
     assert bench.run(*steps)
@@ -69,7 +69,7 @@ def test_a_finished_step_is_not_done_again(bench: Bench) -> None:
     assert result is not None and result["value"] == 1
 
 
-def test_a_failed_step_is_tried_again_and_what_needs_it_waits(bench: Bench) -> None:
+def test_failed_step_is_repeated_and_its_dependents_wait(bench: Bench) -> None:
     failing = bench.step("failing", "print('the reason'); sys.exit(3)")
     after, other = bench.step("after", needs=(failing,)), bench.step("other")
     assert not bench.run(failing, after, other)
@@ -81,19 +81,19 @@ def test_a_failed_step_is_tried_again_and_what_needs_it_waits(bench: Bench) -> N
     assert bench.ran == ["failing", "other", "failing", "after"]
 
 
-def test_a_step_that_ends_well_without_a_result_has_failed(bench: Bench) -> None:
+def test_step_without_a_result_has_failed(bench: Bench) -> None:
     assert not bench.run(bench.step("silent", "sys.exit(0)"))
     assert any(line.startswith("silent: failed (0)") for line in bench.said)
 
 
-def test_a_damaged_result_is_none(bench: Bench) -> None:
+def test_damaged_result_counts_as_missing(bench: Bench) -> None:
     step = bench.step("one")
     (bench.folder / "one.json").write_text('{"settings": {}, "fini')
     assert bench.run(step)
     assert bench.ran == ["one"]
 
 
-def test_other_settings_and_newer_needs_make_a_step_undone(bench: Bench) -> None:
+def test_other_settings_and_newer_inputs_invalidate_a_step(bench: Bench) -> None:
     def steps(scale: str) -> tuple[Step, Step]:
         lowered = bench.step("lower", scale=scale)
         return lowered, bench.step("measure", needs=(lowered,), scale="any")
@@ -103,7 +103,7 @@ def test_other_settings_and_newer_needs_make_a_step_undone(bench: Bench) -> None
     assert bench.ran == ["lower", "measure"] * 2
 
 
-def test_no_step_starts_after_the_deadline(bench: Bench) -> None:
+def test_steps_do_not_start_after_the_deadline(bench: Bench) -> None:
     slow, second = bench.step("slow", "time.sleep(1)"), bench.step("second")
     assert not bench.run(slow, second, deadline_s=0.5)
     assert bench.ran == ["slow"], "what runs is waited for"
@@ -113,7 +113,7 @@ def test_no_step_starts_after_the_deadline(bench: Bench) -> None:
 
 
 def test_parallel_steps_run_beside_each_other_and_others_alone(bench: Bench) -> None:
-    # Each waits for what the other one writes.
+    # Each waits for the output of the other.
     meet = "(folder / {0!r}).touch()\nwhile not (folder / {1!r}).exists(): time.sleep(0.02)"
     alone = bench.step("alone", "assert (folder / 'a.json').exists() and (folder / 'b.json').exists()")
     steps = [
@@ -124,14 +124,14 @@ def test_parallel_steps_run_beside_each_other_and_others_alone(bench: Bench) -> 
     assert bench.ran[2:] == ["alone"]
 
 
-def test_no_more_run_than_there_are_jobs(bench: Bench) -> None:
+def test_steps_run_in_at_most_the_given_jobs(bench: Bench) -> None:
     lonely = (
         "import os\nassert os.environ['JOBS'] == '1'\n(folder / 'in').mkdir()\ntime.sleep(0.3)\n(folder / 'in').rmdir()"
     )
     assert bench.run(*(bench.step(name, lonely, parallel=True) for name in "abc"), jobs=1)
 
 
-def test_a_step_that_takes_too_long_is_ended_with_what_it_started(bench: Bench) -> None:
+def test_step_beyond_its_time_limit_is_ended_with_its_children(bench: Bench) -> None:
     body = "import subprocess\nsubprocess.Popen(['sleep', '3']) and time.sleep(60)"
     start = time.monotonic()
     assert not bench.run(bench.step("long", body), limit_s=1)
@@ -139,7 +139,7 @@ def test_a_step_that_takes_too_long_is_ended_with_what_it_started(bench: Bench) 
     assert any("long: ended after" in line for line in bench.said)
 
 
-def test_the_steps_of_the_command(tmp_path: Path) -> None:
+def test_command_lists_its_steps(tmp_path: Path) -> None:
     options = command.parse(["--folder", str(tmp_path), "--scale", "tiny", "--variants", "bf16,ours", "--jobs", "4"])
     steps = {step.name: step for step in command.plan(options)}
     assert list(steps) == ["lower-bf16", "lower-ours", "reference-float", "reference-dequantized", *measured()]
@@ -160,7 +160,7 @@ def measured() -> list[str]:
     return ["measure-bf16", "measure-ours"]
 
 
-def test_each_step_has_a_compiler_cache_of_its_own(tmp_path: Path) -> None:
+def test_steps_have_separate_compiler_caches(tmp_path: Path) -> None:
     make = command.Environment(tmp_path)
     found = [make(Step(f"lower-{name}", []), 2)["TORCHINDUCTOR_CACHE_DIR"] for name in ("bf16", "ours")]
     assert len(set(found)) == 2 and all(Path(path).is_relative_to(tmp_path) for path in found)
@@ -195,7 +195,7 @@ def test_each_step_has_a_compiler_cache_of_its_own(tmp_path: Path) -> None:
         ("some_kernel_of_ours", "other"),
     ],
 )
-def test_the_class_of_a_kernel(kernel: str, label: str) -> None:
+def test_kernel_name_determines_its_class(kernel: str, label: str) -> None:
     assert classify(kernel) == label
 
 
@@ -243,7 +243,7 @@ def some_results() -> dict[str, dict[str, Any]]:
     }
 
 
-def test_the_tables() -> None:
+def test_tables_contain_all_results() -> None:
     lines = report(some_results(), SCALES["full"]).splitlines()
     assert lines[0] == "A GPU, torch 2.11.0; a copy moves 3.00 TB/s, cuBLAS in bf16 runs at 700 TFLOP/s."
     for wanted in (
@@ -268,7 +268,7 @@ def test_the_tables() -> None:
         assert set(table[1]) == set("| -")
 
 
-def test_the_tables_of_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_of_partial_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--table", "--folder", str(tmp_path)]) == 0
     assert capsys.readouterr().out == ""
     results = some_results()
@@ -277,7 +277,7 @@ def test_the_tables_of_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "| bf16, stock partitioner | 9.35 GB |" in capsys.readouterr().out
 
 
-def test_the_command_tells_that_there_is_no_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_without_a_gpu_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is one")

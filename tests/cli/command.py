@@ -1,4 +1,4 @@
-"""The command line as tests call it."""
+"""Calls the command line from tests."""
 
 import io
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class Result(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The one line that says what is wrong; there must be no other, and nothing that looks like a traceback."""
+        """The one line with the error; no other error and no traceback may occur."""
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err
@@ -46,7 +46,7 @@ def names(folder: Path) -> list[str]:
 
 
 def called(*arguments: object) -> Result:
-    """What the command line in this process says; for fixtures that several tests share."""
+    """Run the command line in this process, in fixtures that several tests share."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
         app([str(argument) for argument in arguments], prog_name="et-cuda-passes")

@@ -1,4 +1,4 @@
-"""The command line: what it writes runs, what it says is true, and what it cannot do it says in one line."""
+"""The command line: written programs run, reports are true, and an error is one line."""
 
 import json
 import os
@@ -38,10 +38,8 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, command: R
         assert difference(method.execute([x])[0], module(x)) < 1e-6
 
 
-def test_a_quantized_embedding_for_xnnpack_by_way_of_a_packed_program_in_a_new_process(
-    tmp_path: Path, command: Run
-) -> None:
-    """The operators are ExecuTorch's, and unknown to torch until it is imported."""
+def test_packed_embedding_for_xnnpack_is_lowered_in_a_new_process(tmp_path: Path, command: Run) -> None:
+    """torch does not know ExecuTorch's operators until ExecuTorch is imported."""
     table = Quantized(13, 64, dtype=torch.float32, form=lambda ids, weight, bias: F.embedding(ids, weight))
     torch.export.save(torch.export.export(table, (torch.tensor([1, 2]),)), tmp_path / "model.pt2")
     _, report = ecp.rewrite(torch.export.load(tmp_path / "model.pt2"), "xnnpack")
@@ -49,19 +47,19 @@ def test_a_quantized_embedding_for_xnnpack_by_way_of_a_packed_program_in_a_new_p
     assert (
         command("lower", tmp_path / "model.pt2", "-t", "xnnpack", "-o", tmp_path, "--stop-after", "rewrite").code == 0
     )
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "et_cuda_passes", "explain", packed, "-t", "xnnpack"], capture_output=True, text=True
     )
-    assert told.stdout == f"{report}\n", told.stderr
+    assert done.stdout == f"{report}\n", done.stderr
 
 
-def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, command: Run) -> None:
+def test_lower_for_cpu_works_directly_and_from_a_packed_program(tmp_path: Path, command: Run) -> None:
     path, module = save(tmp_path, "4w")
     packing = command("lower", path, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)
     assert packing.code == 0, packing.err
     packed = tmp_path / "model.cpu.packed.pt2"
     assert torch.backends.cpu.get_cpu_capability() in packing.out.splitlines()[-1]
-    # The packed program runs as it is, wherever our operators are registered.
+    # The packed program runs wherever our operators are registered.
     loaded = torch.export.load(packed).module()
 
     lowering = command(
@@ -70,7 +68,7 @@ def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, 
     assert lowering.code == 0, lowering.err
     assert "2 x cpu" in lowering.out
     assert names(tmp_path / "out") == ["model.cpu.pt2", "report.json"]
-    # The report is that of the packing: it still tells the fate of every layer.
+    # The report is that of the packing, with an outcome for every layer.
     assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "report.json").read_bytes()
 
     package = str(tmp_path / "out" / "model.cpu.pt2")
@@ -81,9 +79,7 @@ def test_lower_for_cpu_in_one_go_and_by_way_of_a_packed_program(tmp_path: Path, 
     assert "AOTInductor package" in command("explain", package, "--target", "cpu").error
 
 
-def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
-    tmp_path: Path, command: Run, no_gpu: None
-) -> None:
+def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, command: Run, no_gpu: None) -> None:
     path, module = save(tmp_path, "4w", torch.bfloat16)
     out = tmp_path / "a folder"
     result = command("lower", path, "--target", "cuda", "--output-dir", out)
@@ -94,8 +90,8 @@ def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
     x = INPUTS[1].bfloat16()
     assert difference(loaded(x), module(x)) < 0.01
 
-    # The command that it names is a command: it reads what was packed, and here it ends at the same place.
-    program, *again = shlex.split(result.error.rpartition("go on with: ")[2])
+    # The command in the message is valid: it reads the packed program, and ends here in the same way.
+    program, *again = shlex.split(result.error.rpartition("continue with: ")[2])
     assert program == "et-cuda-passes"
     second = command(*again)
     assert (second.code, second.error) == (1, result.error)
@@ -104,7 +100,7 @@ def test_a_step_that_needs_a_gpu_leaves_what_a_machine_with_one_goes_on_with(
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="may have what is missing")
-def test_metal_elsewhere_than_on_macos(tmp_path: Path, command: Run) -> None:
+def test_lower_for_metal_outside_of_macos_writes_the_packed_program(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     result = command("lower", path, "--target", "metal", "--output-dir", tmp_path)
     assert result.code == 1
@@ -112,7 +108,7 @@ def test_metal_elsewhere_than_on_macos(tmp_path: Path, command: Run) -> None:
     assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.json"]
 
 
-def test_cpu_without_a_compiler(tmp_path: Path, command: Run) -> None:
+def test_lower_for_cpu_without_a_compiler_writes_the_packed_program(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
         result = command("lower", path, "--target", "cpu", "--output-dir", tmp_path)
@@ -121,7 +117,7 @@ def test_cpu_without_a_compiler(tmp_path: Path, command: Run) -> None:
     assert "model.cpu.packed.pt2" in names(tmp_path)
 
 
-def test_a_program_packed_for_another_target(tmp_path: Path, command: Run) -> None:
+def test_program_packed_for_another_target_is_rejected(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w", torch.bfloat16)
     assert command("lower", path, "-t", "cuda", "--stop-after", "rewrite", "-o", tmp_path).code == 0
     result = command("lower", tmp_path / "model.cuda.packed.pt2", "-t", "cpu", "-o", tmp_path / "out")
@@ -129,14 +125,14 @@ def test_a_program_packed_for_another_target(tmp_path: Path, command: Run) -> No
     assert "packed (mma_tiled) for target cuda" in result.error
     assert not (tmp_path / "out").exists()
 
-    # The same, told by its operators alone: saved by other means than ours, it has no record.
+    # A program without a record, saved by torch.export.save alone, is recognized by its operators.
     bare = tmp_path / "bare.pt2"
     torch.export.save(torch.export.load(tmp_path / "model.cuda.packed.pt2"), bare)
     assert "for target cuda" in command("explain", bare, "-t", "xnnpack").error
     assert "2 x mma_tiled" in command("explain", bare, "-t", "cuda").out
 
 
-def test_a_program_packed_for_another_instruction_set(tmp_path: Path, command: Run) -> None:
+def test_program_packed_for_another_instruction_set_is_rejected(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     program, report = ecp.rewrite(torch.export.load(path), "cpu")
     record = {"target": "cpu", "cpu_capability": "ELSEWHERE", "report": report.to_dict()}
@@ -146,7 +142,7 @@ def test_a_program_packed_for_another_instruction_set(tmp_path: Path, command: R
     assert "ELSEWHERE" in result.error
 
 
-def test_a_record_of_another_version(tmp_path: Path, command: Run) -> None:
+def test_record_of_another_version_is_rejected(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "float")
     torch.export.save(torch.export.load(path), path, extra_files={"et_cuda_passes.json": '{"target": "cpu"}'})
     result = command("explain", path, "--target", "cpu")
@@ -154,7 +150,7 @@ def test_a_record_of_another_version(tmp_path: Path, command: Run) -> None:
     assert "pack the original program again" in result.error
 
 
-def test_packing_over_the_model_itself(tmp_path: Path, command: Run) -> None:
+def test_packing_over_the_model_itself_is_rejected(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     packed = path.rename(tmp_path / "model.cpu.packed.pt2")
     before = packed.read_bytes()
@@ -164,7 +160,7 @@ def test_packing_over_the_model_itself(tmp_path: Path, command: Run) -> None:
     assert packed.read_bytes() == before
 
 
-def test_an_expectation_that_does_not_hold(tmp_path: Path, command: Run) -> None:
+def test_unmet_expectation_stops_the_lowering(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     out = tmp_path / "out"
     result = command("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
@@ -173,7 +169,7 @@ def test_an_expectation_that_does_not_hold(tmp_path: Path, command: Run) -> None
     assert names(out) == ["report.json"]
 
 
-def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Path, command: Run) -> None:
+def test_failed_lowering_keeps_the_report_and_earlier_files(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     program = torch.export.load(path)
     for name, value in program.state_dict.items():
@@ -192,17 +188,17 @@ def test_a_lowering_that_fails_keeps_the_report_and_what_was_there(tmp_path: Pat
     assert json.loads((out / "report.json").read_text())["counts"]["missed"] == 1
 
 
-def test_explain(tmp_path: Path, command: Run) -> None:
+def test_explain_prints_the_report(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "8da4w")
     _, report = ecp.rewrite(torch.export.load(path), "xnnpack")
     assert command("explain", path, "--target", "xnnpack").out == f"{report}\n"
-    told = command("explain", path, "--target", "xnnpack", "--json")
-    assert told.code == 0
-    assert json.loads(told.out) == report.to_dict()
+    done = command("explain", path, "--target", "xnnpack", "--json")
+    assert done.code == 0
+    assert json.loads(done.out) == report.to_dict()
     assert names(tmp_path) == ["model.pt2"]
 
 
-def test_a_program_with_no_quantized_weight(tmp_path: Path, command: Run) -> None:
+def test_program_without_quantized_weights_has_no_candidates(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "float")
     result = command("explain", path, "--target", "cuda")
     assert result.code == 0
@@ -210,7 +206,7 @@ def test_a_program_with_no_quantized_weight(tmp_path: Path, command: Run) -> Non
 
 
 def bad_models(folder: Path) -> dict[str, Path]:
-    """Files that are no exported program, by what is wrong with them."""
+    """Files that are no exported program, by their fault."""
     whole, _ = save(folder, "4w")
     content = whole.read_bytes()
     bad = {name: folder / f"{name}.pt2" for name in ("missing", "empty", "random", "tensors", "directory", "package")}
@@ -221,7 +217,7 @@ def bad_models(folder: Path) -> dict[str, Path]:
     with zipfile.ZipFile(bad["package"], "w") as archive:
         archive.writestr("package/data/aotinductor/model/code.so", b"")
     for part in (1, 5, 9):
-        # The weights are archives inside the archive, so that a part of the file may look like a whole one.
+        # The weights are archives inside the archive, so that a truncated file may look complete.
         bad[f"truncated-{part}"] = folder / f"truncated-{part}.pt2"
         bad[f"truncated-{part}"].write_bytes(content[: len(content) * part // 10])
     start = content.find(b'{"graph_module"')
@@ -231,7 +227,7 @@ def bad_models(folder: Path) -> dict[str, Path]:
     return bad
 
 
-def test_what_is_no_exported_program(tmp_path: Path, command: Run) -> None:
+def test_file_without_an_exported_program_is_rejected(tmp_path: Path, command: Run) -> None:
     for what, path in bad_models(tmp_path).items():
         result = command("lower", path, "--target", "cpu", "--output-dir", tmp_path / "out")
         assert (what, result.code, result.out) == (what, 2, "")
@@ -241,7 +237,7 @@ def test_what_is_no_exported_program(tmp_path: Path, command: Run) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_traceback_only_under_debug(tmp_path: Path, command: Run) -> None:
+def test_traceback_is_printed_only_with_debug(tmp_path: Path, command: Run) -> None:
     path = tmp_path / "empty.pt2"
     path.touch()
     result = command("explain", path, "--target", "cpu", "--debug")
@@ -259,13 +255,13 @@ def test_a_traceback_only_under_debug(tmp_path: Path, command: Run) -> None:
         (["--target", "cpu", "--expect", "linear_int4"], "NAME=COUNT"),
         (["--target", "cpu", "--expect", "linear_int4=-1"], "NAME=COUNT"),
         (["--target", "cpu", "--expect", "linear_int5=1"], "linear_int4"),
-        (["--target", "cpu", "--expect", "missed=0", "--expect", "missed=1"], "missed was given a count before"),
+        (["--target", "cpu", "--expect", "missed=0", "--expect", "missed=1"], "missed has a count already"),
     ],
 )
-def test_bad_usage(
+def test_bad_usage_is_an_error_of_one_line(
     arguments: list[str], said: str, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # None of these needs a look into the model, so none waits for it.
+    # These checks come before the model is loaded.
     (tmp_path / "model.pt2").write_bytes(b"not looked at")
     monkeypatch.chdir(tmp_path)
     result = command("lower", "model.pt2", *arguments)
@@ -274,19 +270,19 @@ def test_bad_usage(
     assert names(tmp_path) == ["model.pt2"]
 
 
-@pytest.mark.parametrize("taken", ["report.json", "model.xnnpack.pte"])
-def test_a_directory_where_a_file_is_to_be_written(taken: str, tmp_path: Path, command: Run) -> None:
+@pytest.mark.parametrize("name", ["report.json", "model.xnnpack.pte"])
+def test_directory_at_the_path_of_an_output_is_an_error(name: str, tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     out = tmp_path / "out"
-    (out / taken).mkdir(parents=True)
+    (out / name).mkdir(parents=True)
     result = command("lower", path, "-t", "xnnpack", "-o", out)
     assert result.code == 1
-    assert str(out / taken) in result.error
+    assert str(out / name) in result.error
     assert ".unfinished" not in result.err
 
 
 @pytest.mark.parametrize("seed", ["99999999999999999999", "-1"])
-def test_a_seed_that_no_generator_takes(seed: str, command: Run) -> None:
+def test_seed_out_of_range_is_an_error(seed: str, command: Run) -> None:
     for arguments in (["verify", "model.pt2", "-t", "cpu"], ["run", "model.pte"]):
         result = command(*arguments, "--random-seed", seed)
         assert result.code == 2
@@ -297,21 +293,21 @@ def test_a_seed_that_no_generator_takes(seed: str, command: Run) -> None:
     "arguments",
     [["lower"], ["lower", "model.pt2"], ["lower", "model.pt2", "-t", "cpu", "--stop-after", "x"], ["nothing"]],
 )
-def test_usage_that_typer_refuses(arguments: list[str], command: Run) -> None:
+def test_usage_that_typer_rejects_exits_with_2(arguments: list[str], command: Run) -> None:
     result = command(*arguments)
     assert result.code == 2
     assert "Usage: et-cuda-passes" in result.err
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission(tmp_path: Path, command: Run) -> None:
+def test_output_directory_without_permission_is_an_error(tmp_path: Path, command: Run) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     result = command("lower", "model.pt2", "--target", "cpu", "--output-dir", tmp_path / "locked" / "out")
     assert result.code == 2
     assert "permission" in result.error
 
 
-def test_rules(command: Run) -> None:
+def test_rules_lists_passes_and_requirements(command: Run) -> None:
     listed = json.loads(command("rules", "--json").out)
     assert list(listed) == list(ecp.targets())
     for name, about in listed.items():
@@ -326,13 +322,13 @@ def test_rules(command: Run) -> None:
         assert all(f"  requires {need['wanted']}" in text for need in passed["requires"])
 
 
-def test_version(command: Run) -> None:
+def test_version_prints_the_versions(command: Run) -> None:
     result = command("--version")
     assert result.code == 0
     assert f"torch {version('torch')}" in result.out
 
 
-def test_as_a_module_with_nothing_but_json_on_stdout(tmp_path: Path) -> None:
+def test_module_prints_only_json_on_stdout(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     command = [sys.executable, "-m", "et_cuda_passes", "explain", str(path), "--target", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

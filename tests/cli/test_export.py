@@ -42,7 +42,7 @@ def without_gpu() -> Iterator[None]:
         yield
 
 
-# A decoder for two targets, one of which this machine cannot finish ---------------------------------------------------
+# A decoder for two targets. This machine can finish one -------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_output_has_reports_files_and_the_next_command(result: Result, output: P
     assert "prefill, decode for cpu: " in result.out and "prefill, decode for cuda: " in result.out
     size = (output / "model.cpu.pt2").stat().st_size
     assert f"{size:,}" in result.out
-    assert f"next: et-cuda-passes generate {output} --prompt Hello" in result.out
+    assert f"next: et-cuda-passes generate {output} --trust --prompt Hello" in result.out
 
 
 def test_progress_has_percent_time_and_memory(result: Result) -> None:
@@ -284,7 +284,7 @@ def test_models_of_other_modalities_are_exported(
         (("--target", "cuda", "--recipe", "nothing.toml"), "nothing.toml: No such file"),
         (("--target", "cuda", "--dtype", "int8"), "--dtype int8: write one of float32, bfloat16, float16"),
         (("--target", "xnnpack,cpu", "--dtype", "bfloat16"), "xnnpack computes in float32; give --dtype float32"),
-        (("--target", "cuda", "--keep-gguf"), "there is none: give --gguf FILE"),
+        (("--target", "cuda", "--keep-gguf"), "of a GGUF file: give one with --gguf FILE"),
         (("--target", "cuda", "--gguf", "nothing.gguf"), "there is no file nothing.gguf"),
         (("--target", "cuda", "--task", "image-classification"),
          "does not have the task image-classification; --task"),

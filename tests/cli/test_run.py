@@ -1,4 +1,4 @@
-"""`run`: what it executes, when, and what it prints."""
+"""`run`: execution of a method, its conditions, and the printed summary."""
 
 import dataclasses
 import re
@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
     return write(tmp_path, {"forward": single_call(counting())})
 
 
-def test_run_prints_what_the_outputs_are_like(model: Path, command: Run) -> None:
+def test_run_prints_a_summary_of_each_output(model: Path, command: Run) -> None:
     result = command("run", model, "--inputs", model.with_name("x.safetensors"), "--trust", *CPU)
     assert result.code == 0, result.err
     y, total = (output.detach().double() for output in Counting()(X))
@@ -33,14 +33,14 @@ def test_run_prints_what_the_outputs_are_like(model: Path, command: Run) -> None
         "output 1: torch.float32 []",
     ]
     for line, wanted in zip(lines, (y, total), strict=True):
-        told = re.search(r"mean (\S+), largest (\S+)$", line)
-        assert told is not None
-        assert float(told[1]) == pytest.approx(float(wanted.mean()), rel=1e-4)
-        assert float(told[2]) == pytest.approx(float(wanted.abs().max()), rel=1e-4)
+        times = re.search(r"mean (\S+), largest (\S+)$", line)
+        assert times is not None
+        assert float(times[1]) == pytest.approx(float(wanted.mean()), rel=1e-4)
+        assert float(times[2]) == pytest.approx(float(wanted.abs().max()), rel=1e-4)
     assert "loading forward of" in result.err
 
 
-def test_random_inputs_are_made_from_a_seed(model: Path, command: Run) -> None:
+def test_random_inputs_depend_on_the_seed(model: Path, command: Run) -> None:
     by_default, zero, one = (
         command("run", model, "--trust", *CPU, *seed).out for seed in ((), ("--random-seed", 0), ("--random-seed", 1))
     )
@@ -48,14 +48,14 @@ def test_random_inputs_are_made_from_a_seed(model: Path, command: Run) -> None:
     assert by_default == zero != one
 
 
-def test_benchmark(model: Path, command: Run) -> None:
+def test_benchmark_prints_the_times(model: Path, command: Run) -> None:
     result = command("run", model, "--trust", "--benchmark", *CPU)
     line = result.out.splitlines()[-1]
-    told = re.match(r"forward: median (\S+) us, fastest (\S+) us, 90 % under (\S+) us \((\d+) runs, ", line)
-    assert told is not None
-    median, fastest, most = map(float, told.groups()[:3])
+    times = re.match(r"forward: median (\S+) us, fastest (\S+) us, 90 % under (\S+) us \((\d+) runs ", line)
+    assert times is not None
+    median, fastest, most = map(float, times.groups()[:3])
     assert 0 < fastest <= median <= most
-    assert int(told[4]) >= 20
+    assert int(times[4]) >= 20
 
 
 def test_nothing_is_executed_without_trust(
@@ -67,7 +67,7 @@ def test_nothing_is_executed_without_trust(
     assert "was not executed; give --trust" in result.error
 
 
-def test_constants_between_the_inputs(command: Run, tmp_path: Path) -> None:
+def test_constants_are_inserted_between_the_inputs(command: Run, tmp_path: Path) -> None:
     spec = single_call(counting())
     spec = dataclasses.replace(spec, values=[*spec.values, schema.EValue(schema.Int(5))], inputs=[3, 0], outputs=[3, 2])
     path = write(tmp_path, {"forward": spec})
@@ -77,7 +77,7 @@ def test_constants_between_the_inputs(command: Run, tmp_path: Path) -> None:
     assert result.out.startswith("output 0: 5\noutput 1: torch.float32 []")
 
 
-def test_inputs_that_make_no_sense(model: Path, command: Run, tmp_path: Path) -> None:
+def test_invalid_inputs_are_errors(model: Path, command: Run, tmp_path: Path) -> None:
     def said(*arguments: object) -> str:
         result = command("run", model, "--trust", *CPU, *arguments)
         assert (result.code, result.out) == (2, "")
@@ -95,10 +95,10 @@ def test_inputs_that_make_no_sense(model: Path, command: Run, tmp_path: Path) ->
     ):
         save_file(tensors, tmp_path / "y.safetensors")
         assert wanted in said("--inputs", tmp_path / "y.safetensors")
-    assert "there is no such device" in said("--device", "gpu7")
+    assert "unknown device" in said("--device", "gpu7")
 
 
-def test_files_that_make_no_sense(model: Path, command: Run, tmp_path: Path) -> None:
+def test_invalid_files_are_errors(model: Path, command: Run, tmp_path: Path) -> None:
     content = model.read_bytes()
     (tmp_path / "cut.pte").write_bytes(content[: len(content) // 2])
     for arguments, wanted in (
@@ -112,7 +112,7 @@ def test_files_that_make_no_sense(model: Path, command: Run, tmp_path: Path) -> 
         assert wanted in result.error
 
 
-def test_what_runs_outside_the_delegate_is_named(command: Run, tmp_path: Path) -> None:
+def test_operators_outside_the_delegate_are_named(command: Run, tmp_path: Path) -> None:
     calls = [schema.KernelCall(0, [0, 0, 1])]
     values = [value(2), value(2)]
     path = write(tmp_path, {"forward": Spec(values, [0], [1], [], [], calls, [("mine::relu", "out")])})
@@ -127,7 +127,7 @@ def test_what_runs_outside_the_delegate_is_named(command: Run, tmp_path: Path) -
     assert "runs delegates of XnnpackBackend, but only delegates of CudaBackend can run here" in result.error
 
 
-def test_a_library_that_does_not_load(command: Run, tmp_path: Path) -> None:
+def test_library_that_does_not_load_is_an_error(command: Run, tmp_path: Path) -> None:
     path = write(tmp_path, {"forward": single_call(dataclasses.replace(counting(), library=b"no library"))})
     result = command("run", path, "--trust", *CPU)
     assert result.code == 1
@@ -135,7 +135,7 @@ def test_a_library_that_does_not_load(command: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_without_a_gpu(model: Path, command: Run) -> None:
+def test_run_without_a_gpu_is_an_error(model: Path, command: Run) -> None:
     result = command("run", model, "--trust")
     assert result.code == 1
     assert "needs a CUDA device, and torch finds no such device" in result.error

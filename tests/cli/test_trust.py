@@ -1,4 +1,4 @@
-"""Files that hold more than data: each command refuses them in one line, and none runs what stands in them."""
+"""Files that contain more than data: each command rejects them in one line, and runs no code from them."""
 
 import json
 import struct
@@ -18,7 +18,7 @@ from tests.executorch.hostile import INPUTS, MakesFolder, honest, members, saved
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """The exit code, and what the command says."""
+    """The exit code and the output of the command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         app([str(argument) for argument in arguments], prog_name="et-cuda-passes")
@@ -48,7 +48,7 @@ def command(name: str, path: Path, *arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "arguments"), [(name, rest) for name, *rest in COMMANDS], ids=lambda value: str(value)
 )
-def test_a_program_with_code_in_it_is_refused(
+def test_program_with_code_is_rejected(
     name: str, arguments: list[str], evil: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, text = run(capsys, *command(name, evil, *arguments))
@@ -57,7 +57,7 @@ def test_a_program_with_code_in_it_is_refused(
     assert not (evil.parent / "marker").exists() and not (evil.parent / "out").exists()
 
 
-def test_a_program_with_code_in_it_is_read_with_trust(evil: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_with_code_is_read_with_trust(evil: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _ = run(capsys, "explain", evil, "--target", "cuda", "--trust")
     assert code == 0 and (evil.parent / "marker").is_dir()
 
@@ -65,7 +65,7 @@ def test_a_program_with_code_in_it_is_read_with_trust(evil: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("name", "arguments"), [(name, rest) for name, *rest in COMMANDS], ids=lambda value: str(value)
 )
-def test_an_odd_program_goes_on_with_trust(
+def test_unusual_program_is_accepted_with_trust(
     name: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = written(tmp_path / "odd.pt2", {**members(honest(tmp_path)), "notes": b"mine"})
@@ -73,8 +73,8 @@ def test_an_odd_program_goes_on_with_trust(
     assert run(capsys, *command(name, path, *arguments), "--trust")[0] == 0
 
 
-def test_a_program_from_the_command_line_alone_runs_nothing(evil: Path) -> None:
-    """In a process of its own, as a user starts it."""
+def test_program_with_code_runs_nothing_in_a_new_process(evil: Path) -> None:
+    """The command runs in a separate process, as a user starts it."""
     done = subprocess.run(
         [sys.executable, "-m", "et_cuda_passes", "explain", str(evil), "--target", "cpu"],
         capture_output=True,
@@ -84,7 +84,7 @@ def test_a_program_from_the_command_line_alone_runs_nothing(evil: Path) -> None:
     assert not (evil.parent / "marker").exists()
 
 
-def test_a_compiled_program_is_never_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compiled_program_is_never_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     library = {"data/aotinductor/model/model.so": b"\x7fELF", "archive_format": b"pt2", "archive_version": b"0"}
     path = written(tmp_path / "compiled.pt2", library)
     for trust in ((), ("--trust",)):
@@ -108,7 +108,7 @@ SAFETENSORS = {
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)
-def test_a_hostile_safetensors_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_hostile_safetensors_file_is_rejected(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "inputs.safetensors"
     path.write_bytes(SAFETENSORS[name] or saved(MakesFolder(tmp_path / "marker")))
     code, text = run(capsys, "verify", honest(tmp_path), "--target", "cpu", "--inputs", path)
@@ -116,7 +116,7 @@ def test_a_hostile_safetensors_is_refused(name: str, tmp_path: Path, capsys: pyt
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_hostile_name_in_safetensors_reaches_no_terminal(tmp_path: Path) -> None:
+def test_hostile_name_in_safetensors_is_escaped(tmp_path: Path) -> None:
     save_file({"\x1b[2J": torch.zeros(1), "1": torch.zeros(1)}, tmp_path / "inputs.safetensors")
     with pytest.raises(UsageError) as error:
         read_inputs(tmp_path / "inputs.safetensors")
@@ -125,7 +125,7 @@ def test_a_hostile_name_in_safetensors_reaches_no_terminal(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["a pickle", "a zip file", "an empty file", "zeros"])
 @pytest.mark.parametrize("suffix", [".pte", ".ptd"])
-def test_a_delegated_program_that_is_none_is_refused(
+def test_damaged_delegated_program_is_rejected(
     suffix: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
 

@@ -157,6 +157,18 @@ def test_copy_keeps_the_old_value_if_its_source_is_written_later(tmp_path: Path)
     assert (x.tolist(), total.tolist(), old.tolist()) == ([2] * 4, [3] * 4, [1] * 4)
     path = tmp_path / "model.pte"
     assert analyse(Program(path).plan("forward"), {}, "").steps[0] == Copy(0, 1)
+    # The copy is read before its source is written.
+    read_first = spec(values, [0], [2], steps[0], schema.KernelCall(ADD, [1, 0, 5, 2, 2]), steps[2])
+    path = write(tmp_path, {"forward": read_first}, "first")
+    assert analyse(Program(path).plan("forward"), {}, "").steps[0] == Move(0, 1)
+    assert load(path, device="cpu")(x)[0].tolist() == [4] * 4 == x.tolist()
+    # A copy of the copy is read after the source is written.
+    chain = schema.KernelCall(H2D, [1, 3, 3])
+    read_last = spec(values, [0], [3], steps[0], chain, schema.KernelCall(ADD, [1, 0, 5, 2, 2]), steps[2])
+    path = write(tmp_path, {"forward": read_last}, "last")
+    assert analyse(Program(path).plan("forward"), {}, "").steps[:2] == (Move(0, 1), Copy(1, 3))
+    assert load(path, device="cpu")(x)[0].tolist() == [4] * 4
+    assert x.tolist() == [8] * 4
     unwritten = spec(values, [0], [3, 1], *steps[:2], schema.KernelCall(ADD, [2, 1, 5, 3, 3]))
     flow = analyse(
         Program(write(tmp_path, {"forward": unwritten}, "other"), tmp_path / "other.ptd").plan("forward"), {}, ""
@@ -241,6 +253,12 @@ def test_delegates_and_operators_use_constants_outside_the_delegate(tmp_path: Pa
             "instruction 0 reads value 1, which was not written before",
         ),
         (
+            [schema.EValue(schema.IntList([])), schema.EValue(schema.IntList([]))],
+            [],
+            [schema.MoveCall(0, 1)],
+            "instruction 0 reads value 0, a list of int, which only an operator can read",
+        ),
+        (
             [value(4, place=0), value(2, place=0), value(4), ONE],
             [0],
             [schema.KernelCall(ADD, [0, 1, 3, 2, 2])],
@@ -260,6 +278,17 @@ def test_invalid_reads_and_writes_are_refused(
     path = write(tmp_path, {"forward": spec(values, inputs, [], *steps)}, constants=[torch.ones(2)])
     with pytest.raises(DelegateError, match=message):
         load(path, device="cpu")
+
+
+def test_operator_with_a_list_of_results_writes_each(tmp_path: Path) -> None:
+    values = [value(5, 2), schema.EValue(schema.Int(2)), schema.EValue(schema.Int(0))]
+    values += [value(2, 2), value(2, 2), value(1, 2), schema.EValue(schema.TensorList([3, 4, 5]))]
+    split = schema.KernelCall(0, [0, 1, 2, 6, 6])
+    x = torch.randn(5, 2)
+    outputs = load_forward(
+        tmp_path, Spec(values, [0], [5, 3, 4], [], [], [split], [("aten::split_copy", "Tensor_out")])
+    )(x)
+    assert torch.equal(torch.cat([outputs[1], outputs[2], outputs[0]]), x)
 
 
 def test_operator_that_fails_names_its_instruction(tmp_path: Path) -> None:

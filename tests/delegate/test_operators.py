@@ -1,5 +1,6 @@
 """Operators outside the delegates: programs without any delegate, compared with ExecuTorch's own runtime."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,7 +186,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_every_operator_has_a_schema_with_known_types() -> None:
+def test_operators_have_schemas_with_known_types() -> None:
     for name in OPERATORS:
         schema, function = find_operator(name)
         assert callable(function)
@@ -240,3 +241,18 @@ def test_call_that_does_not_fit_its_schema_is_refused(name: str, args: tuple[int
         return
     with pytest.raises(DelegateError, match=message):
         bind(Kernel(name, args), VALUES)
+
+
+def test_damaged_programs_end_in_an_error_or_in_a_run(sized: Path, tmp_path: Path) -> None:
+    # An operator that reads outside of its tensors would end this process.
+    content = sized.read_bytes()
+    path = tmp_path / "model.pte"
+    x = torch.randn(5, 8)
+    outcomes = set()
+    for at in random.sample(range(len(content)), 400):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << random.randrange(8)]) + content[at + 1 :])
+        try:
+            outcomes.add(len(Program(path, device="cpu").method()(x, x)))
+        except DelegateError:
+            outcomes.add(0)
+    assert outcomes == {0, 6}

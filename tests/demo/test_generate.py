@@ -1,4 +1,4 @@
-"""Greedy decoding against programs whose answers are known."""
+"""Greedy decoding with programs whose answers are known."""
 
 import math
 
@@ -12,29 +12,29 @@ END = 9
 
 
 class Successor:
-    """Answers n + 1 after a token n, and remembers what it was asked."""
+    """A program that answers n + 1 after a token n, and records its inputs."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[list[int], int]] = []
+        self.calls: list[tuple[list[int], int]] = []
 
     def __call__(self, tokens: Tensor, start: Tensor) -> Tensor:
-        self.asked.append((tokens[0].tolist(), int(start)))
+        self.calls.append((tokens[0].tolist(), int(start)))
         logits = torch.zeros(1, 1, 20)
         logits[0, 0, int(tokens[0, -1]) + 1] = 1
         return logits
 
 
-def test_an_answer_ends_with_the_end_token() -> None:
+def test_answer_ends_with_the_end_token() -> None:
     run = Successor()
     assert answer(run, [1, 6], 40, END).tokens == (7, 8, 9)
-    assert run.asked == [([1, 6], 0), ([7], 2), ([8], 3)]
+    assert run.calls == [([1, 6], 0), ([7], 2), ([8], 3)]
 
 
-def test_an_answer_ends_at_the_limit() -> None:
+def test_answer_ends_at_the_limit() -> None:
     assert answer(Successor(), [2], 3, END).tokens == (3, 4, 5)
 
 
-def test_an_answer_may_be_the_end_token_alone() -> None:
+def test_answer_may_be_the_end_token_alone() -> None:
     results = take_turns({"run": Successor()}, [[8]], 5, END, lambda: None)
     assert results["run"].answers[0].tokens == (9,)
     assert math.isnan(results["run"].tokens_per_second)
@@ -61,7 +61,7 @@ def test_programs_take_turns() -> None:
     assert results["b"].tokens_per_second > 0
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+def test_prompt_that_does_not_fit_is_rejected_with_the_numbers() -> None:
     check_fits([[1] * 8], 40, 48)
     with pytest.raises(ValueError, match="a prompt of 9 tokens and an answer of 40 do not fit into 48"):
         check_fits([[1], [1] * 9], 40, 48)

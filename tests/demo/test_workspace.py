@@ -1,4 +1,4 @@
-"""A step's file is there when the step is done, and only then."""
+"""A step's file exists if and only if the step is complete."""
 
 import io
 from pathlib import Path
@@ -24,7 +24,7 @@ def never(path: Path) -> None:
     raise AssertionError(f"{path} is there already")
 
 
-def test_a_file_is_made_once(files: Workspace, output: io.StringIO) -> None:
+def test_file_is_written_once(files: Workspace, output: io.StringIO) -> None:
     path = files.make("a.pt2", "make a", lambda path: path.write_text("whole") and None)
     assert path.read_text() == "whole"
     assert files.make("a.pt2", "make a", never) == path
@@ -32,7 +32,7 @@ def test_a_file_is_made_once(files: Workspace, output: io.StringIO) -> None:
     assert "reused" in output.getvalue().splitlines()[1]
 
 
-def test_an_interrupted_step_is_done_again(files: Workspace, output: io.StringIO) -> None:
+def test_interrupted_step_is_repeated(files: Workspace, output: io.StringIO) -> None:
     def interrupted(path: Path) -> None:
         path.write_text("half")
         raise KeyboardInterrupt
@@ -45,7 +45,7 @@ def test_an_interrupted_step_is_done_again(files: Workspace, output: io.StringIO
     assert [path.name for path in files.folder.iterdir()] == ["a.pt2"]
 
 
-def test_an_interrupted_folder_is_made_from_nothing(files: Workspace) -> None:
+def test_interrupted_folder_is_rebuilt_from_nothing(files: Workspace) -> None:
     def folder(*names: str) -> workspace.Build:
         def build(path: Path) -> None:
             path.mkdir()
@@ -58,12 +58,12 @@ def test_an_interrupted_folder_is_made_from_nothing(files: Workspace) -> None:
 
     with pytest.raises(OSError, match="disk full"):
         files.make("cuda", "lower", folder("bad"))
-    made = files.make("cuda", "lower", folder("model.pte", "data"))
-    assert sorted(path.name for path in made.iterdir()) == ["data", "model.pte"]
-    assert size_of(made) == len("model.pte") + len("data")
+    created = files.make("cuda", "lower", folder("model.pte", "data"))
+    assert sorted(path.name for path in created.iterdir()) == ["data", "model.pte"]
+    assert size_of(created) == len("model.pte") + len("data")
 
 
-def test_fresh_uses_nothing(tmp_path: Path, files: Workspace) -> None:
+def test_fresh_run_reuses_no_files(tmp_path: Path, files: Workspace) -> None:
     screen = Screen(Console(file=io.StringIO()), 1)
     (tmp_path / "mine").write_text("not the demo's")
     old = Workspace.for_model(tmp_path, "tiny", screen, fresh=False)

@@ -1,4 +1,4 @@
-"""A model of the demo's architecture that is small enough to go through every step in a test."""
+"""A model of the demo's architecture that is small enough for every step in a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CACHE_LENGTH = 48
 
 
 def tiny_model(dtype: torch.dtype = torch.bfloat16, hidden_size: int = 64) -> Any:
-    """Random weights, the same ones at each call."""
+    """Random weights, equal in each call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,

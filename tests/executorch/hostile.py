@@ -1,4 +1,4 @@
-"""Archives of exported programs that do what they should not: an honest file with members replaced."""
+"""Attacks through archives of exported programs: a valid file with some members replaced."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def objects(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def text_replaced(content: Members, old: str, new: str) -> Members:
-    """The program with ``old`` for ``new`` wherever it is a whole text or key of the JSON."""
+    """The program with ``new`` for ``old``, wherever ``old`` is a whole text or key of the JSON."""
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):
@@ -79,7 +79,7 @@ def text_replaced(content: Members, old: str, new: str) -> Members:
 
 
 class MakesFolder:
-    """Unpickled, it makes a folder: what an attack leaves behind."""
+    """Unpickling it creates a folder, the sign that an attack succeeded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class MakesFolder:
 
 
 def saved(value: object) -> bytes:
-    """What torch.save writes of ``value``."""
+    """The bytes that torch.save writes for ``value``."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
@@ -105,7 +105,7 @@ def repickled(data: bytes, pickled: bytes) -> bytes:
 
 
 def python(marker: Path) -> str:
-    """An expression of Python that leaves ``marker`` behind."""
+    """A Python expression that creates ``marker``."""
     return f"__import__('os').mkdir('{marker}')"
 
 
@@ -181,7 +181,7 @@ def in_an_enum_of_a_structure(content: Members, marker: Path) -> Members:
 
 
 def in_a_fake_sample_input(content: Members, marker: Path) -> Members:
-    """The description of a fake tensor is JSON in bytes in a pickle, and has expressions of its own."""
+    """The description of a fake tensor is JSON in the bytes of a pickle, and contains expressions."""
     from torch._export.serde.serialize import _reconstruct_fake_tensor
 
     size = {"as_expr": {"expr_str": python(marker), "hint": None}}
@@ -196,7 +196,7 @@ def in_a_fake_sample_input(content: Members, marker: Path) -> Members:
 
 
 def in_torchscript(content: Members, marker: Path) -> Members:
-    """torch.load hands an archive with this member to TorchScript."""
+    """torch.load passes an archive with this member to TorchScript."""
     file = io.BytesIO()
     data = saved(((torch.zeros(3, 4),), {"y": {"a": torch.ones(4)}}))
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(file, "w") as new:
@@ -226,7 +226,7 @@ def calls_a_compiled_library(content: Members, marker: Path) -> Members:
 
 
 def in_a_compiled_library(content: Members, marker: Path) -> Members:
-    """torch.export.load loads a library of AOTInductor that stands beside a program."""
+    """torch.export.load loads a library of AOTInductor beside a program."""
     return {**content, "data/aotinductor/model/model.so": b"\x7fELF"}
 
 
@@ -248,7 +248,7 @@ LIVE: dict[Callable[[Members, Path], Members], str] = {
     in_an_enum_of_a_structure: PROGRAM,
     in_a_fake_sample_input: INPUTS,
 }
-# Torch itself stops these, today or before they are called.
+# torch itself stops these attacks, today or before a call.
 REFUSED_ONLY: dict[Callable[[Members, Path], Members], str] = {
     in_torchscript: INPUTS,
     calls_a_function_of_python: PROGRAM,

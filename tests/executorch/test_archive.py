@@ -1,4 +1,4 @@
-"""A .pt2 is data: no member of it decides which code runs, and what people save is read as torch reads it."""
+"""A .pt2 is data: no member decides which code runs, and saved programs are read as torch reads them."""
 
 import json
 import pickle
@@ -55,15 +55,15 @@ def refusal(path: Path) -> str:
     return str(error.value)
 
 
-def test_an_honest_file_made_anew_is_read(tmp_path: Path, content: hostile.Members) -> None:
-    program = load_model(written(tmp_path / "made.pt2", content), "cpu").program
+def test_valid_file_with_new_headers_is_read(tmp_path: Path, content: hostile.Members) -> None:
+    program = load_model(written(tmp_path / "created.pt2", content), "cpu").program
     x = torch.randn(3, 4)
     assert torch.equal(program.module()(x, y={"a": torch.ones(4)}), x * torch.arange(4.0) + 1 + 1)
 
 
 @pytest.fixture
 def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module that leaves a folder behind when it is imported: what stands beside a file, where Python looks first."""
+    """A module beside a file, where Python looks first. Its import creates a folder."""
     marker = tmp_path / "marker"
     (tmp_path / "evil_module.py").write_text(
         f"import enum, os\nos.mkdir({str(marker)!r})\nfactory = list\nclass Kind(enum.Enum):\n    one = 1\n"
@@ -74,7 +74,7 @@ def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("attack", hostile.LIVE, ids=lambda attack: attack.__name__)
-def test_code_in_a_file_is_refused_and_runs_with_trust_only(
+def test_code_in_a_file_is_rejected_and_runs_with_trust_only(
     attack: Attack, tmp_path: Path, content: hostile.Members, evil_module: Path
 ) -> None:
     path = written(tmp_path / "evil.pt2", attack(content, evil_module))
@@ -83,23 +83,23 @@ def test_code_in_a_file_is_refused_and_runs_with_trust_only(
     assert not evil_module.exists()
     try:
         program = ecp.load(path, trust=True)
-        # In a thread of its own: torch leaves out guards where a file on the stack has "executorch" in its path.
+        # In a separate thread: torch omits guards if a file on the stack has "executorch" in its path.
         with ThreadPoolExecutor(1) as pool:
             module = pool.submit(program.module).result()
         module(torch.zeros(3, 4), y={"a": torch.ones(4)})
-    except Exception as error:  # what the attack returned is no part of a program, often
+    except Exception as error:  # the value of an attack is often no part of a program
         print(error)
     assert evil_module.exists(), "the file does nothing, and its refusal shows nothing"
 
 
 @pytest.mark.parametrize("attack", hostile.REFUSED_ONLY, ids=lambda attack: attack.__name__)
-def test_what_could_run_code_is_refused(attack: Attack, tmp_path: Path, content: hostile.Members) -> None:
+def test_file_that_could_run_code_is_rejected(attack: Attack, tmp_path: Path, content: hostile.Members) -> None:
     message = refusal(written(tmp_path / "evil.pt2", attack(content, tmp_path / "marker")))
     assert hostile.REFUSED_ONLY[attack] in message
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_file_that_is_refused_is_read_with_trust(tmp_path: Path, content: hostile.Members) -> None:
+def test_rejected_file_is_read_with_trust(tmp_path: Path, content: hostile.Members) -> None:
     path = written(tmp_path / "odd.pt2", {**content, "notes": b"mine"})
     assert "member notes: torch.export.save writes no such member" in refusal(path)
     assert len(load_model(path, "cpu", trust=True).program.state_dict) == 1
@@ -109,7 +109,7 @@ def test_a_file_that_is_refused_is_read_with_trust(tmp_path: Path, content: host
 
 
 class Calls:
-    """Pickled as a call of ``function``."""
+    """An object that is pickled as a call of ``function``."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -200,15 +200,15 @@ PICKLES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", PICKLES)
-def test_a_pickle_of_more_than_data_is_refused(name: str, tmp_path: Path, content: hostile.Members) -> None:
+def test_pickle_of_more_than_data_is_rejected(name: str, tmp_path: Path, content: hostile.Members) -> None:
     pickled, reason = PICKLES[name]
     path = written(tmp_path / "evil.pt2", {**content, INPUTS: repickled(content[INPUTS], pickled)})
     message = refusal(path)
     assert f"member {INPUTS}: " in message and reason in message
 
 
-def test_no_allowed_name_means_another_one_to_python() -> None:
-    # The unpickler renames what Python 2 called otherwise, after it was looked at here.
+def test_allowed_names_are_not_renamed_by_the_unpickler() -> None:
+    # The unpickler maps names of Python 2 to those of Python 3 after the check.
     import _compat_pickle
 
     from et_cuda_passes.executorch.archive_standins import functions
@@ -268,12 +268,12 @@ HARMFUL = [
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_arithmetic_is_taken_as_an_expression(text: str) -> None:
+def test_arithmetic_is_accepted_as_an_expression(text: str) -> None:
     check_expression(text, "expr_str")
 
 
 @pytest.mark.parametrize("text", HARMFUL)
-def test_more_than_arithmetic_is_refused_as_an_expression(text: str) -> None:
+def test_more_than_arithmetic_is_rejected_as_an_expression(text: str) -> None:
     with pytest.raises(Refused, match="expr_str"):
         check_expression(text, "expr_str")
 
@@ -290,7 +290,7 @@ def test_more_than_arithmetic_is_refused_as_an_expression(text: str) -> None:
         "L['x'].size()[0]**2 < 100",
     ],
 )
-def test_a_comparison_of_sizes_is_taken_as_a_guard(text: str) -> None:
+def test_comparison_of_sizes_is_accepted_as_a_guard(text: str) -> None:
     check_guard(text, "guard")
 
 
@@ -312,7 +312,7 @@ def test_a_comparison_of_sizes_is_taken_as_a_guard(text: str) -> None:
         "L['a\"b'] == 1",
     ],
 )
-def test_more_than_a_comparison_is_refused_as_a_guard(text: str) -> None:
+def test_more_than_a_comparison_is_rejected_as_a_guard(text: str) -> None:
     with pytest.raises(Refused, match="guard"):
         check_guard(text, "guard")
 
@@ -430,7 +430,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_program_with_a_text_that_could_become_code_is_refused(
+def test_program_with_a_text_that_could_become_code_is_rejected(
     name: str, tmp_path: Path, content: hostile.Members
 ) -> None:
     edit, reason = EDITS[name]
@@ -438,7 +438,7 @@ def test_a_program_with_a_text_that_could_become_code_is_refused(
     assert f"member {PROGRAM}: " in message and reason in message
 
 
-def test_a_traceback_ends_no_raw_string_of_cpp(tmp_path: Path, content: hostile.Members) -> None:
+def test_traceback_cannot_end_a_raw_string_of_cpp(tmp_path: Path, content: hostile.Members) -> None:
     def edit(program: Any) -> None:
         nodes(program)[0]["metadata"]["stack_trace"] = 'print("f(x)"); )"'
 
@@ -447,7 +447,7 @@ def test_a_traceback_ends_no_raw_string_of_cpp(tmp_path: Path, content: hostile.
     assert 'print("f(x) "); ) "' in traces
 
 
-def test_every_text_field_of_the_schema_has_a_rule() -> None:
+def test_text_fields_of_the_schema_all_have_a_rule() -> None:
     import dataclasses
     import typing
 
@@ -483,7 +483,7 @@ TABLES: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_weights_that_the_archive_does_not_hold_is_refused(
+def test_table_of_weights_that_are_not_in_the_archive_is_rejected(
     name: str, tmp_path: Path, content: hostile.Members
 ) -> None:
     edit, reason = TABLES[name]
@@ -491,8 +491,8 @@ def test_a_table_of_weights_that_the_archive_does_not_hold_is_refused(
     assert "member data/weights/" in message and reason in message
 
 
-def test_an_empty_record_is_no_weight_of_zeros(tmp_path: Path, content: hostile.Members) -> None:
-    # Torch makes one, of any size.
+def test_empty_record_is_rejected_as_a_weight(tmp_path: Path, content: hostile.Members) -> None:
+    # torch itself allocates a weight of any size for it.
     path = written(
         tmp_path / "evil.pt2",
         {**edited(content, WEIGHTS, _meta(sizes=[{"as_int": 2**30}])), "data/weights/weight_0": b""},
@@ -517,10 +517,20 @@ def test_an_empty_record_is_no_weight_of_zeros(tmp_path: Path, content: hostile.
         {"report": None},
     ],
 )
-def test_a_record_that_is_no_report_is_refused(record: Any, tmp_path: Path, content: hostile.Members) -> None:
+def test_record_without_a_report_is_rejected(record: Any, tmp_path: Path, content: hostile.Members) -> None:
     path = written(tmp_path / "odd.pt2", {**content, "extra/et_cuda_passes.json": json.dumps(record).encode()})
     with pytest.raises(ModelError, match="another version of et_cuda_passes"):
         load_model(path, "cpu")
+
+
+def test_record_of_an_earlier_version_with_untaken_matches_is_read(tmp_path: Path, content: hostile.Members) -> None:
+    report = Report("cpu", rejected={"unmasked_attention": ["attention: a mask"]}).to_dict()
+    report["untaken"] = report.pop("rejected")
+    record = json.dumps({"target": "cpu", "report": report}).encode()
+    path = written(tmp_path / "old.pt2", {**content, "extra/et_cuda_passes.json": record})
+    read = load_model(path, "cpu").report
+    assert read is not None
+    assert read.rejected == {"unmasked_attention": ["attention: a mask"]}
 
 
 # ---- archives ----
@@ -546,7 +556,7 @@ def _central(name: str, **changes: int) -> Callable[[bytearray], None]:
 
 
 def _renamed(old: str, new: str, where: str) -> Callable[[bytearray], None]:
-    """Give a member another name of the same length, in its own header ("local"), the list, or both."""
+    """Rename a member to a name of equal length, in its header ("local"), the list, or both."""
     assert len(old) == len(new)
 
     def change(data: bytearray) -> None:
@@ -564,9 +574,9 @@ def _end(offset: int, form: str, value: int) -> Callable[[bytearray], None]:
 ARCHIVES: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "two members of one name": (
         _renamed("data/weights/weight_0", "data/weights/weight_1", "both"),
-        "stands in the archive twice",
+        "is in the archive twice",
     ),
-    "two members but for case": (_renamed("extra/b", "extra/A", "both"), "stands in the archive twice"),
+    "two members but for case": (_renamed("extra/b", "extra/A", "both"), "is in the archive twice"),
     "another name in its own header": (_renamed(PROGRAM, "models/mode1.json", "local"), "another header"),
     "a name that leaves the folder": (_renamed("extra/b", "../../b", "both"), "no plain path"),
     "an absolute name": (_renamed("extra/b", "//etc/b", "both"), "no plain path"),
@@ -574,7 +584,7 @@ ARCHIVES: dict[str, tuple[Callable[[bytearray], None], str]] = {
     "a folder": (_renamed("extra/b", "extra/x", "both"), ""),
     "a symbolic link": (_central("extra/b", outside=0o120777 << 16), "is a symbolic link"),
     "an encrypted member": (_central("extra/b", flags=1), "compressed or encrypted"),
-    "a size that no file has": (_central(PROGRAM, packed=0xFFFFFFF0, size=0xFFFFFFF0), "does not hold"),
+    "a size that no file has": (_central(PROGRAM, packed=0xFFFFFFF0, size=0xFFFFFFF0), "does not contain"),
     "a size that is not its packed size": (_central(PROGRAM, size=0x7FFFFFFF), "compressed or encrypted"),
     "a member in another": (_central("extra/b", offset=0, packed=3, size=3), ""),
     "a member beyond the file": (_central("extra/b", offset=0x7FFFFFFF), "beyond the file"),
@@ -586,9 +596,7 @@ ARCHIVES: dict[str, tuple[Callable[[bytearray], None], str]] = {
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive_that_could_be_read_in_two_ways_is_refused(
-    name: str, tmp_path: Path, content: hostile.Members
-) -> None:
+def test_ambiguous_archive_is_rejected(name: str, tmp_path: Path, content: hostile.Members) -> None:
     change, reason = ARCHIVES[name]
     more = {"data/weights/weight_1": b"", "extra/A": b"", "extra/b": b"text"}
     path = written(tmp_path / "evil.pt2", {**content, **more})
@@ -597,15 +605,15 @@ def test_an_archive_that_could_be_read_in_two_ways_is_refused(
     change(data)
     path.write_bytes(data)
     if name in ("a folder", "more members than listed"):
-        load_model(path, "cpu")  # the one changes nothing that counts, the other a field that nothing reads
+        load_model(path, "cpu")  # one edit changes no value, the other a field that nothing reads
     else:
         assert reason in refusal(path)
 
 
 def _bomb(path: Path, content: hostile.Members) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as created:
         for name, data in content.items():
-            with made.open(f"model/{name}", "w", force_zip64=True) as member:
+            with created.open(f"model/{name}", "w", force_zip64=True) as member:
                 member.write(data)
                 for _ in range(1024 if name == PROGRAM else 0):
                     member.write(b" " * (1 << 20))
@@ -627,7 +635,7 @@ def _zip64(path: Path, content: hostile.Members) -> None:
 
 
 def _many(path: Path, content: hostile.Members) -> None:
-    """Two million members, each of no bytes, in a list of 100 MB."""
+    """Two million empty members, in a list of 100 MB."""
     entry = b"PK\x01\x02" + bytes(42)
     local = b"PK\x03\x04" + bytes(26)
     count = 2_000_000
@@ -638,7 +646,7 @@ def _many(path: Path, content: hostile.Members) -> None:
 
 
 def _sparse(path: Path, content: hostile.Members) -> None:
-    """A file of a terabyte, which takes no room on the disk, all of it the program."""
+    """A sparse file of a terabyte, all of which is the program."""
     written(path, content)
     data = path.read_bytes()
     with path.open("wb") as file:
@@ -669,14 +677,12 @@ def _zeros(path: Path, content: hostile.Members) -> None:
 BOMBS = (_bomb, _zip64, _many, _sparse, _long_inputs, _numbered_inputs, _nested_json, _zeros)
 
 
-def test_a_file_that_asks_for_too_much_is_refused_in_a_second_and_200_mb(
-    tmp_path: Path, content: hostile.Members
-) -> None:
+def test_file_with_huge_sizes_is_rejected_in_a_second_and_200_mb(tmp_path: Path, content: hostile.Members) -> None:
     paths = []
     for make in BOMBS:
         paths.append(str(tmp_path / f"{make.__name__}.pt2"))
         make(Path(paths[-1]), content)
-    # The limit is put on the address space after the imports: beyond it, Python raises MemoryError.
+    # The limit applies to the address space after the imports. Beyond it, Python raises MemoryError.
     program = (
         "import resource, sys, time\n"
         "from pathlib import Path\n"
@@ -701,8 +707,8 @@ def test_a_file_that_asks_for_too_much_is_refused_in_a_second_and_200_mb(
         assert float(seconds) < 1, f"{path}: {line}"
 
 
-def test_a_damaged_file_is_read_or_refused_and_never_more(tmp_path: Path) -> None:
-    # As torch.export.save lays it out.
+def test_damaged_file_is_read_or_rejected_without_another_error(tmp_path: Path) -> None:
+    # The layout of torch.export.save.
     whole = honest(tmp_path).read_bytes()
     path = tmp_path / "damaged.pt2"
     for _ in range(150):
@@ -716,7 +722,7 @@ def test_a_damaged_file_is_read_or_refused_and_never_more(tmp_path: Path) -> Non
             continue
 
 
-# ---- what people save ----
+# ---- saved programs ----
 
 
 @dataclass
@@ -809,7 +815,7 @@ def _quiet(module: Apply, x: Tensor) -> Any:
 
 
 def _types() -> None:
-    """Registered once in a process, as pytree wants it."""
+    """pytree accepts one registration a process."""
     if Pair not in _pytree.SUPPORTED_NODES:
         torch.export.register_dataclass(Pair, serialized_type_name="tests.Pair")
         _pytree._register_namedtuple(Point, serialized_type_name="tests.Point")
@@ -858,7 +864,7 @@ PROGRAMS: dict[str, Program] = {
 
 
 def same(got: ExportedProgram, wanted: ExportedProgram) -> None:
-    """Equal graphs, tensors and results."""
+    """Check that graphs, tensors and results are equal."""
     assert str(got.graph_signature) == str(wanted.graph_signature)
     assert got.graph_module.code == wanted.graph_module.code
     assert list(got.state_dict) == list(wanted.state_dict) and list(got.constants) == list(wanted.constants)
@@ -872,7 +878,7 @@ def same(got: ExportedProgram, wanted: ExportedProgram) -> None:
 
 
 def check_read(path: Path) -> ExportedProgram:
-    """The program in ``path``, after it was compared with what torch alone reads."""
+    """The program in ``path``, compared with the program that torch alone reads."""
     with quiet_load():
         with archive.checked(path) as checked:
             program = torch.export.load(checked.file)
@@ -882,7 +888,7 @@ def check_read(path: Path) -> ExportedProgram:
 
 @pytest.mark.parametrize("decomposed", [False, True], ids=["as exported", "decomposed"])
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_torch_exports_is_read_as_torch_reads_it(name: str, decomposed: bool, tmp_path: Path) -> None:
+def test_exported_program_is_read_as_torch_reads_it(name: str, decomposed: bool, tmp_path: Path) -> None:
     _types()
     module, args, kwargs, shapes = PROGRAMS[name]
     program = torch.export.export(module.eval(), args, kwargs, dynamic_shapes=shapes)
@@ -892,7 +898,7 @@ def test_what_torch_exports_is_read_as_torch_reads_it(name: str, decomposed: boo
     check_read(tmp_path / "model.pt2")
 
 
-def test_a_strict_export_and_a_preserved_module_are_read(tmp_path: Path) -> None:
+def test_strict_export_and_preserved_module_are_read(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
     for name, options in (("strict", {"strict": True}), ("kept", {"preserve_module_call_signature": ("1",)})):
         torch.export.save(torch.export.export(module, (X,), **options), tmp_path / f"{name} (1).pt2")
@@ -949,7 +955,7 @@ def test_weights_of_torchao_are_read(scheme: str, decomposed: bool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("target", ["cuda", "cpu", "metal", "xnnpack"])
-def test_a_packed_program_of_ours_is_read_with_its_report(target: str, tmp_path: Path) -> None:
+def test_packed_program_is_read_with_its_report(target: str, tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w", torch.float32 if target == "xnnpack" else torch.bfloat16)
     program, report = ecp.rewrite(load_model(path, target).program, target)
     save_packed(program, report, tmp_path / "packed.pt2")
@@ -958,7 +964,7 @@ def test_a_packed_program_of_ours_is_read_with_its_report(target: str, tmp_path:
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3"])
-def test_what_transformers_exports_with_a_cache_is_read(model: str, tmp_path: Path) -> None:
+def test_export_of_transformers_with_a_cache_is_read(model: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.exporters import DynamoExporter
     from transformers.exporters.configs import DynamoConfig
@@ -985,7 +991,7 @@ def test_what_transformers_exports_with_a_cache_is_read(model: str, tmp_path: Pa
         signature["in_spec"] = signature["in_spec"].replace("transformers.cache_utils:DynamicLayer", "subprocess:Popen")
 
     path = written(tmp_path / "evil.pt2", edited(members(tmp_path / "decode.pt2"), PROGRAM, edit))
-    assert "has an input made from 'subprocess:Popen'" in refusal(path)
+    assert "has an input built from 'subprocess:Popen'" in refusal(path)
 
 
 def test_weights_of_the_older_form_are_read(tmp_path: Path, content: hostile.Members) -> None:

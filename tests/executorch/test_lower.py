@@ -1,4 +1,4 @@
-"""What a target runs: the names it gets, that it appears whole or not at all, and that nothing else is changed."""
+"""Lowered files: their names, that they appear completely or not at all, and that nothing else changes."""
 
 import platform
 from pathlib import Path
@@ -16,7 +16,7 @@ from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSeria
 
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
-from et_cuda_passes.executorch.lower import lower, missing, staged
+from et_cuda_passes.executorch.lower import atomic_output, lower, missing_requirement
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
@@ -32,7 +32,7 @@ def rewritten(folder: Path, target: str, scheme: str = "4w", dtype: torch.dtype 
     return ecp.rewrite(torch.export.load(path), target)
 
 
-def test_what_xnnpack_keeps_is_what_the_stock_partitioner_makes(tmp_path: Path) -> None:
+def test_kept_program_for_xnnpack_equals_that_of_the_stock_partitioner(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "8da4w")
     program, report = ecp.rewrite(torch.export.load(path), "xnnpack")
     assert report.counts()["kept"] == 2
@@ -45,7 +45,7 @@ def test_what_xnnpack_keeps_is_what_the_stock_partitioner_makes(tmp_path: Path) 
 
 
 class OutsideBackend(BackendDetails):
-    """A backend that keeps its data outside the .pte, as the CUDA one does, and computes nothing."""
+    """A backend that stores its data outside the .pte, as the CUDA backend does, and computes nothing."""
 
     files = ("outside_blob",)
 
@@ -63,7 +63,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("et_cuda_passes.executorch.cuda.CudaPartitioner", lambda passes: partitioner)
 
 
-def test_data_that_a_backend_keeps_outside_is_called_after_the_program(tmp_path: Path, outside: None) -> None:
+def test_data_outside_the_pte_is_named_after_the_program(tmp_path: Path, outside: None) -> None:
     program, _ = rewritten(tmp_path, "cuda", "float")
     files = lower(program, "cuda", tmp_path / "out", "a.stem")
     assert [path.name for path in files] == ["a.stem.ptd", "a.stem.pte"]
@@ -71,7 +71,7 @@ def test_data_that_a_backend_keeps_outside_is_called_after_the_program(tmp_path:
     assert b"".join(held.buffers[0:1]) == b"weights" * 100
 
 
-def test_several_data_files_keep_their_own_names_behind_the_programs(
+def test_several_data_files_keep_their_names_after_that_of_the_program(
     tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OutsideBackend, "files", ("one", "two"))
@@ -80,13 +80,13 @@ def test_several_data_files_keep_their_own_names_behind_the_programs(
     assert [path.name for path in files] == ["stem.one.ptd", "stem.pte", "stem.two.ptd"]
 
 
-def test_a_lowering_that_fails_midway_writes_nothing(
+def test_lowering_that_fails_midway_writes_nothing(
     tmp_path: Path, outside: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from executorch.exir import ExecutorchProgramManager
 
     def full(self: Any, folder: str) -> None:
-        assert names(Path(folder)) == ["stem.pte"]  # the first of the two is written by now
+        assert names(Path(folder)) == ["stem.pte"]  # the first of two files is complete at this point
         raise OSError("no space left")
 
     monkeypatch.setattr(ExecutorchProgramManager, "write_tensor_data_to_file", full)
@@ -96,38 +96,38 @@ def test_a_lowering_that_fails_midway_writes_nothing(
     assert names(tmp_path / "out") == []
 
 
-def test_staged_files_replace_those_before_them(tmp_path: Path) -> None:
+def test_atomic_output_replaces_existing_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("before")
-    with staged(tmp_path) as staging:
+    with atomic_output(tmp_path) as staging:
         (staging / "a").write_text("after")
         assert (tmp_path / "a").read_text() == "before"
     assert (tmp_path / "a").read_text() == "after"
     assert names(tmp_path) == ["a"]
 
 
-def test_a_target_that_nothing_lowers_to(tmp_path: Path) -> None:
+def test_unknown_target_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'tpu' has no lowering"):
         lower(None, "tpu", tmp_path / "out", "stem")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_told_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing("xnnpack") is None
+def test_missing_requirement_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing_requirement("xnnpack") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "a torch built for it" in (missing("cuda") or "")
+    assert "a torch built for it" in (missing_requirement("cuda") or "")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert "torch.cuda.is_available()" in (missing("cuda") or "")
+    assert "torch.cuda.is_available()" in (missing_requirement("cuda") or "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert missing("cuda") is None
+    assert missing_requirement("cuda") is None
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(module, "_has_torchao_mps", lambda: False)
-    assert "TORCHAO_BUILD_EXPERIMENTAL_MPS=1" in (missing("metal") or "")
+    assert "TORCHAO_BUILD_EXPERIMENTAL_MPS=1" in (missing_requirement("metal") or "")
 
 
 @pytest.mark.parametrize(("target", "layout"), [("cuda", "mma_tiled"), ("metal", "metal"), ("cpu", "cpu")])
-def test_a_packed_program_comes_back_with_its_report(tmp_path: Path, target: str, layout: str) -> None:
+def test_packed_program_is_loaded_with_its_report(tmp_path: Path, target: str, layout: str) -> None:
     program, report = rewritten(tmp_path, target, dtype=torch.bfloat16)
     save_packed(program, report, tmp_path / "packed.pt2")
     model = load_model(tmp_path / "packed.pt2", target)
@@ -140,7 +140,7 @@ def test_a_packed_program_comes_back_with_its_report(tmp_path: Path, target: str
             load_model(tmp_path / "packed.pt2", other)
 
 
-def test_a_program_rewritten_without_packing_has_its_target_on_record(tmp_path: Path) -> None:
+def test_program_rewritten_without_packing_records_its_target(tmp_path: Path) -> None:
     program, report = rewritten(tmp_path, "xnnpack")
     save_packed(program, report, tmp_path / "packed.pt2")
     assert load_model(tmp_path / "packed.pt2", "xnnpack").report == report
@@ -148,7 +148,7 @@ def test_a_program_rewritten_without_packing_has_its_target_on_record(tmp_path: 
         load_model(tmp_path / "packed.pt2", "cuda")
 
 
-def test_int4_linears_in_a_branch_count(tmp_path: Path) -> None:
+def test_int4_linears_in_a_branch_are_counted(tmp_path: Path) -> None:
     packed, qparams = torch.zeros(1, 1, 32, 4, dtype=torch.int32), torch.zeros(4, 8, 2, dtype=torch.bfloat16)
 
     class Subgraphs(torch.nn.Module):
@@ -166,7 +166,7 @@ def test_int4_linears_in_a_branch_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_lower_for_cuda(tmp_path: Path) -> None:
+def test_program_is_lowered_for_cuda(tmp_path: Path) -> None:
     program, report = rewritten(tmp_path, "cuda", dtype=torch.bfloat16)
     assert report.counts()["linear_int4"] == 2
     files = lower(program, "cuda", tmp_path / "out", "stem")
@@ -176,7 +176,7 @@ def test_lower_for_cuda(tmp_path: Path) -> None:
         assert f"{fqn}.packed".encode() in files[0].read_bytes()
 
 
-def test_what_two_targets_packed_is_for_none(tmp_path: Path) -> None:
+def test_program_packed_by_two_targets_runs_on_neither(tmp_path: Path) -> None:
     aten, sketch = torch.ops.aten, Sketch()
     weight, table = sketch.weight("weight", n=64), sketch.weight("table", n=64)
     x, ids = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("ids", 3, dtype=torch.int64)

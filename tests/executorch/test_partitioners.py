@@ -1,4 +1,4 @@
-"""The partitioners: drop-in for the stock ones, a pass list run by ExecuTorch's own hook, a report kept."""
+"""The partitioners: they replace the stock ones, run a pass list in ExecuTorch's hook, and keep a report."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def specs(partitioner: Any) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)
-def test_each_is_a_stock_one(ours: Any, stock: type, target: str) -> None:
+def test_partitioner_is_an_instance_of_the_stock_class(ours: Any, stock: type, target: str) -> None:
     partitioner = ours()
     assert isinstance(partitioner, stock)
     assert partitioner.delegation_spec.backend_id == (stock() if target == "xnnpack" else stock([])).delegation_spec[0]
@@ -43,7 +43,7 @@ def test_compile_specs_pass_through_and_the_method_name_is_supplied(ours: Any, s
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)
-def test_the_hook_rewrites_a_copy_and_keeps_the_report(ours: Any, stock: type, target: str) -> None:
+def test_hook_rewrites_a_copy_and_keeps_the_report(ours: Any, stock: type, target: str) -> None:
     partitioner, before = ours(), program()
     text, held = str(before.graph), {name: value.clone() for name, value in before.state_dict.items()}
     after = partitioner.transform_for_pre_decomposition(before)
@@ -56,7 +56,7 @@ def test_the_hook_rewrites_a_copy_and_keeps_the_report(ours: Any, stock: type, t
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)
-def test_an_empty_pass_list_is_the_stock_partitioner(ours: Any, stock: type, target: str) -> None:
+def test_empty_pass_list_is_the_stock_partitioner(ours: Any, stock: type, target: str) -> None:
     partitioner, before = ours(passes=[]), program()
     if target == "xnnpack":
         with pytest.raises(ValueError, match="XNNPACK cannot compute"):
@@ -67,7 +67,7 @@ def test_an_empty_pass_list_is_the_stock_partitioner(ours: Any, stock: type, tar
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)
-def test_a_pass_list_that_cannot_run_is_refused_where_it_is_written(ours: Any, stock: type, target: str) -> None:
+def test_invalid_pass_list_is_rejected_by_the_constructor(ours: Any, stock: type, target: str) -> None:
     with pytest.raises(TypeError, match="accepted are rules"):
         ours(passes=[42])
     with pytest.raises(TypeError, match=r"pass an instance, LinearInt4\(\)"):
@@ -77,26 +77,26 @@ def test_a_pass_list_that_cannot_run_is_refused_where_it_is_written(ours: Any, s
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)
-def test_a_demand_that_makes_no_sense_is_refused_where_it_is_written(ours: Any, stock: type, target: str) -> None:
+def test_invalid_expectation_is_rejected_by_the_constructor(ours: Any, stock: type, target: str) -> None:
     with pytest.raises(TypeError, match="expect must map names to counts"):
         ours(expect=["missed"])
     with pytest.raises(ValueError, match="expect contains 'linear_int3'"):
         ours(expect={"linear_int3": 1})
 
 
-def test_there_is_no_report_before_a_lowering() -> None:
+def test_report_before_a_lowering_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="give this partitioner to to_edge_transform_and_lower first"):
         _ = ecp.CudaPartitioner().report
 
 
-def test_a_count_that_does_not_hold_stops_the_lowering() -> None:
+def test_unmet_expectation_stops_the_lowering() -> None:
     partitioner = ecp.CudaPartitioner(expect={"linear_int4": 2})
     with pytest.raises(ecp.ExpectationError, match="linear_int4: expected 2, got 1"):
         to_edge_transform_and_lower(program(), partitioner=[partitioner])
     assert partitioner.report.counts()["linear_int4"] == 1
 
 
-def test_several_methods_make_one_report_and_one_packed_weight() -> None:
+def test_several_methods_share_one_report_and_one_packed_weight() -> None:
     partitioner = ecp.CudaPartitioner()
     model = Quantized(16, 64)
     methods = [torch.export.export(model, (torch.randn(rows, 64).bfloat16(),)) for rows in (2, 8)]
@@ -107,8 +107,8 @@ def test_several_methods_make_one_report_and_one_packed_weight() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the lowering goes on; tests/gpu follows it")
-def test_the_operator_passes_the_edge_verifier_and_only_the_device_is_missing() -> None:
-    """``aten._weight_int4pack_mm`` itself is refused here, with a SpecViolationError."""
+def test_operator_passes_the_edge_verifier_up_to_the_missing_device() -> None:
+    """The verifier rejects ``aten._weight_int4pack_mm`` itself, with a SpecViolationError."""
     partitioner = ecp.CudaPartitioner()
     with pytest.raises(Exception, match=NO_DEVICE) as error:
         to_edge_transform_and_lower(program(), partitioner=[partitioner])
@@ -117,7 +117,7 @@ def test_the_operator_passes_the_edge_verifier_and_only_the_device_is_missing() 
 
 
 def test_another_delegate_may_come_first() -> None:
-    """XNNPACK first: it folds the weight and takes the linear, and nothing is left for the second."""
+    """XNNPACK comes first: it folds the weight and claims the linear, so the second finds nothing."""
     first, second = ecp.XnnpackPartitioner(), ecp.CudaPartitioner()
     model = Quantized(16, 64, dtype=torch.float32)
     exported = torch.export.export(model, (torch.randn(2, 64),))

@@ -169,7 +169,7 @@ def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> Non
     options, reason = WRONG[case]
     model, x = ByHand(**options), example(1, 64)
     program = torch.export.export(model, (x,))
-    # The case shows something only if the stock partitioner is wrong without an error.
+    # The case is meaningful only if the stock partitioner is wrong without an error.
     assert error(through(Stock(), program, x), model(x)) > 0.02
     assert_misses(program, reason, "xnnpack")
     with pytest.raises(ValueError, match="XNNPACK cannot compute"):

@@ -27,8 +27,8 @@ from tests.xnnpack import Stock, error, example, lowered, output, through
 
 IN, HIDDEN, OUT = 64, 128, 32
 
-# The delegate rounds group scales to bf16. With scales that are bf16 already, what is left is the rounding of one
-# activation to the next integer: far below the 6e-3 by which dropping the activation's quantization would show.
+# The delegate rounds group scales to bf16. With scales that are bf16 already, the only error left is the rounding of
+# one activation to the next integer: far below the 6e-3 by which dropping the activation's quantization would show.
 EXACT_SCALES = torch.bfloat16
 FLOAT_ERROR = 1e-5
 DYNAMIC_ERROR = 1e-3
@@ -355,7 +355,7 @@ def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> Non
     make, prepare, reason = SILENTLY_WRONG[case]
     model, x = make().eval(), example(5, IN)
     program = prepare(torch.export.export(model, (x,)))
-    # The case shows something only if the stock partitioner is wrong without an error.
+    # The case is meaningful only if the stock partitioner is wrong without an error.
     assert error(output(lowered(program, Stock()), x), model(x)) > 0.01
     with pytest.raises(ValueError, match=re.escape(reason)):
         lowered(program, ecp.XnnpackPartitioner())

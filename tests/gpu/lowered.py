@@ -12,7 +12,7 @@ import et_cuda_passes as ecp
 
 
 class Block(torch.nn.Module):
-    """x + down(silu(up(x))), with a bias in one of the two."""
+    """x + down(silu(up(x))), with a bias in one of the two linears."""
 
     def __init__(self, features: int, hidden: int) -> None:
         super().__init__()

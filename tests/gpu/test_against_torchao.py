@@ -1,4 +1,4 @@
-"""The generic path against torchao's own tile_packed_to_4d, on weights that both quantize to the same numbers."""
+"""The generic path compared with torchao's tile_packed_to_4d, on weights that both quantize to the same numbers."""
 
 import pytest
 import torch
@@ -11,11 +11,11 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(("n", "k", "group"), [(256, 1024, 32), (128, 2048, 128), (64, 3072, 256)])
-def test_the_generic_path_packs_and_computes_what_torchao_does(n: int, k: int, group: int) -> None:
-    """K a multiple of 1024, since torchao pads it to one.
+def test_generic_path_packs_and_computes_as_torchao_does(n: int, k: int, group: int) -> None:
+    """K is a multiple of 1024, since torchao pads K to one.
 
-    Each group holds -8 and 7 and is scaled by a power of two: torchao's own choice from the floating-point weight is
-    then that scale and a zero of 0, and nothing is rounded on either way.
+    Each group contains -8 and 7 and has a power of two as scale. So torchao chooses that scale and a zero of 0 from the
+    floating-point weight, and neither path rounds.
     """
     generic = Quantized(n, k, group=group, form=lambda x, w, b: torch.nn.functional.linear(x, w))
     generic.scale.copy_(2.0 ** -torch.randint(3, 8, generic.scale.shape))

@@ -13,7 +13,7 @@ from torch.export import Dim
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks, launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.ops import ATTENTION
 
 pytestmark = pytest.mark.gpu
@@ -23,13 +23,13 @@ MOST = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """In fp64, of [B, heads, rows, D]."""
+    """Attention in fp64, of [B, heads, rows, D]."""
     k, v = (t.double().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     return (q.double() @ k.transpose(-2, -1) * scale).softmax(-1) @ v
 
 
 def off(y: Tensor, wanted: Tensor) -> float:
-    """Relative error of the row that is furthest off; NaN is not less than anything."""
+    """The largest relative error of a row; a NaN makes it infinite or NaN."""
     return ((y.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
 
@@ -41,7 +41,7 @@ def random_qkv(heads: int, kv_heads: int, rows: int, keys: int, d: int, dtype: t
 @pytest.mark.parametrize("d", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", MOST, ids=str)
 @pytest.mark.parametrize("kv_heads", [2, 6])
-def test_the_kernel_against_fp64_and_bit_equal_repeats(d: int, dtype: torch.dtype, kv_heads: int) -> None:
+def test_kernel_agrees_with_fp64_and_repeats_bit_for_bit(d: int, dtype: torch.dtype, kv_heads: int) -> None:
     gpu = gpu_of(torch.device("cuda"))
     both = {blocks(gpu, d, 1), blocks(gpu, d, FEW_ROWS + 1)}
     pairs = [(length, length) for length in LENGTHS] + [(1, 1500), (300, 1), (70, 97), (129, 31), (64, 192)]
@@ -50,7 +50,7 @@ def test_the_kernel_against_fp64_and_bit_equal_repeats(d: int, dtype: torch.dtyp
         wanted = exact(q, k, v, d**-0.5)
         for chosen in both:
             poison = torch.full_like(q, float("nan"))
-            del poison  # its memory is what the output is likely to get
+            del poison  # the output will probably reuse this memory
             y = launch(q, k, v, d**-0.5, (1, 1, 1, 1), chosen)
             assert y.shape == q.shape
             assert off(y, wanted) < MOST[dtype], (rows, keys, chosen)
@@ -79,29 +79,29 @@ def test_columns_of_one_tensor_give_the_same_bits(heads: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["large", "rising", "falling", "equal", "negative scale", "no scale"])
-def test_scores_of_every_kind(kind: str) -> None:
+def test_scores_of_every_kind_agree_with_fp64(kind: str) -> None:
     q, k, v = random_qkv(2, 2, 150, 700, 64, torch.bfloat16)
     scale = {"negative scale": -0.3, "no scale": 0.0}.get(kind, 0.125)
     if kind in ("rising", "falling"):
-        # Scores from -80 to 80: every block is above, or below, what came before.
+        # Scores from -80 to 80: every block is above, or below, the previous ones.
         q[:] = 8.0
         k[:] = torch.linspace(-1.25, 1.25, 700, device="cuda")[:, None]
         k = k.flip(2) if kind == "falling" else k
     elif kind == "large":
-        q, k = q * 9, k * 9  # of hundreds
+        q, k = q * 9, k * 9  # scores of hundreds
     elif kind == "equal":
         k[:] = k[:, :, :1].clone()
     assert off(ATTENTION(q, k, v, scale, [1, 1, 1, 1]), exact(q, k, v, scale)) < MOST[torch.bfloat16]
 
 
-def test_over_no_keys_it_is_0_and_of_no_rows_it_is_empty() -> None:
+def test_attention_without_keys_is_0_and_without_rows_empty() -> None:
     q, k, v = random_qkv(2, 2, 3, 0, 64, torch.bfloat16)
     assert torch.equal(ATTENTION(q, k, v, 0.1, [1, 1, 1, 1]), torch.zeros_like(q))
     assert ATTENTION(v, q, q, 0.1, [1, 1, 1, 1]).shape == v.shape
 
 
-def test_tensors_of_more_than_32_bits() -> None:
-    """Only the last of 17 million keys has any weight; then 600,000 rows of 64 heads, over a single key."""
+def test_tensors_beyond_32_bit_offsets_agree_with_fp64() -> None:
+    """First only the last of 17 million keys has a weight. Then 600,000 rows of 64 heads attend to a single key."""
     keys = 17_000_000
     k, v = (torch.zeros(2, keys, 1, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     assert k.numel() > 2**31
@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
 
 def lowered(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, kernel: str, folder: Path) -> Any:
-    """``module`` as a function of CUDA tensors, through the backend, its attention by ``kernel``."""
+    """``module``, lowered by the backend, as a function of CUDA tensors; ``kernel`` computes its attention."""
     program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     passes = [ecp.UnmaskedAttention(kernel=kernel), ecp.FuseAttentionTranspose()]
     with torch.no_grad():
@@ -139,7 +139,7 @@ def lowered(module: nn.Module, inputs: tuple[Tensor, ...], shapes: Any, kernel: 
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_the_backends_kernel_with_a_mask(dynamic: bool, tmp_path: Path) -> None:
+def test_kernel_of_the_backend_applies_a_mask(dynamic: bool, tmp_path: Path) -> None:
     example = tuple(t.cpu() for t in random_qkv(4, 4, 60, 60, 32, torch.bfloat16))
     shapes = ({2: Dim("length", min=2, max=512)},) * 3 if dynamic else None
     run = lowered(Attention(), example, shapes, "backend", tmp_path)
@@ -150,7 +150,7 @@ def test_the_backends_kernel_with_a_mask(dynamic: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [2, 4])
-def test_our_kernel_with_a_dynamic_length(kv_heads: int, tmp_path: Path) -> None:
+def test_our_kernel_runs_with_a_dynamic_length(kv_heads: int, tmp_path: Path) -> None:
     example = tuple(t.cpu() for t in random_qkv(4, kv_heads, 60, 60, 64, torch.bfloat16))
     length = {2: Dim("length", min=1, max=2048)}
     run = lowered(Attention(kv_heads < 4), example, (length,) * 3, "triton", tmp_path)
@@ -163,7 +163,7 @@ def test_our_kernel_with_a_dynamic_length(kv_heads: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 300), (33, 33), (60, 60), (128, 128), (129, 127), (1500, 1500)])
-def test_our_kernel_with_a_known_length(rows: int, keys: int, tmp_path: Path) -> None:
+def test_our_kernel_runs_with_a_known_length(rows: int, keys: int, tmp_path: Path) -> None:
     q, k, v = random_qkv(4, 4, rows, keys, 64, torch.bfloat16)
     (y,) = lowered(Attention(), (q.cpu(), k.cpu(), v.cpu()), None, "triton", tmp_path)(q, k, v)
     assert y.shape == q.shape
@@ -185,7 +185,7 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_transposed_views_through_the_backend(dynamic: bool, tmp_path: Path) -> None:
+def test_transposed_views_run_through_the_backend(dynamic: bool, tmp_path: Path) -> None:
     torch.manual_seed(1)
     module, sizes = Encoder().eval(), {0: Dim("batch", min=1, max=4), 1: Dim("length", min=1, max=2048)}
     exactly = Encoder().double()
@@ -199,7 +199,7 @@ def test_transposed_views_through_the_backend(dynamic: bool, tmp_path: Path) -> 
 
 
 class OfOne(nn.Module):
-    """q, k and v are columns of one tensor, which a pointwise operator computes: the compiler may lay it out anew."""
+    """q, k and v are columns of the result of a pointwise operator, whose layout the compiler may change."""
 
     def forward(self, x: Tensor) -> Tensor:
         parts = (x * 2).split(x.shape[-1] // 3, dim=-1)
@@ -208,7 +208,7 @@ class OfOne(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_columns_of_a_computed_tensor_through_the_backend(dynamic: bool, tmp_path: Path) -> None:
+def test_columns_of_a_computed_tensor_run_through_the_backend(dynamic: bool, tmp_path: Path) -> None:
     sizes = ({1: Dim("length", min=2, max=1024)},) if dynamic else None
     run = lowered(OfOne(), (torch.randn(2, 60, 3 * 128).bfloat16(),), sizes, "triton", tmp_path)
     for rows in (60, 129, 300) if dynamic else (60,):

@@ -1,4 +1,4 @@
-"""A packed weight inside a branch: lowered to CUDA and run, both ways."""
+"""A packed weight inside a branch: lowered to CUDA, and run in both branches."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.quantized import Quantized
 pytestmark = pytest.mark.gpu
 
 
-def test_a_cond_with_weights_in_both_branches_runs(tmp_path: Path) -> None:
+def test_cond_with_weights_in_both_branches_runs(tmp_path: Path) -> None:
     partitioner = ecp.CudaPartitioner([], expect={"linear_int4": 5})
     with torch.no_grad():
         lowered = to_edge_transform_and_lower(exported(cond), partitioner=[partitioner]).to_executorch()
@@ -29,9 +29,10 @@ def test_a_cond_with_weights_in_both_branches_runs(tmp_path: Path) -> None:
 
 
 class Either(nn.Module):
-    """One of two linears of x, by the sign of its sum; each in as many rows as are copied in bulk.
+    """One of two linears of x, by the sign of its sum, with a number of rows that is copied in bulk.
 
-    The branch has no number in it: ExecuTorch 1.5.1 makes one a tensor in the branch, which Inductor does not compile.
+    The branches contain no number: ExecuTorch 1.5.1 turns it into a tensor in the branch, which Inductor cannot
+    compile.
     """
 
     def __init__(self) -> None:

@@ -43,7 +43,7 @@ def test_weights_of_two_methods_are_on_the_gpu_once(two: Path) -> None:
     decode = program.method("decode")
     assert torch.cuda.memory_allocated() - before == once
     stored = sum(weight.untyped_storage().nbytes() for weight in prefill.weights.values())
-    # The allocator deals in blocks of 512 bytes.
+    # The allocator rounds up to blocks of 512 bytes.
     assert stored <= once <= stored + 512 * len(prefill.weights)
     assert {fqn: weight.data_ptr() for fqn, weight in prefill.weights.items()} == {
         fqn: weight.data_ptr() for fqn, weight in decode.weights.items()
@@ -54,7 +54,7 @@ def test_weights_of_two_methods_are_on_the_gpu_once(two: Path) -> None:
         assert relative(method(x.cuda())[0], model(x)) < 8e-3
 
 
-def test_inputs_on_the_cpu_and_in_other_layouts(two: Path) -> None:
+def test_inputs_may_be_on_the_cpu_and_in_other_layouts(two: Path) -> None:
     method = load(two, method="prefill")
     x = torch.randn(6, FEATURES).bfloat16()
     (wanted,) = method(x.cuda())
@@ -64,7 +64,7 @@ def test_inputs_on_the_cpu_and_in_other_layouts(two: Path) -> None:
         assert torch.equal(method(given)[0], wanted)
 
 
-def test_inputs_that_a_method_does_not_take(two: Path) -> None:
+def test_inputs_that_do_not_fit_a_method_are_errors(two: Path) -> None:
     method = load(two, method="prefill")
     for x in (
         torch.ones(65, FEATURES),
@@ -80,7 +80,7 @@ def test_inputs_that_a_method_does_not_take(two: Path) -> None:
 
 
 class Cache(nn.Module):
-    """Keeps a running sum of what it was given."""
+    """A module that adds its inputs to a running sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Cache(nn.Module):
         return self.cache * 2
 
 
-def test_methods_share_the_buffers_that_they_write_to(tmp_path: Path) -> None:
+def test_methods_share_mutated_buffers(tmp_path: Path) -> None:
     model = Cache()
     programs = {name: torch.export.export(model, (torch.ones(4, 32),)) for name in ("prefill", "decode")}
     with torch.no_grad():
@@ -100,11 +100,11 @@ def test_methods_share_the_buffers_that_they_write_to(tmp_path: Path) -> None:
     x = torch.randn(4, 32)
     for step, name in enumerate(("prefill", "decode", "decode"), 1):
         assert torch.allclose(program.method(name)(x)[0].cpu(), 2 * step * x, rtol=1e-5)
-    # Another object begins anew.
+    # Another object has its own state.
     assert torch.allclose(load(pte, method="decode")(x)[0].cpu(), 2 * x, rtol=1e-5)
 
 
-def test_a_changed_library_and_the_weights_of_another_program(two: Path, tmp_path: Path) -> None:
+def test_changed_library_and_weights_of_another_program_are_errors(two: Path, tmp_path: Path) -> None:
     content = bytearray(two.read_bytes())
     content[content.index(b"\x7fELF") + 4096] ^= 1
     (tmp_path / "model.pte").write_bytes(content)
@@ -119,7 +119,7 @@ def test_a_changed_library_and_the_weights_of_another_program(two: Path, tmp_pat
         Program(two, foreign)
 
 
-# Runs on its own: an illegal memory access would take the GPU away from every later test.
+# This runs in a separate process: an illegal memory access would break the GPU for every later test.
 DAMAGED = """
 import sys, torch
 from et_cuda_passes.delegate import DelegateError, load
@@ -160,7 +160,7 @@ def test_flipped_bits_end_in_an_error_or_in_a_run_within_its_own_memory(two: Pat
     assert ran and refused
 
 
-def test_the_command_line_runs_it(two: Path, tmp_path: Path, command: Run) -> None:
+def test_command_line_runs_the_program(two: Path, tmp_path: Path, command: Run) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     (data,) = two.parent.glob("*.ptd")
     x = torch.randn(3, FEATURES).bfloat16()
@@ -173,10 +173,10 @@ def test_the_command_line_runs_it(two: Path, tmp_path: Path, command: Run) -> No
     assert "prefill: median " in result.out
 
 
-def test_the_command_line_verifies_it(tmp_path: Path, command: Run) -> None:
+def test_command_line_verifies_the_program(tmp_path: Path, command: Run) -> None:
     x = torch.randn(5, FEATURES).bfloat16()
     torch.export.save(torch.export.export(quantized(FEATURES, HIDDEN), (x,)), tmp_path / "model.pt2")
     result = command("verify", tmp_path / "model.pt2", "--target", "cuda")
     assert result.code == 0, result.err
-    assert "gives what the original gives" in result.out
+    assert "agrees with the original" in result.out
     assert command("verify", tmp_path / "model.pt2", "--target", "cuda", "--tolerance", "0").code == 1

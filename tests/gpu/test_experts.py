@@ -1,4 +1,4 @@
-"""Experts on a GPU: the kernel against fp64 in every form, and a mixture of experts from export to .pte and back."""
+"""Experts on a GPU: the kernel against fp64 in every form, and a lowered mixture of experts."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ MOST = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
 class Packed:
-    """Random weights on the GPU, packed, and what the kernel's weights are in fp64: rounded once to the dtype."""
+    """Random packed weights on the GPU, and the kernel's weights in fp64, rounded once to the dtype."""
 
     def __init__(self, shape: tuple) -> None:
         self.e, self.n, self.k, self.group, zeros, self.dtype = shape
@@ -47,7 +47,7 @@ class Packed:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 65, 300])
-def test_all_experts_and_chosen_ones_against_fp64(shape: tuple, rows: int) -> None:
+def test_all_experts_and_indexed_ones_agree_with_fp64(shape: tuple, rows: int) -> None:
     given = Packed(shape)
     ids = torch.randint(-given.e, given.e, (7,), device="cuda")
     for chosen, batches in ((None, given.e), (None, 1), (ids, 7), (ids.int(), 1)):
@@ -61,7 +61,7 @@ def test_all_experts_and_chosen_ones_against_fp64(shape: tuple, rows: int) -> No
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 16, 100, 1000])
-def test_groups_against_fp64(shape: tuple, rows: int) -> None:
+def test_groups_of_rows_agree_with_fp64(shape: tuple, rows: int) -> None:
     given = Packed(shape)
     for last in (rows, rows // 2):
         cuts = torch.randint(0, last + 1, (given.e - 1,)).sort().values
@@ -76,7 +76,7 @@ def test_groups_against_fp64(shape: tuple, rows: int) -> None:
         assert torch.equal(OPS.grouped_mm(x, given.packed, given.pair, offs, given.group, given.n), y)
 
 
-def test_an_expert_that_there_is_none_of_gives_nan() -> None:
+def test_expert_out_of_range_gives_nan() -> None:
     given = Packed(SHAPES[0])
     ids = torch.tensor([1, given.e, -given.e - 1], device="cuda")
     y = OPS.bmm(given.randn(3, 1, given.k), given.packed, given.pair, ids, given.group, given.n)
@@ -84,7 +84,7 @@ def test_an_expert_that_there_is_none_of_gives_nan() -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_lowers_and_gives_what_eager_gives(name: str, tmp_path: Path) -> None:
+def test_lowered_experts_agree_with_eager_in_every_form(name: str, tmp_path: Path) -> None:
     rule, form, _, inputs = FORMS[name]
     model = Experts(form)
     pte, partitioner = lower(export(model, *inputs), tmp_path, expect={"missed": 0})
@@ -94,14 +94,14 @@ def test_every_form_lowers_and_gives_what_eager_gives(name: str, tmp_path: Path)
 
 
 class Mixture(nn.Module):
-    """A router, and gated experts of its two best choices: of each token in turn, or of all tokens sorted by expert."""
+    """A router and its two best gated experts, for each token in order, or for all tokens sorted by expert."""
 
     def __init__(self, sort: bool, experts: int = 8, hidden: int = 128, ffn: int = 192) -> None:
         super().__init__()
         torch.manual_seed(0)
-        # Cut by slices: ExecuTorch's verifier refuses split, and with it chunk.
+        # Slices, since ExecuTorch's verifier rejects split, and so chunk.
         self.sort, self.experts, self.ffn = sort, experts, ffn
-        # Decided clearly: one bit must not choose another expert.
+        # The choice is clear, so that one bit does not change the expert.
         self.register_buffer("router", torch.randn(experts, hidden).bfloat16() * 4)
         self.gate_up = Experts(lambda w: w, shape=(experts, 2 * ffn, hidden))
         self.down = Experts(lambda w: w, shape=(experts, hidden, ffn))
@@ -124,7 +124,7 @@ class Mixture(nn.Module):
 
 
 @pytest.mark.parametrize(("sort", "rule"), [(True, "grouped_mm_int4"), (False, "indexed_bmm_int4")])
-def test_a_mixture_of_experts_for_any_number_of_tokens(sort: bool, rule: str, tmp_path: Path) -> None:
+def test_mixture_of_experts_runs_for_any_number_of_tokens(sort: bool, rule: str, tmp_path: Path) -> None:
     model = Mixture(sort).eval()
     program = torch.export.export(
         model, (torch.randn(16, 128).bfloat16(),), dynamic_shapes=({0: Dim("tokens", min=2, max=512)},)

@@ -1,4 +1,4 @@
-"""Linears of one input fused into one: lowered to CUDA and run."""
+"""Linears of one input, fused into one, lowered to CUDA and run."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tests.rules.fused_models import PASSES, Block, X
 pytestmark = pytest.mark.gpu
 
 
-def test_a_fused_block_gives_what_eager_gives(tmp_path: Path) -> None:
+def test_fused_block_agrees_with_eager(tmp_path: Path) -> None:
     length = Dim("length", min=2, max=64)
     block = torch.export.export(Block(), (X,), dynamic_shapes=({1: length},))
     passes = [*PASSES, ecp.UnmaskedAttention()]

@@ -1,13 +1,13 @@
-"""The Triton kernel on a GPU: against fp64 around every edge of a bucket, the same bits every time, beside tinygemm."""
+"""The int4 kernel on a GPU: against fp64 around every bound of a bucket, deterministic, and compared with tinygemm."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import BOUNDS
-from et_cuda_passes.kernels.int4_launch import Epilogue, launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.linear_launch import Epilogue, launch_int4
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
@@ -35,14 +35,14 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
+def test_kernel_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tuple) -> None:
     n, k, group, zeros, dtype, has_bias, activation, has_factor, has_addend = case
     torch.manual_seed(n + k)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
-    # As the kernel's weights are: rounded once to the dtype.
+    # The kernel's weights are rounded once to the dtype.
     weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
     for m in EDGES:
         x, bias, factor, addend = (
@@ -51,7 +51,7 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 
         def call(x: Tensor = x, b: Tensor = bias, f: Tensor = factor, a: Tensor = addend) -> Tensor:
             poison = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=dtype)
-            del poison  # its memory is what the output is likely to get
+            del poison  # the output will probably reuse this memory
             given = (f if has_factor else None, a if has_addend else None)
             return LINEAR(x, packed, qparams, b if has_bias else None, group, n, activation, *given)
 
@@ -78,7 +78,9 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 @pytest.mark.parametrize(
     ("k", "group", "zeros"), [(1056, 32, True), (1024, 64, False), (2048, 32, False), (640, 128, True)]
 )
-def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool) -> None:
+def test_tilings_of_every_kind_agree_with_fp64(
+    shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool
+) -> None:
     n, dtype = 700, torch.bfloat16
     *blocks, segments, warps, stages, bulk = shape
     if segments > 1 and waves:
@@ -96,7 +98,7 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(
+            launch_int4(
                 x.view(*batch, m, k),
                 m,
                 packed,
@@ -121,7 +123,7 @@ GATES = [(8192, 3072, 32, False, False, "silu"), (1000, 1536, 128, True, True, "
 
 
 @pytest.mark.parametrize("case", GATES, ids=str)
-def test_a_gate_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
+def test_gate_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tuple) -> None:
     n, k, group, zeros, has_bias, activation = case
     torch.manual_seed(n)
     parts = []
@@ -143,7 +145,7 @@ def test_a_gate_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) ->
         assert all(torch.equal(LINEAR(*given), y) for _ in range(3)), m
 
 
-def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_by_all_threads() -> None:
+def test_unaligned_rows_are_copied_by_all_threads() -> None:
     m, n, k = 300, 1024, 512
     packed, qparams = mma_tiled.pack(torch.randint(0, 16, (n, k), dtype=torch.uint8)), torch.rand(n, k // 32) * 0.02
     weight = (packed.cuda(), mma_tiled.scale_and_zero(qparams, qparams * 0, torch.bfloat16, k).cuda(), None, 32, n)
@@ -153,7 +155,7 @@ def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_by_all_threads() 
 
 
 @pytest.mark.parametrize("m", [1, 300])
-def test_a_bias_of_any_strides(m: int) -> None:
+def test_bias_may_have_any_strides(m: int) -> None:
     n, k = 96, 512
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     packed = mma_tiled.pack(q).cuda()
@@ -167,7 +169,7 @@ def test_a_bias_of_any_strides(m: int) -> None:
 
 
 @pytest.mark.parametrize("m", [1, 5, 64, 300])
-def test_it_computes_what_tinygemm_computes(m: int) -> None:
+def test_kernel_agrees_with_tinygemm(m: int) -> None:
     n, k, group = 1024, 2048, 64
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02

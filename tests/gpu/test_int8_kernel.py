@@ -1,4 +1,4 @@
-"""The int8 kernel on a GPU: against fp64 around every edge of a bucket, the same bits every time, and in a .pte."""
+"""The int8 kernel on a GPU: against fp64 around every bound of a bucket, deterministic, and in a .pte."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
+from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import BOUNDS
-from et_cuda_passes.kernels.int8_launch import launch
-from et_cuda_passes.kernels.launching import gpu_of
+from et_cuda_passes.kernels.linear_launch import launch_int8
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.ops import INT8_LINEAR
 
@@ -38,7 +38,7 @@ CASES = [
 
 
 def weight(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Integers, every one of them among them, scales and zeros, on the GPU."""
+    """Integers, with every value among them, scales and zeros, on the GPU."""
     packed = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     packed.view(-1)[:256] = torch.arange(-128, 128, dtype=torch.int8)[: packed.numel()]
     scale = (torch.rand(n, k // group) * 0.002 + 0.0005).to(dtype)
@@ -47,7 +47,7 @@ def weight(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> tuple
 
 
 def exact(packed: Tensor, scale: Tensor, zero: Tensor | None, group: int) -> Tensor:
-    """The kernel's weights in fp64: rounded once to the scales' dtype, but with one scale a row and no zeros."""
+    """The kernel's weights in fp64, rounded once to the scales' dtype unless they have one scale a row and no zeros."""
     dense = packed.double() * scale.double().repeat_interleave(group, dim=1)
     if zero is not None:
         dense = dense + zero.double().repeat_interleave(group, dim=1)
@@ -60,7 +60,7 @@ def off(got: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
+def test_kernel_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tuple) -> None:
     n, k, group, zeros, dtype, has_bias = case
     torch.manual_seed(n + k)
     parts = weight(n, k, group, zeros, dtype)
@@ -70,7 +70,7 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 
         def call(x: Tensor = x, bias: Tensor = bias) -> Tensor:
             poison = torch.full((x.shape[0], n), float("nan"), device="cuda", dtype=dtype)
-            del poison  # its memory is what the output is likely to get
+            del poison  # the output will probably reuse this memory
             return INT8_LINEAR(x, *parts, bias if has_bias else None, group)
 
         y = call()
@@ -82,14 +82,14 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("group", [16, 32, 64, 128, 256])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_every_integer_becomes_its_own_float(group: int, zeros: bool, dtype: torch.dtype) -> None:
-    """Over the identity, whose products are the weights: they are equal to fp64's, rounded once."""
+def test_integers_are_all_converted_exactly(group: int, zeros: bool, dtype: torch.dtype) -> None:
+    """A product with the identity gives the weights: they equal those of fp64, rounded once."""
     parts = weight(256, 256, group, zeros, dtype)
     got = INT8_LINEAR(torch.eye(256, device="cuda", dtype=dtype), *parts, None, group).T
     dense = exact(*parts, group)
     if not zeros:
         assert torch.equal(got.double(), dense.to(dtype).double())
-    # The sum with a zero is rounded in fp32 first.
+    # The sum with a zero is first rounded to fp32.
     last_place = 2.0**-7 if dtype is torch.bfloat16 else 2.0**-10
     assert bool(((got.double() - dense).abs() <= dense.abs() * last_place + 1e-7).all())
 
@@ -99,7 +99,9 @@ def test_every_integer_becomes_its_own_float(group: int, zeros: bool, dtype: tor
     "shape", [(16, 64, 128, 1), (64, 64, 64, 1), (128, 128, 64, 1), (8, 16, 128, 4), (8, 32, 256, 2)]
 )
 @pytest.mark.parametrize(("k", "group"), [(1040, 1040), (1024, 128), (1152, 64), (1536, 256)])
-def test_every_way_of_cutting(shape: tuple[int, int, int, int], waves: int, k: int, group: int) -> None:
+def test_split_tiles_and_segments_agree_with_fp64(
+    shape: tuple[int, int, int, int], waves: int, k: int, group: int
+) -> None:
     n, dtype = 700, torch.bfloat16
     if shape[3] > 1 and waves:
         pytest.skip("segments and cut tiles are two answers to the same question")
@@ -113,13 +115,13 @@ def test_every_way_of_cutting(shape: tuple[int, int, int, int], waves: int, k: i
         results = []
         for _ in range(3):
             y = torch.full((m, n), float("nan"), device="cuda", dtype=dtype)
-            launch(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, gpu.processors)
+            launch_int8(x, m, packed, scale, zero, None, y, parts, group, tiling, 1, gpu.wgmma, gpu.processors)
             results.append(y)
         assert off(results[0], x.double() @ dense.T) < MOST[dtype]
         assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
-def test_rows_beyond_two_gigabytes() -> None:
+def test_rows_beyond_two_gigabytes_agree_with_fp64() -> None:
     n, k = 2**20 + 5, 2304
     packed = torch.zeros(n, k, dtype=torch.int8, device="cuda")
     packed[-4:] = torch.randint(-128, 128, (4, k), dtype=torch.int8, device="cuda")
@@ -154,7 +156,7 @@ class Model(nn.Module):
         return result
 
 
-def test_a_lowered_program_gives_what_eager_gives_and_holds_a_tied_table_once(tmp_path: Path) -> None:
+def test_lowered_program_agrees_with_eager_and_holds_a_tied_table_once(tmp_path: Path) -> None:
     model = Model().eval()
     length = Dim("length", min=1, max=1024)
     program = torch.export.export(model, (torch.arange(16).view(1, 16),), dynamic_shapes=({1: length},))

@@ -1,4 +1,4 @@
-"""From one generic quantization to a .pte that runs on the GPU and gives the right answer."""
+"""From a generic quantization to a .pte that runs on the GPU with correct results."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.gpu
         ((256, 896), PerGroup(128), (1,)),
     ],
 )
-def test_a_lowered_program_gives_what_eager_gives(
+def test_lowered_program_agrees_with_eager(
     features: tuple[int, int], granularity: object, batch: tuple[int, ...], tmp_path: Path
 ) -> None:
     model = quantized(*features, granularity=granularity)
@@ -46,7 +46,7 @@ def test_a_lowered_program_gives_what_eager_gives(
 
 
 class Heads(torch.nn.Module):
-    """Linears of a norm, of what looks like attention's result, of a dense linear's, of a sum and of an embedding."""
+    """Linears that read a norm, a transposed view like that of attention, a dense linear, a sum and an embedding."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -65,8 +65,8 @@ class Heads(torch.nn.Module):
         return result
 
 
-def test_whatever_a_linear_reads_it_lowers(tmp_path: Path) -> None:
-    """A descriptor of what Inductor holds as a view would end its compilation."""
+def test_linears_lower_for_inputs_of_every_kind(tmp_path: Path) -> None:
+    """A descriptor of a tensor that Inductor holds as a view would fail to compile."""
     torch.manual_seed(0)
     model = Heads(256).bfloat16().eval()
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
@@ -80,7 +80,7 @@ def test_whatever_a_linear_reads_it_lowers(tmp_path: Path) -> None:
         assert relative(run(*(each.cuda() for each in given))[0], model(*given)) < 1.2e-2, rows
 
 
-def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
+def test_rows_may_be_no_multiple_of_eight(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(128, 45).bfloat16().eval()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
@@ -91,7 +91,7 @@ def test_rows_that_are_no_multiple_of_eight(tmp_path: Path) -> None:
     assert relative(got, model(x)) < 8e-3
 
 
-def test_bf16_arithmetic_by_option_for_an_fp32_model(tmp_path: Path) -> None:
+def test_fp32_model_computes_in_bf16_by_option(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Block(128, 256).eval()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
@@ -118,7 +118,7 @@ def test_two_methods_share_every_packed_weight_once(tmp_path: Path) -> None:
         assert relative(program.method(method)(x.cuda())[0], model(x)) < 8e-3
 
 
-def test_a_program_packed_and_saved_elsewhere_lowers_here(tmp_path: Path) -> None:
+def test_program_packed_on_another_machine_lowers(tmp_path: Path) -> None:
     model = quantized(256, 512)
     x = torch.randn(4, 256).bfloat16()
     packed, _ = ecp.rewrite(torch.export.export(model, (x,)), "cuda")
@@ -129,7 +129,7 @@ def test_a_program_packed_and_saved_elsewhere_lowers_here(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("n", "k", "tiles"), [(48, 64, 4), (64, 96, 2), (128, 1024, 8)])
-def test_the_operator_in_eager_is_the_cuda_kernel(n: int, k: int, tiles: int) -> None:
+def test_operator_in_eager_runs_the_cuda_kernel(n: int, k: int, tiles: int) -> None:
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     halves = (q[:, ::2] << 4 | q[:, 1::2]).cuda()
     packed = ecp.layouts.tile_packed_to_4d.pack(q, tiles).cuda()
@@ -142,8 +142,8 @@ def test_the_operator_in_eager_is_the_cuda_kernel(n: int, k: int, tiles: int) ->
     assert relative(on_gpu, op(x, packed.cpu(), pair.cpu(), bias, 32, n - 3)) < 4e-3
 
 
-def test_the_stock_partitioner_on_the_generic_program_gives_the_same(tmp_path: Path) -> None:
-    """What the rewrite replaces: the same program unrewritten, dequantized by the compiled library."""
+def test_stock_partitioner_on_the_generic_program_agrees(tmp_path: Path) -> None:
+    """The stock path keeps the generic program, and its compiled library dequantizes the weights."""
     model, x = quantized(256, 512), torch.randn(16, 256).bfloat16()
     program = torch.export.export(model, (x,))
     for name in ("stock", "ours"):
@@ -158,7 +158,7 @@ def test_the_stock_partitioner_on_the_generic_program_gives_the_same(tmp_path: P
     assert sizes[0] < 0.65 * sizes[1]
 
 
-def test_low_memory_mode(tmp_path: Path) -> None:
+def test_low_memory_mode_agrees_with_eager(tmp_path: Path) -> None:
     model, x = quantized(256, 512), torch.randn(16, 256).bfloat16()
     partitioner = ecp.CudaPartitioner([CompileSpec("low_memory_mode", b"ON")])
     with torch.no_grad():
@@ -176,5 +176,5 @@ def test_lowering_never_holds_unpacked_weights_on_the_gpu(tmp_path: Path) -> Non
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     lower(program, tmp_path)
-    # Packed and scale_and_zero, twice: the compiler clones what it stores.
+    # Packed weights and scale_and_zero count twice, since the compiler clones constants.
     assert torch.cuda.max_memory_allocated() - before < 2 * (8.4e6 + 0.6e6) + 1e6

@@ -8,7 +8,7 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import Program
-from tests.gpu.test_lowering import relative, save
+from tests.gpu.lowered import relative, save
 
 pytest.importorskip("transformers.exporters", reason="transformers is not installed: pip install '.[demo]'")
 

@@ -1,4 +1,4 @@
-"""Another delegate first: XNNPACK takes what it can, and what is left, our int4 linear in it, goes to the GPU."""
+"""Another delegate first: XNNPACK claims its operators, and the rest with our int4 linear goes to the GPU."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.gpu
 
 
 class Mixed(torch.nn.Module):
-    """A float linear, which XNNPACK takes, and a quantized one in bf16, which it does not."""
+    """A float linear, which XNNPACK claims, and a quantized one in bf16, which it does not claim."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +31,8 @@ class Mixed(torch.nn.Module):
         return self.second(torch.relu(self.first(x)).bfloat16())
 
 
-def test_another_delegate_may_come_first_and_the_rest_is_rewritten(tmp_path: Path) -> None:
-    """The stock XNNPACK partitioner, since ours folds every quantized weight before the next one is asked."""
+def test_rest_is_rewritten_after_another_delegate(tmp_path: Path) -> None:
+    """The stock XNNPACK partitioner comes first, since ours would fold every quantized weight."""
     torch.manual_seed(0)
     model = Mixed().eval()
     config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))

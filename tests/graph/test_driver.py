@@ -1,23 +1,30 @@
-"""The driver: wrong rules, outcomes, conflicts, kept matches, rewrites of rewrites, and equal bytes."""
+"""The driver: wrong rules, outcomes, conflicts, kept matches, rewrites of rewrites, group rules, and equal bytes."""
 
+import gc
 import io
+import weakref
 import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.export import Dim
 from torch.fx import Node
 
 import et_cuda_passes as ecp
+from et_cuda_passes.executorch.lower import gc_throttled
+from et_cuda_passes.graph.driver import gc_disabled
 from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason
-from et_cuda_passes.graph.rule import Failure, Keep, Rule, requirement
+from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Rule, requirement
 from et_cuda_passes.testing import assert_rewrites
 from tests.helpers import Sketch, apply, apply_with, chain, idle, idle_program_pass, names
 
@@ -416,16 +423,16 @@ def test_rewrite_may_return_its_input() -> None:
 
 
 def test_weight_is_decoded_once_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    from et_cuda_passes.quant import affine
+    from et_cuda_passes.quant import decoders
 
     decoded: list[Node] = []
-    decode = affine.decode
+    decode = decoders.decode
 
     def counting(program: Any, node: Node) -> Any:
         decoded.append(node)
         return decode(program, node)
 
-    monkeypatch.setattr(affine, "decode", counting)
+    monkeypatch.setattr(decoders, "decode", counting)
     ecp.rewrite(chain(3), "cuda", expect={"linear_int4": 3})
     assert len(decoded) == 3
 
@@ -453,3 +460,202 @@ def test_rewrites_of_the_same_program_are_equal_to_the_byte() -> None:
     assert [name for name in members if members[name] != again[name]] == []
     assert first.to_json() == second.to_json()
     assert str(first) == str(second)
+
+
+# Garbage collection --------------------------------------------------------------------------------------------------
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def cycles_left(count: int) -> int:
+    """Create ``count`` objects that only refer to themselves, and return how many still exist."""
+    created = [weakref.ref(Cycle()) for _ in range(count)]
+    return sum(each() is not None for each in created)
+
+
+@pytest.mark.parametrize("context", [gc_disabled, gc_throttled])
+def test_collector_state_is_restored_afterwards(context: Callable[[], AbstractContextManager[None]]) -> None:
+    def state() -> tuple[object, ...]:
+        return gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
+
+    def failing() -> None:
+        with context():
+            assert state() != before
+            raise KeyError
+
+    before = state()
+    with pytest.raises(KeyError):
+        failing()
+    assert state() == before
+
+
+def test_disabled_collector_frees_nothing_and_throttled_collector_frees_large_piles() -> None:
+    count = gc.get_threshold()[0] * 3
+    assert cycles_left(count) < count
+    with gc_disabled():
+        assert cycles_left(count) == count
+    with gc_throttled():
+        assert cycles_left(count) == count
+        assert cycles_left(count * 100) < count * 100
+
+
+def test_collector_that_is_disabled_stays_disabled() -> None:
+    gc.disable()
+    try:
+        for context in (gc_disabled, gc_throttled):
+            with context():
+                assert not gc.isenabled()
+            assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+# Group rules ---------------------------------------------------------------------------------------------------------
+
+
+@requirement("a name without a 9")
+def name_has_no_9(m: Any) -> Failure | None:
+    return Failure(m.root.name) if "9" in m.root.name else None
+
+
+class Together(GroupRule):
+    """relu(x), relu(x), ... -> abs(neg(x)), abs(neg(x)), ..."""
+
+    shared_captures = ("x",)
+    requirements = (name_has_no_9,)
+
+    def pattern(self, x: Capture) -> Any:
+        return relu(x)
+
+    def group_key(self, m: Any) -> Any:
+        return m.x
+
+    def rewrite_group(self, b: Any, ms: Any) -> Sequence[Node]:
+        y = b.call(aten.neg.default, ms[0].x)
+        return [b.for_match(m).call(aten.abs.default, y) for m in ms]
+
+
+class Single(Rule):
+    """relu(x) -> sigmoid(x)"""
+
+    def pattern(self, x: Capture) -> Any:
+        return relu(x)
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return b.call(aten.sigmoid.default, m.x)
+
+
+def siblings(count: int) -> torch.export.ExportedProgram:
+    """``count`` relus of x, then a relu of the first one."""
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+    results = [sketch.call(aten.relu.default, x) for _ in range(count)]
+    return sketch.program(*results, sketch.call(aten.relu.default, results[0]))
+
+
+def outcomes(report: Any) -> list[tuple[str, str, str | None]]:
+    return [(o.node, o.status, o.rule) for o in report.outcomes]
+
+
+def test_matches_with_equal_keys_become_one_rewrite_with_an_outcome_each() -> None:
+    after, report = apply(siblings(3), [Together()], aten.relu.default)
+    assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.abs", "aten.relu"]
+    assert outcomes(report)[:3] == [(f"relu_default{i}", "rewritten", "together") for i in ("", "_1", "_2")]
+    assert [o.detail for o in report.outcomes[:3]] == ["3 in one"] * 3
+    assert report.counts()["together"] == 3
+    (reason,) = report.outcomes[3].reasons
+    assert str(reason) == "together wanted another match to rewrite together with, found none"
+
+
+def test_match_that_fails_a_requirement_is_not_in_the_group() -> None:
+    _, report = apply(siblings(10), [Together()], aten.relu.default)
+    assert [o.status for o in report.outcomes] == ["rewritten"] * 9 + ["missed"] * 2
+    assert "a name without a 9" in str(report.outcomes[9].reasons[0])
+
+
+def test_single_match_is_left_to_later_rules() -> None:
+    program = siblings(2)
+    after, report = apply(program, [Together(), Single()], aten.relu.default)
+    assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.sigmoid"]
+    assert [o.rule for o in report.outcomes] == ["together", "together", "single"]
+    after, report = apply(program, [Single(), Together()], aten.relu.default)
+    assert names(after) == ["aten.sigmoid"] * 3
+    assert report.conflicts == []
+
+
+def test_groups_that_read_each_other_are_both_rewritten() -> None:
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+    first, second = (sketch.call(aten.relu.default, x) for _ in range(2))
+    program = sketch.program(second, *(sketch.call(aten.relu.default, first) for _ in range(2)))
+    after, _ = apply(program, [Together()], aten.relu.default)
+    assert names(after) == ["aten.neg", "aten.abs", "aten.abs", "aten.neg", "aten.abs", "aten.abs"]
+    value = torch.randn(4)
+    for got in after.module()(value):
+        assert torch.equal(got, value.abs())
+
+
+def test_mutated_input_excludes_a_match_from_the_group() -> None:
+    sketch = Sketch()
+    x = sketch.call(aten.neg.default, sketch.input("x", 4))
+    first = sketch.call(aten.relu.default, x)
+    sketch.call(aten.add_.Tensor, x, 1)
+    program = sketch.program(first, sketch.call(aten.relu.default, x))
+    after, report = apply(program, [Together()], aten.relu.default)
+    assert names(after) == names(program)
+    assert all("never mutated, found neg" in str(o.reasons[0]) for o in report.outcomes)
+
+
+def test_input_computed_after_the_first_match_excludes_a_match() -> None:
+    class Sum(Together):
+        def pattern(self, x: Capture, other: Capture) -> Any:
+            return op(aten.add.Tensor)(x, other)
+
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+    first, second = (sketch.call(aten.add.Tensor, x, sketch.input(name, 4)) for name in "ab")
+    third = sketch.call(aten.add.Tensor, x, sketch.call(aten.neg.default, first))
+    after, report = apply(sketch.program(first, second, third), [Sum()], aten.add.Tensor)
+    assert [o.status for o in report.outcomes] == ["rewritten", "rewritten", "missed"]
+    assert "that are computed before add_tensor and never mutated" in str(report.outcomes[2].reasons[0])
+    after.graph.lint()
+
+
+def test_nodes_of_a_group_have_the_provenance_of_the_roots_they_stand_for() -> None:
+    after, _ = apply(siblings(2), [Together()], aten.relu.default)
+    new = [node for node in after.graph.nodes if node.op == "call_function"][:3]
+    sources = [[source.name for source in node.meta["from_node"]] for node in new]
+    assert sources == [["relu_default", "relu_default_1"], ["relu_default"], ["relu_default_1"]]
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "fault"),
+    [
+        (lambda b, ms: [ms[0].x], "replaced 2 matches by .*; return one node for each"),
+        (lambda b, ms: [ms[0].x, None], "rewrite must return a node"),
+        (lambda b, ms: [b.call(aten.view.default, ms[0].x, [2, 2])] * 2, r"torch.float32 \[2, 2\]"),
+    ],
+)
+def test_wrong_result_of_rewrite_group_names_the_rule(rewrite: Any, fault: str) -> None:
+    rule = type("Faulty", (Together,), {"rewrite_group": lambda self, b, ms: rewrite(b, ms)})()
+    with pytest.raises(RuleError, match=f"rule faulty .*{fault}"):
+        apply(siblings(2), [rule])
+
+
+def test_rewrite_for_one_length_only_is_refused() -> None:
+    """With a guard on a dynamic size, the program would refuse every other size."""
+
+    class Fixed(Single):
+        def rewrite(self, b: Any, m: Any) -> Node:
+            return b.call(aten.view.default, b.call(aten.view.default, m.x, [3, 4]), m.val(m.x).shape)
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x)
+
+    program = torch.export.export(Model(), (torch.randn(3, 4),), dynamic_shapes=({0: Dim("n", min=2, max=9)},))
+    with pytest.raises(RuleError, match="depends on the program.s dynamic shapes"):
+        apply(program, [Fixed()])

@@ -1,12 +1,17 @@
 """Rules: their requirements, the order and stages in which these are checked, texts for the report, names."""
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
+import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
@@ -372,3 +377,321 @@ def test_notes_of_another_type_are_refused() -> None:
 def test_former_attribute_is_refused_when_its_rule_is_defined(base: type[Rule], old: str, new: str) -> None:
     with pytest.raises(TypeError, match=f"rule Old defines {old}, which {new}"):
         type("Old", (base,), {old: lambda self, b, m: m.root})
+
+
+# Mistakes of a rule's author -----------------------------------------------------------------------------------------
+
+
+relu, add = op(aten.relu.default), op(aten.add.Tensor)
+
+
+class Relu(Rule):
+    """relu(x) -> neg(x)"""
+
+    def pattern(self, x: Any) -> Any:
+        return relu(x)
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return b.call(aten.neg.default, m.x)
+
+
+def faulty(**members: Any) -> Rule:
+    return type("Faulty", (Relu,), members)()  # type: ignore[no-any-return]
+
+
+def rewriting(rewrite: Callable[[Any, Any], Any]) -> Rule:
+    return faulty(rewrite=lambda self, b, m: rewrite(b, m))
+
+
+def two() -> ExportedProgram:
+    """neg(relu(x) + y)"""
+    sketch = Sketch()
+    x, y = sketch.input("x", 4), sketch.input("y", 4)
+    total = sketch.call(aten.add.Tensor, sketch.call(aten.relu.default, x), y)
+    return sketch.program(sketch.call(aten.neg.default, total))
+
+
+# Mistakes in the pattern --------------------------------------------------------------------------------------------
+
+
+def test_packet_function_and_name_are_refused_as_operators() -> None:
+    with pytest.raises(
+        TypeError,
+        match=r"aten.add has several overloads; write the one that the graph calls: aten.add.Tensor or aten.add.Scalar",
+    ):
+        op(aten.add)
+    for wrong in (nn.functional.linear, "aten.linear"):
+        with pytest.raises(
+            TypeError, match=r"is not an operator of an exported graph; write an overload, such as aten.linear"
+        ):
+            op(wrong)
+    assert op(operator.getitem) is not None
+    assert op(torch.sym_max) is not None
+
+
+def test_capture_that_the_pattern_lacks_is_refused() -> None:
+    rule = faulty(pattern=lambda self, x, bias: relu(x))
+    with pytest.raises(
+        TypeError, match="rule faulty: pattern.. has the parameter 'bias', which its pattern does not contain"
+    ):
+        compile_rule(rule)
+
+
+def test_capture_that_some_alternatives_lack_must_be_optional() -> None:
+    with pytest.raises(
+        TypeError, match="some alternatives of the pattern do not contain 'y'; give it the default None"
+    ):
+        compile_rule(faulty(pattern=lambda self, x, y: any_of(relu(x), add(x, y))))
+    compile_rule(faulty(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y))))
+
+
+def test_requirement_without_a_text_or_with_an_unknown_stage_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"@requirement\('...'\) above the function"):
+        requirement(lambda m: Failure("nothing"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="in one of the stages .*'metadata', 'values'.*, not 'value'"):
+        requirement("a thing", stage="value")  # type: ignore[arg-type]
+
+
+def test_requirements_with_the_same_text_are_both_reported() -> None:
+    def finds(found: str) -> Requirement:
+        return requirement("one thing")(lambda m: Failure(found))
+
+    rule = faulty(requirements=(finds("this"), finds("that")))
+    _, report = apply(two(), [rule])
+    assert report.rejected["faulty"] == [
+        "relu_default: faulty wanted one thing, found this",
+        "relu_default: faulty wanted one thing, found that",
+    ]
+
+
+def test_pass_with_the_name_of_a_status_is_refused() -> None:
+    with pytest.raises(ValueError, match="a pass is named 'missed', which is a status in reports; rename the pass"):
+        apply(two(), [faulty(name="missed")])
+
+
+# Mistakes in the hooks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "what"),
+    [
+        ({"requirements": (requirement("a thing")(lambda m: 1 / 0),)}, "requirement 'a thing'"),
+        ({"summary": lambda self, m: 1 / 0}, "summary"),
+        ({"notes": lambda self, *ms: 1 / 0}, "notes"),
+    ],
+)
+def test_hook_that_raises_names_its_rule_and_place(members: dict[str, Any], what: str) -> None:
+    with pytest.raises(RuleError, match=rf"rule faulty: at relu_default its {what} failed: division by zero") as error:
+        apply(two(), [faulty(**members)])
+    assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_absent_capture_has_no_metadata() -> None:
+    @requirement("a thing")
+    def y_is_a_vector(m: Any) -> Failure | None:
+        return None if m.val(m.y).dim() == 1 else Failure("y")
+
+    rule = faulty(pattern=lambda self, x, y=None: any_of(relu(x), add(x, y)), requirements=(y_is_a_vector,))
+    with pytest.raises(RuleError, match="m.val needs a node, not None: an optional capture may be absent"):
+        apply(two(), [rule])
+
+
+@pytest.mark.parametrize("key", [lambda self, m: 1 / 0, lambda self, m: [m.x]], ids=["raises", "unhashable"])
+def test_group_key_that_fails_names_its_rule(key: Any) -> None:
+    together = {"group_key": key, "rewrite_group": lambda self, b, ms: [], "pattern": Relu.pattern}
+    rule = type("Faulty", (GroupRule,), together)()
+    with pytest.raises(RuleError, match="rule faulty: at relu_default its group_key failed: "):
+        apply(two(), [rule])
+
+
+# Mistakes with the builder -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "fault"),
+    [
+        (
+            lambda b, m: b.call(aten.add.Tensor, m.x, torch.ones(4)),
+            "b.call accepts nodes, not tensors; b.constant adds",
+        ),
+        (
+            lambda b, m: b.call(aten.mul.Tensor, m.root, 1.0),
+            "relu_default is being replaced, so a new node cannot read it",
+        ),
+        (lambda b, m: b.call(aten.neg.default, next(iter(m.root.users))), "add_tensor is computed after relu_default"),
+        (lambda b, m: b.call(aten.add, m.x, 1), "aten.add has several overloads"),
+        (lambda b, m: b.call(nn.functional.relu, m.x), "is not an operator of an exported graph"),
+        (lambda b, m: m.root, "returned relu_default itself; a rule that keeps its matches derives from Keep"),
+        (
+            lambda b, m: b.call(aten.max.dim, m.x, 0),
+            r"which is not a tensor; take one of its results: b.call\(operator.getitem",
+        ),
+        (
+            lambda b, m: b.constant("c", [], "c", lambda: torch.ones(4)),
+            "c needs sources, and each must be a constant",
+        ),
+        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are weight_of\(m\).sources"),
+    ],
+)
+def test_wrong_use_of_the_builder_is_refused_with_the_fix(rewrite: Any, fault: str) -> None:
+    before = two()
+    with pytest.raises(RuleError, match=f"rule faulty.*{fault}"):
+        apply(before, [rewriting(rewrite)])
+    assert names(before) == ["aten.relu", "aten.add", "aten.neg"]
+
+
+def test_node_created_without_the_builder_is_refused() -> None:
+    def rewrite(b: Any, m: Any) -> Node:
+        with m.root.graph.inserting_before(m.root):
+            return m.root.graph.call_function(aten.neg.default, (m.x,))  # type: ignore[no-any-return]
+
+    with pytest.raises(RuleError, match=r"which is not a tensor; build it with b.call"):
+        apply(two(), [rewriting(rewrite)])
+
+
+def test_removed_node_is_refused_as_an_argument() -> None:
+    gone: list[Node] = []
+
+    class First(Relu):
+        def rewrite(self, b: Any, m: Any) -> Node:
+            gone.append(m.root)
+            return super().rewrite(b, m)
+
+    class Second(Relu):
+        def pattern(self, x: Any) -> Any:
+            return op(aten.neg.default)(x)
+
+        def rewrite(self, b: Any, m: Any) -> Node:
+            return b.call(aten.abs.default, gone[0])  # type: ignore[no-any-return]
+
+    with pytest.raises(RuleError, match="rule second: .* is not in the graph of .*, or was removed"):
+        apply(two(), [First(), Second()])
+
+
+def test_unused_new_node_is_eliminated() -> None:
+    def rewrite(b: Any, m: Any) -> Node:
+        b.call(aten.abs.default, m.x)
+        return b.call(aten.neg.default, m.x)  # type: ignore[no-any-return]
+
+    program, _ = apply(two(), [rewriting(rewrite)])
+    assert names(program) == ["aten.neg", "aten.add", "aten.neg"]
+
+
+# Dynamic sizes ------------------------------------------------------------------------------------------------------
+
+
+class Lines(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) + 1
+
+
+def lines() -> ExportedProgram:
+    return torch.export.export(Lines(), (torch.randn(4, 3),), dynamic_shapes={"x": {0: Dim("n", min=2, max=64)}})
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"requirements": (requirement("few")(lambda m: None if m.val(m.x).shape[0] <= 16 else Failure("many")),)},
+        {"requirements": (requirement("four")(lambda m: None if bool(m.val(m.x).shape[0] == 4) else Failure("x")),)},
+        {"rewrite": lambda self, b, m: b.call(aten.slice.Tensor, m.x, 0, 0, int(m.val(m.x).shape[0]))},
+        {"summary": lambda self, m: "many rows" if m.val(m.x).shape[0] > 9 else "few rows"},
+    ],
+    ids=["a branch", "a bool", "a number", "a text"],
+)
+def test_rule_that_compares_a_dynamic_size_is_refused(members: dict[str, Any]) -> None:
+    program = lines()
+    with pytest.raises(RuleError, match=r"rule faulty: at relu its .*, which depends on the program's dynamic shapes"):
+        ecp.rewrite(program, "cpu", [faulty(**members)])
+
+
+def test_requirement_that_returns_a_symbolic_bool_is_refused() -> None:
+    even: Any = requirement("even rows")(lambda m: m.val(m.x).shape[0] % 2 == 0)
+    with pytest.raises(RuleError, match=r"must return None where it holds, and a Failure where it does not"):
+        ecp.rewrite(lines(), "cpu", [faulty(requirements=(even,))])
+
+
+def test_dynamic_size_is_an_argument_as_a_node() -> None:
+    def whole(b: Any, m: Any) -> Node:
+        return b.call(aten.view.default, b.call(aten.relu.default, m.x), [b.size(m.x, 0), b.size(m.x, 1)])  # type: ignore[no-any-return]
+
+    program, _ = ecp.rewrite(lines(), "cpu", [rewriting(whole)], expect={"faulty": 1})
+    for rows in (2, 40):
+        x = torch.randn(rows, 3)
+        assert torch.equal(program.module()(x), Lines()(x))
+    with pytest.raises(RuleError, match=r"accepts no symbolic number \(s\d+\); write b.size\(node, dim\)"):
+        ecp.rewrite(lines(), "cpu", [rewriting(lambda b, m: b.call(aten.view.default, m.x, list(m.val(m.x).shape)))])
+
+
+# The report --------------------------------------------------------------------------------------------------------
+
+
+def test_rejected_match_without_a_candidate_is_in_the_expectation_error() -> None:
+    never = requirement("a thing", hint="change it")(lambda m: Failure("another"))
+    with pytest.raises(
+        ecp.ExpectationError, match=r"faulty: expected 1, got 0(.|\n)*rejected   relu: faulty wanted a thing"
+    ):
+        ecp.rewrite(lines(), "cpu", [faulty(requirements=(never,))], expect={"faulty": 1})
+    _, report = ecp.rewrite(lines(), "cpu", [faulty(requirements=(never,))])
+    assert report.to_dict()["rejected"] == {"faulty": ["relu: faulty wanted a thing, found another; change it"]}
+    assert ecp.Report.merge([report, report]).rejected == {"faulty": 2 * report.rejected["faulty"]}
+
+
+def quantized() -> ExportedProgram:
+    sketch = Sketch()
+    x = sketch.input("x", 2, 64)
+    y = sketch.call(aten.linear.default, x, sketch.weight("w", dtype=torch.float32))
+    return sketch.program(sketch.call(aten.relu.default, y))
+
+
+class Again(Rule):
+    """linear(x, w) -> linear(x, w), with the quantized weight"""
+
+    def pattern(self, x: Any) -> Any:
+        return op(aten.linear.default)(x, op(torch.ops.torchao.dequantize_affine.default)(..., name="w", shared=True))
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return b.call(aten.linear.default, m.x, m.w)
+
+
+class Transposed(Again):
+    """linear(x, w) -> x @ t(w): another operator reads the weight"""
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return b.call(aten.mm.default, m.x, b.call(aten.t.default, m.w))
+
+
+def test_linear_that_a_rule_leaves_quantized_is_open_to_later_rules() -> None:
+    _, report = ecp.rewrite(quantized(), "cpu", [Again()])
+    (outcome,) = report.outcomes
+    assert (outcome.status, outcome.node, report.applied) == ("missed", "linear_default", {"again": 1})
+    first = type("First", (Again,), {})()
+    _, report = ecp.rewrite(quantized(), "cpu", ecp.default_passes("cpu").insert_before("linear_int4", first))
+    (outcome,) = report.outcomes
+    assert (outcome.status, outcome.rule, report.applied) == (
+        "rewritten",
+        "linear_int4",
+        {"first": 1, "linear_int4": 1},
+    )
+    assert report.warnings == []
+
+
+def test_new_operator_that_reads_a_quantized_weight_gets_a_warning() -> None:
+    _, report = ecp.rewrite(quantized(), "cpu", [Transposed()])
+    (warning,) = report.warnings
+    assert warning.startswith("aten.mm linear_default still reads the quantized weight w.data: a rule created it")
+
+
+def test_pattern_rooted_after_a_candidate_reports_why_it_missed_it() -> None:
+    behind = faulty(pattern=lambda self, x: relu(op(aten.linear.default)(op(aten.gelu.default)(x), ...)))
+    _, report = ecp.rewrite(quantized(), "cpu", [behind])
+    assert [str(reason) for reason in report.outcomes[0].reasons] == ["faulty wanted aten.gelu, found placeholder x"]
+
+
+def test_rule_for_operators_that_rewrites_create_reports_no_miss_at_exported_ones() -> None:
+    """The pass list has rules for sums and products of packed linears. No exported program contains these."""
+    sketch = Sketch()
+    doubled = sketch.call(aten.mul.Tensor, sketch.weight("w"), 2)
+    _, report = ecp.rewrite(sketch.program(doubled), "cuda")
+    (reason,) = report.outcomes[0].reasons
+    assert str(reason).startswith("no pass for target cuda rewrites aten.mul; ")

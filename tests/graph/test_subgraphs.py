@@ -289,7 +289,7 @@ def test_weight_in_a_subgraph_of_an_unsupported_call_is_missed_with_the_reason()
     finally:
         call.target = known
     (missed,) = (outcome for outcome in report.outcomes if outcome.status == "missed")
-    assert "by an operator that is not known" in str(missed.reasons[0])
+    assert "by an unknown operator" in str(missed.reasons[0])
     assert missed.node.endswith(".linear")
     assert len(calls(after, DEQUANTIZE)) == 1
 
@@ -306,7 +306,7 @@ def test_subgraph_that_two_calls_share_is_left_alone() -> None:
         before.graph.erase_node(other)
     assert report.counts()["missed"] == 3
     assert {str(r) for o in report.outcomes for r in o.reasons} == {
-        "it stands in a graph that is called from two places, or by an operator that is not known"
+        "it stands in a graph that is called from two places, or by an unknown operator"
     }
     for call in after.graph.find_nodes(op="call_function", target=torch.ops.higher_order.cond):
         assert len(call.args[3]) == len(graphs(after)["true_graph_0"].find_nodes(op="placeholder"))
@@ -369,7 +369,7 @@ def test_weight_mutated_in_a_subgraph_is_not_packed() -> None:
     assert any(spec.target == "a.data" for spec in before.graph_signature.output_specs) or calls(
         before, torch.ops.aten.copy_.default
     )
-    report = assert_misses(before, "which the program writes while it runs")
+    report = assert_misses(before, "which the program mutates while it runs")
     assert {o.fqn: o.status for o in report.outcomes} == {"a.data": "missed", "b.data": "rewritten"}
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for a GPU that is not here, and what their machine code says."""
+"""Compiles the Triton kernels for a GPU that this machine does not have, and inspects their machine code."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import Tiling
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
-"""What pointers point to, where it is not the dtype of the activations."""
+"""Element types of the pointers whose type is not the dtype of the activations."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -49,7 +49,7 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
 
 
 def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stages: int, dtype: str = "bf16") -> Any:
-    """``kernel`` compiled for compute capability ``arch``, N a multiple of 16 as it nearly always is."""
+    """``kernel`` compiled for compute capability ``arch``, N a multiple of 16, as is usual."""
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature, aligned = {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -86,7 +86,7 @@ def int8_product(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) 
 
 @cache
 def parts_adder(tiling: Tiling, arch: int) -> Any:
-    """What adds the parts of its cut tiles."""
+    """The kernel that adds the parts of split tiles."""
     return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.block_m, 8)}, arch, 4, 3)
 
 
@@ -100,15 +100,15 @@ def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
 
 
 def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """What ptxas reports of the kernel: REG, STACK and so on."""
+    """The resource usage of the kernel: REG, STACK and so on."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    told = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", told.stdout)}
+    usage = subprocess.run([_TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage.stdout)}
 
 
 def overwritten_operands(code: list[tuple[int, str]]) -> list[str]:
-    """Writes to the left operand of a wgmma that no wait has retired yet, following the loop around it twice.
+    """Writes to the left operand of a wgmma before a wait has retired it; the loop around it is followed twice.
 
     ``HGMMA R24, R152, gdesc[..]`` reads R152 to R155 while later instructions run, until a ``WARPGROUP.DEPBAR.LE gsb0,
     n`` leaves at most n groups in flight; ``gsb0`` on the instruction ends a group.
@@ -154,10 +154,10 @@ def overwritten_operands(code: list[tuple[int, str]]) -> list[str]:
 
 
 def waits_between_products(code: list[tuple[int, str]]) -> int:
-    """How many products of a step wait until the one before them is done.
+    """The number of products of a step that wait until the previous product is done.
 
-    ptxas does that to all of them, with a warning that nobody sees, where it can't prove what happens to their
-    registers on every way through the kernel.
+    ptxas serialises all of them if it cannot prove how their registers are used on every path through the kernel. Its
+    warning is not shown.
     """
     products = [index for index, (_, text) in enumerate(code) if text.startswith("HGMMA")]
     waits = [re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0").match(text) for _, text in code]
@@ -165,13 +165,13 @@ def waits_between_products(code: list[tuple[int, str]]) -> int:
 
 
 def arch_of(gpu: GpuArch) -> int:
-    """As Triton names what it compiles for."""
+    """Triton's number of a compute capability."""
     major, minor = gpu.capability
     return 10 * major + minor
 
 
 def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Tiling]:
-    """Every tiling that a weight of any size can get on a GPU; of those that cut tiles, of which SLOTS differs, one."""
+    """Every tiling that a weight of any size can get on a GPU; one of those that differ only in SLOTS."""
     weights = [Weight(1024, k, 32, bits, experts=experts) for k in (1024, 1056)]
     found = {tiling for weight in weights for tiling, _ in candidates(costs_of(gpu, bits), weight) if tiling.waves < 2}
     assert found
@@ -179,9 +179,9 @@ def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Ti
 
 
 def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int, str]]:
-    """The machine code of a product, checked: it fits, spills nothing, uses wgmma, and waits where it has to.
+    """The machine code of a product, after checks: it fits, spills nothing, uses wgmma, and waits where needed.
 
-    Of eight columns Triton 3.6 makes no wgmma, but the instruction of a warp, which has as many; of two warps neither.
+    For eight columns or for two warps Triton 3.6 uses the instruction of a warp instead of wgmma.
     """
     code = machine_code(kernel, folder)
     assert kernel.metadata.shared <= 227 * 1024
@@ -194,11 +194,11 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
 
 
 def check_for_others(kernel: Any, folder: Path, gpu: GpuArch) -> None:
-    """A product fits the shared memory that a program can have, and spills two registers at most.
+    """Check that a product fits the shared memory of a program, and spills at most two registers.
 
-    The table is of Triton 3.6, where none is spilled; Triton 3.9 spills 8 bytes in some tilings.
+    The table was written with Triton 3.6, which spills none. Triton 3.9 spills 8 bytes in some tilings.
     """
     assert kernel.metadata.shared <= gpu.program_memory
     assert resources(kernel, folder)["STACK"] <= 8
-    # The tensor cores' instructions, which have another name from compute capability 10.0 on.
+    # The tensor cores' instructions have another name from compute capability 10.0 on.
     assert any(text.startswith(("HMMA", "UTC")) for _, text in machine_code(kernel, folder))

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU, for tests of what would be compiled for one."""
+"""A driver for a GPU that this machine does not have, for tests of launches."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,8 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 
-class Absent(DriverBase):
-    """Stands for the GPU that is not here: torch only asks it what to compile for."""
+class AbsentHopper(DriverBase):
+    """A driver for an H100 that this machine does not have: torch only reads the compile target from it."""
 
     def __init__(self) -> None:
         pass
@@ -42,11 +42,12 @@ class Absent(DriverBase):
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Launches are traced for an H100."""
     if torch.cuda.is_available():
-        pytest.skip("asks what would be compiled for a GPU that is not here")
-    triton.runtime.driver.set_active(Absent())
-    # torch reads a descriptor's kernel only where a GPU is that has them.
+        pytest.skip("compiles for a GPU that this machine does not have")
+    triton.runtime.driver.set_active(AbsentHopper())
+    # torch analyses a kernel with descriptors only if the GPU supports them.
     monkeypatch.setattr(torch.utils._triton, "has_triton_tensor_descriptor_host_tma", lambda: True)
     yield
-    with suppress(RuntimeError):  # there is no driver to go back to
+    with suppress(RuntimeError):  # this machine has no driver
         triton.runtime.driver.reset_active()

@@ -1,4 +1,7 @@
-"""Triton's interpreter is chosen while a kernel is decorated: a file of tests runs in it in a process of its own."""
+"""Runs a file of tests in Triton's interpreter, in a separate process.
+
+Triton selects the interpreter when a kernel is decorated, so that one process cannot use both.
+"""
 
 import os
 import subprocess
@@ -6,12 +9,12 @@ import sys
 from pathlib import Path
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this is that process."""
+"""Whether this process uses the interpreter."""
 _ROOT = Path(__file__).parents[2]
 
 
 def check_in_interpreter(file: str, passing: int) -> None:
-    """Run the tests of ``file`` in the interpreter: none fails, and so many pass."""
+    """Run the tests of ``file`` in the interpreter: none fails, and ``passing`` pass."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(_ROOT)}
     done = subprocess.run(command, env=environment, cwd=_ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Launches of Triton kernels in a traced graph, read by the tests of launches."""
+"""For tests of launches: torch's own analysis of a kernel in a traced graph."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import torch
 from torch._higher_order_ops.triton_kernel_wrap import get_mutated_tensors
 
 
-def found_written(launch: torch.fx.Node) -> list[str]:
-    """What torch finds that the kernel writes to, from its IR."""
+def mutated_by_analysis(launch: torch.fx.Node) -> list[str]:
+    """The arguments that the kernel mutates, by torch's own analysis of its IR."""
     given: Any = launch.kwargs["kwargs"]
     values = {name: v.meta["val"] if isinstance(v, torch.fx.Node) else v for name, v in given.items()}
     numbers: Any = (launch.kwargs["kernel_idx"], launch.kwargs["constant_args_idx"])

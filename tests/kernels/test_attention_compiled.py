@@ -1,4 +1,4 @@
-"""Every choice of blocks compiled for its GPUs: it fits, spills nothing, and its products do not wait one by one."""
+"""Every choice of blocks, compiled for its GPUs: it fits, spills nothing, and its products are not serialised."""
 
 import math
 import re
@@ -31,7 +31,7 @@ def built(chosen: Blocks, head_dim: int, arch: int, dtype: str = "bf16", **other
 
 
 def check_for_hopper(kernel: Any, folder: Path) -> None:
-    """wgmma, no spills, and one wait for the products of a whole block: for each of two, before the loop and in it."""
+    """Check for wgmma, no spills, and one wait for each of a block's two products, before the loop and in it."""
     code = machine_code(kernel, folder)
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, folder)["STACK"] == 0
@@ -44,7 +44,7 @@ def check_for_hopper(kernel: Any, folder: Path) -> None:
     inside = [(at, text) for at, text in code if at >= loops[0]]
     assert len(products) == 2 * sum(text.startswith("HGMMA") for _, text in inside)
     assert overwritten_operands(inside) == []
-    # Keys and values come ahead of their use, 8 or 16 bytes at a time.
+    # Keys and values are copied asynchronously, 8 or 16 bytes at a time.
     loads = [text for _, text in inside if re.search(r"\bLDG(STS)?\.", text)]
     assert loads
     assert all(re.search(r"LDGSTS\S*\.(64|128)\b", text) for text in loads)
@@ -52,7 +52,7 @@ def check_for_hopper(kernel: Any, folder: Path) -> None:
 
 @pytest.mark.parametrize("rows", [FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_hopper(head_dim: int, rows: int, tmp_path: Path) -> None:
+def test_blocks_for_hopper_spill_nothing_and_do_not_serialise(head_dim: int, rows: int, tmp_path: Path) -> None:
     check_for_hopper(built(blocks(HOPPER, head_dim, rows), head_dim, 90), tmp_path)
 
 
@@ -66,23 +66,25 @@ def test_hopper(head_dim: int, rows: int, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_every_form_on_hopper(others: dict[str, Any], head_dim: int, tmp_path: Path) -> None:
+def test_forms_for_hopper_spill_nothing_and_do_not_serialise(
+    others: dict[str, Any], head_dim: int, tmp_path: Path
+) -> None:
     others = {name: head_dim if value == "heads first" else value for name, value in others.items()}
     check_for_hopper(built(blocks(HOPPER, head_dim, 1500), head_dim, 90, **others), tmp_path)
 
 
 @pytest.mark.parametrize("gpu", [GPUS["sm_80"], GPUS["sm_120"]], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_other_gpus(head_dim: int, gpu: GpuArch, tmp_path: Path) -> None:
+def test_blocks_for_other_gpus_fit_and_spill_nothing(head_dim: int, gpu: GpuArch, tmp_path: Path) -> None:
     for chosen in {blocks(gpu, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
-        # The smallest memory of them: all have the same blocks.
+        # sm_86 has the smallest memory of the GPUs with these blocks.
         check_for_others(built(chosen, head_dim, arch_of(gpu)), tmp_path, GPUS["sm_120"])
 
 
 @pytest.mark.parametrize("ones", [{"M": 1}, {"L": 1}, {"M": 1, "L": 1}], ids=str)
-def test_a_length_of_1_which_triton_makes_a_constant(ones: dict[str, int], tmp_path: Path) -> None:
+def test_length_of_1_compiles_as_a_constant(ones: dict[str, int], tmp_path: Path) -> None:
     kernel = built(blocks(HOPPER, 64, 1), 64, 90, **ones)
     assert resources(kernel, tmp_path)["STACK"] == 0
-    # Of one key there is no loop: two products, of four instructions each.
+    # With one key the kernel has no loop, and two products of four instructions each.
     products = [text for _, text in machine_code(kernel, tmp_path) if text.startswith("HGMMA")]
     assert len(products) == (8 if "L" in ones else 16)

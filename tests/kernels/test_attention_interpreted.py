@@ -1,6 +1,6 @@
 """The attention kernel in Triton's interpreter, on ragged shapes, against fp64.
 
-The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
+Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
 """
 
 import math
@@ -19,17 +19,17 @@ SHAPES = [(1, 2, 2, rows, keys, 16) for rows, keys in product((1, 15, 16, 17), (
 SHAPES += [(2, 6, 2, 20, 70, d) for d in (16, 32, 64, 128, 256)]
 SHAPES += [(3, 4, 1, 33, 40, 32), (2, 2, 2, 3, 0, 16)]
 AXES = [(1, 1, 1, 1), (2, 2, 2, 2), (2, 1, 2, 1), (1, 2, 1, 2)]
-"""Where q, k, v and the result have their heads."""
+"""The axes of the heads of q, k, v and the result."""
 INPUTS = ["random", "large", "rising", "falling", "equal", "negative scale", "no scale"]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_kernel_in_the_interpreter() -> None:
+def test_attention_kernel_passes_in_the_interpreter() -> None:
     check_in_interpreter(__file__, len(SHAPES) + len(AXES) + 2 + 2 * len(INPUTS))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """In fp64, [B, heads, rows, D]; over no keys 0."""
+    """Attention in fp64, [B, heads, rows, D]; 0 without keys."""
     k, v = (t.double().repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     scores = q.double() @ k.transpose(-2, -1) * scale
     powers = (scores - scores.amax(-1, keepdim=True)).exp() if k.shape[2] else scores
@@ -37,7 +37,7 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def before_nan(tensor: Tensor) -> Tensor:
-    """A contiguous copy with NaN behind its end in memory."""
+    """A contiguous copy, with NaN after its end in memory."""
     memory = torch.full((tensor.numel() + 2**15,), float("nan"), dtype=tensor.dtype)
     return memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
@@ -52,7 +52,7 @@ def wide(tensor: Tensor, more: int) -> Tensor:
 def computed(
     q: Tensor, k: Tensor, v: Tensor, scale: float, axes: tuple[int, ...] = (1, 1, 1, 1), wider: int = 0
 ) -> Tensor:
-    """By the kernel, its result set to NaN before; [B, heads, rows, D]. With ``wider``, of columns of wider tensors."""
+    """The kernel's result [B, heads, rows, D], filled with NaN before. ``wider``: operands are columns of tensors."""
     from et_cuda_passes.kernels.attention import attention
 
     (batch, heads, rows, d), (_, kv_heads, keys, _) = q.shape, k.shape
@@ -86,13 +86,13 @@ def random_qkv(batch: int, heads: int, kv_heads: int, rows: int, keys: int, d: i
 
 
 def off(y: Tensor, wanted: Tensor) -> float:
-    """Relative error of the row that is furthest off."""
+    """The largest relative error of a row."""
     return ((y.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_fp64(shape: tuple[int, ...]) -> None:
+def test_attention_agrees_with_fp64(shape: tuple[int, ...]) -> None:
     q, k, v = (t.half() for t in random_qkv(*shape))
     y = computed(q, k, v, shape[-1] ** -0.5)
     if shape[4] == 0:
@@ -103,7 +103,7 @@ def test_against_fp64(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("axes", AXES, ids=str)
-def test_heads_on_either_axis(axes: tuple[int, ...]) -> None:
+def test_heads_may_be_on_either_axis(axes: tuple[int, ...]) -> None:
     q, k, v = (t.half() for t in random_qkv(2, 4, 2, 21, 45, 16))
     assert torch.equal(computed(q, k, v, 0.25, axes), computed(q, k, v, 0.25))
     assert off(computed(q, k, v, 0.25, axes), exact(q, k, v, 0.25)) < 2e-3
@@ -111,26 +111,26 @@ def test_heads_on_either_axis(axes: tuple[int, ...]) -> None:
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("heads", [1, 4])
-def test_columns_of_wider_tensors(heads: int) -> None:
+def test_columns_of_wider_tensors_are_read_alone(heads: int) -> None:
     q, k, v = (t.half() for t in random_qkv(2, heads, 1, 21, 45, 16))
     assert torch.equal(computed(q, k, v, 0.25, (2, 2, 2, 2), wider=8), computed(q, k, v, 0.25))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-# The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_scores_of_every_kind(kind: str, dtype: torch.dtype, most: float) -> None:
+def test_scores_of_every_kind_agree_with_fp64(kind: str, dtype: torch.dtype, most: float) -> None:
     q, k, v = random_qkv(1, 2, 2, 18, 100, 64)
     scale = {"negative scale": -0.3, "no scale": 0.0}.get(kind, 0.125)
     if kind in ("rising", "falling"):
-        # Scores from -80 to 80: every block is above, or below, what came before.
+        # Scores from -80 to 80: every block is above, or below, the previous ones.
         q[:] = 8.0
         k[:] = torch.linspace(-1.25, 1.25, 100)[:, None]
         if kind == "falling":
             k = k.flip(2)
     elif kind == "large":
-        q, k = q * 9, k * 9  # of hundreds
+        q, k = q * 9, k * 9  # scores of hundreds
     elif kind == "equal":
         k[:] = k[:, :, :1].clone()
     q, k, v = (t.to(dtype) for t in (q, k, v))

@@ -1,4 +1,4 @@
-"""What AOTInductor is told of attention: which launches, over which grids, of what, and what they write to."""
+"""The launches of attention that AOTInductor gets: their grids, their arguments, and the tensors that they mutate."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.ops import ATTENTION
-from tests.kernels.launches import found_written
+from tests.kernels.launches import mutated_by_analysis
 
 pytestmark = pytest.mark.usefixtures("hopper")
 
@@ -55,31 +55,31 @@ def table() -> Any:
 
 
 def passed(node: Any) -> dict[str, Any]:
-    """Everything that a launch passes, constants too."""
+    """All arguments of a launch, with constants."""
     return table().get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"]
 
 
 VOXTRAL = (1, 1500, 20, 64)
 
 
-def test_a_known_length_is_one_launch_that_writes_to_its_result() -> None:
+def test_known_length_is_one_launch_that_mutates_its_result() -> None:
     graph, signature, _ = traced(Attention([2, 2, 2, 2]), VOXTRAL, VOXTRAL, VOXTRAL)
     (launch,) = launches(graph)
     assert next(iter(launch.kwargs["grid"][0])) == 20 * 12
-    assert launch.kwargs["tensors_to_clone"] == found_written(launch) == ["y_ptr"]
+    assert launch.kwargs["tensors_to_clone"] == mutated_by_analysis(launch) == ["y_ptr"]
     assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     given = passed(launch)
     many = blocks(HOPPER, 64, 1500)
     wanted = {"M": 1500, "L": 1500, "D": 64, "HEADS": 20, "KV_HEADS": 20, "BLOCK_M": many.block_m, "NEGATED": False}
     assert {name: given[name] for name in wanted} == wanted
     assert given["SCALE"] == pytest.approx(0.125 * 1.442695040888963, rel=1e-12)
-    # The inputs themselves: nothing is copied.
+    # The launch reads the inputs themselves, without a copy.
     called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert not any("clone" in name or "transpose" in name or "permute" in name for name in called)
     assert [node.name for node in (given["q_ptr"], given["k_ptr"], given["v_ptr"])] == ["arg0_1", "arg1_1", "arg2_1"]
 
 
-def test_few_rows_have_blocks_of_their_own() -> None:
+def test_few_rows_have_their_own_blocks() -> None:
     few, many = blocks(HOPPER, 128, 1), blocks(HOPPER, 128, 300)
     assert few.block_m < many.block_m
     for rows, chosen in ((1, few), (FEW_ROWS, few), (FEW_ROWS + 1, many)):
@@ -95,7 +95,7 @@ def test_few_rows_have_blocks_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [(2,), (0, 2), (0,)])
-def test_what_is_not_known_is_one_launch_and_costs_no_guard(dynamic: tuple[int, ...]) -> None:
+def test_unknown_sizes_are_one_launch_without_a_guard(dynamic: tuple[int, ...]) -> None:
     graph, _, env = traced(Attention([1, 1, 1, 1]), (3, 4, 50, 64), *[(3, 2, 70, 64)] * 2, dynamic=dynamic)
     assert env.guards == []
     (launch,) = launches(graph)
@@ -110,7 +110,7 @@ def test_what_is_not_known_is_one_launch_and_costs_no_guard(dynamic: tuple[int, 
 
 
 class OfOne(nn.Module):
-    """q, k and v from columns of one tensor [B, rows, columns], as they lie or transposed."""
+    """q, k and v from columns of one tensor [B, rows, columns], transposed or not."""
 
     def __init__(self, heads: int, skipped: int = 0, swap: bool = False, step: int = 1) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class OfOne(nn.Module):
 
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize("dynamic", [(), (0,), (1,)])
-def test_columns_of_one_tensor_are_read_where_they_lie(swap: bool, dynamic: tuple[int, ...]) -> None:
+def test_columns_of_one_tensor_are_read_without_a_copy(swap: bool, dynamic: tuple[int, ...]) -> None:
     graph, *_ = traced(OfOne(20, swap=swap), (2, 1500, 3 * 1280), dynamic=dynamic)
     (launch,) = launches(graph)
     assert [passed(launch)[f"{name}_ROW"] for name in "QKVY"] == [3840, 3840, 3840, 1280]
@@ -134,7 +134,7 @@ def test_columns_of_one_tensor_are_read_where_they_lie(swap: bool, dynamic: tupl
 
 @pytest.mark.parametrize("axis", [1, 2])
 @pytest.mark.parametrize(("batch", "rows", "keys"), [(2, 3, 0), (2, 0, 3), (0, 3, 3), (1, 1, 1)])
-def test_nothing_is_read_of_nothing_whatever_its_strides(batch: int, rows: int, keys: int, axis: int) -> None:
+def test_empty_tensor_of_any_strides_is_not_copied(batch: int, rows: int, keys: int, axis: int) -> None:
     shapes = [(batch, 2, n, 64) if axis == 1 else (batch, n, 2, 64) for n in (rows, keys, keys)]
     graph, *_ = traced(Attention([axis] * 4), *shapes)
     (launch,) = launches(graph)
@@ -143,8 +143,8 @@ def test_nothing_is_read_of_nothing_whatever_its_strides(batch: int, rows: int, 
 
 
 @pytest.mark.parametrize(("skipped", "step", "columns"), [(0, 2, 7680), (4, 1, 3844)])
-def test_what_cannot_be_read_where_it_lies_is_copied(skipped: int, step: int, columns: int) -> None:
-    """Every other column; rows that are no multiple of 16 bytes apart."""
+def test_unsupported_strides_are_copied(skipped: int, step: int, columns: int) -> None:
+    """Every other column, or rows whose stride is no multiple of 16 bytes."""
     graph, *_ = traced(OfOne(20, skipped, step=step), (1, 1500, columns))
     (launch,) = launches(graph)
     given = passed(launch)
@@ -154,13 +154,13 @@ def test_what_cannot_be_read_where_it_lies_is_copied(skipped: int, step: int, co
 
 
 @pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 64), (torch.bfloat16, 24), (torch.bfloat16, 512)])
-def test_what_the_kernel_lacks_is_refused(dtype: torch.dtype, d: int) -> None:
+def test_operator_rejects_what_the_kernel_lacks(dtype: torch.dtype, d: int) -> None:
     assert d not in HEAD_DIMS or dtype is torch.float32
     with pytest.raises(Exception, match="the CUDA kernel has bf16 and fp16 and head dimensions 16, 32, 64, 128, 256"):
         traced(Attention([1, 1, 1, 1]), *[(1, 2, 3, d)] * 3, dtype=dtype)
 
 
-def test_different_lengths_are_kernels_of_different_names() -> None:
+def test_different_lengths_are_kernels_with_different_salts() -> None:
     salts = set()
     for rows, keys in ((300, 300), (300, 301), (301, 300)):
         graph, *_ = traced(Attention([1, 1, 1, 1]), (1, 2, rows, 64), *[(1, 2, keys, 64)] * 2)

@@ -1,4 +1,4 @@
-"""Which tiling a weight gets: the cheapest, in buckets of rows whose worst loss is as small as it can be."""
+"""The choice of tilings: the cheapest of a length, and buckets of rows with the smallest worst loss."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ ALL = pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 
 
 def smallest_loss(losses: list[list[float]], most: int) -> float:
-    """By trying every way to divide the intervals among at most ``most`` choices."""
+    """The smallest loss, found by trying every division of the intervals among at most ``most`` choices."""
     count = len(losses[0])
     found = float("inf")
     for parts in range(most):
@@ -68,7 +68,7 @@ def test_cover_reaches_the_smallest_loss(seed: int) -> None:
         assert worst <= max(ENOUGH, smallest_loss(losses, most)) + 1e-3
 
 
-def test_cover_takes_one_choice_where_it_is_good_enough() -> None:
+def test_cover_uses_one_choice_if_its_loss_is_small_enough() -> None:
     losses = [[1.0, 1.01, 1.0], [1.01, 1.0, 1.01]]
     assert cover(np.array(losses), 3) == [(0, 3, 0)]
 
@@ -92,7 +92,7 @@ def test_more_launches_lose_no_more(weight: Weight) -> None:
 
 
 @ALL
-def test_the_loss_is_that_against_the_best_tiling_of_each_length(weight: Weight) -> None:
+def test_loss_is_relative_to_the_best_tiling_of_each_length(weight: Weight) -> None:
     found, costs = buckets(HOPPER, weight), costs_of(HOPPER, weight.bits)
     lengths = (1, 7, 8, 9, 33, 100, 129, 257, 700, 1500, 2049, 4096)
     tilings, times = predicted(HOPPER, costs, weight, lengths)
@@ -100,12 +100,12 @@ def test_the_loss_is_that_against_the_best_tiling_of_each_length(weight: Weight)
         tiling = next(tiling for bound, tiling in found.tilings.items() if rows <= bound)
         best = tiling_for(HOPPER, weight, rows)
         chosen, least = (times[tilings.index(each), number] for each in (tiling, best))
-        # The buckets look at three lengths of every interval between bounds, and not at all of them.
+        # The buckets sample three lengths of every interval between bounds.
         assert least <= chosen <= least * found.loss * 1.1, rows
 
 
 @ALL
-def test_the_choice_is_the_same_every_time(weight: Weight) -> None:
+def test_choice_is_deterministic_for_a_weight(weight: Weight) -> None:
     first = buckets(HOPPER, weight), tiling_for(HOPPER, weight, 333)
     buckets.cache_clear()
     tiling_for.cache_clear()
@@ -114,13 +114,13 @@ def test_the_choice_is_the_same_every_time(weight: Weight) -> None:
 
 
 @pytest.mark.parametrize(("first", "last"), [(2, 4096), (1, 16), (17, 17), (100, 5000), (5000, UNBOUNDED)])
-def test_buckets_are_for_the_lengths_that_there_are(first: int, last: int) -> None:
+def test_buckets_cover_only_the_possible_lengths(first: int, last: int) -> None:
     bounds = [*buckets(HOPPER, WEIGHTS[0], first=first, last=last).tilings]
     assert bounds[-1] == UNBOUNDED
     assert all(first <= bound < last for bound in bounds[:-1])
 
 
-def test_a_known_length_gets_no_tiling_of_much_more_rows() -> None:
+def test_known_length_gets_no_tiling_with_many_more_rows() -> None:
     for weight in WEIGHTS:
         assert tiling_for(HOPPER, weight, 1).block_m <= 32
         assert tiling_for(HOPPER, weight, 4096).block_m >= 64
@@ -138,14 +138,14 @@ def test_small_tilings_serve_many_rows_where_there_are_no_others() -> None:
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_gpu_gets_only_what_fits_it(gpu: GpuArch, bits: int) -> None:
+def test_gpu_gets_only_tilings_that_fit(gpu: GpuArch, bits: int) -> None:
     costs = costs_of(gpu, bits)
     assert costs.measured == (gpu == HOPPER)
     found = [tiling for weight in WEIGHTS if weight.bits == bits for tiling, _ in candidates(costs, weight)]
     assert found
     if gpu != HOPPER:
         assert not any(tiling.bulk for tiling in found)
-    # A tile of x alone, in all stages.
+    # The tile of x in all stages is a lower bound of the shared memory.
     assert all(2 * t.segments * t.block_m * t.block_k * (t.stages - 1) <= gpu.program_memory for t in found), (
         "no tiling is larger than a program's shared memory"
     )
@@ -159,7 +159,7 @@ def test_fewer_multiprocessors_take_longer() -> None:
     assert (slow > fast)[np.isfinite(fast)].all()
 
 
-def test_a_description_names_every_bucket_and_where_it_comes_from() -> None:
+def test_description_names_every_bucket_and_the_source() -> None:
     weight = WEIGHTS[0]
     assert describe(HOPPER, weight, None).startswith("M <= ")
     assert "; else " in describe(HOPPER, weight, None)
@@ -169,7 +169,7 @@ def test_a_description_names_every_bucket_and_where_it_comes_from() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_every_tiling_of_a_table_is_one_of_its_kernel(bits: int) -> None:
+def test_tilings_of_a_table_are_supported_by_its_kernel(bits: int) -> None:
     for tilings in costs_of(HOPPER, bits).tilings.values():
         for tiling in tilings:
             assert tiling.block_k in (64, 128, 256)
@@ -195,14 +195,14 @@ def _table(tmp_path: Path, tiling: list[int], costs: list[float]) -> Path:
         ([16, 64, 128, 1, 0, 4, 3, 0], [1, 1.0, 0.0, 1.0, 1.0], r"group size 32: costs are \['programs', "),
     ],
 )
-def test_a_table_that_is_not_whole_is_refused(
+def test_malformed_table_is_rejected_with_its_entry(
     tmp_path: Path, tiling: list[int], costs: list[float], wanted: str
 ) -> None:
     with pytest.raises(ValueError, match=wanted):
         load_costs(_table(tmp_path, tiling, costs))
 
 
-def test_a_table_is_read_as_it_is_written(tmp_path: Path) -> None:
+def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:
     costs = load_costs(_table(tmp_path, [16, 64, 128, 1, 0, 4, 3, 0], [2, 1.5, 0.25, 0.5, 0.125]))
     ((form, found),) = costs.tilings.items()
     ((tiling, cost),) = found.items()

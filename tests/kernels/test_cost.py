@@ -1,4 +1,4 @@
-"""The model of a tiling's time: what it says where the answer is known."""
+"""The model of a tiling's time, in cases with a known result."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole, rou
 from et_cuda_passes.kernels.tiling import Tiling
 
 SHARP = GpuCost(2.0, 1e12, 1e12, 3.0, 0.0, 1e12, 0.0, math.inf)
-"""A GPU whose bytes cost nothing."""
+"""A GPU with unlimited bandwidth."""
 COST = TilingCost(2, 1.0, 0.25, 0.5, 0.3)
 TILING = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 PROCESSORS = 10
@@ -20,40 +20,40 @@ def of(tiles: int, k: int = 640, tiling: Tiling = TILING, gpu: GpuCost = SHARP) 
     return time(tiling, Work(tiling.block_m, tiles * tiling.block_n, k, 0), COST, gpu, PROCESSORS)
 
 
-def test_one_tile_takes_its_begin_and_its_steps() -> None:
+def test_one_tile_costs_its_begin_and_its_steps() -> None:
     assert of(1) == pytest.approx(2 + 1 + 0.25 + 10 * 0.5)
 
 
-def test_two_tiles_on_a_multiprocessor_share_it() -> None:
+def test_two_tiles_on_a_multiprocessor_share_its_time() -> None:
     assert of(10) == of(1)
     assert of(11) == of(20) == pytest.approx(2 + 1 + 2 * 0.25 + 10 * 0.6)
 
 
-def test_a_third_one_is_another_wave() -> None:
+def test_third_tile_is_another_wave() -> None:
     assert of(21) == pytest.approx(of(20) + of(1) - 2)
     assert of(40) == pytest.approx(2 * of(20) - 2)
 
 
-def test_segments_share_the_steps() -> None:
+def test_segments_divide_the_steps() -> None:
     tiling = Tiling(8, 64, 64, 2, 0, 4, 4)
     assert of(1, 1280, tiling) == of(1, 640)
 
 
-def test_tiles_that_are_cut_are_shorter_and_cost_a_launch() -> None:
+def test_split_tiles_are_shorter_and_cost_a_launch() -> None:
     cut = Tiling(128, 64, 64, 1, 1, 4, 4, 1)
-    # One tile for ten programs, of one step each.
+    # One tile is split among ten programs, with one step each.
     assert of(1, tiling=cut) == pytest.approx(2 + 1 + 0.25 + 0.5 + 3, abs=1e-3)
-    assert of(10, tiling=cut) == of(10)  # a wave of their own
+    assert of(10, tiling=cut) == of(10)  # a full wave has no split tiles
 
 
-def test_bytes_are_a_floor() -> None:
+def test_bytes_are_a_lower_bound() -> None:
     slow = replace(SHARP, bandwidth=1e3)
     work = Work(1, 8192, 3072, 1600.0)
     moved = 8192 * 1600 + 2 * (3072 + 8192)
     assert time(TILING, work, COST, slow, PROCESSORS) == pytest.approx(2 + moved / 1e3)
 
 
-def test_each_part_that_is_added_takes_its_time() -> None:
+def test_added_part_costs_its_time() -> None:
     cut, gpu = Tiling(128, 64, 64, 1, 1, 4, 4, 1), replace(SHARP, part=0.5)
     assert of(1, tiling=cut, gpu=gpu) == pytest.approx(of(1, tiling=cut) + 10 * 0.5)
     assert of(1, gpu=gpu) == of(1)
@@ -61,11 +61,11 @@ def test_each_part_that_is_added_takes_its_time() -> None:
 
 def test_whole_tiles_of_one_wave_may_share_a_multiprocessor_with_more_room() -> None:
     cut = Tiling(128, 64, 64, 1, 1, 4, 4, 1)
-    # Twelve tiles: ten whole ones, two of them on one multiprocessor, beside a part of two steps.
+    # Twelve tiles: ten whole ones, two of which share a multiprocessor, and parts of two steps.
     assert of(12, tiling=cut) == pytest.approx(2 + 1 + 3 * 0.25 + 2 * 0.9 + 8 * 0.6 + 3, abs=1e-3)
 
 
-def test_a_bulk_copy_waits_for_rows_that_are_not_there() -> None:
+def test_bulk_copy_costs_time_for_rows_beyond_m() -> None:
     gpu = replace(SHARP, missing_row=0.1)
     bulk, plain = (replace(TILING, bulk=bulk) for bulk in (1, 0))
     for tiling, rows, step in [(bulk, 120, 0.8), (bulk, 128, 0.5), (bulk, 129, 0.6), (plain, 120, 0.5)]:
@@ -95,5 +95,5 @@ def test_rounded_max_lies_between_the_largest_and_the_sum() -> None:
 
 
 @pytest.mark.parametrize(("tiling", "k", "whole"), [(TILING, 96, True), (Tiling(8, 16, 128, 4, 0, 4, 4), 576, False)])
-def test_copies_in_bulk_need_no_masks(tiling: Tiling, k: int, whole: bool) -> None:
+def test_bulk_copies_need_no_masks(tiling: Tiling, k: int, whole: bool) -> None:
     assert is_whole(tiling, k) == whole

@@ -1,4 +1,4 @@
-"""What AOTInductor is told of experts: which launches, over which grids, and what they write to."""
+"""The launches of experts that AOTInductor gets: their grids, and the tensors that they mutate."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ OPS = INT4_EXPERTS["mma_tiled"]
 
 
 class Layer(nn.Module):
-    """One product, its constants packed."""
+    """One product with packed constants."""
 
     def __init__(self, form: str) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Layer(nn.Module):
 
 
 def launches(form: str, rows: int | None) -> tuple[Any, list[torch.fx.Node]]:
-    """The graph signature and the launches of a layer, for a number of rows or for any."""
+    """The graph signature and the launches of a layer, for a known number of rows or an unknown one."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     given = torch.empty(rows or 16, K, dtype=torch.bfloat16, device="meta")
     length = DimDynamic.DYNAMIC if rows is None else DimDynamic.STATIC
@@ -56,7 +56,7 @@ def launches(form: str, rows: int | None) -> tuple[Any, list[torch.fx.Node]]:
 
 @pytest.mark.parametrize("rows", [None, 1, 700])
 @pytest.mark.parametrize("form", ["all", "chosen", "grouped"])
-def test_only_the_output_is_written_to(form: str, rows: int | None) -> None:
+def test_launch_mutates_only_the_output(form: str, rows: int | None) -> None:
     signature, nodes = launches(form, rows)
     assert (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     assert len(signature.user_outputs) == 1
@@ -66,31 +66,31 @@ def test_only_the_output_is_written_to(form: str, rows: int | None) -> None:
 
 
 @pytest.mark.parametrize(("form", "rows", "of_one"), [("all", 8, 8), ("chosen", 700, 1), ("grouped", 64, 8)])
-def test_a_known_number_of_rows_is_one_launch(form: str, rows: int, of_one: int) -> None:
+def test_known_number_of_rows_is_one_launch(form: str, rows: int, of_one: int) -> None:
     _, (node,) = launches(form, rows)
     count = 700 if form == "chosen" else E
     tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=count, experts=True), of_one)
-    # Every group of rows, and those that no expert has, ends in a tile that may not be full.
+    # Every group of rows, and the rows without an expert, may end in a tile that is not full.
     tiles = rows // tiling.block_m + E + 1 if form == "grouped" else count * -(-of_one // tiling.block_m)
     assert node.kwargs["grid"] == [(tiles, -(-N // tiling.block_n), 1)]
 
 
 @pytest.mark.parametrize("form", ["all", "grouped"])
-def test_an_unknown_number_is_a_launch_for_each_bucket_and_no_guard(form: str) -> None:
+def test_unknown_number_of_rows_is_one_launch_for_each_bucket(form: str) -> None:
     _, nodes = launches(form, None)
     chosen = buckets(HOPPER, Weight(N, K, 32, batch=E, experts=True), MOST_LAUNCHES).tilings
     assert 1 < len(nodes) <= MOST_LAUNCHES and len(nodes) == len(chosen)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
-def test_any_number_of_chosen_experts_is_one_launch() -> None:
-    """Each has one row."""
+def test_unknown_number_of_indexed_experts_is_one_launch() -> None:
+    """Each indexed expert has one row."""
     _, (node,) = launches("chosen", None)
     assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_a_tiling_has_whole_groups_and_nothing_that_the_kernel_has_not(group: int) -> None:
+def test_tilings_of_experts_have_whole_groups_and_supported_features(group: int) -> None:
     found = [tiling for tiling, _ in candidates(costs_of(HOPPER, 4), Weight(N, K, group, experts=True))]
     assert found
     for tiling in found:

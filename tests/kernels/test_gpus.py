@@ -1,4 +1,4 @@
-"""GPUs by name, and what fits a multiprocessor of them."""
+"""GPUs by name, and the programs that fit on a multiprocessor."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_only_hopper_has_wgmma() -> None:
     ("registers", "shared", "warps", "count"),
     [
         (64, 0, 4, 8),  # 65536 / (64 * 128)
-        (65, 0, 4, 7),  # registers are given out to a warp in units of 256
+        (65, 0, 4, 7),  # registers are allocated to a warp in units of 256
         (32, 0, 1, 32),  # programs
         (32, 0, 8, 8),  # warps
         (32, 75 * KIB, 4, 3),  # 228 / (75 + 1)

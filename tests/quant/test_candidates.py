@@ -1,4 +1,4 @@
-"""Which operators the report accounts for: every reader of a dequantized weight, and nothing else."""
+"""Candidates: every reader of a dequantized weight is one, and no other operator."""
 
 import operator
 from typing import Any
@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
-    Int8WeightOnlyConfig,
-    IntxWeightOnlyConfig,
     quantize_,
 )
 from torchao.quantization.granularity import PerGroup
@@ -35,7 +33,7 @@ def outcomes(program: ExportedProgram, target: str = "cuda") -> list[tuple[str, 
     return [(outcome.op, outcome.status) for outcome in report.outcomes]
 
 
-CARRIED = {
+MOVED = {
     "t": lambda s, w: s.call(aten.t.default, w),
     "transpose": lambda s, w: s.call(aten.transpose.int, w, 0, 1),
     "permute": lambda s, w: s.call(aten.permute.default, w, [1, 0]),
@@ -55,10 +53,10 @@ CARRIED = {
 }
 
 
-@pytest.mark.parametrize("how", CARRIED)
-def test_the_reader_is_found_behind_what_only_moves_the_weight(how: str) -> None:
+@pytest.mark.parametrize("how", MOVED)
+def test_reader_is_found_behind_operators_that_move_the_weight(how: str) -> None:
     sketch = Sketch()
-    weight = CARRIED[how](sketch, sketch.weight("w"))
+    weight = MOVED[how](sketch, sketch.weight("w"))
     y = sketch.call(aten.mm.default, sketch.input("x", 2, 64, dtype=torch.bfloat16), weight)
     program = sketch.program(y)
     assert found(program) == [("aten.mm", "w.data")]
@@ -71,7 +69,7 @@ def stack(sketch: Sketch) -> Any:
     return sketch.call(DEQUANTIZE, data, [1, 1, 32], scale, None, torch.int8, -8, 7, torch.bfloat16)
 
 
-PICKED = {
+SELECTED = {
     "select": lambda s, w: s.call(aten.select.int, w, 0, 1),
     "slice": lambda s, w: s.call(aten.squeeze.dim, s.call(aten.slice.Tensor, w, 0, 1, 2), 0),
     "unbind": lambda s, w: s.call(operator.getitem, s.call(aten.unbind.int, w), 1),
@@ -79,22 +77,22 @@ PICKED = {
 }
 
 
-@pytest.mark.parametrize("how", PICKED)
-def test_the_reader_of_an_expert_is_what_multiplies_by_it(how: str) -> None:
+@pytest.mark.parametrize("how", SELECTED)
+def test_reader_of_an_expert_is_the_product(how: str) -> None:
     sketch = Sketch()
-    weight = sketch.call(aten.t.default, PICKED[how](sketch, stack(sketch)))
+    weight = sketch.call(aten.t.default, SELECTED[how](sketch, stack(sketch)))
     program = sketch.program(sketch.call(aten.mm.default, sketch.input("x", 2, 64, dtype=torch.bfloat16), weight))
     assert found(program) == [("aten.mm", "w.data")]
     assert outcomes(program) == [("aten.mm", "missed" if how == "index" else "rewritten")]
 
 
-def test_a_row_of_a_matrix_is_read_where_it_is_picked() -> None:
+def test_selected_row_of_a_matrix_is_read_by_the_select() -> None:
     sketch = Sketch()
     row = sketch.call(aten.select.int, sketch.weight("w"), 0, 1)
     assert found(sketch.program(sketch.call(aten.relu.default, row))) == [("aten.select", "w.data")]
 
 
-def test_every_reader_of_one_weight_is_a_candidate_in_graph_order() -> None:
+def test_readers_of_one_weight_are_candidates_in_graph_order() -> None:
     sketch = Sketch()
     weight = sketch.weight("w")
     x, index = sketch.input("x", 2, 64, dtype=torch.bfloat16), sketch.input("index", 3, dtype=torch.int64)
@@ -106,13 +104,13 @@ def test_every_reader_of_one_weight_is_a_candidate_in_graph_order() -> None:
     assert outcomes(program) == [("aten.linear", "rewritten"), ("aten.embedding", "rewritten"), ("aten.sum", "missed")]
 
 
-def test_a_reader_of_two_weights_is_one_candidate_with_both_names() -> None:
+def test_reader_of_two_weights_is_one_candidate_with_both_names() -> None:
     sketch = Sketch()
     product = sketch.call(aten.mul.Tensor, sketch.weight("a"), sketch.weight("b"))
     assert found(sketch.program(product)) == [("aten.mul", "a.data, b.data")]
 
 
-def test_a_dequantized_weight_that_is_an_output_is_accounted_for() -> None:
+def test_dequantized_weight_as_an_output_is_a_candidate() -> None:
     sketch = Sketch()
     weight = sketch.weight("w", dtype=torch.float32)
     x = sketch.input("x", 2, 64)
@@ -126,13 +124,13 @@ def test_a_dequantized_weight_that_is_an_output_is_accounted_for() -> None:
         assert torch.equal(got, wanted)
 
 
-def test_a_dequantize_that_nobody_reads_is_none() -> None:
+def test_dequantize_without_readers_is_no_candidate() -> None:
     sketch = Sketch()
     sketch.weight("w")
     assert found(sketch.program(sketch.call(aten.relu.default, sketch.input("x", 2)))) == []
 
 
-def test_a_weight_computed_from_constants_is_accounted_for() -> None:
+def test_weight_computed_from_constants_is_a_candidate() -> None:
     sketch = Sketch()
     packed, scale = sketch.buffer("q", torch.zeros(64, 16, dtype=torch.int8)), sketch.buffer("s", torch.ones(16, 2))
     data = sketch.call(aten.t.default, packed)
@@ -142,7 +140,7 @@ def test_a_weight_computed_from_constants_is_accounted_for() -> None:
     assert outcomes(program) == [("aten.linear", "missed")]
 
 
-def test_the_integers_of_an_activation_are_no_weight() -> None:
+def test_integers_of_an_activation_are_no_candidate() -> None:
     sketch = Sketch()
     q = sketch.input("q", 2, 64, dtype=torch.int8)
     scale = sketch.buffer("s", torch.ones(2, 1))
@@ -161,49 +159,7 @@ def test_dynamic_activations_add_no_candidate(decompose: bool) -> None:
     assert [fqn for _, fqn in found(program)] == ["0.weight"]
 
 
-def test_a_decomposed_dequantize_is_warned_about() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 16, dtype=torch.bfloat16))
-    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
-    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
-    _, report = ecp.rewrite(program, "cuda")
-    assert report.outcomes == []
-    (warning,) = report.warnings
-    assert "decomposed" in warning
-    assert "run_decompositions({})" in warning
-    assert "0." in warning
-    assert warning in str(report)
-
-
-def test_a_decomposed_dequantize_is_warned_about_beside_other_candidates() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)).to(torch.bfloat16)
-    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-    quantize_(model, int4, lambda _, name: name == "0")
-    quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name == "1")
-    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
-    _, report = ecp.rewrite(program, "cuda")
-    assert [outcome.fqn for outcome in report.outcomes] == ["1.weight"]
-    (warning,) = report.warnings
-    assert "converts 1 integer matrices itself (0." in warning
-
-
-def test_integers_that_are_no_weight_are_not_warned_about() -> None:
-    class Bytes(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.uint8))
-            self.register_buffer("cache", torch.ones(4, 4, dtype=torch.int8))
-            self.register_buffer("scale", torch.ones(4, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.cache.add_(1)
-            return x + (self.mask.to(x.dtype) - 1) * 1e4 + self.cache.to(x.dtype) * self.scale
-
-    program = torch.export.export(Bytes(), (torch.randn(4, 4),))
-    for form in (program, program.run_decompositions()):
-        assert ecp.rewrite(form, "cuda")[1].warnings == []
-
-
-def test_a_program_without_quantized_weights_has_no_candidates_and_no_warning() -> None:
+def test_program_without_quantized_weights_has_no_candidates_and_no_warning() -> None:
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()

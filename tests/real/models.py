@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from torchao.quantization import IntxUnpackedToInt8Tensor, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
-from et_cuda_passes.quant.affine import DEQUANTIZE
+from et_cuda_passes.quant.decoders import DEQUANTIZE
 
 BF16 = torch.bfloat16
 Named = dict[str, Tensor]
@@ -21,7 +21,7 @@ Named = dict[str, Tensor]
 class Real:
     """A model in bf16, its inputs, and the inputs' dynamic dimensions by name.
 
-    ``int8_words`` asks for its table of words, and the last linear which reads the same one, in int8.
+    ``int8_words``: whether its table of words, and the last linear that shares it, are in int8.
     """
 
     model: Any
@@ -73,7 +73,7 @@ def whisper() -> Real:
 
 
 def mixtral(experts: str = "grouped_mm") -> Real:
-    """Its experts are stacked matrices, multiplied as a grouped mm: what transformers does by default."""
+    """A model whose experts are stacked matrices, multiplied as a grouped mm, the default of transformers."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -90,14 +90,14 @@ def mixtral(experts: str = "grouped_mm") -> Real:
     )
     model = MixtralForCausalLM(config)
     for layer in model.model.layers:
-        # A trained router decides clearly. A random one comes so close to a tie that one bit chooses another expert.
+        # A trained router decides clearly. A random one comes so close to a tie that one bit selects another expert.
         layer.mlp.gate.weight.data *= 50
     model.set_experts_implementation(experts)
     return Real(model, {"input_ids": tokens(128, 1, 6)}, {"input_ids": {1: Dim("length", min=2, max=32)}})
 
 
 def mixtral_chosen() -> Real:
-    """The same, the chosen experts' weights looked up for each token: what transformers advises for decoding."""
+    """The same model with the experts' weights indexed for each token, as transformers advises for decoding."""
     return mixtral("batched_mm")
 
 
@@ -135,7 +135,7 @@ MODELS: dict[str, Callable[[], Real]] = {f.__name__: f for f in (smollm2, whispe
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model exported with its linears quantized; what reads them, and what it gives with the weights dequantized.
+    """An exported model with quantized linears, the readers of its weights, and its result with dequantized weights.
 
     ``calls`` are the FQNs of the weights that run, one for each time; ``experts`` those among them that are stacks.
     """
@@ -148,7 +148,7 @@ class Prepared:
 
 
 class Int4Stack(nn.Module):
-    """A stack of experts' matrices as torchao quantizes it; its configurations take matrices alone."""
+    """A stack of experts' matrices as torchao quantizes it; its configurations accept only matrices."""
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         whole = IntxUnpackedToInt8Tensor.from_hp(weight, (1, 1, 32), torch.int4)
@@ -159,7 +159,7 @@ class Int4Stack(nn.Module):
 
 
 def quantize_experts(model: nn.Module) -> dict[str, nn.Module]:
-    """Quantizes every stack of experts; the modules that hold one, by the stack's FQN.
+    """Quantizes every stack of experts; returns the modules that hold one, by the stack's FQN.
 
     Other parameters have three dimensions too: a convolution's kernels, a position for each token.
     """
@@ -171,7 +171,7 @@ def quantize_experts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantize_words(model: Any) -> nn.Module:
-    """Quantizes the table of words to int8, one scale a row; the last linear goes on reading the same parameter."""
+    """Quantizes the table of words to int8, one scale a row; the last linear still reads the same parameter."""
     words, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert head.weight is words.weight, "the model ties no table"
     quantize_(words, IntxWeightOnlyConfig(torch.int8, PerAxis(0)), filter_fn=lambda module, _: module is words)
@@ -182,8 +182,8 @@ def quantize_words(model: Any) -> nn.Module:
 def prepare(name: str) -> Prepared:
     """``name`` in bf16, quantized.
 
-    Linears and experts are in int4, symmetric or not as the scales' choice finds it, groups of 32; a table of words is
-    in int8 where the model asks for it, with the linear that it is tied to.
+    Linears and experts are in int4 with groups of 32, symmetric or not. A table of words is in int8 if the model has
+    ``int8_words``, with the linear that is tied to it.
     """
     torch.manual_seed(0)
     real = MODELS[name]()
@@ -200,11 +200,11 @@ def prepare(name: str) -> Prepared:
     with torch.no_grad():
         program = torch.export.export(model, (), real.inputs, dynamic_shapes=dynamic)
     calls: list[str] = []
-    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one's is its first
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied parameter has its first name
     for module in [module for module in model.modules() if isinstance(module, nn.Linear) or module is words]:
         name = names[id(module.weight)]
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
-        # The reference is plain torch: the very numbers that the quantized weight stands for, in a float linear.
+        # The reference is plain torch: a float linear with the dequantized weight.
         module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
     for path, module in stacks.items():
         module.register_forward_hook(lambda *_, path=path: calls.append(path))

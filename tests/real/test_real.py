@@ -15,7 +15,7 @@ from tests.real.models import MODELS, Prepared, prepare
 pytest.importorskip("transformers", reason="the real models are written in it: `make setup`, or pip install '.[demo]'")
 pytestmark = pytest.mark.slow
 
-# Of 30 layers in bf16; where a scale or a zero is rounded differently, it is by one unit in the last place.
+# The error of 30 layers in bf16. A scale or a zero that is rounded differently differs by one unit in the last place.
 RTOL = 2.0**-6
 FUSED = {"smollm2": 150, "whisper": 16, "mixtral": 6, "mixtral_chosen": 6, "bert": 6, "vit": 6}
 
@@ -29,7 +29,7 @@ def prepared(name: str) -> Prepared:
 
 
 def lines(report: Report) -> str:
-    """The report, and each outcome on a line of its own, without the places of the model's code on this machine."""
+    """The report, and each outcome on its own line, without paths of this machine."""
     each = [f"{o.fqn}  {o.op}  {o.status}  {o.rule}  {o.detail}" for o in report.outcomes]
     return "\n".join([str(report), "", *each])
 
@@ -39,7 +39,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_weight_is_rewritten_and_the_report_is_kept(name: str, golden: Callable[[str, str], None]) -> None:
+def test_weights_are_all_rewritten_and_the_report_is_golden(name: str, golden: Callable[[str, str], None]) -> None:
     model = prepared(name)
     before = str(model.program.graph)
     program, report = ecp.rewrite(model.program, "cuda")
@@ -77,8 +77,8 @@ def test_linears_of_one_input_are_fused(name: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["cuda", "cpu"])
-def test_a_tied_table_of_words_is_one_int8_constant(target: str) -> None:
-    """The embedding looks its rows up in what the last linear multiplies by; all other linears are in int4."""
+def test_tied_table_of_words_is_one_int8_constant(target: str) -> None:
+    """The embedding and the last linear share one int8 table; all other linears are in int4."""
     model = prepared("smollm2")
     expect = {"embedding_int8": 1, "linear_int8": 1, "rewritten": 212, "missed": 0}
     expect |= {"fused_linear_int4": 90, "linear_int4": 120} if target == "cuda" else {"linear_int4": 210}

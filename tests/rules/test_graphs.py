@@ -35,6 +35,6 @@ def text(program: ExportedProgram) -> str:
 def test_before_and_after(case: str, target: str, golden: Callable[[str, str], None]) -> None:
     before = exported(case)
     after, report = ecp.rewrite(before, target)
-    told = f"before\n\n{text(before)}\n\nafter\n\n{text(after)}\n\nreport\n\n{report}"
+    page = f"before\n\n{text(before)}\n\nafter\n\n{text(after)}\n\nreport\n\n{report}"
     # Names of symbols are torch's own affair, and the path is that of this checkout.
-    golden(f"graphs/{case}-{target}", re.sub(r"\bs\d+\b", "s", told).replace(golden_models.__file__, "model.py"))
+    golden(f"graphs/{case}-{target}", re.sub(r"\bs\d+\b", "s", page).replace(golden_models.__file__, "model.py"))

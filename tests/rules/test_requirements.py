@@ -22,7 +22,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.quant.affine import DEQUANTIZE
+from et_cuda_passes.quant.decoders import DEQUANTIZE
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.experts import floats
@@ -270,7 +270,8 @@ class ChangingScales(Quantized):
         (False, "straight from a parameter or buffer: compute it before the export, and hold the result in a buffer"),
         (
             True,
-            "which a packed weight would not follow: read a copy that nothing writes, or leave this layer unquantized",
+            "a packed weight would keep the old values: read a copy that is never mutated, or leave this layer "
+            "unquantized",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What every target makes of one architecture: outcomes by component, and the error against the generic program."""
+"""One architecture on every target: outcomes by component, and the error against the generic program."""
 
 import copy
 import gc
@@ -63,7 +63,7 @@ def record(model: Model, progress: Callable[[str], None] = lambda step: None) ->
 
 
 def _rows(model: Model, dtype: torch.dtype, scheme: str, targets: tuple[str, ...]) -> list[Row]:
-    # What fails before this package has a program is transformers' own, and is named so.
+    # A failure before this package has a program is transformers' own, and is named so.
     try:
         root = structural_copy(model.build(dtype))
         parts = components(model, root, dtype)

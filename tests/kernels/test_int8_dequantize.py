@@ -1,4 +1,4 @@
-"""The assembly of the int8 conversions, carried out as the PTX ISA says, on every pair of bytes that there is."""
+"""The assembly of the int8 conversions, executed by the rules of the PTX ISA on every pair of bytes."""
 
 import re
 from typing import Any
@@ -20,21 +20,21 @@ def floats(words: Words, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def joined(low: np.ndarray, high: np.ndarray, kind: str) -> Words:
-    """Two floats to a word, each rounded once."""
+    """Two floats in a word, each rounded once."""
     dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float16
     pairs = torch.from_numpy(np.stack([low, high], axis=1).astype(np.float32)).to(dtype)
     return pairs.view(torch.int16).numpy().reshape(-1).view(np.uint32)
 
 
 def permuted(a: Words, b: Words, selector: int) -> Words:
-    """``prmt.b32``: byte i of the result is the one of (a, b) that nibble i of the selector numbers."""
+    """``prmt.b32``: byte i of the result is the byte of (a, b) whose number is nibble i of the selector."""
     both = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
     chosen = [both[:, selector >> (4 * place) & 7] for place in range(4)]
     return np.ascontiguousarray(np.stack(chosen, axis=1)).view(np.uint32)[:, 0]
 
 
 def carried_out(text: str, operands: dict[str, np.ndarray], count: int) -> Words:
-    """What operand 0 holds in the end."""
+    """The final value of operand 0."""
     registers: dict[str, np.ndarray] = dict(operands)
 
     def read(name: str) -> Words:
@@ -89,14 +89,14 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_pair_of_bytes(form: str) -> None:
+def test_assembly_converts_every_pair_of_bytes(form: str) -> None:
     what, kind = form.split()
     pairs = np.arange(2**16, dtype=np.uint32)
     q = [half.astype(np.float64) for half in pairs.astype(np.uint16).view(np.int8).reshape(-1, 2).T]
     random = np.random.default_rng(0)
     scale = [np.abs(random.standard_normal(2**16)) * 0.01 + 0.001 for _ in range(2)]
     zero = [random.standard_normal(2**16).astype(np.float32).astype(np.float64) for _ in range(2)]
-    # The scales as floats of the kind that they are of.
+    # The scales as floats of their own kind.
     scale = list(floats(joined(scale[0], scale[1], kind), kind))
     magic = "f32" if what == "affine" else kind
     (constant,) = re.findall(r"mov\.b32 \$0, (0x\w+);", MAGIC[magic].value)
@@ -116,7 +116,7 @@ def test_every_pair_of_bytes(form: str) -> None:
         assert np.array_equal(mine, theirs)
 
 
-def test_a_wrong_byte_is_seen() -> None:
+def test_check_finds_a_wrong_byte() -> None:
     swapped = source._EXACT.value.replace("0x4140", "0x4041")
     pairs = np.array([0x0102], np.uint32)
     magic = np.array([0x43434343], np.uint32)

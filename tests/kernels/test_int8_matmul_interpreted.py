@@ -1,4 +1,4 @@
-"""The int8 kernel in Triton's interpreter, on ragged shapes, against fp64; see test_interpreted.py."""
+"""The int8 kernel in Triton's interpreter, on ragged shapes, against fp64; see test_int4_matmul_interpreted.py."""
 
 import pytest
 import torch
@@ -29,15 +29,15 @@ CASES = [
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_kernel_in_the_interpreter() -> None:
+def test_int8_kernel_passes_in_the_interpreter() -> None:
     check_in_interpreter(__file__, 2 * len(CASES))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("case", CASES, ids=str)
-# The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
-def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     from et_cuda_passes.kernels.int8_matmul import int8_matmul
     from et_cuda_passes.kernels.tiles import add_parts
 

@@ -1,4 +1,4 @@
-"""Packed weights that ExecuTorch exports: ``torchao.dequantize_int4_tensor`` and ``torchao.dequantize_gguf``.
+"""Decoders of ExecuTorch's packed weights: ``torchao.dequantize_int4_tensor`` and ``torchao.dequantize_gguf``.
 
 Sources: ``executorch.extension.llm.export.int4`` and ``.gguf``, which register the operators; the GGUF blocks are those
 of llama.cpp's ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``), 256 weights each.
@@ -14,15 +14,16 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, check_blocks, constant
 
 _BLOCK = 256
-# Bytes of a block, weights that share a scale, and the range of the integers.
+"""Weights of a block."""
 _GGUF = {"q4_k": (144, 32, 0, 15), "q5_k": (176, 32, 0, 31), "q6_k": (210, 16, -32, 31)}
+"""Bytes of a block, number of weights that share a scale, and the range of the integers."""
 
 
 def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
     """A weight with two integers to a byte [N, K / 2], and scales and zero points [K / group, N].
 
     Raises:
-        Unmet: it reads something else than constants, or its arguments contradict each other.
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
     """
     bound = arguments(node)
     data, packed = constant(program, bound["qdata"], "the quantized data")
@@ -39,15 +40,15 @@ def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
         quant_max=15,
         storage_dtype=packed.dtype,
         scale_dtype=scales.dtype,
-        output_dtype=_output(bound["output_dtype"]),
-        loader=_read_int4_tensor,
+        output_dtype=_output_dtype(bound["output_dtype"]),
+        loader=_load_int4_tensor,
         encoding="int4_tensor",
     )
     check_blocks(weight, scales, points)
     return weight
 
 
-def _read_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues:
+def _load_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues:
     tensors = [program.constant(node) for node in weight.sources]
     packed, scale, zero_point = (tensor.detach() for tensor in tensors if tensor is not None)
 
@@ -59,10 +60,10 @@ def _read_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues
 
 
 def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
-    """A weight in GGUF blocks, uint8 [N, bytes of a row]; scales and minimums stand in the blocks.
+    """A weight in GGUF blocks, uint8 [N, bytes of a row]; the blocks contain scales and minimums.
 
     Raises:
-        Unmet: it reads something else than a constant, or blocks of another kind.
+        Unmet: ``node`` reads a value that is not a constant, or blocks of another kind.
     """
     bound = arguments(node)
     data, raw = constant(program, bound["weight"], "the quantized data")
@@ -73,8 +74,8 @@ def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
     if raw.shape[1] % size:
         raise Unmet(f"rows of {raw.shape[1]} bytes, which {kind} blocks of {size} do not divide")
 
-    def read(program: Program, weight: QuantizedWeight) -> WeightValues:
-        return _read_gguf(program, weight, kind)
+    def load(program: Program, weight: QuantizedWeight) -> WeightValues:
+        return _load_gguf(program, weight, kind)
 
     return QuantizedWeight(
         fqn=program.fqn(data) or data.name,
@@ -87,13 +88,13 @@ def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
         quant_max=high,
         storage_dtype=raw.dtype,
         scale_dtype=torch.float32,
-        output_dtype=_output(bound["output_dtype"]),
-        loader=read,
+        output_dtype=_output_dtype(bound["output_dtype"]),
+        loader=load,
         encoding=kind,
     )
 
 
-def _read_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightValues:
+def _load_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightValues:
     raw = program.constant(weight.data)
     assert raw is not None
     rows = weight.shape[0]
@@ -108,12 +109,15 @@ def _read_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightVa
 
 
 def _half(columns: Tensor) -> Tensor:
-    """Two bytes of each block as fp16, in fp32 [blocks, 1]; times an integer of 8 bits it stays exact."""
+    """Two bytes of each block as fp16, in fp32 [blocks, 1]; a product with an 8-bit integer is exact."""
     return columns.contiguous().view(torch.float16).float()
 
 
 def _scales_and_minimums(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """Eight 6-bit scales and as many minimums from 12 bytes: the last four of each have their top bits elsewhere."""
+    """Eight 6-bit scales and eight 6-bit minimums from 12 bytes.
+
+    The top two bits of the last four scales and minimums are in the top bits of the first four.
+    """
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scale = torch.cat((first & 63, (third & 15) | (first >> 6) << 4), dim=1)
     minimum = torch.cat((second & 63, (third >> 4) | (second >> 6) << 4), dim=1)
@@ -138,7 +142,7 @@ def _five_bits(blocks: Tensor) -> Tensor:
 
 
 def _six_bits(blocks: Tensor) -> Tensor:
-    """Two halves of 128: 64 low nibbles, 64 high ones, and two more bits of each in 32 bytes; 32 is subtracted."""
+    """Two halves of 128 integers: 64 low nibbles, 64 high nibbles, the upper two bits of each in 32 bytes; minus 32."""
     low = blocks[:, :128].reshape(-1, 2, 64)
     four = torch.stack((low & 15, low >> 4), dim=2).view(-1, 2, 4, 32)
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 1, 4, 1)
@@ -146,6 +150,6 @@ def _six_bits(blocks: Tensor) -> Tensor:
     return (four | two << 4).to(torch.int8) - 32
 
 
-def _output(dtype: object) -> torch.dtype:
-    # Left out, it is the schema's default: bfloat16, which the schema spells as a number.
+def _output_dtype(dtype: object) -> torch.dtype:
+    # The schema's default is bfloat16, which the schema spells as a number.
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

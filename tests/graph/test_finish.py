@@ -1,4 +1,4 @@
-"""Replacements with other strides than the value that they replace."""
+"""The finish stage: views are repaired after replacements with other strides."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""ExecuTorch's packed weights, int4 tensors and GGUF blocks: decoded as gguf decodes them, packed for each kernel."""
+"""Packed forms, int4 tensors and GGUF blocks: they decode as the gguf package does, and every target rewrites them."""
 
 import dataclasses
 from pathlib import Path
@@ -23,9 +23,9 @@ import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.affine import QuantizedWeight, decode, weight_values
-from et_cuda_passes.quant.forms import is_dequantize
-from et_cuda_passes.quant.unwrapping import unwrapped
+from et_cuda_passes.quant.decoders import decode, is_dequantize
+from et_cuda_passes.quant.unsupported import unwrapped
+from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 
@@ -63,7 +63,7 @@ def linear(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
 
 
 def from_gguf(kind: str, dtype: torch.dtype = torch.bfloat16) -> tuple[ExportedProgram, np.ndarray]:
-    """A linear over the identity, which gives the weight itself, and the weight as the gguf package has it."""
+    """A linear over the identity, whose output is the weight, and the weight as the gguf package decodes it."""
     raw = blocks(kind)
     model = linear(ExportableGGUFTensor.from_raw(raw, kind, dtype), dtype)
     program = torch.export.export(model, (torch.eye(K, dtype=dtype),))
@@ -100,7 +100,7 @@ def test_q4_k_is_packed_to_the_precision_of_bf16(target: str) -> None:
     program, weight = decoded(exported)
     found = weight_values(program, weight)
     spread = lambda t: t.double().numpy().repeat(32, axis=1)  # noqa: E731
-    # Scale and zero are rounded once each, and metal's zero is that of q * S + Z; then the weight itself.
+    # Scale, zero and then the weight are rounded once each. The zero of metal is that of q * S + Z.
     zero = np.abs(8 * spread(found.scale) - spread(found.minimum)) + (
         16 * spread(found.scale) if target == "metal" else 0
     )
@@ -110,7 +110,7 @@ def test_q4_k_is_packed_to_the_precision_of_bf16(target: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["q5_k", "q6_k"])
-def test_wider_blocks_are_held_by_the_int8_operator(kind: str) -> None:
+def test_wider_blocks_are_packed_for_the_int8_operator(kind: str) -> None:
     exported, wanted = from_gguf(kind, torch.float32)
     rewritten, _ = ecp.rewrite(exported, GENERAL, expect={"linear_int8": 1, "missed": 0})
     got = rewritten.module()(torch.eye(K)).T.double().numpy()
@@ -132,7 +132,7 @@ def test_wider_blocks_on_cuda_are_exact_to_the_precision_of_bf16(kind: str, grou
 
 @pytest.mark.parametrize("target", ["cpu", "metal"])
 @pytest.mark.parametrize(("kind", "group"), [("q5_k", 32), ("q6_k", 16)])
-def test_wider_blocks_elsewhere_are_held_as_integers_and_made_anew(kind: str, group: int, target: str) -> None:
+def test_wider_blocks_on_other_targets_become_plain_operators(kind: str, group: int, target: str) -> None:
     exported, wanted = from_gguf(kind)
     rewritten, report = ecp.rewrite(exported, target, expect={"linear_int8": 1, "missed": 0})
     assert report.outcomes[0].detail == f"int{kind[1]} group {group} -> plain operators"
@@ -142,7 +142,7 @@ def test_wider_blocks_elsewhere_are_held_as_integers_and_made_anew(kind: str, gr
     assert bool((np.abs(got - wanted) <= ROUNDOFF * np.abs(wanted) + 1e-6).all())
 
 
-def test_the_cpu_compiles_and_runs_them(tmp_path: Path) -> None:
+def test_rewritten_blocks_compile_and_run_on_the_cpu(tmp_path: Path) -> None:
     exported, _ = from_gguf("q6_k")
     rewritten, _ = ecp.rewrite(exported, "cpu")
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_the_cpu_compiles_and_runs_them(tmp_path: Path) -> None:
     torch.testing.assert_close(library(x), rewritten.module()(x), rtol=2e-2, atol=2e-2)
 
 
-def test_int8_weights_that_compile_as_they_are_are_left_to_kernels() -> None:
+def test_int8_weight_without_a_kernel_is_missed_rather_than_decomposed() -> None:
     model = nn.Sequential(nn.Linear(K, N, bias=False)).bfloat16().eval()
     quantize_(model, IntxWeightOnlyConfig(torch.int8, PerGroup(32)))
     exported = torch.export.export(model, (torch.randn(2, K).bfloat16(),))
@@ -170,7 +170,7 @@ def int4_tensor(mapping: MappingType, dtype: torch.dtype) -> tuple[nn.Module, nn
 
 @pytest.mark.parametrize("mapping", [MappingType.SYMMETRIC, MappingType.ASYMMETRIC])
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_an_int4_tensor_becomes_the_same_packed_weight_as_torchaos(mapping: MappingType, target: str) -> None:
+def test_int4_tensor_becomes_the_same_packed_weight_as_torchaos(mapping: MappingType, target: str) -> None:
     x = torch.randn(3, K).bfloat16()
     plain, packed = (torch.export.export(model, (x,)) for model in int4_tensor(mapping, torch.bfloat16))
     rewritten, report = assert_rewrites(packed, target, expect={"linear_int4": 1, "missed": 0}, rtol=6e-3)
@@ -182,7 +182,7 @@ def test_an_int4_tensor_becomes_the_same_packed_weight_as_torchaos(mapping: Mapp
 
 
 @pytest.mark.parametrize("form", ["q4_k", "q6_k", "int4_tensor"])
-def test_xnnpack_folds_them_and_is_right(form: str) -> None:
+def test_xnnpack_folds_packed_forms_and_is_right(form: str) -> None:
     if form == "int4_tensor":
         model = int4_tensor(MappingType.ASYMMETRIC, torch.float32)[1]
     else:
@@ -194,14 +194,14 @@ def test_xnnpack_folds_them_and_is_right(form: str) -> None:
     found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
     wanted = program.module()(x)
     assert (found - wanted).norm() / wanted.norm() < 1e-5
-    # The stock partitioner takes the packed bytes for the weight itself.
+    # The stock partitioner treats the packed bytes as the weight.
     with pytest.raises(Exception, match="ConvertToLinearPass"):
         to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [*TYPES, "int4_tensor"])
-def test_an_embedding_of_them_on_xnnpack_is_exact(form: str, dtype: torch.dtype) -> None:
+def test_embedding_of_packed_forms_on_xnnpack_is_exact(form: str, dtype: torch.dtype) -> None:
     if form == "int4_tensor":
         table = int4_tensor(MappingType.ASYMMETRIC, dtype)[1][0].weight
     else:
@@ -209,7 +209,7 @@ def test_an_embedding_of_them_on_xnnpack_is_exact(form: str, dtype: torch.dtype)
     model, ids = nn.Sequential(nn.Embedding(N, K)), torch.arange(N)
     model[0].weight = nn.Parameter(table, requires_grad=False)
     program = torch.export.export(model, (ids,))
-    # The minimums of the other two are no zero points.
+    # q4_k and q5_k have minimums, which are no zero points.
     rule = "fold_dequantize" if form in ("q4_k", "q5_k") else "quantized_embedding"
     ours = ecp.XnnpackPartitioner(expect={rule: 1, "missed": 0})
     buffer = to_edge_transform_and_lower(program, partitioner=[ours]).to_executorch().buffer
@@ -220,7 +220,7 @@ def test_an_embedding_of_them_on_xnnpack_is_exact(form: str, dtype: torch.dtype)
         assert (found.double() - wanted.double()).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_blocks_of_another_type_say_so() -> None:
+def test_blocks_of_another_type_are_rejected() -> None:
     exported, _ = from_gguf("q4_k")
     program = Program(exported.run_decompositions({}))
     (node,) = (n for n in program.graph.nodes if is_dequantize(n))

@@ -1,4 +1,4 @@
-"""Every tiling of the tables compiled for its GPUs: it fits, spills nothing, and waits where it has to."""
+"""Every tiling of the tables, compiled for its GPUs: it fits, spills nothing, and waits where needed."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from tests.kernels.compiled import (
 
 
 @pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
-def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
+def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, tmp_path: Path) -> None:
     kernel = matmul(tiling, 90)
     code_for_hopper(kernel, tiling, tmp_path)
-    # The weights go from the words to the tensor cores without moving between threads.
+    # The weights reach the tensor cores without a move between threads.
     moved = [line for line in kernel.asm["ttgir"].splitlines() if "convert_layout %w" in line and "dot_op" not in line]
     assert moved == []
     if tiling.waves:
@@ -35,7 +35,7 @@ def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", [64, 128])
 @pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
-def test_a_tiling_of_hopper_in_larger_groups(tiling: Tiling, group: int, tmp_path: Path) -> None:
+def test_tiling_for_hopper_with_larger_groups_is_as_expected(tiling: Tiling, group: int, tmp_path: Path) -> None:
     code_for_hopper(matmul(tiling, 90, group_size=group), tiling, tmp_path)
 
 
@@ -50,8 +50,8 @@ def test_a_tiling_of_hopper_in_larger_groups(tiling: Tiling, group: int, tmp_pat
     ],
     ids=str,
 )
-def test_no_step_waits_for_its_scales(tiling: Tiling, group: int, tmp_path: Path) -> None:
-    """They come asynchronously, and to the threads that need them: nothing is loaded into registers."""
+def test_scales_are_copied_asynchronously_in_every_step(tiling: Tiling, group: int, tmp_path: Path) -> None:
+    """Copies are asynchronous and go to the threads that need them: no load goes to registers."""
     code = code_for_hopper(matmul(tiling, 90, group_size=group, HAS_ZERO=True), tiling, tmp_path)
     products = [index for index, (_, text) in enumerate(code) if text.startswith(("HGMMA", "HMMA"))]
     loop = [text for _, text in code[products[0] - 100 : products[-1]]]
@@ -59,14 +59,14 @@ def test_no_step_waits_for_its_scales(tiling: Tiling, group: int, tmp_path: Path
 
 
 @pytest.mark.parametrize("rank", [2, 3])
-def test_a_tile_of_x_is_copied_by_one_instruction(rank: int, tmp_path: Path) -> None:
+def test_tile_of_x_is_copied_by_one_instruction(rank: int, tmp_path: Path) -> None:
     tiling = Tiling(256, 128, 64, 1, 0, 8, 4, 1)
     code = code_for_hopper(matmul(tiling, 90, BULK=rank), tiling, tmp_path)
-    # Each buffer's first copy stands before the loop, and one in it.
+    # Each buffer has its first copy before the loop, and one copy is in the loop.
     assert sum(f"UTMALDG.{rank}D" in text for _, text in code) == tiling.stages
     by_all = code_for_hopper(matmul(tiling, 90, BULK=0), tiling, tmp_path)
     copies = [sum("LDGSTS" in text for _, text in each) for each in (code, by_all)]
-    assert copies[0] == copies[1] - 8 * tiling.stages  # of 16 bytes by 256 threads: 8 for 256 x 64
+    assert copies[0] == copies[1] - 8 * tiling.stages  # 256 threads copy 16 bytes each: 8 copies for 256 x 64
 
 
 OTHERS = [gpu for gpu in GPUS.values() if gpu != HOPPER]
@@ -74,13 +74,13 @@ OTHERS = [gpu for gpu in GPUS.values() if gpu != HOPPER]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", OTHERS, ids=str)
-def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, tmp_path: Path) -> None:
+def test_tilings_of_a_gpu_compile_and_fit(gpu: GpuArch, tmp_path: Path) -> None:
     for tiling in tilings_of(gpu):
         check_for_others(matmul(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
 
 
 @pytest.mark.parametrize("gpu", OTHERS, ids=str)
-def test_the_tilings_that_a_gpu_gets_compile_for_it_and_fit(gpu: GpuArch, tmp_path: Path) -> None:
+def test_chosen_tilings_of_a_gpu_compile_and_fit(gpu: GpuArch, tmp_path: Path) -> None:
     weight = Weight(4096, 4096, 32)
     for tiling in {tiling_for(gpu, weight, rows) for rows in (1, 16, 64, 256, 2048)}:
         check_for_others(matmul(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
@@ -101,13 +101,13 @@ ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
     ],
     ids=str,
 )
-def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path: Path) -> None:
+def test_kernel_waits_in_every_form(others: dict[str, object], tmp_path: Path) -> None:
     assert overwritten_operands(machine_code(matmul(ONE, 90, **others), tmp_path)) == []
 
 
 @pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
 @pytest.mark.parametrize("tiling", [Tiling(256, 128, 64, 1, 0, 8, 4), Tiling(128, 64, 128, 1, 1, 4, 3)], ids=str)
-def test_an_activation_spills_nothing(activation: str, tiling: Tiling, tmp_path: Path) -> None:
+def test_activation_spills_no_registers(activation: str, tiling: Tiling, tmp_path: Path) -> None:
     code_for_hopper(matmul(tiling, 90, ACTIVATION=activation), tiling, tmp_path)
 
 
@@ -121,8 +121,8 @@ def test_an_activation_spills_nothing(activation: str, tiling: Tiling, tmp_path:
     ],
     ids=str,
 )
-def test_a_gate_costs_no_more_than_two_activations(tiling: Tiling, tmp_path: Path) -> None:
-    """Half of the sums are activated and stored; that the halves meet in one thread is seen by what is not there."""
+def test_gate_stores_half_and_moves_nothing(tiling: Tiling, tmp_path: Path) -> None:
+    """Half of the sums are activated and stored. The halves meet in one thread, so that no shuffle is needed."""
     gated = code_for_hopper(matmul(tiling, 90, GATED=True, ACTIVATION="silu"), tiling, tmp_path)
     plain = code_for_hopper(matmul(tiling, 90, ACTIVATION="silu"), tiling, tmp_path)
     assert len(gated) <= len(plain)
@@ -132,7 +132,7 @@ def test_a_gate_costs_no_more_than_two_activations(tiling: Tiling, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", OTHERS, ids=str)
-def test_a_gate_on_other_gpus(gpu: GpuArch, tmp_path: Path) -> None:
+def test_gate_on_other_gpus_fits(gpu: GpuArch, tmp_path: Path) -> None:
     for tiling in tilings_of(gpu):
         kernel = matmul(tiling, arch_of(gpu), GATED=True, ACTIVATION="silu", WGMMA=False)
         assert kernel.metadata.shared <= gpu.program_memory
@@ -147,16 +147,16 @@ def _loop(*body: str) -> list[tuple[int, str]]:
 PRODUCT = "HGMMA.64x16x16.F32.BF16 R24, R152, gdesc[UR8], R24, gsb0"
 
 
-def test_the_check_sees_an_operand_written_before_the_wait() -> None:
+def test_check_finds_an_operand_written_before_the_wait() -> None:
     early = _loop("LDS.128 R152, [R3]", "WARPGROUP.DEPBAR.LE gsb0, 0x0", PRODUCT)
-    # One to the next turn's load, which comes before the wait.
+    # The load of the next iteration comes before the wait.
     assert overwritten_operands([*early[:3], (48, "@P0 BRA 0x0")]) == [f"LDS.128 R152, [R3] overwrites {PRODUCT}"]
     late = _loop("WARPGROUP.DEPBAR.LE gsb0, 0x0", "LDS.128 R152, [R3]", PRODUCT)
     assert overwritten_operands([*late[:3], (48, "@P0 BRA 0x0")]) == []
 
 
-def test_the_check_counts_the_groups_that_a_wait_leaves() -> None:
+def test_check_counts_the_groups_that_a_wait_leaves() -> None:
     second = PRODUCT.replace("R152", "R156")
     code = _loop("WARPGROUP.DEPBAR.LE gsb0, 0x1", "LDS.128 R152, [R3]", "LDS.128 R156, [R3]", PRODUCT, second)
-    # The wait retires the first of last turn's two groups, and not the second.
+    # The wait retires the first of the two groups of the last iteration, and not the second.
     assert overwritten_operands(code) == [f"LDS.128 R156, [R3] overwrites {second}"]

@@ -1,10 +1,12 @@
-"""The one decoder of dequantize_affine: every argument form gives the same weight; what is no weight says so."""
+"""Decoders of dequantize operators: every argument form decodes to the same weight; other nodes raise with a reason."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.ao.quantization.fx._decomposed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
@@ -12,8 +14,10 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.affine import QuantizedWeight, decode, has_data, weight_values
+from et_cuda_passes.quant.decoders import decode, is_dequantize
+from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
 from et_cuda_passes.testing import assert_misses
 from tests.helpers import DEQUANTIZE, Sketch
 
@@ -44,7 +48,7 @@ class Parts:
         self.zero = self.sketch.buffer("w.zero", points) if zeros else None
 
     def program(self, *args: Any, raw: bool = False, target: Any = DEQUANTIZE, **kwargs: Any) -> Any:
-        """linear(x, target(*args, **kwargs)); ``raw`` for arguments that the operator itself refuses."""
+        """linear(x, target(*args, **kwargs)); ``raw`` for arguments that the operator itself rejects."""
         build, extra = (self.sketch.raw, {"val": torch.empty(N, K)}) if raw else (self.sketch.call, {})
         return self.reading(build(target, *args, **kwargs, **extra))
 
@@ -55,7 +59,7 @@ class Parts:
 # Argument forms ----------------------------------------------------------------------------------------------------
 
 
-def test_a_weight_is_what_its_node_says() -> None:
+def test_decoded_weight_has_the_metadata_of_its_node() -> None:
     p = Parts()
     weight = decoded(p.program(p.data, [1, GROUP], p.scale, p.zero, torch.int8, -8, 7, torch.float32))
     assert (weight.fqn, weight.shape, weight.block_size) == ("w.data", (N, K), (1, GROUP))
@@ -68,7 +72,7 @@ def test_a_weight_is_what_its_node_says() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_output_dtype_may_be_by_position_by_name_or_left_out(dtype: torch.dtype) -> None:
+def test_output_dtype_may_be_positional_keyword_or_absent(dtype: torch.dtype) -> None:
     forms: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((-8, 7, dtype), {}), ((-8, 7), {"output_dtype": dtype})]
     if dtype is torch.float32:
         forms.append(((-8, 7), {}))
@@ -82,13 +86,13 @@ def test_the_output_dtype_may_be_by_position_by_name_or_left_out(dtype: torch.dt
     ("storage", "low", "high"), [(torch.int8, -128, 127), (torch.uint8, 0, 255), (torch.int32, -(2**31), 2**31 - 1)]
 )
 @pytest.mark.parametrize("ends", [(), (None, None)], ids=["absent", "None"])
-def test_a_range_that_is_not_given_is_that_of_the_storage(storage: torch.dtype, low: int, high: int, ends: Any) -> None:
+def test_absent_range_is_the_range_of_the_storage_dtype(storage: torch.dtype, low: int, high: int, ends: Any) -> None:
     p = Parts(storage)
     weight = decoded(p.program(p.data, [1, GROUP], p.scale, p.zero, storage, *ends))
     assert (weight.quant_min, weight.quant_max, weight.storage_dtype) == (low, high, storage)
 
 
-def test_one_end_of_the_range_may_be_given() -> None:
+def test_range_with_one_end_has_the_other_end_of_the_dtype() -> None:
     p = Parts()
     weight = decoded(p.program(p.data, [1, GROUP], p.scale, p.zero, torch.int8, quant_max=7))
     assert (weight.quant_min, weight.quant_max) == (-128, 7)
@@ -102,7 +106,7 @@ def test_bits_hold_the_range(low: int, high: int, bits: int) -> None:
     assert decoded(p.program(p.data, [1, GROUP], p.scale, None, torch.int8, low, high)).bits == bits
 
 
-def test_without_zero_points() -> None:
+def test_weight_without_zero_points_has_two_sources() -> None:
     p = Parts(zeros=False)
     program, node = only(p.program(p.data, [1, GROUP], p.scale, None, torch.int8, -8, 7))
     weight = decode(program, node)
@@ -111,7 +115,7 @@ def test_without_zero_points() -> None:
     assert len(weight.sources) == 2
 
 
-def test_everything_by_name() -> None:
+def test_keyword_arguments_decode_as_positional_ones() -> None:
     p, q = Parts(), Parts()
     named = p.program(
         input=p.data, block_size=[1, GROUP], scale=p.scale, zero_point=p.zero, input_dtype=torch.int8,
@@ -127,7 +131,7 @@ def test_everything_by_name() -> None:
             assert getattr(one, field.name) == getattr(two, field.name)
 
 
-def test_the_edge_form_is_the_same_weight() -> None:
+def test_edge_form_decodes_to_the_same_weight() -> None:
     from executorch.exir import EdgeCompileConfig
     from executorch.exir.dialects._ops import ops
     from executorch.exir.verification.verifier import EXIREdgeDialectVerifier
@@ -152,7 +156,7 @@ def test_the_edge_form_is_the_same_weight() -> None:
         ([4, 32], "int4 blocks of 4 x 32", 8),
     ],
 )
-def test_schemes_in_words(block: list[int], scheme: str, scales: int) -> None:
+def test_scheme_describes_the_blocks(block: list[int], scheme: str, scales: int) -> None:
     p = Parts()
     scale = p.sketch.buffer("s", torch.rand(scales))
     weight = decoded(p.program(p.data, block, scale, None, torch.int8, -8, 7))
@@ -187,7 +191,7 @@ def test_subclass_and_plain_parameters_hold_the_same_weight() -> None:
         assert has_data(program, weight)
 
 
-def test_values_are_views_by_row() -> None:
+def test_values_are_views_with_one_row_per_output() -> None:
     sketch = Sketch()
     q, s = torch.randint(-8, 8, (N, K), dtype=torch.int8), torch.rand(N * 2)
     data, scale = sketch.buffer("q", q), sketch.buffer("s", s)
@@ -198,7 +202,7 @@ def test_values_are_views_by_row() -> None:
     assert torch.equal(parts.scale, s.view(N, 2))
 
 
-# What is no weight: a miss that says why, and never an exception ----------------------------------------------------
+# Other nodes: a miss with the reason, and no exception ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,12 +219,12 @@ def test_values_are_views_by_row() -> None:
         ([1, 64], "32 scales for 16 blocks"),
     ],
 )
-def test_blocks_that_do_not_fit_the_weight(block: list[int], found: str) -> None:
+def test_blocks_that_do_not_fit_the_weight_are_a_miss(block: list[int], found: str) -> None:
     p = Parts()
     assert_misses(p.program(p.data, block, p.scale, p.zero, torch.int8, -8, 7, raw=True), found, rule="linear_int4")
 
 
-def test_zero_points_of_another_count() -> None:
+def test_zero_points_of_another_count_are_a_miss() -> None:
     p = Parts()
     zero = p.sketch.buffer("z", torch.zeros(N, dtype=torch.int8))
     program = p.program(p.data, [1, GROUP], p.scale, zero, torch.int8, -8, 7, raw=True)
@@ -228,22 +232,22 @@ def test_zero_points_of_another_count() -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(7, -8), (3, 3)])
-def test_a_range_that_holds_nothing(low: int, high: int) -> None:
+def test_empty_range_is_a_miss(low: int, high: int) -> None:
     p = Parts()
     program = p.program(p.data, [1, GROUP], p.scale, p.zero, torch.int8, low, high, raw=True)
     assert_misses(program, f"a quantized range of {low}..{high}", rule="linear_int4")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.complex64])
-def test_data_that_are_no_integers(dtype: torch.dtype) -> None:
+def test_data_of_a_dtype_without_integers_is_a_miss(dtype: torch.dtype) -> None:
     p = Parts()
     data = p.sketch.buffer("f", torch.zeros(N, K).to(dtype))
     program = p.program(data, [1, GROUP], p.scale, p.zero, dtype, -8, 7, raw=True)
     assert_misses(program, f"quantized data of dtype {dtype}", rule="linear_int4")
 
 
-def test_integers_of_a_dtype_that_torch_only_names() -> None:
-    """torch.iinfo knows no uint4."""
+def test_integers_of_dtype_uint4_are_a_miss() -> None:
+    """torch.iinfo raises for uint4."""
     p = Parts()
     data = p.sketch.buffer("f", torch.empty(N, K, dtype=torch.uint4))
     program = p.program(data, [1, GROUP], p.scale, p.zero, torch.uint4, 0, 15, raw=True)
@@ -253,7 +257,7 @@ def test_integers_of_a_dtype_that_torch_only_names() -> None:
 
 
 @pytest.mark.parametrize("part", ["data", "scale", "zero"])
-def test_a_part_that_is_computed(part: str) -> None:
+def test_computed_part_of_a_weight_is_a_miss(part: str) -> None:
     p = Parts()
     parts = {"data": p.data, "scale": p.scale, "zero": p.zero}
     parts[part] = p.sketch.call(aten.neg.default, parts[part])
@@ -263,7 +267,7 @@ def test_a_part_that_is_computed(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["scale", "zero"])
-def test_a_part_that_is_an_input(part: str) -> None:
+def test_input_as_part_of_a_weight_is_a_miss(part: str) -> None:
     p = Parts()
     parts = {"scale": p.scale, "zero": p.zero}
     dtype = {"scale": torch.float32, "zero": torch.int8}[part]
@@ -273,32 +277,32 @@ def test_a_part_that_is_an_input(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["data", "scale", "zero"])
-def test_a_part_that_the_program_writes_in_place(part: str) -> None:
+def test_part_mutated_in_place_is_a_miss(part: str) -> None:
     p = Parts()
     node = {"data": p.data, "scale": p.scale, "zero": p.zero}[part]
     weight = p.sketch.call(DEQUANTIZE, p.data, [1, GROUP], p.scale, p.zero, torch.int8, -8, 7)
     p.sketch.call(aten.mul_.Tensor, p.sketch.call(aten.view.default, node, [-1]), 2)
-    assert_misses(p.reading(weight), f"b_w_{part}, which the program writes while it runs", rule="linear_int4")
+    assert_misses(p.reading(weight), f"b_w_{part}, which the program mutates while it runs", rule="linear_int4")
 
 
 @pytest.mark.parametrize("part", ["data", "scale", "zero"])
-def test_a_part_that_the_program_writes_functionally(part: str) -> None:
+def test_part_mutated_through_an_output_is_a_miss(part: str) -> None:
     p = Parts()
     node = {"data": p.data, "scale": p.scale, "zero": p.zero}[part]
     weight = p.sketch.call(DEQUANTIZE, p.data, [1, GROUP], p.scale, p.zero, torch.int8, -8, 7)
     y = p.sketch.call(aten.linear.default, p.sketch.input("x", 2, K), weight)
     assert node is not None
     program = p.sketch.program(y, writes={f"w.{part}": p.sketch.call(aten.mul.Tensor, node, 2)})
-    assert_misses(program, f"b_w_{part}, which the program writes while it runs", rule="linear_int4")
+    assert_misses(program, f"b_w_{part}, which the program mutates while it runs", rule="linear_int4")
 
 
-def test_a_weight_written_under_another_name_of_its_storage() -> None:
-    """Two buffers over one storage: what is written under one name changes under the other."""
+def test_weight_mutated_through_an_alias_is_a_miss() -> None:
+    """Two buffers share one storage: a mutation of one changes the other."""
     p = Parts()
     alias = p.sketch.buffer("alias", p.sketch.state["w.data"])
     weight = p.sketch.call(DEQUANTIZE, p.data, [1, GROUP], p.scale, p.zero, torch.int8, -8, 7)
     p.sketch.call(aten.neg_.default, alias)
-    assert_misses(p.reading(weight), "which the program writes while it runs", rule="linear_int4", target="cpu")
+    assert_misses(p.reading(weight), "which the program mutates while it runs", rule="linear_int4", target="cpu")
 
 
 # Weights without data -----------------------------------------------------------------------------------------------
@@ -328,3 +332,83 @@ def test_fake_weights_are_missed() -> None:
         program = torch.export.export(model, (x,))
     for target in ("cuda", "cpu", "xnnpack"):
         assert_misses(program, "meta or fake tensors", target=target)
+
+
+# quantized_decomposed: each form decodes to the weight that the operator itself computes ----------------------------
+
+qd = torch.ops.quantized_decomposed
+I8 = (-127, 127, torch.int8)
+
+
+def parts(s: Sketch, count: int, point: int = 3) -> tuple[Node, Node, Node]:
+    random = torch.Generator().manual_seed(0)
+    data = torch.randint(-127, 128, (N, K), generator=random).to(torch.int8)
+    points = torch.randint(-point, point + 1, (count,), generator=random)
+    return s.buffer("q", data), s.buffer("s", torch.rand(count, generator=random)), s.buffer("z", points)
+
+
+FORMS: dict[str, tuple[Callable[[Sketch], Node], tuple[int, int], str]] = {
+    "per channel": (lambda s: s.call(qd.dequantize_per_channel.default, *parts(s, N), 0, *I8), (1, K), "int8 per-axis"),
+    "per channel, no zeros": (
+        lambda s: s.call(qd.dequantize_per_channel.default, *parts(s, N)[:2], None, 0, *I8), (1, K), "int8 per-axis",
+    ),
+    "per input channel": (
+        lambda s: s.call(qd.dequantize_per_channel.default, *parts(s, K), 1, *I8), (N, 1), "int8 blocks of 16 x 1",
+    ),
+    "per group": (
+        lambda s: s.call(qd.dequantize_per_channel_group.default, *parts(s, 2 * N), *I8, 32, torch.float32),
+        (1, 32), "int8 group 32",
+    ),
+    "per tensor": (
+        lambda s: s.call(qd.dequantize_per_tensor.default, parts(s, 1)[0], 0.25, 3, *I8), (N, K), "int8 per-tensor",
+    ),
+    "per tensor, by tensors": (
+        lambda s: s.call(qd.dequantize_per_tensor.tensor, *parts(s, 1), *I8), (N, K), "int8 per-tensor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoded_pt2e_weight_is_what_the_operator_computes(form: str) -> None:
+    make, block, scheme = FORMS[form]
+    sketch = Sketch()
+    weight_node = make(sketch)
+    exported = sketch.program(sketch.call(aten.linear.default, sketch.input("x", 2, K), weight_node))
+    program = Program(exported)
+    (node,) = (n for n in program.graph.nodes if is_dequantize(n))
+    weight = decode(program, node)
+    assert (weight.shape, weight.block_size, weight.scheme) == ((N, K), block, scheme)
+    assert (weight.fqn, weight.quant_min, weight.quant_max) == ("q", -127, 127)
+    found = weight_values(program, weight)
+    points = 0 if found.zero_point is None else found.zero_point.double().repeat_interleave(block[1], 1)
+    mine = (found.data.double() - points) * found.scale.double().repeat_interleave(block[1], 1)
+
+    def value(argument: Any) -> Any:
+        return program.constant(argument) if isinstance(argument, Node) else argument
+
+    wanted = node.target(*map(value, node.args))
+    assert wanted.dtype is weight.output_dtype
+    torch.testing.assert_close(mine.float(), wanted, rtol=1e-6, atol=0)
+    _, report = ecp.rewrite(exported, "cpu")
+    assert len(report.outcomes) == 1
+
+
+def test_decoder_rejects_an_input_and_an_unknown_operator() -> None:
+    sketch = Sketch()
+    q, s, z = sketch.input("q", N, K, dtype=torch.int8), *parts(sketch, N)[1:]
+    program = Program(sketch.program(sketch.call(qd.dequantize_per_channel.default, q, s, z, 0, *I8)))
+    (node,) = (n for n in program.graph.nodes if is_dequantize(n))
+    with pytest.raises(Unmet, match="the quantized data comes from placeholder"):
+        decode(program, node)
+    with pytest.raises(TypeError, match="calls no operator that dequantizes"):
+        decode(program, next(iter(program.graph.nodes)))
+
+
+def test_scales_that_contradict_the_axis_are_rejected() -> None:
+    sketch = Sketch()
+    q, s, z = parts(sketch, 5)
+    node = sketch.raw(qd.dequantize_per_channel.default, q, s, z, 0, *I8, val=torch.empty(N, K))
+    program = Program(sketch.program(node))
+    (node,) = (n for n in program.graph.nodes if is_dequantize(n))
+    with pytest.raises(Unmet, match="5 scales for 16 blocks"):
+        decode(program, node)

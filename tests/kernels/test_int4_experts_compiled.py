@@ -1,4 +1,4 @@
-"""The experts' kernel compiled for GPUs that are not here, in every tiling that a launch may choose."""
+"""The experts' kernel, compiled for GPUs that this machine does not have, in every tiling that a launch may choose."""
 
 from functools import cache
 from pathlib import Path
@@ -33,13 +33,13 @@ def experts(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> An
 
 
 @pytest.mark.parametrize("tiling", tilings_of(HOPPER, experts=True), ids=str)
-def test_a_tiling_of_hopper(tiling: Tiling, tmp_path: Path) -> None:
+def test_tiling_for_hopper_is_as_expected(tiling: Tiling, tmp_path: Path) -> None:
     code_for_hopper(experts(tiling, 90), tiling, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS.values() if gpu != HOPPER], ids=str)
-def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, tmp_path: Path) -> None:
+def test_tilings_of_a_gpu_compile_and_fit(gpu: GpuArch, tmp_path: Path) -> None:
     for tiling in tilings_of(gpu, experts=True):
         check_for_others(experts(tiling, arch_of(gpu), WGMMA=False), tmp_path, gpu)
 
@@ -55,7 +55,7 @@ def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, tmp_path: 
     ],
     ids=str,
 )
-def test_every_form_of_the_kernel_waits_too(others: dict[str, Any], tmp_path: Path) -> None:
+def test_kernel_waits_in_every_form(others: dict[str, Any], tmp_path: Path) -> None:
     kernel = experts(ONE, 90, **others)
     code = machine_code(kernel, tmp_path)
     assert any(text.startswith("HGMMA") for _, text in code)

@@ -1,4 +1,4 @@
-"""Every tiling of the int8 tables compiled for its GPUs: it fits, spills and moves nothing, waits where it has to."""
+"""Every tiling of the int8 tables, compiled for its GPUs: it fits, spills and moves nothing, and waits where needed."""
 
 import re
 from collections import Counter
@@ -23,14 +23,14 @@ from tests.kernels.compiled import (
 
 @pytest.mark.parametrize("group_size", [0, 32, 128])
 @pytest.mark.parametrize("tiling", tilings_of(HOPPER, 8), ids=str)
-def test_a_tiling_of_hopper(tiling: Tiling, group_size: int, tmp_path: Path) -> None:
+def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, group_size: int, tmp_path: Path) -> None:
     kernel = int8_product(tiling, 90, group_size=group_size)
     code = code_for_hopper(kernel, tiling, tmp_path)
     # A pair of weights is a load, a permute, two masks and a subtraction; the weights never go back to shared memory.
     counts = Counter(text.split()[0 if not text.startswith("@") else 1] for _, text in code)
     pairs = tiling.segments * tiling.block_n * tiling.block_k // (tiling.warps * 32) // 2
     assert pairs <= sum(count for name, count in counts.items() if name.startswith("LDS.U16")) <= pairs + 4
-    # Nothing that the loop needs is loaded when it is needed, and the rows lie so that banks do not collide.
+    # All loads of the loop are asynchronous, and the layout of the rows avoids bank conflicts.
     loop = kernel.asm["ttgir"].split("scf.for", 1)[1].split("scf.yield", 1)[0]
     assert "tt.load" not in loop
     layout = re.search(r"ttg.local_load .*memdesc<\d+x\d+xi8, (#shared\d*),", loop)
@@ -47,7 +47,7 @@ def test_a_tiling_of_hopper(tiling: Tiling, group_size: int, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("group_size", [0, 64])
 @pytest.mark.parametrize("gpu", [gpu for gpu in GPUS.values() if gpu != HOPPER], ids=str)
-def test_every_tiling_of_a_gpu_compiles_for_it_and_fits(gpu: GpuArch, group_size: int, tmp_path: Path) -> None:
+def test_tilings_of_a_gpu_compile_and_fit(gpu: GpuArch, group_size: int, tmp_path: Path) -> None:
     for tiling in tilings_of(gpu, 8):
         check_for_others(int8_product(tiling, arch_of(gpu), group_size=group_size, WGMMA=False), tmp_path, gpu)
 
@@ -68,13 +68,13 @@ ONE = Tiling(16, 64, 128, 1, 0, 4, 3)
     ],
     ids=str,
 )
-def test_every_form_of_the_kernel_waits_too(others: dict[str, object], tmp_path: Path) -> None:
+def test_kernel_waits_in_every_form(others: dict[str, object], tmp_path: Path) -> None:
     kernel = int8_product(ONE, 90, **others)
     assert overwritten_operands(machine_code(kernel, tmp_path)) == []
     assert resources(kernel, tmp_path)["STACK"] == 0
 
 
 @pytest.mark.parametrize("group_size", [0, 32])
-def test_the_wait_is_in_every_step_and_once(group_size: int) -> None:
+def test_wait_occurs_once_in_every_step(group_size: int) -> None:
     text = int8_product(ONE, 90, group_size=group_size).asm["ptx"]
     assert text.count("wgmma.wait_group.sync.aligned 0; mov.b32") == 1

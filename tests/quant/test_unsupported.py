@@ -1,4 +1,4 @@
-"""Weights that torchao exports without a dequantize: reported with the fix, those that stay wrapped too."""
+"""Weights in forms that no rule matches: each is reported with the fix."""
 
 from typing import Any
 
@@ -14,8 +14,10 @@ from torchao.quantization import (
     Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     quantize_,
 )
+from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses
@@ -36,7 +38,7 @@ DYNAMIC = "Int8DynamicActivationIntxWeightConfig"
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 UNWRAPS_NVFP4 = TORCH >= (2, 14)
-exports_nvfp4_in_a_branch = pytest.mark.skipif(TORCH < (2, 13), reason="torch does not export it")
+exports_nvfp4_in_a_branch = pytest.mark.skipif(TORCH < (2, 13), reason="torch 2.13 is the first that exports it")
 
 
 def exported(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, ExportedProgram, Tensor]:
@@ -50,7 +52,7 @@ def exported(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Modul
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("scheme", CONFIGS)
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_a_weight_without_a_dequantize_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
+def test_weight_without_a_dequantize_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
     config, dtype = CONFIGS[scheme]
     _, program, _ = exported(config)
     program = program.run_decompositions({}) if decompose else program
@@ -63,7 +65,7 @@ def test_a_weight_without_a_dequantize_is_missed_with_the_fix(scheme: str, targe
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("scheme", MULTIPLIED)
 @pytest.mark.parametrize("target", NEAREST)
-def test_a_weight_that_is_multiplied_as_it_is_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
+def test_narrow_weight_of_a_product_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
     config, dtype, op = MULTIPLIED[scheme]
     _, program, _ = exported(config)
     program = program.run_decompositions({}) if decompose else program
@@ -71,13 +73,13 @@ def test_a_weight_that_is_multiplied_as_it_is_is_missed_with_the_fix(scheme: str
     (outcome,) = report.outcomes
     assert (outcome.op, outcome.fqn, outcome.status) == (op, "0.weight", "missed")
     assert str(outcome.reasons[0]) == (
-        f"its weight is {dtype}, multiplied as it is by the program itself, and no kernel takes that: "
+        f"its weight is {dtype}, multiplied as it is by the program itself, and no kernel reads that form: "
         f"quantize with {NEAREST[target]}, which leaves a dequantize"
     )
 
 
 def test_scales_and_activations_of_fp8_are_no_weights() -> None:
-    """Both operands computed in the program: an attention in fp8, say."""
+    """The program computes both operands, as an attention in fp8 does."""
     sketch = Sketch()
     x, y = (sketch.input(name, 16, 16, dtype=torch.float8_e4m3fn) for name in "xy")
     scale = sketch.buffer("scale", torch.ones(()))
@@ -94,14 +96,14 @@ def test_scales_and_activations_of_fp8_are_no_weights() -> None:
 
 
 @pytest.mark.parametrize("scheme", CONFIGS)
-def test_xnnpack_refuses_it_with_the_fix(scheme: str) -> None:
+def test_xnnpack_rejects_a_converted_weight_with_the_fix(scheme: str) -> None:
     _, program, _ = exported(CONFIGS[scheme][0], torch.float32)
     with pytest.raises(ValueError, match=rf"0\.weight.*converted by the program itself.*with {DYNAMIC}\(torch\.int8"):
         to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
 
 
-def test_the_stock_partitioner_computes_int8_weight_only_wrongly_and_says_nothing() -> None:
-    """Why it is refused: should this fail, see whether it can be left as it is."""
+def test_stock_partitioner_computes_int8_weight_only_wrongly_without_an_error() -> None:
+    """The reason why our partitioner rejects the weight. If this test fails, check whether it may stay in place."""
     model, program, x = exported(Int8WeightOnlyConfig(), torch.float32)
     buffer = to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch().buffer
     found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
@@ -115,8 +117,8 @@ PACKED = "its weight is packed in 4 bits an element, with scales in float8_e4m3f
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("per_tensor_scale", [False, True])
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_a_weight_of_nvfp4_is_missed_with_the_fix(target: str, per_tensor_scale: bool, decompose: bool) -> None:
-    """torch unwraps it from 2.14 on, and fails to before."""
+def test_weight_of_nvfp4_is_missed_with_the_fix(target: str, per_tensor_scale: bool, decompose: bool) -> None:
+    """torch unwraps the weight from 2.14 on."""
     _, program, _ = exported(NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=per_tensor_scale))
     if decompose and UNWRAPS_NVFP4:
         program = program.run_decompositions({})
@@ -129,14 +131,14 @@ def test_a_weight_of_nvfp4_is_missed_with_the_fix(target: str, per_tensor_scale:
     assert report.warnings == []
 
 
-def test_xnnpack_refuses_nvfp4() -> None:
+def test_xnnpack_rejects_a_weight_of_nvfp4() -> None:
     _, program, _ = exported(NVFP4WeightOnlyConfig(), torch.float32)
     with pytest.raises(ValueError, match=rf"0\.weight.* 4 bits an element.*with {DYNAMIC}\(torch\.int4"):
         to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
 
 
 class Shared(nn.Module):
-    """One wrapped weight, transposed before it is multiplied, in a branch, and handed out."""
+    """One wrapped weight with two readers: a product of its transpose, and a linear in a branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,12 +150,12 @@ class Shared(nn.Module):
         def yes(x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.weight)
 
-        weight = self.weight.to(x.dtype)  # after which the program asserts a dtype, and reads nothing
+        weight = self.weight.to(x.dtype)  # exports an assertion on the dtype, which is no reader
         return x @ weight.t(), torch.cond(x.sum() > 0, yes, torch.sin, (x,))
 
 
 @exports_nvfp4_in_a_branch
-def test_every_reader_of_a_weight_of_nvfp4_is_missed() -> None:
+def test_readers_of_a_weight_of_nvfp4_are_all_missed() -> None:
     program = torch.export.export(Shared(), (torch.randn(3, 64).bfloat16(),))
     _, report = ecp.rewrite(program, "cuda")
     assert {outcome.fqn for outcome in report.outcomes} == {"weight"}
@@ -181,7 +183,7 @@ class Dequantized(nn.Module):
         (Float8WeightOnlyConfig(), "float8_e4m3fn", INT8),
     ],
 )
-def test_a_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, nearest: str) -> None:
+def test_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, nearest: str) -> None:
     program = torch.export.export(Dequantized(config), (torch.randn(3, 64).bfloat16(),))
     for form in (program, program.run_decompositions({})):
         _, report = ecp.rewrite(form, "cuda")
@@ -193,7 +195,7 @@ def test_a_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, n
 
 
 @exports_nvfp4_in_a_branch
-def test_a_wrapped_buffer_is_missed_as_a_parameter_is() -> None:
+def test_wrapped_buffer_is_missed_as_a_parameter_is() -> None:
     model = Shared()
     weight = model.weight.data
     del model.weight
@@ -203,8 +205,8 @@ def test_a_wrapped_buffer_is_missed_as_a_parameter_is() -> None:
     assert all(INT4 in str(o.reasons[0]) and "it ()" not in str(o.reasons[0]) for o in report.outcomes)
 
 
-@pytest.mark.skipif(UNWRAPS_NVFP4, reason="nothing stays wrapped there")
-def test_what_stands_beside_a_weight_that_stays_wrapped_is_told_so() -> None:
+@pytest.mark.skipif(UNWRAPS_NVFP4, reason="torch 2.14 unwraps NVFP4")
+def test_reason_names_the_other_subclasses_that_stay_wrapped() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
     quantize_(model[0], NVFP4WeightOnlyConfig())
     quantize_(model[1], MXDynamicActivationMXWeightConfig())
@@ -216,7 +218,7 @@ def test_what_stands_beside_a_weight_that_stays_wrapped_is_told_so() -> None:
 
 
 class Table(nn.Module):
-    """A mask and a table of bytes, which are no weights."""
+    """A mask and a table of bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,8 +229,53 @@ class Table(nn.Module):
         return x * self.mask.to(x.dtype) + self.table[rows].to(x.dtype)
 
 
-def test_a_mask_and_a_table_are_no_weights() -> None:
+def test_mask_and_table_are_no_weights() -> None:
     program = torch.export.export(Table(), (torch.randn(4, 4), torch.tensor([0, 1, 2, 3])))
     for target in ecp.targets():
         _, report = ecp.rewrite(program, target)
         assert report.outcomes == []
+
+
+# A dequantize that was decomposed before the rewrite ---------------------------------------------------------------
+
+
+def test_decomposed_dequantize_gives_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(64, 16, dtype=torch.bfloat16))
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
+    _, report = ecp.rewrite(program, "cuda")
+    assert report.outcomes == []
+    (warning,) = report.warnings
+    assert "decomposed" in warning
+    assert "run_decompositions({})" in warning
+    assert "0." in warning
+    assert warning in str(report)
+
+
+def test_decomposed_dequantize_beside_other_candidates_gives_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(torch.bfloat16)
+    int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, int4, lambda _, name: name == "0")
+    quantize_(model, Int8WeightOnlyConfig(), lambda _, name: name == "1")
+    program = torch.export.export(model, (torch.randn(2, 64, dtype=torch.bfloat16),)).run_decompositions()
+    _, report = ecp.rewrite(program, "cuda")
+    assert [outcome.fqn for outcome in report.outcomes] == ["1.weight"]
+    (warning,) = report.warnings
+    assert "converts 1 integer matrices itself (0." in warning
+
+
+def test_integers_that_are_no_weight_give_no_warning() -> None:
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(4, 4, dtype=torch.uint8))
+            self.register_buffer("cache", torch.ones(4, 4, dtype=torch.int8))
+            self.register_buffer("scale", torch.ones(4, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.cache.add_(1)
+            return x + (self.mask.to(x.dtype) - 1) * 1e4 + self.cache.to(x.dtype) * self.scale
+
+    program = torch.export.export(Bytes(), (torch.randn(4, 4),))
+    for form in (program, program.run_decompositions()):
+        assert ecp.rewrite(form, "cuda")[1].warnings == []

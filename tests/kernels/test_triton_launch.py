@@ -1,15 +1,15 @@
-"""A launch outside of any tracing writes to the tensors that it is given."""
+"""Eager launches, outside of any tracing."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from et_cuda_passes.kernels.known_writes import launch
+from et_cuda_passes.kernels.triton_launch import launch
 
 
 class Doubles:
-    """Stands for a kernel: y = 2 x, over a grid that it keeps."""
+    """A Python function in place of a kernel: y = 2 x. It records its grid."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         self.grid = grid
@@ -20,7 +20,7 @@ class Doubles:
         self.salt = SALT
 
 
-def test_it_writes_in_place_and_returns_what_it_was_given() -> None:
+def test_eager_launch_mutates_and_returns_the_given_tensors() -> None:
     kernel, x, y = Doubles(), torch.randn(4), torch.full((4,), float("nan"))
     arguments: dict[str, Any] = {"x_ptr": x, "y_ptr": y, "num_warps": 4}
     (written,) = launch(kernel, (3, 2), arguments, ["y_ptr"], "4")
@@ -29,7 +29,7 @@ def test_it_writes_in_place_and_returns_what_it_was_given() -> None:
     assert kernel.grid == (3, 2)
 
 
-def test_a_launch_made_now_is_of_one_kernel_whatever_the_sizes() -> None:
+def test_eager_launches_of_all_sizes_share_one_kernel() -> None:
     salts = set()
     for rows in (1, 2, 3):
         kernel, x = Doubles(), torch.randn(rows)

@@ -1,6 +1,6 @@
 """The kernels in Triton's interpreter, on ragged shapes, against fp64.
 
-The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
+Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,12 +36,12 @@ CASES = [
     (2, 24, 1152, 32, 8, 16, 128, 4, 0, True, True, "", False, False),
     (20, 130, 192, 32, 16, 32, 64, 1, 264, False, False, "", False, True),
     (7, 17, 448, 64, 8, 16, 64, 4, 0, False, False, "silu", True, True),
-    # Tiles of many rows, which are loaded with no mask.
+    # Tiles of many rows, which are loaded without a mask.
     (70, 24, 128, 32, 128, 16, 64, 1, 0, False, False, "", False, False),
     (150, 20, 192, 64, 128, 16, 64, 1, 3, True, False, "", False, True),
-    # The last step is half of x's columns.
+    # The last step has half as many columns of x.
     (140, 24, 224, 32, 128, 16, 64, 1, 0, True, True, "", False, False),
-    # Steps within a group, of which one is not whole in the second and third.
+    # Steps within a group; in the second and third case the last step is partial.
     (3, 40, 384, 128, 8, 16, 64, 1, 0, True, False, "", False, False),
     (5, 24, 640, 128, 8, 16, 256, 1, 2, True, False, "", False, False),
     (2, 20, 320, 64, 8, 16, 128, 2, 0, True, False, "", False, False),
@@ -51,7 +51,7 @@ CASES = [
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_kernels_in_the_interpreter() -> None:
+def test_int4_kernel_passes_in_the_interpreter() -> None:
     check_in_interpreter(__file__, 2 * len(CASES) + 2 * len(GATES) + len(ACTIVATE) - 1)
 
 
@@ -66,9 +66,9 @@ ACTIVATE = {
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("case", CASES, ids=str)
-# The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
-def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     from et_cuda_passes.kernels.int4_matmul import int4_matmul
     from et_cuda_passes.kernels.tiles import add_parts
     from et_cuda_passes.layouts import mma_tiled
@@ -93,7 +93,7 @@ def test_against_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     finish |= {"USE_ASM": False, "GATED": False}
     shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
-    # The same bits by tensor descriptors of both ranks, which read zeros beyond K, up to which words are padded.
+    # Tensor descriptors of both ranks give the same bits: they read zeros beyond K, up to the padding of the words.
     described = (2, 3) if (even or block_k == mma_tiled.BLOCK) and segments == 1 else ()
     form = {"HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     others = (bias, factor, addend)
@@ -142,7 +142,7 @@ GATES = [
 
 
 def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Sequence[str], _: str) -> list[Any]:
-    """As ``known_writes.launch``."""
+    """``triton_launch.launch`` in the interpreter."""
     off = {name: False for name in ("USE_ASM", "WGMMA") if name in given}
     kernel[grid](**{n: value for n, value in given.items() if n not in ("num_warps", "num_stages")} | off, SALT=1)
     return [given[name] for name in writes]
@@ -151,8 +151,8 @@ def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Seq
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", GATES, ids=str)
-def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from et_cuda_passes.kernels import int4_launch, known_writes
+def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from et_cuda_passes.kernels import linear_launch, triton_launch
     from et_cuda_passes.kernels.tiling import Tiling
     from et_cuda_passes.layouts import mma_tiled
     from et_cuda_passes.rules.epilogue import interleave_rows
@@ -168,13 +168,13 @@ def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytes
     packed = interleave_rows(*(mma_tiled.pack(part) for part in q), 0)
     pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
     both = interleave_rows(*bias, 0) if has_bias else None
-    epilogue = int4_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
+    epilogue = linear_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
     y = torch.full((m, n), float("nan"), dtype=dtype)
     parts = torch.full((max(waves, 1) * block_m * block_n,), float("nan"))
-    monkeypatch.setattr(known_writes, "launch", in_interpreter)
+    monkeypatch.setattr(triton_launch, "launch", in_interpreter)
     tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3)
-    # As on a GPU of one multiprocessor: ``waves`` programs at once.
-    int4_launch.launch(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+    # A GPU with one multiprocessor runs ``waves`` programs at once.
+    linear_launch.launch_int4(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
 
     def exact(which: int) -> torch.Tensor:
         s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
@@ -187,13 +187,13 @@ def test_a_gate_against_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytes
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 @pytest.mark.parametrize("activation", [name for name in ACTIVATE if name])
-def test_an_activation_at_every_size(activation: str) -> None:
+def test_activation_agrees_with_fp64_at_every_size(activation: str) -> None:
     x = torch.cat([torch.linspace(-40, 40, 8188), torch.tensor([1e30, -1e30, float("inf"), float("nan")])])
     y = torch.full_like(x, 7.0)
     activated[(1,)](x, y, activation, x.numel())
     *_, large, small, infinite, not_a_number = y.tolist()
     assert (large, abs(small), infinite) == (x[-4].item(), 0.0, float("inf")) and not_a_number != not_a_number
-    # gelu by erfc: with 1 + erf there is nothing left of it below -6 even in fp64's reference.
+    # The reference of gelu uses erfc: with 1 + erf it loses all digits below -6, even in fp64.
     exact = {"gelu": lambda t: t * torch.special.erfc(-t * 0.5**0.5) / 2}.get(activation, ACTIVATE[activation])
     got, wanted = y[:-4].double(), exact(x[:-4].double())
     off = (got - wanted).abs()

@@ -1,4 +1,4 @@
-"""What AOTInductor is told: which launches, over which grids, and what they write to."""
+"""The launches of linears that AOTInductor gets: their grids, and the tensors that they mutate."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -10,20 +10,20 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from et_cuda_passes.kernels.buckets import buckets_for, in_bucket
 from et_cuda_passes.kernels.choose import Weight, buckets
 from et_cuda_passes.kernels.gpus import HOPPER
-from et_cuda_passes.kernels.launching import inside, possible
 from et_cuda_passes.kernels.tiling import UNBOUNDED
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
-from tests.kernels.launches import found_written
+from tests.kernels.launches import mutated_by_analysis
 
 pytestmark = pytest.mark.usefixtures("hopper")
 LINEAR = INT4_LINEARS["mma_tiled"].op
 
 
 class Block(nn.Module):
-    """x + down(silu(up(x))), its constants packed."""
+    """x + down(silu(up(x))) with packed constants."""
 
     def __init__(self, n: int, k: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Int8Block(nn.Module):
 def launches(
     rows: int | None, n: int = 8192, k: int = 3072, block: Callable[[int, int], nn.Module] = Block, batch: int = 2
 ) -> tuple[Any, list[torch.fx.Node]]:
-    """The graph signature and the launches of a block, for a number of rows of each batch or for any."""
+    """The graph signature and the launches of a block, for a known number of rows of each batch or an unknown one."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     given = torch.empty(batch, rows or 16, k, dtype=torch.bfloat16, device="meta")
     length = DimDynamic.DYNAMIC if rows is None else DimDynamic.STATIC
@@ -73,7 +73,7 @@ def launches(
 
 @pytest.mark.parametrize("rows", [None, 1, 700])
 @pytest.mark.parametrize(("block", "batch"), [(Block, 1), (Block, 2), (Int8Block, 2)])
-def test_only_the_output_and_the_parts_are_written_to(
+def test_launches_mutate_only_the_output_and_the_parts(
     rows: int | None, block: Callable[..., nn.Module], batch: int
 ) -> None:
     signature, nodes = launches(rows, block=block, batch=batch)
@@ -82,15 +82,15 @@ def test_only_the_output_and_the_parts_are_written_to(
     assert len(signature.user_outputs) == 1
     for node in nodes:
         assert set(node.kwargs["tensors_to_clone"]) <= {"y_ptr", "parts_ptr"}
-        assert set(node.kwargs["tensors_to_clone"]) == set(found_written(node))
+        assert set(node.kwargs["tensors_to_clone"]) == set(mutated_by_analysis(node))
 
 
 def described(node: torch.fx.Node) -> Any:
-    """The block of x that a launch has a descriptor for, if it has one."""
+    """The shape of x's descriptor in a launch, or None."""
     return node.kwargs["tma_descriptor_metadata"].get("x_ptr")  # type: ignore[union-attr]
 
 
-def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
+def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
     _, nodes = launches(None, batch=1)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
     weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
@@ -98,12 +98,12 @@ def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
     assert any(tiling.bulk for tiling in chosen) and not all(tiling.bulk for tiling in chosen)
     wanted = [("stable", ((1, tiling.block_m, 64),)) if tiling.bulk else None for tiling in chosen]
     assert [described(node) for node in products] == wanted
-    # Tiles of a batch of two would reach over its end.
+    # A tile would cross the end of the first batch of two.
     assert not any(described(node) for node in launches(None, batch=2)[1])
 
 
 class Sources(nn.Module):
-    """One weight [K, K], and x from everywhere; ``get`` names a way to make it of an input [1, M, K]."""
+    """One weight [K, K]; ``get`` names a way to compute x from an input [1, M, K]."""
 
     ways: ClassVar[dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]]] = {
         "the input itself": (lambda x: x, True),
@@ -131,7 +131,7 @@ class Sources(nn.Module):
 
 
 class Strided(nn.Module):
-    """Two linears [K, K], int4 and int8, with one bias that does not lie in a row."""
+    """Two linears [K, K], int4 and int8, with one bias that is not contiguous."""
 
     def __init__(self, k: int, stride: int) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Strided(nn.Module):
 
 
 @pytest.mark.parametrize("stride", [0, 2, 3], ids=["expanded", "every other", "a column"])
-def test_the_kernels_read_a_bias_that_lies_in_a_row(stride: int) -> None:
+def test_kernels_read_a_contiguous_bias(stride: int) -> None:
     _, nodes = launches(4, 1024, 1024, lambda n, k: Strided(k, stride))
     biases = [node.kwargs["kwargs"]["bias_ptr"].meta["val"] for node in nodes]  # type: ignore[index, union-attr]
     assert len(biases) >= 2
@@ -157,13 +157,13 @@ def test_the_kernels_read_a_bias_that_lies_in_a_row(stride: int) -> None:
 
 @pytest.mark.parametrize("rows", [None, 700])
 @pytest.mark.parametrize("way", Sources.ways)
-def test_what_inductor_may_hold_as_a_view_has_no_descriptor(way: str, rows: int | None) -> None:
+def test_possible_view_has_no_descriptor(way: str, rows: int | None) -> None:
     _, nodes = launches(rows, block=lambda n, k: Sources(n, k, way), batch=1)
     assert any(described(node) for node in nodes) == Sources.ways[way][1]
 
 
 @pytest.mark.parametrize("block", [Block, Int8Block])
-def test_a_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) -> None:
+def test_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) -> None:
     _, nodes = launches(4, block=block)
     grids = [node.kwargs["grid"][0] for node in nodes]
     assert len(nodes) == 2
@@ -171,14 +171,14 @@ def test_a_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) 
 
 
 @pytest.mark.parametrize("block", [Block, Int8Block])
-def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard(block: Callable[..., nn.Module]) -> None:
+def test_unknown_length_is_one_launch_for_each_bucket(block: Callable[..., nn.Module]) -> None:
     _, nodes = launches(None, block=block)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
     if block is Block:
         weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
     else:
         weights = Weight(8192, 3072, 64, bits=8), Weight(3072, 8192, 8192, bits=8)
-    # The rows are those of a batch of two of at least two each.
+    # A batch of two has at least two rows each.
     assert len(products) == sum(len(buckets(HOPPER, weight, first=4).tilings) for weight in weights)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
@@ -198,43 +198,43 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("rows", [1, 300, None])
-def test_a_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None) -> None:
+def test_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None) -> None:
     _, nodes = launches(rows, 8192, 3072, Gate)
     table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
     weight = Weight(16384, 3072, 32, outputs=0.5)
-    chosen = possible(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight, first=4).tilings
+    chosen = buckets_for(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight, first=4).tilings
     given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
     products = [one for one in given if "words_ptr" in one]
     assert [one["BLOCK_M"] for one in products] == [tiling.block_m for tiling in chosen.values()]
     for one in given:
         assert (one["GATED"], one["N"], one["ACTIVATION"]) == (True, 16384, "silu")
         assert one["y_ptr"].meta["val"].shape[-1] == 8192
-    assert all(set(node.kwargs["tensors_to_clone"]) == set(found_written(node)) for node in nodes)
+    assert all(set(node.kwargs["tensors_to_clone"]) == set(mutated_by_analysis(node)) for node in nodes)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
 def test_exactly_one_bucket_has_programs_at_any_length(rows: int) -> None:
     weight = Weight(8192, 3072, 32)
-    assert [*possible(rows, weight, HOPPER)] == [UNBOUNDED]
+    assert [*buckets_for(rows, weight, HOPPER)] == [UNBOUNDED]
     first, flags = 0, []
     for bound in buckets(HOPPER, weight).tilings:
-        flags.append(inside(rows, first, bound))
+        flags.append(in_bucket(rows, first, bound))
         first = bound + 1
     assert sum(flags) == 1 and set(flags) <= {0, 1}
 
 
-def test_a_length_that_is_bounded_leaves_out_the_buckets_beyond() -> None:
+def test_bounded_length_has_no_buckets_beyond_its_bound() -> None:
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     sizes = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
     length = mode.from_tensor(torch.empty(16, device="meta"), symbolic_context=sizes).shape[0]
     torch._check(length <= 16)
-    chosen = possible(length, Weight(8192, 3072, 32), HOPPER)
+    chosen = buckets_for(length, Weight(8192, 3072, 32), HOPPER)
     assert chosen == buckets(HOPPER, Weight(8192, 3072, 32), last=16).tilings
     assert max(bound for bound in chosen if bound != UNBOUNDED) < 16
 
 
-def test_what_the_int8_kernel_is_compiled_for() -> None:
+def test_int8_kernel_gets_the_constants_of_its_form() -> None:
     _, nodes = launches(4, 512, 192, Int8Block)
     table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
     up, down = (table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes)
@@ -254,7 +254,7 @@ def test_what_the_int8_kernel_is_compiled_for() -> None:
         (torch.bfloat16, torch.bfloat16, 40, 40),
     ],
 )
-def test_a_form_that_the_int8_kernel_lacks_is_computed_without_it(
+def test_form_without_an_int8_kernel_is_computed_by_other_operators(
     dtype: torch.dtype, scales: torch.dtype, k: int, group: int
 ) -> None:
     class Linear(nn.Module):

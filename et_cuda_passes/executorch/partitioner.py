@@ -1,4 +1,4 @@
-"""What our partitioners share: a pass list run by ExecuTorch's own hook, before anything is decomposed."""
+"""Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,21 +15,21 @@ from et_cuda_passes.targets import default_passes
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
-    """Mixed in before a stock partitioner: rewrites each method on the host, when ExecuTorch asks for it.
+    """A mixin before a stock partitioner, which rewrites each method on the host when ExecuTorch calls the hook.
 
-    One partitioner may lower several methods: a weight that they share is packed once, under one FQN. Its report is of
-    everything that was lowered with it: give each lowering a partitioner of its own.
+    One partitioner may lower several methods: a weight that they share is packed once, under one FQN. The report covers
+    all lowerings with this partitioner, so use a new one for each lowering.
     """
 
     _target: str
     _always: tuple[Rule, ...] = ()
-    """Rules that run after the caller's, where that has none of the same name."""
+    """Rules that run after the caller's list, unless the list has a rule of the same name."""
 
     def _set_passes(self, passes: Iterable[Any] | None, expect: Mapping[str, int] | None) -> None:
         self._passes = default_passes(self._target) if passes is None else list(passes)
         names = {getattr(entry, "name", "") for entry in self._passes}
         self._passes += [rule for rule in self._always if rule.name not in names]
-        # A pass list that cannot run is refused where it is written, not minutes into a lowering; so is a demand.
+        # An invalid pass list or expectation is an error here, not minutes into a lowering.
         check_expected(expect, [entry.name for entry in parse_passes(self._passes)])
         self._expect = expect
         self._pool = ConstantCache()
@@ -37,19 +37,19 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
 
     @property
     def report(self) -> Report:
-        """What became of every reader of a quantized weight, in all methods lowered with this partitioner.
+        """The outcomes of all readers of a quantized weight, in all methods lowered with this partitioner.
 
         A second lowering with the same partitioner adds its outcomes to those of the first.
 
         Raises:
-            RuntimeError: nothing was lowered with it yet.
+            RuntimeError: nothing was lowered with this partitioner yet.
         """
         if not self.reports:
             raise RuntimeError("no report yet: give this partitioner to to_edge_transform_and_lower first")
         return Report.merge(self.reports)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """ExecuTorch's hook: the program rewritten, the original unchanged."""
+        """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
         exported_program = super().transform_for_pre_decomposition(exported_program)
         program, report = rewrite(exported_program, self._target, self._passes, pool=self._pool)
         self.reports.append(report)
@@ -58,13 +58,13 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
 
 
 class AotiRewritingPartitioner(RewritingPartitioner):
-    """Mixed in before a stock partitioner of the AOTInductor backends, whose only argument is ``compile_spec``.
+    """A mixin before a stock partitioner of an AOTInductor backend, whose only argument is ``compile_spec``.
 
     Args:
-        compile_spec: as for the stock partitioner; ``method_name``, which the backends need for their error messages,
-            is supplied where it is missing.
+        compile_spec: as for the stock partitioner. If ``method_name`` is missing, it is added: the backends need it for
+            their error messages.
         passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
-        expect: see :func:`et_cuda_passes.rewrite`; asked of every method.
+        expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
     """
 
     def __init__(

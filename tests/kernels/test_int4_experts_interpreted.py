@@ -1,6 +1,6 @@
-"""The experts' kernel in Triton's interpreter, against fp64: in turn, chosen and grouped, on ragged shapes.
+"""The experts' kernel in Triton's interpreter, against fp64: in order, indexed and grouped, on ragged shapes.
 
-The interpreter is chosen while a kernel is decorated, so these run in a process of their own.
+Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
 """
 
 import pytest
@@ -16,14 +16,14 @@ SHAPES = [
     (5, 33, 384, 128, 16, 16, 128, True),
     (1, 24, 192, 64, 8, 32, 128, False),
 ]
-# rows of a batch, batches that read the same rows (0: all), the expert of each batch or None for all in turn
+# rows of a batch, batches that read the same rows (0: all), the expert of each batch, or None for all in order
 BATCHES = [
     (1, 1, None),
     (9, 0, None),
     (9, 3, [0, 2, 2, 1, -1, 0]),
     (1, 1, [2, 2, 0, 1]),
 ]
-# the end of each expert's rows, and the rows in all
+# the end of each expert's rows, and the total number of rows
 GROUPS = [
     ([3, 3, 20, 21, 21], 21),
     ([0, 0, 0, 0, 9], 12),
@@ -35,12 +35,12 @@ COUNT = 2 * (len(SHAPES) * len(BATCHES) + len(GROUPS)) + 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_the_experts_kernel_in_the_interpreter() -> None:
+def test_experts_kernel_passes_in_the_interpreter() -> None:
     check_in_interpreter(__file__, COUNT)
 
 
 class Experts:
-    """Random weights, packed, and what they are in fp64 [E, N, K]."""
+    """Random packed weights, and their values in fp64 [E, N, K]."""
 
     def __init__(self, shape: tuple, dtype: torch.dtype) -> None:
         from et_cuda_passes.layouts import mma_tiled
@@ -71,7 +71,7 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return float((y.double() - wanted).norm() / wanted.norm())
 
 
-# The interpreter cuts fp32 off to bf16 where a GPU rounds: twice the error.
+# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
 DTYPES = pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
@@ -80,9 +80,9 @@ HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own"
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 @DTYPES
-def test_batches_against_fp64(shape: tuple, batch: tuple, dtype: torch.dtype, most: float) -> None:
+def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype, most: float) -> None:
     experts, (m, share, ids) = Experts(shape, dtype), batch
-    # Given as they are where there is such an expert, and else as one that there is.
+    # An id that is out of range is replaced by a valid one.
     given = ids and torch.tensor([i if i < experts.e else 0 for i in ids])
     chosen = list(range(experts.e)) if ids is None else [int(i) % experts.e for i in given]
     share = share or len(chosen)
@@ -96,20 +96,20 @@ def test_batches_against_fp64(shape: tuple, batch: tuple, dtype: torch.dtype, mo
 @HERE
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 @DTYPES
-def test_groups_against_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
+def test_groups_agree_with_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
     (ends, m), experts = group, Experts((5, 40, 96, 32, 8, 16, 64, True), dtype)
     x = torch.randn(m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = torch.full((m, experts.n), float("nan"), dtype=dtype)
     experts.launch(x, torch.tensor(ends, dtype=torch.int32), y, m, 1, tiles=m // 8 + 6, grouped=True)
     whole = torch.cat([experts.weight, torch.zeros(1, experts.n, experts.k, dtype=torch.float64)])
     wanted = torch.stack([whole[sum(end <= row for end in ends)] @ x[row].double() for row in range(m)])
-    # Rows of no expert are 0 exactly.
+    # Rows without an expert are exactly 0.
     assert (y.double() - wanted).norm() <= most * wanted.norm()
     assert not y[ends[-1] :].any()
 
 
 @HERE
-def test_an_expert_that_there_is_none_of_gives_nan() -> None:
+def test_expert_out_of_range_gives_nan() -> None:
     experts = Experts((3, 16, 64, 32, 8, 16, 64, False), torch.float16)
     x, y = torch.ones(3, 1, 64, dtype=torch.float16), torch.zeros(3, 1, 16, dtype=torch.float16)
     experts.launch(x, torch.tensor([1, 3, -4]), y, 1, 1, tiles=3, grouped=False)
@@ -118,7 +118,7 @@ def test_an_expert_that_there_is_none_of_gives_nan() -> None:
 
 
 @HERE
-def test_offsets_that_make_no_sense_stay_within_the_rows() -> None:
+def test_invalid_offsets_stay_within_the_rows() -> None:
     experts = Experts((3, 16, 64, 32, 8, 16, 64, False), torch.float16)
     x = torch.ones(4, 64, dtype=torch.float16)
     held = torch.full((12, 16), 7.0, dtype=torch.float16)
