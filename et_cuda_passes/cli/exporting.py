@@ -135,7 +135,9 @@ def export(
         list_files(_files(exported, output_dir))
         lacking = {name: each for name in quantization.targets if (each := missing_requirement(name))}
         if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
-            typer.echo(f"next: {shlex.join(['et-cuda-passes', 'generate', str(output_dir), '--prompt', 'Hello'])}")
+            # The compiled programs of this export are the user's own.
+            following = ["et-cuda-passes", "generate", str(output_dir), "--trust", "--prompt", "Hello"]
+            typer.echo(f"next: {shlex.join(following)}")
         if lacking:
             texts = [f"lowering to {name} needs {each}" for name, each in lacking.items()]
             command = " && ".join(
