@@ -241,6 +241,30 @@ def test_full_disk_leaves_nothing(
     assert names(out) == []
 
 
+@pytest.mark.gpu
+def test_export_for_cuda_on_a_gpu_generates_the_tokens_of_the_export_for_cpu(
+    models: Path, tmp_path: Path, command: Run
+) -> None:
+    # Heads of 64, which the attention kernels of the CUDA backend have.
+    sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
+    model, out = checkpoints.causal(tmp_path / "model", **sizes), tmp_path / "out"
+    result = command(
+        "export", "--model", model, "--target", "cuda,cpu", "--qlinear", "cuda:4w", "--dtype", "bfloat16",
+        "--max-length", LENGTH, "--output-dir", out,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert {"model.cuda.pte", "model.cuda.ptd"} <= set(names(out))
+    texts = [
+        command(
+            "generate", out, "--target", target, "--trust", "--prompt", "the quick brown fox", "--max-new-tokens", 8
+        )
+        for target in ("cuda", "cpu")
+    ]
+    assert [each.code for each in texts] == [0, 0], texts
+    first, second = (each.out.partition(" tokens, the first")[0] for each in texts)
+    assert first == second
+
+
 # Other targets and modalities -----------------------------------------------------------------------------------------
 
 
