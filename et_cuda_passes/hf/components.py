@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
-from transformers.exporters.utils import decompose_for_generation, is_multimodal
+from transformers.exporters.utils import decompose_for_generation, is_multimodal, prepare_for_export
 from transformers.utils import ModelOutput
 
 Inputs = MutableMapping[str, Any]
@@ -143,7 +143,29 @@ def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str)
     )
 
 
-def length_shapes(value: Any, length: int, longest: int) -> Any:
+def contiguous(inputs: Inputs) -> Inputs:
+    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
+    for name, value in inputs.items():
+        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
+    return inputs
+
+
+def text_length_of(inputs: Inputs) -> int | None:
+    """The number of tokens in the inputs of a model."""
+    tokens = inputs.get("input_ids")
+    return None if tokens is None else int(tokens.shape[1])
+
+
+def dynamic_lengths(config: Any, model: nn.Module, inputs: Inputs, text_length: int | None) -> dict[str, Any]:
+    """The fields by which ``config`` gets the length of the text as the only dynamic size; none if it does not ask."""
+    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text_length is None:
+        return {}
+    # transformers adds inputs before it traces, and the shapes must be those of all.
+    prepared = prepare_for_export(model, dict(inputs))[1]
+    return {"dynamic_shapes": _length_shapes(prepared, text_length, config.max_length)}
+
+
+def _length_shapes(value: Any, length: int, longest: int) -> Any:
     """The dynamic shapes of an input, or of all of them, whose only dynamic size is the length of the text.
 
     Args:
@@ -154,11 +176,11 @@ def length_shapes(value: Any, length: int, longest: int) -> Any:
     if isinstance(value, torch.Tensor):
         return {axis: Dim.AUTO(max=longest) for axis, size in enumerate(value.shape) if size == length}
     if type(value) is dict:
-        return {name: length_shapes(each, length, longest) for name, each in value.items()}
+        return {name: _length_shapes(each, length, longest) for name, each in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(length_shapes(each, length, longest) for each in value)
+        return type(value)(_length_shapes(each, length, longest) for each in value)
     if isinstance(value, ModelOutput):
-        return [length_shapes(each, length, longest) for each in value.values()]
+        return [_length_shapes(each, length, longest) for each in value.values()]
     return _static(get_auto_dynamic_shapes(value))
 
 

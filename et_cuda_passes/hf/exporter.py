@@ -26,14 +26,22 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERS
 from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
-from transformers.exporters.utils import prepare_for_export
 
 from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowering_steps, missing_requirement
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
-from et_cuda_passes.hf.components import Inputs, fqn_in, length_shapes, split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.components import (
+    Inputs,
+    contiguous,
+    dynamic_lengths,
+    fqn_in,
+    split_model,
+    structural_copy,
+    text_length_of,
+    with_fqns_of_root,
+)
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
@@ -237,7 +245,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             ExportError: the model and a target do not go together.
         """
         exported = self._export(
-            {"model": (model, sample_inputs)}, {"model": config}, model, _text_length(sample_inputs)
+            {"model": (model, sample_inputs)}, {"model": config}, model, text_length_of(sample_inputs)
         )
         component = exported.components["model"]
         return component.program, component.metadata
@@ -245,7 +253,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
         return self._export(
-            {"model": (model, sample_inputs)}, {"model": _config(config)}, model, _text_length(sample_inputs)
+            {"model": (model, sample_inputs)}, {"model": _config(config)}, model, text_length_of(sample_inputs)
         )
 
     def export_for_generation(
@@ -283,7 +291,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             raise ExportError(
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
             )
-        exported = self._export(parts, configs, shared, _text_length(sample_inputs))
+        exported = self._export(parts, configs, shared, text_length_of(sample_inputs))
         exported.generation_config = generation_config or getattr(model, "generation_config", None)
         return exported
 
@@ -317,9 +325,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             quantized = copies.get(configs[name], module, fqn)
             self._progress(f"exporting {name}")
             try:
-                config = _with_shapes(configs[name], quantized, inputs, text_length)
+                config = replace(configs[name], **dynamic_lengths(configs[name], quantized, inputs, text_length))
                 with torch.no_grad():
-                    program, metadata[name] = super().export_program(quantized, _contiguous(inputs), config)
+                    program, metadata[name] = super().export_program(quantized, contiguous(inputs), config)
             except Exception as error:
                 if operator := _UNIMPLEMENTED.search(str(error)):
                     raise ExportError(
@@ -551,22 +559,6 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
     return count
 
 
-def _text_length(inputs: Inputs) -> int | None:
-    """The number of tokens in the inputs."""
-    tokens = inputs.get("input_ids")
-    return None if tokens is None else int(tokens.shape[1])
-
-
-def _with_shapes(config: EtConfig, model: nn.Module, inputs: Inputs, text_length: int | None) -> EtConfig:
-    """``config`` with the dynamic sizes of a component, if only the length of the text is dynamic."""
-    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text_length is None:
-        return config
-    # transformers adds inputs before it traces, and the shapes must be those of all.
-    prepared = prepare_for_export(model, dict(inputs))[1]
-    shapes: dict[str, Any] = {"dynamic_shapes": length_shapes(prepared, text_length, config.max_length)}
-    return replace(config, **shapes)
-
-
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
     if isinstance(config, dict):
         return EtConfig(**config)
@@ -583,13 +575,6 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
             f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
             "or leave xnnpack out of the targets"
         )
-
-
-def _contiguous(inputs: Inputs) -> Inputs:
-    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
-    for name, value in inputs.items():
-        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
-    return inputs
 
 
 def _refuse_existing(folder: Path, names: list[str]) -> None:
