@@ -224,14 +224,14 @@ class Generated(nn.Module):
         choice, values, outputs = (x.sum() > 0, x.amax() > 1), [x], []
         for step in self.plan.steps:
             value = values[step.source % len(values)]
-            created = self.read(step, value, *choice)
-            if created is None:
+            made = self.read(step, value, *choice)
+            if made is None:
                 continue
-            values.append(self.after(step.after, created))
+            values.append(self.after(step.after, made))
             if not step.unused:
                 outputs.append(values[-1])
             if step.after in ("input", "input sum"):
-                self.write_input(step.after, created, out)
+                self.write_input(step.after, made, out)
                 values.append(out)
         # Inputs are not returned as outputs.
         return tuple(outputs) or (x + 1,)

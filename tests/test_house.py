@@ -49,6 +49,14 @@ def kept_files() -> list[Path]:
     return [ROOT / line for line in listed.splitlines() if (ROOT / line).is_file()]
 
 
+def test_make_help_lists_the_targets() -> None:
+    listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
+    assert listed == [
+        "setup", "demo", "test", "real", "zoo", "nightly", "limits", "replay",
+        "lint", "types", "layers", "golden", "docs", "clean",
+    ]  # fmt: skip
+
+
 def test_make_targets_are_all_in_the_help() -> None:
     declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert declared is not None

@@ -244,10 +244,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         Raises:
             ExportError: the model and a target do not go together.
         """
-        exported = self._export(
-            {"model": (model, sample_inputs)}, {"model": config}, model, text_length_of(sample_inputs)
-        )
-        component = exported.components["model"]
+        component = self.export(model, sample_inputs, config).components["model"]
         return component.program, component.metadata
 
     def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:

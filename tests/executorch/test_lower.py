@@ -1,6 +1,7 @@
 """Lowered files: their names, that they appear completely or not at all, and that nothing else changes."""
 
 import platform
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,16 @@ from executorch.exir._serialize._named_data_store import NamedDataStore
 from executorch.exir.backend.backend_details import BackendDetails, PreprocessResult
 from executorch.exir.backend.canonical_partitioners.all_node_partitioner import AllNodePartitioner
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+from executorch.runtime import Runtime
+from torch.export.pt2_archive._package import load_pt2
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
 from et_cuda_passes.executorch.lower import atomic_output, lower, missing_requirement
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
+from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
 from tests.saved import save
@@ -60,7 +66,7 @@ class OutsideBackend(BackendDetails):
 @pytest.fixture
 def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     partitioner = AllNodePartitioner(OutsideBackend.__name__, [])
-    monkeypatch.setattr("et_cuda_passes.executorch.cuda.CudaPartitioner", lambda passes: partitioner)
+    monkeypatch.setattr("et_cuda_passes.executorch.cuda.CudaPartitioner", lambda specs, passes: partitioner)
 
 
 def test_data_outside_the_pte_is_named_after_the_program(tmp_path: Path, outside: None) -> None:
@@ -187,3 +193,41 @@ def test_program_packed_by_two_targets_runs_on_neither(tmp_path: Path) -> None:
     torch.export.save(both, tmp_path / "both.pt2")
     with pytest.raises(ModelError, match=r"is packed \(cpu\), which target cuda does not run: .* as it was before$"):
         load_model(tmp_path / "both.pt2", "cuda")
+
+
+def two_methods(target: str, scheme: Any) -> tuple[dict[str, Any], torch.nn.Module]:
+    """Programs of one model for one row and for several, with one pool of packed constants."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256)).eval()
+    quantize_(model, scheme)
+    pool = ConstantCache()
+    inputs = {"one": torch.randn(1, 256), "many": torch.randn(5, 256)}
+    return {
+        name: ecp.rewrite(torch.export.export(model, (x,)), target, pool=pool)[0] for name, x in inputs.items()
+    }, model
+
+
+def test_methods_of_one_package_share_weights_and_compute_the_same(tmp_path: Path) -> None:
+    methods, model = two_methods("cpu", IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
+    (path,) = lower(methods, "cpu", tmp_path, "model")
+    with zipfile.ZipFile(path) as file:
+        weights = sum(info.file_size for info in file.infolist() if "/weights/" in info.filename)
+    # 2 x 131072 weights of 4 bits with two float32 numbers per 32 of them: 192 KiB. Each stands in the file once.
+    assert 192 * 1024 < weights < 1.2 * 192 * 1024
+    models = load_pt2(str(path), load_weights_from_disk=True).aoti_runners
+    for name, rows in (("one", 1), ("many", 5)):
+        x = torch.randn(rows, 256)
+        with torch.no_grad():
+            torch.testing.assert_close(models[name](x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_methods_of_one_pte_share_weights_and_compute_the_same(tmp_path: Path) -> None:
+    methods, model = two_methods("xnnpack", Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)))
+    (path,) = lower(methods, "xnnpack", tmp_path / "two", "model")
+    (alone,) = lower(methods["one"], "xnnpack", tmp_path / "one", "model")
+    assert path.stat().st_size < 1.2 * alone.stat().st_size
+    program = Runtime.get().load_program(path)
+    assert set(program.method_names) == {"one", "many"}
+    for name, rows in (("one", 1), ("many", 5)):
+        x = torch.randn(rows, 256)
+        with torch.no_grad():
+            torch.testing.assert_close(program.load_method(name).execute([x])[0], model(x), rtol=1e-3, atol=2e-2)
