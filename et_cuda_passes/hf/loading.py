@@ -158,7 +158,7 @@ def model_class(config: Any, task: str | None) -> Any:
         return cls
     for usual in ("text-generation", "text2text-generation"):
         # A GGUF file names no architecture, and contains a language model.
-        if usual in tasks and bool(config.is_encoder_decoder) == (usual != "text-generation"):
+        if usual in tasks and bool(getattr(config, "is_encoder_decoder", False)) == (usual != "text-generation"):
             return tasks[usual]
     raise CheckpointError(f"the config does not say what the model is for (architectures); {choices}")
 
@@ -257,9 +257,6 @@ def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
         CheckpointError: the model takes inputs of another kind.
     """
     name, config = model.main_input_name, model.config
-    modalities = set(getattr(model, "input_modalities", None) or ())
-    if isinstance(modalities, str):
-        modalities = {modalities}
     if name == "pixel_values" or getattr(config, "image_token_id", None) is not None:
         pixels = _pixels(config, model.dtype)
         if name == "pixel_values":
@@ -272,7 +269,7 @@ def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
             f"{type(model).__name__} takes {name}, which this command cannot make: use EtExporter in Python"
         )
     inputs = _text(config, processor, length)
-    if config.is_encoder_decoder and not model.can_generate():
+    if getattr(config, "is_encoder_decoder", False) and not model.can_generate():
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
 
