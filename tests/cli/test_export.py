@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import et_cuda_passes as ecp
@@ -239,6 +240,26 @@ def test_full_disk_leaves_nothing(
     assert result.code == 1
     assert result.error == f"error: writing {out}: the disk is full; free some space and run the command again"
     assert names(out) == []
+
+
+@pytest.mark.slow
+def test_lower_finishes_the_folder_of_an_export(models: Path, tmp_path: Path, command: Run) -> None:
+    out = tmp_path / "out"
+    with inductor.patch({"cpp.cxx": "no-such-compiler"}):
+        result = command(
+            "export", "--model", models / "masked", "--target", "cpu", "--qlinear", "4w", "--output-dir", out
+        )
+        assert result.code == 1
+        assert result.error.endswith(f"go on with: et-cuda-passes lower {out} --target cpu")
+        assert "model.cpu.packed.pt2" in names(out)
+    for options in (("--output-dir", tmp_path), ("--stop-after", "rewrite"), ("--expect", "missed=0")):
+        refused = command("lower", out, "--target", "cpu", *options)
+        assert refused.code == 2 and "is finished in its folder: give --target alone" in refused.error
+    finished = command("lower", out, "--target", "cpu")
+    assert finished.code == 0, finished.err
+    assert "model.cpu.pt2" in finished.out
+    assert "model.cpu.pt2" in names(out) and "model.cpu.packed.pt2" not in names(out)
+    assert ExportedModel.from_pretrained(out, target="cpu").runners["model"].target == "cpu"
 
 
 @pytest.mark.gpu
