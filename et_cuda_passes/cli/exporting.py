@@ -21,6 +21,7 @@ from et_cuda_passes.cli.console import (
 )
 from et_cuda_passes.executorch.lower import missing_requirement
 from et_cuda_passes.executorch.packed import read_report
+from et_cuda_passes.graph import errors
 from et_cuda_passes.graph.report import ExpectationError
 from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
@@ -123,7 +124,7 @@ def export(
             if keep_gguf and checkpoint.gguf is None:
                 raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
         if dtype is None and checkpoint.gguf is not None and checkpoint.gguf.is_quantized:
-            # Blocks have no dtype. 4-bit kernels are fastest in bfloat16, and XNNPACK computes in float32.
+            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options)
@@ -231,7 +232,7 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
                 f"{step.current}: the disk is full; free some space and run the command again"
             ) from error
         raise
-    except (ExportError, ValueError) as error:
+    except (ExportError, errors.UsageError) as error:
         text = _in_options(str(error))
         if "--dtype" in text and "xnnpack" in names and len(names) > 1:
             text += "; xnnpack computes in float32, so export for it with a command of its own"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch.packed import load_model
-from et_cuda_passes.hf import ExportedModel, artifact
+from et_cuda_passes.hf import ExportedModel, artifact, exporter
 from et_cuda_passes.hf.generation import ExportedDecoder, generate
 from tests.cli.command import Result, Run, called, names
 from tests.hf import checkpoints
@@ -214,7 +214,36 @@ def test_gguf_blocks_are_kept_or_quantized_anew(tmp_path: Path, command: Run, wi
         assert [(each["scheme"], each["group_size"]) for each in layers] == [("4w", 32)] * 9
 
 
-def test_missed_layer_of_a_promise_is_an_error_with_the_layer(
+def test_weights_that_cannot_be_kept_in_blocks_are_quantized_anew(
+    tmp_path: Path, command: Run, without_gpu: None
+) -> None:
+    folder, path = llama(tmp_path / "model"), tmp_path / "mixed.gguf"
+    llama_gguf(path, {"blk.0.ffn_up.weight": "Q4_1"})
+    options = ("--model", folder, "--gguf", path, "--keep-gguf", "--qlinear", "4w", "--max-length", 16)
+    result, report = packed(command, tmp_path / "out", *options)
+    assert "kept the blocks of 7 of 8 weights of the GGUF file" in result.out
+    assert "model.layers.0.mlp.up_proj.weight: Q4_1 blocks have no operator that reads them" in result.out
+    layers = report["quantization"][0]["layers"]
+    assert [each["fqn"] for each in layers if each["scheme"]] == ["model.layers.0.mlp.up_proj"]
+    assert report["targets"]["cuda"]["decode"]["counts"]["missed"] == 0
+
+
+def test_error_of_a_step_is_one_line_with_the_step(
+    models: Path, tmp_path: Path, command: Run, without_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise ValueError("no such thing\nsecond line")
+
+    monkeypatch.setattr(exporter, "save_packed", fail)
+    result = command("export", "--model", models / "masked", "--target", "cuda", "--output-dir", tmp_path / "out")
+    assert result.code == 1
+    assert result.error == (
+        "error: saving model packed for cuda: ValueError: no such thing (--debug shows the traceback)"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_dtype_without_a_kernel_is_an_error_with_the_option(
     models: Path, tmp_path: Path, command: Run, without_gpu: None
 ) -> None:
     result = command(
