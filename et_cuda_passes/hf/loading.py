@@ -111,7 +111,8 @@ def quiet() -> Iterator[None]:
 
 
 def _config(checkpoint: Checkpoint) -> Any:
-    options: dict[str, Any] = {"local_files_only": checkpoint.is_local}
+    # Without the second option, transformers asks on the terminal whether to run code of the checkpoint.
+    options: dict[str, Any] = {"local_files_only": checkpoint.is_local, "trust_remote_code": False}
     if checkpoint.gguf is not None and not checkpoint.own_config:
         options["gguf_file"] = checkpoint.gguf.path.name
         name = str(checkpoint.gguf.path.parent)
@@ -218,7 +219,7 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
 def _processor(checkpoint: Checkpoint) -> Any:
     """The processor or the tokenizer; None if the checkpoint has none."""
     name = checkpoint.name
-    options: dict[str, Any] = {"local_files_only": checkpoint.is_local}
+    options: dict[str, Any] = {"local_files_only": checkpoint.is_local, "trust_remote_code": False}
     auto: Any = transformers.AutoProcessor
     if checkpoint.is_local:
         files = {path.name for path in Path(checkpoint.name).iterdir()}

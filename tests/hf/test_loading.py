@@ -286,6 +286,8 @@ def without_a_weight(folder: Path) -> None:
     [
         (lambda folder: (folder / "config.json").write_text("{"), "the config of .* cannot be read"),
         (lambda folder: change_config(folder, model_type="new"), "the config of .* cannot be read"),
+        (lambda folder: change_config(folder, model_type="new", auto_map={"AutoConfig": "code.Config"}),
+         "the config of .* cannot be read: .*contains custom code"),
         (lambda folder: change_config(folder, architectures=["NewForCausalLM"]), "has no NewForCausalLM"),
         (lambda folder: change_config(folder, hidden_size=32, head_dim=8), "cannot be loaded"),
         (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
