@@ -23,28 +23,31 @@ from et_cuda_passes.kernels.tiles import (
     load_block,
     load_columns,
     multiply,
-    operand_rows,
     store_part,
     store_tile,
     tile_part,
     tile_place,
+    weight_rows,
+    x_rows,
 )
 
 
 @triton.jit
 def int4_matmul(
     x_ptr,  # [M, K]; its tensor descriptor, of BULK dimensions, the first one 1 if they are three, if BULK
+    extra_ptr,  # the same [M, K]; its tensor descriptor with blocks of EXTRA_M rows, if BULK and EXTRA_M
     words_ptr,  # int32 [N, padded K / 8]
     qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
     factor_ptr,  # as y, not read unless HAS_FACTOR
     addend_ptr,  # as y, not read unless HAS_ADDEND
     y_ptr,  # [M, N], or [M, N / 2] if GATED: see ``store_tile``
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], not written unless SLOTS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M + EXTRA_M, BLOCK_N], not written unless SLOTS
     M,
     N,
     K32,  # K / 32
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -62,7 +65,7 @@ def int4_matmul(
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
+    """One tile [BLOCK_M + EXTRA_M, BLOCK_N] of y, or one part of it along K.
 
     SALT is any positive number; :func:`et_cuda_passes.kernels.known_writes.launch` says what it is for.
     """
@@ -70,7 +73,8 @@ def int4_matmul(
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    TILE_M: tl.constexpr = BLOCK_M + EXTRA_M
+    tiles_m = tl.cdiv(M, TILE_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     # K in steps of a block; "part" is a range of steps, [0, steps) unless the tile is cut.
     steps = tl.cdiv(words_row * 8, BLOCK_K)
@@ -85,8 +89,10 @@ def int4_matmul(
     # Steps of one segment. It is 1 at least: a compiler that does not see it guards the loop, and then lets the tensor
     # cores' instructions wait for one another.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
-    first_m = first_row(tile_m, M, BLOCK_M, BULK)
-    n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
+    first_m = first_row(tile_m, M, TILE_M, BULK)
+    extra_m = first_m + BLOCK_M
+    n, row_step = weight_rows(tile_n, first, length, N, BLOCK_N, SEGMENTS)
+    m, in_m, column_step = x_rows(first_m, first, length, M, BLOCK_M, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     ONE_GROUP: tl.constexpr = BLOCK_K <= GROUP_SIZE
@@ -104,8 +110,13 @@ def int4_matmul(
         zero_at = qparams_ptr + N * scale_row + scale_offset
     if not BULK:
         x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
+        if EXTRA_M > 0:
+            more, in_extra, _ = x_rows(extra_m, first, length, M, EXTRA_M, SEGMENTS)
+            extra_at = x_ptr + more.to(tl.int64)[None, :] * K + first * BLOCK_K + k[:, None]
 
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if EXTRA_M > 0:
+        extra_sums = tl.zeros((ROWS, EXTRA_M), tl.float32)
     for step in range(length):
         # In units of 64, which the vectors of a load never straddle.
         blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
@@ -127,25 +138,39 @@ def int4_matmul(
             words = tl.load(words_at)
             if BULK:
                 x = load_block(x_ptr, first_m, (first + step) * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
+                if EXTRA_M > 0:
+                    extra = load_block(extra_ptr, extra_m, (first + step) * BLOCK_K, BULK, EXTRA_M, BLOCK_K)
             else:
                 x = load_columns(x_at, in_m, BLOCK_M)
+                if EXTRA_M > 0:
+                    extra = load_columns(extra_at, in_extra, EXTRA_M)
         else:
             words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
             rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest[None, :]), other=0.0)
+            if EXTRA_M > 0:
+                within = (k // 32)[:, None] < tl.minimum(K // 32, last * (BLOCK_K // 32)) - (first + step) * (BLOCK_K // 32)
+                extra = tl.load(extra_at, mask=in_extra[None, :] & within, other=0.0)
         w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
         sums = multiply(w, x, sums, USE_ASM)
+        if EXTRA_M > 0:
+            extra_sums = multiply(w, extra, extra_sums, USE_ASM)
         words_at += BLOCK_K // 8
         if not ONE_GROUP:
             scale_at += GROUPS
             zero_at += GROUPS
         if not BULK:
             x_at += BLOCK_K
+            if EXTRA_M > 0:
+                extra_at += BLOCK_K
     sums = add_segments(sums, BLOCK_M, BLOCK_N, SEGMENTS)
 
     if SLOTS > 0:  # noqa: SIM102 (what is not compiled does not count as written to)
         if cut:
-            store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
+            part_ptr = parts_ptr + (pid - tiles // SLOTS * SLOTS) * (TILE_M * BLOCK_N)
+            store_part(part_ptr, sums, BLOCK_M, BLOCK_N)
+            if EXTRA_M > 0:
+                store_part(part_ptr + BLOCK_M * BLOCK_N, extra_sums, EXTRA_M, BLOCK_N)
             return
     store_tile(
         y_ptr,
@@ -154,7 +179,7 @@ def int4_matmul(
         factor_ptr,
         addend_ptr,
         first_m,
-        tile_m * BLOCK_M if BULK else None,
+        tile_m * TILE_M if BULK else None,
         tile_n,
         M,
         N,
@@ -167,3 +192,24 @@ def int4_matmul(
         GATED,
         USE_ASM,
     )
+    if EXTRA_M > 0:
+        store_tile(
+            y_ptr,
+            extra_sums,
+            bias_ptr,
+            factor_ptr,
+            addend_ptr,
+            extra_m,
+            tile_m * TILE_M if BULK else None,
+            tile_n,
+            M,
+            N,
+            EXTRA_M,
+            BLOCK_N,
+            HAS_BIAS,
+            ACTIVATION,
+            HAS_FACTOR,
+            HAS_ADDEND,
+            GATED,
+            USE_ASM,
+        )

@@ -33,6 +33,12 @@ class Tiling:
     warps: int
     stages: int
     bulk: int = 0
+    extra_m: int = 0
+
+    @property
+    def tile_m(self) -> int:
+        """Rows of x in a tile, of both pieces."""
+        return self.block_m + self.extra_m
 
     @property
     def may_be_cut(self) -> bool:

@@ -21,6 +21,8 @@ from et_cuda_passes.kernels.tiling import Tiling
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
 """What pointers point to, where it is not the dtype of the activations."""
+BLOCKS = {"x_ptr": "BLOCK_M", "extra_ptr": "EXTRA_M"}
+"""Pointers that are tensor descriptors in bulk copies, by the constant that says how many rows a block has."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -28,6 +30,8 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
     """The compile-time constants of a launch."""
     constants = {
         "BLOCK_M": tiling.block_m,
+        "EXTRA_M": tiling.extra_m,
+        "TILE_M": tiling.tile_m,
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,
         "SEGMENTS": tiling.segments,
@@ -55,8 +59,8 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "x_ptr" and constants.get("BULK"):
-            block = [1] * (constants["BULK"] - 2) + [constants["BLOCK_M"], constants["BLOCK_K"]]
+        elif constants.get("BULK") and name in BLOCKS and constants[BLOCKS[name]]:
+            block = [1] * (constants["BULK"] - 2) + [constants[BLOCKS[name]], constants["BLOCK_K"]]
             signature[name] = f"tensordesc<{dtype}{block}>"
         elif name.endswith("_ptr"):
             signature[name] = f"*{KINDS.get(name, dtype)}"
