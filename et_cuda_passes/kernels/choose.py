@@ -59,11 +59,14 @@ def load_costs(path: Path) -> Costs:
     table = json.loads(path.read_text())
     found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
     for entry in table["tilings"]:
-        if len(entry["tiling"]) != len(fields(Tiling)):
-            raise ValueError(f"{path.name}: {entry['tiling']}: a tiling is {[f.name for f in fields(Tiling)]}")
+        if len(entry["tiling"]) not in (len(fields(Tiling)) - 1, len(fields(Tiling))):
+            names = [field.name for field in fields(Tiling)]
+            raise ValueError(f"{path.name}: {entry['tiling']}: a tiling is {names}, the last of which may be left out")
         tiling = Tiling(*entry["tiling"])
         if tiling.bulk and (tiling.block_k, tiling.segments) != (BULK_K, 1):
             raise ValueError(f"{path.name}: {entry['tiling']}: bulk copies are for steps of {BULK_K} in one segment")
+        if tiling.extra_m and tiling.segments != 1:
+            raise ValueError(f"{path.name}: {entry['tiling']}: a second piece of rows is for one segment")
         for group, costs in entry["costs"].items():
             for whole, numbers in zip((True, False), costs, strict=True):
                 if numbers is None:
@@ -89,7 +92,7 @@ def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tu
             registers, shared = resources.get(tiling, (0, 0))
             programs = gpu.resident(registers, shared, tiling.warps) if registers else 0
             if programs:
-                operations = 2 * tiling.block_m * tiling.block_n * tiling.block_k * tiling.segments**2
+                operations = 2 * tiling.tile_m * tiling.block_n * tiling.block_k * tiling.segments**2
                 step = max(cost.step, operations / rate)
                 found.setdefault(form, {})[tiling] = replace(cost, programs=programs, step=step)
     memory, cache_ = gpu.bandwidth / HOPPER.bandwidth, gpu.processors / HOPPER.processors
@@ -111,7 +114,7 @@ def costs_of(gpu: GpuArch, bits: int) -> Costs:
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
     resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
-    known = {Tiling(*row[: len(fields(Tiling))]): (row[-2], row[-1]) for row in resources or ()}
+    known = {Tiling(*row[:-2]): (row[-2], row[-1]) for row in resources or ()}
     own = folder / f"{gpu.name}{suffix}.json"
     if not own.exists():
         return predicted_costs(load_costs(folder / f"{HOPPER.name}{suffix}.json"), gpu, known)
@@ -136,8 +139,8 @@ class Weight:
         bits: of a weight.
         outputs: see :class:`~et_cuda_passes.kernels.cost.Work`.
         batch: see there; each product is one expert's.
-        experts: whether it is for the experts' kernel, which has no segments, tiles that are cut, copies in bulk, or
-            steps within a group.
+        experts: whether it is for the experts' kernel, which has no segments, tiles that are cut, copies in bulk,
+            second pieces of rows, or steps within a group.
     """
 
     n: int
@@ -150,7 +153,8 @@ class Weight:
 
     def has(self, tiling: Tiling) -> bool:
         """Whether the weight's kernel has this tiling."""
-        plain = (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k >= self.group_size
+        form = (tiling.segments, tiling.waves, tiling.bulk, tiling.extra_m)
+        plain = form == (1, 0, 0, 0) and tiling.block_k >= self.group_size
         # With four warps the experts' kernel spills registers in a tile of 128 x 128.
         spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
         return (plain and not spills) or not self.experts
@@ -192,7 +196,7 @@ def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -
     tilings, known = zip(*candidates(costs, weight), strict=True)
     shapes, numbers = stacked(tilings, column=True), np.array(rows)
     times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
-    likely = (shapes.block_m * 8 >= np.minimum(numbers, 1024)) & (shapes.block_m <= np.maximum(16, 4 * numbers))
+    likely = (shapes.tile_m * 8 >= np.minimum(numbers, 1024)) & (shapes.tile_m <= np.maximum(16, 4 * numbers))
     likely |= ~likely.any(axis=0)  # a kernel with few tilings may have none of a likely size
     return [*tilings], np.where(likely, times + CUT * (shapes.waves > 0), np.inf)
 

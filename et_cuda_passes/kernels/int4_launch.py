@@ -83,11 +83,15 @@ def launch(
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
     common |= {"GATED": epilogue.gated}
     common |= {"M": m, "N": n, "K32": k // 32}
-    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
-    described = in_blocks(x, tiling)
+    common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
+    described = in_blocks(x, tiling, tiling.block_m)
+    extra = in_blocks(x, tiling, tiling.extra_m) if tiling.extra_m else None
     arguments = {
         **common,
         "x_ptr": described or x,
+        "extra_ptr": extra or x,
+        "BLOCK_M": tiling.block_m,
+        "EXTRA_M": tiling.extra_m,
         "BULK": 0 if described is None else x.dim(),
         "words_ptr": packed,
         "qparams_ptr": qparams,

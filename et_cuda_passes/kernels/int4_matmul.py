@@ -11,6 +11,9 @@ Two ways to fill a GPU when there are few tiles, both summing in a fixed order, 
   shared memory at the end. More bytes are in flight, with nothing to write between.
 - ``SLOTS``: the tiles that do not fill the last wave of so many programs are each cut along K among the idle ones.
   Their fp32 parts go to ``parts``, and ``add_parts`` sums them. A GEMM with 1.1 waves then takes 1.1, not 2.
+
+A tensor of Triton's has a power of two of rows. Between two of these a tile has two pieces: BLOCK_M rows of x and
+EXTRA_M more. The weights of a step are dequantized once, and multiplied with both.
 """
 
 import triton
@@ -22,6 +25,7 @@ from et_cuda_passes.kernels.tiles import (
     first_row,
     load_block,
     load_columns,
+    load_ragged,
     multiply,
     store_part,
     store_tile,
@@ -111,8 +115,8 @@ def int4_matmul(
     if not BULK:
         x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
         if EXTRA_M > 0:
-            more, in_extra, _ = x_rows(extra_m, first, length, M, EXTRA_M, SEGMENTS)
-            extra_at = x_ptr + more.to(tl.int64)[None, :] * K + first * BLOCK_K + k[:, None]
+            more, in_extra, extra_step = x_rows(extra_m, first, length, M, EXTRA_M, SEGMENTS)
+            extra_at = x_ptr + more.to(tl.int64)[None, :] * K + (extra_step * BLOCK_K)[None, :] + k[:, None]
 
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
     if EXTRA_M > 0:
@@ -146,11 +150,10 @@ def int4_matmul(
                     extra = load_columns(extra_at, in_extra, EXTRA_M)
         else:
             words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
-            rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
-            x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest[None, :]), other=0.0)
+            end = tl.minimum(K // 32, last * (BLOCK_K // 32)) - step * (BLOCK_K // 32)
+            x = load_ragged(x_at, in_m, end - column_step * (BLOCK_K // 32), BLOCK_K)
             if EXTRA_M > 0:
-                within = (k // 32)[:, None] < tl.minimum(K // 32, last * (BLOCK_K // 32)) - (first + step) * (BLOCK_K // 32)
-                extra = tl.load(extra_at, mask=in_extra[None, :] & within, other=0.0)
+                extra = load_ragged(extra_at, in_extra, end - extra_step * (BLOCK_K // 32), BLOCK_K)
         w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
         sums = multiply(w, x, sums, USE_ASM)
         if EXTRA_M > 0:

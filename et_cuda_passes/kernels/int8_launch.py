@@ -60,12 +60,13 @@ def launch(
     # A pointer that is not read still has to be one.
     common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
     common |= {"M": m, "N": n, "SLOTS": programs.slots, "USE_ASM": True}
-    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
+    common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
     unit = min(k & -k, MOST_UNIT)
     grouped = group_size if group_size != k else 0
     arguments = {
         **common,
         "x_ptr": x,
+        "BLOCK_M": tiling.block_m,
         "packed_ptr": packed,
         "scale_ptr": scale,
         "zero_ptr": scale if zero is None else zero,

@@ -59,8 +59,10 @@ def flagged(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tuple[in
         first = bound + 1
 
 
-def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
-    """Tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies; None without these, or if no descriptor is possible.
+def in_blocks(x: Tensor, tiling: Tiling, height: int) -> Described | None:
+    """Blocks of ``height`` rows of ``x [M, K]`` or ``[1, M, K]`` for bulk copies.
+
+    None without bulk copies, or if no descriptor is possible.
 
     The last step along K may reach beyond x's columns: a descriptor reads zeros there.
     AOTInductor writes sizes and strides of a descriptor into C++ as sympy prints them, which for a floor division is a
@@ -81,7 +83,7 @@ def in_blocks(x: Tensor, tiling: Tiling) -> Described | None:
     )
     if not possible or (not isinstance(x, (FakeTensor, FunctionalTensor)) and x.data_ptr() % ALIGNMENT):
         return None
-    return Described(x, (*[1] * (x.dim() - 2), tiling.block_m, tiling.block_k))
+    return Described(x, (*[1] * (x.dim() - 2), height, tiling.block_k))
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Wave:
 def wave(tiling: Tiling, m: int | SymInt, n: int, k: int, processors: int) -> Wave:
     """The programs of ``tiling`` for [m, n] from k, counted as the kernels count: see ``tiles.tile_part``."""
     slots = tiling.waves * processors
-    tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
+    tiles = -(-m // tiling.tile_m) * -(-n // tiling.block_n)
     steps = -(-k // tiling.block_k)
     grid, rest = tiles, tiles
     if slots:
@@ -128,7 +130,7 @@ def over_buckets(
     m = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-1], n))
     # One for all buckets: only one of them runs, and allocating costs more time than it does space.
-    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
+    most = max(tiling.waves * tiling.tile_m * tiling.block_n for tiling in buckets.values()) * processors
     parts = x.new_empty(most, dtype=torch.float32) if most else None
     for flag, tiling in flagged(m, buckets):
         y, parts = launch(y, parts, tiling, flag)
@@ -168,12 +170,19 @@ def product(
         (y,) = known_writes.launch(kernel, grid, {**given, "parts_ptr": arguments["bias_ptr"]}, ["y_ptr"], sizes)
         return y, parts
     y, parts = known_writes.launch(kernel, grid, {**given, "parts_ptr": parts}, ["y_ptr", "parts_ptr"], sizes)
-    height = min(tiling.block_m, ADDED_ROWS)
-    adders = (programs.rest * flag, tiling.block_m // height)
+    height = min(tiling.tile_m, ADDED_ROWS)
+    adders = (programs.rest * flag, tiling.tile_m // height)
     (y,) = known_writes.launch(
         add_parts,
         adders,
-        {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height, "BULK": arguments.get("BULK", 0)},
+        {
+            **adding,
+            "parts_ptr": parts,
+            "y_ptr": y,
+            "TILE_M": tiling.tile_m,
+            "HEIGHT": height,
+            "BULK": arguments.get("BULK", 0),
+        },
         ["y_ptr"],
         sizes,
     )

@@ -91,6 +91,13 @@ def load_columns(at, in_m, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_ragged(at, in_m, rest, BLOCK_K: tl.constexpr):
+    """A tile of x [BLOCK_K, columns], of which the columns have ``rest`` values along K left, in units of 32."""
+    unit = tl.arange(0, BLOCK_K) // 32
+    return tl.load(at, mask=in_m[None, :] & (unit[:, None] < rest[None, :]), other=0.0)
+
+
+@triton.jit
 def load_block(x, m, k, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile of x [K, columns] from row ``m`` and column ``k`` on, by its tensor descriptor of RANK 2 or 3 dimensions.
 
