@@ -73,6 +73,12 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
         (64, 64, 64, 1, 4, 6, 1),
         (128, 64, 64, 1, 4, 4, 1),
         (256, 128, 64, 1, 8, 4, 1),
+        (32, 64, 64, 1, 4, 6, 1, 16),
+        (64, 64, 64, 1, 4, 6, 1, 32),
+        (64, 64, 128, 1, 4, 3, 0, 16),
+        (128, 64, 64, 1, 4, 3, 1, 32),
+        (128, 128, 64, 1, 8, 4, 1, 64),
+        (256, 128, 64, 1, 8, 3, 1, 128),
     ],
 )
 @pytest.mark.parametrize(
@@ -80,19 +86,19 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
 )
 def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool) -> None:
     n, dtype = 700, torch.bfloat16
-    *blocks, segments, warps, stages, bulk = shape
+    *blocks, segments, warps, stages, bulk, extra_m = (*shape, 0)[:8]
     if segments > 1 and waves:
         pytest.skip("segments and cut tiles are two answers to the same question")
-    tiling = Tiling(*blocks, segments, waves, warps, stages, bulk)
+    tiling = Tiling(*blocks, segments, waves, warps, stages, bulk, extra_m)
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
     weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
     gpu = gpu_of(packed.device)
-    for m in (1, 100, 300):
+    for m in (1, 100, 333):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full((max(waves, 1) * gpu.processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
+        parts = torch.full((max(waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n,), float("nan"), device="cuda")
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)

@@ -91,7 +91,7 @@ def int8_product(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) 
 @cache
 def parts_adder(tiling: Tiling, arch: int) -> Any:
     """What adds the parts of its cut tiles."""
-    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.block_m, 8)}, arch, 4, 3)
+    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.tile_m, 8)}, arch, 4, 3)
 
 
 def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
@@ -191,7 +191,7 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, folder)["STACK"] == 0
     products = ("HGMMA",) if tiling.block_m * tiling.segments > 8 and tiling.warps >= 4 else ("HGMMA", "HMMA")
-    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16
+    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16 * (1 + (tiling.extra_m > 0))
     assert overwritten_operands(code) == []
     assert waits_between_products(code) == 0
     return code
