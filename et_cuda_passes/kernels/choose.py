@@ -1,7 +1,7 @@
 """Which tiling a weight gets: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
 
 A number of rows that is not known at export is a launch for each bucket of rows. The bounds of the buckets are chosen
-for each weight, so that the worst loss against the best tiling of every length is smallest.
+for each weight, so that the worst loss against the best tiling of every length is smallest, and then the mean loss.
 """
 
 import json
@@ -24,11 +24,15 @@ BOUNDS = (
 """Where a bucket of rows may end. Beyond the last one every length has the last bucket's tiling."""
 MOST_LAUNCHES = 8
 ENOUGH = 1.02
-"""A loss that is not worth another launch."""
+"""A worst loss that need not be smaller."""
+SLACK = 0.005
+"""How much larger than the smallest possible the worst loss may be, relatively, where the mean loss is then smaller."""
+PRICE = 0.002
+"""How much smaller a launch more has to make the mean over log(M) of the logarithm of the time: 0.1 us of 50. A launch
+takes 0.1 to 0.2 us of a call for a length outside its bucket, and 0.1 s of lowering (30 s of Inductor's for 330)."""
 MOST_WAVES = 3
 CUT = 1.0
 """Microseconds that a launch more, and an allocation, cost besides the GPU's time."""
-ROUNDS = 12
 EFFICIENCY = 0.7
 """Of the tensor cores' rate on a data sheet, that a kernel reaches."""
 
@@ -231,10 +235,12 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     intervals = [lengths(*pair) for pair in zip(begins, ends, strict=True)]
     rows = [number for interval in intervals for number in interval]
     choices, times = predicted(gpu, costs, weight, rows)
-    # Of each tiling, the worst loss within each interval.
-    starts = np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
-    losses = np.maximum.reduceat(times / times.min(axis=0), starts, axis=1)
-    chosen = cover(losses, most)
+    # Of each tiling, the worst loss within each interval, and its share of the mean over log(M).
+    lost, starts = times / times.min(axis=0), np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
+    losses = np.maximum.reduceat(lost, starts, axis=1)
+    widths = np.array([math.log((interval[-1] + 1) / interval[0]) / len(interval) for interval in intervals])
+    means = np.add.reduceat(np.log(lost), starts, axis=1) * widths / math.log((ends[-1] + 1) / first)
+    chosen = cover(losses, means, most)
     worst = float(max(losses[choice, begin:end].max() for begin, end, choice in chosen))
     found: dict[int, Tiling] = {}
     for _, end, choice in chosen:
@@ -245,45 +251,56 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     return Buckets(found, worst)
 
 
-def cover(losses: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """Intervals as (first, end, choice), at most ``most``, whose worst loss is as small as it can be.
+def cover(losses: np.ndarray, means: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """All intervals, as at most ``most`` launches (first, end, choice), in this order of what counts:
 
-    ``losses`` is of each choice (first dimension) in each interval. Fewer are taken where the loss is below ENOUGH
-    anyway, or hardly larger.
+    - the worst loss is as small as it can be with so many launches, or below ENOUGH, or larger than that by SLACK;
+    - the sum of ``means``, and of PRICE for each launch, is smallest.
+
+    ``losses`` is each choice's (first dimension) worst loss in each interval, ``means`` its share of the mean of the
+    logarithm.
     """
     count = losses.shape[1]
-
-    def greedy(limit: float) -> list[tuple[int, int, int]] | None:
-        """As few as cover all with no loss above ``limit``: each reaches as far as it can."""
-        above = losses > limit
-        found: list[tuple[int, int, int]] = []
-        first = 0
-        while first < count:
-            reaches = np.where(above[:, first:].any(axis=1), above[:, first:].argmax(axis=1), count - first)
-            choice = int(reaches.argmax())
-            if reaches[choice] == 0 or len(found) == most:
-                return None
-            found.append((first, first + int(reaches[choice]), choice))
-            first = found[-1][1]
-        return found
-
-    low, high = ENOUGH, float(losses.min(axis=0).max())
-    while greedy(high) is None:
-        high *= 2
-    found = greedy(high) or []
-    if (enough := greedy(low)) is not None:
-        found = enough
-    else:
-        for _ in range(ROUNDS):
-            middle = (low + high) / 2
-            tried = greedy(middle)
-            low, high, found = (middle, high, found) if tried is None else (low, middle, tried)
-    return [(first, end, best_within(losses[:, first:end])) for first, end, _ in found]
+    # Of each choice, from each interval on to each later one.
+    worst = [np.maximum.accumulate(losses[:, first:], axis=1) for first in range(count)]
+    limit = max(ENOUGH, _fewest_lost([each.min(axis=0) for each in worst], most)) * (1 + SLACK)
+    sums = [
+        np.where(each <= limit, np.cumsum(means[:, first:], axis=1), np.inf) + PRICE for first, each in enumerate(worst)
+    ]
+    # Of so many launches, the least sum up to each interval, and where the last of them begins.
+    least = np.array([0.0, *[np.inf] * count])
+    begins: list[np.ndarray] = []
+    ways = np.full((count, count + 1), np.inf)
+    for first, each in enumerate(sums):
+        ways[first, first + 1 :] = each.min(axis=0)
+    totals = []
+    for _ in range(most):
+        reached = least[:-1, None] + ways
+        begins.append(reached.argmin(axis=0))
+        least = reached.min(axis=0)
+        totals.append(least[-1])
+    found: list[tuple[int, int, int]] = []
+    end = count
+    for number in range(int(np.argmin(totals)), -1, -1):
+        first = int(begins[number][end])
+        found.append((first, end, int(sums[first][:, end - first - 1].argmin())))
+        end = first
+    return found[::-1]
 
 
-def best_within(losses: np.ndarray) -> int:
-    """The choice with the smallest worst loss, and of those the smallest sum."""
-    return int(np.lexsort((losses.sum(axis=1), losses.max(axis=1)))[0])
+def _fewest_lost(worst: Sequence[np.ndarray], most: int) -> float:
+    """The smallest worst loss of at most ``most`` launches; ``worst`` has that of one launch, from each interval on to
+    each later one."""
+    count = len(worst)
+    ways = np.full((count, count + 1), np.inf)
+    for first, each in enumerate(worst):
+        ways[first, first + 1 :] = each
+    least = np.array([0.0, *[np.inf] * count])
+    smallest = np.inf
+    for _ in range(most):
+        least = np.maximum(least[:-1, None], ways).min(axis=0)
+        smallest = min(smallest, least[-1])
+    return float(smallest)
 
 
 def describe(gpu: GpuArch, weight: Weight, rows: int | None) -> str:
