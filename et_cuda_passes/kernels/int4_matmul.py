@@ -175,27 +175,7 @@ def int4_matmul(
             if EXTRA_M > 0:
                 store_part(part_ptr + BLOCK_M * BLOCK_N, extra_sums, EXTRA_M, BLOCK_N)
             return
-    store_tile(
-        y_ptr,
-        sums,
-        bias_ptr,
-        factor_ptr,
-        addend_ptr,
-        first_m,
-        tile_m * TILE_M if BULK else None,
-        tile_n,
-        M,
-        N,
-        BLOCK_M,
-        BLOCK_N,
-        HAS_BIAS,
-        ACTIVATION,
-        HAS_FACTOR,
-        HAS_ADDEND,
-        GATED,
-        USE_ASM,
-    )
-    if EXTRA_M > 0:
+    if EXTRA_M > 0:  # first, so that the registers of its sums are free when the other piece needs many
         store_tile(
             y_ptr,
             extra_sums,
@@ -216,3 +196,23 @@ def int4_matmul(
             GATED,
             USE_ASM,
         )
+    store_tile(
+        y_ptr,
+        sums,
+        bias_ptr,
+        factor_ptr,
+        addend_ptr,
+        first_m,
+        tile_m * TILE_M if BULK else None,
+        tile_n,
+        M,
+        N,
+        BLOCK_M,
+        BLOCK_N,
+        HAS_BIAS,
+        ACTIVATION,
+        HAS_FACTOR,
+        HAS_ADDEND,
+        GATED,
+        USE_ASM,
+    )

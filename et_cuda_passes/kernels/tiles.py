@@ -206,7 +206,10 @@ def add_parts(
     HEIGHT: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """Sum the parts of HEIGHT rows of one cut tile of TILE_M rows, first to last. GATED and SALT as in the product that made them."""
+    """Sum the parts of HEIGHT rows of one cut tile of TILE_M rows, first to last.
+
+    GATED and SALT are as in the product that made the parts.
+    """
     if -SALT == M:
         return
     tiles_m = tl.cdiv(M, TILE_M)

@@ -73,23 +73,39 @@ def test_against_fp64_at_every_edge_and_bit_equal_repeats(case: tuple) -> None:
         (64, 64, 64, 1, 4, 6, 1),
         (128, 64, 64, 1, 4, 4, 1),
         (256, 128, 64, 1, 8, 4, 1),
-        (32, 64, 64, 1, 4, 6, 1, 16),
-        (64, 64, 64, 1, 4, 6, 1, 32),
-        (64, 64, 128, 1, 4, 3, 0, 16),
-        (128, 64, 64, 1, 4, 3, 1, 32),
-        (128, 128, 64, 1, 8, 4, 1, 64),
-        (256, 128, 64, 1, 8, 3, 1, 128),
     ],
 )
 @pytest.mark.parametrize(
     ("k", "group", "zeros"), [(1056, 32, True), (1024, 64, False), (2048, 32, False), (640, 128, True)]
 )
 def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool) -> None:
-    n, dtype = 700, torch.bfloat16
-    *blocks, segments, warps, stages, bulk, extra_m = (*shape, 0)[:8]
+    *blocks, segments, warps, stages, bulk = shape
     if segments > 1 and waves:
         pytest.skip("segments and cut tiles are two answers to the same question")
-    tiling = Tiling(*blocks, segments, waves, warps, stages, bulk, extra_m)
+    check_tiling(Tiling(*blocks, segments, waves, warps, stages, bulk), k, group, zeros)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "k", "group", "zeros"),
+    [
+        (Tiling(32, 64, 64, 1, 0, 4, 6, 1, 16), 1056, 32, True),
+        (Tiling(64, 64, 64, 1, 1, 4, 6, 1, 32), 640, 128, True),
+        (Tiling(64, 64, 128, 1, 1, 4, 3, 0, 16), 1056, 32, True),
+        (Tiling(128, 64, 64, 1, 0, 4, 3, 1, 32), 1024, 64, False),
+        (Tiling(128, 64, 64, 1, 1, 4, 4, 1, 64), 1056, 32, True),
+        (Tiling(128, 128, 64, 1, 0, 8, 4, 1, 64), 640, 128, True),
+        (Tiling(256, 128, 64, 1, 1, 8, 3, 1, 64), 2048, 32, False),
+        (Tiling(256, 128, 64, 1, 0, 8, 3, 1, 128), 1024, 64, False),
+    ],
+    ids=str,
+)
+def test_every_way_of_making_a_tile_of_two_pieces(tiling: Tiling, k: int, group: int, zeros: bool) -> None:
+    check_tiling(tiling, k, group, zeros)
+
+
+def check_tiling(tiling: Tiling, k: int, group: int, zeros: bool) -> None:
+    """Against fp64, and the same bits by every way of reading x."""
+    n, dtype = 700, torch.bfloat16
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
@@ -98,7 +114,9 @@ def test_every_way_of_making_a_tile(shape: tuple[int, ...], waves: int, k: int, 
     gpu = gpu_of(packed.device)
     for m in (1, 100, 333):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full((max(waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n,), float("nan"), device="cuda")
+        parts = torch.full(
+            (max(tiling.waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n,), float("nan"), device="cuda"
+        )
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)

@@ -238,9 +238,7 @@ def test_a_table_that_is_not_whole_is_refused(
         load_costs(_table(tmp_path, tiling, costs))
 
 
-@pytest.mark.parametrize(
-    "wanted", [Tiling(16, 64, 128, 1, 0, 4, 3), Tiling(128, 64, 64, 1, 0, 4, 4, 1, 64)], ids=str
-)
+@pytest.mark.parametrize("wanted", [Tiling(16, 64, 128, 1, 0, 4, 3), Tiling(128, 64, 64, 1, 0, 4, 4, 1, 64)], ids=str)
 def test_a_table_is_read_as_it_is_written(tmp_path: Path, wanted: Tiling) -> None:
     assert len(wanted.row) == (9 if wanted.extra_m else 8)
     costs = load_costs(_table(tmp_path, list(wanted.row), [2, 1.5, 0.25, 0.5, 0.125]))

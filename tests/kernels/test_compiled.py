@@ -23,7 +23,6 @@ from tests.kernels.compiled import (
     tilings_of,
 )
 
-
 TWO_PIECES = [tiling for tiling in calibrate.candidates(4, wgmma=True) if tiling.extra_m]
 
 

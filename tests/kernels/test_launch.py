@@ -10,10 +10,11 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from et_cuda_passes.kernels import int4_launch
 from et_cuda_passes.kernels.choose import Weight, buckets
 from et_cuda_passes.kernels.gpus import HOPPER
-from et_cuda_passes.kernels.launching import inside, possible
-from et_cuda_passes.kernels.tiling import UNBOUNDED
+from et_cuda_passes.kernels.launching import inside, possible, wave
+from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 from tests.kernels.launches import found_written
@@ -85,21 +86,44 @@ def test_only_the_output_and_the_parts_are_written_to(
         assert set(node.kwargs["tensors_to_clone"]) == set(found_written(node))
 
 
-def described(node: torch.fx.Node) -> Any:
+def described(node: torch.fx.Node, pointer: str = "x_ptr") -> Any:
     """The block of x that a launch has a descriptor for, if it has one."""
-    return node.kwargs["tma_descriptor_metadata"].get("x_ptr")  # type: ignore[union-attr]
+    return node.kwargs["tma_descriptor_metadata"].get(pointer)  # type: ignore[union-attr]
 
 
 def test_a_batch_of_one_is_copied_in_bulk_where_the_tiling_says_so() -> None:
     _, nodes = launches(None, batch=1)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
     weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
-    chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight, first=2).tilings.values()]
+    chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight).tilings.values()]
     assert any(tiling.bulk for tiling in chosen) and not all(tiling.bulk for tiling in chosen)
     wanted = [("stable", ((1, tiling.block_m, 64),)) if tiling.bulk else None for tiling in chosen]
     assert [described(node) for node in products] == wanted
+    wanted = [("stable", ((1, tiling.extra_m, 64),)) if tiling.bulk and tiling.extra_m else None for tiling in chosen]
+    assert [described(node, "extra_ptr") for node in products] == wanted
     # Tiles of a batch of two would reach over its end.
     assert not any(described(node) for node in launches(None, batch=2)[1])
+
+
+@pytest.mark.parametrize("rows", [None, 333])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_piece_of_rows_has_its_descriptor(monkeypatch: pytest.MonkeyPatch, rows: int | None, batch: int) -> None:
+    tiling = Tiling(128, 64, 64, 1, 2, 4, 4, 1, 64)
+    monkeypatch.setattr(int4_launch, "possible", lambda *_: {UNBOUNDED: tiling})
+    signature, nodes = launches(rows, batch=batch)
+    products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
+    assert len(products) == 2 and (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
+    for pointer, height in (("x_ptr", 128), ("extra_ptr", 64)):
+        wanted = ("stable", ((1, height, 64),)) if batch == 1 else None
+        assert [described(node, pointer) for node in products] == [wanted] * 2
+    if rows is not None:
+        # Tiles of 192 rows: 2 or 4 by 128 and 48 of N, of which those beyond the last wave of 264 are cut.
+        tiles = -(-rows * batch // 192)
+        grids = [node.kwargs["grid"][0][0] for node in products]
+        assert grids == [wave(tiling, rows * batch, n, k, 132).grid for n, k in ((8192, 3072), (3072, 8192))]
+        assert all(grid >= tiles * n // 64 for grid, n in zip(grids, (8192, 3072), strict=True))
+    for node in nodes:
+        assert set(node.kwargs["tensors_to_clone"]) == set(found_written(node))
 
 
 class Sources(nn.Module):
@@ -178,8 +202,7 @@ def test_an_unknown_length_is_a_launch_for_each_bucket_and_no_guard(block: Calla
         weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
     else:
         weights = Weight(8192, 3072, 64, bits=8), Weight(3072, 8192, 8192, bits=8)
-    # The rows are those of a batch of two of at least two each.
-    assert len(products) == sum(len(buckets(HOPPER, weight, first=4).tilings) for weight in weights)
+    assert len(products) == sum(len(buckets(HOPPER, weight).tilings) for weight in weights)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
@@ -202,7 +225,7 @@ def test_a_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None
     _, nodes = launches(rows, 8192, 3072, Gate)
     table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
     weight = Weight(16384, 3072, 32, outputs=0.5)
-    chosen = possible(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight, first=4).tilings
+    chosen = possible(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight).tilings
     given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
     products = [one for one in given if "words_ptr" in one]
     assert [one["BLOCK_M"] for one in products] == [tiling.block_m for tiling in chosen.values()]

@@ -13,7 +13,7 @@ BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 @pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64)), ((5, 96), (128, 64))])
 def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    found = in_blocks(x, BULK)
+    found = in_blocks(x, BULK, BULK.block_m)
     assert isinstance(found, Described) and found.tensor is x and found.shape == block
 
 
@@ -30,8 +30,8 @@ def test_rows_that_lie_in_one_piece(shape: tuple[int, ...], block: tuple[int, ..
     ids=lambda x: str(tuple(x.shape)),
 )
 def test_others_are_not(x: torch.Tensor) -> None:
-    assert in_blocks(x, BULK) is None
+    assert in_blocks(x, BULK, BULK.block_m) is None
 
 
 def test_a_tiling_without_bulk_copies_has_none() -> None:
-    assert in_blocks(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4)) is None
+    assert in_blocks(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4), 128) is None
