@@ -114,9 +114,8 @@ def check_tiling(tiling: Tiling, k: int, group: int, zeros: bool) -> None:
     gpu = gpu_of(packed.device)
     for m in (1, 100, 333):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full(
-            (max(tiling.waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n,), float("nan"), device="cuda"
-        )
+        size = max(tiling.waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n
+        parts = torch.full((size,), float("nan"), device="cuda")
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)
