@@ -99,6 +99,10 @@ def test_every_form_of_two_pieces(others: dict[str, object], tmp_path: Path) -> 
     code_for_hopper(matmul(tiling, 90, **others), tiling, tmp_path)
 
 
+def test_parts_of_two_pieces_are_added_without_spills(tmp_path: Path) -> None:
+    assert resources(parts_adder(Tiling(128, 64, 64, 1, 1, 4, 4, 1, 64), 90), tmp_path)["STACK"] == 0
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_tile_of_x_is_copied_by_one_instruction(rank: int, tmp_path: Path) -> None:
     tiling = Tiling(256, 128, 64, 1, 0, 8, 4, 1)
