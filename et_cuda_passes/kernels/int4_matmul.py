@@ -155,9 +155,10 @@ def int4_matmul(
             if EXTRA_M > 0:
                 extra = load_ragged(extra_at, in_extra, end - extra_step * (BLOCK_K // 32), BLOCK_K)
         w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
-        sums = multiply(w, x, sums, USE_ASM)
         if EXTRA_M > 0:
+            # First: while the larger product that is issued last runs, the step after it can begin.
             extra_sums = multiply(w, extra, extra_sums, USE_ASM)
+        sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
         if not ONE_GROUP:
             scale_at += GROUPS
