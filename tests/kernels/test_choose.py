@@ -105,7 +105,7 @@ def test_more_buckets_reduce_the_mean_loss(weight: Weight) -> None:
         return float(np.trapezoid(np.log(lost), np.log(lengths)) / math.log(4096))
 
     assert mean(8) <= mean(4) + 0.005
-    assert mean(8) <= 0.04
+    assert mean(8) <= 0.045
 
 
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=str)

@@ -107,7 +107,7 @@ def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
 
 @pytest.mark.parametrize("rows", [None, 333])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_each_piece_of_rows_has_its_descriptor(monkeypatch: pytest.MonkeyPatch, rows: int | None, batch: int) -> None:
+def test_pieces_of_rows_have_a_descriptor_each(monkeypatch: pytest.MonkeyPatch, rows: int | None, batch: int) -> None:
     tiling = Tiling(128, 64, 64, 1, 2, 4, 4, 1, 64)
     monkeypatch.setattr(linear_launch, "buckets_for", lambda *_: {UNBOUNDED: tiling})
     signature, nodes = launches(rows, batch=batch)
