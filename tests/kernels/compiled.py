@@ -21,6 +21,8 @@ from et_cuda_passes.kernels.tiling import Tiling
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
 """Element types of the pointers whose type is not the dtype of the activations."""
+BLOCKS = {"x_ptr": "BLOCK_M", "extra_ptr": "EXTRA_M"}
+"""Pointers that are tensor descriptors in bulk copies, and the constants with the rows of their blocks."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -28,6 +30,8 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
     """The compile-time constants of a launch."""
     constants = {
         "BLOCK_M": tiling.block_m,
+        "EXTRA_M": tiling.extra_m,
+        "TILE_M": tiling.tile_m,
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,
         "SEGMENTS": tiling.segments,
@@ -55,8 +59,8 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "x_ptr" and constants.get("BULK"):
-            block = [1] * (constants["BULK"] - 2) + [constants["BLOCK_M"], constants["BLOCK_K"]]
+        elif constants.get("BULK") and name in BLOCKS and constants[BLOCKS[name]]:
+            block = [1] * (constants["BULK"] - 2) + [constants[BLOCKS[name]], constants["BLOCK_K"]]
             signature[name] = f"tensordesc<{dtype}{block}>"
         elif name.endswith("_ptr"):
             signature[name] = f"*{KINDS.get(name, dtype)}"
@@ -87,7 +91,7 @@ def int8_product(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) 
 @cache
 def parts_adder(tiling: Tiling, arch: int) -> Any:
     """The kernel that adds the parts of split tiles."""
-    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.block_m, 8)}, arch, 4, 3)
+    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.tile_m, 8)}, arch, 4, 3)
 
 
 def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
@@ -187,7 +191,7 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, folder)["STACK"] == 0
     products = ("HGMMA",) if tiling.block_m * tiling.segments > 8 and tiling.warps >= 4 else ("HGMMA", "HMMA")
-    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16
+    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16 * (1 + (tiling.extra_m > 0))
     assert overwritten_operands(code) == []
     assert waits_between_products(code) == 0
     return code
