@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -180,6 +181,23 @@ def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Ti
     found = {tiling for weight in weights for tiling, _ in candidates(costs_of(gpu, bits), weight) if tiling.waves < 2}
     assert found
     return sorted(found, key=astuple)
+
+
+def largest_of_each_kind(tilings: list[Tiling]) -> list[Any]:
+    """Test parameters: all tilings, with the slow mark on each that is not the largest of its kind.
+
+    A kind is a path through the kernel's source. Its largest tile has the most registers, so that it spills first.
+    """
+    kinds: dict[tuple[int, ...], list[Tiling]] = {}
+    for tiling in tilings:
+        kind = (tiling.segments > 1, tiling.waves, tiling.bulk, tiling.extra_m > 0, tiling.warps)
+        kinds.setdefault(kind, []).append(tiling)
+
+    def size(tiling: Tiling) -> tuple[int, ...]:
+        return (tiling.segments**2 * tiling.tile_m * tiling.block_n, tiling.block_k, *astuple(tiling))
+
+    largest = {max(members, key=size) for members in kinds.values()}
+    return [pytest.param(each, marks=() if each in largest else pytest.mark.slow, id=str(each)) for each in tilings]
 
 
 def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int, str]]:

@@ -1,12 +1,11 @@
 """Every tiling of the tables, compiled for its GPUs: it fits, spills nothing, and waits where needed."""
 
 from collections import Counter
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import calibrate
 from et_cuda_passes.kernels.choose import Weight, tiling_for
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
@@ -15,6 +14,7 @@ from tests.kernels.compiled import (
     arch_of,
     check_for_others,
     code_for_hopper,
+    largest_of_each_kind,
     machine_code,
     matmul,
     overwritten_operands,
@@ -23,10 +23,8 @@ from tests.kernels.compiled import (
     tilings_of,
 )
 
-TWO_PIECES = [tiling for tiling in calibrate.candidates(4, wgmma=True) if tiling.extra_m]
 
-
-@pytest.mark.parametrize("tiling", sorted({*tilings_of(HOPPER), *TWO_PIECES}, key=astuple), ids=str)
+@pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER)))
 def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, tmp_path: Path) -> None:
     kernel = matmul(tiling, 90)
     code_for_hopper(kernel, tiling, tmp_path)
