@@ -16,8 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = pytest.mark.parametrize(
     ("dtype", "most"), [(torch.float16, 1e-3), pytest.param(torch.bfloat16, 1.6e-2, marks=pytest.mark.slow)]
 )
-"""The dtypes of the activations with the largest error. fp16 has the narrower bound; the kernels' source is the same for
-both. The interpreter truncates fp32 to bf16, where a GPU rounds, which doubles the error."""
+"""The dtypes of the activations with the largest error. fp16 has the narrower bound, and the kernels' source is the
+same for both. The interpreter truncates fp32 to bf16, where a GPU rounds, which doubles the error."""
 _ROOT = Path(__file__).parents[2]
 
 
