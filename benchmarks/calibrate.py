@@ -1,11 +1,12 @@
 """Measure the costs of the Triton kernel's tilings on the GPU of this machine.
 
-    python -m benchmarks.calibrate [--bits 4] [--seconds 480] [--out calibration.jsonl]
+    python -m benchmarks.calibrate [--bits 4] [--seconds 480] [--new-tilings] [--out calibration.jsonl]
     python -m benchmarks.calibrate --dry-run                    # needs no GPU: lists the kernels and points
 
 Each measurement is written immediately as a line of JSON: about the machine, a kernel's resources, or a point. A point
 is a tiling, a group size, and a product of M rows with a weight [N, K]. A run resumes a file that was begun on the same
-GPU. The order of points gives a run that is interrupted some points of every kind.
+GPU. With ``--new-tilings`` it measures only tilings for which the file has no point. The order of points gives a run
+that is interrupted some points of every kind.
 
 - ``fit``: every tiling in every group size, with whole and partial steps, for several K and numbers of tiles.
 - ``cut``: tilings that split the tiles which do not fill the last wave.
@@ -19,7 +20,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -49,6 +50,14 @@ FEW_ROWS = 64
 HELD_SEED = 1000
 MOST_FAILURES = 60
 """Failures in a row: more indicate an error of the GPU, after which nothing runs."""
+TWO_PIECES = [
+    *[(32, 16, 64, 4, 6), (32, 16, 128, 4, 6), (64, 16, 64, 4, 6), (64, 32, 64, 4, 6), (64, 32, 64, 4, 4)],
+    *[(64, 32, 128, 4, 4), (64, 32, 128, 8, 4), (128, 16, 64, 4, 4), (128, 32, 64, 4, 3), (128, 32, 64, 4, 4)],
+    *[(128, 32, 128, 4, 3), (128, 32, 128, 8, 4), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4), (128, 64, 128, 8, 4)],
+    *[(256, 32, 128, 8, 4), (256, 64, 128, 8, 3), (256, 64, 128, 8, 4), (256, 128, 128, 8, 3)],
+    *[(64, 16, 128, 4, 4), (128, 16, 128, 8, 4)],
+]
+"""BLOCK_M, EXTRA_M, BLOCK_N, warps and stages of tilings with two pieces of rows. Both pieces are copied in bulk."""
 MEMORY = 228 * 1024
 """Shared memory of a multiprocessor, for a first estimate of its number of programs."""
 
@@ -66,7 +75,7 @@ class Measurement:
 
     def entry(self) -> dict[str, Any]:
         """The entry of the file, without the time."""
-        tiling = None if self.tiling is None else astuple(self.tiling)
+        tiling = None if self.tiling is None else self.tiling.row
         return {"kind": self.kind, "tiling": tiling, "group": self.group, "m": self.m, "n": self.n, "k": self.k}
 
 
@@ -110,26 +119,27 @@ def candidates(bits: int, wgmma: bool) -> list[Tiling]:
         more = [(128, 128, 4, 3), (128, 64, 4, 3), (128, 256, 8, 4), (64, 256, 8, 4), (64, 128, 4, 4), (64, 128, 4, 6)]
         more += [(32, 128, 4, 6), (16, 128, 4, 6)]
         found += [Tiling(m, n, 64, 1, 0, warps, stages, 1) for m, n, warps, stages in more]
+        found += [Tiling(m, n, 64, 1, 0, warps, stages, 1, extra) for m, extra, n, warps, stages in TWO_PIECES]
     return found
 
 
 def programs(tiling: Tiling) -> int:
     """An estimate of the programs on a multiprocessor, by the bytes of the steps and the registers of the sums."""
-    step = tiling.segments * tiling.block_k * (2 * tiling.block_m + tiling.block_n // 2)
-    registers = tiling.segments**2 * tiling.block_m * tiling.block_n // (32 * tiling.warps) + 90
+    step = tiling.segments * tiling.block_k * (2 * tiling.tile_m + tiling.block_n // 2)
+    registers = tiling.segments**2 * tiling.tile_m * tiling.block_n // (32 * tiling.warps) + 90
     return max(1, min(MEMORY // (tiling.stages * step + 2048), 65536 // (registers * 32 * tiling.warps), 16))
 
 
 def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int, chance: random.Random) -> Any:
     """M, N and K that give about ``share`` tiles for a multiprocessor, within the bounds."""
     tiles = max(1, round(share * processors))
-    if tiling.block_m <= 32:
+    if tiling.tile_m <= 32:
         high = chance.choice((1, 1, 1, 1, 2, 3, 4))
     else:
-        high = chance.choice([c for c in (1, 2, 3, 4, 6, 8, 12, 16, 27, 64) if c * tiling.block_m <= MOST_M])
+        high = chance.choice([c for c in (1, 2, 3, 4, 6, 8, 12, 16, 27, 64) if c * tiling.tile_m <= MOST_M])
     high = min(high, tiles)
-    m = high * tiling.block_m - chance.choice((0, 0, chance.randrange(tiling.block_m // 2 + 1)))
-    m = max(16, m // 16 * 16) if tiling.block_m > 8 else m - (m % 16 == 0) + (m == 1)
+    m = high * tiling.tile_m - chance.choice((0, 0, chance.randrange(tiling.tile_m // 2 + 1)))
+    m = max(16, m // 16 * 16) if tiling.tile_m > 8 else m - (m % 16 == 0) + (m == 1)
     k = chance.choice(ks)
     most = min(MOST_N, int(MOST_WEIGHT / k))
     n = max(LEAST_N, min(most, max(1, round(tiles / high)) * tiling.block_n)) // 16 * 16
@@ -138,7 +148,7 @@ def product_for(tiling: Tiling, ks: Sequence[int], share: float, processors: int
 
 def of_tiling(tiling: Tiling, group: int, bits: int, count: int, whole: bool, processors: int) -> list[Measurement]:
     """``count`` points with several K and numbers of tiles for a multiprocessor."""
-    chance = random.Random(f"{astuple(tiling)} {group} {whole}")
+    chance = random.Random(f"{tiling.row} {group} {whole}")
     ks = [k for k in (*WHOLE_K, *OTHER_K) if is_whole(tiling, k) == whole and k % (group or 1) == 0]
     if not tiling.bulk:
         ks = [k for k in ks if (k in WHOLE_K) == whole] or ks
@@ -156,11 +166,18 @@ def of_tiling(tiling: Tiling, group: int, bits: int, count: int, whole: bool, pr
 
 
 def heights(m: int) -> list[int]:
-    """BLOCK_M of the tilings that may be chosen for ``m`` rows."""
+    """BLOCK_M of the tilings with one piece of rows that may be chosen for ``m`` rows."""
     least = min(256, max(8, 1 << (m - 1).bit_length()))
     if m > 2 * FEW_ROWS:
         return [64, 128, 256] if m < 1024 else [128, 256]
     return [least, least // 2] if least > 8 and m > FEW_ROWS else [least]
+
+
+def may_suit(tiling: Tiling, m: int) -> bool:
+    """Whether a tiling may be chosen for ``m`` rows. With two pieces, at most a third of its rows may be beyond M."""
+    if not tiling.extra_m:
+        return tiling.block_m in heights(m)
+    return 2 * tiling.tile_m > min(heights(m)) and -(-m // tiling.tile_m) * tiling.tile_m <= 1.5 * m
 
 
 def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> list[list[Measurement]]:
@@ -173,7 +190,7 @@ def held_out(tilings: Sequence[Tiling], groups: Sequence[int], count: int) -> li
         place = number // 2 + number % 2 * (len(HELD_ROWS) // 2)
         m, n = HELD_ROWS[place % len(HELD_ROWS)], n // 16 * 16
         group = chance.choice([group for group in groups if k % (group or 1) == 0])
-        fitting = [tiling for tiling in tilings if tiling.block_m in heights(m)]
+        fitting = [tiling for tiling in tilings if may_suit(tiling, m)]
         cut = [
             replace(tiling, waves=waves)
             for tiling in fitting
@@ -249,15 +266,24 @@ def machine(bits: int) -> dict[str, Any]:
     }
 
 
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, none if it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def of_new_tilings(points: Iterable[Measurement], lines: Iterable[Mapping[str, Any]]) -> list[Measurement]:
+    """The points of tilings without a time in ``lines``, with or without split tiles."""
+    known = {replace(Tiling(*line["tiling"]), waves=0) for line in lines if line.get("tiling") and "us" in line}
+    return [p for p in points if p.tiling is not None and replace(p.tiling, waves=0) not in known]
+
+
 def begun(path: Path, bits: int, gpu: str) -> list[dict[str, Any]]:
     """The lines of an existing file.
 
     Raises:
         ValueError: the file is for another GPU, or for other bits.
     """
-    if not path.exists():
-        return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = lines_of(path)
     if lines and (lines[0]["gpu"], lines[0]["bits"]) != (gpu, bits):
         was = f"int{lines[0]['bits']} on {lines[0]['gpu']}"
         raise ValueError(f"{path} has measurements of {was}; give --out a new file for int{bits} on {gpu}")
@@ -299,7 +325,7 @@ def measure(pool: Pool, points: Iterable[Measurement], file: TextIO, bits: int, 
             loaded = resources.newest()
             group = point.group if point.group != point.k or bits == 4 else 0
             cut = replace(point.tiling, waves=int(point.tiling.waves > 0))
-            named = {"kind": "kernel", "tiling": astuple(cut), "group": group, "whole": kernel[2]}
+            named = {"kind": "kernel", "tiling": cut.row, "group": group, "whole": kernel[2]}
             if loaded is not None and (cut, group, kernel[2]) not in known:
                 known.add((cut, group, kernel[2]))
                 file.write(json.dumps(named | loaded) + "\n")
@@ -317,12 +343,16 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="measure no more points than this")
     parser.add_argument("--out", type=Path, default=Path("calibration.jsonl"))
     parser.add_argument("--jobs", type=int, help="processes that compile side by side")
+    parser.add_argument("--new-tilings", action="store_true", help="measure only tilings without a point in --out")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     begin, console = time.monotonic(), Console(width=160)
     gpu = gpu_of(torch.device("cuda"))
     processors = gpu.processors
-    points = plan(options.bits, gpu.wgmma, processors, options.held)[: options.most]
+    points = plan(options.bits, gpu.wgmma, processors, options.held)
+    if options.new_tilings:
+        points = of_new_tilings(points, lines_of(options.out))
+    points = points[: options.most]
     if options.dry_run:
         kinds = {kind: sum(p.kind == kind for p in points) for kind in ("fit", "cut", "held")}
         operations = sum(2 * p.m * p.n * p.k for p in points) / 1e12

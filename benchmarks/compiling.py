@@ -34,7 +34,7 @@ def run(tiling: Tiling, x: Tensor, packed: Tensor, qparams: Tensor, group: int) 
     gpu = gpu_of(x.device)
     processors = gpu.processors
     y = x.new_empty(x.shape[0], packed.shape[0])
-    most = tiling.waves * processors * tiling.block_m * tiling.block_n
+    most = tiling.waves * processors * tiling.tile_m * tiling.block_n
     parts = x.new_empty(most, dtype=torch.float32) if most else None
     last = (y, parts, group, tiling, 1, gpu.wgmma, processors)
     if packed.dtype is torch.int8:

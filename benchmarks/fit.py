@@ -259,7 +259,7 @@ def table_text(fit: Fit) -> str:
     for tiling in sorted({key[0] for key in fit.costs}, key=astuple):
         groups = sorted({group for each, group, _ in fit.costs if each == tiling})
         both = {str(group): [cost_row(fit.costs.get((tiling, group, w))) for w in (True, False)] for group in groups}
-        rows.append(f'  {{"tiling": {json.dumps(astuple(tiling))}, "costs": {json.dumps(both)}}}')
+        rows.append(f'  {{"tiling": {json.dumps(tiling.row)}, "costs": {json.dumps(both)}}}')
     return "\n".join([*lines, ",\n".join(rows), " ]", "}"]) + "\n"
 
 
@@ -274,15 +274,15 @@ def percentile(values: Sequence[float], part: float) -> float:
 
 
 def error_table(fit: Fit) -> Table:
-    """Relative errors by kind and BLOCK_M."""
-    table = Table("points", "BLOCK_M", "number", "median", "90 %", "worst", "within 15 %")
+    """Relative errors by kind of point and rows of a tile."""
+    table = Table("points", "tile's rows", "number", "median", "90 %", "worst", "within 15 %")
     by: dict[tuple[str, int], list[float]] = defaultdict(list)
     points = fit.known(fit.calibration.points)
     for point, predicted in zip(points, fit.predicted(points), strict=True):
         assert point.tiling is not None
         off = abs(math.log(predicted / point.us))
         by[point.kind, 0].append(off)
-        by[point.kind, point.tiling.block_m].append(off)
+        by[point.kind, point.tiling.tile_m].append(off)
     for (kind, height), errors in sorted(by.items()):
         within = sum(off <= math.log(1.15) for off in errors) / len(errors)
         figures = [statistics.median(errors), percentile(errors, 0.9), max(errors)]

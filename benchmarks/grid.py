@@ -22,7 +22,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple
 from itertools import product
 from pathlib import Path
 from typing import Any, TextIO
@@ -122,7 +121,7 @@ def write_choices(path: Path, points: Iterable[Point], choose: Chooser) -> None:
         for point in points:
             tiling = choose(*place(point))
             assert tiling is not None
-            file.write(json.dumps(point | {"tiling": astuple(tiling)}) + "\n")
+            file.write(json.dumps(point | {"tiling": tiling.row}) + "\n")
 
 
 def chosen(points: Iterable[Point], choosers: Mapping[str, Chooser]) -> Iterator[tuple[Point, dict[str, Tiling]]]:
@@ -149,7 +148,7 @@ def measured(pool: Pool, point: Point, tilings: Mapping[str, Tiling], dense: flo
             found["errors"]["tinygemm"] = str(error)[:200]
     known: dict[Tiling, float] = {}
     for name, tiling in tilings.items():
-        found["tilings"][name] = astuple(tiling)
+        found["tilings"][name] = tiling.row
         try:
             if tiling not in known:
                 known[tiling] = pool.time(n, k, group, m, tiling)

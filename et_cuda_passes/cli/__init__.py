@@ -5,7 +5,6 @@ goes to stdout, progress and errors go to stderr.
 """
 
 import json
-import os
 import re
 import shlex
 from dataclasses import Field, fields, is_dataclass
@@ -21,7 +20,16 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, list_files, one_line
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    check_writable,
+    handle_errors,
+    list_files,
+    one_line,
+)
+from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.running import run
 from et_cuda_passes.cli.verifying import verify
@@ -62,7 +70,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @app.command()
 def lower(
-    model: ModelPath,
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an unfinished export."
+        ),
+    ],
     target: TargetName,
     output_dir: Annotated[
         Path, typer.Option("--output-dir", "-o", help="The folder of the files; created if missing.")
@@ -79,12 +92,18 @@ def lower(
 ) -> None:
     """Rewrite MODEL for a target, and write the files that it runs and report.json.
 
-    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2. The folder of an export that another machine
+    could not finish gets what it lacks.
     """
     with handle_errors(debug):
         _check_target(target)
+        if is_export(model):
+            if output_dir not in (Path(), model) or stop_after or expect:
+                raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
+            finish(model, target)
+            return
         demanded = _expectations(expect or [], target)
-        _check_writable(output_dir)
+        check_writable(output_dir)
         stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"
         packed = output_dir / f"{stem}.packed.pt2"
         with Steps() as step:
@@ -170,6 +189,7 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
+app.command()(export)
 app.command()(generate)
 app.command()(run)
 app.command()(verify)
@@ -202,16 +222,6 @@ def _check_target(target: str) -> None:
         get_target(target)
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-def _check_writable(folder: Path) -> None:
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir():
-        raise UsageError(f"--output-dir {folder} cannot be created: {nearest} is a file; name a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
-        )
 
 
 def _expectations(texts: list[str], target: str) -> dict[str, int]:

@@ -1,10 +1,12 @@
 """Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
+import os
+import resource
 import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
@@ -27,18 +29,32 @@ class LoweringError(Exception):
 
 
 class Steps:
-    """Progress on stderr: each step with its time when it ends, and on a terminal also the current step."""
+    """Progress on stderr: each step with its time when it ends, and on a terminal also the current step.
+
+    With :meth:`expect`, a step also has the part of the steps that is done, and the peak of memory during it.
+    """
 
     def __init__(self) -> None:
+        self._count = self._done = 0
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._step: tuple[str, float] | None = None
 
+    @property
+    def current(self) -> str | None:
+        """The step that runs."""
+        return self._step[0] if self._step else None
+
+    def expect(self, count: int) -> None:
+        """Say that ``count`` more steps follow the present one."""
+        self._count = self._done + (self._step is not None) + count
+
     def __call__(self, step: str) -> None:
         """Begin ``step``, which ends the previous one."""
         self._end()
         self._step = (step, time.monotonic())
+        _reset_peak_memory()
         self._live.add_task(step, total=None)
 
     def __enter__(self) -> "Steps":
@@ -57,8 +73,43 @@ class Steps:
             step, began = self._step
             for task in self._live.task_ids:
                 self._live.remove_task(task)
-            self._console.print(f"{step}: {time.monotonic() - began:.1f} s", markup=False)
+            self._done += 1
+            text = f"{step}: {time.monotonic() - began:.1f} s"
+            if self._count:
+                text = f"{100 * self._done // max(self._count, self._done):3} %  {text}, peak memory {_peak_memory()}"
+            self._console.print(text, markup=False)
         self._step = None
+
+
+def _reset_peak_memory() -> None:
+    """Forget the largest resident memory until now, where the system can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _peak_memory() -> str:
+    """The largest resident memory of this process since it was reset; of the whole run where it cannot be reset."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak * 1024 / 1e9:.2f} GB"
+
+
+def check_writable(folder: Path) -> None:
+    """Check that a folder exists or can be created, and that files can be written to it.
+
+    Raises:
+        UsageError: not so.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"--output-dir {folder} cannot be created: {nearest} is a file; name a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
+        )
 
 
 @contextmanager

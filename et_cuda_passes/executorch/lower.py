@@ -57,6 +57,11 @@ def lower(
     return [folder / name for name in names]
 
 
+def lowering_steps(target: str, methods: int) -> int:
+    """How often :func:`lower` calls ``progress`` for so many methods."""
+    return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
+
+
 def missing_requirement(target: str) -> str | None:
     """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
 

@@ -79,7 +79,7 @@ def load_model(path: Path, target: str, trust: bool = False) -> Model:
     program, text = _read(path, trust)
     try:
         record = json.loads(text or "{}")
-        report = _report(record["report"]) if record else None
+        report = read_report(record["report"]) if record else None
         texts = [record[name] for name in record if name != "report"]
         if type(record) is not dict or not all(type(text) is str and text.isprintable() for text in texts):
             raise TypeError("the record has values that are no text")
@@ -205,7 +205,7 @@ def _check_target(path: Path, model: Model, record: dict[str, Any], target: Targ
         )
 
 
-def _report(data: dict[str, Any]) -> Report:
+def read_report(data: dict[str, Any]) -> Report:
     """The inverse of :meth:`Report.to_dict`; malformed data raise any of the errors that :func:`load_model` catches."""
     outcomes = [
         Outcome(**{**outcome, "reasons": [Reason(**reason) for reason in outcome["reasons"]]})

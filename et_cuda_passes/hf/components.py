@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.exporters.utils import decompose_for_generation, is_multimodal
+from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
+from transformers.exporters.utils import decompose_for_generation, is_multimodal, prepare_for_export
+from transformers.utils import ModelOutput
 
 Inputs = MutableMapping[str, Any]
 """The kwargs of a forward."""
@@ -139,6 +141,54 @@ def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str)
         constants=rename(program.constants),
         verifiers=program.verifiers,
     )
+
+
+def contiguous(inputs: Inputs) -> Inputs:
+    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
+    for name, value in inputs.items():
+        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
+    return inputs
+
+
+def text_length_of(inputs: Inputs) -> int | None:
+    """The number of tokens in the inputs of a model."""
+    tokens = inputs.get("input_ids")
+    return None if tokens is None else int(tokens.shape[1])
+
+
+def dynamic_lengths(config: Any, model: nn.Module, inputs: Inputs, text_length: int | None) -> dict[str, Any]:
+    """The fields by which ``config`` gets the length of the text as the only dynamic size; none if it does not ask."""
+    if not config.dynamic or config.max_length is None or config.dynamic_shapes is not None or text_length is None:
+        return {}
+    # transformers adds inputs before it traces, and the shapes must be those of all.
+    prepared = prepare_for_export(model, dict(inputs))[1]
+    return {"dynamic_shapes": _length_shapes(prepared, text_length, config.max_length)}
+
+
+def _length_shapes(value: Any, length: int, longest: int) -> Any:
+    """The dynamic shapes of an input, or of all of them, whose only dynamic size is the length of the text.
+
+    Args:
+        value: the input; a dict for the kwargs of a component.
+        length: the length of the text in it.
+        longest: the largest length.
+    """
+    if isinstance(value, torch.Tensor):
+        return {axis: Dim.AUTO(max=longest) for axis, size in enumerate(value.shape) if size == length}
+    if type(value) is dict:
+        return {name: _length_shapes(each, length, longest) for name, each in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_length_shapes(each, length, longest) for each in value)
+    if isinstance(value, ModelOutput):
+        return [_length_shapes(each, length, longest) for each in value.values()]
+    return _static(get_auto_dynamic_shapes(value))
+
+
+def _static(shapes: Any) -> Any:
+    """``shapes`` of the same structure without a dynamic size."""
+    if isinstance(shapes, dict):
+        return {name: _static(each) for name, each in shapes.items() if not isinstance(name, int)}
+    return type(shapes)(map(_static, shapes)) if isinstance(shapes, (list, tuple)) else None
 
 
 def fqn_in(root: nn.Module, module: nn.Module) -> str | None:

@@ -8,8 +8,8 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,12 +27,21 @@ from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 
-from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, missing_requirement
+from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowering_steps, missing_requirement
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
-from et_cuda_passes.hf.components import Inputs, fqn_in, split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.components import (
+    Inputs,
+    contiguous,
+    dynamic_lengths,
+    fqn_in,
+    split_model,
+    structural_copy,
+    text_length_of,
+    with_fqns_of_root,
+)
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
@@ -54,6 +63,8 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     Attributes:
         target: what the export is for, "cuda", "xnnpack", "cpu", "metal", or several, separated by commas. The first
             that runs on a machine is the default there.
+        max_length: with ``dynamic=True``, the largest length of a text; then the length is the only dynamic size. None
+            makes every size dynamic that the model does not fix.
 
     The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
 
@@ -77,6 +88,7 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     algorithm: str = "hqq"
     recipe: Any = None
     group_size_fallback: str = "adjust"
+    max_length: int | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -202,6 +214,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
     Args:
         progress: called with the name of each step as it begins.
+        planned: called with the number of the steps that follow, as soon as it is known.
     """
 
     export_format = FORMAT
@@ -211,9 +224,11 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     required_packages: ClassVar[list[str]] = list(_PACKAGES)
     tested_versions: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, progress: Progress = lambda step: None) -> None:
+    def __init__(
+        self, progress: Progress = lambda step: None, planned: Callable[[int], None] = lambda count: None
+    ) -> None:
         super().__init__()
-        self._progress = progress
+        self._progress, self._planned = progress, planned
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
@@ -229,12 +244,14 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         Raises:
             ExportError: the model and a target do not go together.
         """
-        component = self._export({"model": (model, sample_inputs)}, {"model": config}, model).components["model"]
+        component = self.export(model, sample_inputs, config).components["model"]
         return component.program, component.metadata
 
     def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
-        return self._export({"model": (model, sample_inputs)}, {"model": _config(config)}, model)
+        return self._export(
+            {"model": (model, sample_inputs)}, {"model": _config(config)}, model, text_length_of(sample_inputs)
+        )
 
     def export_for_generation(
         self,
@@ -271,7 +288,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             raise ExportError(
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
             )
-        exported = self._export(parts, configs, shared)
+        exported = self._export(parts, configs, shared, text_length_of(sample_inputs))
         exported.generation_config = generation_config or getattr(model, "generation_config", None)
         return exported
 
@@ -280,6 +297,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
+        text_length: int | None = None,
     ) -> "Traced":
         """Quantize ``root`` once for each quantization in ``configs``, and trace its parts; nothing is lowered.
 
@@ -287,6 +305,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             parts: modules of ``root`` with the kwargs of their forward, by component.
             configs: by component.
             root: the whole model; not changed.
+            text_length: the length of the text in the kwargs, for a config with ``max_length``.
 
         Raises:
             ExportError: the model and a target do not go together.
@@ -303,8 +322,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             quantized = copies.get(configs[name], module, fqn)
             self._progress(f"exporting {name}")
             try:
+                config = replace(configs[name], **dynamic_lengths(configs[name], quantized, inputs, text_length))
                 with torch.no_grad():
-                    program, metadata[name] = super().export_program(quantized, _contiguous(inputs), configs[name])
+                    program, metadata[name] = super().export_program(quantized, contiguous(inputs), config)
             except Exception as error:
                 if operator := _UNIMPLEMENTED.search(str(error)):
                     raise ExportError(
@@ -324,9 +344,11 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         parts: Mapping[str, tuple[nn.Module, Inputs]],
         configs: Mapping[str, EtConfig],
         root: nn.Module,
+        text_length: int | None,
     ) -> ExportedModel:
         """Quantize ``root``, trace its parts, and lower them together."""
-        traced = self.trace(parts, configs, root)
+        self._planned(_steps(parts, configs))
+        traced = self.trace(parts, configs, root, text_length)
         components = self._lower(traced.programs, configs)
         return ExportedModel(
             {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
@@ -423,12 +445,14 @@ def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[st
     return reports
 
 
-def finish_export(folder: str | Path, progress: Progress = lambda step: None) -> list[Path]:
+def finish_export(folder: str | Path, progress: Progress = lambda step: None, only: str | None = None) -> list[Path]:
     """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
 
     Args:
         folder: from :meth:`ExportedModel.save_pretrained`.
         progress: called with the name of each step as it begins.
+        only: the target to finish; None for each that is not finished.
+        only: the target to finish; None for each that is not finished.
 
     Returns:
         The files that were added; empty if nothing was left to do.
@@ -438,9 +462,9 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None) ->
     """
     folder = Path(folder)
     components, specs = _read_export(folder)
-    targets = {target for each in components.values() for target, build in each.builds.items() if build.missing}
+    targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
-    for target in sorted(targets):
+    for target in sorted(targets if only is None else targets & {only}):
         if lacking := missing_requirement(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
@@ -522,6 +546,16 @@ class _Quantized:
         return model, report
 
 
+def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
+    """How many steps an export reports after the model is split."""
+    options = [configs[name].options for name in parts if configs[name].quantizes]
+    count = len(parts) + len([each for index, each in enumerate(options) if each not in options[:index]])
+    for target in dict.fromkeys(target for name in parts for target in configs[name].targets):
+        methods = sum(target in configs[name].targets for name in parts)
+        count += methods + (methods if missing_requirement(target) else lowering_steps(target, methods))
+    return count
+
+
 def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
     if isinstance(config, dict):
         return EtConfig(**config)
@@ -538,13 +572,6 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
             f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
             "or leave xnnpack out of the targets"
         )
-
-
-def _contiguous(inputs: Inputs) -> Inputs:
-    """``inputs`` with every tensor dense, in place: the programs read the memory of their inputs as dense."""
-    for name, value in inputs.items():
-        inputs[name] = torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.contiguous, value)
-    return inputs
 
 
 def _refuse_existing(folder: Path, names: list[str]) -> None:

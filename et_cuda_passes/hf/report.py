@@ -1,6 +1,7 @@
 """The report of a quantization: an entry for each linear and each embedding."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +73,12 @@ class QuantizationReport:
         """The report as plain data, in a fixed order."""
         layers = [asdict(layer) | {"tied_to": list(layer.tied_to)} for layer in self.layers]
         return {"layers": layers, "warnings": list(self.warnings)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "QuantizationReport":
+        """The inverse of :meth:`to_dict`."""
+        layers = [LayerReport(**{**layer, "tied_to": tuple(layer["tied_to"])}) for layer in data["layers"]]
+        return QuantizationReport(layers, list(data["warnings"]))
 
     def __str__(self) -> str:
         """A short text: how many layers have each scheme, and every reason with its layers."""

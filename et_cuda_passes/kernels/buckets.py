@@ -63,8 +63,8 @@ def bucket_flags(m: int | SymInt, buckets: Mapping[int, Tiling]) -> Iterator[tup
         first = bound + 1
 
 
-def tma_descriptor(x: Tensor, tiling: Tiling) -> TensorDescriptorArg | None:
-    """A descriptor of tiles of ``x [M, K]`` or ``[1, M, K]`` for bulk copies.
+def tma_descriptor(x: Tensor, tiling: Tiling, height: int) -> TensorDescriptorArg | None:
+    """A descriptor of blocks of ``height`` rows of ``x [M, K]`` or ``[1, M, K]`` for bulk copies.
 
     None if the tiling has no bulk copies, or if no descriptor is possible. The last step along K may reach beyond x's
     columns: a descriptor reads zeros there. AOTInductor writes the sizes of a descriptor into C++ as sympy prints them.
@@ -85,7 +85,7 @@ def tma_descriptor(x: Tensor, tiling: Tiling) -> TensorDescriptorArg | None:
     )
     if not possible or (not isinstance(x, (FakeTensor, FunctionalTensor)) and x.data_ptr() % ALIGNMENT):
         return None
-    return TensorDescriptorArg(x, (*[1] * (x.dim() - 2), tiling.block_m, tiling.block_k))
+    return TensorDescriptorArg(x, (*[1] * (x.dim() - 2), height, tiling.block_k))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Schedule:
 def stream_k_schedule(tiling: Tiling, m: int | SymInt, n: int, k: int, processors: int) -> Schedule:
     """The programs of ``tiling`` for [m, n] from k, computed as the kernels do: see ``tiles.tile_part``."""
     slots = tiling.waves * processors
-    tiles = -(-m // tiling.block_m) * -(-n // tiling.block_n)
+    tiles = -(-m // tiling.tile_m) * -(-n // tiling.block_n)
     steps = -(-k // tiling.block_k)
     grid, rest = tiles, tiles
     if slots:
@@ -132,7 +132,7 @@ def launch_buckets(
     m = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-1], n))
     # All buckets share one buffer: only one of them runs, and an allocation costs time.
-    most = max(tiling.waves * tiling.block_m * tiling.block_n for tiling in buckets.values()) * processors
+    most = max(tiling.waves * tiling.tile_m * tiling.block_n for tiling in buckets.values()) * processors
     parts = x.new_empty(most, dtype=torch.float32) if most else None
     for flag, tiling in bucket_flags(m, buckets):
         y, parts = launch(y, parts, tiling, flag)
@@ -173,12 +173,19 @@ def launch_matmul(
         (y,) = triton_launch.launch(kernel, grid, {**given, "parts_ptr": arguments["bias_ptr"]}, ["y_ptr"], sizes)
         return y, parts
     y, parts = triton_launch.launch(kernel, grid, {**given, "parts_ptr": parts}, ["y_ptr", "parts_ptr"], sizes)
-    height = min(tiling.block_m, ADDED_ROWS)
-    adders = (programs.rest * flag, tiling.block_m // height)
+    height = min(tiling.tile_m, ADDED_ROWS)
+    adders = (programs.rest * flag, tiling.tile_m // height)
     (y,) = triton_launch.launch(
         add_parts,
         adders,
-        {**adding, "parts_ptr": parts, "y_ptr": y, "HEIGHT": height, "BULK": arguments.get("BULK", 0)},
+        {
+            **adding,
+            "parts_ptr": parts,
+            "y_ptr": y,
+            "TILE_M": tiling.tile_m,
+            "HEIGHT": height,
+            "BULK": arguments.get("BULK", 0),
+        },
         ["y_ptr"],
         sizes,
     )

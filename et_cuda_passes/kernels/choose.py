@@ -1,7 +1,7 @@
 """Chooses the tiling of a weight: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
 
 If the number of rows is unknown at export, each bucket of rows gets a tiling and a launch. The bounds of the buckets
-are chosen for each weight, to minimise the worst loss against the best tiling of a length.
+are chosen for each weight, to minimise the worst loss against the best tiling of a length, and then the mean loss.
 """
 
 import json
@@ -24,11 +24,16 @@ BOUNDS = (
 """Possible ends of a bucket of rows. A length beyond the last end has the last bucket's tiling."""
 MOST_LAUNCHES = 8
 ENOUGH = 1.02
-"""A loss so small that it justifies no further launch."""
+"""A worst loss so small that it is not reduced further."""
+SLACK = 0.005
+"""The relative amount by which the worst loss may exceed its minimum, to make the mean loss smaller."""
+PRICE = 0.002
+"""The decrease of the mean over log(M) of the logarithm of the time that justifies a further launch: 0.1 us of 50. A
+launch needs 0.1 to 0.2 us of a call with a length outside its bucket, and 0.1 s of lowering (Inductor needs 30 s for
+330 launches)."""
 MOST_WAVES = 3
 CUT = 1.0
 """Microseconds of host time for a further launch and an allocation."""
-ROUNDS = 12
 EFFICIENCY = 0.7
 """The fraction of the tensor cores' data-sheet rate that a kernel reaches."""
 
@@ -59,11 +64,14 @@ def load_costs(path: Path) -> Costs:
     table = json.loads(path.read_text())
     found: dict[tuple[int, bool], dict[Tiling, TilingCost]] = {}
     for entry in table["tilings"]:
-        if len(entry["tiling"]) != len(fields(Tiling)):
-            raise ValueError(f"{path.name}: {entry['tiling']}: a tiling is {[f.name for f in fields(Tiling)]}")
+        if len(entry["tiling"]) not in (len(fields(Tiling)) - 1, len(fields(Tiling))):
+            names = [field.name for field in fields(Tiling)]
+            raise ValueError(f"{path.name}: {entry['tiling']}: a tiling is {names}; the last number may be absent")
         tiling = Tiling(*entry["tiling"])
         if tiling.bulk and (tiling.block_k, tiling.segments) != (BULK_K, 1):
             raise ValueError(f"{path.name}: {entry['tiling']}: bulk copies are for steps of {BULK_K} in one segment")
+        if tiling.extra_m and tiling.segments != 1:
+            raise ValueError(f"{path.name}: {entry['tiling']}: a second piece of rows is for one segment")
         for group, costs in entry["costs"].items():
             for whole, numbers in zip((True, False), costs, strict=True):
                 if numbers is None:
@@ -89,7 +97,7 @@ def predicted_costs(measured: Costs, gpu: GpuArch, resources: Mapping[Tiling, tu
             registers, shared = resources.get(tiling, (0, 0))
             programs = gpu.resident(registers, shared, tiling.warps) if registers else 0
             if programs:
-                operations = 2 * tiling.block_m * tiling.block_n * tiling.block_k * tiling.segments**2
+                operations = 2 * tiling.tile_m * tiling.block_n * tiling.block_k * tiling.segments**2
                 step = max(cost.step, operations / rate)
                 found.setdefault(form, {})[tiling] = replace(cost, programs=programs, step=step)
     memory, cache_ = gpu.bandwidth / HOPPER.bandwidth, gpu.processors / HOPPER.processors
@@ -112,7 +120,7 @@ def costs_of(gpu: GpuArch, bits: int) -> Costs:
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
     resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
-    known = {Tiling(*row[: len(fields(Tiling))]): (row[-2], row[-1]) for row in resources or ()}
+    known = {Tiling(*row[:-2]): (row[-2], row[-1]) for row in resources or ()}
     own = folder / f"{gpu.name}{suffix}.json"
     if not own.exists():
         return predicted_costs(load_costs(folder / f"{HOPPER.name}{suffix}.json"), gpu, known)
@@ -137,8 +145,8 @@ class Weight:
         bits: bits of an element.
         outputs: see :class:`~et_cuda_passes.kernels.cost.Work`.
         batch: as in ``Work``; each product is that of one expert.
-        experts: whether the experts' kernel reads it. That kernel has no segments, no split tiles, no bulk copies, and
-            no steps shorter than a group.
+        experts: whether the experts' kernel reads it. That kernel has no segments, no split tiles, no bulk copies, no
+            second piece of rows, and no steps shorter than a group.
     """
 
     n: int
@@ -151,7 +159,8 @@ class Weight:
 
     def has(self, tiling: Tiling) -> bool:
         """Whether the weight's kernel supports this tiling."""
-        plain = (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k >= self.group_size
+        form = (tiling.segments, tiling.waves, tiling.bulk, tiling.extra_m)
+        plain = form == (1, 0, 0, 0) and tiling.block_k >= self.group_size
         # With four warps the experts' kernel spills registers in a tile of 128 x 128.
         spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
         return (plain and not spills) or not self.experts
@@ -193,7 +202,7 @@ def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -
     tilings, known = zip(*candidates(costs, weight), strict=True)
     shapes, numbers = stacked(tilings, column=True), np.array(rows)
     times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
-    likely = (shapes.block_m * 8 >= np.minimum(numbers, 1024)) & (shapes.block_m <= np.maximum(16, 4 * numbers))
+    likely = (shapes.tile_m * 8 >= np.minimum(numbers, 1024)) & (shapes.tile_m <= np.maximum(16, 4 * numbers))
     likely |= ~likely.any(axis=0)  # a kernel with few tilings may have none of a likely size
     return [*tilings], np.where(likely, times + CUT * (shapes.waves > 0), np.inf)
 
@@ -228,10 +237,12 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     intervals = [lengths(*pair) for pair in zip(begins, ends, strict=True)]
     rows = [number for interval in intervals for number in interval]
     choices, times = predicted(gpu, costs, weight, rows)
-    # The worst loss of each tiling within each interval.
-    starts = np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
-    losses = np.maximum.reduceat(times / times.min(axis=0), starts, axis=1)
-    chosen = cover(losses, most)
+    # The worst loss of each tiling within each interval, and the interval's share of its mean loss over log(M).
+    lost, starts = times / times.min(axis=0), np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
+    losses = np.maximum.reduceat(lost, starts, axis=1)
+    widths = np.array([math.log((interval[-1] + 1) / interval[0]) / len(interval) for interval in intervals])
+    means = np.add.reduceat(np.log(lost), starts, axis=1) * widths / math.log((ends[-1] + 1) / first)
+    chosen = cover(losses, means, most)
     worst = float(max(losses[choice, begin:end].max() for begin, end, choice in chosen))
     found: dict[int, Tiling] = {}
     for _, end, choice in chosen:
@@ -242,45 +253,58 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     return Buckets(found, worst)
 
 
-def cover(losses: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """At most ``most`` intervals (first, end, choice) with the smallest worst loss.
+def cover(losses: np.ndarray, means: np.ndarray, most: int) -> list[tuple[int, int, int]]:
+    """At most ``most`` launches (first, end, choice) that cover all intervals, with two objectives in this order:
 
-    ``losses`` contains the loss of each choice (first dimension) in each interval. Fewer intervals are used if their
-    loss is below ENOUGH.
+    - the worst loss: the smallest possible one or ENOUGH, whichever is larger, and at most SLACK above it;
+    - the smallest sum of ``means``, with PRICE added for each launch.
+
+    ``losses`` contains the worst loss of each choice (first dimension) in each interval. ``means`` contains the
+    interval's share of the mean logarithm of the choice's loss.
     """
     count = losses.shape[1]
-
-    def greedy(limit: float) -> list[tuple[int, int, int]] | None:
-        """The fewest intervals without a loss above ``limit``: each extends as far as possible."""
-        above = losses > limit
-        found: list[tuple[int, int, int]] = []
-        first = 0
-        while first < count:
-            reaches = np.where(above[:, first:].any(axis=1), above[:, first:].argmax(axis=1), count - first)
-            choice = int(reaches.argmax())
-            if reaches[choice] == 0 or len(found) == most:
-                return None
-            found.append((first, first + int(reaches[choice]), choice))
-            first = found[-1][1]
-        return found
-
-    low, high = ENOUGH, float(losses.min(axis=0).max())
-    while greedy(high) is None:
-        high *= 2
-    found = greedy(high) or []
-    if (enough := greedy(low)) is not None:
-        found = enough
-    else:
-        for _ in range(ROUNDS):
-            middle = (low + high) / 2
-            tried = greedy(middle)
-            low, high, found = (middle, high, found) if tried is None else (low, middle, tried)
-    return [(first, end, best_within(losses[:, first:end])) for first, end, _ in found]
+    # For each first interval: the worst loss of each choice up to each later interval.
+    worst = [np.maximum.accumulate(losses[:, first:], axis=1) for first in range(count)]
+    limit = max(ENOUGH, _smallest_worst_loss([each.min(axis=0) for each in worst], most)) * (1 + SLACK)
+    sums = [
+        np.where(each <= limit, np.cumsum(means[:, first:], axis=1), np.inf) + PRICE for first, each in enumerate(worst)
+    ]
+    # For each number of launches: the smallest sum up to each interval, and the begin of the last launch.
+    least = np.array([0.0, *[np.inf] * count])
+    begins: list[np.ndarray] = []
+    ways = np.full((count, count + 1), np.inf)
+    for first, each in enumerate(sums):
+        ways[first, first + 1 :] = each.min(axis=0)
+    totals = []
+    for _ in range(most):
+        reached = least[:-1, None] + ways
+        begins.append(reached.argmin(axis=0))
+        least = reached.min(axis=0)
+        totals.append(least[-1])
+    found: list[tuple[int, int, int]] = []
+    end = count
+    for number in range(int(np.argmin(totals)), -1, -1):
+        first = int(begins[number][end])
+        found.append((first, end, int(sums[first][:, end - first - 1].argmin())))
+        end = first
+    return found[::-1]
 
 
-def best_within(losses: np.ndarray) -> int:
-    """The choice with the smallest worst loss; among equals, the one with the smallest sum."""
-    return int(np.lexsort((losses.sum(axis=1), losses.max(axis=1)))[0])
+def _smallest_worst_loss(worst: Sequence[np.ndarray], most: int) -> float:
+    """The smallest worst loss of at most ``most`` launches that cover all intervals.
+
+    ``worst`` contains, for each first interval, the smallest worst loss of one launch up to each later interval.
+    """
+    count = len(worst)
+    ways = np.full((count, count + 1), np.inf)
+    for first, each in enumerate(worst):
+        ways[first, first + 1 :] = each
+    least = np.array([0.0, *[np.inf] * count])
+    smallest = np.inf
+    for _ in range(most):
+        least = np.maximum(least[:-1, None], ways).min(axis=0)
+        smallest = min(smallest, least[-1])
+    return float(smallest)
 
 
 def describe(gpu: GpuArch, weight: Weight, rows: int | None) -> str:

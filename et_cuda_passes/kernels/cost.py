@@ -116,7 +116,7 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     """
     sharpness, q = gpu.sharpness, cost.programs
     across = -(-work.n // tiling.block_n)
-    tiles = work.batch * -(-work.m // tiling.block_m) * across
+    tiles = work.batch * -(-work.m // tiling.tile_m) * across
     steps = -(-work.k // tiling.block_k)
     slots = tiling.waves * processors
     rest = np.where(slots > 0, tiles % np.maximum(slots, 1), 0)
@@ -125,7 +125,7 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     rest, ways = np.where(is_cut, rest, 0), np.where(is_cut, ways, 1)
     parts = rest * np.where(is_cut, ways, 0)
     # Rows beyond M: see ``tiles.first_row``.
-    missing = tiling.bulk * np.maximum(tiling.block_m - work.m, 0) * gpu.missing_row
+    missing = tiling.bulk * np.maximum(tiling.tile_m - work.m, 0) * gpu.missing_row
 
     def stepping(count: Numbers) -> Numbers:
         """Time of a step of ``count`` tiles at once."""
@@ -146,9 +146,9 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     busy = busy + np.where(last + beside > 0, ending, 0.0)
     read = work.n * work.weight_bytes
     moved = read + 2 * work.m * (work.k + work.outputs * work.n)
-    through = read * -(-work.m // tiling.block_m) + 2 * work.m * work.k * across
+    through = read * -(-work.m // tiling.tile_m) + 2 * work.m * work.k * across
     bounds = work.batch * moved / gpu.bandwidth, work.batch * through / gpu.cache_bandwidth
     total = gpu.start + rounded_max(sharpness, busy, *bounds)
     used = -(-steps // -(-steps // ways))
-    adding = gpu.second + used * gpu.part + 8 * parts * tiling.block_m * tiling.block_n / gpu.part_bandwidth
+    adding = gpu.second + used * gpu.part + 8 * parts * tiling.tile_m * tiling.block_n / gpu.part_bandwidth
     return total + np.where(parts > 0, adding, 0.0)

@@ -98,7 +98,7 @@ def int4_experts(
             tl.store(y_ptr + at, none.to(y_ptr.dtype.element_ty), mask=inside)
             return
 
-    of_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))  # different rows: see ``tiles.operand_rows``
+    of_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))  # different rows: see ``tiles.x_rows``
     x_row = tl.where(in_m, x_row, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)

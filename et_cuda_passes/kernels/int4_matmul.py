@@ -12,6 +12,9 @@ Two methods fill a GPU that has few tiles. Both sum in a fixed order, so that eq
 - ``SLOTS``: the tiles that do not fill the last wave of SLOTS programs are split along K among the idle programs
   (stream-K). Their fp32 parts are stored in ``parts``, and ``add_parts`` sums them. So a GEMM with 1.1 waves takes the
   time of 1.1 waves, not of 2.
+
+A tensor in Triton has a power of two of rows. For a number of rows between two powers, a tile has two pieces: BLOCK_M
+rows of x and EXTRA_M further ones. The weights of a step are dequantized once and multiplied with both.
 """
 
 import triton
@@ -23,29 +26,33 @@ from et_cuda_passes.kernels.tiles import (
     first_row,
     load_block,
     load_columns,
+    load_ragged,
     multiply,
-    operand_rows,
     store_part,
     store_tile,
     tile_part,
     tile_place,
+    weight_rows,
+    x_rows,
 )
 
 
 @triton.jit
 def int4_matmul(
     x_ptr,  # [M, K]; if BULK, its tensor descriptor of BULK dimensions, [M, K] or [1, M, K]
+    extra_ptr,  # the same x; if BULK and EXTRA_M, its tensor descriptor with blocks of EXTRA_M rows
     words_ptr,  # int32 [N, padded K / 8]
     qparams_ptr,  # [1 or 2, N, row of scales]: the scales, and the zeros if HAS_ZERO
     bias_ptr,  # [N], not read unless HAS_BIAS
     factor_ptr,  # as y, not read unless HAS_FACTOR
     addend_ptr,  # as y, not read unless HAS_ADDEND
     y_ptr,  # [M, N], or [M, N / 2] if GATED: see ``store_tile``
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N], written only if SLOTS
+    parts_ptr,  # fp32 [SLOTS, BLOCK_M + EXTRA_M, BLOCK_N], written only if SLOTS
     M,
     N,
     K32,  # K / 32
     BLOCK_M: tl.constexpr,
+    EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SEGMENTS: tl.constexpr,
@@ -63,7 +70,7 @@ def int4_matmul(
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
+    """One tile [BLOCK_M + EXTRA_M, BLOCK_N] of y, or one part of it along K.
 
     SALT is any positive number; see :func:`et_cuda_passes.kernels.triton_launch.launch`.
     """
@@ -71,7 +78,8 @@ def int4_matmul(
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
     pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    TILE_M: tl.constexpr = BLOCK_M + EXTRA_M
+    tiles_m = tl.cdiv(M, TILE_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     # K in steps of a block. A part of a tile is a range of steps, [0, steps) unless the tile is split.
     steps = tl.cdiv(words_row * 8, BLOCK_K)
@@ -86,8 +94,10 @@ def int4_matmul(
     # Steps of one segment. With at least one for certain, the compiler does not guard the loop. A guard would serialise
     # the tensor cores' instructions.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
-    first_m = first_row(tile_m, M, BLOCK_M, BULK)
-    n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
+    first_m = first_row(tile_m, M, TILE_M, BULK)
+    extra_m = first_m + BLOCK_M
+    n, row_step = weight_rows(tile_n, first, length, N, BLOCK_N, SEGMENTS)
+    m, in_m, column_step = x_rows(first_m, first, length, M, BLOCK_M, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
     ONE_GROUP: tl.constexpr = BLOCK_K <= GROUP_SIZE
@@ -105,8 +115,13 @@ def int4_matmul(
         zero_at = qparams_ptr + N * scale_row + scale_offset
     if not BULK:
         x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
+        if EXTRA_M > 0:
+            more, in_extra, extra_step = x_rows(extra_m, first, length, M, EXTRA_M, SEGMENTS)
+            extra_at = x_ptr + more.to(tl.int64)[None, :] * K + (extra_step * BLOCK_K)[None, :] + k[:, None]
 
     sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+    if EXTRA_M > 0:
+        extra_sums = tl.zeros((ROWS, EXTRA_M), tl.float32)
     for step in range(length):
         # In units of 64, so that a mask never splits the vector of a load.
         blocks = tl.minimum(words_row // 8, last * (BLOCK_K // 64)) - (row_step + step) * (BLOCK_K // 64)
@@ -128,13 +143,22 @@ def int4_matmul(
             words = tl.load(words_at)
             if BULK:
                 x = load_block(x_ptr, first_m, (first + step) * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
+                if EXTRA_M > 0:
+                    extra = load_block(extra_ptr, extra_m, (first + step) * BLOCK_K, BULK, EXTRA_M, BLOCK_K)
             else:
                 x = load_columns(x_at, in_m, BLOCK_M)
+                if EXTRA_M > 0:
+                    extra = load_columns(extra_at, in_extra, EXTRA_M)
         else:
             words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
-            rest = tl.minimum(K // 32, last * (BLOCK_K // 32)) - (column_step + step) * (BLOCK_K // 32)
-            x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest[None, :]), other=0.0)
+            end = tl.minimum(K // 32, last * (BLOCK_K // 32)) - step * (BLOCK_K // 32)
+            x = load_ragged(x_at, in_m, end - column_step * (BLOCK_K // 32), BLOCK_K)
+            if EXTRA_M > 0:
+                extra = load_ragged(extra_at, in_extra, end - extra_step * (BLOCK_K // 32), BLOCK_K)
         w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
+        if EXTRA_M > 0:
+            # The smaller product is issued first: while the larger one runs, the next step can begin.
+            extra_sums = multiply(w, extra, extra_sums, USE_ASM)
         sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
         if not ONE_GROUP:
@@ -142,12 +166,38 @@ def int4_matmul(
             zero_at += GROUPS
         if not BULK:
             x_at += BLOCK_K
+            if EXTRA_M > 0:
+                extra_at += BLOCK_K
     sums = add_segments(sums, BLOCK_M, BLOCK_N, SEGMENTS)
 
     if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time, so that torch sees no mutation)
         if cut:
-            store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
+            part_ptr = parts_ptr + (pid - tiles // SLOTS * SLOTS) * (TILE_M * BLOCK_N)
+            store_part(part_ptr, sums, BLOCK_M, BLOCK_N)
+            if EXTRA_M > 0:
+                store_part(part_ptr + BLOCK_M * BLOCK_N, extra_sums, EXTRA_M, BLOCK_N)
             return
+    if EXTRA_M > 0:  # first, to free the registers of its sums for the larger piece
+        store_tile(
+            y_ptr,
+            extra_sums,
+            bias_ptr,
+            factor_ptr,
+            addend_ptr,
+            extra_m,
+            tile_m * TILE_M if BULK else None,
+            tile_n,
+            M,
+            N,
+            EXTRA_M,
+            BLOCK_N,
+            HAS_BIAS,
+            ACTIVATION,
+            HAS_FACTOR,
+            HAS_ADDEND,
+            GATED,
+            USE_ASM,
+        )
     store_tile(
         y_ptr,
         sums,
@@ -155,7 +205,7 @@ def int4_matmul(
         factor_ptr,
         addend_ptr,
         first_m,
-        tile_m * BLOCK_M if BULK else None,
+        tile_m * TILE_M if BULK else None,
         tile_n,
         M,
         N,

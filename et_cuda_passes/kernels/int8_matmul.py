@@ -23,11 +23,12 @@ from et_cuda_passes.kernels.tiles import (
     add_segments,
     load_columns,
     multiply,
-    operand_rows,
     store_part,
     store_tile,
     tile_part,
     tile_place,
+    weight_rows,
+    x_rows,
 )
 
 
@@ -83,7 +84,8 @@ def int8_matmul(
     # Steps of one segment. With at least one for certain, the compiler does not guard the loop. A guard would serialise
     # the tensor cores' instructions.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
-    n, row_step, m, in_m, column_step = operand_rows(tile_n, tile_m, first, length, M, N, BLOCK_M, BLOCK_N, SEGMENTS)
+    n, row_step = weight_rows(tile_n, first, length, N, BLOCK_N, SEGMENTS)
+    m, in_m, column_step = x_rows(tile_m * BLOCK_M, first, length, M, BLOCK_M, SEGMENTS)
     k = tl.arange(0, BLOCK_K)
     q_at = packed_ptr + n.to(tl.int64)[:, None] * K + (row_step * BLOCK_K)[:, None] + k[None, :]
     x_at = x_ptr + m.to(tl.int64)[None, :] * K + (column_step * BLOCK_K)[None, :] + k[:, None]
@@ -152,7 +154,8 @@ def int8_matmul(
 
     if SLOTS > 0:  # noqa: SIM102 (the outer condition is resolved at compile time, so that torch sees no mutation)
         if cut:
-            store_part(parts_ptr, sums, pid - tiles // SLOTS * SLOTS, BLOCK_M, BLOCK_N)
+            part = pid - tiles // SLOTS * SLOTS
+            store_part(parts_ptr + part * (BLOCK_M * BLOCK_N), sums, BLOCK_M, BLOCK_N)
             return
     store_tile(
         y_ptr,

@@ -91,11 +91,15 @@ def launch_int4(
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
     common |= {"GATED": epilogue.gated}
     common |= {"M": m, "N": n, "K32": k // 32}
-    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
-    described = tma_descriptor(x, tiling)
+    common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
+    described = tma_descriptor(x, tiling, tiling.block_m)
+    extra = tma_descriptor(x, tiling, tiling.extra_m) if tiling.extra_m else None
     arguments = {
         **common,
         "x_ptr": described or x,
+        "extra_ptr": extra or x,
+        "BLOCK_M": tiling.block_m,
+        "EXTRA_M": tiling.extra_m,
         "BULK": 0 if described is None else x.dim(),
         "words_ptr": packed,
         "qparams_ptr": qparams,
@@ -160,12 +164,13 @@ def launch_int8(
     # A pointer that the kernel does not read must still be a tensor.
     common: dict[str, Any] = {"bias_ptr": scale if bias is None else bias, "HAS_BIAS": bias is not None}
     common |= {"M": m, "N": n, "SLOTS": programs.slots, "USE_ASM": True}
-    common |= {"BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
+    common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k}
     unit = min(k & -k, INT8_MAX_UNIT)
     grouped = group_size if group_size != k else 0
     arguments = {
         **common,
         "x_ptr": x,
+        "BLOCK_M": tiling.block_m,
         "packed_ptr": packed,
         "scale_ptr": scale,
         "zero_ptr": scale if zero is None else zero,

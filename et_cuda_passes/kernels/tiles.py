@@ -45,40 +45,43 @@ def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def first_row(tile_m, M, BLOCK_M: tl.constexpr, BULK: tl.constexpr):
-    """The first row of x that a tile reads.
+def first_row(tile_m, M, TILE_M: tl.constexpr, BULK: tl.constexpr):
+    """The first row of x that a tile of TILE_M rows reads.
 
     A bulk copy needs several nanoseconds for every row beyond M, in sequence: a product of 333 rows in tiles of 256
     took twice as long. So the last tile of bulk copies begins early enough to end at row M. It does not store the rows
     of the previous tile.
     """
-    first = tile_m * BLOCK_M
-    return tl.minimum(first, tl.maximum(M - BLOCK_M, 0)) if BULK else first
+    first = tile_m * TILE_M
+    return tl.minimum(first, tl.maximum(M - TILE_M, 0)) if BULK else first
 
 
 @triton.jit
-def operand_rows(
-    tile_n, tile_m, first, length, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr
-):
-    """The rows of the weight and of x that a tile reads, and the step along K at which each begins.
+def weight_rows(tile_n, first, length, N, BLOCK_N: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The rows of the weight that a tile reads, and the step along K at which each begins: both [SEGMENTS BLOCK_N].
 
-    Each segment reads the same BLOCK_N rows of the weight and BLOCK_M rows of x, ``length`` steps further along K.
-
-    Rows beyond N or M are replaced by other rows, each a different one. If all were replaced by one row, every program
-    would wait for the few cache lines that hold it: a tile of 256 rows with 132 valid ones took twice as long.
-
-    Returns:
-        n and row_step [SEGMENTS BLOCK_N]; m, whether it is below M, and column_step [SEGMENTS BLOCK_M].
+    Each segment reads the same BLOCK_N rows, ``length`` steps further along K. Rows beyond N are replaced by rows of
+    the previous tile.
     """
     rows = tl.arange(0, SEGMENTS * BLOCK_N)
-    columns = tl.arange(0, SEGMENTS * BLOCK_M)
     n = tile_n * BLOCK_N + rows % BLOCK_N
-    m = tile_m * BLOCK_M + columns % BLOCK_M
-    row_step = first + rows // BLOCK_N * length
-    column_step = first + columns // BLOCK_M * length
     # Rows of the previous tile, if any: a remainder would need a division.
-    in_n = tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0))
-    return in_n, row_step, m % M if BLOCK_M > MASKED else tl.where(m < M, m, 0), m < M, column_step
+    return tl.where(n < N, n, tl.maximum(n - BLOCK_N, 0)), first + rows // BLOCK_N * length
+
+
+@triton.jit
+def x_rows(from_m, first, length, M, BLOCK_M: tl.constexpr, SEGMENTS: tl.constexpr):
+    """The rows of x that a tile reads, whether each is below M, and the step along K at which each begins.
+
+    Each segment reads the same BLOCK_M rows from ``from_m`` on, ``length`` steps further along K.
+
+    Rows beyond M are replaced by other rows, each a different one. If all were replaced by one row, every program
+    would wait for the few cache lines that hold it: a tile of 256 rows with 132 valid ones took twice as long.
+    """
+    columns = tl.arange(0, SEGMENTS * BLOCK_M)
+    m = from_m + columns % BLOCK_M
+    in_m = m < M
+    return m % M if BLOCK_M > MASKED else tl.where(in_m, m, 0), in_m, first + columns // BLOCK_M * length
 
 
 @triton.jit
@@ -88,6 +91,13 @@ def load_columns(at, in_m, BLOCK_M: tl.constexpr):
     With few rows a mask saves bytes: a tile of eight rows reads as many bytes of x as of its weights.
     """
     return tl.load(at, mask=in_m[None, :], other=0.0) if BLOCK_M <= MASKED else tl.load(at)
+
+
+@triton.jit
+def load_ragged(at, in_m, rest, BLOCK_K: tl.constexpr):
+    """A tile of x [BLOCK_K, columns] whose columns have ``rest`` values left along K, in units of 32."""
+    unit = tl.arange(0, BLOCK_K) // 32
+    return tl.load(at, mask=in_m[None, :] & (unit[:, None] < rest[None, :]), other=0.0)
 
 
 @triton.jit
@@ -121,10 +131,10 @@ def add_segments(sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEGMENTS: t
 
 
 @triton.jit
-def store_part(parts_ptr, sums, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store sums [BLOCK_N, BLOCK_M] as part number ``part`` of the split tiles, [BLOCK_M, BLOCK_N]."""
+def store_part(part_ptr, sums, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store sums [BLOCK_N, BLOCK_M] as BLOCK_M rows of a part of a split tile, [BLOCK_M, BLOCK_N]."""
     place = tl.arange(0, BLOCK_M)[None, :] * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    tl.store(parts_ptr + part * (BLOCK_M * BLOCK_N) + place, sums)
+    tl.store(part_ptr + place, sums)
 
 
 @triton.jit
@@ -177,7 +187,7 @@ def store_tile(
 
 @triton.jit
 def add_parts(
-    parts_ptr,  # fp32 [SLOTS, BLOCK_M, BLOCK_N]
+    parts_ptr,  # fp32 [SLOTS, TILE_M, BLOCK_N]
     bias_ptr,  # [N], not read unless HAS_BIAS
     factor_ptr,  # as y, not read unless HAS_FACTOR
     addend_ptr,  # as y, not read unless HAS_ADDEND
@@ -185,7 +195,7 @@ def add_parts(
     M,
     N,
     K32,  # K / 32, rounded up
-    BLOCK_M: tl.constexpr,
+    TILE_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -199,10 +209,13 @@ def add_parts(
     HEIGHT: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """Sum the parts of HEIGHT rows of one split tile, first to last. GATED and SALT as in the product of the parts."""
+    """Sum the parts of HEIGHT rows of one split tile of TILE_M rows, first to last.
+
+    GATED and SALT are as in the product of the parts.
+    """
     if -SALT == M:
         return
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_m = tl.cdiv(M, TILE_M)
     tiles = tiles_m * tl.cdiv(N, BLOCK_N)
     whole = tiles // SLOTS * SLOTS
     steps = tl.cdiv(tl.cdiv(K32, 2) * 64, BLOCK_K)
@@ -214,17 +227,17 @@ def add_parts(
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
     row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, BLOCK_N)
-    first_m = first_row(tile_m, M, BLOCK_M, BULK)
+    first_m = first_row(tile_m, M, TILE_M, BULK)
     in_m = first_m + row < M
     if BULK:
-        in_m = in_m & (first_m + row >= tile_m * BLOCK_M)
+        in_m = in_m & (first_m + row >= tile_m * TILE_M)
     inside = (tile_n * BLOCK_N + column < N)[:, None] & in_m[None, :]
-    part = parts_ptr + tl.program_id(0) * ways * (BLOCK_M * BLOCK_N)
+    part = parts_ptr + tl.program_id(0) * ways * (TILE_M * BLOCK_N)
     part += row[None, :] * BLOCK_N + column[:, None]
     sums = tl.zeros((BLOCK_N, HEIGHT), tl.float32)
     for _ in range(used):
         sums += tl.load(part, mask=inside, other=0.0)
-        part += BLOCK_M * BLOCK_N
+        part += TILE_M * BLOCK_N
     store_tile(
         y_ptr,
         sums,
@@ -232,7 +245,7 @@ def add_parts(
         factor_ptr,
         addend_ptr,
         first_m + tl.program_id(1) * HEIGHT,
-        tile_m * BLOCK_M if BULK else None,
+        tile_m * TILE_M if BULK else None,
         tile_n,
         M,
         N,

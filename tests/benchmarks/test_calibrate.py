@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.calibrate import GROUPS, begun, candidates, heights, key, plan
+from benchmarks.calibrate import GROUPS, begun, candidates, heights, key, may_suit, of_new_tilings, plan
 from benchmarks.fit import MISSING_ROW, Fit, load, table_text, weight_bytes
 from et_cuda_passes.kernels.choose import load_costs
 from et_cuda_passes.kernels.cost import GpuCost, TilingCost, Work, is_whole, time
@@ -51,6 +51,25 @@ def test_prefix_of_the_plan_has_all_kinds_of_products(bits: int) -> None:
 def test_product_is_timed_in_plausible_tilings(rows: int) -> None:
     found = heights(rows)
     assert min(256, rows) <= 2 * max(found) and min(found) <= max(8, 2 * rows)
+
+
+@pytest.mark.parametrize(("rows", "heights_of_two"), [(12, set()), (40, {48}), (150, {48, 96, 160, 192}), (3500, {96})])
+def test_product_is_timed_in_tilings_of_two_pieces_that_it_fills(rows: int, heights_of_two: set[int]) -> None:
+    found = {tiling.tile_m for tiling in candidates(4, True) if tiling.extra_m and may_suit(tiling, rows)}
+    assert heights_of_two <= found
+    assert all(-(-rows // height) * height <= 1.5 * rows for height in found)
+    assert found or rows < 32
+
+
+def test_run_for_new_tilings_has_exactly_their_points() -> None:
+    points = plan(4, True, 132, 28)
+    old = [point.entry() | {"us": 1.0} for point in points if point.tiling is None or not point.tiling.extra_m]
+    # One of them has a line, but no time.
+    failed = next(point for point in points if point.tiling is not None and point.tiling.extra_m)
+    found = of_new_tilings(points, [*old, failed.entry() | {"error": "shared memory"}])
+    assert found == [point for point in points if point.tiling is not None and point.tiling.extra_m]
+    assert {point.kind for point in found} == {"fit", "cut", "held"}
+    assert of_new_tilings(points, [point.entry() | {"us": 1.0} for point in points]) == []
 
 
 def costs_of(tiling: Tiling, group: int, whole: bool) -> TilingCost:

@@ -36,7 +36,7 @@ def recorded_int8() -> Fit:
     return fit_of("sm_90_int8.jsonl.gz", 8)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("fit", 7000), ("cut", 1250), ("held", 3800)])
+@pytest.mark.parametrize(("kind", "least"), [("fit", 8400), ("cut", 1740), ("held", 5700)])
 def test_table_predicts_nine_of_ten_points_within_15_percent(recorded: Fit, kind: str, least: int) -> None:
     points = [point for point in recorded.known(recorded.calibration.points) if point.kind == kind]
     assert len(points) >= least
@@ -52,9 +52,9 @@ def test_predicted_choice_loses_little_on_products_that_were_not_fitted(recorded
         chosen = timed[int(np.argmin(recorded.predicted(timed)))]
         lost.append(chosen.us / min(point.us for point in timed))
     assert len(lost) == 70
-    assert geometric_mean(lost) <= 1.04
-    assert sum(loss > 1.15 for loss in lost) <= 5
-    assert max(lost) <= 1.32
+    assert geometric_mean(lost) <= 1.03
+    assert sum(loss > 1.15 for loss in lost) <= 2
+    assert max(lost) <= 1.2
 
 
 def test_int8_table_predicts_nine_of_ten_points_within_15_percent(recorded_int8: Fit) -> None:

@@ -1,6 +1,8 @@
 """Calls the command line from tests."""
 
+import io
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,3 +43,11 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def called(*arguments: object) -> Result:
+    """Run the command line in this process, in fixtures that several tests share."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
+        app([str(argument) for argument in arguments], prog_name="et-cuda-passes")
+    return Result(int(stop.value.code or 0), out.getvalue(), err.getvalue())

@@ -81,20 +81,43 @@ def test_kernel_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tu
 def test_tilings_of_every_kind_agree_with_fp64(
     shape: tuple[int, ...], waves: int, k: int, group: int, zeros: bool
 ) -> None:
-    n, dtype = 700, torch.bfloat16
     *blocks, segments, warps, stages, bulk = shape
     if segments > 1 and waves:
         pytest.skip("segments and cut tiles are two answers to the same question")
-    tiling = Tiling(*blocks, segments, waves, warps, stages, bulk)
+    check_tiling(Tiling(*blocks, segments, waves, warps, stages, bulk), k, group, zeros)
+
+
+@pytest.mark.parametrize(
+    ("tiling", "k", "group", "zeros"),
+    [
+        (Tiling(32, 64, 64, 1, 0, 4, 6, 1, 16), 1056, 32, True),
+        (Tiling(64, 64, 64, 1, 1, 4, 6, 1, 32), 640, 128, True),
+        (Tiling(64, 64, 128, 1, 1, 4, 3, 0, 16), 1056, 32, True),
+        (Tiling(128, 64, 64, 1, 0, 4, 3, 1, 32), 1024, 64, False),
+        (Tiling(128, 64, 64, 1, 1, 4, 4, 1, 64), 1056, 32, True),
+        (Tiling(128, 128, 64, 1, 0, 8, 4, 1, 64), 640, 128, True),
+        (Tiling(256, 128, 64, 1, 1, 8, 3, 1, 64), 2048, 32, False),
+        (Tiling(256, 128, 64, 1, 0, 8, 3, 1, 128), 1024, 64, False),
+    ],
+    ids=str,
+)
+def test_tilings_of_two_pieces_agree_with_fp64(tiling: Tiling, k: int, group: int, zeros: bool) -> None:
+    check_tiling(tiling, k, group, zeros)
+
+
+def check_tiling(tiling: Tiling, k: int, group: int, zeros: bool) -> None:
+    """Compare with fp64, and require equal bits from every way to read x."""
+    n, dtype = 700, torch.bfloat16
     q = torch.randint(0, 16, (n, k), dtype=torch.uint8)
     scale, zero = torch.rand(n, k // group) * 0.02 + 0.005, torch.randn(n, k // group) * 0.02 * zeros
     packed, qparams = mma_tiled.pack(q).cuda(), mma_tiled.scale_and_zero(scale, zero, dtype, k).cuda()
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
     weight = ((q.cuda().double() - 8) * s + z).to(dtype).double()
     gpu = gpu_of(packed.device)
-    for m in (1, 100, 300):
+    for m in (1, 100, 333):
         x = torch.randn(m, k, device="cuda", dtype=dtype)
-        parts = torch.full((max(waves, 1) * gpu.processors * blocks[0] * blocks[1],), float("nan"), device="cuda")
+        size = max(tiling.waves, 1) * gpu.processors * tiling.tile_m * tiling.block_n
+        parts = torch.full((size,), float("nan"), device="cuda")
         results = []
         for batch in ((), (1,), (1,), (1, 1)):
             y = torch.full((*batch, m, n), float("nan"), device="cuda", dtype=dtype)

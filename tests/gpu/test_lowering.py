@@ -14,6 +14,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import Program, load
+from et_cuda_passes.kernels import linear_launch
+from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.layouts import mma_tiled
 from tests.gpu.lowered import Block, lower, quantized, relative, save
 
@@ -42,6 +44,22 @@ def test_lowered_program_agrees_with_eager(
     assert {name for name in run.weights if "packed" in name} == {"up.weight.packed", "down.weight.packed"}
     for rows in (1, 2, 16, 17, 100, 300, 1000):
         x = torch.randn(*batch, rows, features[0]).bfloat16()
+        assert relative(run(x.cuda())[0], model(x)) < 8e-3, rows
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_lowered_program_agrees_in_tiles_of_two_pieces(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tilings = {160: Tiling(128, 64, 64, 1, 0, 4, 3, 1, 32), UNBOUNDED: Tiling(128, 64, 64, 1, 1, 4, 4, 1, 64)}
+    monkeypatch.setattr(linear_launch, "buckets_for", lambda *_: tilings)
+    model = quantized(256, 512)
+    x = torch.randn(batch, 16, 256).bfloat16()
+    program = torch.export.export(model, (x,), dynamic_shapes=({1: Dim("length", min=1, max=2048)},))
+    pte, _ = lower(program, tmp_path, expect={"linear_int4": 2, "missed": 0})
+    run = load(pte)
+    for rows in (1, 100, 160, 161, 333, 1000):
+        x = torch.randn(batch, rows, 256).bfloat16()
         assert relative(run(x.cuda())[0], model(x)) < 8e-3, rows
 
 

@@ -1,27 +1,27 @@
 """SmolLM2 with its own weights: its head is tied to its embedding."""
 
-from typing import Any
-
 import pytest
 import torch
 
 import et_cuda_passes as ecp
 from demo.model import smollm2
+from et_cuda_passes.hf.checkpoint import Checkpoint
+from et_cuda_passes.hf.generation import encode
+from et_cuda_passes.hf.loading import Loaded, load
 
 pytestmark = pytest.mark.slow
 WORDS = (49152, 576)
 
 
 @pytest.fixture(scope="module")
-def model() -> Any:
-    loaded = smollm2().model()
-    loaded.config.use_cache = False
-    return loaded
+def smollm() -> Loaded:
+    return load(Checkpoint.find(str(smollm2())), dtype="bfloat16")
 
 
-def test_tied_head_of_smollm2_is_one_weight_from_quantization_to_program(model: Any) -> None:
-    prompt = smollm2().tokenizer().encode("What is the capital of France? Answer in one sentence.")
-    inputs = {"input_ids": torch.tensor([prompt])}
+def test_tied_head_of_smollm2_is_one_weight_from_quantization_to_program(smollm: Loaded) -> None:
+    model = smollm.model
+    model.config.use_cache = False
+    inputs = {"input_ids": encode(smollm.processor, "What is the capital of France? Answer in one sentence.")}
     with torch.no_grad():
         before = model(**inputs).logits[0, -1].float()
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,6 +22,8 @@ from et_cuda_passes.kernels.tiling import Tiling
 
 KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_ptr": "i8"}
 """Element types of the pointers whose type is not the dtype of the activations."""
+BLOCKS = {"x_ptr": "BLOCK_M", "extra_ptr": "EXTRA_M"}
+"""Pointers that are tensor descriptors in bulk copies, and the constants with the rows of their blocks."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -28,6 +31,8 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
     """The compile-time constants of a launch."""
     constants = {
         "BLOCK_M": tiling.block_m,
+        "EXTRA_M": tiling.extra_m,
+        "TILE_M": tiling.tile_m,
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,
         "SEGMENTS": tiling.segments,
@@ -55,8 +60,8 @@ def compiled(kernel: Any, constants: dict[str, Any], arch: int, warps: int, stag
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "x_ptr" and constants.get("BULK"):
-            block = [1] * (constants["BULK"] - 2) + [constants["BLOCK_M"], constants["BLOCK_K"]]
+        elif constants.get("BULK") and name in BLOCKS and constants[BLOCKS[name]]:
+            block = [1] * (constants["BULK"] - 2) + [constants[BLOCKS[name]], constants["BLOCK_K"]]
             signature[name] = f"tensordesc<{dtype}{block}>"
         elif name.endswith("_ptr"):
             signature[name] = f"*{KINDS.get(name, dtype)}"
@@ -87,7 +92,7 @@ def int8_product(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) 
 @cache
 def parts_adder(tiling: Tiling, arch: int) -> Any:
     """The kernel that adds the parts of split tiles."""
-    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.block_m, 8)}, arch, 4, 3)
+    return compiled(add_parts, shape(tiling) | {"HEIGHT": min(tiling.tile_m, 8)}, arch, 4, 3)
 
 
 def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
@@ -178,6 +183,23 @@ def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Ti
     return sorted(found, key=astuple)
 
 
+def largest_of_each_kind(tilings: list[Tiling]) -> list[Any]:
+    """Test parameters: all tilings, with the slow mark on each that is not the largest of its kind.
+
+    A kind is a path through the kernel's source. Its largest tile has the most registers, so that it spills first.
+    """
+    kinds: dict[tuple[int, ...], list[Tiling]] = {}
+    for tiling in tilings:
+        kind = (tiling.segments > 1, tiling.waves, tiling.bulk, tiling.extra_m > 0, tiling.warps)
+        kinds.setdefault(kind, []).append(tiling)
+
+    def size(tiling: Tiling) -> tuple[int, ...]:
+        return (tiling.segments**2 * tiling.tile_m * tiling.block_n, tiling.block_k, *astuple(tiling))
+
+    largest = {max(members, key=size) for members in kinds.values()}
+    return [pytest.param(each, marks=() if each in largest else pytest.mark.slow, id=str(each)) for each in tilings]
+
+
 def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int, str]]:
     """The machine code of a product, after checks: it fits, spills nothing, uses wgmma, and waits where needed.
 
@@ -187,7 +209,7 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
     assert kernel.metadata.shared <= 227 * 1024
     assert resources(kernel, folder)["STACK"] == 0
     products = ("HGMMA",) if tiling.block_m * tiling.segments > 8 and tiling.warps >= 4 else ("HGMMA", "HMMA")
-    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16
+    assert sum(text.startswith(products) for _, text in code) >= tiling.block_k // 16 * (1 + (tiling.extra_m > 0))
     assert overwritten_operands(code) == []
     assert waits_between_products(code) == 0
     return code

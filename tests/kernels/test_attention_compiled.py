@@ -74,7 +74,9 @@ def test_forms_for_hopper_spill_nothing_and_do_not_serialise(
 
 
 @pytest.mark.parametrize("gpu", [GPUS["sm_80"], GPUS["sm_120"]], ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "head_dim", [pytest.param(dim, marks=() if dim in (64, 128) else pytest.mark.slow) for dim in HEAD_DIMS]
+)
 def test_blocks_for_other_gpus_fit_and_spill_nothing(head_dim: int, gpu: GpuArch, tmp_path: Path) -> None:
     for chosen in {blocks(gpu, head_dim, rows) for rows in (FEW_ROWS, FEW_ROWS + 1)}:
         # sm_86 has the smallest memory of the GPUs with these blocks.

@@ -13,7 +13,7 @@ BULK = Tiling(128, 64, 64, 1, 0, 4, 4, 1)
 @pytest.mark.parametrize(("shape", "block"), [((5, 128), (128, 64)), ((1, 5, 128), (1, 128, 64)), ((5, 96), (128, 64))])
 def test_contiguous_aligned_tensor_has_a_descriptor(shape: tuple[int, ...], block: tuple[int, ...]) -> None:
     x = torch.randn(shape)
-    found = tma_descriptor(x, BULK)
+    found = tma_descriptor(x, BULK, BULK.block_m)
     assert isinstance(found, TensorDescriptorArg) and found.tensor is x and found.shape == block
 
 
@@ -30,8 +30,8 @@ def test_contiguous_aligned_tensor_has_a_descriptor(shape: tuple[int, ...], bloc
     ids=lambda x: str(tuple(x.shape)),
 )
 def test_other_tensors_have_no_descriptor(x: torch.Tensor) -> None:
-    assert tma_descriptor(x, BULK) is None
+    assert tma_descriptor(x, BULK, BULK.block_m) is None
 
 
 def test_tiling_without_bulk_copies_has_no_descriptor() -> None:
-    assert tma_descriptor(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4)) is None
+    assert tma_descriptor(torch.randn(5, 128), Tiling(128, 64, 64, 1, 0, 4, 4), 128) is None

@@ -29,6 +29,15 @@ def test_two_tiles_on_a_multiprocessor_share_its_time() -> None:
     assert of(11) == of(20) == pytest.approx(2 + 1 + 2 * 0.25 + 10 * 0.6)
 
 
+@pytest.mark.parametrize("rows", [1, 128, 192, 193, 500])
+@pytest.mark.parametrize("waves", [0, 1])
+def test_tile_of_two_pieces_costs_the_rows_of_both(rows: int, waves: int) -> None:
+    gpu = replace(SHARP, missing_row=0.01, part_bandwidth=1e4, cache_bandwidth=1e3)
+    two, one = (replace(TILING, waves=waves, block_m=m, extra_m=extra) for m, extra in ((128, 64), (192, 0)))
+    both = [time(each, Work(rows, 700, 640, 330), COST, gpu, PROCESSORS) for each in (two, one)]
+    assert both[0] == both[1]
+
+
 def test_third_tile_is_another_wave() -> None:
     assert of(21) == pytest.approx(of(20) + of(1) - 2)
     assert of(40) == pytest.approx(2 * of(20) - 2)

@@ -14,6 +14,7 @@ from tests.kernels.compiled import (
     check_for_others,
     code_for_hopper,
     compiled,
+    largest_of_each_kind,
     machine_code,
     overwritten_operands,
     resources,
@@ -32,7 +33,7 @@ def experts(tiling: Tiling, arch: int, dtype: str = "bf16", **others: Any) -> An
     return compiled(int4_experts, constants, arch, tiling.warps, tiling.stages, dtype)
 
 
-@pytest.mark.parametrize("tiling", tilings_of(HOPPER, experts=True), ids=str)
+@pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER, experts=True)))
 def test_tiling_for_hopper_is_as_expected(tiling: Tiling, tmp_path: Path) -> None:
     code_for_hopper(experts(tiling, 90), tiling, tmp_path)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+from tests.kernels.interpreted import DTYPES, INTERPRETED, check_in_interpreter
 
 # experts, N, K, group size, block_m, block_n, block_k, zeros
 SHAPES = [
@@ -31,12 +31,17 @@ GROUPS = [
     ([5, 6, 7, 8, 9], 9),
     ([0, 1, 1, 1, 1], 1),
 ]
-COUNT = 2 * (len(SHAPES) * len(BATCHES) + len(GROUPS)) + 2
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_experts_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, COUNT)
+    check_in_interpreter(__file__, len(SHAPES) * len(BATCHES) + 2 * len(GROUPS) + 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="this is that process")
+def test_experts_kernel_passes_in_the_interpreter_in_bf16() -> None:
+    check_in_interpreter(__file__, len(SHAPES) * len(BATCHES), slow=True)
 
 
 class Experts:
@@ -71,8 +76,6 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return float((y.double() - wanted).norm() / wanted.norm())
 
 
-# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
-DTYPES = pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
 HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
 
 
@@ -95,7 +98,7 @@ def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype,
 
 @HERE
 @pytest.mark.parametrize("group", GROUPS, ids=str)
-@DTYPES
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
 def test_groups_agree_with_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
     (ends, m), experts = group, Experts((5, 40, 96, 32, 8, 16, 64, True), dtype)
     x = torch.randn(m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)

@@ -1,5 +1,7 @@
 """Every tiling of the tables, compiled for its GPUs: it fits, spills nothing, and waits where needed."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.kernels.compiled import (
     arch_of,
     check_for_others,
     code_for_hopper,
+    largest_of_each_kind,
     machine_code,
     matmul,
     overwritten_operands,
@@ -21,7 +24,7 @@ from tests.kernels.compiled import (
 )
 
 
-@pytest.mark.parametrize("tiling", tilings_of(HOPPER), ids=str)
+@pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER)))
 def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, tmp_path: Path) -> None:
     kernel = matmul(tiling, 90)
     code_for_hopper(kernel, tiling, tmp_path)
@@ -56,6 +59,46 @@ def test_scales_are_copied_asynchronously_in_every_step(tiling: Tiling, group: i
     products = [index for index, (_, text) in enumerate(code) if text.startswith(("HGMMA", "HMMA"))]
     loop = [text for _, text in code[products[0] - 100 : products[-1]]]
     assert not any(text.startswith(("LDG.", "SHFL", "STS")) for text in loop)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(
+    "tiling", [Tiling(128, 64, 64, 1, 0, 4, 4, 1, 64), Tiling(256, 128, 64, 1, 0, 8, 3, 1, 64)], ids=str
+)
+def test_two_pieces_of_rows_share_the_weights_of_a_step(tiling: Tiling, group: int, tmp_path: Path) -> None:
+    two = code_for_hopper(matmul(tiling, 90, group_size=group, HAS_ZERO=True), tiling, tmp_path)
+    one_piece = replace(tiling, extra_m=0)
+    one = code_for_hopper(matmul(one_piece, 90, group_size=group, HAS_ZERO=True), one_piece, tmp_path)
+    products, arithmetic = (
+        [Counter(text.split()[0] for _, text in code if text.startswith(start)) for code in (two, one)]
+        for start in ("HGMMA", "HFMA2")
+    )
+    wanted = {f"HGMMA.64x{rows}x16.F32.BF16": 4 for rows in (tiling.block_m, tiling.extra_m)}
+    assert products[0] == wanted
+    assert products[1] == {f"HGMMA.64x{tiling.block_m}x16.F32.BF16": 4}
+    assert arithmetic[0].total() == arithmetic[1].total() > 0
+    # Each piece has its own copy in every buffer.
+    assert [sum("UTMALDG" in text for _, text in code) for code in (two, one)] == [2 * tiling.stages, tiling.stages]
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"HAS_ZERO": True, "HAS_BIAS": True, "group_size": 64},
+        {"BULK": 0, "EVEN_K": False, "HAS_ZERO": True},
+        {"ACTIVATION": "gelu", "HAS_FACTOR": True, "HAS_ADDEND": True, "HAS_BIAS": True},
+        {"GATED": True, "ACTIVATION": "silu", "HAS_BIAS": True, "HAS_ADDEND": True},
+        {"SLOTS": 132, "dtype": "fp16"},
+    ],
+    ids=str,
+)
+def test_form_of_two_pieces_fits_and_spills_nothing(others: dict[str, object], tmp_path: Path) -> None:
+    tiling = Tiling(128, 64, 64, 1, 0, 4, 4, 1, 64)
+    code_for_hopper(matmul(tiling, 90, **others), tiling, tmp_path)
+
+
+def test_parts_of_two_pieces_are_added_without_spills(tmp_path: Path) -> None:
+    assert resources(parts_adder(Tiling(128, 64, 64, 1, 1, 4, 4, 1, 64), 90), tmp_path)["STACK"] == 0
 
 
 @pytest.mark.parametrize("rank", [2, 3])

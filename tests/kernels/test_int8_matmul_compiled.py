@@ -13,6 +13,7 @@ from tests.kernels.compiled import (
     check_for_others,
     code_for_hopper,
     int8_product,
+    largest_of_each_kind,
     machine_code,
     overwritten_operands,
     parts_adder,
@@ -21,8 +22,8 @@ from tests.kernels.compiled import (
 )
 
 
-@pytest.mark.parametrize("group_size", [0, 32, 128])
-@pytest.mark.parametrize("tiling", tilings_of(HOPPER, 8), ids=str)
+@pytest.mark.parametrize("group_size", [0, 32, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER, 8)))
 def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, group_size: int, tmp_path: Path) -> None:
     kernel = int8_product(tiling, 90, group_size=group_size)
     code = code_for_hopper(kernel, tiling, tmp_path)

@@ -57,19 +57,19 @@ def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: fl
         grid = tiles - rest + rest * min(slots // max(rest, 1), steps)
         parts = torch.full((slots, block_m, block_n), float("nan"))
     unit = k & -k
-    shape = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
+    shape = {"BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     form = {"UNIT": unit, "EVEN_K": k % (block_k * segments) == 0, "HAS_ZERO": zeros, "SEGMENTS": segments}
     form |= {"GROUP_SIZE": group if group != k else 0, "PAIRS": group != k and k // group % 2 == 0}
     offset = scale if zero is None else zero
     int8_matmul[(grid,)](
-        x, q, scale, offset, bias, y, parts, m, n, k // unit, **shape, **form, HAS_BIAS=has_bias, USE_ASM=False,
-        WGMMA=False,
+        x, q, scale, offset, bias, y, parts, m, n, k // unit, **shape, **form, BLOCK_M=block_m, HAS_BIAS=has_bias,
+        USE_ASM=False, WGMMA=False,
     )  # fmt: skip
     if rest:
         finish = {"HAS_BIAS": has_bias, "ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False, "USE_ASM": False}
         finish["GATED"] = False
         add_parts[(rest, block_m // 8)](
-            parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, BULK=0, HEIGHT=8
+            parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, TILE_M=block_m, BULK=0, HEIGHT=8
         )  # fmt: skip
 
     weight = q.double() * scale.double().repeat_interleave(group, dim=1)

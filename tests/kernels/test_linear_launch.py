@@ -10,10 +10,11 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from et_cuda_passes.kernels.buckets import buckets_for, in_bucket
+from et_cuda_passes.kernels import linear_launch
+from et_cuda_passes.kernels.buckets import buckets_for, in_bucket, stream_k_schedule
 from et_cuda_passes.kernels.choose import Weight, buckets
 from et_cuda_passes.kernels.gpus import HOPPER
-from et_cuda_passes.kernels.tiling import UNBOUNDED
+from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
 from tests.kernels.launches import mutated_by_analysis
@@ -85,21 +86,46 @@ def test_launches_mutate_only_the_output_and_the_parts(
         assert set(node.kwargs["tensors_to_clone"]) == set(mutated_by_analysis(node))
 
 
-def described(node: torch.fx.Node) -> Any:
+def described(node: torch.fx.Node, pointer: str = "x_ptr") -> Any:
     """The shape of x's descriptor in a launch, or None."""
-    return node.kwargs["tma_descriptor_metadata"].get("x_ptr")  # type: ignore[union-attr]
+    return node.kwargs["tma_descriptor_metadata"].get(pointer)  # type: ignore[union-attr]
 
 
 def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
     _, nodes = launches(None, batch=1)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
     weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
-    chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight, first=2).tilings.values()]
+    chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight).tilings.values()]
     assert any(tiling.bulk for tiling in chosen) and not all(tiling.bulk for tiling in chosen)
     wanted = [("stable", ((1, tiling.block_m, 64),)) if tiling.bulk else None for tiling in chosen]
     assert [described(node) for node in products] == wanted
+    wanted = [("stable", ((1, tiling.extra_m, 64),)) if tiling.bulk and tiling.extra_m else None for tiling in chosen]
+    assert [described(node, "extra_ptr") for node in products] == wanted
     # A tile would cross the end of the first batch of two.
     assert not any(described(node) for node in launches(None, batch=2)[1])
+
+
+@pytest.mark.parametrize("rows", [None, 333])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pieces_of_rows_have_a_descriptor_each(monkeypatch: pytest.MonkeyPatch, rows: int | None, batch: int) -> None:
+    tiling = Tiling(128, 64, 64, 1, 2, 4, 4, 1, 64)
+    monkeypatch.setattr(linear_launch, "buckets_for", lambda *_: {UNBOUNDED: tiling})
+    signature, nodes = launches(rows, batch=batch)
+    products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
+    assert len(products) == 2 and (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
+    for pointer, height in (("x_ptr", 128), ("extra_ptr", 64)):
+        wanted = ("stable", ((1, height, 64),)) if batch == 1 else None
+        assert [described(node, pointer) for node in products] == [wanted] * 2
+    if rows is not None:
+        # Tiles of 192 rows: 2 or 4 by 128 and 48 along N. Tiles beyond the last whole wave of 264 are split.
+        tiles = -(-rows * batch // 192)
+        grids = [node.kwargs["grid"][0][0] for node in products]
+        assert grids == [
+            stream_k_schedule(tiling, rows * batch, n, k, 132).grid for n, k in ((8192, 3072), (3072, 8192))
+        ]
+        assert all(grid >= tiles * n // 64 for grid, n in zip(grids, (8192, 3072), strict=True))
+    for node in nodes:
+        assert set(node.kwargs["tensors_to_clone"]) == set(mutated_by_analysis(node))
 
 
 class Sources(nn.Module):
@@ -178,8 +204,7 @@ def test_unknown_length_is_one_launch_for_each_bucket(block: Callable[..., nn.Mo
         weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
     else:
         weights = Weight(8192, 3072, 64, bits=8), Weight(3072, 8192, 8192, bits=8)
-    # A batch of two has at least two rows each.
-    assert len(products) == sum(len(buckets(HOPPER, weight, first=4).tilings) for weight in weights)
+    assert len(products) == sum(len(buckets(HOPPER, weight).tilings) for weight in weights)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
 
@@ -202,7 +227,7 @@ def test_gate_is_a_product_of_twice_the_rows_that_stores_half(rows: int | None) 
     _, nodes = launches(rows, 8192, 3072, Gate)
     table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
     weight = Weight(16384, 3072, 32, outputs=0.5)
-    chosen = buckets_for(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight, first=4).tilings
+    chosen = buckets_for(2 * rows, weight, HOPPER) if rows else buckets(HOPPER, weight).tilings
     given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
     products = [one for one in given if "words_ptr" in one]
     assert [one["BLOCK_M"] for one in products] == [tiling.block_m for tiling in chosen.values()]

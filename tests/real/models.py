@@ -40,9 +40,11 @@ def floats(*shape: int) -> Tensor:
 
 def smollm2() -> Real:
     from demo.model import smollm2 as source
+    from et_cuda_passes.hf.checkpoint import Checkpoint
+    from et_cuda_passes.hf.loading import load
 
     length = Dim("length", min=2, max=256)
-    model = source().model()
+    model = load(Checkpoint.find(str(source())), dtype="bfloat16").model
     model.config.use_cache = False
     return Real(model, {"input_ids": tokens(49152, 1, 9)}, {"input_ids": {1: length}}, int8_words=True)
 

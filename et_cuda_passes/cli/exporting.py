@@ -1,0 +1,321 @@
+"""``export``: a model on disk becomes programs for every target, in one folder."""
+
+import errno
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    check_writable,
+    handle_errors,
+    list_files,
+    one_line,
+)
+from et_cuda_passes.executorch.lower import missing_requirement
+from et_cuda_passes.executorch.packed import read_report
+from et_cuda_passes.graph import errors
+from et_cuda_passes.graph.report import ExpectationError
+from et_cuda_passes.hf.artifact import ExportError
+from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
+from et_cuda_passes.hf.options import QuantizationOptions, check_schemes
+from et_cuda_passes.hf.report import QuantizationReport
+from et_cuda_passes.targets import targets
+
+_SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
+_MANIFEST = "export.json"
+_SHORTEST = 8
+# The other names of options are words of the language too.
+_OPTION = re.compile(r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback)\b|\balgorithm(?==)")
+
+
+def _option(name: str, **options: Any) -> Any:
+    """An option with the spelling with dashes and the one with underscores."""
+    return typer.Option(*dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}")), show_default=False, **options)
+
+
+Text = str | None
+
+
+def export(
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
+    ],
+    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(targets())}; several with commas.")],
+    output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
+    gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
+    keep_gguf: Annotated[
+        bool, _option("keep-gguf", help="Keep the blocks Q4_K, Q5_K and Q6_K of the GGUF file; expand the others.")
+    ] = False,
+    task: Annotated[
+        Text,
+        typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's."),
+    ] = None,
+    qlinear: Annotated[Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}")] = None,
+    qlinear_group_size: Annotated[int, _option("qlinear-group-size", help="Default 32; 0 is one scale per row.")] = 32,
+    qlinear_packing_format: Annotated[
+        Text, _option("qlinear-packing-format", help="auto, tile_packed_to_4d, mma_tiled, mps, ...: the kernel.")
+    ] = None,
+    qembedding: Annotated[Text, _option("qembedding", help="The scheme of the embeddings: 4w or 8w.")] = None,
+    qembedding_group_size: Annotated[int, _option("qembedding-group-size", help="Default 0, one scale per row.")] = 0,
+    qlinear_encoder: Annotated[Text, _option("qlinear-encoder", help="The same for the encoders of a model.")] = None,
+    qlinear_group_size_encoder: Annotated[int, _option("qlinear-group-size-encoder")] = 32,
+    qlinear_packing_format_encoder: Annotated[Text, _option("qlinear-packing-format-encoder")] = None,
+    qembedding_encoder: Annotated[Text, _option("qembedding-encoder")] = None,
+    qembedding_group_size_encoder: Annotated[int, _option("qembedding-group-size-encoder")] = 0,
+    algorithm: Annotated[str, typer.Option("--algorithm", help="How scales are chosen: hqq or affine.")] = "hqq",
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A TOML file with other schemes for some layers.")
+    ] = None,
+    group_size_fallback: Annotated[
+        str, _option("group-size-fallback", help="For in_features that the group does not divide: adjust, skip, error.")
+    ] = "adjust",
+    max_length: Annotated[
+        int | None,
+        _option(
+            "max-length",
+            min=_SHORTEST,
+            help="The largest number of tokens, prompt and answer together; default: the model's, at most 2048.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        Text,
+        typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Export a model of transformers: quantize it, trace it once, and write what each target runs.
+
+    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    """
+    options: dict[str, Any] = {
+        "target": target,
+        "qlinear": qlinear,
+        "qlinear_group_size": qlinear_group_size,
+        "qlinear_packing_format": qlinear_packing_format,
+        "qembedding": qembedding,
+        "qembedding_group_size": qembedding_group_size,
+        "qlinear_encoder": qlinear_encoder,
+        "qlinear_group_size_encoder": qlinear_group_size_encoder,
+        "qlinear_packing_format_encoder": qlinear_packing_format_encoder,
+        "qembedding_encoder": qembedding_encoder,
+        "qembedding_group_size_encoder": qembedding_group_size_encoder,
+        "algorithm": algorithm,
+        "recipe": recipe,
+        "group_size_fallback": group_size_fallback,
+    }
+    with handle_errors(debug):
+        with _refusals():
+            check_extra("export")
+            quantization = QuantizationOptions(**options)
+            check_schemes(quantization)
+            _check_output(output_dir, overwrite, model)
+            _check_dtype(dtype, quantization.targets)
+            checkpoint = Checkpoint.find(model, gguf)
+            if keep_gguf and checkpoint.gguf is None:
+                raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
+        if dtype is None and checkpoint.gguf is not None and checkpoint.gguf.is_quantized:
+            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
+            dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
+        with Steps() as step:
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options)
+            step(f"writing {output_dir}")
+            with _stage(step, quantization.targets):
+                exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
+        _print_kept(loaded.kept)
+        _print_report(exported.report)
+        list_files(_files(exported, output_dir))
+        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name))}
+        if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
+            # The compiled programs of this export are the user's own.
+            following = ["et-cuda-passes", "generate", str(output_dir), "--trust", "--prompt", "Hello"]
+            typer.echo(f"next: {shlex.join(following)}")
+        if lacking:
+            texts = [f"lowering to {name} needs {each}" for name, each in lacking.items()]
+            command = " && ".join(
+                shlex.join(["et-cuda-passes", "lower", str(output_dir), "--target", name]) for name in lacking
+            )
+            raise LoweringError(
+                f"{'; '.join(texts)}. The packed programs are in {output_dir}; on a machine that has it, go on with: "
+                f"{command}"
+            )
+
+
+def _export(
+    step: Steps,
+    checkpoint: Checkpoint,
+    task: str | None,
+    dtype: str | None,
+    keep_gguf: bool,
+    max_length: int | None,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:
+    """The export, and the model."""
+    step(f"loading {checkpoint}")
+    # These import transformers, which takes seconds.
+    from et_cuda_passes.hf.exporter import EtConfig, EtExporter
+    from et_cuda_passes.hf.loading import generation_config, load, quiet
+
+    names = [name.strip() for name in options["target"].split(",")]
+    with _stage(step, names), quiet():
+        loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
+        dynamic = "input_ids" in loaded.inputs
+        config = EtConfig(**options, dynamic=dynamic, max_length=loaded.max_length if dynamic else None)
+        # Writing is one more step.
+        exporter = EtExporter(step, lambda count: step.expect(count + 1))
+        if loaded.generates:
+            static = generation_config(loaded.model, loaded.max_length)
+            exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
+        else:
+            exported = exporter.export(loaded.model, loaded.inputs, config)
+    return exported, loaded
+
+
+def is_export(path: Path) -> bool:
+    """Whether a path is the folder of an export."""
+    return path.is_dir() and (path / _MANIFEST).is_file()
+
+
+def finish(folder: Path, target: str) -> None:
+    """Lower what the machine that wrote an export saved packed for a target."""
+    with _refusals():
+        check_extra("finishing an export")
+    if lacking := missing_requirement(target):
+        raise LoweringError(f"lowering to {target} needs {lacking}: go on with {folder} on a machine that has it")
+    with Steps() as step:
+        step(f"reading {folder}")
+        from et_cuda_passes.hf.exporter import finish_export
+
+        with _stage(step, (target,)):
+            files = finish_export(folder, step, target)
+    if files:
+        list_files(files)
+    else:
+        typer.echo(f"{folder} has nothing to finish for {target}")
+
+
+# Refusals and errors --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Errors in the options, before any work."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(_in_options(str(error))) from error
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}") from error
+
+
+@contextmanager
+def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
+    """Turn an error of the current step into one line with the name of the step."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except FileExistsError as error:
+        raise UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite")) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise LoweringError(
+                f"{step.current}: the disk is full; free some space and run the command again"
+            ) from error
+        raise
+    except (ExportError, errors.UsageError) as error:
+        text = _in_options(str(error))
+        if "--dtype" in text and "xnnpack" in names and len(names) > 1:
+            text += "; xnnpack computes in float32, so export for it with a command of its own"
+        raise UsageError(text) from error
+    except ExpectationError as error:
+        first = next((each for each in error.report.outcomes if each.status == "missed"), None)
+        where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
+        raise LoweringError(f"{step.current}: {str(error).splitlines()[0]}{where}") from error
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else one_line(error)
+        raise LoweringError(f"{step.current}: {text} (--debug shows the traceback)") from error
+
+
+def _in_options(text: str) -> str:
+    """A message for Python in terms of the command line, in one line."""
+    first, *others = text.strip().splitlines()
+    more = f" (and {len(others)} more)" if others else ""
+    first = re.sub(r"(?:load the model with|convert it with) (.*torch\.)", r"give \1", first)
+    first = re.sub(r"(?:dtype=torch\.|model\.to\(torch\.)(\w+)\)?", r"--dtype \1", first)
+    return _OPTION.sub(lambda match: "--" + match[0].replace("_", "-"), first) + more
+
+
+def _check_output(folder: Path, overwrite: bool, model: str) -> None:
+    check_writable(folder)
+    if not folder.is_dir():
+        return
+    if Path(model).exists() and folder.resolve() in (Path(model).resolve(), Path(model).resolve().parent):
+        raise UsageError(f"--output-dir {folder} is the folder of the model itself: name another")
+    if overwrite:
+        return
+    if (folder / _MANIFEST).exists():
+        raise UsageError(f"{folder} has an export already: name another folder, or give --overwrite")
+    found = sorted(path.name for path in folder.iterdir())
+    if found:
+        shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise UsageError(
+            f"{folder} has other files ({shown}): name another folder, or give --overwrite, which replaces files "
+            "of the same names"
+        )
+
+
+def _check_dtype(dtype: str | None, names: tuple[str, ...]) -> None:
+    known = ("float32", "bfloat16", "float16")
+    if dtype is not None and dtype not in known:
+        raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
+    if dtype == "bfloat16" and "xnnpack" in names:
+        raise UsageError("--dtype bfloat16: xnnpack computes in float32; give --dtype float32, or leave xnnpack out")
+
+
+# Results --------------------------------------------------------------------------------------------------------------
+
+
+def _print_kept(kept: dict[str, str]) -> None:
+    if not kept:
+        return
+    typer.echo(
+        f"kept the blocks of {sum(not reason for reason in kept.values())} of {len(kept)} weights of the GGUF file"
+    )
+    reasons: dict[str, list[str]] = {}
+    for fqn, reason in kept.items():
+        if reason:
+            reasons.setdefault(reason, []).append(fqn)
+    for reason, fqns in reasons.items():
+        typer.echo(f"  expanded  {len(fqns):>5} x {fqns[0]}{', ...' if len(fqns) > 1 else ''}: {reason}")
+
+
+def _print_report(report: Any) -> None:
+    for quantization in report["quantization"]:
+        typer.echo(str(QuantizationReport.from_dict(quantization)))
+    for parts in report["targets"].values():
+        texts: dict[str, list[str]] = {}
+        for name, each in parts.items():
+            texts.setdefault(str(read_report(each)), []).append(name)
+        for text, names in texts.items():
+            typer.echo(f"{', '.join(names)} for {text}")
+
+
+def _files(exported: Any, folder: Path) -> list[Path]:
+    programs = dict.fromkeys(
+        folder / file.name
+        for component in exported.components.values()
+        for build in component.program.builds.values()
+        for file in build.files
+    )
+    others = sorted(path for path in folder.iterdir() if path.is_file() and path not in programs)
+    return [*programs, *others]
