@@ -12,14 +12,24 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import GenerationConfig, StaticCache
+from transformers import StaticCache
 
 from demo.model import smollm2
+from et_cuda_passes.hf.checkpoint import Checkpoint
 from et_cuda_passes.hf.exporter import EtConfig, EtExporter
-from et_cuda_passes.hf.generation import ExportedDecoder, Speed, TimedStreamer, generate, hide_warnings, load_exported
+from et_cuda_passes.hf.generation import (
+    ExportedDecoder,
+    Speed,
+    TimedStreamer,
+    encode,
+    generate,
+    hide_warnings,
+    load_exported,
+    load_tokenizer,
+)
+from et_cuda_passes.hf.loading import generation_config, load
 
 CACHE_LENGTH = 512
 PROMPT = "What is the capital of France? Answer in one sentence, and name a river there."
@@ -39,42 +49,34 @@ class Variant:
 
     target: str
     qlinear: str | None
-    dtype: torch.dtype
+    dtype: str
 
 
 VARIANTS = {
-    "XNNPACK fp32": Variant("xnnpack", None, torch.float32),
-    "XNNPACK 8da4w": Variant("xnnpack", "8da4w", torch.float32),
-    "AOTInductor bf16": Variant("cpu", None, torch.bfloat16),
-    "AOTInductor int4": Variant("cpu", "4w", torch.bfloat16),
+    "XNNPACK fp32": Variant("xnnpack", None, "float32"),
+    "XNNPACK 8da4w": Variant("xnnpack", "8da4w", "float32"),
+    "AOTInductor bf16": Variant("cpu", None, "bfloat16"),
+    "AOTInductor int4": Variant("cpu", "4w", "bfloat16"),
 }
 
 
 def export(name: str, variant: Variant, folder: Path) -> None:
     """Write the export of ``variant`` to ``folder``."""
-
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
 
     def progress(step: str) -> None:
-        print(f"{name}: {time.perf_counter() - begin:6.1f} s  {step}", flush=True)
+        seconds = f"{time.perf_counter() - begin:6.1f} s, {time.process_time() - processor:6.1f} s of the processor"
+        print(f"{name}: after {seconds}: {step}", flush=True)
 
-    model = smollm2().model().to(variant.dtype)
-    tokens = torch.tensor([smollm2().tokenizer().encode(PROMPT)])
-    config = GenerationConfig(
-        cache_implementation="static",
-        max_cache_len=CACHE_LENGTH,
-        do_sample=False,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-    )
+    loaded = load(Checkpoint.find(str(smollm2())), dtype=variant.dtype, max_length=CACHE_LENGTH)
     exported = EtExporter(progress).export_for_generation(
-        model,
-        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
-        EtConfig(target=variant.target, qlinear=variant.qlinear, dynamic=True),
-        generation_config=config,
+        loaded.model,
+        loaded.inputs,
+        EtConfig(target=variant.target, qlinear=variant.qlinear, dynamic=True, max_length=CACHE_LENGTH),
+        generation_config=generation_config(loaded.model, CACHE_LENGTH),
     )
     progress("saving")
-    exported.save_pretrained(folder)
+    exported.save_pretrained(folder, processor=loaded.processor)
     progress("done")
 
 
@@ -112,21 +114,19 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
             export(name, VARIANTS[name], folder)
     decoders = {name: ExportedDecoder(load_exported(folder)) for name, folder in folders.items()}
-    # transformers' tokenizer behind that of the demo, which a streamer takes.
-    tokenizer: Any = smollm2().tokenizer()
-    prompt = torch.tensor([tokenizer.encode(PROMPT)])
-    plain = tokenizer._tokenizer
-    words = plain(text(), return_tensors="pt").input_ids[:, :TEXT_TOKENS]
+    tokenizer = load_tokenizer(next(iter(folders.values())))
+    prompt = encode(tokenizer, PROMPT)
+    words = tokenizer(text(), return_tensors="pt").input_ids[:, :TEXT_TOKENS]
     speeds: dict[str, list[Speed]] = {name: [] for name in decoders}
     answers: dict[str, str] = {}
     for _ in range(options.rounds):
         for name, decoder in decoders.items():
-            streamer = TimedStreamer(plain, silent=True)
+            streamer = TimedStreamer(tokenizer, silent=True)
             # No early end: each export generates the same number of tokens.
             decoder.generation_config.eos_token_id = None
             answer = generate(decoder, prompt, NEW_TOKENS, streamer=streamer)
             speeds[name].append(streamer.speed)
-            answers[name] = plain.decode(answer).partition("<|im_end|>")[0]
+            answers[name] = tokenizer.decode(answer).partition("<|im_end|>")[0]
     print(f"prompt of {prompt.shape[1]} tokens, {NEW_TOKENS} new ones; perplexity of {words.shape[1]} tokens")
     print("| export | MB | first token, ms | tokens/s | perplexity |")
     print("| --- | --- | --- | --- | --- |")
