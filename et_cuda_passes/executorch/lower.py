@@ -154,7 +154,7 @@ def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> N
     # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
     # One for all methods, so that a weight that several methods read is folded once.
     partitioner = XnnpackPartitioner()
-    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress, get_xnnpack_edge_compile_config())
+    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress, get_xnnpack_edge_compile_config(skip_dim_order=True))
 
 
 def _method_name(name: str) -> list[Any]:

@@ -26,7 +26,7 @@ _READS_WEIGHT = frozenset(
         exir_ops.edge.quantized_decomposed.dequantize_per_channel.default,
     }
 )
-_clone = exir_ops.edge.dim_order_ops._clone_dim_order.default
+_clone = _edge.clone.default
 _LIGHT = frozenset(
     {
         _edge.add.Tensor,
@@ -48,8 +48,6 @@ _LIGHT = frozenset(
         _edge.slice_copy.Tensor,
         _edge.unsqueeze_copy.default,
         _edge.cat.default,
-        _edge.bmm.default,
-        _edge._softmax.default,
         _clone,
     }
 )
@@ -61,6 +59,8 @@ _UNCHANGED = (
     | frozenset(
         {
             _edge.linear.default,
+            _edge.bmm.default,
+            _edge._softmax.default,
             exir_ops.edge.torchao.choose_qparams_affine.default,
             exir_ops.edge.torchao.quantize_affine.default,
             operator.getitem,
@@ -69,6 +69,7 @@ _UNCHANGED = (
 )
 """No pass of the delegate changes these. Each pass traces its partition again, which is a third of the lowering."""
 
+_FEW = 4
 _CAT_LIMIT = 5
 """The delegate splits a concatenation of more tensors."""
 
@@ -155,7 +156,8 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             if tag := node.meta.get("delegation_tag"):
                 nodes.setdefault(tag, []).append(node)
         for tag, members in nodes.items():
-            if all(node.op != "call_function" or node.target in _LIGHT for node in members):
+            called = [node for node in members if node.op == "call_function"]
+            if len(called) <= _FEW and all(node.target in _LIGHT for node in called):
                 for node in members:
                     del node.meta["delegation_tag"]
                 del result.partition_tags[tag]
