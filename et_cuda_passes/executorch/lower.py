@@ -147,6 +147,7 @@ def _metal(methods: Methods, folder: Path, stem: str, progress: Progress) -> Non
 
 
 def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.backends.xnnpack.utils.configs import get_xnnpack_edge_compile_config
 
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
@@ -154,7 +155,13 @@ def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> N
     # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
     # One for all methods, so that a weight that several methods read is folded once.
     partitioner = XnnpackPartitioner()
-    _executorch(methods, dict.fromkeys(methods, partitioner), folder, stem, progress, get_xnnpack_edge_compile_config(skip_dim_order=True))
+    partitioners = dict.fromkeys(methods, partitioner)
+    # The delegate removes such copies too, but only after they have cost it another pass over their partition.
+    transforms = [RemoveCloneOpsTransform(preserve_input_output_copies=True)]
+    config = get_xnnpack_edge_compile_config(skip_dim_order=True)
+    _executorch(
+        methods, partitioners, folder, stem, progress, {"compile_config": config, "transform_passes": transforms}
+    )
 
 
 def _method_name(name: str) -> list[Any]:
@@ -170,7 +177,7 @@ def _executorch(
     folder: Path,
     stem: str,
     progress: Progress,
-    config: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     from executorch.exir import to_edge_transform_and_lower
 
@@ -179,7 +186,7 @@ def _executorch(
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
-            compile_config=config,
+            **(options or {}),
         )
         progress("serializing")
         lowered = edge.to_executorch()
