@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from executorch.exir.dialects.edge._ops import EdgeOpOverload
 from torch._export.utils import is_buffer, is_lifted_tensor_constant, is_param
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.fx.passes.infra.partitioner import Partition
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
 from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
@@ -26,9 +28,11 @@ _READS_WEIGHT = frozenset(
         exir_ops.edge.quantized_decomposed.dequantize_per_channel.default,
     }
 )
-_clone = _edge.clone.default
-_LIGHT = frozenset(
+_UNCHANGED = _READS_WEIGHT | frozenset(
     {
+        _edge.linear.default,
+        _edge.bmm.default,
+        _edge._softmax.default,
         _edge.add.Tensor,
         _edge.sub.Tensor,
         _edge.mul.Tensor,
@@ -48,28 +52,13 @@ _LIGHT = frozenset(
         _edge.slice_copy.Tensor,
         _edge.unsqueeze_copy.default,
         _edge.cat.default,
-        _clone,
+        exir_ops.edge.torchao.choose_qparams_affine.default,
+        exir_ops.edge.torchao.quantize_affine.default,
+        operator.getitem,
     }
 )
-"""A partition of these alone saves less than it costs."""
+"""No pass of the delegate changes these. Each pass traces its partition again; all of them were a third of a lowering."""
 
-_UNCHANGED = (
-    (_LIGHT - {_clone})
-    | _READS_WEIGHT
-    | frozenset(
-        {
-            _edge.linear.default,
-            _edge.bmm.default,
-            _edge._softmax.default,
-            exir_ops.edge.torchao.choose_qparams_affine.default,
-            exir_ops.edge.torchao.quantize_affine.default,
-            operator.getitem,
-        }
-    )
-)
-"""No pass of the delegate changes these. Each pass traces its partition again, which is a third of the lowering."""
-
-_FEW = 4
 _CAT_LIMIT = 5
 """The delegate splits a concatenation of more tensors."""
 
@@ -148,22 +137,65 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             return [found for found, answer in answers.items() if answer == {True}], None
         return operators, supported
 
+    def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
+        """ExecuTorch's hook: a partition holds all that the delegate can compute before it needs a value from outside.
+
+        Each partition costs the lowering a copy of the whole graph. The stock partitioner makes more of them, and
+        compares all of them with each other.
+        """
+        if self.per_op_mode:
+            return super().generate_partitions(ep)  # type: ignore[no-any-return]
+        groups = self.get_matched_nodes_from_configs(ep)
+        stages = _stages(ep, groups)
+        if stages is None:
+            return super().generate_partitions(ep)  # type: ignore[no-any-return]
+        members: dict[int, list[Node]] = {}
+        for group, stage in zip(groups, stages, strict=True):
+            members.setdefault(stage, []).extend(group)
+        return [Partition(id=stage, nodes=nodes) for stage, nodes in members.items()]
+
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
-        """ExecuTorch's hook: drops the partitions that do not pay, and shortens the lowering of the others."""
+        """ExecuTorch's hook: the delegate runs one pass only over a partition that the others leave as it is."""
         result = super().partition(exported_program)
         nodes: dict[str, list[Node]] = {}
         for node in exported_program.graph.nodes:
             if tag := node.meta.get("delegation_tag"):
                 nodes.setdefault(tag, []).append(node)
         for tag, members in nodes.items():
-            called = [node for node in members if node.op == "call_function"]
-            if len(called) <= _FEW and all(node.target in _LIGHT for node in called):
-                for node in members:
-                    del node.meta["delegation_tag"]
-                del result.partition_tags[tag]
-            elif all(_is_unchanged(node, exported_program) for node in members):
+            if all(_is_unchanged(node, exported_program) for node in members):
                 result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, _ONE_PASS)
         return result
+
+
+def _stages(ep: ExportedProgram, groups: list[list[Node]]) -> list[int] | None:
+    """The stage of each group: how often a path from an input to it enters the delegate.
+
+    Groups of one stage can run together. A path from one of them to another that leaves the delegate enters it again,
+    and so ends in a later stage.
+
+    Returns:
+        None if a group has an input that depends on the group itself.
+    """
+    group_of = {node: index for index, group in enumerate(groups) for node in group if node.op == "call_function"}
+    nodes: dict[Node | int, list[Node]] = {index: [] for index in range(len(groups))}
+    for node in ep.graph.nodes:
+        nodes.setdefault(group_of.get(node, node), []).append(node)
+
+    def inputs(unit: Node | int) -> set[Node | int]:
+        return {group_of.get(each, each) for node in nodes[unit] for each in node.all_input_nodes} - {unit}
+
+    # A unit is a group, or a node outside of all groups.
+    try:
+        order = list(TopologicalSorter({unit: inputs(unit) for unit in nodes}).static_order())
+    except CycleError:
+        return None
+    stages: dict[Node | int, int] = {}
+    for unit in order:
+        inside = isinstance(unit, int)
+        stages[unit] = max(
+            (stages[each] + (inside and not isinstance(each, int)) for each in inputs(unit)), default=int(inside)
+        )
+    return [stages[index] for index in range(len(groups))]
 
 
 def _is_unchanged(node: Node, program: ExportedProgram) -> bool:
