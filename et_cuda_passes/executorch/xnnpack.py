@@ -16,6 +16,7 @@ from torch._export.utils import is_buffer, is_lifted_tensor_constant, is_param
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.passes.infra.partitioner import Partition
+from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
 from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
@@ -165,6 +166,24 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             if all(_is_unchanged(node, exported_program) for node in members):
                 result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, _ONE_PASS)
         return result
+
+
+def infer_dynamic_sizes(graph_module: torch.fx.GraphModule) -> PassResult:
+    """A pass of the edge dialect: the one dynamic size of a view becomes -1, in place.
+
+    The delegate reshapes to a single inferred size, and skips a view whose size is a node, which has the same result.
+    """
+    modified = False
+    for node in graph_module.graph.find_nodes(op="call_function", target=_edge.view_copy.default):
+        sizes = node.meta["val"].shape
+        dynamic = [size for size in sizes if not isinstance(size, int)]
+        if len(dynamic) == 1 and 0 not in sizes and any(isinstance(size, Node) for size in node.args[1]):
+            node.args = (node.args[0], [size if isinstance(size, int) else -1 for size in sizes])
+            modified = True
+    if modified:
+        graph_module.graph.eliminate_dead_code()
+        graph_module.recompile()
+    return PassResult(graph_module, modified)
 
 
 def _stages(ep: ExportedProgram, groups: list[list[Node]]) -> list[int] | None:
