@@ -2,8 +2,8 @@
 
 python -m benchmarks.smollm2 [--folder FOLDER] [--rounds 5] [--only NAME ...]
 
-An export that the folder holds already is used again. The exports are measured in turns, so that other load on the machine
-meets all of them, and the best round of each counts.
+An export that the folder holds already is used again. The exports are measured in turns, so that other load on the
+machine meets all of them, and the best round of each counts.
 """
 
 import argparse

@@ -150,14 +150,14 @@ def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> N
     from executorch.backends.transforms.remove_clone_ops import RemoveCloneOpsTransform
     from executorch.backends.xnnpack.utils.configs import get_xnnpack_edge_compile_config
 
-    from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner, infer_dynamic_sizes
+    from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner, simplify_views
 
     # With its rules: what they keep stands in the program as before, and the partitioner refuses whatever they do not.
     # One for all methods, so that a weight that several methods read is folded once.
     partitioner = XnnpackPartitioner()
     partitioners = dict.fromkeys(methods, partitioner)
-    # The delegate removes such copies too, but only after they have cost it another pass over their partition.
-    transforms = [RemoveCloneOpsTransform(preserve_input_output_copies=True), infer_dynamic_sizes]
+    # Copies and views that the delegate does not take would split its partitions.
+    transforms = [RemoveCloneOpsTransform(preserve_input_output_copies=True), simplify_views]
     config = get_xnnpack_edge_compile_config(skip_dim_order=True)
     _executorch(
         methods, partitioners, folder, stem, progress, {"compile_config": config, "transform_passes": transforms}
