@@ -14,7 +14,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import ShareActivation, SplitBroadcastBias
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.xnnpack import Stock, error, example, lowered, output
 
@@ -552,3 +552,64 @@ def test_bias_that_needs_no_split_is_rejected(shape: tuple[int, ...], computed: 
 def test_split_bias_leaves_the_numbers_unchanged() -> None:
     program = exported(Biased((ROWS, 1)))
     assert_rewrites(program, "xnnpack", [SplitBroadcastBias()], expect={"split_broadcast_bias": 1}, rtol=1e-6)
+
+
+# ShareActivation.
+
+
+class Siblings(nn.Module):
+    """Three quantized linears of one input.
+
+    Args:
+        other: how the third linear's input differs: "scale" (it is another tensor), "mutated" (it changes before the
+            third linear), or "" (it does not).
+    """
+
+    def __init__(self, other: str = "") -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(IN, OUT) for _ in range(3))
+        self.other = other
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The results of the three."""
+        x = x + 0.5
+        first, second = self.q(x), self.k(x)
+        if self.other == "mutated":
+            x.mul_(1.5)
+        return first, second, self.v(x * 2 if self.other == "scale" else x)
+
+
+def siblings(other: str = "") -> ExportedProgram:
+    torch.manual_seed(0)
+    model = Siblings(other)
+    quantize_(model, Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32)))
+    return exported(model)
+
+
+def quantizations(program: ExportedProgram) -> int:
+    return len(program.graph.find_nodes(op="call_function", target=ao.quantize_affine.default))
+
+
+def test_linears_of_one_input_share_its_quantization() -> None:
+    program = siblings()
+    after, report = ecp.rewrite(program, "xnnpack", expect={"keep_dynamic_int4": 3, "missed": 0})
+    assert (quantizations(program), quantizations(after)) == (3, 1), report
+    x = example(ROWS, IN)
+    for found, wanted in zip(after.module()(x), program.module()(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("other", ["scale", "mutated", "eps"])
+def test_quantization_of_another_value_or_scheme_is_not_shared(other: str) -> None:
+    program = siblings(other)
+    if other == "eps":
+        *_, last = program.graph.find_nodes(op="call_function", target=ao.choose_qparams_affine.default)
+        # The argument after the range is the least scale.
+        last.args = (*last.args[:6], 0.25, *last.args[7:])
+        program.graph_module.recompile()
+    after, _ = ecp.rewrite(program, "xnnpack", [ShareActivation()])
+    x = example(ROWS, IN)
+    for found, wanted in zip(after.module()(x), program.module()(x), strict=True):
+        assert torch.equal(found, wanted)
+    # A mutated tensor is never shared, not even by the linears before the mutation.
+    assert quantizations(after) == (3 if other == "mutated" else 2)
