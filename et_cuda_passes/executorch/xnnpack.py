@@ -59,7 +59,7 @@ _UNCHANGED = _READS_WEIGHT | frozenset(
         operator.getitem,
     }
 )
-"""No pass of the delegate changes these. Each pass traces the partition again. All passes took a third of a lowering."""
+"""No pass of the delegate changes these. Each pass traces its partition again, which took a third of a lowering."""
 
 _CAT_LIMIT = 5
 """The delegate splits a concatenation of more tensors."""

@@ -46,6 +46,7 @@ from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expect
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rules.xnnpack import QuantizeActivation
 
 FORMAT = "et_cuda_passes"
 REPORT_FILE = "report.json"
@@ -53,6 +54,7 @@ REPORT_FILE = "report.json"
 _UNIMPLEMENTED = re.compile(
     r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
 )
+XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 _PACKAGES = ("torch", "torchao", "executorch")
 
 
@@ -65,6 +67,10 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
             that runs on a machine is the default there.
         max_length: with ``dynamic=True``, the largest length of a text; then the length is the only dynamic size. None
             makes every size dynamic that the model does not fix.
+        xnnpack_weight_only: what becomes of a 4-bit weight for xnnpack if the scheme does not quantize activations, as
+            "4w". "fold" makes it a float weight, with the same numbers. "dynamic-activation" takes the 4-bit kernels,
+            for which activations are quantized to 8 bits while the program runs: this changes the numbers. A weight
+            that these kernels do not support is folded, and the report says so.
 
     The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
 
@@ -89,10 +95,20 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     recipe: Any = None
     group_size_fallback: str = "adjust"
     max_length: int | None = None
+    xnnpack_weight_only: str = "fold"
 
     def __post_init__(self) -> None:
         if not self.targets:
             raise ExportError("EtConfig needs a target, such as target='cpu' or target='cuda,xnnpack'")
+        if self.xnnpack_weight_only not in XNNPACK_WEIGHT_ONLY:
+            raise ExportError(
+                f"xnnpack_weight_only={self.xnnpack_weight_only!r} is unknown; choose {' or '.join(XNNPACK_WEIGHT_ONLY)}"
+            )
+        if self.xnnpack_weight_only != "fold" and "xnnpack" not in self.targets:
+            raise ExportError(
+                f"xnnpack_weight_only={self.xnnpack_weight_only!r} changes programs for xnnpack, and the target is "
+                f"{', '.join(self.targets)}: add xnnpack to the target, or leave the option out"
+            )
         check_schemes(self.options)
 
     @property
@@ -380,10 +396,13 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 if target in configs[name].targets:
                     self._progress(f"rewriting {name} for {target}")
                     options = configs[name].options
+                    passes = passes_for(options, target, encoder=name.endswith("_encoder"))
+                    if target == "xnnpack" and configs[name].xnnpack_weight_only == "dynamic-activation":
+                        passes = passes.insert_before("share_activation", QuantizeActivation())
                     rewritten[name], reports[name] = rewrite(
                         program,
                         target,
-                        passes_for(options, target, encoder=name.endswith("_encoder")),
+                        passes,
                         expected_counts(options, target),
                         pool=pool,
                     )

@@ -5,6 +5,7 @@ graph's parameters. Each requirement of a ``Keep...`` rule excludes a case in wh
 than the graph without an error, or failed late without naming the layer.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +21,7 @@ from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Keep, Notes, Rule, requirement
 from et_cuda_passes.quant.activations import (
+    CHOOSE_QPARAMS,
     QUANTIZE,
     QUANTIZE_PER_TENSOR,
     decode_dynamic,
@@ -188,6 +190,12 @@ class ShareActivation(Rule):
         return _first_quantization(m)
 
 
+@requirement("activations that are not quantized yet")
+def activation_is_not_quantized(m: Match) -> Failure | None:
+    """The rule would quantize them a second time."""
+    return Failure(f"{m.x.name}, a dequantized activation") if is_dequantize(m.x) else None
+
+
 @requirement("activations in float32 or float16", hint="export in float32")
 def activation_is_fp32_or_fp16(m: Match) -> Failure | None:
     """A method with the 8-bit kernel and bf16 activations does not load."""
@@ -310,6 +318,57 @@ class KeepDynamicInt4(Keep):
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept."""
         return _kept(*ms)
+
+
+@dataclass(frozen=True)
+class QuantizeActivation(Rule):
+    """linear(x, dequantize(int4 weight), bias) -> linear(dequantize(quantize(x)), dequantize(int4 weight), bias)
+
+    The delegate has 4-bit kernels only for activations that it quantizes to 8 bits while the program runs. THE NUMBERS
+    CHANGE: they become those of ``Int8DynamicActivationIntxWeightConfig`` for the same weight. The rule is therefore in
+    no list by default, and stands before ``ShareActivation`` in a list of the caller's.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("share_activation", "keep_dynamic_int4")
+
+    requirements = (
+        weight_has_data,
+        is_outside_control_flow,
+        activation_is_not_quantized,
+        activation_has_two_dimensions,
+        activation_is_fp32_or_fp16,
+        same_dtype("x", "bias"),
+        bias_is_constant,
+        int4_storage_is_readable,
+        integers_have_one_scale,
+        constants_own_their_memory,
+        zero_points_are_zero,
+        scales_are_normal,
+        weight_is_4_bit,
+    )
+
+    def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
+        """A linear with a quantized weight."""
+        return op(LINEAR)(x, op(DEQUANTIZE)(..., name="weight", shared=True), bias)
+
+    def summary(self, m: Match) -> str:
+        """The scheme."""
+        return f"8-bit dynamic activation, {weight_of(m).scheme}"
+
+    def notes(self, *ms: Match) -> Notes:
+        """The change of the numbers."""
+        return Notes("activations are quantized to 8 bits, which the quantized model does not do")
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The same linear of a quantized activation, in the form that torchao exports."""
+        value = m.val(m.x)
+        block = [1] * (value.dim() - 1) + [value.shape[-1]]
+        scheme = (torch.int8, -128, 127)
+        chosen = b.call(CHOOSE_QPARAMS, m.x, "ASYMMETRIC", block, *scheme, None, None, torch.int8)
+        pair = [b.call(operator.getitem, chosen, index) for index in (0, 1)]
+        quantized = b.call(QUANTIZE, m.x, block, *pair, *scheme)
+        activation = b.call(DEQUANTIZE, quantized, block, *pair, *scheme, output_dtype=value.dtype)
+        return b.call(LINEAR, activation, m.weight, *([] if m.bias is None else [m.bias]))
 
 
 @requirement("a weight in int8, not 4-bit", hint="4 bits are kept by keep_dynamic_int4")

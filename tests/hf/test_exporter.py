@@ -194,3 +194,43 @@ def test_device_of_a_cache_does_not_matter(two_targets: Any) -> None:
         past_key_values=filled,
     )
     assert int(filled.layers[0].cumulative_length) == 6
+
+
+def test_weight_only_linears_for_xnnpack_take_4_bit_kernels_on_request() -> None:
+    model, inputs = bert(), tokens()
+    results, sizes = {}, {}
+    for choice in ("fold", "dynamic-activation"):
+        config = EtConfig(target="xnnpack", qlinear="4w", xnnpack_weight_only=choice)
+        exported = EtExporter().export(model, dict(inputs), config)
+        results[choice] = exported(**inputs).last_hidden_state
+        build = exported.components["model"].program.builds["xnnpack"]
+        sizes[choice] = sum(file.stat().st_size for file in build.files)
+        counts = exported.report["targets"]["xnnpack"]["model"]["counts"]
+        assert (counts["kept"] > 0, counts["missed"]) == (choice != "fold", 0)
+    assert sizes["dynamic-activation"] < sizes["fold"] / 2
+    with torch.no_grad():
+        expected = quantized(model, qlinear="4w")(**inputs).last_hidden_state
+        dynamic = quantized(model, qlinear="8da4w")(**inputs).last_hidden_state
+    torch.testing.assert_close(results["fold"], expected, rtol=1e-4, atol=1e-4)
+    near = (results["dynamic-activation"] - dynamic).norm() / dynamic.norm()
+    assert float(near) < 2.0**-6
+    assert not torch.equal(results["dynamic-activation"], results["fold"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "xnnpack", "xnnpack_weight_only": "dynamic"}, "choose fold or dynamic-activation"),
+        ({"target": "cpu", "xnnpack_weight_only": "dynamic-activation"}, "the target is cpu: add xnnpack"),
+    ],
+)
+def test_choice_for_weight_only_linears_is_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        EtConfig(**options)
+
+
+def test_bf16_model_for_xnnpack_is_refused_before_any_work() -> None:
+    steps: list[str] = []
+    with pytest.raises(ExportError, match=r"bfloat16, and xnnpack computes in float32: load the model with dtype"):
+        EtExporter(steps.append).export(bert().bfloat16(), tokens(), EtConfig(target="xnnpack", qlinear="8da4w"))
+    assert not steps

@@ -14,7 +14,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.rules.xnnpack import ShareActivation, SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import QuantizeActivation, ShareActivation, SplitBroadcastBias
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.xnnpack import Stock, error, example, lowered, output
 
@@ -613,3 +613,56 @@ def test_quantization_of_another_value_or_scheme_is_not_shared(other: str) -> No
         assert torch.equal(found, wanted)
     # A mutated tensor is never shared, not even by the linears before the mutation.
     assert quantizations(after) == (3 if other == "mutated" else 2)
+
+
+# QuantizeActivation.
+
+WEIGHT_ONLY, DYNAMIC = IntxWeightOnlyConfig, Int8DynamicActivationIntxWeightConfig
+
+
+def siblings_with(config: Any, bias: bool = True) -> ExportedProgram:
+    torch.manual_seed(0)
+    model = Siblings()
+    if not bias:
+        model.v.bias = None
+    quantize_(model, config)
+    return exported(model)
+
+
+def with_dynamic_activations() -> Any:
+    return ecp.default_passes("xnnpack").insert_before("share_activation", QuantizeActivation())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_weight_only_linear_becomes_that_of_the_scheme_with_dynamic_activations(bias: bool) -> None:
+    program = siblings_with(WEIGHT_ONLY(torch.int4, PerGroup(32)), bias)
+    expect = {"keep_dynamic_int4": 3, "fold_dequantize": 0, "missed": 0}
+    after, report = ecp.rewrite(program, "xnnpack", with_dynamic_activations(), expect=expect)
+    assert "quantize_activation" in str(report)
+    assert quantizations(after) == 1
+    x = example(ROWS, IN)
+    reference = siblings_with(DYNAMIC(torch.int4, PerGroup(32)), bias).module()(x)
+    for found, wanted, before in zip(after.module()(x), reference, program.module()(x), strict=True):
+        assert torch.equal(found, wanted)
+        # The change that the option is named for: half a step of 255 in an activation.
+        assert 1e-4 < error(found, before) < 2e-2
+
+
+def test_weight_only_linear_is_folded_without_the_rule() -> None:
+    ecp.rewrite(siblings_with(WEIGHT_ONLY(torch.int4, PerGroup(32))), "xnnpack", expect={"fold_dequantize": 3})
+
+
+@pytest.mark.parametrize("config", [WEIGHT_ONLY(torch.int8, PerAxis(0)), WEIGHT_ONLY(torch.int4, PerGroup(16))])
+def test_weight_without_a_dynamic_kernel_is_folded_exactly(config: Any) -> None:
+    program = siblings_with(config)
+    expect = {"fold_dequantize": 3, "missed": 0}
+    after, _ = ecp.rewrite(program, "xnnpack", with_dynamic_activations(), expect=expect)
+    x = example(ROWS, IN)
+    for found, wanted in zip(after.module()(x), program.module()(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_quantized_activation_is_not_quantized_again() -> None:
+    program = siblings_with(DYNAMIC(torch.int4, PerGroup(32)))
+    after, _ = ecp.rewrite(program, "xnnpack", with_dynamic_activations(), expect={"keep_dynamic_int4": 3})
+    assert quantizations(after) == 1
