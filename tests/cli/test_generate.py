@@ -18,7 +18,13 @@ PROMPT = "w5 w9 w33 w12"
 ASK = ("--prompt", PROMPT, "--trust")
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+SLOW = {"xnnpack"}
+"""Its lowering takes half a minute."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FORMATS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_export(request.param, tmp_path_factory.mktemp("export"))
 
@@ -134,6 +140,7 @@ def test_export_is_not_executed_without_trust(dynamo: Path, command: Run) -> Non
     assert "They were not executed; give --trust" in result.error
 
 
+@pytest.mark.slow
 def test_export_for_xnnpack_needs_no_trust(tmp_path: Path, command: Run) -> None:
     folder = saved_export("xnnpack", tmp_path)
     result = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--target", "xnnpack")
