@@ -171,7 +171,20 @@ def _max_length(config: Any, wanted: int | None) -> int:
         raise CheckpointError(
             f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that"
         )
-    return wanted or min(positions or _LONGEST, _LONGEST)
+    switch = _switch_of_positions(text)
+    if wanted is not None and switch is not None and wanted > switch:
+        raise CheckpointError(
+            f"--max-length {wanted}: beyond {switch} tokens the model computes its whole cache anew with other positions "
+            f"(longrope), which an export cannot do; give at most {switch}"
+        )
+    return wanted or min(positions or _LONGEST, switch or _LONGEST, _LONGEST)
+
+
+def _switch_of_positions(text: Any) -> int | None:
+    """The length beyond which ``generate`` of Phi-3 and Phi-MoE drops the cache; None for other models."""
+    rope = getattr(text, "rope_parameters", None)
+    switch = getattr(text, "original_max_position_embeddings", None)
+    return int(switch) if switch and isinstance(rope, dict) and rope.get("rope_type") == "longrope" else None
 
 
 # Weights and tokenizer ------------------------------------------------------------------------------------------------
