@@ -25,7 +25,7 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.utils import logging
 
 from et_cuda_passes.hf.components import with_full_layers
-from et_cuda_passes.hf.exporter import FORMAT, ExportedModel
+from et_cuda_passes.hf.exporter import FORMAT, ExportedModel, read_export
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -221,8 +221,11 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
     """
     check_export(folder)
     try:
-        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if target is not None and manifest["export_format"] != FORMAT:
+        manifest = _manifest(folder)
+        if manifest["export_format"] == FORMAT:
+            # transformers reads the same files, and its errors do not name them.
+            read_export(folder)
+        elif target is not None:
             raise GenerationError(
                 f"the export in {folder} is in the format {manifest['export_format']}, which has no targets: leave "
                 "the target out"
@@ -237,6 +240,15 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
         ) from error
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / EXPORT_MANIFEST_FILE
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GenerationError(f"{path} is damaged: copy the whole folder again, or export the model again") from error
+    return manifest
+
+
 def load_original(name: str) -> Any:
     """A model of transformers, from a folder or the Hub.
 
@@ -244,17 +256,25 @@ def load_original(name: str) -> Any:
         GenerationError: there is no such model.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise GenerationError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    # transformers fills them with random numbers.
+    if absent := sorted(info["missing_keys"]):
+        raise GenerationError(f"{name} generates no text: it has no weights for {absent[0]}")
+    return model.eval()
 
 
 def encode(tokenizer: Any, prompt: str) -> Tensor:
     """The tokens of a prompt, in the chat template of the tokenizer if it has one.
 
     Raises:
-        GenerationError: the prompt has no tokens.
+        GenerationError: the prompt has no tokens, or is no text.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(f"the prompt is not UTF-8 ({error.reason} at position {error.start})") from error
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         tokens = tokenizer.apply_chat_template(

@@ -74,6 +74,16 @@ def test_max_length_is_at_most_the_positions_of_the_model(causal: Path) -> None:
         loaded(causal, max_length=65)
 
 
+def test_config_of_another_model_is_an_error_with_the_weight(causal: Path, tmp_path: Path) -> None:
+    shutil.copytree(causal, tmp_path / "model")
+    config = json.loads((causal / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight has the shape \[64, 128\], and the config says \[64, 96\]"
+    ):
+        loaded(tmp_path / "model")
+
+
 def test_max_length_is_at_most_the_length_at_which_the_model_drops_its_cache(tmp_path: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
