@@ -44,7 +44,8 @@ def split_model(
     """
     before: dict[str, Inputs] = {}
     inputs = dict(inputs)
-    if "past_key_values" not in inputs and (cache := full_length_cache(model, generation_config)) is not None:
+    cache = full_length_cache(model, generation_config)
+    if "past_key_values" not in inputs and generation_config is not None and cache is not None:
         # ``generate`` takes a cache, or the name of one.
         generation_config = copy.deepcopy(generation_config)
         generation_config.cache_implementation = None
@@ -59,8 +60,9 @@ def split_model(
         )
     for _, kwargs in parts.values():
         # A mark of ``generate`` on a cache that it did not create, which would belong to the signature of the program.
-        if isinstance(kwargs.get("past_key_values"), StaticCache):
-            vars(kwargs["past_key_values"]).pop("_is_user_defined", None)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache) and hasattr(cache, "_is_user_defined"):
+            del cache._is_user_defined
     return {name: (modules[name], before[name]) for name in modules if name in before and name not in parts} | parts
 
 
@@ -105,10 +107,10 @@ def _recorded(modules: Mapping[str, nn.Module], calls: dict[str, Inputs]) -> Ite
 
 def full_length_cache(model: PreTrainedModel, generation_config: GenerationConfig | None) -> StaticCache | None:
     """The static cache that a model with sliding windows is traced with; None for another model or another cache."""
-    if getattr(generation_config, "cache_implementation", None) != "static" or model.config.is_encoder_decoder:
+    if generation_config is None or generation_config.cache_implementation != "static":
         return None
     length = generation_config.max_cache_len
-    if length is None:
+    if length is None or model.config.is_encoder_decoder:
         return None
     cache = StaticCache(model.config, max_cache_len=length)
     return with_full_layers(cache, length) if any(cache.is_sliding) else None
