@@ -316,7 +316,7 @@ def without_a_weight(folder: Path) -> None:
         (lambda folder: change_config(folder, model_type="new", auto_map={"AutoConfig": "code.Config"}),
          "the config of .* cannot be read: .*contains custom code"),
         (lambda folder: change_config(folder, architectures=["NewForCausalLM"]), "has no NewForCausalLM"),
-        (lambda folder: change_config(folder, hidden_size=32, head_dim=8), "cannot be loaded"),
+        (lambda folder: change_config(folder, hidden_size=32, head_dim=8), "config.json is of another model"),
         (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: OSError"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer or processor of .* cannot be loaded"),
