@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,15 @@ from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowe
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
-from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.artifact import (
+    SUFFIX,
+    Build,
+    Component,
+    ExportError,
+    Signature,
+    files_of_export,
+    refuse_existing,
+)
 from et_cuda_passes.hf.components import (
     Inputs,
     contiguous,
@@ -148,7 +156,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             raise ExportError("save the export first, then upload the folder: huggingface_hub.upload_folder")
         folder = Path(save_directory)
         if not overwrite:
-            _refuse_existing(folder, [EXPORT_MANIFEST_FILE])
+            refuse_existing(folder, [EXPORT_MANIFEST_FILE])
         entries = {}
         with atomic_output(folder, last=EXPORT_MANIFEST_FILE) as staging:
             for name, component in self.components.items():
@@ -168,10 +176,10 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
                 (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
             if not overwrite:
-                _refuse_existing(folder, [path.name for path in staging.iterdir()])
+                refuse_existing(folder, [path.name for path in staging.iterdir()])
             new = {path.relative_to(staging) for path in staging.rglob("*")}
             # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
-            for stale in _files_of_export(folder):
+            for stale in files_of_export(folder):
                 if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
                     stale.unlink()
 
@@ -580,30 +588,6 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
             f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
             "or leave xnnpack out of the targets"
         )
-
-
-def _refuse_existing(folder: Path, names: list[str]) -> None:
-    for name in names:
-        if (folder / name).exists():
-            what = "an export already" if name == EXPORT_MANIFEST_FILE else f"{name} already"
-            raise FileExistsError(f"{folder} has {what}: choose another folder, or overwrite it (overwrite=True)")
-
-
-def _files_of_export(folder: Path) -> Iterator[Path]:
-    """The files of the export that a folder holds, as far as it can be read."""
-    try:
-        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        for file in [entry["file"] for entry in manifest["components"].values()]:
-            listed = json.loads((folder / file).read_text(encoding="utf-8"))["targets"].values()
-            names = [file, *(name for build in listed for name in build["files"])]
-            yield from (folder / name for name in names if Path(name).name == name and (folder / name).is_file())
-        for file in [folder / name for name in manifest.get("files", []) if ".." not in Path(name).parts]:
-            if file.is_relative_to(folder) and file.is_file():
-                yield file
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
-        pass
-    if (folder / EXPORT_MANIFEST_FILE).is_file():
-        yield folder / EXPORT_MANIFEST_FILE
 
 
 register_backend(EtExporter, EtModelRunner)
