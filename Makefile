@@ -15,7 +15,8 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 STAMP := $(VENV)/.installed
 
-# One thread a test process: WORKERS of them fill the cores that they were chosen for.
+# One thread a test process: WORKERS of them fill the cores that they were chosen for. A file stays in one process, since
+# its tests share exported models.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 SELECT := $(if $(SLOW),,-m "not slow")
 
@@ -43,7 +44,7 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 	$(PY) -m demo $(ARGS)
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
-	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) $(SELECT) $(ARGS) $(TESTS)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(SELECT) $(ARGS) $(TESTS)
 
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real

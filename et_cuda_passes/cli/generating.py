@@ -101,6 +101,8 @@ def _check_device(text: str | None) -> None:
         device = torch.device(text or "cpu")
     except RuntimeError:
         raise UsageError(f"--device {text}: there is no such device; write cpu, cuda, cuda:1, ...") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {text}: exports run on cpu and cuda only; write one of them")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {text}: torch finds no CUDA device here")
 

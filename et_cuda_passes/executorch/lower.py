@@ -85,10 +85,11 @@ def missing_requirement(target: str) -> str | None:
 
 
 @contextmanager
-def atomic_output(folder: Path) -> Iterator[Path]:
+def atomic_output(folder: Path, last: str | None = None) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends; after an error, none does.
 
-    It is inside ``folder``, so that the move is a rename and never leaves a partial file under its final name.
+    It is inside ``folder``, so that the move is a rename and never leaves a partial file under its final name. The file
+    called ``last`` moves after all others.
 
     Raises:
         IsADirectoryError: a file would have the name of a directory.
@@ -97,11 +98,15 @@ def atomic_output(folder: Path) -> Iterator[Path]:
     with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
         staging = Path(name)
         yield staging
-        files = {path: folder / path.name for path in sorted(staging.iterdir())}
+        paths = sorted(
+            (path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path)
+        )
+        files = {path: folder / path.relative_to(staging) for path in paths}
         for file in files.values():
             if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
         for path, file in files.items():
+            file.parent.mkdir(exist_ok=True)
             os.replace(path, file)
 
 

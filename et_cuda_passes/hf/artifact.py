@@ -6,7 +6,7 @@ that names the files beside it.
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +20,8 @@ from torch.utils._sympy.numbers import int_oo
 
 SUFFIX = ".etcp.json"
 _SCHEMA = 1
+MANIFEST = "export.json"
+"""The manifest of an export: ``EXPORT_MANIFEST_FILE`` of transformers.exporters.base."""
 
 
 class ExportError(ValueError):
@@ -276,3 +278,32 @@ def _file(path: Path, name: str, size: int) -> Path:
             f"{file} has {found} bytes, and {path.name} says {size}: copy the whole folder again, or export again"
         )
     return file
+
+
+def refuse_existing(folder: Path, names: list[str]) -> None:
+    """Refuse to write files over others.
+
+    Raises:
+        FileExistsError: the folder has a file of one of the names.
+    """
+    for name in names:
+        if (folder / name).exists():
+            what = "an export already" if name == MANIFEST else f"{name} already"
+            raise FileExistsError(f"{folder} has {what}: choose another folder, or overwrite it (overwrite=True)")
+
+
+def files_of_export(folder: Path) -> Iterator[Path]:
+    """The files of the export that a folder holds, as far as it can be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for file in [entry["file"] for entry in manifest["components"].values()]:
+            listed = json.loads((folder / file).read_text(encoding="utf-8"))["targets"].values()
+            names = [file, *(name for build in listed for name in build["files"])]
+            yield from (folder / name for name in names if Path(name).name == name and (folder / name).is_file())
+        for file in [folder / name for name in manifest.get("files", []) if ".." not in Path(name).parts]:
+            if file.is_relative_to(folder) and file.is_file():
+                yield file
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        pass
+    if (folder / MANIFEST).is_file():
+        yield folder / MANIFEST

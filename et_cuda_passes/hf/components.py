@@ -13,6 +13,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlidingWindowLayer
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 from transformers.exporters.utils import decompose_for_generation, is_multimodal, prepare_for_export
 from transformers.utils import ModelOutput
@@ -42,14 +43,26 @@ def split_model(
         RuntimeError: transformers cannot split the model.
     """
     before: dict[str, Inputs] = {}
+    inputs = dict(inputs)
+    cache = full_length_cache(model, generation_config)
+    if "past_key_values" not in inputs and generation_config is not None and cache is not None:
+        # ``generate`` takes a cache, or the name of one.
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.cache_implementation = None
+        inputs["past_key_values"] = cache
     modules = _modules_before_forward(model)
     with torch.no_grad(), _recorded(modules, before):
         parts: dict[str, tuple[nn.Module, Inputs]] = decompose_for_generation(
             model,
-            dict(inputs),
+            inputs,
             generation_config=generation_config,
             multi_token_decode=multi_token_decode,
         )
+    for _, kwargs in parts.values():
+        # A mark of ``generate`` on a cache that it did not create, which would belong to the signature of the program.
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache) and hasattr(cache, "_is_user_defined"):
+            del cache._is_user_defined
     return {name: (modules[name], before[name]) for name in modules if name in before and name not in parts} | parts
 
 
@@ -90,6 +103,30 @@ def _recorded(modules: Mapping[str, nn.Module], calls: dict[str, Inputs]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def full_length_cache(model: PreTrainedModel, generation_config: GenerationConfig | None) -> StaticCache | None:
+    """The static cache that a model with sliding windows is traced with; None for another model or another cache."""
+    if generation_config is None or generation_config.cache_implementation != "static":
+        return None
+    length = generation_config.max_cache_len
+    if length is None or model.config.is_encoder_decoder:
+        return None
+    cache = StaticCache(model.config, max_cache_len=length)
+    return with_full_layers(cache, length) if any(cache.is_sliding) else None
+
+
+def with_full_layers(cache: Cache, length: int | None) -> Cache:
+    """``cache``, in place, whose layers with a sliding window hold ``length`` tokens like the others.
+
+    transformers' layers for a window count the tokens in Python, so that a traced decode step would be for one position
+    only. The window itself is in the attention mask.
+    """
+    if isinstance(cache, StaticCache) and length is not None:
+        cache.layers = [
+            StaticLayer(length) if type(layer) is StaticSlidingWindowLayer else layer for layer in cache.layers
+        ]
+    return cache
 
 
 def structural_copy(model: nn.Module) -> Any:

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,15 @@ from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowe
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
-from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError, Signature
+from et_cuda_passes.hf.artifact import (
+    SUFFIX,
+    Build,
+    Component,
+    ExportError,
+    Signature,
+    files_of_export,
+    refuse_existing,
+)
 from et_cuda_passes.hf.components import (
     Inputs,
     contiguous,
@@ -164,9 +172,9 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             raise ExportError("save the export first, then upload the folder: huggingface_hub.upload_folder")
         folder = Path(save_directory)
         if not overwrite:
-            _refuse_existing(folder, [EXPORT_MANIFEST_FILE])
+            refuse_existing(folder, [EXPORT_MANIFEST_FILE])
         entries = {}
-        with atomic_output(folder) as staging:
+        with atomic_output(folder, last=EXPORT_MANIFEST_FILE) as staging:
             for name, component in self.components.items():
                 file = f"{name}{SUFFIX}"
                 component.program.save(staging / file)
@@ -178,15 +186,17 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
                 "schema_version": EXPORT_SCHEMA_VERSION,
                 "export_format": str(self.export_format),
                 "components": entries,
+                # A later export into this folder removes them: a tokenizer that stayed would be read as its own.
+                "files": sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()),
             }
             for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
                 (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            new = [path.name for path in staging.iterdir()]
             if not overwrite:
-                _refuse_existing(folder, new)
+                refuse_existing(folder, [path.name for path in staging.iterdir()])
+            new = {path.relative_to(staging) for path in staging.rglob("*")}
             # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
-            for stale in _files_of_export(folder):
-                if stale.name not in new or stale.name == EXPORT_MANIFEST_FILE:
+            for stale in files_of_export(folder):
+                if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
                     stale.unlink()
 
     @classmethod
@@ -199,7 +209,10 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         model: ExportedModel = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         report = Path(pretrained_model_name_or_path) / REPORT_FILE
         if report.is_file():
-            model.report = json.loads(report.read_text(encoding="utf-8"))
+            try:
+                model.report = json.loads(report.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ExportError(f"{report} is damaged: delete it, or export the model again") from error
         return model
 
 
@@ -471,7 +484,6 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
         folder: from :meth:`ExportedModel.save_pretrained`.
         progress: called with the name of each step as it begins.
         only: the target to finish; None for each that is not finished.
-        only: the target to finish; None for each that is not finished.
 
     Returns:
         The files that were added; empty if nothing was left to do.
@@ -480,7 +492,7 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
         ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
     """
     folder = Path(folder)
-    components, specs = _read_export(folder)
+    components, specs = read_export(folder)
     targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
     for target in sorted(targets if only is None else targets & {only}):
@@ -507,8 +519,12 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
     return added
 
 
-def _read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
-    """The components of an export, and the pytree specs of their inputs and outputs."""
+def read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
+    """The components of an export, and the pytree specs of their inputs and outputs.
+
+    Raises:
+        ExportError: the folder is no export of this format, or a file is missing or damaged.
+    """
     try:
         manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
         if manifest["export_format"] != FORMAT:
@@ -591,27 +607,6 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
             f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
             "or leave xnnpack out of the targets"
         )
-
-
-def _refuse_existing(folder: Path, names: list[str]) -> None:
-    for name in names:
-        if (folder / name).exists():
-            what = "an export already" if name == EXPORT_MANIFEST_FILE else f"{name} already"
-            raise FileExistsError(f"{folder} has {what}: choose another folder, or overwrite it (overwrite=True)")
-
-
-def _files_of_export(folder: Path) -> Iterator[Path]:
-    """The files of the export that a folder holds, as far as it can be read."""
-    try:
-        entries = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))["components"].values()
-        for file in [entry["file"] for entry in entries]:
-            listed = json.loads((folder / file).read_text(encoding="utf-8"))["targets"].values()
-            names = [file, *(name for build in listed for name in build["files"])]
-            yield from (folder / name for name in names if Path(name).name == name and (folder / name).is_file())
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
-        pass
-    if (folder / EXPORT_MANIFEST_FILE).is_file():
-        yield folder / EXPORT_MANIFEST_FILE
 
 
 register_backend(EtExporter, EtModelRunner)

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.utils import logging
 
-from et_cuda_passes.hf.exporter import FORMAT, ExportedModel
+from et_cuda_passes.hf.components import with_full_layers
+from et_cuda_passes.hf.exporter import FORMAT, ExportedModel, read_export
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -71,6 +72,10 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         # The program is compiled already.
         self.generation_config.disable_compile = True
 
+    def _prepare_static_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the cache that ``generate`` fills, with the layers that the export was traced with."""
+        return with_full_layers(super()._prepare_static_cache(*args, **kwargs), self.cache_length)
+
     @property
     def device(self) -> torch.device:
         """Where the components run."""
@@ -103,6 +108,8 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         }
         name = "prefill" if past_key_values is None or int(past_key_values.get_seq_length()) == 0 else "decode"
         traced = self.exported.components[name].metadata.kwargs
+        if name == "prefill":
+            given["attention_mask"] = _traced_masks(attention_mask, traced.get("attention_mask"))
         outputs = self.exported.runners[name](**{key: value for key, value in given.items() if key in traced})
         if name == "decode" and self.cache_length is not None:
             # The program has written to the tensors of this cache. The cache in the outputs is a copy of it.
@@ -214,8 +221,11 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
     """
     check_export(folder)
     try:
-        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if target is not None and manifest["export_format"] != FORMAT:
+        manifest = _manifest(folder)
+        if manifest["export_format"] == FORMAT:
+            # transformers reads the same files, and its errors do not name them.
+            read_export(folder)
+        elif target is not None:
             raise GenerationError(
                 f"the export in {folder} is in the format {manifest['export_format']}, which has no targets: leave "
                 "the target out"
@@ -230,6 +240,15 @@ def load_exported(folder: Path, device: str | None = None, target: str | None = 
         ) from error
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / EXPORT_MANIFEST_FILE
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GenerationError(f"{path} is damaged: copy the whole folder again, or export the model again") from error
+    return manifest
+
+
 def load_original(name: str) -> Any:
     """A model of transformers, from a folder or the Hub.
 
@@ -237,17 +256,25 @@ def load_original(name: str) -> Any:
         GenerationError: there is no such model.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(name).eval()
+        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise GenerationError(f"{name} cannot be loaded: {_first_line(error)}") from error
+    # transformers fills them with random numbers.
+    if absent := sorted(info["missing_keys"]):
+        raise GenerationError(f"{name} generates no text: it has no weights for {absent[0]}")
+    return model.eval()
 
 
 def encode(tokenizer: Any, prompt: str) -> Tensor:
     """The tokens of a prompt, in the chat template of the tokenizer if it has one.
 
     Raises:
-        GenerationError: the prompt has no tokens.
+        GenerationError: the prompt has no tokens, or is no text.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(f"the prompt is not UTF-8 ({error.reason} at position {error.start})") from error
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         tokens = tokenizer.apply_chat_template(
@@ -294,6 +321,35 @@ def first_difference(first: Tensor, second: Tensor) -> int | None:
         if one != other:
             return position
     return None if len(first) == len(second) else min(len(first), len(second))
+
+
+def _traced_masks(mask: Any, traced: dict[str, Any] | None) -> Any:
+    """The masks that ``prefill`` takes: without those that its attention has built in, which are causal.
+
+    Whether ``generate`` makes a causal mask at all depends on the length of the prompt.
+
+    Args:
+        mask: one tensor, or one for each kind of layer.
+        traced: the description of the mask in the export; None if it was traced without.
+
+    Raises:
+        GenerationError: a mask is not causal, and the export was traced without it.
+    """
+    if isinstance(mask, dict):
+        leaves = (traced or {}).get("leaves", {})
+        return {kind: _traced_masks(each, leaves.get(kind)) for kind, each in mask.items()}
+    if mask is None or (traced is not None and any(_tensors(traced))):
+        return mask
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    causal = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
+    if mask.dim() == 2:
+        visible, causal = mask.bool(), torch.ones_like(mask, dtype=torch.bool)
+    if not torch.equal(visible, causal.expand_as(visible)):
+        raise GenerationError(
+            "prefill was traced without padding, and this prompt has some (zeros in attention_mask): leave the padding "
+            "out"
+        )
+    return None
 
 
 def _mask_length(traced: dict[str, Any]) -> int:

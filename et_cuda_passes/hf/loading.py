@@ -171,7 +171,20 @@ def _max_length(config: Any, wanted: int | None) -> int:
         raise CheckpointError(
             f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that"
         )
-    return wanted or min(positions or _LONGEST, _LONGEST)
+    switch = _switch_of_positions(text)
+    if wanted is not None and switch is not None and wanted > switch:
+        raise CheckpointError(
+            f"--max-length {wanted}: beyond {switch} tokens the model computes its whole cache anew with other "
+            f"positions (longrope), which an export cannot do; give at most {switch}"
+        )
+    return wanted or min(positions or _LONGEST, switch or _LONGEST, _LONGEST)
+
+
+def _switch_of_positions(text: Any) -> int | None:
+    """The length beyond which ``generate`` of Phi-3 and Phi-MoE drops the cache; None for other models."""
+    rope = getattr(text, "rope_parameters", None)
+    switch = getattr(text, "original_max_position_embeddings", None)
+    return int(switch) if switch and isinstance(rope, dict) and rope.get("rope_type") == "longrope" else None
 
 
 # Weights and tokenizer ------------------------------------------------------------------------------------------------
@@ -181,6 +194,8 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
     options: dict[str, Any] = {
         "config": config,
         "output_loading_info": True,
+        # Refused below: the error of transformers does not name the weights.
+        "ignore_mismatched_sizes": True,
         "dtype": DTYPES[dtype] if dtype else "auto",
     }
     name: str | None = checkpoint.name
@@ -206,7 +221,13 @@ def _model(checkpoint: Checkpoint, config: Any, cls: Any, dtype: str | None) -> 
         model, info = cls.from_pretrained(name, **options)
     except Exception as error:  # damaged files end in errors of many kinds
         raise CheckpointError(f"{checkpoint} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
-    # transformers fills them with random numbers.
+    # transformers fills both with random numbers.
+    if info["mismatched_keys"]:
+        fqn, found, wanted = sorted(info["mismatched_keys"])[0]
+        raise CheckpointError(
+            f"{checkpoint}: {fqn} has the shape {list(found)}, and the config says {list(wanted)}: the config.json "
+            "is of another model"
+        )
     absent = sorted(info["missing_keys"])
     if absent:
         raise CheckpointError(

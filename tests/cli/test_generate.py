@@ -18,7 +18,13 @@ PROMPT = "w5 w9 w33 w12"
 ASK = ("--prompt", PROMPT, "--trust")
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+SLOW = {"xnnpack"}
+"""Its lowering takes half a minute."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FORMATS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_export(request.param, tmp_path_factory.mktemp("export"))
 
@@ -86,6 +92,8 @@ def test_compare_names_the_first_token_that_differs(seed: int, dynamo: Path, tmp
         ),
         (("--prompt", ""), "the prompt has no tokens"),
         ((*ASK, "--device", "nowhere"), "--device nowhere: there is no such device"),
+        ((*ASK, "--device", "meta"), "--device meta: exports run on cpu and cuda only"),
+        (("--trust", "--prompt", "w1 \udcff"), "the prompt is not UTF-8 (surrogates not allowed at position 3)"),
         ((*ASK, "--device", "cuda"), "--device cuda: torch finds no CUDA device here"),
         ((*ASK, "--target", "cuda"), "which has no targets: leave the target out"),
         (
@@ -108,6 +116,13 @@ def test_model_to_compare_with_that_cannot_be_loaded_is_named(dynamo: Path, tmp_
     assert f"--compare {tmp_path} cannot be loaded" in result.error
 
 
+def test_model_to_compare_with_has_all_weights(dynamo: Path, tmp_path: Path, command: Run) -> None:
+    qwen3(seed=0).model.save_pretrained(tmp_path)
+    result = command("generate", dynamo, *ASK, "--max-new-tokens", 2, "--compare", tmp_path)
+    assert result.code == 2
+    assert f"--compare {tmp_path} generates no text: it has no weights for lm_head.weight" in result.error
+
+
 def test_folder_that_cannot_be_used_is_named(dynamo: Path, tmp_path: Path, command: Run) -> None:
     def error(folder: Path) -> str:
         result = command("generate", folder, *ASK)
@@ -121,6 +136,9 @@ def test_folder_that_cannot_be_used_is_named(dynamo: Path, tmp_path: Path, comma
     (copy / "decode.pt2").write_bytes((copy / "decode.pt2").read_bytes()[:1000])
     assert f"the export in {copy} cannot be loaded" in error(copy)
     (copy / "decode.pt2").unlink()
+    (copy / "export.json").write_text("{")
+    assert f"{copy / 'export.json'} is damaged" in error(copy)
+    shutil.copy(dynamo / "export.json", copy)
     assert f"the export in {copy} cannot be loaded" in error(copy)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
@@ -134,8 +152,20 @@ def test_export_is_not_executed_without_trust(dynamo: Path, command: Run) -> Non
     assert "They were not executed; give --trust" in result.error
 
 
+@pytest.mark.slow
 def test_export_for_xnnpack_needs_no_trust(tmp_path: Path, command: Run) -> None:
     folder = saved_export("xnnpack", tmp_path)
     result = command("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 4, "--target", "xnnpack")
     assert result.code == 0, result.err
     assert result.out.splitlines()[0].strip() == text_of(GENERATION_SEED, 4)
+    for name, message in (
+        ("report.json", "is damaged: delete it"),
+        ("decode.etcp.json", "is damaged, or not a component"),
+    ):
+        (folder / name).write_text("{")
+        result = command("generate", folder, "--prompt", PROMPT, "--target", "xnnpack")
+        assert result.code == 2
+        assert f"{folder / name} {message}" in result.error
+    (folder / "decode.etcp.json").unlink()
+    result = command("generate", folder, "--prompt", PROMPT, "--target", "xnnpack")
+    assert f"{folder / 'decode.etcp.json'} cannot be read: No such file" in result.error

@@ -1,5 +1,6 @@
 """Lowered files: their names, that they appear completely or not at all, and that nothing else changes."""
 
+import os
 import platform
 import zipfile
 from pathlib import Path
@@ -109,6 +110,19 @@ def test_atomic_output_replaces_existing_files(tmp_path: Path) -> None:
         assert (tmp_path / "a").read_text() == "before"
     assert (tmp_path / "a").read_text() == "after"
     assert names(tmp_path) == ["a"]
+
+
+def test_atomic_output_moves_folders_and_the_last_file_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda path, file: (moved.append(Path(file).name), replace(path, file)))
+    for _ in range(2):
+        with atomic_output(tmp_path, last="a") as staging:
+            (staging / "folder").mkdir()
+            for name in ("a", "b", "folder/c"):
+                (staging / name).write_text(name)
+    assert moved == ["b", "c", "a"] * 2
+    assert names(tmp_path) == ["a", "b", "folder"]
 
 
 def test_unknown_target_is_an_error(tmp_path: Path) -> None:

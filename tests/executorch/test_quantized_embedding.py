@@ -57,7 +57,7 @@ FORMS = {
 IDS = torch.tensor([[0, 7, 12], [5, 5, 1]])
 
 
-@pytest.mark.parametrize("zero_points", ["random", None])
+@pytest.mark.parametrize("zero_points", ["random", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", FORMS)
 def test_widths_and_groups_match_fp64(form: str, zero_points: str | None) -> None:
     low, high, storage, k, group, operator = FORMS[form]
@@ -71,7 +71,7 @@ def test_widths_and_groups_match_fp64(form: str, zero_points: str | None) -> Non
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.mark.parametrize("zero_points", ["random", None])
+@pytest.mark.parametrize("zero_points", ["random", pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scales", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (-128, 127)])

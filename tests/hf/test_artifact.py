@@ -15,6 +15,7 @@ from transformers.exporters import ExportedModel as TransformersExportedModel
 
 from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel, artifact
 from et_cuda_passes.hf.artifact import ExportError
+from tests.hf import checkpoints
 from tests.hf.models import bert, tokens
 
 
@@ -124,6 +125,20 @@ def test_overwriting_replaces_the_files_of_the_former_export_alone(
         rtol=0,
         atol=0,
     )
+
+
+def test_overwriting_leaves_nothing_of_the_former_tokenizer(exported: Any, tmp_path: Path) -> None:
+    tokenizer = checkpoints.tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ messages }}"}
+    for _ in range(2):
+        exported.save_pretrained(tmp_path, overwrite=True, processor=tokenizer)
+        assert (tmp_path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    exported.save_pretrained(tmp_path, overwrite=True, processor=checkpoints.tokenizer())
+    assert not list(tmp_path.rglob("*.jinja"))
+    (tmp_path / "mine.json").write_text("{}")
+    exported.save_pretrained(tmp_path, overwrite=True)
+    assert not (tmp_path / "tokenizer.json").exists()
+    assert (tmp_path / "mine.json").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

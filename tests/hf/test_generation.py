@@ -7,8 +7,16 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[demo]'")
 
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, Qwen3ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3ForCausalLM,
+)
 
+from et_cuda_passes.hf.exporter import EtConfig, EtExporter
 from et_cuda_passes.hf.generation import (
     ExportedDecoder,
     GenerationError,
@@ -18,7 +26,7 @@ from et_cuda_passes.hf.generation import (
     load_exported,
     load_tokenizer,
 )
-from tests.static_cache import CACHE_LENGTH, FORMATS, GENERATION_SEED, qwen3, saved_export, small_tokenizer
+from tests.static_cache import CACHE_LENGTH, CONFIG, FORMATS, GENERATION_SEED, qwen3, saved_export, small_tokenizer
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 60, 2]])
 
@@ -40,10 +48,58 @@ def decoder(folder: Path) -> ExportedDecoder:
 
 def test_greedy_tokens_are_those_of_the_model(decoder: ExportedDecoder, model: Qwen3ForCausalLM) -> None:
     assert decoder.cache_length == CACHE_LENGTH
-    for length in (6, 2, 4):
+    for length in (6, 2, 4, 1):
         tokens = generate(decoder, PROMPT[:, :length], 12)
         assert torch.equal(tokens, generate(model, PROMPT[:, :length], 12))
         assert len(tokens.unique()) > 2
+
+
+def test_padding_that_the_export_was_traced_without_is_refused(decoder: ExportedDecoder) -> None:
+    mask = torch.ones_like(PROMPT)
+    mask[:, :2] = 0
+    with pytest.raises(GenerationError, match="prefill was traced without padding, and this prompt has some"):
+        decoder.generate(PROMPT, attention_mask=mask, max_new_tokens=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 7, 9, CACHE_LENGTH - 1])
+def test_tokens_of_a_model_with_sliding_windows_are_those_of_the_model(
+    length: int, windowed: tuple[Gemma3ForCausalLM, ExportedDecoder]
+) -> None:
+    model, decoder = windowed
+    prompt = torch.arange(3, 3 + length)[None] % 64
+    count = decoder.room(length)
+    assert count is not None
+    assert torch.equal(generate(decoder, prompt, count), generate(model, prompt, count))
+
+
+@pytest.fixture(scope="module")
+def windowed() -> tuple[Gemma3ForCausalLM, ExportedDecoder]:
+    """One layer with a window of 8 tokens, and one without."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    kinds = ["sliding_attention", "full_attention"]
+    model = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            vocab_size=64,
+            num_hidden_layers=2,
+            head_dim=16,
+            sliding_window=8,
+            layer_types=kinds,
+            initializer_range=0.3,
+            max_position_embeddings=CACHE_LENGTH,
+            eos_token_id=None,
+            **sizes,
+        )
+    ).eval()
+    tokens = torch.ones(1, 6, dtype=torch.int64)
+    exported = EtExporter().export_for_generation(
+        model,
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        EtConfig(target="xnnpack", dynamic=True, max_length=CACHE_LENGTH),
+        generation_config=CONFIG,
+    )
+    return model, ExportedDecoder(exported)
 
 
 def test_sampled_tokens_are_those_of_the_model(decoder: ExportedDecoder, model: Qwen3ForCausalLM) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, Phi3Config, Phi3ForCausalLM
 
 from et_cuda_passes.hf.checkpoint import Checkpoint, CheckpointError
 from et_cuda_passes.hf.loading import Loaded, load, model_class, tasks_of
@@ -72,6 +72,33 @@ def test_max_length_is_at_most_the_positions_of_the_model(causal: Path) -> None:
     assert loaded(causal, max_length=16).max_length == 16
     with pytest.raises(CheckpointError, match="--max-length 65: the model has positions for 64 tokens"):
         loaded(causal, max_length=65)
+
+
+def test_config_of_another_model_is_an_error_with_the_weight(causal: Path, tmp_path: Path) -> None:
+    shutil.copytree(causal, tmp_path / "model")
+    config = json.loads((causal / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(
+        CheckpointError, match=r"down_proj.weight has the shape \[64, 128\], and the config says \[64, 96\]"
+    ):
+        loaded(tmp_path / "model")
+
+
+def test_max_length_is_at_most_the_length_at_which_the_model_drops_its_cache(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = Phi3Config(
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        original_max_position_embeddings=24,
+        pad_token_id=0,
+        rope_parameters=rope | {"original_max_position_embeddings": 24},
+        **sizes,
+    )
+    Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    assert loaded(tmp_path).max_length == 24
+    with pytest.raises(CheckpointError, match="--max-length 25: beyond 24 tokens the model computes its whole cache"):
+        loaded(tmp_path, max_length=25)
 
 
 # Tasks ----------------------------------------------------------------------------------------------------------------
@@ -289,7 +316,7 @@ def without_a_weight(folder: Path) -> None:
         (lambda folder: change_config(folder, model_type="new", auto_map={"AutoConfig": "code.Config"}),
          "the config of .* cannot be read: .*contains custom code"),
         (lambda folder: change_config(folder, architectures=["NewForCausalLM"]), "has no NewForCausalLM"),
-        (lambda folder: change_config(folder, hidden_size=32, head_dim=8), "cannot be loaded"),
+        (lambda folder: change_config(folder, hidden_size=32, head_dim=8), "config.json is of another model"),
         (lambda folder: cut(folder / "model.safetensors"), "cannot be loaded"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot be loaded: OSError"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer or processor of .* cannot be loaded"),
