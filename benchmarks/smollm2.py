@@ -17,8 +17,8 @@ import torch
 from transformers import StaticCache
 
 from demo.model import smollm2
+from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.checkpoint import Checkpoint
-from et_cuda_passes.hf.exporter import EtConfig, EtExporter
 from et_cuda_passes.hf.generation import (
     ExportedDecoder,
     Speed,

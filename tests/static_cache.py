@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedComponent, ExportedModel
 from transformers.exporters.metadata import load_treespec
 
-from et_cuda_passes.hf.exporter import EtConfig, EtExporter
+from et_cuda_passes.hf import EtConfig, EtExporter
 
 CACHE_LENGTH = 48
 CONFIG = GenerationConfig(cache_implementation="static", max_cache_len=CACHE_LENGTH, do_sample=False)

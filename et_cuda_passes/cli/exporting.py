@@ -162,7 +162,7 @@ def _export(
     """The export, and the model."""
     step(f"loading {checkpoint}")
     # These import transformers, which takes seconds.
-    from et_cuda_passes.hf.exporter import EtConfig, EtExporter
+    from et_cuda_passes.hf import EtConfig, EtExporter
     from et_cuda_passes.hf.loading import generation_config, load, quiet
 
     names = [name.strip() for name in options["target"].split(",")]

@@ -4,7 +4,7 @@ import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as _Stock
@@ -236,7 +236,9 @@ def _is_unchanged(node: Node, program: ExportedProgram) -> bool:
     """Whether no pass of the delegate changes the node."""
     if node.op != "call_function":
         return True
-    if node.target not in _UNCHANGED or (node.target is _edge.cat.default and len(node.args[0]) > _CAT_LIMIT):
+    if node.target not in _UNCHANGED:
+        return False
+    if node.target is _edge.cat.default and len(cast(list[Node], node.args[0])) > _CAT_LIMIT:
         return False
     # The delegate folds what it can compute from constants, except for quantized weights.
     inputs = node.all_input_nodes

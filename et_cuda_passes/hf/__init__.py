@@ -12,7 +12,8 @@ Needs the extra ``hf``. The first use of a name below imports transformers and r
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from et_cuda_passes.hf.exporter import EtConfig, EtExporter, ExportedModel, finish_export
+    from et_cuda_passes.hf.config import EtConfig
+    from et_cuda_passes.hf.exporter import EtExporter, ExportedModel, finish_export
     from et_cuda_passes.hf.runner import EtModelRunner
 
 __all__ = ["EtConfig", "EtExporter", "EtModelRunner", "ExportedModel", "finish_export"]
@@ -22,7 +23,7 @@ if not TYPE_CHECKING:  # or a type checker would take any name for one of the pa
     def __getattr__(name: str) -> Any:
         # Importing the package must not import transformers: quantize_model_ needs torch and torchao alone.
         if name in __all__:
-            from et_cuda_passes.hf import exporter, runner
+            from et_cuda_passes.hf import config, exporter, runner
 
-            return getattr(runner if name == "EtModelRunner" else exporter, name)
+            return getattr({"EtModelRunner": runner, "EtConfig": config}.get(name, exporter), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,6 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.exporters import ExportedModel as _ExportedModel
 from transformers.exporters import register_backend
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
-from transformers.exporters.configs import DynamoConfig
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 
@@ -50,90 +49,19 @@ from et_cuda_passes.hf.components import (
     text_length_of,
     with_fqns_of_root,
 )
-from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, expected_counts, passes_for, split_targets
+from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
+from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.xnnpack import QuantizeActivation
 
-FORMAT = "et_cuda_passes"
 REPORT_FILE = "report.json"
 # torchao's message for an operator that its tensors do not implement.
 _UNIMPLEMENTED = re.compile(
     r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
 )
-XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 _PACKAGES = ("torch", "torchao", "executorch")
-
-
-@dataclass
-class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not followed
-    """How :class:`EtExporter` exports a component: the fields of transformers' ``DynamoConfig``, and these.
-
-    Attributes:
-        target: what the export is for, "cuda", "xnnpack", "cpu", "metal", or several, separated by commas. The first
-            that runs on a machine is the default there.
-        max_length: with ``dynamic=True``, the largest length of a text; then the length is the only dynamic size. None
-            makes every size dynamic that the model does not fix.
-        xnnpack_weight_only: what becomes of a 4-bit weight for xnnpack if the scheme does not quantize activations, as
-            "4w". "fold" makes it a float weight, with the same numbers. "dynamic-activation" takes the 4-bit kernels,
-            for which activations are quantized to 8 bits while the program runs: this changes the numbers. A weight
-            that these kernels do not support is folded, and the report says so.
-
-    The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
-
-    Raises:
-        ValueError: no target is named, or an option is not valid or not possible on a target.
-    """
-
-    export_format: str = FORMAT
-
-    target: str | list[str] | None = None
-    qlinear: str | None = None
-    qlinear_group_size: int = 32
-    qlinear_packing_format: str | None = None
-    qembedding: str | None = None
-    qembedding_group_size: int = 0
-    qlinear_encoder: str | None = None
-    qlinear_group_size_encoder: int = 32
-    qlinear_packing_format_encoder: str | None = None
-    qembedding_encoder: str | None = None
-    qembedding_group_size_encoder: int = 0
-    algorithm: str = "hqq"
-    recipe: Any = None
-    group_size_fallback: str = "adjust"
-    max_length: int | None = None
-    xnnpack_weight_only: str = "fold"
-
-    def __post_init__(self) -> None:
-        if not self.targets:
-            raise ExportError("EtConfig needs a target, such as target='cpu' or target='cuda,xnnpack'")
-        if self.xnnpack_weight_only not in XNNPACK_WEIGHT_ONLY:
-            raise ExportError(
-                f"xnnpack_weight_only={self.xnnpack_weight_only!r} is unknown; choose {' or '.join(XNNPACK_WEIGHT_ONLY)}"
-            )
-        if self.xnnpack_weight_only != "fold" and "xnnpack" not in self.targets:
-            raise ExportError(
-                f"xnnpack_weight_only={self.xnnpack_weight_only!r} changes programs for xnnpack, and the target is "
-                f"{', '.join(self.targets)}: add xnnpack to the target, or leave the option out"
-            )
-        check_schemes(self.options)
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """The names of the targets."""
-        return split_targets(self.target)
-
-    @property
-    def options(self) -> QuantizationOptions:
-        """The quantization."""
-        return QuantizationOptions(**{each.name: getattr(self, each.name) for each in fields(QuantizationOptions)})
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether anything is to be quantized."""
-        schemes = (self.qlinear, self.qembedding, self.qlinear_encoder, self.qembedding_encoder, self.recipe)
-        return any(scheme is not None for scheme in schemes)
 
 
 class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is not followed
@@ -279,7 +207,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def export(self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig | dict[str, Any]) -> ExportedModel:
         """Export the model as one graph, the component "model"; see :meth:`export_program`."""
         return self._export(
-            {"model": (model, sample_inputs)}, {"model": _config(config)}, model, text_length_of(sample_inputs)
+            {"model": (model, sample_inputs)}, {"model": config_of(config)}, model, text_length_of(sample_inputs)
         )
 
     def export_for_generation(
@@ -310,9 +238,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         shared = structural_copy(model)
         parts = split_model(shared, sample_inputs, generation_config, multi_token_decode)
         if not isinstance(config, dict) or "target" in config:
-            configs = dict.fromkeys(parts, _config(config))
+            configs = dict.fromkeys(parts, config_of(config))
         else:
-            configs = {name: _config(each) for name, each in config.items()}
+            configs = {name: config_of(each) for name, each in config.items()}
         if unconfigured := [name for name in parts if name not in configs]:
             raise ExportError(
                 f"the config has no entry for {', '.join(unconfigured)}; the components are {', '.join(parts)}"
@@ -589,14 +517,6 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
         methods = sum(target in configs[name].targets for name in parts)
         count += methods + (methods if missing_requirement(target) else lowering_steps(target, methods))
     return count
-
-
-def _config(config: EtConfig | dict[str, Any]) -> EtConfig:
-    if isinstance(config, dict):
-        return EtConfig(**config)
-    if not isinstance(config, EtConfig):
-        raise TypeError(f"the config must be an EtConfig or a dict with its fields, not {type(config).__name__}")
-    return config
 
 
 def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:

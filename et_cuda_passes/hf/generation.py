@@ -25,7 +25,8 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.utils import logging
 
 from et_cuda_passes.hf.components import with_full_layers
-from et_cuda_passes.hf.exporter import FORMAT, ExportedModel, read_export
+from et_cuda_passes.hf.config import FORMAT
+from et_cuda_passes.hf.exporter import ExportedModel, read_export
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -160,7 +160,7 @@ def _first_quantization(m: Match) -> Node:
     wanted, order = described(m.root), m.program.order
     readers = (node for quantize in m.x.users if op_of(quantize) is QUANTIZE for node in quantize.users)
     here = (node for node in readers if op_of(node) is DEQUANTIZE and node.graph is m.root.graph)
-    return min((node for node in here if described(node) == wanted), key=order.__getitem__)
+    return cast(Node, min((node for node in here if described(node) == wanted), key=order.__getitem__))
 
 
 def _arguments_without_nodes(nodes: tuple[Node, ...]) -> Iterator[Any]:

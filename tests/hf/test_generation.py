@@ -16,7 +16,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from et_cuda_passes.hf.exporter import EtConfig, EtExporter
+from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.generation import (
     ExportedDecoder,
     GenerationError,

@@ -13,8 +13,8 @@ pytest.importorskip("transformers", reason="transformers is not installed: pip i
 from transformers import StaticCache
 
 from demo.model import smollm2
+from et_cuda_passes.hf import EtConfig, EtExporter, ExportedModel
 from et_cuda_passes.hf.checkpoint import Checkpoint
-from et_cuda_passes.hf.exporter import EtConfig, EtExporter, ExportedModel
 from et_cuda_passes.hf.generation import ExportedDecoder, encode, generate, load_exported, load_tokenizer
 from et_cuda_passes.hf.loading import Loaded, generation_config, load
 from et_cuda_passes.hf.schemes import quantize_model_
