@@ -54,7 +54,7 @@ from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, pass
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import rewrite
-from et_cuda_passes.rules.xnnpack import QuantizeActivation
+from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
 # torchao's message for an operator that its tensors do not implement.
