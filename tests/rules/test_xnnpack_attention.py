@@ -100,7 +100,7 @@ def test_attention_with_a_mask_is_right_in_executorch_for_every_length(
         near(output(path.read_bytes(), *given), wanted)
     (plan,) = read_plans(read_pte(path)).values()
     outside = [step.name for step in plan.steps if isinstance(step, Kernel)]
-    # What the delegate does not have is computed from the mask, once for all layers.
+    # The operators outside the delegate depend on the mask alone: one call of each serves all layers.
     assert set(outside) <= {"aten::_to_copy.out", "aten::amax.out", "aten::unsqueeze_copy.out"}
 
 
