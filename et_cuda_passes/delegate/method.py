@@ -132,6 +132,10 @@ class Method:
     def _operate(self, step: Operation, number: int, values: dict[int, Any]) -> None:
         specs = [self._plan.values[index].tensor for index in step.results]
         outs = [torch.empty(0, dtype=spec.dtype, device=self.device) for spec in specs if spec] if step.outs else []
+        # A damaged file may ask for more memory than the machine has.
+        planned = self._fail_with(step.name, number, step.sizes, values, outs)
+        for index, tensor in zip(step.results if planned else (), planned, strict=True):
+            self._check_value(index, tensor)
         results = self._fail_with(step.name, number, step, values, outs)
         for index, spec, result in zip(step.results, specs, results, strict=True):
             if spec is not None:
