@@ -43,7 +43,7 @@ def gpu_of(device: torch.device) -> GpuArch:
 def gpu_for(x: Tensor, name: str) -> GpuArch:
     """The GPU whose tilings a launch with the input ``x`` gets: the GPU ``name``, or for "" that of x.
 
-    An eager launch is compiled for the GPU of x. It gets the tilings of that GPU if the named one would not run the code.
+    An eager launch is compiled for the GPU of x, and gets its tilings if the named GPU would not run the code.
 
     Raises:
         ValueError: the launch is traced for compilation, and code of this machine's GPU does not run on the named one.
