@@ -184,7 +184,7 @@ def _alias_or_output(output: Any, in_place: Mapping[int, Tensor]) -> Any:
         for position, tensor in in_place.items():
             if tensor.numel() and storage_ptr(output) == storage_ptr(tensor):
                 # The graph must not keep the caller's tensor alive.
-                offset = output.storage_offset() - tensor.storage_offset()
+                offset = int(output.storage_offset()) - int(tensor.storage_offset())
                 return _Alias(position, tuple(output.shape), output.stride(), offset)
     return output
 

@@ -73,7 +73,7 @@ class Library:
         self._weights = {constant.name: weights[constant.fqn][0] for constant in self.signature.constants}
         try:
             self._run = _make_runner(path, device, self._weights, capturable)
-        except RuntimeError as error:
+        except (RuntimeError, TypeError) as error:
             raise DelegateError(f"{where} does not load: {_first_line(error)}") from error
 
     def __call__(self, inputs: list[Tensor], static: bool = False) -> list[Tensor]:
@@ -183,7 +183,7 @@ def _make_runner(
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     elif capturable:
         # The last argument is run_single_threaded.
-        runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "", True)  # type: ignore[call-arg]
+        runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "", True)  # type: ignore[call-overload]
     else:
         runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "")
     # In order: use_inactive, validate_full_updates (check_weights was called instead), user_managed (do not copy).

@@ -235,6 +235,7 @@ def in_dim_order(tensor: Tensor, spec: TensorSpec) -> Tensor:
 
 
 def storage_ptr(tensor: Tensor) -> int:
+    """The address of the memory that ``tensor`` is a view of."""
     return tensor.untyped_storage().data_ptr()
 
 
