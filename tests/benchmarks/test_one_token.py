@@ -27,7 +27,7 @@ def test_program_of_one_token_computes_the_decoder_token_by_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["ours", "unfused", "ungated"])
-def test_every_linear_of_a_variant_is_rewritten(name: str) -> None:
+def test_variant_rewrites_every_linear(name: str) -> None:
     program = export(build(TINY, "int4", "cpu")[0], TINY)
     (partitioner,) = partitioners(VARIANTS[name], TINY)[METHOD]
     partitioner.transform_for_pre_decomposition(program)  # raises for another number than expected
