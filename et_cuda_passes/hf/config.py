@@ -7,6 +7,7 @@ from transformers.exporters.configs import DynamoConfig
 
 from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, split_targets
+from et_cuda_passes.kernels.gpus import gpu_arch
 
 FORMAT = "et_cuda_passes"
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
@@ -25,6 +26,7 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
             "4w". "fold" makes it a float weight, with the same numbers. "dynamic-activation" takes the 4-bit kernels,
             for which activations are quantized to 8 bits while the program runs: this changes the numbers. A weight
             that these kernels do not support is folded, and the report says so.
+        gpu: for cuda, the GPU whose tilings the kernels get; see :func:`et_cuda_passes.rewrite`.
 
     The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
 
@@ -50,6 +52,7 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     group_size_fallback: str = "adjust"
     max_length: int | None = None
     xnnpack_weight_only: str = "fold"
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -64,6 +67,13 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
                 f"xnnpack_weight_only={self.xnnpack_weight_only!r} changes programs for xnnpack, and the target is "
                 f"{', '.join(self.targets)}: add xnnpack to the target, or leave the option out"
             )
+        if self.gpu is not None:
+            if "cuda" not in self.targets:
+                raise ExportError(
+                    f"gpu={self.gpu!r} selects the tilings of cuda, and the target is {', '.join(self.targets)}: add "
+                    "cuda to the target, or leave the option out"
+                )
+            gpu_arch(self.gpu)
         check_schemes(self.options)
 
     @property

@@ -7,6 +7,7 @@ import torch
 
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
@@ -50,6 +51,7 @@ class Target:
         kernels: kernels by family, one of :data:`FAMILIES`; the first of a family is its default.
         passes: returns a new list of the rules, in their order.
         advised: the quantization to suggest instead of a form that no rule rewrites.
+        gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
 
     Raises:
         ValueError: a family is unknown, or no operator of a kernel's family reads the kernel's layout.
@@ -60,6 +62,7 @@ class Target:
     kernels: Mapping[str, tuple[Kernel, ...]] = field(hash=False)
     passes: Callable[[], list[Rule]] = field(compare=False)
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
+    gpu: GpuArch | None = None
 
     def __post_init__(self) -> None:
         for family, kernels in self.kernels.items():
