@@ -16,6 +16,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from et_cuda_passes.hf.components import structural_copy
+from et_cuda_passes.hf.schemes import quantize_model_
+
 CACHE = 32
 
 
@@ -87,3 +90,10 @@ def static_cache(length: int = CACHE) -> GenerationConfig:
     return GenerationConfig(
         cache_implementation="static", max_cache_len=length, do_sample=False, eos_token_id=None, pad_token_id=0
     )
+
+
+def quantized(model: Any, **options: Any) -> Any:
+    """A quantized copy."""
+    copied = structural_copy(model)
+    quantize_model_(copied, **options)
+    return copied

@@ -1,7 +1,5 @@
 """The components of a model: complete, one name for each constant, and equal to the whole model when run in turn."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -15,15 +13,9 @@ from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.components import split_model, structural_copy, with_fqns_of_root
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.targets.gpu import gpu_named_in
-from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, qwen, static_cache, t5, tokens
+from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, quantized, qwen, static_cache, t5, tokens
 
 STEPS = 6
-
-
-def quantized(model: Any, scheme: str = "4w") -> Any:
-    copied = structural_copy(model)
-    quantize_model_(copied, qlinear=scheme)
-    return copied
 
 
 def assert_like(found: torch.Tensor, reference: torch.Tensor, unquantized: torch.Tensor) -> None:
@@ -107,7 +99,7 @@ def test_encoder_decoder_gives_the_numbers_of_the_quantized_model() -> None:
     inputs, written = tokens(), torch.randint(1, 90, (1, STEPS))
     with torch.no_grad():
         unquantized = model(**inputs, decoder_input_ids=written).logits
-        expected = quantized(model)(**inputs, decoder_input_ids=written).logits
+        expected = quantized(model, qlinear="4w")(**inputs, decoder_input_ids=written).logits
     run = exported.runners
     encoded = run["encoder"](**inputs)
     decoder = model.config.get_text_config(decoder=True)
@@ -138,7 +130,7 @@ def test_image_and_text_give_the_numbers_of_the_quantized_model() -> None:
     whole = {"input_ids": torch.cat([ids, written], 1), "pixel_values": inputs["pixel_values"]}
     with torch.no_grad():
         unquantized = model(**whole).logits
-        expected = quantized(model)(**whole).logits
+        expected = quantized(model, qlinear="4w")(**whole).logits
     image = run["image_encoder"](pixel_values=inputs["pixel_values"])
     features = run["multi_modal_projector"](image_features=image.hidden_states[-1])
     embeddings = run["token_embedding"](input=ids)

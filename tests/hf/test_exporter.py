@@ -9,15 +9,7 @@ from transformers import StaticCache
 
 from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.artifact import ExportError
-from et_cuda_passes.hf.components import structural_copy
-from et_cuda_passes.hf.schemes import quantize_model_
-from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
-
-
-def quantized(model: Any, **options: Any) -> Any:
-    copied = structural_copy(model)
-    quantize_model_(copied, **options)
-    return copied
+from tests.hf.models import CACHE, bert, quantized, qwen, static_cache, tokens
 
 
 def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
@@ -119,7 +111,7 @@ def test_components_share_one_file_per_target(two_targets: Any) -> None:
         assert prefill.builds[target] == decode.builds[target]
 
 
-@pytest.mark.parametrize("scheme", [None, "8da4w"])
+@pytest.mark.parametrize("scheme", [pytest.param(None, marks=pytest.mark.slow), "8da4w"])
 def test_generation_on_xnnpack_gives_the_tokens_of_the_model(causal: Any, scheme: str | None) -> None:
     torch.manual_seed(2)
     ids = torch.randint(1, 90, (1, 6))
