@@ -318,7 +318,8 @@ class Plan:
 
         def works(dtype: torch.dtype | None) -> bool:
             """Whether the target has a rule, and the packing format if there is one."""
-            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype)
+            cast = self.options.cast_to_bf16
+            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=cast)
             return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
 
         if support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED:
@@ -331,6 +332,9 @@ class Plan:
         usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if works(each))
         kernel = f"kernel of {scheme.name}" if layout == AUTO else f"kernel of {scheme.name} in {layout}"
         text = f"{target} has no {kernel} for a model in {_dtype_name(dtype)}; convert it with {usable}"
+        found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=True)
+        if found.status is not Status.IMPOSSIBLE:
+            text += ", or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
         if target == scheme.promised or layout != AUTO:
             raise UsageError(text)
         self.warnings.append(text)

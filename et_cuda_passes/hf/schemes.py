@@ -57,6 +57,7 @@ def quantize_model_(
     qlinear_packing_format_encoder: str | None = None,
     qembedding_encoder: str | None = None,
     qembedding_group_size_encoder: int = PER_AXIS,
+    cast_to_bf16: bool = False,
 ) -> QuantizationReport:
     """Quantize the linears and the embeddings of ``model`` in place.
 
@@ -91,6 +92,7 @@ def quantize_model_(
             recipe=recipe,
             target=target,
             group_size_fallback=group_size_fallback,
+            cast_to_bf16=cast_to_bf16,
         ),
     )
 
