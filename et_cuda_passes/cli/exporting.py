@@ -34,7 +34,9 @@ _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as 
 _MANIFEST = "export.json"
 _SHORTEST = 8
 # The other names of options are words of the language too.
-_OPTION = re.compile(r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback|cast_to_bf16|xnnpack_weight_only)\b|\balgorithm(?==)")
+_OPTION = re.compile(
+    r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback|cast_to_bf16|xnnpack_weight_only)\b|\balgorithm(?==)"
+)
 
 
 def _option(name: str, **options: Any) -> Any:

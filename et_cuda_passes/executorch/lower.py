@@ -219,17 +219,17 @@ def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: Expor
     Raises:
         UsageError: there is such a size.
     """
-    values, lowered = (
-        {node.name: node.meta.get("val") for node in program.graph.nodes} for program in (before, after)
-    )
+    values, lowered = ({node.name: node.meta.get("val") for node in program.graph.nodes} for program in (before, after))
     pairs = zip(before.graph_signature.user_inputs, after.graph_signature.user_inputs, strict=True)
     for name, other in ((name, other) for name, other in pairs if isinstance(values.get(name), torch.Tensor)):
         for axis, (size, now) in enumerate(zip(values[name].shape, lowered[other].shape, strict=True)):
             if isinstance(size, int) or _largest(now) >= _largest(size):
                 continue
+            largest = _largest(size)
+            exported = "any size" if largest is int_oo else f"sizes up to {largest}"
             raise UsageError(
                 f"{method}: ExecuTorch's lowering limits axis {axis} of {name} to {_largest(now)}, and it was exported "
-                f"for {'any size' if _largest(size) is int_oo else f'sizes up to {_largest(size)}'}{_guarded_at(now, after)}: export the model with fixed sizes "
+                f"for {exported}{_guarded_at(now, after)}: export the model with fixed sizes "
                 "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
             )
 

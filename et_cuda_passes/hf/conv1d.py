@@ -30,8 +30,9 @@ def replace_conv1d(model: nn.Module, fqns: Container[str]) -> None:
 def _linear(conv: nn.Module) -> nn.Linear:
     weight, bias = conv.weight, conv.bias
     assert isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
-    linear = nn.utils.skip_init(nn.Linear, *weight.shape, dtype=weight.dtype, device=weight.device)
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, *weight.shape, dtype=weight.dtype, device=weight.device)
     # Contiguous: what quantizes a view keeps its strides.
     linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     linear.bias = bias
-    return linear.train(conv.training)
+    linear.train(conv.training)
+    return linear

@@ -42,10 +42,13 @@ from et_cuda_passes.hf.artifact import (
 )
 from et_cuda_passes.hf.components import (
     Inputs,
+    check_rope,
     contiguous,
     dynamic_lengths,
     fqn_in,
+    longest_text,
     split_model,
+    stop_dynamic_rope,
     structural_copy,
     text_length_of,
     with_fqns_of_root,
@@ -272,8 +275,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             ExportError: the model reads a quantized weight in a way that torchao cannot trace.
             RuntimeError: transformers cannot trace a part.
         """
-        for name, (module, _) in parts.items():
+        for name, (module, inputs) in parts.items():
             _check_dtypes(module, configs[name], name)
+            check_rope(module, longest_text(configs[name], inputs, text_length), name)
         copies = _Quantized(root, self._progress)
         programs: dict[str, ExportedProgram] = {}
         metadata: dict[str, ExportMetadata] = {}
@@ -498,6 +502,7 @@ class _Quantized:
     def _prepared(self, module: nn.Module, config: EtConfig) -> tuple[nn.Module, Any]:
         model = structural_copy(module)
         model.eval()
+        stop_dynamic_rope(model)
         # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
         if (
             "xnnpack" in config.targets

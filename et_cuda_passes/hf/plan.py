@@ -81,7 +81,7 @@ def _layers(model: nn.Module) -> list[Layer]:
             kind = "linear" if isinstance(module, nn.Linear) else "embedding"
             found.append(Layer(fqns[0], module, module.weight, kind, encoder))
         elif is_conv1d(module) and fqns[0]:
-            found.append(Layer(fqns[0], module, module.weight.t(), "linear", encoder))
+            found.append(Layer(fqns[0], module, module.get_parameter("weight").t(), "linear", encoder))
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:

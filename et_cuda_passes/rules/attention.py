@@ -139,8 +139,8 @@ def mask_is_boolean(m: Match) -> Failure | None:
 class CastAttention(Rule):
     """attention(q, k, v) -> attention(q, k, v in bf16), cast back to the dtype of q
 
-    The backend (executorch 1.5.1) has no kernel for another dtype than bf16, and its lowering fails. THE NUMBERS CHANGE:
-    they have the precision of bf16. The rule is therefore in no list by default, and stands before
+    The backend (executorch 1.5.1) has no kernel for another dtype than bf16, and its lowering fails. THE NUMBERS
+    CHANGE: they have the precision of bf16. The rule is therefore in no list by default, and stands before
     ``UnmaskedAttention`` in a list of the caller's.
     """
 

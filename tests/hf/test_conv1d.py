@@ -22,9 +22,7 @@ def model() -> Any:
     found = gpt2()
     # The small random weights of a new model would hide an error of a layer behind the residual.
     for name, parameter in found.named_parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.1)
-        elif name.endswith("bias"):
+        if parameter.dim() == 2 or name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     return found
 

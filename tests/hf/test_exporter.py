@@ -174,8 +174,8 @@ def test_attention_without_a_kernel_on_cuda_is_refused_with_the_fix() -> None:
     steps: list[str] = []
     with pytest.raises(
         ExportError,
-        match=r"model: the attention \w+ is in float32, and ExecuTorch's kernel for cuda computes in bfloat16: load the "
-        "model with dtype=torch.bfloat16, or give cast_to_bf16=True",
+        match=r"model: the attention \w+ is in float32, and ExecuTorch's kernel for cuda computes in bfloat16: load "
+        "the model with dtype=torch.bfloat16, or give cast_to_bf16=True",
     ):
         EtExporter(steps.append).export(bert(), tokens(), EtConfig(target="cuda", qlinear="8w"))
     assert steps[-1] == "rewriting model for cuda"

@@ -336,8 +336,8 @@ def test_dtype_of_the_packing_formats_kernel_counts() -> None:
     unchanged(
         model,
         lambda: ecp.quantize_model_(model, qlinear_packing_format="tile_packed_to_4d", **options),
-        r"no kernel of 4w in tile_packed_to_4d for a model in float16; convert it with model.to\(torch.bfloat16\), or give "
-        "cast_to_bf16=True",
+        r"no kernel of 4w in tile_packed_to_4d for a model in float16; convert it with model.to\(torch.bfloat16\), or "
+        "give cast_to_bf16=True",
     )
     assert not ecp.quantize_model_(model, qlinear_packing_format="mma_tiled", **options).warnings
 
@@ -428,8 +428,9 @@ def test_cast_to_bf16_shares_a_tied_table_of_a_float32_model() -> None:
     program = export(model, ids())
     options = QuantizationOptions(cast_to_bf16=True)
     for target in ("cuda", "cpu"):
-        rewritten, report = ecp.rewrite(program, target, passes_for(options, target), expect={"missed": 0})
-        assert error(rewritten.module()(ids_given := ids()), model(ids_given)) < 2.0**-7
+        rewritten, _ = ecp.rewrite(program, target, passes_for(options, target), expect={"missed": 0})
+        x = ids()
+        assert error(rewritten.module()(x), model(x)) < 2.0**-7
     # On cuda the rows are read from the packed weight of the head.
     rewritten, _ = ecp.rewrite(program, "cuda", passes_for(options, "cuda"), expect={"embedding_int4": 1})
     assert sum("packed" in name for name in rewritten.state_dict) == 2
