@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
 
+from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets.gpu import gpu_named_in
 
@@ -232,6 +234,8 @@ def _executorch(
             partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
             **(options or {}),
         )
+        for name, program in methods.items():
+            _check_sizes_stay_dynamic(name, program, edge.exported_program(name))
         progress("serializing")
         lowered = edge.to_executorch()
     with open(folder / f"{stem}.pte", "wb") as file:
@@ -242,6 +246,56 @@ def _executorch(
     data = sorted(folder.glob("*.ptd"))
     for path in data:
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: ExportedProgram) -> None:
+    """Refuse a lowering that made a dynamic size of an input a constant, or its largest value smaller.
+
+    ExecuTorch's passes interpret the program. One that compares a size with a number guards on the size that the
+    program was exported with, and reports nothing. The .pte then fails for each other size when it runs.
+
+    Raises:
+        UsageError: there is such a size.
+    """
+    values, lowered = ({node.name: node.meta.get("val") for node in program.graph.nodes} for program in (before, after))
+    pairs = zip(before.graph_signature.user_inputs, after.graph_signature.user_inputs, strict=True)
+    for name, other in ((name, other) for name, other in pairs if isinstance(values.get(name), torch.Tensor)):
+        for axis, (size, now) in enumerate(zip(values[name].shape, lowered[other].shape, strict=True)):
+            if isinstance(size, int) or _largest(now) >= _largest(size):
+                continue
+            largest = _largest(size)
+            exported = "any size" if largest is int_oo else f"sizes up to {largest}"
+            raise UsageError(
+                f"{method}: ExecuTorch's lowering limits axis {axis} of {name} to {_largest(now)}, and it was exported "
+                f"for {exported}{_guarded_at(now, after)}: export the model with fixed sizes "
+                "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
+            )
+
+
+def _largest(size: int | torch.SymInt) -> Any:
+    """The largest value of a size."""
+    if isinstance(size, int):
+        return size
+    return size.node.shape_env.bound_sympy(size.node.expr).upper
+
+
+def _guarded_at(size: int | torch.SymInt, program: ExportedProgram) -> str:
+    """The operator whose size a guard compares with a number, and the code that guards; empty if it is not known."""
+    if isinstance(size, int):
+        return ""
+    guards = (guard for guard in size.node.shape_env.guards if any(each.is_number for each in guard.expr.args))
+    guard = next((guard for guard in guards if guard.expr.free_symbols & size.node._expr.free_symbols), None)
+    if guard is None:
+        return ""
+    found = (node for node in program.graph.nodes if node.op == "call_function" and _has_size(node, guard.expr.args))
+    where = f" for {node.name}" if (node := next(found, None)) else ""
+    return f", because it assumes {guard.expr}{where} (at {str(guard.sloc).strip('()')})"
+
+
+def _has_size(node: torch.fx.Node, expressions: tuple[Any, ...]) -> bool:
+    """Whether the value of the node has a size that is one of ``expressions``."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return any(isinstance(size, torch.SymInt) and size.node._expr in expressions for size in shape)
 
 
 def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:

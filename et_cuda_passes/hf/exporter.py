@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.exporters import ExportedModel as _ExportedModel
 from transformers.exporters import register_backend
@@ -48,10 +49,13 @@ from et_cuda_passes.hf.artifact import (
 )
 from et_cuda_passes.hf.components import (
     Inputs,
+    check_rope,
     contiguous,
     dynamic_lengths,
     fqn_in,
+    longest_text,
     split_model,
+    stop_dynamic_rope,
     structural_copy,
     text_length_of,
     with_fqns_of_root,
@@ -60,7 +64,9 @@ from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
 from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
+from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
@@ -276,8 +282,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             ExportError: the model reads a quantized weight in a way that torchao cannot trace.
             RuntimeError: transformers cannot trace a part.
         """
-        for name, (module, _) in parts.items():
+        for name, (module, inputs) in parts.items():
             _check_dtypes(module, configs[name], name)
+            check_rope(module, longest_text(configs[name], inputs, text_length), name)
         copies = _Quantized(root, self._progress)
         programs: dict[str, ExportedProgram] = {}
         metadata: dict[str, ExportMetadata] = {}
@@ -355,6 +362,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                         pool=pool,
                         gpu=configs[name].gpu if target == "cuda" else None,
                     )
+                    if target == "cuda":
+                        _check_attention(name, rewritten[name])
             builds = self._build(rewritten, reports, target, Path(folder.name), alone)
             for name in rewritten:
                 components[name].builds[target] = builds[name]
@@ -503,6 +512,7 @@ class _Quantized:
     def _prepared(self, module: nn.Module, config: EtConfig) -> tuple[nn.Module, Any]:
         model = structural_copy(module)
         model.eval()
+        stop_dynamic_rope(model)
         # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
         if (
             "xnnpack" in config.targets
@@ -534,9 +544,23 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
     """Refuse before any work what XNNPACK refuses at the end of a lowering."""
     dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
     if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
+        others = [] if config.cast_to_bf16 else [target for target in config.targets if casts_to_bf16(target)]
+        cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
         raise ExportError(
-            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
+            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32{cast}, "
             "or leave xnnpack out of the targets"
+        )
+
+
+def _check_attention(name: str, program: ExportedProgram) -> None:
+    """Refuse before the lowering an attention for which ExecuTorch's CUDA backend (executorch 1.5.1) has no kernel."""
+    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    nodes = (node for graph in graphs for node in graph.find_nodes(op="call_function", target=SDPA))
+    if node := next((node for node in nodes if node.args[0].meta["val"].dtype is not torch.bfloat16), None):
+        dtype = str(node.args[0].meta["val"].dtype).removeprefix("torch.")
+        raise ExportError(
+            f"{name}: the attention {node.name} is in {dtype}, and ExecuTorch's kernel for cuda computes in bfloat16: "
+            "load the model with dtype=torch.bfloat16, or give cast_to_bf16=True"
         )
 
 

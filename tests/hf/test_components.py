@@ -38,7 +38,7 @@ def test_structural_copy_shares_tensors_and_nothing_else() -> None:
 
 
 def test_model_and_its_attributes_are_unchanged_by_an_export() -> None:
-    model = qwen().train()
+    model = qwen().bfloat16().train()
     state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     config = model.config.to_dict()
     EtExporter().export(model, tokens(), EtConfig(target="cuda", qlinear="4w"))
@@ -156,8 +156,8 @@ def test_image_and_text_give_the_numbers_of_the_quantized_model() -> None:
 
 def test_components_have_their_own_configs_and_targets() -> None:
     configs = {
-        "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w"),
-        "decode": {"target": "cuda"},
+        "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w", cast_to_bf16=True),
+        "decode": {"target": "cuda", "cast_to_bf16": True},
     }
     exported = EtExporter().export_for_generation(qwen(num_hidden_layers=1), tokens(), configs)
     prefill, decode = (exported.components[name].program for name in ("prefill", "decode"))
@@ -173,7 +173,7 @@ def test_components_have_their_own_configs_and_targets() -> None:
 
 def test_weight_that_is_read_other_than_by_a_linear_stays_float_or_is_an_error_with_the_line() -> None:
     config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
-    model = FalconForCausalLM(config)
+    model = FalconForCausalLM(config).bfloat16()
     exported = EtExporter().export(model, tokens(), EtConfig(target="cuda", qlinear="4w"))
     layers = {each["fqn"]: each for each in exported.report["quantization"][0]["layers"]}
     dense = layers["transformer.h.0.self_attention.dense"]
