@@ -14,7 +14,7 @@ from transformers.exporters.runners.base import ModelRunner
 
 from et_cuda_passes.delegate.files import read_pte
 from et_cuda_passes.delegate.plan import read_plans
-from et_cuda_passes.hf.artifact import Component, ExportError
+from et_cuda_passes.hf.artifact import Build, Component, ExportError
 
 RUNNABLE = ("cuda", "cpu", "xnnpack")
 """The targets whose programs run in Python."""
@@ -42,6 +42,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
     def __init__(self, component: Component, metadata: ExportMetadata, target: str) -> None:
         super().__init__(metadata)
         self.component, self.target = component, target
+        component.check_interface(metadata)
         build = component.builds[target]
         if build.missing is not None:
             raise ExportError(
@@ -54,7 +55,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
         self.in_spec = load_treespec(metadata.in_spec)
         kwargs = self.in_spec.children()[1]
         self._names: tuple[str, ...] = tuple(kwargs.context)
-        self._loaded = _Loaded.of(target, build.files)
+        self._loaded = _Loaded.of(target, build)
         self._call = self._loaded.method(component.method)
 
     @property
@@ -185,13 +186,19 @@ class _Loaded:
         self.target, self.path = target, path
 
     @staticmethod
-    def of(target: str, files: tuple[Path, ...]) -> "_Loaded":
-        """The loaded files. While a runner has them, the next runner gets the same object, and so the same weights."""
-        path = next(file for file in files if file.suffix in (".pte", ".pt2")).resolve()
+    def of(target: str, build: Build) -> "_Loaded":
+        """The loaded files. While a runner has them, the next runner gets the same object, and so the same weights.
+
+        Raises:
+            ExportError: a file is not the one that the export wrote.
+        """
+        path = next(file for file in build.files if file.suffix in (".pte", ".pt2")).resolve()
         status = path.stat()
         key = (target, path, status.st_mtime_ns, status.st_ino)
         loaded = _LOADED.get(key)
         if loaded is None:
+            # A damaged weight would give wrong numbers without any error.
+            build.check()
             loaded = _LOADED[key] = _Loaded(target, path)
         return loaded
 
