@@ -128,6 +128,8 @@ def export(
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options)
+            # ``verify`` loads the model again.
+            exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)

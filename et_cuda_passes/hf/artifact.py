@@ -68,7 +68,7 @@ class Signature:
         """The signature of an exported program."""
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         inputs: list[Input] = []
-        symbols: set[int | str] = set()
+        symbols: set[str] = set()
         for spec in program.graph_signature.input_specs:
             if spec.kind != InputKind.USER_INPUT:
                 continue
@@ -80,7 +80,12 @@ class Signature:
             if not _is_dense(value):
                 raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
             shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
-            symbols.update(shape)
+            symbols.update(
+                str(symbol)
+                for size in value.shape
+                if not isinstance(size, int)
+                for symbol in size.node.expr.free_symbols
+            )
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
         ranges: dict[str, tuple[int, int | None]] = {
             str(symbol): (int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper))
@@ -224,6 +229,7 @@ class Component:
 
     def write(self, path: Path) -> None:
         """Write the JSON file ``path`` alone."""
+
         def described(build: Build, file: Path) -> dict[str, Any]:
             return {"size": file.stat().st_size, "sha256": build.checksums[file.name]}
 

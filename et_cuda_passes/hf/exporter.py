@@ -283,7 +283,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         """
         for name, (module, _) in parts.items():
             _check_dtypes(module, configs[name], name)
-        copies = _Quantized(root, self._progress)
+        copies = QuantizedModel(root, self._progress)
         programs: dict[str, ExportedProgram] = {}
         metadata: dict[str, ExportMetadata] = {}
         for name, (module, inputs) in parts.items():
@@ -303,7 +303,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 raise RuntimeError(
                     f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
                 ) from error
-            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            # The export contains the recipe, and not the name of a file elsewhere.
+            recorded = replace(configs[name], recipe=configs[name].options.to_dict()["recipe"])
+            metadata[name].export_config = json.loads(recorded.to_json_string())
             metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
             programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
         return Traced(programs, metadata, copies.reports())
@@ -476,9 +478,7 @@ def read_export(folder: Path) -> tuple[dict[str, Component], dict[str, ExportMet
         if manifest["export_format"] != FORMAT:
             raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
         entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
-        metadata = {
-            name: ExportMetadata.from_dict(entry["metadata"]) for name, entry in manifest["components"].items()
-        }
+        metadata = {name: ExportMetadata.from_dict(entry["metadata"]) for name, entry in manifest["components"].items()}
     except OSError as error:
         raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -489,7 +489,7 @@ def read_export(folder: Path) -> tuple[dict[str, Component], dict[str, ExportMet
     return components, metadata
 
 
-class _Quantized:
+class QuantizedModel:
     """The root model, quantized once for each quantization that a config asks for."""
 
     def __init__(self, root: nn.Module, progress: Progress) -> None:

@@ -92,7 +92,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
                     f"{program.name} has nothing to run on {device}: it was exported for {', '.join(program.builds)}"
                 )
         if target is None:
-            usable = [name for name in candidates if program.builds[name].missing is None and _runs_here(name)]
+            usable = [name for name in candidates if program.builds[name].missing is None and runs_here(name)]
             candidates = usable or candidates
         return cls(program, metadata, candidates[0])
 
@@ -108,9 +108,17 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
             ExportError: an argument is missing, unknown, or not as the export fixed it.
         """
         leaves = self._flatten(kwargs)
-        self.component.signature.check(leaves, self.component.name)
         if not share_inputs:
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return self.run(leaves)
+
+    def run(self, leaves: list[Any]) -> Any:
+        """Run the component on the leaves of its inputs, in the order of the signature.
+
+        Raises:
+            ExportError: a leaf is not as the export fixed it.
+        """
+        self.component.signature.check(leaves, self.component.name)
         with torch.no_grad():
             return self.unflatten(self._call(leaves))
 
@@ -175,7 +183,8 @@ def _without_devices(context: Any) -> Any:
     return context
 
 
-def _runs_here(target: str) -> bool:
+def runs_here(target: str) -> bool:
+    """Whether this machine runs programs for a target."""
     return target in RUNNABLE and (target != "cuda" or torch.cuda.is_available())
 
 

@@ -140,11 +140,15 @@ def test_signal_ends_the_process_after_the_moves(tmp_path: Path, number: signal.
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    former = signal.signal(number, stop)
-    try:
-        with pytest.raises(KeyboardInterrupt), uninterrupted(tmp_path):
+    def change() -> None:
+        with uninterrupted(tmp_path):
             signal.raise_signal(number)
             (tmp_path / "written").touch()
+
+    former = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            change()
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, former)
