@@ -58,7 +58,13 @@ class Reference:
         if list(metadata) != ["model"]:
             progress("splitting the model into components")
             root = structural_copy(loaded.model)
-            parts = split_model(root, loaded.inputs, GenerationConfig.from_pretrained(folder), False)
+            try:
+                parts = split_model(root, loaded.inputs, GenerationConfig.from_pretrained(folder), False)
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ExportError(
+                    f"{checkpoint} has no components {', '.join(metadata)} as {folder} has: give the model that was "
+                    f"exported ({str(error).strip().partition(chr(10))[0]})"
+                ) from error
         copies = QuantizedModel(root, progress)
         self._parts: dict[str, tuple[nn.Module, nn.Module, Mapping[str, Any]]] = {}
         self._specs = {}
