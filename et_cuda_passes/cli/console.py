@@ -28,6 +28,10 @@ class LoweringError(Exception):
     """The lowering failed; exits with 1."""
 
 
+class RunError(LoweringError):
+    """A program does not run, or its results are wrong; exits with 1."""
+
+
 class Steps:
     """Progress on stderr: each step with its time when it ends, and on a terminal also the current step.
 

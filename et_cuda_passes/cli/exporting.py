@@ -153,6 +153,8 @@ def export(
         with Steps() as step:
             others = {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | others)
+            # ``verify`` loads the model again.
+            exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)

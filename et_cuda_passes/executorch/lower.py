@@ -1,12 +1,15 @@
 """Lowers a rewritten program to the files of its target: a .pte with its .ptd, or an AOTInductor package."""
 
 import errno
+import fcntl
 import gc
 import os
 import platform
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -126,29 +129,64 @@ def missing_requirement(target: str, gpu: str | None = None) -> str | None:
 
 
 @contextmanager
-def atomic_output(folder: Path, last: str | None = None) -> Iterator[Path]:
+def atomic_output(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends; after an error, none does.
-
-    It is inside ``folder``, so that the move is a rename and never leaves a partial file under its final name. The file
-    called ``last`` moves after all others.
 
     Raises:
         IsADirectoryError: a file would have the name of a directory.
     """
+    with staging_folder(folder) as staging:
+        yield staging
+        with uninterrupted(folder):
+            move_files(staging, folder)
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside ``folder``, so that a move from one to the other is a rename."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-        staging = Path(name)
-        yield staging
-        paths = sorted(
-            (path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path)
-        )
-        files = {path: folder / path.relative_to(staging) for path in paths}
-        for file in files.values():
-            if file.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
-        for path, file in files.items():
-            file.parent.mkdir(exist_ok=True)
-            os.replace(path, file)
+        yield Path(name)
+
+
+def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
+    """Move the files of one folder, and of its subfolders, into another; the file called ``last`` after all others.
+
+    Raises:
+        IsADirectoryError: a file would have the name of a directory.
+    """
+    paths = sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
+    files = {path: folder / path.relative_to(staging) for path in paths}
+    for file in files.values():
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
+    for path, file in files.items():
+        file.parent.mkdir(exist_ok=True)
+        os.replace(path, file)
+
+
+@contextmanager
+def uninterrupted(folder: Path) -> Iterator[None]:
+    """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
+    received: list[int] = []
+    former: dict[int, Any] = {}
+    # A handler runs in the main thread, and only there it can be set.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:
+                former[number] = signal.signal(number, lambda number, frame: received.append(number))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # A file system that has no locks has no other process to wait for, as far as this one can know.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
 
 
 @contextmanager

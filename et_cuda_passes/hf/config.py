@@ -83,6 +83,12 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
         schemes = (self.qlinear, self.qembedding, self.qlinear_encoder, self.qembedding_encoder, self.recipe)
         return any(scheme is not None for scheme in schemes)
 
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether a program may quantize activations while it runs."""
+        dynamic = any(scheme.dynamic for scheme, _ in self.options.schemes().values())
+        return dynamic or self.xnnpack_weight_only == "dynamic-activation"
+
 
 def config_of(config: EtConfig | dict[str, Any]) -> EtConfig:
     """A config from its fields."""

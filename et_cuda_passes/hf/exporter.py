@@ -34,6 +34,9 @@ from et_cuda_passes.executorch.lower import (
     lower,
     lowering_steps,
     missing_requirement,
+    move_files,
+    staging_folder,
+    uninterrupted,
 )
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
@@ -45,6 +48,7 @@ from et_cuda_passes.hf.artifact import (
     ExportError,
     Signature,
     files_of_export,
+    interface_of,
     refuse_existing,
 )
 from et_cuda_passes.hf.components import (
@@ -115,7 +119,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         if not overwrite:
             refuse_existing(folder, [EXPORT_MANIFEST_FILE])
         entries = {}
-        with atomic_output(folder, last=EXPORT_MANIFEST_FILE) as staging:
+        with staging_folder(folder) as staging:
             for name, component in self.components.items():
                 file = f"{name}{SUFFIX}"
                 component.program.save(staging / file)
@@ -132,13 +136,15 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             }
             for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
                 (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            if not overwrite:
-                refuse_existing(folder, [path.name for path in staging.iterdir()])
             new = {path.relative_to(staging) for path in staging.rglob("*")}
-            # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
-            for stale in files_of_export(folder):
-                if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
-                    stale.unlink()
+            with uninterrupted(folder):
+                if not overwrite:
+                    refuse_existing(folder, [path.name for path in staging.iterdir()])
+                # Everything is written by now. A folder without a manifest is no export, should the machine stop here.
+                for stale in files_of_export(folder):
+                    if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
+                        stale.unlink()
+                move_files(staging, folder, last=EXPORT_MANIFEST_FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
@@ -285,7 +291,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         for name, (module, inputs) in parts.items():
             _check_dtypes(module, configs[name], name)
             check_rope(module, longest_text(configs[name], inputs, text_length), name)
-        copies = _Quantized(root, self._progress)
+        copies = QuantizedModel(root, self._progress)
         programs: dict[str, ExportedProgram] = {}
         metadata: dict[str, ExportMetadata] = {}
         for name, (module, inputs) in parts.items():
@@ -305,7 +311,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 raise RuntimeError(
                     f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
                 ) from error
-            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            # The export contains the recipe, and not the name of a file elsewhere.
+            recorded = replace(configs[name], recipe=configs[name].options.to_dict()["recipe"])
+            metadata[name].export_config = json.loads(recorded.to_json_string())
             metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
             programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
         return Traced(programs, metadata, copies.reports())
@@ -321,6 +329,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         self._planned(_steps(parts, configs))
         traced = self.trace(parts, configs, root, text_length)
         components = self._lower(traced.programs, configs)
+        for name, component in components.items():
+            component.interface = interface_of(traced.metadata[name])
         return ExportedModel(
             {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
             self.export_format,
@@ -437,37 +447,41 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
         ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
     """
     folder = Path(folder)
-    components, specs = read_export(folder)
+    components, metadata = read_export(folder)
     targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
     for target in sorted(targets if only is None else targets & {only}):
         if lacking := missing_requirement(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
+        if any(each.builds[target].missing is None for each in unfinished.values()):
+            raise ExportError(f"{folder} is finished for {target} in part, by a process that was killed: export again")
         programs = {}
-        for spec in specs:
-            register_treespec_types(spec)
+        for each in metadata.values():
+            for spec in (each.in_spec, each.out_spec):
+                register_treespec_types(spec)
         for name, component in unfinished.items():
             progress(f"reading {name} for {target}")
+            component.builds[target].check()
             programs[component.method] = load_model(component.builds[target].files[0], target).program
         if lacking := missing_requirement(target, gpu_of_methods(programs)):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         packed = [component.builds[target].files[0] for component in unfinished.values()]
+        # These come first: until the components name them, nothing reads them.
+        files = lower(programs, target, folder, f"model.{target}", partial(_with_target, progress, target))
+        build = Build(tuple(files))
         with atomic_output(folder) as staging:
-            files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
             for name, component in unfinished.items():
-                component.builds[target] = Build(tuple(files))
+                component.builds[target] = build
                 component.write(staging / f"{name}{SUFFIX}")
-        added += [folder / file.name for file in files]
-        for component in unfinished.values():
-            component.builds[target] = Build(tuple(added))
+        added += files
         for path in packed:
             path.unlink()
     return added
 
 
-def read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
-    """The components of an export, and the pytree specs of their inputs and outputs.
+def read_export(folder: Path) -> tuple[dict[str, Component], dict[str, ExportMetadata]]:
+    """The components of an export, and what transformers recorded about each.
 
     Raises:
         ExportError: the folder is no export of this format, or a file is missing or damaged.
@@ -477,16 +491,18 @@ def read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
         if manifest["export_format"] != FORMAT:
             raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
         entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
-        metadata = [entry["metadata"] for entry in manifest["components"].values()]
-        specs = [each[kind] for each in metadata for kind in ("in_spec", "out_spec") if each[kind] is not None]
+        metadata = {name: ExportMetadata.from_dict(entry["metadata"]) for name, entry in manifest["components"].items()}
     except OSError as error:
         raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ExportError(f"{folder / EXPORT_MANIFEST_FILE} is damaged: export the model again") from error
-    return {name: Component.load(path) for name, path in entries.items()}, specs
+    components = {name: Component.load(path) for name, path in entries.items()}
+    for name, component in components.items():
+        component.check_interface(metadata[name])
+    return components, metadata
 
 
-class _Quantized:
+class QuantizedModel:
     """The root model, quantized once for each quantization that a config asks for."""
 
     def __init__(self, root: nn.Module, progress: Progress) -> None:
