@@ -14,6 +14,7 @@ from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Repor
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.quant.weight import weight_values
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
@@ -96,6 +97,7 @@ __all__ = [
     "rewrite",
     "targets",
     "weight_of",
+    "weight_values",
 ]
 
 # ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.

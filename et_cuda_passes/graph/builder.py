@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
+from et_cuda_passes.graph.constants import Decoded
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import Target, op_name, require_overload, to_edge
 from et_cuda_passes.graph.program import Program, forbid_new_guards
@@ -119,9 +120,32 @@ class Builder:
         part = self.call(torch.ops.aten.slice.Tensor, node, -1, start, end)
         return self.call(torch.ops.aten.clone.default, part, memory_format=torch.contiguous_format)
 
-    def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
+    def constant(
+        self,
+        fqn: str,
+        sources: Decoded | Iterable[Node | Decoded],
+        layout: Hashable,
+        make: Callable[[], torch.Tensor],
+    ) -> Node:
         """The node of a new parameter ``fqn`` that holds ``make()``, one for equal ``sources`` and ``layout``.
 
-        See :meth:`Program.add_constant`.
+        Args:
+            fqn: the FQN of the weight, and a suffix.
+            sources: everything that ``make`` reads: a decoded weight, or a list of decoded weights and of nodes of
+                constants. For a node alone, ``layout`` must contain everything else that determines its values.
+            layout: every other value that ``make`` depends on.
+            make: computes the tensor.
+
+        Raises:
+            TypeError: there are no sources, one of them is not a constant, or ``make`` returns no tensor.
+            ValueError: no module can hold a constant with this FQN beside the program's others.
         """
-        return self.program.add_constant(fqn, sources, layout, make, self._before.graph)
+        nodes: list[Node] = []
+        keys: list[Hashable] = []
+        for source in [sources] if isinstance(sources, (Node, Decoded)) else sources:
+            if isinstance(source, Decoded):
+                nodes += source.sources
+                keys.append(source.values_key)
+            else:
+                nodes.append(source)
+        return self.program.add_constant(fqn, nodes, (layout, *keys), make, self._before.graph)

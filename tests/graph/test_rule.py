@@ -1,5 +1,6 @@
 """Rules: their requirements, the order and stages in which these are checked, texts for the report, names."""
 
+import io
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -530,7 +531,10 @@ def test_group_key_that_fails_names_its_rule(key: Any) -> None:
             lambda b, m: b.constant("c", [], "c", lambda: torch.ones(4)),
             "c needs sources, and each must be a constant",
         ),
-        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are weight_of\(m\).sources"),
+        (
+            lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)),
+            r"for a quantized weight pass weight_of\(m\)",
+        ),
     ],
 )
 def test_wrong_use_of_the_builder_is_refused_with_the_fix(rewrite: Any, fault: str) -> None:
@@ -538,6 +542,64 @@ def test_wrong_use_of_the_builder_is_refused_with_the_fix(rewrite: Any, fault: s
     with pytest.raises(RuleError, match=f"rule faulty.*{fault}"):
         apply(before, [rewriting(rewrite)])
     assert names(before) == ["aten.relu", "aten.add", "aten.neg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("", "has an empty part"),
+        ("x.", "has an empty part"),
+        ("x..y", "has an empty part"),
+        ("0.weight.and.q", "has the part 'and', which is a keyword of Python"),
+        ("x.a b", "has the part 'a b', which is not an identifier"),
+        ("x.half", "has the part 'half', which is an attribute of every torch.nn.Module"),
+        ("graph", "has the part 'graph', which is an attribute of every torch.nn.Module"),
+        ("0", "the name '0' is that of a module with constants of its own"),
+        (None, "must be text, not None"),
+    ],
+)
+def test_name_of_a_constant_that_no_module_can_hold_is_refused_with_the_fix(name: Any, fault: str) -> None:
+    sketch = Sketch()
+    x, w = sketch.input("x", 4), sketch.parameter("0.weight", torch.ones(4))
+    program = sketch.program(sketch.call(aten.relu.default, x), w)
+    rule = rewriting(lambda b, m: b.call(aten.mul.Tensor, m.x, b.constant(name, [held(b)], "c", lambda: torch.ones(4))))
+    with pytest.raises(RuleError, match=rf"rule faulty: at relu_default its rewrite failed: .*{fault}.*'layers\.0\."):
+        apply(program, [rule])
+
+
+def test_name_of_a_constant_that_extends_that_of_another_one_is_refused() -> None:
+    sketch = Sketch()
+    x, w = sketch.input("x", 4), sketch.parameter("w", torch.ones(4))
+    program = sketch.program(sketch.call(aten.relu.default, x), w)
+
+    def rewrite(b: Any, m: Any) -> Node:
+        parts = [b.constant(name, [held(b)], name, lambda: torch.ones(4)) for name in ("w.a", "w.a.b")]
+        return b.call(aten.mul.Tensor, *parts)  # type: ignore[no-any-return]
+
+    with pytest.raises(RuleError, match=r"'w\.a\.b' extends that of the new constant 'w\.a'; give one of them"):
+        apply(program, [rewriting(rewrite)])
+
+
+@pytest.mark.parametrize("name", ["w.packed", "w.a.b", "w.original", "a-b.0.weight.packed"])
+def test_constant_that_extends_the_name_of_a_constant_or_module_of_the_program_is_saved(name: str) -> None:
+    """torch.export accepts any name of a module; the constant that is still read gets another name."""
+    sketch = Sketch()
+    x, w, other = sketch.input("x", 4), sketch.parameter("w", torch.ones(4)), torch.full((4,), 2.0)
+    module = sketch.parameter("a-b.0.weight", other)
+    program = sketch.program(sketch.call(aten.relu.default, x), w, module)
+    rule = rewriting(lambda b, m: b.call(aten.mul.Tensor, m.x, b.constant(name, [held(b)], "c", lambda: other * 3)))
+    after, _ = apply(program, [rule])
+    file = io.BytesIO()
+    torch.export.save(after, file)
+    file.seek(0)
+    result = torch.export.load(file).module()(torch.ones(4))
+    assert [float(each[0]) for each in result] == [6.0, 1.0, 2.0]
+    assert name in after.state_dict
+
+
+def held(b: Any) -> Node:
+    """The first constant of the program."""
+    return next(node for node in b.program.graph.nodes if b.program.constant(node) is not None)
 
 
 def test_node_created_without_the_builder_is_refused() -> None:
