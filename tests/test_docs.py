@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.ao.quantization.fx._decomposed  # noqa: F401  (registers dequantize_per_tensor)
+import torch.ao.quantization.fx._decomposed
 import torch.nn.functional as F
 
 from docs import generate

@@ -92,9 +92,7 @@ def check_name(name: str, modules: Collection[str], added: Collection[str]) -> N
         if path in modules:
             continue
         if path != name and path in added:
-            raise ValueError(
-                f"the name {name!r} extends that of the new constant {path!r}; give one of them another name"
-            )
+            raise ValueError(f"the name {name!r} extends that of the new constant {path!r}; rename one of them")
         wrong = ""
         if not part:
             wrong = "has an empty part"
