@@ -706,44 +706,6 @@ def quantized() -> ExportedProgram:
     return sketch.program(sketch.call(aten.relu.default, y))
 
 
-class Again(Rule):
-    """linear(x, w) -> linear(x, w), with the quantized weight"""
-
-    def pattern(self, x: Any) -> Any:
-        return op(aten.linear.default)(x, op(torch.ops.torchao.dequantize_affine.default)(..., name="w", shared=True))
-
-    def rewrite(self, b: Any, m: Any) -> Node:
-        return b.call(aten.linear.default, m.x, m.w)
-
-
-class Transposed(Again):
-    """linear(x, w) -> x @ t(w): another operator reads the weight"""
-
-    def rewrite(self, b: Any, m: Any) -> Node:
-        return b.call(aten.mm.default, m.x, b.call(aten.t.default, m.w))
-
-
-def test_linear_that_a_rule_leaves_quantized_is_open_to_later_rules() -> None:
-    _, report = ecp.rewrite(quantized(), "cpu", [Again()])
-    (outcome,) = report.outcomes
-    assert (outcome.status, outcome.node, report.applied) == ("missed", "linear_default", {"again": 1})
-    first = type("First", (Again,), {})()
-    _, report = ecp.rewrite(quantized(), "cpu", ecp.default_passes("cpu").insert_before("linear_int4", first))
-    (outcome,) = report.outcomes
-    assert (outcome.status, outcome.rule, report.applied) == (
-        "rewritten",
-        "linear_int4",
-        {"first": 1, "linear_int4": 1},
-    )
-    assert report.warnings == []
-
-
-def test_new_operator_that_reads_a_quantized_weight_gets_a_warning() -> None:
-    _, report = ecp.rewrite(quantized(), "cpu", [Transposed()])
-    (warning,) = report.warnings
-    assert warning.startswith("aten.mm linear_default still reads the quantized weight w.data: a rule created it")
-
-
 def test_pattern_rooted_after_a_candidate_reports_why_it_missed_it() -> None:
     behind = faulty(pattern=lambda self, x: relu(op(aten.linear.default)(op(aten.gelu.default)(x), ...)))
     _, report = ecp.rewrite(quantized(), "cpu", [behind])
