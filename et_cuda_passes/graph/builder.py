@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
@@ -53,6 +54,7 @@ class Builder:
             TypeError: ``target`` is not an overload, or an argument is a tensor or a symbolic number.
             ValueError: an argument is a node that is not computed before the new one, or the operator accepts only some
                 of the program's dynamic sizes.
+            RuntimeError: the operator has no fake implementation, or rejects the arguments.
         """
         form = to_edge(require_overload(target)) if self.program.is_edge else require_overload(target)
         for argument in pytree.tree_leaves((args, kwargs)):
@@ -69,7 +71,7 @@ class Builder:
         # size by its value in the example of the export.
         mode = self.program.fake_mode
         with forbid_new_guards(self.program, op_name(target)), mode, enable_python_dispatcher(), torch.no_grad():
-            node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
+            node.meta["val"] = _value(target, torch.fx.map_arg(args, fake), torch.fx.map_arg(kwargs, fake))
         for key in _INHERITED:
             if key in self.roots[0].meta:
                 node.meta[key] = self.roots[0].meta[key]
@@ -149,3 +151,17 @@ class Builder:
             else:
                 nodes.append(source)
         return self.program.add_constant(fqn, nodes, (layout, *keys), make, self._before.graph)
+
+
+def _value(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of ``target`` on fake tensors, with an error that names the operator."""
+    try:
+        return target(*args, **kwargs)
+    except UnsupportedOperatorException as error:
+        name = target.name() if isinstance(target, torch._ops.OpOverload) else op_name(target)
+        raise RuntimeError(
+            f"the operator {name} has no fake implementation, which computes the shape and dtype of its result; "
+            f'register one with torch.library.register_fake("{name}") where the operator is registered'
+        ) from error
+    except Exception as error:
+        raise RuntimeError(f"the call of {op_name(target)} failed: {str(error) or type(error).__name__}") from error

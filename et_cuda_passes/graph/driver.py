@@ -237,7 +237,16 @@ def _failures(m: Match, stage: Stage) -> list[Reason]:
 
 def _check(requirement: Requirement, m: Match) -> Failure | None:
     what = f"requirement {requirement.wanted!r}"
-    answer: Any = call_hook(m.rule, what, m.root, m.program, partial(requirement.check, m))
+
+    def check() -> Any:
+        try:
+            return requirement.check(m)
+        except Unmet as unmet:
+            return unmet
+
+    answer: Any = call_hook(m.rule, what, m.root, m.program, check)
+    if isinstance(answer, Unmet):
+        raise answer
     if answer is None or isinstance(answer, Failure):
         return answer
     raise RuleError(

@@ -253,8 +253,13 @@ def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callabl
     try:
         with forbid_new_guards(program, hook):
             return call()
-    except (Unmet, RuleError, UsageError):
+    except (RuleError, UsageError):
         raise
+    except Unmet as error:
+        raise RuleError(
+            f"rule {rule.name}: at {root.name} its {hook} failed: Unmet: {error}; check it in a requirement: one that "
+            "raises Unmet does not hold, and the match is not rewritten"
+        ) from error
     except Exception as error:
         text = str(error) or type(error).__name__
         raise RuleError(f"rule {rule.name}: at {root.name} its {hook} failed: {text}") from error

@@ -2,7 +2,7 @@
 
 import io
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -600,6 +600,66 @@ def test_constant_that_extends_the_name_of_a_constant_or_module_of_the_program_i
 def held(b: Any) -> Node:
     """The first constant of the program."""
     return next(node for node in b.program.graph.nodes if b.program.constant(node) is not None)
+
+
+@pytest.mark.parametrize("hook", ["rewrite", "summary", "notes"])
+def test_unmet_outside_of_a_requirement_names_the_rule_the_place_and_the_fix(hook: str) -> None:
+    def fails(*_: Any) -> Any:
+        raise Unmet("the scale is relu, not a constant")
+
+    with pytest.raises(RuleError) as error:
+        apply(two(), [faulty(**{hook: fails})])
+    assert str(error.value) == (
+        f"rule faulty: at relu_default its {hook} failed: Unmet: the scale is relu, not a constant; check it in a "
+        "requirement: one that raises Unmet does not hold, and the match is not rewritten"
+    )
+
+
+def test_unmet_in_a_group_key_names_the_rule_and_the_place() -> None:
+    class Grouped(GroupRule):
+        def pattern(self, x: Any) -> Any:
+            return relu(x)
+
+        def group_key(self, m: Any) -> Any:
+            raise Unmet("no weight")
+
+        def rewrite_group(self, b: Any, ms: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(RuleError, match="rule grouped: at relu_default its group_key failed: Unmet: no weight; check"):
+        apply(two(), [Grouped()])
+
+
+@pytest.fixture
+def library() -> Iterator[torch.library.Library]:
+    """Operators that exist for one test."""
+    with torch.library._scoped_library("et_cuda_passes_test", "FRAGMENT") as made:
+        yield made
+
+
+def test_operator_without_a_fake_implementation_names_the_rule_the_place_and_the_fix(
+    library: torch.library.Library,
+) -> None:
+    library.define("no_fake(Tensor x) -> Tensor")
+    library.impl("no_fake", lambda x: x + 1, "CPU")
+    operator = torch.ops.et_cuda_passes_test.no_fake.default
+    with pytest.raises(RuleError) as error:
+        apply(two(), [rewriting(lambda b, m: b.call(operator, m.x))])
+    assert str(error.value) == (
+        "rule faulty: at relu_default its rewrite failed: the operator et_cuda_passes_test::no_fake has no fake "
+        "implementation, which computes the shape and dtype of its result; register one with "
+        'torch.library.register_fake("et_cuda_passes_test::no_fake") where the operator is registered'
+    )
+    torch.library.register_fake("et_cuda_passes_test::no_fake", torch.empty_like, lib=library)
+    after, _ = apply(two(), [rewriting(lambda b, m: b.call(operator, m.x))])
+    assert names(after)[0] == "et_cuda_passes_test.no_fake"
+
+
+def test_operator_that_rejects_its_arguments_is_named() -> None:
+    with pytest.raises(
+        RuleError, match=r"rule faulty: at relu_default its rewrite failed: the call of aten.mm f"
+    ):
+        apply(two(), [rewriting(lambda b, m: b.call(aten.mm.default, m.x, m.x))])
 
 
 def test_node_created_without_the_builder_is_refused() -> None:
