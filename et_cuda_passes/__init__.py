@@ -29,12 +29,13 @@ from et_cuda_passes.rules.xnnpack import (
     KeepDynamicPerTensor,
     KeepStaticInt8,
 )
-from et_cuda_passes.targets import Target, default_passes, targets
+from et_cuda_passes.targets import Target, default_passes, get_target, targets
 
 if TYPE_CHECKING:
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
     from et_cuda_passes.executorch.packed import ModelError, load
+    from et_cuda_passes.executorch.partitioner import RewritingPartitioner
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
     from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
 
@@ -79,6 +80,7 @@ __all__ = [
     "RemoveLinearViews",
     "Report",
     "Requirement",
+    "RewritingPartitioner",
     "Rule",
     "RuleError",
     "Target",
@@ -88,6 +90,7 @@ __all__ = [
     "any_of",
     "default_passes",
     "dequantized",
+    "get_target",
     "layouts",
     "load",
     "op",
@@ -104,6 +107,7 @@ __all__ = [
 _LAZY = {
     "CudaPartitioner": "executorch.cuda",
     "MetalPartitioner": "executorch.metal",
+    "RewritingPartitioner": "executorch.partitioner",
     "XnnpackPartitioner": "executorch.xnnpack",
     "ModelError": "executorch.packed",
     "load": "executorch.packed",

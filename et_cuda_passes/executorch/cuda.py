@@ -18,5 +18,5 @@ class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  
     ``split`` or ``chunk``.
     """
 
-    _target = "cuda"
+    rewrite_target = "cuda"
     _always = (ReplaceSplit(),)

@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
+
+from et_cuda_passes.targets import Target, get_target
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -24,7 +27,7 @@ Methods = Mapping[str, ExportedProgram]
 
 def lower(
     program: ExportedProgram | Methods,
-    target: str,
+    target: str | Target,
     folder: Path,
     stem: str,
     progress: Progress = lambda step: None,
@@ -35,7 +38,8 @@ def lower(
         program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
             "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
             the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
-        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor.
+        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor. A target
+            of another package is lowered with ExecuTorch and its ``partitioner``, or as its ``lowered_as`` says.
         folder: the folder of the files; created if it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
@@ -45,16 +49,31 @@ def lower(
         The files written. None of them appears before all are complete.
 
     Raises:
-        ValueError: the target is unknown.
+        ValueError: the target is unknown or has no lowering.
         Exception: any error of ExecuTorch, the backend or AOTInductor; then no file is written.
     """
-    make = {"cuda": _cuda, "metal": _metal, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
-    if make is None:
-        raise ValueError(f"target {target!r} has no lowering")
+    chosen = get_target(target)
+    make: Callable[[Methods, Path, str, Progress], None]
+    if chosen.partitioner is not None:
+        make = partial(_own, chosen.partitioner)
+    elif chosen.lowering in _LOWERINGS:
+        make = _LOWERINGS[chosen.lowering]
+    else:
+        raise ValueError(no_lowering(chosen))
     with atomic_output(folder) as staging:
         make({"forward": program} if isinstance(program, ExportedProgram) else program, staging, stem, progress)
         names = sorted(path.name for path in staging.iterdir())
     return [folder / name for name in names]
+
+
+def no_lowering(target: Target) -> str:
+    """The error message for a target that cannot be lowered; empty if it can be."""
+    if target.partitioner is not None or target.lowering in _LOWERINGS:
+        return ""
+    return (
+        f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch partitioner "
+        f"of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
+    )
 
 
 def lowering_steps(target: str, methods: int) -> int:
@@ -62,12 +81,14 @@ def lowering_steps(target: str, methods: int) -> int:
     return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
 
 
-def missing_requirement(target: str) -> str | None:
+def missing_requirement(name: str | Target) -> str | None:
     """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
 
     The lowerings to cuda and metal compile and tune kernels on the device itself. A rewrite works on every machine, and
     :mod:`et_cuda_passes.executorch.packed` saves its result for a machine that has the device.
     """
+    chosen = get_target(name)
+    target = "" if chosen.partitioner is not None else chosen.lowering
     if target == "cuda" and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return f"a CUDA device and a torch built for it (this one, {torch.__version__}, is built without CUDA)"
@@ -232,6 +253,18 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
         progress("serializing")
         _share_weights(files)
         package_pt2(path, aoti_files=files)
+
+
+def _own(partitioner: Callable[[str], Any], methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    _executorch(methods, {name: partitioner(name) for name in methods}, folder, stem, progress)
+
+
+_LOWERINGS: Mapping[str, Callable[[Methods, Path, str, Progress], None]] = {
+    "cuda": _cuda,
+    "metal": _metal,
+    "xnnpack": _xnnpack,
+    "cpu": _cpu,
+}
 
 
 def _share_weights(files: Mapping[str, list[Any]]) -> None:

@@ -656,9 +656,7 @@ def test_operator_without_a_fake_implementation_names_the_rule_the_place_and_the
 
 
 def test_operator_that_rejects_its_arguments_is_named() -> None:
-    with pytest.raises(
-        RuleError, match=r"rule faulty: at relu_default its rewrite failed: the call of aten.mm f"
-    ):
+    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its rewrite failed: the call of aten.mm f"):
         apply(two(), [rewriting(lambda b, m: b.call(aten.mm.default, m.x, m.x))])
 
 
