@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.int4 import microseconds
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels.attention_launch import Blocks, blocks, launch
-from et_cuda_passes.kernels.buckets import gpu_of
+from et_cuda_passes.kernels.device import gpu_of
 
 MOST_WRONG = 5e-3
 AXES = (2, 2, 2, 2)

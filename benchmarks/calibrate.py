@@ -32,8 +32,8 @@ from benchmarks.grid import drawn
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool
-from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.cost import is_whole
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiling import Tiling

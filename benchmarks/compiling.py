@@ -12,7 +12,8 @@ from rich.progress import track
 from torch import Tensor
 
 from et_cuda_passes.kernels import linear_launch
-from et_cuda_passes.kernels.buckets import gpu_of, stream_k_schedule
+from et_cuda_passes.kernels.buckets import stream_k_schedule
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.kernels.linear_launch import Epilogue, launch_int4
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled

@@ -34,8 +34,8 @@ from benchmarks.compiling import Job, compile_all, distinct
 from benchmarks.int4 import quick_microseconds
 from benchmarks.limit import Limit
 from benchmarks.pool import Pool, geometric_mean
-from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import Weight, tiling_for
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.kernels.gpus import HOPPER, GpuArch
 from et_cuda_passes.kernels.tiling import Tiling
 

@@ -29,7 +29,7 @@ from benchmarks.compiling import Job, compile_all
 from benchmarks.int4 import LAYERS, copies, int4_pair, microseconds, random_weight
 from benchmarks.limit import Limit
 from et_cuda_passes.kernels import choose
-from et_cuda_passes.kernels.buckets import gpu_of
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR

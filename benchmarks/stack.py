@@ -5,9 +5,9 @@
 Every variant is lowered in a separate process, ``--jobs`` at once; variants in the folder are not lowered again. Then
 each library runs alone: the median time of a call, from the GPU's clock around many calls, and the error of the outputs
 against fp64 on the same weights. ``cuBLAS bf16`` is the same stack in eager PyTorch, captured in a CUDA graph so that
-launches cost nothing. The last line is the fraction of the limit that the Triton kernels reach. The limit is the larger
-of two times: the bytes of the packed weights at the speed of a copy, and the operations at that of a large product of
-cuBLAS.
+launches cost nothing. A variant for one length is also run as a CUDA graph, by ``delegate.load``. The last line is the
+fraction of the limit that the Triton kernels reach. The limit is the larger of two times: the bytes of the packed
+weights at the speed of a copy, and the operations at that of a large product of cuBLAS.
 """
 
 import argparse
@@ -59,6 +59,7 @@ VARIANTS = {
     "AotiPackedInt4": Variant(None, 16, quantized=True, aoti_packed=True),
     "tinygemm": Variant("tinygemm", 16, quantized=True),
     "triton": Variant("triton", 16, quantized=True),
+    "bf16, 1 row": Variant(None, 1, quantized=False, fixed=True),
     # The difference to these is the cost of choosing the kernel at run time.
     "triton, 1 row": Variant("triton", 1, quantized=True, fixed=True),
     "triton, 16 rows": Variant("triton", 16, quantized=True, fixed=True),
@@ -241,6 +242,11 @@ def report(folder: Path, names: Sequence[str], rows: Sequence[int], group: int) 
         wanted = {m: exact(weights[variant.quantized], x) for m, x in taken.items()}
         off = [((run(x)[0].double() - wanted[m]).norm() / wanted[m].norm()).item() for m, x in taken.items()]
         errors[name] = max(off, default=0.0)
+        if variant.fixed:
+            graph = load(folder / name / "model.pte", cuda_graph=True)
+            times[f"{name}, graph"] = {m: microseconds(partial(graph, x), calls[m]) for m, x in taken.items()}
+            if any(not torch.equal(graph(x)[0], run(x)[0]) for x in taken.values()):
+                print(f"{name}: the results of the graph differ from those without", file=sys.stderr)
         data = sum(path.stat().st_size for path in (folder / name).glob("*.ptd"))
         sizes[name] = f"{data / 1e6:.1f} MB, {(folder / name / 'seconds').read_text()} s"
         del run

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_warnings
+from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu
 from et_cuda_passes.targets.target import Target
 
 
@@ -29,6 +31,7 @@ def rewrite(
     expect: Mapping[str, int] | None = None,
     *,
     pool: ConstantCache | None = None,
+    gpu: str | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 
@@ -39,13 +42,16 @@ def rewrite(
             None for ``default_passes(target)``.
         expect: the counts that must result, by rule name ("linear_int4") or status ("rewritten", "kept", "missed").
         pool: packed constants that the methods of one model share.
+        gpu: for target "cuda", the GPU whose tilings the kernels get: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or
+            "sm_120", or with a number of multiprocessors, "sm_90:114". None keeps what the program names; if it names
+            none, the tilings are those of the GPU that is present when the program is lowered.
 
     Returns:
         The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
 
     Raises:
-        ValueError: the target is unknown, two passes have the same name, ``before`` and ``after`` of the passes contain
-            an unknown name or form a cycle, or ``expect`` contains an unknown name or a negative count.
+        ValueError: the target or the GPU is unknown, two passes have the same name, ``before`` and ``after`` of the
+            passes contain an unknown name or form a cycle, or ``expect`` contains an unknown name or a negative count.
         TypeError: ``exported_program``, ``passes`` or ``expect`` is not of a type that is accepted.
         ExpectationError: the counts are not those expected.
     """
@@ -57,6 +63,10 @@ def rewrite(
     chosen = get_target(target)
     entries = parse_passes(default_passes(chosen) if passes is None else passes)
     check_expected(expect, [entry.name for entry in entries])
+    check_gpu(gpu, chosen)
+    gpu = gpu or gpu_named_in(exported_program)
+    described = None if chosen.gpu is None else described_gpu(gpu)
+    chosen = replace(chosen, gpu=described or chosen.gpu)
 
     # 1. Normalise: weights that are still wrapped in tensor subclasses are unwrapped.
     normalised, still_wrapped = unwrapped(exported_program)
@@ -71,8 +81,11 @@ def rewrite(
     with gc_disabled():
         # 5. Finish: repair strides and names, verify.
         result = finish_program(program)
+        if gpu:
+            name_gpu(result, gpu)
     # 6. Report.
     report = _report(tracker, chosen, entries, normalised, result)
+    report.notes = gpu_notes(result, described) if described else []
     check_expectations(expect, report)
     return result, report
 

@@ -28,20 +28,23 @@ def classify(name: str) -> str:
 
 
 def summarize(kernels: Iterable[tuple[str, float]], calls: int) -> dict[str, Any]:
-    """Names and microseconds of the kernels of ``calls`` calls -> milliseconds of one call by class."""
+    """Names and microseconds of the kernels of ``calls`` calls -> milliseconds and launches of one call by class."""
     spent: defaultdict[str, float] = defaultdict(float)
     times: Counter[str] = Counter()
     for name, microseconds in kernels:
         spent[name] += microseconds / 1e3 / calls
         times[name] += 1
     classes: defaultdict[str, float] = defaultdict(float)
+    launches: defaultdict[str, float] = defaultdict(float)
     for name, milliseconds in spent.items():
         classes[classify(name)] += milliseconds
+        launches[classify(name)] += times[name] / calls
     top = sorted(spent, key=spent.__getitem__, reverse=True)[:15]
     return {
         "kernels": sum(times.values()) / calls,
         "busy_ms": sum(spent.values()),
         "classes_ms": dict(classes),
+        "classes_launches": dict(launches),
         "top": [{"name": name[:160], "ms": spent[name], "launches": times[name] / calls} for name in top],
     }
 

@@ -7,7 +7,7 @@ goes to stdout, progress and errors go to stderr.
 import json
 import re
 import shlex
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass, replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from inspect import getdoc
@@ -36,9 +36,11 @@ from et_cuda_passes.cli.verifying import verify
 from et_cuda_passes.executorch.lower import Progress, atomic_output, missing_requirement
 from et_cuda_passes.executorch.lower import lower as lower_program
 from et_cuda_passes.executorch.packed import Model, load_model, save_packed
+from et_cuda_passes.kernels.gpus import GPUS
 from et_cuda_passes.rewrite import check_expectations, check_expected
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
+from et_cuda_passes.targets.gpu import check_gpu, gpu_named_in
 
 require_version("typer")
 require_version("rich")
@@ -66,6 +68,10 @@ Trust = Annotated[
     bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114."),
+]
 
 
 @app.command()
@@ -87,6 +93,7 @@ def lower(
         list[str] | None,
         typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
     ] = None,
+    gpu: Gpu = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -96,9 +103,9 @@ def lower(
     could not finish gets what it lacks.
     """
     with handle_errors(debug):
-        _check_target(target)
+        _check_target(target, gpu)
         if is_export(model):
-            if output_dir not in (Path(), model) or stop_after or expect:
+            if output_dir not in (Path(), model) or stop_after or expect or gpu:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
             finish(model, target)
             return
@@ -113,7 +120,7 @@ def lower(
                 raise UsageError(
                     f"the output {packed} would replace {model}; it is packed already, or give another --output-dir"
                 )
-            program, report = _rewritten(given, target, step)
+            program, report = _rewritten(given, target, gpu, step)
             with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
         files = [output_dir / "report.json"]
@@ -123,7 +130,7 @@ def lower(
         except ecp.ExpectationError as error:
             raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
 
-        lacking = None if stop_after else missing_requirement(target)
+        lacking = None if stop_after else missing_requirement(target, gpu_named_in(program))
         with Steps() as step:
             if not stop_after and not lacking:
                 try:
@@ -132,7 +139,7 @@ def lower(
                     raise LoweringError(
                         f"{model} could not be lowered for {target}: {one_line(error)} (--debug shows the traceback)"
                     ) from error
-            elif lacking and given.packed:
+            elif lacking and given.packed and gpu is None:
                 packed = model
             else:
                 step(f"saving {packed}")
@@ -154,15 +161,20 @@ def lower(
 
 @app.command()
 def explain(
-    model: ModelPath, target: TargetName, as_json: Json = False, trust: Trust = False, debug: Debug = False
+    model: ModelPath,
+    target: TargetName,
+    as_json: Json = False,
+    gpu: Gpu = None,
+    trust: Trust = False,
+    debug: Debug = False,
 ) -> None:
     """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
     with handle_errors(debug):
-        _check_target(target)
+        _check_target(target, gpu)
         with Steps() as step:
             step(f"loading {model}")
             given = load_model(model, target, trust)
-            _, report = _rewritten(given, target, step)
+            _, report = _rewritten(given, target, gpu, step)
         if as_json:
             typer.echo(report.to_json())
         else:
@@ -217,9 +229,9 @@ def main() -> None:
     app(prog_name="et-cuda-passes")
 
 
-def _check_target(target: str) -> None:
+def _check_target(target: str, gpu: str | None) -> None:
     try:
-        get_target(target)
+        check_gpu(gpu, get_target(target))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -241,12 +253,17 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(given: Model, target: str, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
+def _rewritten(given: Model, target: str, gpu: str | None, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
-    if given.report is not None:
+    if given.report is not None and gpu is None:
         return given.program, given.report
     progress(f"rewriting for {target}")
-    return ecp.rewrite(given.program, target)
+    if given.report is None:
+        return ecp.rewrite(given.program, target, gpu=gpu)
+    program, report = ecp.rewrite(given.program, target, passes=[], gpu=gpu)
+    # Explanations describe the tilings for the GPU that was named before.
+    outcomes = [replace(outcome, explanation="") for outcome in given.report.outcomes]
+    return program, replace(given.report, outcomes=outcomes, notes=report.notes)
 
 
 def print_report(given: Model, report: ecp.Report) -> None:

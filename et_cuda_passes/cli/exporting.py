@@ -27,7 +27,9 @@ from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes
 from et_cuda_passes.hf.report import QuantizationReport
-from et_cuda_passes.targets import targets
+from et_cuda_passes.kernels.gpus import GPUS
+from et_cuda_passes.targets import get_target, targets
+from et_cuda_passes.targets.gpu import check_gpu
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
 _MANIFEST = "export.json"
@@ -90,6 +92,9 @@ def export(
         Text,
         typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
     ] = None,
+    gpu: Annotated[
+        Text, typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
@@ -118,6 +123,8 @@ def export(
             check_extra("export")
             quantization = QuantizationOptions(**options)
             check_schemes(quantization)
+            if gpu is not None:
+                check_gpu(gpu, get_target("cuda" if "cuda" in quantization.targets else quantization.targets[0]))
             _check_output(output_dir, overwrite, model)
             _check_dtype(dtype, quantization.targets)
             checkpoint = Checkpoint.find(model, gguf)
@@ -127,14 +134,14 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
-            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options)
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | {"gpu": gpu})
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
         _print_kept(loaded.kept)
         _print_report(exported.report)
         list_files(_files(exported, output_dir))
-        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name))}
+        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name, gpu))}
         if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
             # The compiled programs of this export are the user's own.
             following = ["et-cuda-passes", "generate", str(output_dir), "--trust", "--prompt", "Hello"]

@@ -50,13 +50,20 @@ class Library:
         device: where the library runs.
         weights: by FQN: the tensor, its ScalarType and the bytes of its storage. The library keeps the tensors alive.
         where: the name of the library, for messages.
+        capturable: whether calls can be captured in a CUDA graph. Then only one thread may call the library at a time:
+            the usual calls record an event, to wait for another thread's call, and a captured event cannot be queried.
 
     Raises:
         DelegateError: the library does not load, or ``weights`` are not its weights.
     """
 
     def __init__(
-        self, path: Path, device: torch.device, weights: Mapping[str, tuple[Tensor, int, int]], where: str
+        self,
+        path: Path,
+        device: torch.device,
+        weights: Mapping[str, tuple[Tensor, int, int]],
+        where: str,
+        capturable: bool = False,
     ) -> None:
         self._where = where
         self._has_run = False
@@ -65,8 +72,8 @@ class Library:
         check_weights(self.signature, weights, where)
         self._weights = {constant.name: weights[constant.fqn][0] for constant in self.signature.constants}
         try:
-            self._run = _make_runner(path, device, self._weights)
-        except RuntimeError as error:
+            self._run = _make_runner(path, device, self._weights, capturable)
+        except (RuntimeError, TypeError) as error:
             raise DelegateError(f"{where} does not load: {_first_line(error)}") from error
 
     def __call__(self, inputs: list[Tensor], static: bool = False) -> list[Tensor]:
@@ -169,11 +176,14 @@ def query(path: Path, device: torch.device, where: str) -> LibrarySignature:
 
 
 def _make_runner(
-    path: Path, device: torch.device, weights: dict[str, Tensor]
+    path: Path, device: torch.device, weights: dict[str, Tensor], capturable: bool
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     runner: torch._C._aoti.AOTIModelContainerRunnerCpu | torch._C._aoti.AOTIModelContainerRunnerCuda
     if device.type == "cpu":
         runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    elif capturable:
+        # The last argument is run_single_threaded.
+        runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "", True)  # type: ignore[call-overload]
     else:
         runner = torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, str(device), "")
     # In order: use_inactive, validate_full_updates (check_weights was called instead), user_managed (do not copy).

@@ -70,8 +70,8 @@ class Method:
         states = {index: self._state(index, stored) for index in flow.states}
         self._values |= states
         kept = (*weights.values(), *stored.values(), *states.values())
-        self._storages = {_storage(tensor) for tensor in kept if tensor.numel()}
-        self._written = {_storage(tensor) for tensor in states.values() if tensor.numel()}
+        self._storages = {storage_ptr(tensor) for tensor in kept if tensor.numel()}
+        self._written = {storage_ptr(tensor) for tensor in states.values() if tensor.numel()}
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Run the method.
@@ -95,14 +95,20 @@ class Method:
             for index, spec, given in zip(plan.inputs, self.inputs, inputs, strict=True):
                 values[index] = given if spec.tensor is None else to_device_layout(given, spec.tensor, self.device)
             own = {position: values[plan.inputs[position]] for position in self.mutated}
-            # The memory that steps write to in place.
-            written = self._written | {_storage(tensor) for tensor in own.values() if tensor.numel()}
-            for number, step in enumerate(self._steps):
-                self._execute(step, number, values, written)
+            outputs = self._run(values)
             for position, tensor in own.items():
-                if _storage(tensor) != _storage(inputs[position]):
+                if storage_ptr(tensor) != storage_ptr(inputs[position]):
                     inputs[position].copy_(tensor)
-            return [self._copy_if_kept(values[index]) for index in plan.outputs]
+            return outputs
+
+    def _run(self, values: dict[int, Any]) -> list[Any]:
+        """Run all steps. ``values`` has the constants, the states and the inputs, and gets the results of the steps."""
+        own = (values[self._plan.inputs[position]] for position in self.mutated)
+        # The memory that steps write to in place.
+        written = self._written | {storage_ptr(tensor) for tensor in own if tensor.numel()}
+        for number, step in enumerate(self._steps):
+            self._execute(step, number, values, written)
+        return [self._copy_if_kept(values[index]) for index in self._plan.outputs]
 
     def _execute(self, step: ExecutableStep, number: int, values: dict[int, Any], written: set[int]) -> None:
         """Run one step, which reads from ``values`` and adds its results to them."""
@@ -114,7 +120,7 @@ class Method:
             for index, output in zip(results, outputs, strict=True):
                 self._check_value(index, output)
                 # A library may return an input. A later write to the input must not change the output.
-                values[index] = output.clone() if written and _storage(output) in written else output
+                values[index] = output.clone() if written and storage_ptr(output) in written else output
         elif isinstance(step, Operation):
             self._operate(step, number, values)
         elif isinstance(step, Move | Copy):
@@ -132,6 +138,10 @@ class Method:
     def _operate(self, step: Operation, number: int, values: dict[int, Any]) -> None:
         specs = [self._plan.values[index].tensor for index in step.results]
         outs = [torch.empty(0, dtype=spec.dtype, device=self.device) for spec in specs if spec] if step.outs else []
+        # A damaged file may ask for more memory than the machine has.
+        planned = self._fail_with(step.name, number, step.sizes, values, outs)
+        for index, tensor in zip(step.results if planned else (), planned, strict=True):
+            self._check_value(index, tensor)
         results = self._fail_with(step.name, number, step, values, outs)
         for index, spec, result in zip(step.results, specs, results, strict=True):
             if spec is not None:
@@ -162,7 +172,7 @@ class Method:
 
     def _copy_if_kept(self, output: Any) -> Any:
         """Copy an output that is a view of a weight or of a buffer: a later call may write to it."""
-        if isinstance(output, Tensor) and _storage(output) in self._storages:
+        if isinstance(output, Tensor) and storage_ptr(output) in self._storages:
             return output.clone()
         return output
 
@@ -180,7 +190,7 @@ class Method:
         by_storage: dict[int, list[int]] = {}
         for position, given in enumerate(inputs if self.mutated else ()):
             if isinstance(given, Tensor) and given.numel():
-                by_storage.setdefault(_storage(given), []).append(position)
+                by_storage.setdefault(storage_ptr(given), []).append(position)
         for position in self.mutated:
             given, name = inputs[position], f"{self._where}: input {position}, which the program writes to,"
             if given.is_inference() and not torch.is_inference_mode_enabled():
@@ -189,7 +199,7 @@ class Method:
                 )
             if any(size > 1 and stride == 0 for size, stride in zip(given.shape, given.stride(), strict=True)):
                 raise DelegateError(f"{name} is expanded: several elements are one place in memory. Clone it")
-            for other in by_storage.get(_storage(given), ()) if given.numel() else ():
+            for other in by_storage.get(storage_ptr(given), ()) if given.numel() else ():
                 if other != position and _overlap(given, inputs[other]):
                     raise DelegateError(f"{name} shares memory with input {other}. Clone one of them")
 
@@ -228,7 +238,8 @@ def in_dim_order(tensor: Tensor, spec: TensorSpec) -> Tensor:
     return tensor.permute(order).contiguous().permute(inverse)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_ptr(tensor: Tensor) -> int:
+    """The address of the memory that ``tensor`` is a view of."""
     return tensor.untyped_storage().data_ptr()
 
 

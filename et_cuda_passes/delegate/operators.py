@@ -111,6 +111,11 @@ _OWN_SCHEMAS = {schema.partition("(")[0]: schema for schema in _OWN_OPERATORS}
 OPERATORS = _TORCH_OPERATORS | _OWN_SCHEMAS.keys()
 """The names of the operators that run, with their overloads."""
 
+_WITH_DATA = """
+    _native_batch_norm_legit.no_stats_out index.Tensor_out masked_select.out nonzero.out repeat_interleave.Tensor_out
+"""
+_SIZED_WITH_DATA = frozenset(f"aten::{name}" for name in _WITH_DATA.split())
+
 # The kinds of values that an argument of a type may have; None in addition if the argument is optional.
 _KINDS = {
     "Tensor": ("tensor",),
@@ -194,6 +199,22 @@ class Operation:
         for argument in self.arguments:
             yield from (index for index in argument.indices if index >= 0)
 
+    def sizes(self, values: Values, outs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Compute the sizes of the results without the results, for the arguments of :meth:`__call__`.
+
+        Returns:
+            Tensors with the sizes and dtypes of the results, of one element in memory. None for an operator whose
+            results are in no argument, or have sizes that torch computes only together with the data.
+
+        Raises:
+            DelegateError: the operator fails.
+        """
+        if not self.outs or self.name in _SIZED_WITH_DATA:
+            return ()
+        planned = [out.to("meta") for out in outs]
+        self({index: _without_data(values[index]) for index in self.reads()}, planned)
+        return [torch.empty((), dtype=each.dtype).expand(each.shape) for each in planned]
+
     def __call__(self, values: Values, outs: Sequence[Tensor]) -> list[Any]:
         """Run the operator.
 
@@ -219,6 +240,10 @@ class Operation:
         if isinstance(result, int) and not -_MAX_INT <= result < _MAX_INT:
             raise ValueError(f"{result} needs more than 64 bits")
         return [result]
+
+
+def _without_data(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
 
 
 @cache
@@ -322,4 +347,4 @@ def _check_result(
 
 
 # Errors of torch's operators and of arithmetic, all of which a damaged file can cause.
-FAILURES = (RuntimeError, IndexError, TypeError, ValueError, ArithmeticError, MemoryError)
+FAILURES = (RuntimeError, AssertionError, IndexError, TypeError, ValueError, ArithmeticError, MemoryError)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from et_cuda_passes.delegate.files import DTYPES, DelegateError, Span, read_ptd, read_pte
+from et_cuda_passes.delegate.graphs import GraphMethod, capture_problem
 from et_cuda_passes.delegate.library import Library
 from et_cuda_passes.delegate.method import Method
 from et_cuda_passes.delegate.operators import OPERATORS, bind
@@ -23,7 +24,12 @@ _STORAGE_MULTIPLE = 64
 
 
 def load(
-    pte_path: str | Path, data_path: str | Path | None = None, method: str = "forward", device: str = "cuda"
+    pte_path: str | Path,
+    data_path: str | Path | None = None,
+    method: str = "forward",
+    device: str = "cuda",
+    *,
+    cuda_graph: bool = False,
 ) -> Method:
     """Load one method of a program. To load several that share their weights, use :class:`Program`.
 
@@ -34,15 +40,18 @@ def load(
         data_path: its .ptd. None means ``<stem>.ptd`` in the same folder, or else the only .ptd there.
         method: the name of the method.
         device: "cuda", "cuda:1", ...; or "cpu" for a library that AOTInductor compiled for the CPU.
+        cuda_graph: capture the kernels of a call in a CUDA graph, and replay it, for a method without dynamic sizes:
+            see :class:`~et_cuda_passes.delegate.graphs.GraphMethod`.
 
     Returns:
         The method. Call it with its inputs as tensors; it returns its outputs as a list.
 
     Raises:
         DelegateError: the files are damaged or do not belong together, the method runs an operator or a backend that
-            is not available here, or the library does not load. The files are checked before any code in them runs.
+            is not available here, the library does not load, or a graph cannot capture the method. The files are
+            checked before any code in them runs.
     """
-    return Program(pte_path, data_path, device).method(method)
+    return Program(pte_path, data_path, device).method(method, cuda_graph=cuda_graph)
 
 
 class Program:
@@ -80,8 +89,8 @@ class Program:
         self._payloads = self._read_payloads()
         self._storages: dict[tuple[str, str], Tensor] = {}
         self._constants: dict[tuple[Path, int, int], Tensor] = {}
-        self._libraries: dict[Payload, Library] = {}
-        self._methods: dict[str, Method] = {}
+        self._libraries: dict[tuple[Payload, bool], Library] = {}
+        self._methods: dict[tuple[str, bool], Method] = {}
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -109,22 +118,24 @@ class Program:
                 self._span(value.tensor)
         return plan
 
-    def method(self, name: str = "forward") -> Method:
+    def method(self, name: str = "forward", *, cuda_graph: bool = False) -> Method:
         """Load a method. THIS EXECUTES CODE FROM THE FILE; see :func:`load`.
 
         Raises:
             DelegateError: see :func:`load`.
         """
-        if name in self._methods:
-            return self._methods[name]
+        if (name, cuda_graph) in self._methods:
+            return self._methods[name, cuda_graph]
         plan = self.plan(name)
+        if cuda_graph and (problem := capture_problem(plan, self.device)):
+            raise DelegateError(f"{self.path}: method {name!r} cannot be captured in a CUDA graph: {problem}")
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise DelegateError(
                 f"{self.path} needs a CUDA device, and torch finds no such device (torch.cuda.is_available() is False)"
             )
         used = sorted({step.delegate for step in plan.steps if isinstance(step, Call)})
         payloads = {index: self._payloads[name][index] for index in used}
-        libraries = {index: self._library(payload) for index, payload in payloads.items()}
+        libraries = {index: self._library(payload, cuda_graph) for index, payload in payloads.items()}
         weights = {weight.fqn: self._view(weight) for payload in payloads.values() for weight in payload.weights}
         stored = {
             index: self._tensor(value.tensor)
@@ -132,8 +143,9 @@ class Program:
             if value.tensor is not None and value.tensor.stored
         }
         where = f"{self.path}: method {name!r}"
-        self._methods[name] = Method(plan, libraries, weights, stored, self.device, where)
-        return self._methods[name]
+        kind = GraphMethod if cuda_graph else Method
+        self._methods[name, cuda_graph] = kind(plan, libraries, weights, stored, self.device, where)
+        return self._methods[name, cuda_graph]
 
     def _span(self, spec: TensorSpec) -> Span:
         """The place of the data of a constant or of an initial state."""
@@ -182,8 +194,8 @@ class Program:
             max_weights -= len(payloads[name][index].weights)
         return payloads
 
-    def _library(self, payload: Payload) -> Library:
-        if payload not in self._libraries:
+    def _library(self, payload: Payload, capturable: bool) -> Library:
+        if (payload, capturable) not in self._libraries:
             where = f"{self.path}: library {payload.library!r}"
             weights = {
                 weight.fqn: (self._view(weight), _CODES[weight.dtype], weight.nbytes) for weight in payload.weights
@@ -192,8 +204,8 @@ class Program:
             with TemporaryDirectory(prefix="et_cuda_passes-", ignore_cleanup_errors=True) as folder:
                 path = Path(folder) / "delegate.so"
                 _write_library(self._named_data[payload.library], payload.library, path)
-                self._libraries[payload] = Library(path, self.device, weights, where)
-        return self._libraries[payload]
+                self._libraries[payload, capturable] = Library(path, self.device, weights, where, capturable)
+        return self._libraries[payload, capturable]
 
     def _view(self, weight: Weight) -> Tensor:
         if weight.device == "cuda" and self.device.type != "cuda":

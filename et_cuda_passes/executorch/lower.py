@@ -16,7 +16,9 @@ import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
 
+from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
+from et_cuda_passes.targets.gpu import gpu_named_in
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -49,7 +51,8 @@ def lower(
         The files written. None of them appears before all are complete.
 
     Raises:
-        ValueError: the target is unknown or has no lowering.
+        ValueError: the target is unknown or has no lowering, or the program names a GPU for which this machine cannot
+            compile.
         Exception: any error of ExecuTorch, the backend or AOTInductor; then no file is written.
     """
     chosen = get_target(target)
@@ -60,8 +63,12 @@ def lower(
         make = _LOWERINGS[chosen.lowering]
     else:
         raise ValueError(no_lowering(chosen))
-    with atomic_output(folder) as staging:
-        make({"forward": program} if isinstance(program, ExportedProgram) else program, staging, stem, progress)
+    methods = {"forward": program} if isinstance(program, ExportedProgram) else program
+    gpu = gpu_of_methods(methods)
+    if gpu is not None and (problem := compile_problem(gpu)):
+        raise ValueError(problem)
+    with _shared_memory_of(gpu), atomic_output(folder) as staging:
+        make(methods, staging, stem, progress)
         names = sorted(path.name for path in staging.iterdir())
     return [folder / name for name in names]
 
@@ -71,8 +78,8 @@ def no_lowering(target: Target) -> str:
     if target.partitioner is not None or target.lowering in _LOWERINGS:
         return ""
     return (
-        f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch partitioner "
-        f"of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
+        f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch "
+        f"partitioner of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
     )
 
 
@@ -81,8 +88,38 @@ def lowering_steps(target: str, methods: int) -> int:
     return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
 
 
-def missing_requirement(name: str | Target) -> str | None:
+def gpu_of_methods(methods: Methods) -> str | None:
+    """The GPU that the methods name; None if they name none.
+
+    Raises:
+        ValueError: they name several.
+    """
+    names = sorted({gpu for program in methods.values() if (gpu := gpu_named_in(program))})
+    if len(names) > 1:
+        raise ValueError(f"the methods name several GPUs, {', '.join(names)}: rewrite all with one gpu=")
+    return names[0] if names else None
+
+
+@contextmanager
+def _shared_memory_of(gpu: str | None) -> Iterator[None]:
+    """Limit the shared memory of ExecuTorch's own kernels to that of the named GPU."""
+    limit = None if gpu is None else needed_limit(gpu)
+    before = os.environ.get(SHARED_MEMORY_LIMIT)
+    if limit is not None:
+        os.environ[SHARED_MEMORY_LIMIT] = str(limit)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[SHARED_MEMORY_LIMIT] = before
+        elif limit is not None:
+            del os.environ[SHARED_MEMORY_LIMIT]
+
+
+def missing_requirement(name: str | Target, gpu: str | None = None) -> str | None:
     """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
+
+    ``gpu`` is the GPU that the program names.
 
     The lowerings to cuda and metal compile and tune kernels on the device itself. A rewrite works on every machine, and
     :mod:`et_cuda_passes.executorch.packed` saves its result for a machine that has the device.
@@ -93,6 +130,8 @@ def missing_requirement(name: str | Target) -> str | None:
         if torch.version.cuda is None:
             return f"a CUDA device and a torch built for it (this one, {torch.__version__}, is built without CUDA)"
         return "a CUDA device (torch.cuda.is_available() is False)"
+    if target == "cuda" and gpu is not None:
+        return gpu_requirement(gpu)
     if target == "metal":
         if platform.system() != "Darwin" or not torch.backends.mps.is_available():
             return f"macOS with an MPS device, and torchao's MPS operators (this is {platform.system()})"

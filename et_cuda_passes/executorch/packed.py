@@ -32,6 +32,8 @@ from et_cuda_passes.targets.compatibility import (
 _RECORD = "et_cuda_passes.json"
 _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
+_NEW_KEYS: dict[str, Any] = {"notes": []}
+"""Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
 
@@ -206,8 +208,8 @@ def _register_operators(path: Path, program: bytes) -> None:
         namespaces = ", ".join(dict.fromkeys(name.partition("::")[0] for name in missing))
         raise ModelError(
             f"{path} calls {', '.join(missing)}, which no imported package registers{failed}: import the package that "
-            f"registers the operators of {namespaces}, with `et-cuda-passes --import PACKAGE ...` or before the call in "
-            f"Python, or install it with an entry point in the group {GROUP}"
+            f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; in Python before the call), "
+            f"or install it with an entry point in the group {GROUP}"
         )
 
 
@@ -243,7 +245,7 @@ def read_report(data: dict[str, Any]) -> Report:
         for outcome in data["outcomes"]
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
-    data = {_OLD_KEYS.get(name, name): value for name, value in data.items()}
+    data = _NEW_KEYS | {_OLD_KEYS.get(name, name): value for name, value in data.items()}
     rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
     report = Report(outcomes=outcomes, applied=applied, **rest)
     _check_types(report)

@@ -37,6 +37,8 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     _always: tuple[Rule, ...] = ()
     """Rules that run after the caller's list, unless the list has a rule of the same name."""
 
+    _gpu: str | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -73,7 +75,7 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
         exported_program = super().transform_for_pre_decomposition(exported_program)
-        program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool)
+        program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
         check_expectations(self._expect, report)
         return program

@@ -100,6 +100,7 @@ class Report:
             another rule rewrote or kept, and operators that are no candidates, such as an attention.
         bytes_before: bytes of all constants before the rewrite.
         bytes_after: bytes of all constants after the rewrite.
+        notes: remarks on the program as a whole.
     """
 
     target: str
@@ -111,6 +112,7 @@ class Report:
     rejected: dict[str, list[str]] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
@@ -137,6 +139,7 @@ class Report:
             rejected={rule: [text for part in parts for text in part.rejected.get(rule, ())] for rule in names},
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
+            notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -151,6 +154,7 @@ class Report:
             "conflicts": self.conflicts,
             "rejected": self.rejected,
             "warnings": self.warnings,
+            "notes": self.notes,
         }
 
     def to_json(self) -> str:
@@ -162,7 +166,7 @@ class Report:
         total = len(self.outcomes)
         if not total and not self.applied:
             none = f"{self.target}: no candidates, the program holds no quantized weight that an operator reads"
-            return "\n".join([none, *(f"  warning   {warning}" for warning in self.warnings)])
+            return "\n".join([none, *self._remarks()])
         tally = ", ".join(f"{self.counts()[status]} {status}" for status in STATUSES)
         lines = [
             f"{self.target}: {total} candidate{'s' if total != 1 else ''}: {tally}; "
@@ -184,8 +188,13 @@ class Report:
         lines += [f"  {'then':<9} {', '.join(then)}"] if then else []
         lines += self._missed()
         lines += [f"  conflict  {conflict}" for conflict in self.conflicts]
-        lines += [f"  warning   {warning}" for warning in self.warnings]
+        lines += self._remarks()
         return "\n".join(lines)
+
+    def _remarks(self) -> list[str]:
+        """The notes and the warnings."""
+        notes = [f"  note      {note}" for note in self.notes]
+        return notes + [f"  warning   {warning}" for warning in self.warnings]
 
     def _missed(self) -> list[str]:
         """The misses. Those with the same operator and similar reasons share the text of the first."""

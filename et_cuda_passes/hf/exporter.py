@@ -26,7 +26,14 @@ from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERS
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 
-from et_cuda_passes.executorch.lower import Progress, atomic_output, lower, lowering_steps, missing_requirement
+from et_cuda_passes.executorch.lower import (
+    Progress,
+    atomic_output,
+    gpu_of_methods,
+    lower,
+    lowering_steps,
+    missing_requirement,
+)
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
@@ -54,7 +61,7 @@ from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, pass
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import rewrite
-from et_cuda_passes.rules.xnnpack import QuantizeActivation
+from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
 # torchao's message for an operator that its tensors do not implement.
@@ -346,6 +353,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                         passes,
                         expected_counts(options, target),
                         pool=pool,
+                        gpu=configs[name].gpu if target == "cuda" else None,
                     )
             builds = self._build(rewritten, reports, target, Path(folder.name), alone)
             for name in rewritten:
@@ -362,7 +370,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         alone: bool,
     ) -> dict[str, Build]:
         """Lower the programs of one target; or save them packed where this machine lacks something for it."""
-        if lacking := missing_requirement(target):
+        if lacking := missing_requirement(target, gpu_of_methods(programs)):
             builds = {}
             for name, program in programs.items():
                 self._progress(f"saving {name} packed for {target}")
@@ -433,6 +441,8 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
         for name, component in unfinished.items():
             progress(f"reading {name} for {target}")
             programs[component.method] = load_model(component.builds[target].files[0], target).program
+        if lacking := missing_requirement(target, gpu_of_methods(programs)):
+            raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         packed = [component.builds[target].files[0] for component in unfinished.values()]
         with atomic_output(folder) as staging:
             files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
@@ -515,7 +525,8 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
     count = len(parts) + len([each for index, each in enumerate(options) if each not in options[:index]])
     for target in dict.fromkeys(target for name in parts for target in configs[name].targets):
         methods = sum(target in configs[name].targets for name in parts)
-        count += methods + (methods if missing_requirement(target) else lowering_steps(target, methods))
+        gpu = next((configs[name].gpu for name in parts if configs[name].gpu), None)
+        count += methods + (methods if missing_requirement(target, gpu) else lowering_steps(target, methods))
     return count
 
 

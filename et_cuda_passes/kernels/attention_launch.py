@@ -14,8 +14,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import triton_launch
 from et_cuda_passes.kernels.attention import attention as kernel
-from et_cuda_passes.kernels.buckets import gpu_of
-from et_cuda_passes.kernels.gpus import GpuArch
+from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, gpu_for
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 FEW_ROWS = 64
@@ -39,7 +39,8 @@ _HOPPER = {
     128: (Blocks(64, 64, 4, 2), Blocks(128, 128, 8, 2)),
     256: (Blocks(64, 32, 4, 2), Blocks(128, 32, 8, 2)),
 }
-# These fit in 99 KB of shared memory, the least of the other GPUs.
+# These fit in the shared memory of every GPU.
+_LEAST_MEMORY = min(gpu.program_memory for gpu in GPUS.values())
 _OTHER = {
     64: (Blocks(64, 32, 4, 3), Blocks(128, 64, 8, 3)),
     128: (Blocks(32, 32, 4, 2), Blocks(128, 32, 8, 2)),
@@ -48,8 +49,17 @@ _OTHER = {
 
 
 def blocks(gpu: GpuArch, head_dim: int, rows: int | SymInt) -> Blocks:
-    """The blocks for a head dimension of :data:`HEAD_DIMS` and a known or unknown number of rows."""
-    table = _HOPPER if gpu.wgmma else _OTHER
+    """The blocks for a head dimension of :data:`HEAD_DIMS` and a known or unknown number of rows.
+
+    Raises:
+        ValueError: kernels may use less shared memory than any GPU has.
+    """
+    if gpu.program_memory < _LEAST_MEMORY:
+        raise ValueError(
+            f"attention needs up to {_LEAST_MEMORY} bytes of shared memory, and {SHARED_MEMORY_LIMIT} allows "
+            f'{gpu.program_memory}: raise it, or pass UnmaskedAttention(kernel="backend")'
+        )
+    table = _HOPPER if gpu.wgmma and gpu.program_memory == HOPPER.program_memory else _OTHER
     few, many = table[min(bound for bound in table if head_dim <= bound)]
     return few if statically_known_true(rows <= FEW_ROWS) else many
 
@@ -79,7 +89,7 @@ def row_length(tensor: Tensor, head_axis: int) -> int | None:
     return int(d) if first else None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], gpu_name: str = "") -> Tensor:
     """Attention without a mask on CUDA, of bf16 or fp16 tensors; see :mod:`et_cuda_passes.ops.attention`.
 
     A tensor in a form that the kernel cannot read is copied.
@@ -89,7 +99,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence
         for t, at in zip((q, k, v), head_axes, strict=False)
     )
     rows = q.shape[3 - head_axes[0]]
-    return launch(q, k, v, scale, head_axes, blocks(gpu_of(q.device), q.shape[3], rows))
+    return launch(q, k, v, scale, head_axes, blocks(gpu_for(q, gpu_name), q.shape[3], rows))
 
 
 def launch(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], chosen: Blocks) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shared by the launches: the GPU, the buckets of rows, tensor descriptors, and the stream-K schedule of the last wave.
+"""Shared by the launches: the buckets of rows, tensor descriptors, and the stream-K schedule of the last wave.
 
 With a known number of rows there is one launch. With an unknown one each bucket of rows is a launch whose grid is
 multiplied by 0 or 1; a grid without programs is skipped. A comparison of the length in Python would specialise the
@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import triton_launch
 from et_cuda_passes.kernels.choose import BOUNDS, MOST_LAUNCHES, Weight, buckets, tiling_for
-from et_cuda_passes.kernels.gpus import HOPPER, GpuArch, gpu_of_capability
+from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.tiles import add_parts
 from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.kernels.triton_launch import TensorDescriptorArg, is_materialized
@@ -28,14 +28,6 @@ ALIGNMENT = 16
 
 ADDED_ROWS = 8
 """Rows of a split tile that one program of ``add_parts`` sums."""
-
-
-def gpu_of(device: torch.device) -> GpuArch:
-    """The GPU of ``device``; an H100 if this machine has no GPU."""
-    if not torch.cuda.is_available():
-        return HOPPER
-    properties = torch.cuda.get_device_properties(device)
-    return gpu_of_capability((properties.major, properties.minor), properties.multi_processor_count)
 
 
 def buckets_for(m: int | SymInt, weight: Weight, gpu: GpuArch, most: int = MOST_LAUNCHES) -> dict[int, Tiling]:

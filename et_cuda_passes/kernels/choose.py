@@ -115,18 +115,16 @@ def costs_of(gpu: GpuArch, bits: int) -> Costs:
     """The costs on a GPU, from its table ``tuned/<name>.json`` or ``tuned/<name>_int8.json``, or predicted.
 
     The prediction starts from Hopper's table for the same bits. ``tuned/resources.json`` and
-    ``tuned/resources_int8.json`` list, by GPU, the tilings whose machine code passes the tests of compilation. A GPU
-    in the list gets no others.
+    ``tuned/resources_int8.json`` list, by GPU, the tilings whose machine code passes the tests of compilation, with its
+    registers and bytes of shared memory. A GPU gets those that fit in its shared memory, and no others.
     """
     folder, suffix = Path(__file__).with_name("tuned"), "" if bits == 4 else f"_int{bits}"
-    resources = json.loads((folder / f"resources{suffix}.json").read_text()).get(gpu.name)
-    known = {Tiling(*row[:-2]): (row[-2], row[-1]) for row in resources or ()}
+    resources = json.loads((folder / f"resources{suffix}.json").read_text())[gpu.name]
+    known = {Tiling(*row[:-2]): (row[-2], row[-1]) for row in resources if row[-1] <= gpu.program_memory}
     own = folder / f"{gpu.name}{suffix}.json"
     if not own.exists():
         return predicted_costs(load_costs(folder / f"{HOPPER.name}{suffix}.json"), gpu, known)
     costs = load_costs(own)
-    if resources is None:
-        return costs
     offered = {
         form: {tiling: cost for tiling, cost in tilings.items() if tiling in known}
         for form, tilings in costs.tilings.items()
@@ -176,11 +174,12 @@ class Weight:
 
 
 def nearest_group(costs: Costs, weight: Weight) -> int:
-    """The group size in the table that is nearest to the weight's."""
+    """The group size in the table that is nearest to the weight's; 0 for an empty table."""
     known = sorted({group for group, _ in costs.tilings})
     if weight.group_size == weight.k and 0 in known:
         return 0
-    return min((group for group in known if group), key=lambda group: abs(math.log(group / weight.group_size)))
+    groups = (group for group in known if group)
+    return min(groups, key=lambda group: abs(math.log(group / weight.group_size)), default=0)
 
 
 def candidates(costs: Costs, weight: Weight) -> Iterator[tuple[Tiling, TilingCost]]:
@@ -198,8 +197,16 @@ def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -
     """The tilings that a weight can have, and microseconds of each (first dimension) for each number of rows.
 
     The time is infinite for a tiling whose rows are so many or so few that it is never the cheapest.
+
+    Raises:
+        ValueError: no tiling fits in the shared memory that a kernel may use.
     """
-    tilings, known = zip(*candidates(costs, weight), strict=True)
+    if not (found := list(candidates(costs, weight))):
+        raise ValueError(
+            f"no tiling of the {weight.bits}-bit kernel fits in {gpu.program_memory} bytes of shared memory: raise "
+            "ET_CUDA_TARGET_SMEM_BYTES, or unset it"
+        )
+    tilings, known = zip(*found, strict=True)
     shapes, numbers = stacked(tilings, column=True), np.array(rows)
     times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
     likely = (shapes.tile_m * 8 >= np.minimum(numbers, 1024)) & (shapes.tile_m <= np.maximum(16, 4 * numbers))
@@ -309,9 +316,8 @@ def _smallest_worst_loss(worst: Sequence[np.ndarray], most: int) -> float:
 
 def describe(gpu: GpuArch, weight: Weight, rows: int | None) -> str:
     """The tilings of a weight as text for a report: for ``rows``, or one for each bucket if ``rows`` is None."""
-    costs = costs_of(gpu, weight.bits)
     if rows is not None:
-        return f"M = {rows}: {tiling_for(gpu, weight, rows)} ({costs.source})"
+        return f"M = {rows}: {tiling_for(gpu, weight, rows)}"
     chosen = buckets(gpu, weight).tilings.items()
     parts = [f"M <= {bound}: {tiling}" if bound != UNBOUNDED else f"else {tiling}" for bound, tiling in chosen]
-    return f"{'; '.join(parts)} ({costs.source})"
+    return "; ".join(parts)

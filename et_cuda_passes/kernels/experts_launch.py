@@ -9,8 +9,9 @@ from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import triton_launch
-from et_cuda_passes.kernels.buckets import bucket_flags, buckets_for, gpu_of
+from et_cuda_passes.kernels.buckets import bucket_flags, buckets_for
 from et_cuda_passes.kernels.choose import Weight
+from et_cuda_passes.kernels.device import gpu_for
 from et_cuda_passes.kernels.int4_experts import int4_experts
 from et_cuda_passes.kernels.tiling import Tiling
 
@@ -20,7 +21,7 @@ MOST_LAUNCHES = 3
 Size = int | SymInt
 
 
-def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_size: int) -> Tensor:
+def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_size: int, gpu_name: str = "") -> Tensor:
     """``x [B, M, K]`` times the matrix of expert ``ids[s]``, or of expert s without ids: [S, M, N] on CUDA.
 
     All are contiguous. Batch s reads ``x[s // (S / B)]``.
@@ -30,17 +31,17 @@ def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_si
     # With empty ids both counts are 0, and 0 must not be a divisor.
     share: Size = 1 if statically_known_true(batches == count) else count // batches
     y = x.new_empty((count, m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count):
+    for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count, gpu_name):
         tiles = count * -(-m // tiling.block_m)
         y = _launch(x, packed, qparams, ids, y, m, share, tiles * flag, tiling, group_size, False, wgmma)
     return y
 
 
-def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_size: int) -> Tensor:
+def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_size: int, gpu_name: str = "") -> Tensor:
     """``x [M, K]``, in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
     m, experts = x.shape[0], packed.shape[0]
     y = x.new_empty((m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts):
+    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts, gpu_name):
         # Every group, and the rows without an expert, may end in a tile that is not full.
         tiles = m // tiling.block_m + experts + 1
         y = _launch(x, packed, qparams, offs, y, m, 1, tiles * flag, tiling, group_size, True, wgmma)
@@ -48,10 +49,10 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
 
 
 def _buckets(
-    x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size
+    x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size, gpu_name: str
 ) -> Iterator[tuple[Size, Tiling, bool]]:
     """For ``rows`` rows of each expert: (1 if within the bucket, else 0; tiling; whether wgmma is used)."""
-    gpu = gpu_of(x.device)
+    gpu = gpu_for(x, gpu_name)
     batch = count if isinstance(count, int) else packed.shape[0]
     weight = Weight(packed.shape[1], x.shape[-1], group_size, batch=max(1, batch), experts=True)
     for flag, tiling in bucket_flags(rows, buckets_for(rows, weight, gpu, MOST_LAUNCHES)):

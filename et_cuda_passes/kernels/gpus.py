@@ -3,6 +3,11 @@
 The limits of a multiprocessor are those of the CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability". Bandwidth and rate (bf16 with fp32 sums, without sparsity) are those of the card in ``card``, from NVIDIA's
 data sheets and architecture white papers. Other cards of the same architecture differ in these and in multiprocessors.
+
+The cards that run a program follow from the compute capability that it was compiled for. Machine code for X.y runs on
+X.z with z >= y, and on no other X (NVIDIA's Ada Compatibility Guide, "Application Compatibility"). From 9.0 on, Triton
+compiles with the features of one architecture (``sm_90a``), and such code runs on this compute capability alone
+(Hopper and Blackwell Compatibility Guides). Between Tegra (8.7) and other cards no code is compatible.
 """
 
 import re
@@ -53,7 +58,8 @@ class GpuArch:
 
     def __str__(self) -> str:
         """The name that :func:`gpu_arch` parses."""
-        return self.name if self == GPUS[self.name] else f"{self.name}:{self.processors}"
+        usual = self.processors == GPUS[self.name].processors
+        return self.name if usual else f"{self.name}:{self.processors}"
 
     def resident(self, registers: int, shared: int, warps: int) -> int:
         """Programs that a multiprocessor holds at once, by registers a thread, shared memory and warps; or 0."""
@@ -76,6 +82,29 @@ GPUS = {
     )
 }
 HOPPER = GPUS["sm_90"]
+TEGRA = (8, 7)
+
+
+def runs_on(code: tuple[int, int], device: tuple[int, int]) -> bool:
+    """Whether a GPU of compute capability ``device`` runs machine code that Triton compiled for ``code``."""
+    if code >= (9, 0) or TEGRA in (code, device):
+        return code == device
+    return code[0] == device[0] and code[1] <= device[1]
+
+
+def cards_of(gpu: GpuArch) -> list[str]:
+    """The names of the GPUs that run every program that was compiled for ``gpu``, with its shared memory."""
+    return [
+        other.name
+        for other in GPUS.values()
+        if runs_on(gpu.capability, other.capability) and other.program_memory >= gpu.program_memory
+    ]
+
+
+def compilers_of(gpu: GpuArch) -> list[str]:
+    """The names of the GPUs on which a program for ``gpu`` can be compiled, ``gpu`` first."""
+    names = [other.name for other in GPUS.values() if runs_on(other.capability, gpu.capability)]
+    return sorted(names, key=lambda name: name != gpu.name)
 
 
 def gpu_arch(name: str) -> GpuArch:

@@ -11,13 +11,13 @@ from torch import SymInt, Tensor
 
 from et_cuda_passes.kernels.buckets import (
     buckets_for,
-    gpu_of,
     launch_buckets,
     launch_matmul,
     stream_k_schedule,
     tma_descriptor,
 )
 from et_cuda_passes.kernels.choose import Weight
+from et_cuda_passes.kernels.device import gpu_for
 from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiling import Tiling
@@ -45,13 +45,15 @@ class Epilogue:
     gated: bool = False
 
 
-def int4_linear(x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue) -> Tensor:
-    """``x [..., K] @ weight.T`` and its epilogue on CUDA, [..., N].
+def int4_linear(
+    x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue, gpu_name: str = ""
+) -> Tensor:
+    """``x [..., K] @ weight.T`` and its epilogue on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
     All are contiguous. The weight has the mma_tiled layout.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    gpu = gpu_of(x.device)
+    gpu = gpu_for(x, gpu_name)
     tensors = 1 + (epilogue.factor is not None) + (epilogue.addend is not None)
     weight = Weight(n, k, group_size, outputs=tensors / 2 if epilogue.gated else tensors)
 
@@ -120,15 +122,21 @@ INT8_MAX_UNIT = 4096
 
 
 def int8_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    gpu_name: str = "",
 ) -> Tensor:
-    """``x [..., K] @ (packed * scale + zero).T + bias`` on CUDA, [..., N].
+    """``x [..., K] @ (packed * scale + zero).T + bias`` on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
     All are contiguous. packed is int8 [N, K]. scale has x's dtype, zero is fp32, both [N, K / group_size]. The group
     size is one of INT8_GROUP_SIZES, or K.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
-    gpu = gpu_of(x.device)
+    gpu = gpu_for(x, gpu_name)
     weight = Weight(n, k, group_size, bits=8)
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,8 @@ ExecuTorch's edge dialect each one is a copy. The result does not depend on stri
 tensor in place, and a tensor with other strides is copied first.
 
 On a device without Triton the operator computes with torch's own attention.
+
+The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
 
 from collections.abc import Sequence
@@ -50,7 +52,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, head_axes: Sequence[int]) -> None:
         )
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int], *, gpu: str = "") -> Tensor:
     _check(q, k, v, head_axes)
     if q.device.type != "cuda":
         q, k, v = (t if at == 1 else t.transpose(1, 2) for t, at in zip((q, k, v), head_axes, strict=False))
@@ -61,7 +63,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequenc
             f"attention: the CUDA kernel has bf16 and fp16 and head dimensions {', '.join(map(str, HEAD_DIMS))}; given "
             f"{q.dtype} and {q.shape[3]}"
         )
-    return attention(q, k, v, scale, head_axes)
+    return attention(q, k, v, scale, head_axes, gpu)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float, head_axes: Sequence[int]) -> Tensor:

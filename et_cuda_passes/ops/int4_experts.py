@@ -12,6 +12,8 @@ layout's ``experts_axis``.
 For mma_tiled on CUDA the product is our Triton kernel, which reads only the experts in ``ids``. The other layouts call
 the kernel of their int4 linear expert by expert. That kernel needs its expert before the program runs, so each expert
 multiplies all grouped rows and keeps its own. Elsewhere mma_tiled dequantizes the experts in ``ids`` only.
+
+The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
 
 from collections.abc import Callable, Mapping
@@ -203,27 +205,41 @@ def _check_rows(name: str, packed: Tensor, n: int) -> None:
 
 
 def _bmm(
-    x: Tensor, packed: Tensor, scale_and_zero: Tensor, ids: Tensor | None, group_size: int, out_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale_and_zero: Tensor,
+    ids: Tensor | None,
+    group_size: int,
+    out_features: int,
+    *,
+    gpu: str = "",
 ) -> Tensor:
     _check_bmm(mma_tiled.LAYOUT, x, packed, scale_and_zero, ids, group_size, out_features)
     _check_rows(_BMM, packed, out_features)
     if x.device.type == "cuda":
         _check_kernel(_BMM, x, scale_and_zero, group_size)
         experts = ids if ids is None else ids.contiguous()
-        return experts_launch.bmm(x.contiguous(), packed, scale_and_zero, experts, group_size)
+        return experts_launch.bmm(x.contiguous(), packed, scale_and_zero, experts, group_size, gpu)
     words, pair = (packed, scale_and_zero) if ids is None else (packed[ids], scale_and_zero[:, ids])
     weight = _matrices(words, pair, x.shape[-1], group_size, x.dtype)
     return torch.bmm(repeat_batches(x, weight.shape[0]), weight.transpose(1, 2))
 
 
 def _grouped_mm(
-    x: Tensor, packed: Tensor, scale_and_zero: Tensor, offs: Tensor, group_size: int, out_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale_and_zero: Tensor,
+    offs: Tensor,
+    group_size: int,
+    out_features: int,
+    *,
+    gpu: str = "",
 ) -> Tensor:
     _check_grouped_mm(mma_tiled.LAYOUT, x, packed, scale_and_zero, offs, group_size, out_features)
     _check_rows(_GROUPED_MM, packed, out_features)
     if x.device.type == "cuda":
         _check_kernel(_GROUPED_MM, x, scale_and_zero, group_size)
-        return experts_launch.grouped_mm(x.contiguous(), packed, scale_and_zero, offs.contiguous(), group_size)
+        return experts_launch.grouped_mm(x.contiguous(), packed, scale_and_zero, offs.contiguous(), group_size, gpu)
 
     def multiply(x: Tensor, expert: int) -> Tensor:
         one = slice(expert, expert + 1)

@@ -6,6 +6,8 @@ kernel computes in fp32 and rounds once.
 
 With ``gated`` the weight has 2 out_features rows: in each 16 rows the first eight belong to a gate and the others to a
 second linear. The result is ``activation(gate) * other * factor + addend``; out_features is a multiple of 8.
+
+The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
 
 from collections.abc import Sequence
@@ -81,6 +83,8 @@ def _int4_linear(
     factor: Tensor | None = None,
     addend: Tensor | None = None,
     gated: bool = False,
+    *,
+    gpu: str = "",
 ) -> Tensor:
     _check(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated)
     if x.device.type != "cuda":
@@ -103,7 +107,7 @@ def _int4_linear(
         )
     bias, factor, addend = (None if tensor is None else contiguous(tensor) for tensor in (bias, factor, addend))
     epilogue = Epilogue(bias, activation, factor, addend, gated)
-    return int4_linear(contiguous(x), packed, scale_and_zero, group_size, epilogue)
+    return int4_linear(contiguous(x), packed, scale_and_zero, group_size, epilogue, gpu)
 
 
 def _fake(x: Tensor, *rest: Any) -> Tensor:

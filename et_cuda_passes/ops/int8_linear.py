@@ -11,6 +11,8 @@
 
 On CUDA it is our Triton kernel. On another device it is the kernel of the device's library if that supports these
 arguments, and plain operators on the same constants if not.
+
+The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
 
 import torch
@@ -70,12 +72,19 @@ def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
 
 
 def _int8_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    group_size: int,
+    *,
+    gpu: str = "",
 ) -> Tensor:
     _check(x, packed, scale, zero, bias, group_size)
     if x.device.type == "cuda" and _has_triton(x, scale, group_size):
         bias = None if bias is None else contiguous(bias)
-        return linear_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size)
+        return linear_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size, gpu)
     matmul = _int8pack if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._inductor.decomposition import register_decomposition
 
+from et_cuda_passes.kernels.gpus import gpu_arch
+
 NAMESPACE = "et_cuda_passes"
 
 # A Library unregisters its operators when it is garbage-collected, so keep it.
@@ -19,6 +21,10 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 OPERATORS: set[torch._ops.OpOverload] = set()
 """Every operator of the package. Only rewrites create calls of them."""
+
+TRITON_OPERATORS: set[torch._ops.OpOverload] = set()
+"""The operators whose kernels have tilings. Their keyword ``gpu`` names the GPU of the tilings, as in ``sm_90:114``;
+"" is the GPU that is present when the program is compiled."""
 
 
 def define(
@@ -68,11 +74,19 @@ def define_triton(name: str, compute: Callable[..., Tensor], fake: Callable[...,
 
     AOTInductor traces through it and compiles the Triton kernels that ``compute`` launches into its library. Export and
     ExecuTorch's passes see one operator. ``compute`` and ``fake`` check the arguments themselves, because torch reads
-    the source of ``compute`` to find the kernels.
+    the source of ``compute`` to find the kernels. The exception is ``gpu``, a keyword of ``compute`` alone.
     """
+
+    def fake_for(*arguments: Any, gpu: str = "", **keywords: Any) -> Tensor:
+        if gpu:
+            gpu_arch(gpu)
+        return fake(*arguments, **keywords)
+
     torch.library.triton_op(f"{NAMESPACE}::{name}", compute, mutates_args=())
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
-    return _overload(name)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_for)
+    operator = _overload(name)
+    TRITON_OPERATORS.add(operator)
+    return operator
 
 
 def _overload(name: str) -> torch._ops.OpOverload:

@@ -149,7 +149,7 @@ class FuseAttentionTranspose(Rule):
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """The same attention, with the other head axis in its result after an odd number of transpositions."""
-        q, k, v, scale, head_axes = arguments(m.attention).values()
+        q, k, v, scale, head_axes, _ = arguments(m.attention).values()
         axis = head_axes[3] if (len(m.match.owned) - 1) % 2 == 0 else 3 - head_axes[3]
         return b.call(ATTENTION, q, k, v, scale, [*head_axes[:3], axis])
 

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 
 _LINEAR = MMA_TILED.op
 _CONSTANTS = ("packed", "scale_and_zero", "bias")
+_EPILOGUE = ("activation", "factor", "addend", "gated")
 ELEMENTWISE_OPS = (aten.add.Tensor, aten.mul.Tensor)
 """The operators of two tensors that the kernel can compute in its epilogue."""
 
@@ -42,9 +43,8 @@ def activation_of(node: Node) -> str | None:
 
 def fused_epilogue(linear: Node) -> dict[str, Any]:
     """The arguments of the linear's epilogue that are present: activation, factor, addend and gated."""
-    names = [argument.name for argument in _LINEAR._schema.arguments]
-    given = {**dict(zip(names, linear.args, strict=False)), **linear.kwargs}
-    return {name: given[name] for name in names[6:] if given.get(name) not in (None, "")}
+    given = arguments(linear)
+    return {name: given[name] for name in _EPILOGUE if given.get(name) not in (None, "", False)}
 
 
 def can_fuse_elementwise(other: Any, result: Tensor) -> bool:
@@ -224,7 +224,7 @@ class FuseGate(Rule):
     def notes(self, *ms: Match) -> Notes:
         """The tilings of the Triton kernel for the rows of both weights."""
         x, gate = ms[0].val(ms[0].x), arguments(ms[0].first)
-        tilings = describe_tilings(x, 2 * gate["out_features"], x.shape[-1], gate["group_size"])
+        tilings = describe_tilings(ms[0], x, 2 * gate["out_features"], x.shape[-1], gate["group_size"])
         return Notes(explanation=f"gate and up in one product: {tilings}")
 
     def rewrite(self, b: Builder, m: Match) -> Node:

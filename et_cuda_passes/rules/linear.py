@@ -171,11 +171,12 @@ def int8_kernel(m: Match) -> Kernel:
 # Texts of the report --------------------------------------------------------------------------------------------------
 
 
-def describe_tilings(x: Tensor, n: int, k: int, group_size: int, bits: int = 4) -> str:
+def describe_tilings(m: Match, x: Tensor, n: int, k: int, group_size: int, bits: int = 4) -> str:
     """The Triton kernel's tilings for a weight [n, k], for the rows of x or, if these are dynamic, for each range."""
+    gpu = m.target.gpu or HOPPER
     rows = math.prod(x.shape) // k if all(isinstance(size, int) for size in x.shape) else None
-    chosen = describe(HOPPER, Weight(n, k, group_size, bits), rows)
-    return f"tilings on {HOPPER.name} for {n} x {k}, group size {group_size}: {chosen}"
+    chosen = describe(gpu, Weight(n, k, group_size, bits), rows)
+    return f"tilings on {gpu} for {n} x {k}, group size {group_size}: {chosen}"
 
 
 def int4_summary(m: Match) -> str:
@@ -201,7 +202,7 @@ def int4_notes(*ms: Match) -> Notes:
     if INT4_LINEARS[kernel.layout] is not MMA_TILED or group_size is None:
         return Notes()
     n = sum(weight_of(m).out_features for m in ms)
-    return Notes(explanation=describe_tilings(first.val(first.x), n, weight.in_features, group_size))
+    return Notes(explanation=describe_tilings(first, first.val(first.x), n, weight.in_features, group_size))
 
 
 def int8_notes(m: Match) -> Notes:
@@ -211,7 +212,7 @@ def int8_notes(m: Match) -> Notes:
     if kernel.name != "triton" or group_size is None:
         return Notes()
     n, k = weight.out_features, weight.in_features
-    return Notes(explanation=describe_tilings(m.val(m.x), n, k, group_size, bits=8))
+    return Notes(explanation=describe_tilings(m, m.val(m.x), n, k, group_size, bits=8))
 
 
 # Rewrites -------------------------------------------------------------------------------------------------------------

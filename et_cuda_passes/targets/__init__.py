@@ -66,8 +66,8 @@ def _load(entry: EntryPoint) -> Target:
         target = entry.load()
     except Exception as error:  # the import of another package raises anything
         raise ValueError(
-            f"target {entry.name!r} cannot be imported from {entry.value} ({type(error).__name__}: {error}); install its "
-            "package, or put its folder on PYTHONPATH"
+            f"target {entry.name!r} cannot be imported from {entry.value} ({type(error).__name__}: {error}); install "
+            "its package, or put the folder of the package on PYTHONPATH"
         ) from error
     if not isinstance(target, Target):
         raise ValueError(f"{entry.value} is {target!r}, not an et_cuda_passes.Target")

@@ -2,6 +2,7 @@
 
 import torch
 
+from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
@@ -22,6 +23,7 @@ _TRITON = Kernel(
 CUDA = Target(
     "cuda",
     "ExecuTorch CUDA delegate, or AOTInductor on CUDA",
+    gpu=HOPPER,
     kernels={
         "int4_linear": (
             _TRITON,

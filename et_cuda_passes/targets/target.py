@@ -8,6 +8,7 @@ import torch
 
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
@@ -51,6 +52,7 @@ class Target:
         kernels: kernels by family, one of :data:`FAMILIES`; the first of a family is its default.
         passes: returns a new list of the rules, in their order.
         advised: the quantization to suggest instead of a form that no rule rewrites.
+        gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
         partitioner: for the lowering of a target outside of this package: returns the ExecuTorch partitioner of the
             method of that name, which gets the rewritten program.
         lowered_as: the name of the target of this package as which this one is lowered, if it is not its own name.
@@ -64,6 +66,7 @@ class Target:
     kernels: Mapping[str, tuple[Kernel, ...]] = field(hash=False)
     passes: Callable[[], list[Rule]] = field(compare=False)
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
+    gpu: GpuArch | None = None
     partitioner: Callable[[str], Any] | None = field(default=None, compare=False)
     lowered_as: str = ""
 

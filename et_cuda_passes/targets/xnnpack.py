@@ -11,9 +11,10 @@ from et_cuda_passes.rules.xnnpack import (
     KeepDynamicInt8,
     KeepDynamicPerTensor,
     KeepStaticInt8,
-    ShareActivation,
     SplitBroadcastBias,
 )
+from et_cuda_passes.rules.xnnpack_activations import ShareActivation
+from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(
@@ -26,6 +27,7 @@ XNNPACK = Target(
     ),
     passes=lambda: [
         SplitBroadcastBias(),
+        AttentionOfGroups(),
         ShareActivation(),
         KeepDynamicInt4(),
         KeepDynamicInt8(),

@@ -205,6 +205,7 @@ def test_kernels_of_several_calls_are_summed_for_one() -> None:
     assert found["kernels"] == 6
     assert found["busy_ms"] == pytest.approx(2.0)
     assert found["classes_ms"] == pytest.approx({"attention": 0.4, "matmul": 1.6})
+    assert found["classes_launches"] == {"attention": 2, "matmul": 4}
     assert found["top"][0] == {"name": "triton_tem_fused_mm_1", "ms": pytest.approx(1.4), "launches": 2}
 
 

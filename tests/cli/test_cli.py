@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
+from et_cuda_passes.targets.gpu import gpu_named_in
 from tests.cli.command import Run, names
 from tests.quantized import Quantized
 from tests.saved import difference, save
@@ -100,6 +101,33 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="may have what is missing")
+def test_gpu_of_the_command_line_is_named_in_the_packed_program(tmp_path: Path, command: Run, no_gpu: None) -> None:
+    path, module = save(tmp_path, "4w", torch.bfloat16)
+    packed, note = tmp_path / "model.cuda.packed.pt2", "predicted, not measured, for {}; once lowered"
+    result = command("lower", path, "-t", "cuda", "-o", tmp_path, "--gpu", "sm_89", "--stop-after", "rewrite")
+    assert result.code == 0 and note.format("sm_89") in result.out
+    assert gpu_named_in(torch.export.load(packed)) == "sm_89"
+    assert note.format("sm_89") in command("explain", packed, "-t", "cuda").out
+    # Another name replaces it, and explanations of the old tilings go.
+    again = command("lower", packed, "-t", "cuda", "-o", tmp_path / "out", "--gpu", "sm_86:28")
+    assert again.code == 1 and "needs a CUDA device" in again.error and note.format("sm_86:28") in again.out
+    program = torch.export.load(tmp_path / "out" / "model.cuda.packed.pt2")
+    assert gpu_named_in(program) == "sm_86:28"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["counts"]["linear_int4"] == 2
+    assert {outcome["explanation"] for outcome in report["outcomes"]} == {""}
+    x = INPUTS[1].bfloat16()
+    assert difference(program.module()(x), module(x)) < 0.01
+
+
+@pytest.mark.parametrize("name", ["lower", "explain"])
+def test_gpu_that_is_unknown_or_for_another_target_is_bad_usage(name: str, tmp_path: Path, command: Run) -> None:
+    unknown = command(name, tmp_path / "model.pt2", "-t", "cuda", "--gpu", "rtx")
+    assert unknown.code == 2 and "'rtx' names no known GPU: use one of sm_80" in unknown.error
+    other = command(name, tmp_path / "model.pt2", "-t", "xnnpack", "--gpu", "sm_89")
+    assert other.code == 2 and "target xnnpack has none: leave it out" in other.error
+
+
 def test_lower_for_metal_outside_of_macos_writes_the_packed_program(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     result = command("lower", path, "--target", "metal", "--output-dir", tmp_path)

@@ -4,6 +4,7 @@ import os
 import platform
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
 from tests.helpers import Sketch
+from tests.quantized import Quantized
 from tests.saved import save
 
 
@@ -129,6 +131,40 @@ def test_unknown_target_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'tpu' has no lowering"):
         lower(None, "tpu", tmp_path / "out", "stem")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_program_for_a_gpu_that_this_machine_cannot_compile_for_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    exported = torch.export.export(Quantized(16, 64, seed=0), (torch.randn(2, 64).bfloat16(),))
+    packed = {name: ecp.rewrite(exported, "cuda", gpu=name)[0] for name in ("sm_89", "sm_86")}
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    wanted = "names sm_89, this machine has sm_90: lower on a machine with sm_89 or sm_80 or sm_86"
+    with pytest.raises(ValueError, match=wanted):
+        lower(packed["sm_89"], "cuda", tmp_path / "out", "stem")
+    with pytest.raises(ValueError, match="the methods name several GPUs, sm_86, sm_89: rewrite all with one gpu="):
+        lower(packed, "cuda", tmp_path / "out", "stem")
+    assert not (tmp_path / "out").exists()
+    assert missing_requirement("cuda", "sm_89") == "a GPU that is sm_89 or sm_80 or sm_86 (this machine has sm_90)"
+    assert missing_requirement("cuda", "sm_90:66") is None
+
+
+def test_lowering_for_less_shared_memory_limits_the_kernels_of_executorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(major=8, minor=0, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    monkeypatch.delenv("ET_CUDA_TARGET_SMEM_BYTES", raising=False)
+    for gpu, limit in (("sm_86", "101376"), ("sm_80:42", None), (None, None)):
+        with module._shared_memory_of(gpu):
+            assert os.environ.get("ET_CUDA_TARGET_SMEM_BYTES") == limit
+        assert "ET_CUDA_TARGET_SMEM_BYTES" not in os.environ
+    monkeypatch.setenv("ET_CUDA_TARGET_SMEM_BYTES", "150000")
+    with module._shared_memory_of("sm_86"):
+        assert os.environ["ET_CUDA_TARGET_SMEM_BYTES"] == "101376"
+    assert os.environ["ET_CUDA_TARGET_SMEM_BYTES"] == "150000"
 
 
 def test_missing_requirement_names_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:

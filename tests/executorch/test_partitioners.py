@@ -1,5 +1,6 @@
 """The partitioners: they replace the stock ones, run a pass list in ExecuTorch's hook, and keep a report."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
+from et_cuda_passes.targets.gpu import gpu_named_in
 from tests.helpers import NO_DEVICE, names
 from tests.quantized import Quantized
 
@@ -53,6 +55,28 @@ def test_hook_rewrites_a_copy_and_keeps_the_report(ours: Any, stock: type, targe
     assert partitioner.report.target == target
     assert str(before.graph) == text
     assert all(torch.equal(before.state_dict[name], value) for name, value in held.items())
+
+
+def test_hook_of_a_partitioner_with_a_gpu_names_it() -> None:
+    partitioner = ecp.CudaPartitioner(gpu="sm_89:76")
+    after = partitioner.transform_for_pre_decomposition(program())
+    assert gpu_named_in(after) == "sm_89:76"
+    assert "tilings predicted, not measured, for sm_89:76" in str(partitioner.report)
+    with pytest.raises(ValueError, match="'h100' names no known GPU"):
+        ecp.CudaPartitioner(gpu="h100")
+
+
+def test_partitioner_refuses_a_gpu_that_this_machine_cannot_compile_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(major=8, minor=0, multi_processor_count=108)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    with pytest.raises(ValueError, match="names sm_90, this machine has sm_80: lower on a machine with sm_90$"):
+        ecp.CudaPartitioner(gpu="sm_90")
+    with pytest.raises(ValueError, match="set the environment variable ET_CUDA_TARGET_SMEM_BYTES=101376"):
+        ecp.CudaPartitioner(gpu="sm_89")
+    monkeypatch.setenv("ET_CUDA_TARGET_SMEM_BYTES", "101376")
+    ecp.CudaPartitioner(gpu="sm_89")
 
 
 @pytest.mark.parametrize(("ours", "stock", "target"), ALL)

@@ -13,7 +13,7 @@ from torch.export import Dim
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
 from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, blocks, launch
-from et_cuda_passes.kernels.buckets import gpu_of
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.ops import ATTENTION
 
 pytestmark = pytest.mark.gpu

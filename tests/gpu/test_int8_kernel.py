@@ -12,8 +12,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
-from et_cuda_passes.kernels.buckets import gpu_of
 from et_cuda_passes.kernels.choose import BOUNDS
+from et_cuda_passes.kernels.device import gpu_of
 from et_cuda_passes.kernels.linear_launch import launch_int8
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.ops import INT8_LINEAR

@@ -9,10 +9,12 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import EncoderDecoderCache, FalconConfig, FalconForCausalLM, StaticCache
 
+from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.components import split_model, structural_copy, with_fqns_of_root
 from et_cuda_passes.hf.schemes import quantize_model_
+from et_cuda_passes.targets.gpu import gpu_named_in
 from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, qwen, static_cache, t5, tokens
 
 STEPS = 6
@@ -190,6 +192,16 @@ def test_weight_that_is_read_other_than_by_a_linear_stays_float_or_is_an_error_w
         EtExporter().export(model, tokens(), EtConfig(target="cuda"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="packs for another machine")
+def test_gpu_of_the_config_is_named_in_the_packed_program_of_cuda_alone() -> None:
+    config = EtConfig(target="cuda,cpu", qlinear="4w", gpu="sm_89")
+    exported = EtExporter().export(qwen().bfloat16(), tokens(), config)
+    builds = exported.components["model"].program.builds
+    assert gpu_named_in(load_model(builds["cuda"].files[0], "cuda").program) == "sm_89"
+    notes = {name: parts["model"]["notes"] for name, parts in exported.report["targets"].items()}
+    assert "predicted, not measured, for sm_89" in notes["cuda"][0] and notes["cpu"] == []
+
+
 def test_wrong_configs_are_refused_before_any_work() -> None:
     with pytest.raises(ValueError, match="needs a target"):
         EtConfig()
@@ -197,5 +209,9 @@ def test_wrong_configs_are_refused_before_any_work() -> None:
         EtConfig(target="cdua")
     with pytest.raises(ExportError, match="is in bfloat16, and xnnpack computes in float32"):
         EtExporter(pytest.fail).export(qwen().bfloat16(), tokens(), EtConfig(target="xnnpack"))
+    with pytest.raises(ValueError, match="'h100' names no known GPU: use one of sm_80"):
+        EtConfig(target="cuda", gpu="h100")
+    with pytest.raises(ExportError, match="gpu='sm_89' selects the tilings of cuda, and the target is cpu"):
+        EtConfig(target="cpu", gpu="sm_89")
     with pytest.raises(TypeError, match="must be an EtConfig"):
         EtExporter().export(qwen(), tokens(), "cpu")

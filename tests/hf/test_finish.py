@@ -42,7 +42,9 @@ def test_cuda_without_a_gpu_gives_packed_programs_and_says_how_to_go_on(tmp_path
 def test_packed_programs_are_finished_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = qwen(num_hidden_layers=1), tokens()
     with monkeypatch.context() as patched:
-        patched.setattr(exporter, "missing_requirement", lambda target: "a compiler" if target == "cpu" else None)
+        patched.setattr(
+            exporter, "missing_requirement", lambda target, gpu=None: "a compiler" if target == "cpu" else None
+        )
         config = EtConfig(target="cpu", qlinear="4w")
         exported = EtExporter().export_for_generation(model, inputs, config, generation_config=static_cache())
         exported.save_pretrained(tmp_path / "out")

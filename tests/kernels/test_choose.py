@@ -26,10 +26,11 @@ from et_cuda_passes.kernels.choose import (
     predicted,
     tiling_for,
 )
-from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch, gpu_arch
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, KIB, GpuArch, gpu_arch
 from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 
 TABLES = Path(__file__).parents[2] / "et_cuda_passes" / "kernels" / "tuned"
+RESOURCES = {4: TABLES / "resources.json", 8: TABLES / "resources_int8.json"}
 WEIGHTS = [
     Weight(8192, 3072, 32),
     Weight(3072, 8192, 64),
@@ -194,13 +195,29 @@ def test_fewer_multiprocessors_take_longer() -> None:
     assert (slow > fast)[np.isfinite(fast)].all()
 
 
-def test_description_names_every_bucket_and_the_source() -> None:
+def test_description_names_every_bucket() -> None:
     weight = WEIGHTS[0]
     assert describe(HOPPER, weight, None).startswith("M <= ")
     assert "; else " in describe(HOPPER, weight, None)
-    assert describe(HOPPER, weight, 1).startswith(f"M = 1: {tiling_for(HOPPER, weight, 1)} (calibrated on ")
-    assert describe(GPUS["sm_89"], weight, 1).endswith("(predicted, not measured, for sm_89)")
-    assert describe(gpu_arch("sm_86:28"), weight, 1).endswith("(predicted, not measured, for sm_86:28)")
+    assert describe(HOPPER, weight, 1) == f"M = 1: {tiling_for(HOPPER, weight, 1)}"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+def test_less_shared_memory_leaves_the_tilings_that_fit(gpu: GpuArch, bits: int) -> None:
+    small = replace(gpu, program_memory=64 * KIB)
+    table = json.loads(RESOURCES[bits].read_text())[gpu.name]
+    fits = {Tiling(*row[:-2]) for row in table if row[-1] <= small.program_memory}
+    assert 0 < len(fits) < len(table)
+    for weight in (each for each in WEIGHTS if each.bits == bits):
+        found = {replace(tiling, waves=0) for tiling, _ in candidates(costs_of(small, bits), weight)}
+        assert found and found <= {replace(tiling, waves=0) for tiling in fits}
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+def test_too_little_shared_memory_for_any_tiling_is_an_error(gpu: GpuArch) -> None:
+    with pytest.raises(ValueError, match=r"fits in 4096 bytes of shared memory: raise ET_CUDA_TARGET_SMEM_BYTES"):
+        tiling_for(replace(gpu, program_memory=4096), WEIGHTS[0], 1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from et_cuda_passes.kernels import linear_launch
 from et_cuda_passes.kernels.buckets import buckets_for, in_bucket, stream_k_schedule
 from et_cuda_passes.kernels.choose import Weight, buckets
-from et_cuda_passes.kernels.gpus import HOPPER
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, gpu_arch
 from et_cuda_passes.kernels.tiling import UNBOUNDED, Tiling
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR
@@ -257,6 +257,63 @@ def test_bounded_length_has_no_buckets_beyond_its_bound() -> None:
     chosen = buckets_for(length, Weight(8192, 3072, 32), HOPPER)
     assert chosen == buckets(HOPPER, Weight(8192, 3072, 32), last=16).tilings
     assert max(bound for bound in chosen if bound != UNBOUNDED) < 16
+
+
+class Named(nn.Module):
+    """An int4 and an int8 linear for a named GPU."""
+
+    gpu: ClassVar[str]
+
+    def __init__(self, n: int, k: int) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.empty(n, k // 8, dtype=torch.int32, device="cuda"))
+        qparams = torch.empty(1, n, mma_tiled.scale_row(k, 32), dtype=torch.bfloat16, device="cuda")
+        self.register_buffer("qparams", qparams)
+        self.register_buffer("bytes", torch.empty(n, k, dtype=torch.int8, device="cuda"))
+        self.register_buffer("scale", torch.empty(n, k // 64, dtype=torch.bfloat16, device="cuda"))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = LINEAR(x, self.packed, self.qparams, None, 32, self.packed.shape[0], gpu=self.gpu)
+        return y, INT8_LINEAR(x, self.bytes, self.scale, None, None, 64, gpu=self.gpu)
+
+
+@pytest.mark.parametrize("rows", [1, 700, None])
+@pytest.mark.parametrize("name", [*GPUS, "sm_90:66", "sm_89:76"])
+def test_launches_have_the_tilings_of_the_named_gpu(name: str, rows: int | None) -> None:
+    _, nodes = launches(rows, 4096, 2048, type("", (Named,), {"gpu": name}), batch=1)
+    table = torch._higher_order_ops.triton_kernel_wrap.kernel_side_table
+    given = [table.get_constant_args(node.kwargs["constant_args_idx"]) | node.kwargs["kwargs"] for node in nodes]
+    gpu = gpu_arch(name)
+    wanted = []
+    for weight in (Weight(4096, 2048, 32), Weight(4096, 2048, 64, bits=8)):
+        wanted += list(buckets_for(rows, weight, gpu).values() if rows else buckets(gpu, weight).tilings.values())
+    found = [one for one in given if "x_ptr" in one]
+    assert [(one["BLOCK_M"], one["BLOCK_N"], one["BLOCK_K"], one["SEGMENTS"]) for one in found] == [
+        (one.block_m, one.block_n, one.block_k, one.segments) for one in wanted
+    ]
+    assert {one["WGMMA"] for one in found} == {gpu.wgmma}
+    # A split wave has a slot for each program that the multiprocessors of this GPU hold.
+    slots = [one["SLOTS"] for one in found]
+    assert all(slot in (0, tiling.waves * gpu.processors) for slot, tiling in zip(slots, wanted, strict=True))
+
+
+@pytest.mark.parametrize(("least", "most"), [(1, 16), (17, 64), (100, 300), (5000, 8000)])
+def test_exported_length_range_leaves_only_buckets_inside_it(least: int, most: int) -> None:
+    """AOTInductor gets the fake inputs of the exported program, whose sizes have the range of the export."""
+    x = torch.empty(1, least + 1, 3072, dtype=torch.bfloat16, device="meta")
+    length = torch.export.Dim("length", min=least, max=most)
+    program = torch.export.export(nn.Identity(), (x,), dynamic_shapes=({1: length},))
+    shape = next(node for node in program.graph.nodes if node.op == "placeholder").meta["val"].shape
+    with program.graph.output_node().args[0][0].meta["val"].fake_mode:
+        module, given = Block(8192, 3072), torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+    traced, _ = aot_export_module(module, (given,), trace_joint=False)
+    nodes = [node for node in traced.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+    products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
+    weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
+    wanted = [buckets(HOPPER, weight, first=least, last=most).tilings for weight in weights]
+    assert len(products) == sum(map(len, wanted)) < sum(len(buckets(HOPPER, weight).tilings) for weight in weights)
+    for chosen in wanted:
+        assert all(least <= bound < most for bound in chosen if bound != UNBOUNDED)
 
 
 def test_int8_kernel_gets_the_constants_of_its_form() -> None:

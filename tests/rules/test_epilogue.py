@@ -461,7 +461,7 @@ def test_report_names_the_gate_at_both_linears(model: type[Gated], dynamic: Any,
     assert [outcome.detail for outcome in report.outcomes] == [ONE, ONE, ONE.partition(", ")[0]]
     gate, up, other = (outcome.explanation for outcome in report.outcomes)
     wanted = "gate and up in one product: tilings on sm_90 for 128 x 64, group size 32: M "
-    assert gate == up and gate.startswith(wanted + rows) and gate.endswith("(calibrated on NVIDIA H200)")
+    assert gate == up and gate.startswith(wanted + rows)
     assert other.startswith(f"tilings on sm_90 for 64 x 64, group size 32: M {rows}")
     assert f"  rewritten     2 x linear_int4  {ONE}  (c.data, ...)\n" in str(report)
     assert "\n  then      1 x fuse_activation, 1 x fuse_gate" in str(report)
