@@ -7,20 +7,21 @@ goes to stdout, progress and errors go to stderr.
 import json
 import re
 import shlex
-from dataclasses import Field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from torch.export import ExportedProgram
+from typer.core import TyperCommand, TyperGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.console import (
+    TARGETS,
     LoweringError,
     Steps,
     UsageError,
@@ -28,24 +29,59 @@ from et_cuda_passes.cli.console import (
     handle_errors,
     list_files,
     one_line,
+    quiet_import,
 )
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
-from et_cuda_passes.cli.running import run
-from et_cuda_passes.cli.verifying import verify
-from et_cuda_passes.executorch.lower import Progress, atomic_output, missing_requirement
-from et_cuda_passes.executorch.lower import lower as lower_program
-from et_cuda_passes.executorch.packed import Model, load_model, save_packed
 from et_cuda_passes.kernels.gpus import GPUS
-from et_cuda_passes.rewrite import check_expectations, check_expected
-from et_cuda_passes.targets import get_target
-from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
-from et_cuda_passes.targets.gpu import check_gpu, gpu_named_in
+
+# The functions below import what they need, so that --help does not import torch.
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from et_cuda_passes.executorch.lower import Progress
+    from et_cuda_passes.executorch.packed import Model
 
 require_version("typer")
 require_version("rich")
 
+_LATER = {
+    "run": ("running", "Run a method of MODEL and print a summary of each output."),
+    "verify": (
+        "verifying",
+        "Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.",
+    ),
+}
+"""Commands whose modules import torch: the module, and the first line of the help."""
+
+
+class _Commands(TyperGroup):
+    """The commands; those in :data:`_LATER` are imported when they are called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names of the commands, in the order of the help."""
+        return [*super().list_commands(ctx), *_LATER]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """A command as it is listed in the help."""
+        if cmd_name not in _LATER:
+            return super().get_command(ctx, cmd_name)
+        return TyperCommand(cmd_name, help=_LATER[cmd_name][1], rich_markup_mode=None)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """A command as it is called, and its arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _LATER:
+            with quiet_import("--debug" in rest):
+                module = import_module(f"et_cuda_passes.cli.{_LATER[name][0]}")
+            alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+            alone.command(name)(getattr(module, name))
+            command = typer.main.get_command(alone)
+        return name, command, rest
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,7 +98,7 @@ class Stage(StrEnum):
 
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(ecp.targets())}.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
@@ -103,15 +139,27 @@ def lower(
     could not finish gets what it lacks.
     """
     with handle_errors(debug):
-        _check_target(target, gpu)
+        import torch
+
+        from et_cuda_passes.executorch.lower import atomic_output, missing_requirement, no_lowering
+        from et_cuda_passes.executorch.lower import lower as lower_program
+        from et_cuda_passes.executorch.packed import load_model, save_packed
+        from et_cuda_passes.rewrite import check_expectations
+        from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
+        from et_cuda_passes.targets.gpu import gpu_named_in
+
+        chosen = _check_target(target, gpu)
         if is_export(model):
             if output_dir not in (Path(), model) or stop_after or expect or gpu:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
             finish(model, target)
             return
+        if not stop_after and (problem := no_lowering(chosen)):
+            raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
         demanded = _expectations(expect or [], target)
         check_writable(output_dir)
-        stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"
+        names = "|".join(map(re.escape, (*TARGETS, chosen.name)))
+        stem = re.sub(rf"\.({names})\.packed$", "", model.stem) + f".{chosen.name}"
         packed = output_dir / f"{stem}.packed.pt2"
         with Steps() as step:
             step(f"loading {model}")
@@ -170,6 +218,8 @@ def explain(
 ) -> None:
     """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
     with handle_errors(debug):
+        from et_cuda_passes.executorch.packed import load_model
+
         _check_target(target, gpu)
         with Steps() as step:
             step(f"loading {model}")
@@ -184,14 +234,16 @@ def explain(
 @app.command()
 def rules(as_json: Json = False) -> None:
     """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
-    listed = {name: [_described(entry) for entry in ecp.default_passes(name)] for name in ecp.targets()}
+    # `make docs` writes this file from the code. The rules themselves import torch.
+    text = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
     if as_json:
-        about = {name: {"summary": get_target(name).summary, "passes": passes} for name, passes in listed.items()}
-        typer.echo(json.dumps(about, indent=2, default=str))
+        typer.echo(text, nl=False)
         return
+    about = json.loads(text)
+    listed = {name: each["passes"] for name, each in about.items()}
     lines = []
     for name, passes in listed.items():
-        lines += [f"{name}: {get_target(name).summary}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
+        lines += [f"{name}: {about[name]['summary']}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
     for entry in {entry["name"]: entry for passes in listed.values() for entry in passes}.values():
         lines += ["", entry["name"], f"  {entry['rewrite']}"]
         for need in entry["requires"]:
@@ -203,8 +255,6 @@ def rules(as_json: Json = False) -> None:
 
 app.command()(export)
 app.command()(generate)
-app.command()(run)
-app.command()(verify)
 
 
 def _print_versions(wanted: bool) -> None:
@@ -215,13 +265,31 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _import(packages: Sequence[str]) -> None:
+    """Import the packages of ``--import``."""
+    for package in packages:
+        try:
+            import_module(package)
+        except Exception as error:  # the import of another package raises anything
+            raise typer.BadParameter(
+                f"{package} cannot be imported ({one_line(error)}); install it, or put its folder on PYTHONPATH"
+            ) from error
+
+
 @app.callback()
 def _options(
+    packages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="PACKAGE", help="Import a package first, which registers operators of its own."
+        ),
+    ] = None,
     versions: Annotated[
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """The options before a command."""
+    _import(packages or ())
 
 
 def main() -> None:
@@ -229,15 +297,21 @@ def main() -> None:
     app(prog_name="et-cuda-passes")
 
 
-def _check_target(target: str, gpu: str | None) -> None:
+def _check_target(target: str, gpu: str | None) -> "ecp.Target":
+    from et_cuda_passes.targets.gpu import check_gpu
+
     try:
-        check_gpu(gpu, get_target(target))
+        chosen = ecp.get_target(target)
+        check_gpu(gpu, chosen)
+        return chosen
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def _expectations(texts: list[str], target: str) -> dict[str, int]:
     """The counts of ``--expect``. Their names are checked before a slow step begins."""
+    from et_cuda_passes.rewrite import check_expected
+
     demanded: dict[str, int] = {}
     for text in texts:
         parts = re.fullmatch(r"(\w+)=(\d+)", text)
@@ -253,7 +327,9 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(given: Model, target: str, gpu: str | None, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
+def _rewritten(
+    given: "Model", target: str, gpu: str | None, progress: "Progress"
+) -> tuple["ExportedProgram", "ecp.Report"]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None and gpu is None:
         return given.program, given.report
@@ -266,23 +342,12 @@ def _rewritten(given: Model, target: str, gpu: str | None, progress: Progress) -
     return program, replace(given.report, outcomes=outcomes, notes=report.notes)
 
 
-def print_report(given: Model, report: ecp.Report) -> None:
+def print_report(given: "Model", report: "ecp.Report") -> None:
     """Print the report, after the layouts that MODEL has already."""
     if given.packed:
         layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
         typer.echo(f"MODEL is packed already: {layouts}")
     typer.echo(str(report))
-
-
-def _described(rule: ecp.Rule) -> dict[str, Any]:
-    """A rule as data."""
-    options: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
-    return {
-        "name": rule.name,
-        "rewrite": (getdoc(type(rule)) or "").partition("\n")[0],
-        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
-        "options": {option.name: getattr(rule, option.name) for option in options},
-    }
 
 
 def _version(distribution: str) -> str:

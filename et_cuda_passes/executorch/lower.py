@@ -117,7 +117,7 @@ def _shared_memory_of(gpu: str | None) -> Iterator[None]:
 
 
 def missing_requirement(name: str | Target, gpu: str | None = None) -> str | None:
-    """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
+    """The requirement for lowering to target ``name`` that this machine lacks, with the fix; None if it lacks nothing.
 
     ``gpu`` is the GPU that the program names.
 

@@ -19,6 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
+from et_cuda_passes.executorch.errors import ModelError
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets
@@ -35,10 +36,6 @@ _OLD_KEYS = {"untaken": "rejected"}
 _NEW_KEYS: dict[str, Any] = {"notes": []}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
-
-
-class ModelError(ValueError):
-    """A file contains no program that the target can run; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +205,7 @@ def _register_operators(path: Path, program: bytes) -> None:
         namespaces = ", ".join(dict.fromkeys(name.partition("::")[0] for name in missing))
         raise ModelError(
             f"{path} calls {', '.join(missing)}, which no imported package registers{failed}: import the package that "
-            f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; in Python before the call), "
+            f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; import it in Python), "
             f"or install it with an entry point in the group {GROUP}"
         )
 
