@@ -92,7 +92,7 @@ def rules_json() -> str:
     """The rules of each target as data, for ``et-cuda-passes rules``, which does not import them."""
 
     def described_rule(rule: ecp.Rule) -> dict[str, Any]:
-        fields = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
+        fields: Iterable[Any] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
         return {
             "name": rule.name,
             "rewrite": docstring(type(rule))[0],

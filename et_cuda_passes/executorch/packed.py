@@ -19,7 +19,7 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
-from et_cuda_passes.executorch.errors import ModelError
+from et_cuda_passes.executorch.errors import ModelError as ModelError
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets

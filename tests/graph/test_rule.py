@@ -602,6 +602,55 @@ def held(b: Any) -> Node:
     return next(node for node in b.program.graph.nodes if b.program.constant(node) is not None)
 
 
+def product(second: Callable[[Sketch], Any]) -> ExportedProgram:
+    """x * second"""
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+    return sketch.program(sketch.call(aten.mul.Tensor, x, second(sketch)))
+
+
+class Ones(Rule):
+    """x * w -> x, where w is a constant of ones"""
+
+    requirements = (
+        requirement("ones", stage="values")(
+            lambda m: None if bool((m.constant("w") == 1).all()) else Failure("other values")
+        ),
+    )
+
+    def pattern(self, x: Any, w: Any) -> Any:
+        return op(aten.mul.Tensor)(x, w)
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return m.x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        (lambda s: s.parameter("w", torch.ones(4)), None),
+        (lambda s: s.constant("w", torch.ones(4)), None),
+        (lambda s: s.buffer("w", torch.full((4,), 2.0)), "other values"),
+        (lambda s: 1.0, "w is 1.0, not a tensor"),
+        (lambda s: s.input("y", 4), "w is y, which is not a parameter, buffer or constant of the program"),
+    ],
+)
+def test_requirement_reads_the_values_of_a_captured_constant(second: Any, found: str | None) -> None:
+    program, report = apply(product(second), [Ones()], aten.mul.Tensor)
+    assert names(program) == ([] if found is None else ["aten.mul"])
+    assert [reason.found for reason in report.outcomes[0].reasons] == ([] if found is None else [found])
+
+
+def test_mutated_buffer_is_not_a_constant_for_a_requirement() -> None:
+    sketch = Sketch()
+    w = sketch.buffer("w", torch.ones(4))
+    y = sketch.call(aten.mul.Tensor, sketch.input("x", 4), w)
+    _, report = apply(sketch.program(y, writes={"w": sketch.call(aten.add.Tensor, w, 1)}), [Ones()], aten.mul.Tensor)
+    assert [reason.found for reason in report.outcomes[0].reasons] == [
+        "w is b_w, which the program mutates while it runs"
+    ]
+
+
 @pytest.mark.parametrize("hook", ["rewrite", "summary", "notes"])
 def test_unmet_outside_of_a_requirement_names_the_rule_the_place_and_the_fix(hook: str) -> None:
     def fails(*_: Any) -> Any:
