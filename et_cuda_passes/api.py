@@ -141,6 +141,5 @@ if not TYPE_CHECKING:  # else a type checker would accept any name
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
 
 
-# Names of the package, and not only of this module: the function `rewrite` has the name of its module, which the import
-# has made an attribute of the package.
+# The package gets the names too. Its attribute `rewrite` is the module of that name until now, by the import above.
 vars(sys.modules["et_cuda_passes"]).update((name, value) for name, value in globals().copy().items() if name in __all__)

@@ -269,7 +269,8 @@ def _import(packages: Sequence[str]) -> None:
     """Import the packages of ``--import``."""
     for package in packages:
         try:
-            import_module(package)
+            with quiet_import(False):
+                import_module(package)
         except Exception as error:  # the import of another package raises anything
             raise typer.BadParameter(
                 f"{package} cannot be imported ({one_line(error)}); install it, or put its folder on PYTHONPATH"

@@ -12,6 +12,7 @@ from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.constants import Decoded
+from et_cuda_passes.graph.errors import NameTaken
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import Target, op_name, require_overload, to_edge
 from et_cuda_passes.graph.program import Program, forbid_new_guards
@@ -144,13 +145,26 @@ class Builder:
         """
         nodes: list[Node] = []
         keys: list[Hashable] = []
-        for source in [sources] if isinstance(sources, (Node, Decoded)) else sources:
+        given: Any = [sources] if isinstance(sources, (Node, Decoded)) else sources
+        for source in given if isinstance(given, Iterable) else [given]:
             if isinstance(source, Decoded):
                 nodes += source.sources
                 keys.append(source.values_key)
-            else:
+            elif isinstance(source, Node):
                 nodes.append(source)
-        return self.program.add_constant(fqn, nodes, (layout, *keys), make, self._before.graph)
+            else:
+                raise TypeError(
+                    f"the sources of {fqn} contain {source!r}; pass a decoded weight, or a list of decoded weights and of "
+                    "nodes of constants"
+                )
+        if not isinstance(layout, Hashable) or not callable(make):
+            raise TypeError(
+                f"{fqn} needs a layout that can be hashed, such as a tuple, and a function that computes it"
+            )
+        try:
+            return self.program.add_constant(fqn, nodes, (layout, *keys), make, self._before.graph)
+        except NameTaken as error:
+            raise NameTaken(f"rule {self.rule}: {error}") from None
 
 
 def _value(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

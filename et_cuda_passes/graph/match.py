@@ -78,4 +78,8 @@ class Match:
 
     def memoize(self, function: Callable[[Program, Node], _T], name: str) -> _T:
         """``function(program, node)`` for the node bound to ``name``, computed once per node and graph."""
-        return self.program.memoize(function, self.match.bindings[name])
+        node = self.match.bindings.get(name)
+        if not isinstance(node, Node):
+            named = ", ".join(sorted(each for each, bound in self.match.bindings.items() if isinstance(bound, Node)))
+            raise AttributeError(f"the match has no node named {name!r}; it has {named or 'none with a name'}")
+        return self.program.memoize(function, node)

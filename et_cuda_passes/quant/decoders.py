@@ -40,7 +40,7 @@ _CONVERSIONS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layou
 
 
 def _conversion_hint(found: Any) -> str:
-    """What to change if the program converts a dequantized weight to another dtype."""
+    """The fix for a program that converts a dequantized weight to another dtype; empty for anything else."""
     if not isinstance(found, Node) or op_of(found) not in _CONVERSIONS:
         return ""
     source = found.all_input_nodes[0]

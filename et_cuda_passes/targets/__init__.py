@@ -65,9 +65,10 @@ def _load(entry: EntryPoint) -> Target:
     try:
         target = entry.load()
     except Exception as error:  # the import of another package raises anything
+        fix = "; install its package, or put the folder of the package on PYTHONPATH"
         raise ValueError(
-            f"target {entry.name!r} cannot be imported from {entry.value} ({type(error).__name__}: {error}); install "
-            "its package, or put the folder of the package on PYTHONPATH"
+            f"target {entry.name!r} cannot be imported from {entry.value} ({type(error).__name__}: {error})"
+            f"{fix if isinstance(error, ImportError) else ''}"
         ) from error
     if not isinstance(target, Target):
         raise ValueError(f"{entry.value} is {target!r}, not an et_cuda_passes.Target")

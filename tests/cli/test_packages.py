@@ -143,6 +143,7 @@ def test_import_or_entry_point_registers_the_operators_for_any_target(
     options: tuple[str, ...], installed: bool, packed: Path, folder: Path
 ) -> None:
     result = run(folder, *options, "explain", packed, "--target", "cpu", "--trust", installed=installed)
+    assert [line.partition(":")[0] for line in result.err.splitlines()] == ["error"]
     assert "rewritten for target my_npu, which target cpu does not run" in result.error
 
 

@@ -204,7 +204,7 @@ def test_candidate_whose_own_part_of_the_pattern_does_not_fit_has_the_reason_of_
 
 
 def test_rule_that_matches_a_candidate_below_its_root_reports_the_deepest_failure() -> None:
-    """Of two alternatives, the one with a mul fits less of the graph."""
+    """The alternative with a mul fits less of the graph than the other one."""
     relu, mul, linear = op(aten.relu.default), op(aten.mul.Tensor), op(aten.linear.default)
     rule = patterned(lambda self, x: relu(any_of(mul(linear(x, ...), 2), op(aten.neg.default)(linear(x, ...)))))
     sketch = Sketch()
