@@ -154,8 +154,8 @@ class Builder:
                 nodes.append(source)
             else:
                 raise TypeError(
-                    f"the sources of {fqn} contain {source!r}; pass a decoded weight, or a list of decoded weights and of "
-                    "nodes of constants"
+                    f"the sources of {fqn} contain {source!r}; pass a decoded weight, or a list of decoded weights "
+                    "and of nodes of constants"
                 )
         if not isinstance(layout, Hashable) or not callable(make):
             raise TypeError(
