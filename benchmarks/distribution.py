@@ -1,4 +1,4 @@
-"""What an even distribution of the work over all multiprocessors could save, by the model of a tiling's cost.
+"""The time that an even distribution of the work over all multiprocessors could save, by the model of a tiling's cost.
 
     python -m benchmarks.distribution [--seed 0] [--shapes 24] [--group 32]      # needs no GPU
 

@@ -147,7 +147,7 @@ def targets_page() -> str:
     for name in ecp.targets():
         target = get_target(name)
         parts += [f"## {name}", target.summary + "."]
-        columns = [field.name for field in dataclasses.fields(Kernel)]
+        columns = [field.name for field in dataclasses.fields(Kernel) if field.name != "host_notes"]
         rows = [
             [family, *(plain(getattr(kernel, column)) for column in columns)]
             for family, kernels in target.kernels.items()
@@ -155,10 +155,13 @@ def targets_page() -> str:
         ]
         if rows:
             parts.append(table(["family", *(column.replace("_", " ") for column in columns)], rows))
+        kernels = [kernel for family in target.kernels.values() for kernel in family]
+        notes = {text: kernel.name for kernel in kernels for text in kernel.host_notes.values()}
+        parts += [f"A report says of `{kernel}`: {text}." for text, kernel in notes.items()]
         entries = [entry.name for entry in ecp.default_passes(name)]
         parts.append("Passes, in order: " + ", ".join(f"[{entry}](rules.md#{entry})" for entry in entries) + ".")
     parts.append("## Columns of the tables")
-    meanings = ((name.replace("_", " "), text) for name, text in described(Kernel)[1].items())
+    meanings = ((name.replace("_", " "), text) for name, text in described(Kernel)[1].items() if name != "host_notes")
     parts.append(table(["column", "meaning"], meanings))
     return "\n\n".join(parts)
 
@@ -189,6 +192,21 @@ def supported(scheme: Scheme, target: str, embedding: bool = False) -> str:
     return text if scheme.fallback is None else f"{text}; else {support(scheme.fallback, 0, 272, target).status}"
 
 
+def dtypes_of(scheme: Scheme, target: str) -> str:
+    """The dtypes of models for whose linears the target has a kernel, and those that it has by the option."""
+    if scheme.only_for not in (None, target):
+        return "none"
+    size = next((size for size in (32, 0) if support(scheme, size, 256, target).status.has_kernel), 0)
+
+    def has_kernel(dtype: torch.dtype, cast: bool = False) -> bool:
+        return support(scheme, size, 256, target, dtype=dtype, cast_to_bf16=cast).status.has_kernel
+
+    found = [plain(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32) if has_kernel(dtype)]
+    if not has_kernel(torch.float32) and has_kernel(torch.float32, cast=True):
+        found.append("float32 with `cast_to_bf16`")
+    return ", ".join(found) or "none"
+
+
 def schemes_page() -> str:
     """Every scheme with what each target does with it, and the packing formats with their group sizes."""
     names = ecp.targets()
@@ -199,6 +217,7 @@ def schemes_page() -> str:
     tables = [
         (f"`{name}`", *(supported(SCHEMES[name], each, embedding=True) for each in names)) for name in FOR_EMBEDDINGS
     ]
+    dtypes = [(f"`{each.name}`", *(dtypes_of(each, name) for name in names)) for each in SCHEMES.values()]
     promises = [
         f"`{name}:{each.name}`"
         for name in names
@@ -235,6 +254,10 @@ def schemes_page() -> str:
             table(["scheme", "meaning", *names], linear),
             "`TARGET:SCHEME` promises that the target has a kernel for each layer; a rewrite that misses one then "
             f"fails. The promises that can be kept: {', '.join(promises)}.",
+            "## Dtypes of the model",
+            "The dtypes of a model whose linears the target packs or keeps. With the option `cast_to_bf16` the kernels "
+            "of the other targets compute a float32 model's linears in bfloat16: one export then serves xnnpack too.",
+            table(["scheme", *names], dtypes),
             "## Embeddings",
             "With one scale per row.",
             table(["scheme", *names], tables),

@@ -13,15 +13,13 @@ from enum import StrEnum
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.console import (
-    TARGETS,
     LoweringError,
     Steps,
     UsageError,
@@ -33,7 +31,19 @@ from et_cuda_passes.cli.console import (
 )
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
-from et_cuda_passes.kernels.gpus import GPUS
+from et_cuda_passes.cli.options import (
+    EXECUTABLE,
+    TARGETS,
+    ComponentName,
+    Debug,
+    Gpu,
+    InputsPath,
+    Json,
+    ModelPath,
+    RandomSeed,
+    TargetName,
+    Trust,
+)
 
 # The functions below import what they need, so that --help does not import torch.
 if TYPE_CHECKING:
@@ -45,43 +55,7 @@ if TYPE_CHECKING:
 require_version("typer")
 require_version("rich")
 
-_LATER = {
-    "run": ("running", "Run a method of MODEL and print a summary of each output."),
-    "verify": (
-        "verifying",
-        "Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.",
-    ),
-}
-"""Commands whose modules import torch: the module, and the first line of the help."""
-
-
-class _Commands(TyperGroup):
-    """The commands; those in :data:`_LATER` are imported when they are called."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The names of the commands, in the order of the help."""
-        return [*super().list_commands(ctx), *_LATER]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """A command as it is listed in the help."""
-        if cmd_name not in _LATER:
-            return super().get_command(ctx, cmd_name)
-        return TyperCommand(cmd_name, help=_LATER[cmd_name][1], rich_markup_mode=None)
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """A command as it is called, and its arguments."""
-        name, command, rest = super().resolve_command(ctx, args)
-        if name in _LATER:
-            with quiet_import("--debug" in rest):
-                module = import_module(f"et_cuda_passes.cli.{_LATER[name][0]}")
-            alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-            alone.command(name)(getattr(module, name))
-            command = typer.main.get_command(alone)
-        return name, command, rest
-
-
 app = typer.Typer(
-    cls=_Commands,
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
     add_completion=False,
@@ -95,19 +69,6 @@ class Stage(StrEnum):
     """The stages after which ``lower`` can stop."""
 
     rewrite = "rewrite"
-
-
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Gpu = Annotated[
-    str | None,
-    typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114."),
-]
 
 
 @app.command()
@@ -255,6 +216,115 @@ def rules(as_json: Json = False) -> None:
 
 app.command()(export)
 app.command()(generate)
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the .ptd beside it.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The method of a .pte; default: forward.", show_default=False)
+    ] = None,
+    component: ComponentName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
+        ),
+    ] = None,
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Execute the compiled libraries in MODEL, which can do anything that you can."),
+    ] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Run a method of MODEL, or a component of an export, and print a summary of each output.
+
+    Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
+    Those of an export are tokens, positions, masks and a cache that belong together.
+    """
+    with handle_errors(debug):
+        from et_cuda_passes.cli.running import run_model
+
+        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an export."
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
+            show_default=False,
+        ),
+    ] = None,
+    component: ComponentName = None,
+    original: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The model that was exported, as --model of export.", show_default=False),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.", show_default=False)
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Largest relative error of an output. The default depends on its dtype: 2^-5 for bfloat16, 2^-8 for "
+            "float16, 2^-13 for float32, at least 2^-6 with 8-bit activations; integers must be equal.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Read MODEL as torch.export.load does, which may run code from it; or execute the compiled libraries "
+            "of an export.",
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
+
+    Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
+    have the same shapes; integers stay in their range.
+
+    The folder of an export is not lowered again. Its files are checked, and its components run on random inputs of the
+    shortest length, the longest, and one between. With --model, the outputs are compared with those of that model in
+    eager, quantized as the export was. Without it, those of the targets are compared with each other.
+    """
+    with handle_errors(debug):
+        from et_cuda_passes.cli.verifying import verify_model
+
+        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust)
 
 
 def _print_versions(wanted: bool) -> None:

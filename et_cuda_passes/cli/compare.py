@@ -57,12 +57,12 @@ def default_tolerance(dtype: torch.dtype, quantized_activations: bool = False) -
     return max(units * torch.finfo(dtype).eps, 2**-6 if quantized_activations else 0.0)
 
 
-def compare(index: int, got: Any, wanted: Any, tolerance: float | None, quantized_activations: bool) -> Comparison:
-    """Compare an output with the original's; ``tolerance`` None for :func:`default_tolerance`."""
+def compare(name: int | str, got: Any, wanted: Any, tolerance: float | None, quantized_activations: bool) -> Comparison:
+    """Compare the output ``name`` with the original's; ``tolerance`` None for :func:`default_tolerance`."""
     if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
         problem = "" if type(got) is type(wanted) and got == wanted else f"is {got!r}, the original is {wanted!r}"
-        return Comparison(f"output {index}", 0.0, 0.0, 0.0, problem)
-    what = f"output {index} ({wanted.dtype} {list(wanted.shape)})"
+        return Comparison(f"output {name}", 0.0, 0.0, 0.0, problem)
+    what = f"output {name} ({wanted.dtype} {list(wanted.shape)})"
     limit = default_tolerance(wanted.dtype, quantized_activations) if tolerance is None else tolerance
     if got.dtype != wanted.dtype or got.shape != wanted.shape:
         return Comparison(what, math.inf, math.inf, limit, f"is {got.dtype} {list(got.shape)}")

@@ -20,9 +20,6 @@ from rich.text import Text
 
 from et_cuda_passes.executorch.errors import ModelError
 
-TARGETS = ("cuda", "metal", "xnnpack", "cpu")
-"""``ecp.targets()``, for the text of --help, which does not import torch."""
-
 
 class UsageError(Exception):
     """An argument is invalid; exits with 2."""
@@ -30,6 +27,10 @@ class UsageError(Exception):
 
 class LoweringError(Exception):
     """The lowering failed; exits with 1."""
+
+
+class RunError(LoweringError):
+    """A program does not run, or its results are wrong; exits with 1."""
 
 
 class Steps:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from et_cuda_passes.cli.console import (
-    TARGETS,
     LoweringError,
     Steps,
     UsageError,
@@ -20,17 +19,21 @@ from et_cuda_passes.cli.console import (
     list_files,
     one_line,
 )
+from et_cuda_passes.cli.options import TARGETS
 from et_cuda_passes.hf.report import QuantizationReport
 from et_cuda_passes.kernels.gpus import GPUS
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
+    from et_cuda_passes.hf.options import QuantizationOptions
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
 _MANIFEST = "export.json"
 _SHORTEST = 8
 # The other names of options are words of the language too.
-_OPTION = re.compile(r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback)\b|\balgorithm(?==)")
+_OPTION = re.compile(
+    r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback|cast_to_bf16|xnnpack_weight_only)\b|\balgorithm(?==)"
+)
 
 
 def _option(name: str, **options: Any) -> Any:
@@ -90,6 +93,18 @@ def export(
     gpu: Annotated[
         Text, typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.")
     ] = None,
+    cast_to_bf16: Annotated[
+        bool,
+        _option("cast-to-bf16", help="cuda and cpu compute a float32 model's quantized layers in bf16; the rest not."),
+    ] = False,
+    xnnpack_weight_only: Annotated[
+        str,
+        _option(
+            "xnnpack-weight-only",
+            help="4w on xnnpack: fold (default, exact float weights), or dynamic-activation (4-bit kernels, which "
+            "quantize activations to 8 bits).",
+        ),
+    ] = "fold",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
@@ -112,12 +127,13 @@ def export(
         "algorithm": algorithm,
         "recipe": recipe,
         "group_size_fallback": group_size_fallback,
+        "cast_to_bf16": cast_to_bf16,
     }
     with handle_errors(debug):
         # These import torch, which --help does not need.
         from et_cuda_passes.executorch.lower import missing_requirement
         from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
-        from et_cuda_passes.hf.options import QuantizationOptions, check_schemes
+        from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only
         from et_cuda_passes.targets import get_target
         from et_cuda_passes.targets.gpu import check_gpu
 
@@ -127,8 +143,9 @@ def export(
             check_schemes(quantization)
             if gpu is not None:
                 check_gpu(gpu, get_target("cuda" if "cuda" in quantization.targets else quantization.targets[0]))
+            check_weight_only(xnnpack_weight_only, quantization.targets)
             _check_output(output_dir, overwrite, model)
-            _check_dtype(dtype, quantization.targets)
+            _check_dtype(dtype, quantization)
             checkpoint = Checkpoint.find(model, gguf)
             if keep_gguf and checkpoint.gguf is None:
                 raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
@@ -136,7 +153,10 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
-            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | {"gpu": gpu})
+            others = {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | others)
+            # ``verify`` loads the model again.
+            exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
@@ -250,8 +270,8 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
         raise
     except (ExportError, errors.UsageError) as error:
         text = _in_options(str(error))
-        if "--dtype" in text and "xnnpack" in names and len(names) > 1:
-            text += "; xnnpack computes in float32, so export for it with a command of its own"
+        if "--dtype" in text and "--dtype float32" not in text and "xnnpack" in names:
+            text += "; xnnpack computes in float32, so for both give --dtype float32 and --cast-to-bf16"
         raise UsageError(text) from error
     except ExpectationError as error:
         first = next((each for each in error.report.outcomes if each.status == "missed"), None)
@@ -268,6 +288,7 @@ def _in_options(text: str) -> str:
     more = f" (and {len(others)} more)" if others else ""
     first = re.sub(r"(?:load the model with|convert it with) (.*torch\.)", r"give \1", first)
     first = re.sub(r"(?:dtype=torch\.|model\.to\(torch\.)(\w+)\)?", r"--dtype \1", first)
+    first = first.replace("cast_to_bf16=True", "cast_to_bf16")
     return _OPTION.sub(lambda match: "--" + match[0].replace("_", "-"), first) + more
 
 
@@ -290,12 +311,18 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         )
 
 
-def _check_dtype(dtype: str | None, names: tuple[str, ...]) -> None:
+def _check_dtype(dtype: str | None, options: "QuantizationOptions") -> None:
     known = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in known:
         raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
-    if dtype == "bfloat16" and "xnnpack" in names:
-        raise UsageError("--dtype bfloat16: xnnpack computes in float32; give --dtype float32, or leave xnnpack out")
+    if dtype == "bfloat16" and "xnnpack" in options.targets:
+        from et_cuda_passes.hf.support import casts_to_bf16
+
+        others = [] if options.cast_to_bf16 else [name for name in options.targets if casts_to_bf16(name)]
+        cast = f" and --cast-to-bf16, by which {' and '.join(others)} cast to bfloat16" if others else ""
+        raise UsageError(
+            f"--dtype bfloat16: xnnpack computes in float32; give --dtype float32{cast}, or leave xnnpack out"
+        )
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -319,7 +346,9 @@ def _print_report(report: Any) -> None:
     from et_cuda_passes.executorch.packed import read_report
 
     for quantization in report["quantization"]:
-        typer.echo(str(QuantizationReport.from_dict(quantization)))
+        found = QuantizationReport.from_dict(quantization)
+        found.warnings = list(map(_in_options, found.warnings))
+        typer.echo(str(found))
     for parts in report["targets"].values():
         texts: dict[str, list[str]] = {}
         for name, each in parts.items():

@@ -1,17 +1,20 @@
-"""``run``: runs a method of a CUDA-delegated .pte once, or measures its time."""
+"""``run``: runs a method of a CUDA-delegated .pte or a component of an export once, or measures its time."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors
-from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
+from et_cuda_passes.cli.console import RunError, Steps, UsageError, one_line
+from et_cuda_passes.cli.exporting import is_export
+from et_cuda_passes.cli.folder import load_component
+from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.method import check_inputs
 from et_cuda_passes.delegate.plan import Dynamism, Plan
@@ -21,69 +24,112 @@ _WARM_UPS = 5
 _FEWEST, _SECONDS = 20, 2.0
 
 
-class RunError(LoweringError):
-    """A program does not run, or its results are wrong; exits with 1."""
-
-
-def run(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda.")],
-    data: Annotated[
-        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the .ptd beside it.", show_default=False)
-    ] = None,
-    method: Annotated[str, typer.Option(metavar="NAME", help="The method to run.")] = "forward",
-    inputs: InputsPath = None,
-    random_seed: RandomSeed = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Execute the compiled library in MODEL, which can do anything that you can.")
-    ] = False,
-    benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
-    ] = False,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cuda, cuda:1, ...; or cpu for a library that is compiled for cpu.")
-    ] = "cuda",
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+def run_model(
+    model: Path,
+    data: Path | None,
+    method: str | None,
+    component: str | None,
+    target: str | None,
+    inputs: Path | None,
+    random_seed: int | None,
+    trust: bool,
+    benchmark: bool,
+    device: str | None,
 ) -> None:
-    """Run a method of MODEL and print a summary of each output.
-
-    Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
-    """
-    with handle_errors(debug):
-        check_one_source(inputs, random_seed)
-        given = None if inputs is None else tuple(read_inputs(inputs))
-        try:
-            program = Program(model, data, _device(device))
-            plan = program.plan(method)
-            arguments = _random(plan, random_seed or 0) if given is None else _with_constants(plan, given)
-            check_inputs(plan, arguments, f"method {method!r}")
-        except DelegateError as error:
-            raise ModelError(str(error)) from error
-        if not trust:
+    """The command ``run``: its options are described there."""
+    check_one_source(inputs, random_seed)
+    if is_export(model):
+        if data or method or device:
             raise UsageError(
-                f"{model} contains a compiled library, and running it executes code of its author. It was not "
-                "executed; give --trust if you trust the source of the file"
+                f"{model} is an export: --component and --target choose what runs; leave --data, --method and "
+                "--device out"
             )
+        _run_component(model, component, target, inputs, random_seed, trust, benchmark)
+        return
+    if component or target:
+        raise UsageError(f"--component and --target are for the folder of an export, and {model} is none")
+    _run_method(model, data, method or "forward", inputs, random_seed, trust, benchmark, _device(device or "cuda"))
+
+
+def _run_component(
+    folder: Path,
+    name: str | None,
+    target: str | None,
+    inputs: Path | None,
+    seed: int | None,
+    trust: bool,
+    benchmark: bool,
+) -> None:
+    with Steps() as step:
+        step(f"loading {folder}")
+        name, runner, leaves = load_component(folder, name, target, inputs, seed, trust)
+        step(f"running {name} for {runner.target}")
         try:
-            with Steps() as step:
-                step(f"loading {method} of {model}")
-                loaded = program.method(method)
-                step("running")
-                outputs = loaded(*arguments)
-                _wait(program.device)
-                if benchmark:
-                    step("timing")
-                    times = _timed(lambda: loaded(*arguments), program.device)
-        except DelegateError as error:
-            raise RunError(str(error)) from error
-        for index, output in enumerate(outputs):
-            typer.echo(f"output {index}: {_described(output)}")
-        if benchmark:
-            slow = statistics.quantiles(times, n=10)[-1]
-            middle, least, most = (seconds * 1e6 for seconds in (statistics.median(times), min(times), slow))
-            typer.echo(
-                f"{method}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
-                f"({len(times)} runs to completion, after {_WARM_UPS} warm-up runs)"
-            )
+            outputs = tree_leaves(runner.run([leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]))
+            _wait(runner.device)
+            if benchmark:
+                step("timing")
+                # The count of tokens in a cache would grow with each run.
+                fresh = [isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in leaves]
+                times = _timed(
+                    lambda: runner.run(
+                        [leaf.clone() if again else leaf for leaf, again in zip(leaves, fresh, strict=True)]
+                    ),
+                    runner.device,
+                )
+        except Exception as error:  # runtimes raise many kinds
+            raise RunError(f"{name} of {folder} for {runner.target} does not run: {one_line(error)}") from error
+    _print(outputs, name, times if benchmark else None)
+
+
+def _run_method(
+    model: Path,
+    data: Path | None,
+    method: str,
+    inputs: Path | None,
+    seed: int | None,
+    trust: bool,
+    benchmark: bool,
+    device: torch.device,
+) -> None:
+    given = None if inputs is None else tuple(read_inputs(inputs))
+    try:
+        program = Program(model, data, device)
+        plan = program.plan(method)
+        arguments = _random(plan, seed or 0) if given is None else _with_constants(plan, given)
+        check_inputs(plan, arguments, f"method {method!r}")
+    except DelegateError as error:
+        raise ModelError(str(error)) from error
+    if not trust:
+        raise UsageError(
+            f"{model} contains a compiled library, and running it executes code of its author. It was not "
+            "executed; give --trust if you trust the source of the file"
+        )
+    try:
+        with Steps() as step:
+            step(f"loading {method} of {model}")
+            loaded = program.method(method)
+            step("running")
+            outputs = loaded(*arguments)
+            _wait(program.device)
+            if benchmark:
+                step("timing")
+                times = _timed(lambda: loaded(*arguments), program.device)
+    except DelegateError as error:
+        raise RunError(str(error)) from error
+    _print(outputs, method, times if benchmark else None)
+
+
+def _print(outputs: Iterable[Any], name: str, times: list[float] | None) -> None:
+    for index, output in enumerate(outputs):
+        typer.echo(f"output {index}: {_described(output)}")
+    if times is not None:
+        slow = statistics.quantiles(times, n=10)[-1]
+        middle, least, most = (seconds * 1e6 for seconds in (statistics.median(times), min(times), slow))
+        typer.echo(
+            f"{name}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
+            f"({len(times)} runs to completion, after {_WARM_UPS} warm-up runs)"
+        )
 
 
 def _device(text: str) -> torch.device:

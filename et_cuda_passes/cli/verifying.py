@@ -1,8 +1,10 @@
-"""``verify``: compares a program lowered for a target with the original in eager."""
+"""``verify``: compares a program lowered for a target, or an export, with the original in eager."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -12,96 +14,110 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.compare import compare
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
-from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
-from et_cuda_passes.cli.running import RunError
+from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line
+from et_cuda_passes.cli.exporting import is_export
+from et_cuda_passes.cli.folder import Folder, Verification
+from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
 from et_cuda_passes.executorch.lower import lower, missing_requirement
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
+from et_cuda_passes.hf.artifact import ExportError
+from et_cuda_passes.hf.checkpoint import Checkpoint
 from et_cuda_passes.quant.activations import quantizes_activations
 from et_cuda_passes.targets import get_target
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def verify(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")],
-    target: Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(EXECUTABLE)}.")],
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Largest relative error of an output. The default depends on its dtype: 2^-5 for bfloat16, 2^-8 for "
-            "float16, 2^-13 for float32, at least 2^-6 with 8-bit activations; integers must be equal.",
-            show_default=False,
-        ),
-    ] = None,
-    inputs: InputsPath = None,
-    random_seed: RandomSeed = None,
-    trust: Annotated[
-        bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+def verify_model(
+    model: Path,
+    target: str | None,
+    component: str | None,
+    original: str | None,
+    gguf: Path | None,
+    tolerance: float | None,
+    inputs: Path | None,
+    random_seed: int | None,
+    trust: bool,
 ) -> None:
-    """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
+    """The command ``verify``: its options are described there."""
+    if tolerance is not None and not tolerance >= 0:
+        raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
+    check_one_source(inputs, random_seed)
+    if is_export(model):
+        with _refused_checkpoint():
+            checkpoint = None if original is None else Checkpoint.find(original, gguf)
+        if gguf is not None and original is None:
+            raise UsageError("--gguf has the weights of --model: give both")
+        folder = Folder.read(model, "verifying an export")
+        Verification(folder, component, target, checkpoint, tolerance, inputs, random_seed or 0, trust).run()
+        return
+    if component or original or gguf:
+        raise UsageError(f"--component, --model and --gguf are for the folder of an export, and {model} is none")
+    if target is None:
+        raise UsageError(f"--target is missing: give one of {', '.join(EXECUTABLE)}")
+    _check_target(target)
+    _verify_program(model, target, tolerance, inputs, random_seed, trust)
 
-    Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
-    have the same shapes; integers stay in their range.
-    """
-    with handle_errors(debug):
-        _check_target(target)
-        if tolerance is not None and not tolerance >= 0:
-            raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
-        check_one_source(inputs, random_seed)
-        given = None if inputs is None else read_inputs(inputs)
-        if lacking := missing_requirement(target):
-            raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
-        with Steps() as step:
-            step(f"loading {model}")
-            loaded = load_model(model, target, trust)
-            program = loaded.program
-            args, kwargs = _arguments(program, given, random_seed)
-            step("running the original in eager")
-            wanted = _eager(program, args, kwargs)
-            report = loaded.report
-            if report is None:
-                step(f"rewriting for {target}")
-                program, report = ecp.rewrite(program, target)
-            with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
-                try:
-                    files = lower(program, target, Path(folder), "model", step)
-                except Exception as error:
-                    raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
-                step("running it lowered")
-                try:
-                    got = execute(target, files, args, kwargs)
-                except Exception as error:
-                    raise RunError(f"{model} lowered for {target} does not run: {one_line(error)}") from error
-        if loaded.packed:
-            typer.echo("MODEL is packed already: the lowered program is compared with the packed one")
-        if len(got) != len(wanted):
-            raise RunError(f"{model} lowered for {target} has {len(got)} outputs, the original has {len(wanted)}")
-        # A difference in the last bit can move a quantized activation by a whole step.
-        quantized = quantizes_activations(program)
-        pairs = enumerate(zip(got, wanted, strict=True))
-        compared = [compare(index, mine, theirs, tolerance, quantized) for index, (mine, theirs) in pairs]
-        for comparison in compared:
-            typer.echo(str(comparison))
-        relative, largest = (
-            max((getattr(one, name) for one in compared), default=0.0) for name in ("relative", "largest")
-        )
-        summary = f"largest relative error {relative:.2e}, largest error {largest:.2e}"
-        if wrong := sum(not comparison.holds for comparison in compared):
-            raise RunError(f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}")
-        typer.echo(f"verdict: {model} lowered for {target} agrees with the original; {summary}")
+
+@contextmanager
+def _refused_checkpoint() -> Iterator[None]:
+    try:
+        yield
+    except ExportError as error:
+        raise UsageError(f"--model: {error}") from error
+
+
+def _verify_program(
+    model: Path, target: str, tolerance: float | None, inputs: Path | None, random_seed: int | None, trust: bool
+) -> None:
+    given = None if inputs is None else read_inputs(inputs)
+    if lacking := missing_requirement(target):
+        raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
+    with Steps() as step:
+        step(f"loading {model}")
+        loaded = load_model(model, target, trust)
+        program = loaded.program
+        args, kwargs = _arguments(program, given, random_seed)
+        step("running the original in eager")
+        wanted = _eager(program, args, kwargs)
+        report = loaded.report
+        if report is None:
+            step(f"rewriting for {target}")
+            program, report = ecp.rewrite(program, target)
+        with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
+            try:
+                files = lower(program, target, Path(folder), "model", step)
+            except Exception as error:
+                raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
+            step("running it lowered")
+            try:
+                got = execute(get_target(target).lowering, files, args, kwargs)
+            except Exception as error:
+                raise RunError(f"{model} lowered for {target} does not run: {one_line(error)}") from error
+    if loaded.packed:
+        typer.echo("MODEL is packed already: the lowered program is compared with the packed one")
+    if len(got) != len(wanted):
+        raise RunError(f"{model} lowered for {target} has {len(got)} outputs, the original has {len(wanted)}")
+    # A difference in the last bit can move a quantized activation by a whole step.
+    quantized = quantizes_activations(program)
+    pairs = enumerate(zip(got, wanted, strict=True))
+    compared = [compare(index, mine, theirs, tolerance, quantized) for index, (mine, theirs) in pairs]
+    for comparison in compared:
+        typer.echo(str(comparison))
+    relative, largest = (max((getattr(one, name) for one in compared), default=0.0) for name in ("relative", "largest"))
+    summary = f"largest relative error {relative:.2e}, largest error {largest:.2e}"
+    if wrong := sum(not comparison.holds for comparison in compared):
+        raise RunError(f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}")
+    typer.echo(f"verdict: {model} lowered for {target} agrees with the original; {summary}")
 
 
 def _check_target(target: str) -> None:
     try:
-        get_target(target)
+        chosen = get_target(target)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if target not in EXECUTABLE:
+    if chosen.partitioner is not None or chosen.lowering not in EXECUTABLE:
         raise UsageError(f"programs for {target} do not run from Python: verify supports {', '.join(EXECUTABLE)}")
 
 

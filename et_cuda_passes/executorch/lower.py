@@ -1,12 +1,15 @@
 """Lowers a rewritten program to the files of its target: a .pte with its .ptd, or an AOTInductor package."""
 
 import errno
+import fcntl
 import gc
 import os
 import platform
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +18,9 @@ from typing import Any
 import torch
 from torch._inductor import config as inductor
 from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
 
+from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
 from et_cuda_passes.targets.gpu import gpu_named_in
@@ -145,29 +150,64 @@ def missing_requirement(name: str | Target, gpu: str | None = None) -> str | Non
 
 
 @contextmanager
-def atomic_output(folder: Path, last: str | None = None) -> Iterator[Path]:
+def atomic_output(folder: Path) -> Iterator[Path]:
     """A temporary folder whose files move into ``folder`` when the block ends; after an error, none does.
-
-    It is inside ``folder``, so that the move is a rename and never leaves a partial file under its final name. The file
-    called ``last`` moves after all others.
 
     Raises:
         IsADirectoryError: a file would have the name of a directory.
     """
+    with staging_folder(folder) as staging:
+        yield staging
+        with uninterrupted(folder):
+            move_files(staging, folder)
+
+
+@contextmanager
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside ``folder``, so that a move from one to the other is a rename."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-        staging = Path(name)
-        yield staging
-        paths = sorted(
-            (path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path)
-        )
-        files = {path: folder / path.relative_to(staging) for path in paths}
-        for file in files.values():
-            if file.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
-        for path, file in files.items():
-            file.parent.mkdir(exist_ok=True)
-            os.replace(path, file)
+        yield Path(name)
+
+
+def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
+    """Move the files of one folder, and of its subfolders, into another; the file called ``last`` after all others.
+
+    Raises:
+        IsADirectoryError: a file would have the name of a directory.
+    """
+    paths = sorted((path for path in staging.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
+    files = {path: folder / path.relative_to(staging) for path in paths}
+    for file in files.values():
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
+    for path, file in files.items():
+        file.parent.mkdir(exist_ok=True)
+        os.replace(path, file)
+
+
+@contextmanager
+def uninterrupted(folder: Path) -> Iterator[None]:
+    """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
+    received: list[int] = []
+    former: dict[int, Any] = {}
+    # A handler runs in the main thread, and only there it can be set.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not None:
+                former[number] = signal.signal(number, lambda number, frame: received.append(number))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # A file system that has no locks has no other process to wait for, as far as this one can know.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    for number in received:
+        signal.raise_signal(number)
 
 
 @contextmanager
@@ -253,6 +293,8 @@ def _executorch(
             partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
             **(options or {}),
         )
+        for name, program in methods.items():
+            _check_sizes_stay_dynamic(name, program, edge.exported_program(name))
         progress("serializing")
         lowered = edge.to_executorch()
     with open(folder / f"{stem}.pte", "wb") as file:
@@ -263,6 +305,56 @@ def _executorch(
     data = sorted(folder.glob("*.ptd"))
     for path in data:
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: ExportedProgram) -> None:
+    """Refuse a lowering that made a dynamic size of an input a constant, or its largest value smaller.
+
+    ExecuTorch's passes interpret the program. One that compares a size with a number guards on the size that the
+    program was exported with, and reports nothing. The .pte then fails for each other size when it runs.
+
+    Raises:
+        UsageError: there is such a size.
+    """
+    values, lowered = ({node.name: node.meta.get("val") for node in program.graph.nodes} for program in (before, after))
+    pairs = zip(before.graph_signature.user_inputs, after.graph_signature.user_inputs, strict=True)
+    for name, other in ((name, other) for name, other in pairs if isinstance(values.get(name), torch.Tensor)):
+        for axis, (size, now) in enumerate(zip(values[name].shape, lowered[other].shape, strict=True)):
+            if isinstance(size, int) or _largest(now) >= _largest(size):
+                continue
+            largest = _largest(size)
+            exported = "any size" if largest is int_oo else f"sizes up to {largest}"
+            raise UsageError(
+                f"{method}: ExecuTorch's lowering limits axis {axis} of {name} to {_largest(now)}, and it was exported "
+                f"for {exported}{_guarded_at(now, after)}: export the model with fixed sizes "
+                "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
+            )
+
+
+def _largest(size: int | torch.SymInt) -> Any:
+    """The largest value of a size."""
+    if isinstance(size, int):
+        return size
+    return size.node.shape_env.bound_sympy(size.node.expr).upper
+
+
+def _guarded_at(size: int | torch.SymInt, program: ExportedProgram) -> str:
+    """The operator whose size a guard compares with a number, and the code that guards; empty if it is not known."""
+    if isinstance(size, int):
+        return ""
+    guards = (guard for guard in size.node.shape_env.guards if any(each.is_number for each in guard.expr.args))
+    guard = next((guard for guard in guards if guard.expr.free_symbols & size.node._expr.free_symbols), None)
+    if guard is None:
+        return ""
+    found = (node for node in program.graph.nodes if node.op == "call_function" and _has_size(node, guard.expr.args))
+    where = f" for {node.name}" if (node := next(found, None)) else ""
+    return f", because it assumes {guard.expr}{where} (at {str(guard.sloc).strip('()')})"
+
+
+def _has_size(node: torch.fx.Node, expressions: tuple[Any, ...]) -> bool:
+    """Whether the value of the node has a size that is one of ``expressions``."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return any(isinstance(size, torch.SymInt) and size.node._expr in expressions for size in shape)
 
 
 def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:

@@ -4,13 +4,15 @@ The components of one model share files: they are the methods of one .pte. So a 
 that names the files beside it.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._sympy.numbers import int_oo
 
+if TYPE_CHECKING:
+    from transformers.exporters.metadata import ExportMetadata
+
 SUFFIX = ".etcp.json"
-_SCHEMA = 1
+_SCHEMA = 2
+"""1 had the sizes of the files, and 2 has their checksums too."""
 MANIFEST = "export.json"
 """The manifest of an export: ``EXPORT_MANIFEST_FILE`` of transformers.exporters.base."""
 
@@ -62,7 +68,7 @@ class Signature:
         """The signature of an exported program."""
         values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
         inputs: list[Input] = []
-        symbols: set[int | str] = set()
+        symbols: set[str] = set()
         for spec in program.graph_signature.input_specs:
             if spec.kind != InputKind.USER_INPUT:
                 continue
@@ -74,7 +80,12 @@ class Signature:
             if not _is_dense(value):
                 raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
             shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
-            symbols.update(shape)
+            symbols.update(
+                str(symbol)
+                for size in value.shape
+                if not isinstance(size, int)
+                for symbol in size.node.expr.free_symbols
+            )
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
         ranges: dict[str, tuple[int, int | None]] = {
             str(symbol): (int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper))
@@ -160,10 +171,27 @@ class Build:
     Attributes:
         files: the files; several components may share them.
         missing: None, or what the exporting machine lacked; then the only file is the component's packed program.
+        recorded: the SHA-256 of each file by its name, as the export recorded it; None for files that no export has
+            recorded yet, and for an export that has no checksums.
     """
 
     files: tuple[Path, ...]
     missing: str | None = None
+    recorded: Mapping[str, str] | None = None
+
+    @cached_property
+    def checksums(self) -> Mapping[str, str]:
+        """The SHA-256 of each file by its name: the recorded ones, so that a copy of a damaged file is damaged too."""
+        return self.recorded or {file.name: sha256(file) for file in self.files}
+
+    def check(self) -> None:
+        """Check that the files are those that the export wrote. This reads them: a second takes 0.4 to 1.4 GB.
+
+        Raises:
+            ExportError: a file has other content.
+        """
+        for name, checksum in (self.recorded or {}).items():
+            check_content(next(file for file in self.files if file.name == name), checksum)
 
 
 @dataclass
@@ -176,6 +204,8 @@ class Component:
         signature: what a call must look like.
         builds: by target, in the order of the config's targets.
         report: of the rewrite, by target, as data.
+        interface: the checksum of what the manifest says about calls of the component; None for an export that has no
+            checksums.
         folder: keeps the folder of files that were not saved yet.
     """
 
@@ -184,6 +214,7 @@ class Component:
     signature: Signature
     builds: dict[str, Build]
     report: dict[str, Any] = field(default_factory=dict)
+    interface: str | None = None
     folder: TemporaryDirectory[str] | None = None
 
     def save(self, path: Path) -> None:
@@ -198,12 +229,20 @@ class Component:
 
     def write(self, path: Path) -> None:
         """Write the JSON file ``path`` alone."""
+
+        def described(build: Build, file: Path) -> dict[str, Any]:
+            return {"size": file.stat().st_size, "sha256": build.checksums[file.name]}
+
         data = {
             "schema": _SCHEMA,
             "name": self.name,
             "method": self.method,
+            "interface": self.interface,
             "targets": {
-                target: {"files": {file.name: file.stat().st_size for file in build.files}, "missing": build.missing}
+                target: {
+                    "files": {file.name: described(build, file) for file in build.files},
+                    "missing": build.missing,
+                }
                 for target, build in self.builds.items()
             },
             "inputs": [
@@ -234,12 +273,12 @@ class Component:
                 str(name): (int(low), None if high is None else int(high))
                 for name, (low, high) in data["ranges"].items()
             }
-            sizes = {
-                target: {str(name): int(size) for name, size in build["files"].items()}
+            files = {
+                target: {str(name): _recorded(each) for name, each in build["files"].items()}
                 for target, build in data["targets"].items()
             }
             missing = {target: build["missing"] for target, build in data["targets"].items()}
-            name, method = str(data["name"]), str(data["method"])
+            name, method, interface = str(data["name"]), str(data["method"]), data.get("interface")
         except OSError as error:
             raise ExportError(f"{path} cannot be read: {error.strerror}") from error
         except ExportError:
@@ -247,10 +286,37 @@ class Component:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ExportError(f"{path} is damaged, or not a component of an export: export the model again") from error
         builds = {
-            target: Build(tuple(_file(path, name, size) for name, size in files.items()), missing[target])
-            for target, files in sizes.items()
+            target: Build(
+                tuple(_file(path, name, size) for name, (size, _) in listed.items()),
+                missing[target],
+                {name: checksum for name, (_, checksum) in listed.items() if checksum} or None,
+            )
+            for target, listed in files.items()
         }
-        return Component(name, method, Signature(inputs, ranges), builds)
+        return Component(name, method, Signature(inputs, ranges), builds, interface=interface)
+
+    def check_interface(self, metadata: "ExportMetadata") -> None:
+        """Check that the entry of the manifest and this component are of one export.
+
+        Raises:
+            ExportError: not so.
+        """
+        if self.interface not in (None, interface_of(metadata)):
+            raise ExportError(
+                f"{MANIFEST} and {self.name}{SUFFIX} are of different exports, or one is damaged: copy the whole "
+                "folder again, or export the model again"
+            )
+
+
+def interface_of(metadata: "ExportMetadata") -> str:
+    """The checksum of how a component is called, and of what it returns."""
+    parts = (metadata.in_spec, metadata.out_spec, metadata.in_constants, metadata.out_constants)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _recorded(data: Any) -> tuple[int, str | None]:
+    """The size and the checksum of a file; schema 1 has the size alone."""
+    return (int(data["size"]), str(data["sha256"])) if isinstance(data, dict) else (int(data), None)
 
 
 def _input(data: Mapping[str, Any]) -> Input:
@@ -278,6 +344,25 @@ def _file(path: Path, name: str, size: int) -> Path:
             f"{file} has {found} bytes, and {path.name} says {size}: copy the whole folder again, or export again"
         )
     return file
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_content(file: Path, checksum: str) -> None:
+    """Check the SHA-256 of a file of an export.
+
+    Raises:
+        ExportError: the file is another one, or is damaged.
+    """
+    if sha256(file) != checksum:
+        raise ExportError(
+            f"{file} is not the file that the export wrote: it is damaged, or of another export; copy the whole folder "
+            "again, or export the model again"
+        )
 
 
 def refuse_existing(folder: Path, names: list[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,8 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer, StaticSlid
 from transformers.exporters.exporter_dynamo import get_auto_dynamic_shapes
 from transformers.exporters.utils import decompose_for_generation, is_multimodal, prepare_for_export
 from transformers.utils import ModelOutput
+
+from et_cuda_passes.hf.artifact import ExportError
 
 Inputs = MutableMapping[str, Any]
 """The kwargs of a forward."""
@@ -226,6 +229,63 @@ def _static(shapes: Any) -> Any:
     if isinstance(shapes, dict):
         return {name: _static(each) for name, each in shapes.items() if not isinstance(name, int)}
     return type(shapes)(map(_static, shapes)) if isinstance(shapes, (list, tuple)) else None
+
+
+def longest_text(config: Any, inputs: Inputs, text_length: int | None) -> float:
+    """The largest number of tokens that a component can be run with; infinity if nothing limits it."""
+    layers = getattr(inputs.get("past_key_values"), "layers", ())
+    if lengths := [layer.max_cache_len for layer in layers if isinstance(layer, StaticLayer)]:
+        return int(max(lengths))
+    if config.dynamic:
+        return math.inf if config.max_length is None else int(config.max_length)
+    return text_length or 0
+
+
+def check_rope(model: nn.Module, longest: float, name: str) -> None:
+    """Check that ``model`` computes the same rotary positions for every text of up to ``longest`` tokens.
+
+    With the type "dynamic" (NTK) transformers computes other frequencies when a text is longer than the positions of
+    the model. A program cannot do that.
+
+    Raises:
+        ExportError: it does not.
+    """
+    for module in model.modules():
+        limit = int(getattr(module, "original_max_seq_len", 0))
+        if _dynamic_ropes(module) and longest > limit:
+            given = "texts of any length" if longest == math.inf else f"{longest} tokens"
+            raise ExportError(
+                f"{name}: beyond {limit} tokens the model computes its rotary positions with other frequencies "
+                f"(rope_type dynamic), which an export cannot do, and this one is for {given}: give at most {limit} "
+                "tokens as max_length, and as max_cache_len of a static cache"
+            )
+
+
+def stop_dynamic_rope(model: nn.Module) -> None:
+    """Fix, in place, the frequencies of rotary positions to those of texts that :func:`check_rope` accepts."""
+    for module in model.modules():
+        ropes = _dynamic_ropes(module)
+        for prefix in ropes:
+            # A longer text, which the model had before, leaves others.
+            setattr(
+                module,
+                f"{prefix}inv_freq",
+                nn.Buffer(getattr(module, f"{prefix}original_inv_freq").clone(), persistent=False),
+            )
+        if ropes:
+            types = {layer: "default" if "dynamic" in kind else kind for layer, kind in _rope_types(module).items()}
+            vars(module)["rope_type"] = types.get("", types)
+
+
+def _dynamic_ropes(module: nn.Module) -> list[str]:
+    """The prefixes of the attributes of each set of rotary frequencies that depends on the length."""
+    return [f"{layer}_" if layer else "" for layer, kind in _rope_types(module).items() if "dynamic" in kind]
+
+
+def _rope_types(module: nn.Module) -> dict[str, str]:
+    """The types of rotary positions of a module of transformers by type of layer; "" stands for all layers."""
+    found = getattr(module, "rope_type", None)
+    return {"": found} if isinstance(found, str) else dict(found) if isinstance(found, dict) else {}
 
 
 def fqn_in(root: nn.Module, module: nn.Module) -> str | None:

@@ -6,11 +6,10 @@ from typing import Any
 from transformers.exporters.configs import DynamoConfig
 
 from et_cuda_passes.hf.artifact import ExportError
-from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, split_targets
+from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only, split_targets
 from et_cuda_passes.kernels.gpus import gpu_arch
 
 FORMAT = "et_cuda_passes"
-XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 
 
 @dataclass
@@ -50,6 +49,7 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     algorithm: str = "hqq"
     recipe: Any = None
     group_size_fallback: str = "adjust"
+    cast_to_bf16: bool = False
     max_length: int | None = None
     xnnpack_weight_only: str = "fold"
     gpu: str | None = None
@@ -57,16 +57,7 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     def __post_init__(self) -> None:
         if not self.targets:
             raise ExportError("EtConfig needs a target, such as target='cpu' or target='cuda,xnnpack'")
-        if self.xnnpack_weight_only not in XNNPACK_WEIGHT_ONLY:
-            raise ExportError(
-                f"xnnpack_weight_only={self.xnnpack_weight_only!r} is unknown; "
-                f"choose {' or '.join(XNNPACK_WEIGHT_ONLY)}"
-            )
-        if self.xnnpack_weight_only != "fold" and "xnnpack" not in self.targets:
-            raise ExportError(
-                f"xnnpack_weight_only={self.xnnpack_weight_only!r} changes programs for xnnpack, and the target is "
-                f"{', '.join(self.targets)}: add xnnpack to the target, or leave the option out"
-            )
+        check_weight_only(self.xnnpack_weight_only, self.targets)
         if self.gpu is not None:
             if "cuda" not in self.targets:
                 raise ExportError(
@@ -91,6 +82,12 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
         """Whether anything is to be quantized."""
         schemes = (self.qlinear, self.qembedding, self.qlinear_encoder, self.qembedding_encoder, self.recipe)
         return any(scheme is not None for scheme in schemes)
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether a program may quantize activations while it runs."""
+        dynamic = any(scheme.dynamic for scheme, _ in self.options.schemes().values())
+        return dynamic or self.xnnpack_weight_only == "dynamic-activation"
 
 
 def config_of(config: EtConfig | dict[str, Any]) -> EtConfig:

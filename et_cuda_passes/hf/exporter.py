@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.exporters import ExportedModel as _ExportedModel
 from transformers.exporters import register_backend
@@ -33,6 +34,9 @@ from et_cuda_passes.executorch.lower import (
     lower,
     lowering_steps,
     missing_requirement,
+    move_files,
+    staging_folder,
+    uninterrupted,
 )
 from et_cuda_passes.executorch.packed import load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
@@ -44,14 +48,18 @@ from et_cuda_passes.hf.artifact import (
     ExportError,
     Signature,
     files_of_export,
+    interface_of,
     refuse_existing,
 )
 from et_cuda_passes.hf.components import (
     Inputs,
+    check_rope,
     contiguous,
     dynamic_lengths,
     fqn_in,
+    longest_text,
     split_model,
+    stop_dynamic_rope,
     structural_copy,
     text_length_of,
     with_fqns_of_root,
@@ -60,7 +68,9 @@ from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
 from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
+from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
@@ -109,7 +119,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
         if not overwrite:
             refuse_existing(folder, [EXPORT_MANIFEST_FILE])
         entries = {}
-        with atomic_output(folder, last=EXPORT_MANIFEST_FILE) as staging:
+        with staging_folder(folder) as staging:
             for name, component in self.components.items():
                 file = f"{name}{SUFFIX}"
                 component.program.save(staging / file)
@@ -126,13 +136,15 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             }
             for file, data in ((EXPORT_MANIFEST_FILE, manifest), (REPORT_FILE, self.report)):
                 (staging / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-            if not overwrite:
-                refuse_existing(folder, [path.name for path in staging.iterdir()])
             new = {path.relative_to(staging) for path in staging.rglob("*")}
-            # Everything is written by now. A folder without a manifest is no export, should the moves be interrupted.
-            for stale in files_of_export(folder):
-                if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
-                    stale.unlink()
+            with uninterrupted(folder):
+                if not overwrite:
+                    refuse_existing(folder, [path.name for path in staging.iterdir()])
+                # Everything is written by now. A folder without a manifest is no export, should the machine stop here.
+                for stale in files_of_export(folder):
+                    if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
+                        stale.unlink()
+                move_files(staging, folder, last=EXPORT_MANIFEST_FILE)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
@@ -276,9 +288,10 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             ExportError: the model reads a quantized weight in a way that torchao cannot trace.
             RuntimeError: transformers cannot trace a part.
         """
-        for name, (module, _) in parts.items():
+        for name, (module, inputs) in parts.items():
             _check_dtypes(module, configs[name], name)
-        copies = _Quantized(root, self._progress)
+            check_rope(module, longest_text(configs[name], inputs, text_length), name)
+        copies = QuantizedModel(root, self._progress)
         programs: dict[str, ExportedProgram] = {}
         metadata: dict[str, ExportMetadata] = {}
         for name, (module, inputs) in parts.items():
@@ -298,7 +311,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 raise RuntimeError(
                     f"transformers cannot export {name} ({type(module).__name__}): {type(error).__name__}: {error}"
                 ) from error
-            metadata[name].export_config = json.loads(configs[name].to_json_string())
+            # The export contains the recipe, and not the name of a file elsewhere.
+            recorded = replace(configs[name], recipe=configs[name].options.to_dict()["recipe"])
+            metadata[name].export_config = json.loads(recorded.to_json_string())
             metadata[name].packages["et_cuda_passes"] = version("et-cuda-passes")
             programs[name] = with_fqns_of_root(program, fqn, name if len(parts) > 1 else "")
         return Traced(programs, metadata, copies.reports())
@@ -314,6 +329,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         self._planned(_steps(parts, configs))
         traced = self.trace(parts, configs, root, text_length)
         components = self._lower(traced.programs, configs)
+        for name, component in components.items():
+            component.interface = interface_of(traced.metadata[name])
         return ExportedModel(
             {name: ExportedComponent(each, traced.metadata[name]) for name, each in components.items()},
             self.export_format,
@@ -355,6 +372,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                         pool=pool,
                         gpu=configs[name].gpu if target == "cuda" else None,
                     )
+                    if target == "cuda":
+                        _check_attention(name, rewritten[name])
             builds = self._build(rewritten, reports, target, Path(folder.name), alone)
             for name in rewritten:
                 components[name].builds[target] = builds[name]
@@ -428,37 +447,41 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
         ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
     """
     folder = Path(folder)
-    components, specs = read_export(folder)
+    components, metadata = read_export(folder)
     targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
     added: list[Path] = []
     for target in sorted(targets if only is None else targets & {only}):
         if lacking := missing_requirement(target):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         unfinished = {name: each for name, each in components.items() if target in each.builds}
+        if any(each.builds[target].missing is None for each in unfinished.values()):
+            raise ExportError(f"{folder} is finished for {target} in part, by a process that was killed: export again")
         programs = {}
-        for spec in specs:
-            register_treespec_types(spec)
+        for each in metadata.values():
+            for spec in (each.in_spec, each.out_spec):
+                register_treespec_types(spec)
         for name, component in unfinished.items():
             progress(f"reading {name} for {target}")
+            component.builds[target].check()
             programs[component.method] = load_model(component.builds[target].files[0], target).program
         if lacking := missing_requirement(target, gpu_of_methods(programs)):
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         packed = [component.builds[target].files[0] for component in unfinished.values()]
+        # These come first: until the components name them, nothing reads them.
+        files = lower(programs, target, folder, f"model.{target}", partial(_with_target, progress, target))
+        build = Build(tuple(files))
         with atomic_output(folder) as staging:
-            files = lower(programs, target, staging, f"model.{target}", partial(_with_target, progress, target))
             for name, component in unfinished.items():
-                component.builds[target] = Build(tuple(files))
+                component.builds[target] = build
                 component.write(staging / f"{name}{SUFFIX}")
-        added += [folder / file.name for file in files]
-        for component in unfinished.values():
-            component.builds[target] = Build(tuple(added))
+        added += files
         for path in packed:
             path.unlink()
     return added
 
 
-def read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
-    """The components of an export, and the pytree specs of their inputs and outputs.
+def read_export(folder: Path) -> tuple[dict[str, Component], dict[str, ExportMetadata]]:
+    """The components of an export, and what transformers recorded about each.
 
     Raises:
         ExportError: the folder is no export of this format, or a file is missing or damaged.
@@ -468,16 +491,18 @@ def read_export(folder: Path) -> tuple[dict[str, Component], list[str]]:
         if manifest["export_format"] != FORMAT:
             raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
         entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
-        metadata = [entry["metadata"] for entry in manifest["components"].values()]
-        specs = [each[kind] for each in metadata for kind in ("in_spec", "out_spec") if each[kind] is not None]
+        metadata = {name: ExportMetadata.from_dict(entry["metadata"]) for name, entry in manifest["components"].items()}
     except OSError as error:
         raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
     except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ExportError(f"{folder / EXPORT_MANIFEST_FILE} is damaged: export the model again") from error
-    return {name: Component.load(path) for name, path in entries.items()}, specs
+    components = {name: Component.load(path) for name, path in entries.items()}
+    for name, component in components.items():
+        component.check_interface(metadata[name])
+    return components, metadata
 
 
-class _Quantized:
+class QuantizedModel:
     """The root model, quantized once for each quantization that a config asks for."""
 
     def __init__(self, root: nn.Module, progress: Progress) -> None:
@@ -503,6 +528,7 @@ class _Quantized:
     def _prepared(self, module: nn.Module, config: EtConfig) -> tuple[nn.Module, Any]:
         model = structural_copy(module)
         model.eval()
+        stop_dynamic_rope(model)
         # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
         if (
             "xnnpack" in config.targets
@@ -534,9 +560,23 @@ def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
     """Refuse before any work what XNNPACK refuses at the end of a lowering."""
     dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
     if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
+        others = [] if config.cast_to_bf16 else [target for target in config.targets if casts_to_bf16(target)]
+        cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
         raise ExportError(
-            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32, "
+            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32{cast}, "
             "or leave xnnpack out of the targets"
+        )
+
+
+def _check_attention(name: str, program: ExportedProgram) -> None:
+    """Refuse before the lowering an attention for which ExecuTorch's CUDA backend (executorch 1.5.1) has no kernel."""
+    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    nodes = (node for graph in graphs for node in graph.find_nodes(op="call_function", target=SDPA))
+    if node := next((node for node in nodes if node.args[0].meta["val"].dtype is not torch.bfloat16), None):
+        dtype = str(node.args[0].meta["val"].dtype).removeprefix("torch.")
+        raise ExportError(
+            f"{name}: the attention {node.name} is in {dtype}, and ExecuTorch's kernel for cuda computes in bfloat16: "
+            "load the model with dtype=torch.bfloat16, or give cast_to_bf16=True"
         )
 
 

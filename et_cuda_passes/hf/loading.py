@@ -20,7 +20,8 @@ from et_cuda_passes.hf.gguf_blocks import keep_blocks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 2048
 """The default length of a text, where the model allows more."""
-_TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+"""What models of text are traced with."""
 _RATE = 16000
 # Tasks that transformers no longer has a pipeline for, though it has the models.
 _SEQUENCE_TO_SEQUENCE = ("text2text-generation", "translation", "summarization")
@@ -298,7 +299,7 @@ def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
 
 def _text(config: Any, processor: Any, length: int) -> dict[str, Tensor]:
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids: list[int] = list(tokenizer(_TEXT)["input_ids"])[:length] if callable(tokenizer) else []
+    ids: list[int] = list(tokenizer(TEXT)["input_ids"])[:length] if callable(tokenizer) else []
     if len(ids) < 2:
         size = int(config.get_text_config().vocab_size)
         ids = [index % size for index in range(1, 1 + max(2, min(length, 12)))]

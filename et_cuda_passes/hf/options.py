@@ -17,6 +17,7 @@ from et_cuda_passes.hf.support import (
     SCHEMES,
     Scheme,
     Status,
+    casts_to_bf16,
     formats,
     instead,
     nearest,
@@ -28,6 +29,8 @@ from et_cuda_passes.hf.support import (
 from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import targets
 
+XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
+"""The ways to treat a 4-bit weight for xnnpack whose scheme does not quantize activations."""
 FALLBACKS = ("error", "skip", "adjust")
 """The ways to treat a layer whose in_features the group size does not divide."""
 DEFAULT_GROUP_SIZE = 32
@@ -61,6 +64,10 @@ class QuantizationOptions:
         group_size_fallback: what happens to a layer whose in_features the group size does not divide, or for whose
             group size a named target has no kernel. "adjust" uses the largest of 128, 64, 32 and 16 that fits, or else
             one scale per row. "skip" leaves the layer as it is. "error" refuses the model.
+        cast_to_bf16: activations of a dtype that a target's kernels lack, or in which they are slow, are cast to bf16
+            for these kernels and their results back, with the precision of bf16. cuda also casts attention. It is for
+            a model in float32 that is exported for xnnpack and for other targets at once, and does not change the
+            quantization.
 
     Raises:
         ValueError: an option has a value that no target accepts.
@@ -80,6 +87,7 @@ class QuantizationOptions:
     recipe: Recipe | Mapping[str, Any] | str | Path | None = None
     target: str | Sequence[str] | None = None
     group_size_fallback: str = "adjust"
+    cast_to_bf16: bool = False
 
     def __post_init__(self) -> None:
         for suffix in ("", "_encoder"):
@@ -226,12 +234,27 @@ def expected_counts(options: QuantizationOptions, target: str) -> dict[str, int]
 
 
 def passes_for(options: QuantizationOptions, target: str, encoder: bool = False) -> PassList:
-    """The target's pass list, in which the int4 linears use the kernel of the options' packing format.
+    """The target's pass list with the options' packing format and ``cast_to_bf16``.
 
     Raises:
         ValueError: the packing format is not one of the target's.
     """
-    return passes_with(target, options.packing_format(target, encoder))
+    return passes_with(target, options.packing_format(target, encoder), options.cast_to_bf16)
+
+
+def check_weight_only(choice: str, names: Sequence[str]) -> None:
+    """Check the option ``xnnpack_weight_only`` of an export for the targets ``names``.
+
+    Raises:
+        ValueError: it is unknown, or xnnpack is none of the targets.
+    """
+    if choice not in XNNPACK_WEIGHT_ONLY:
+        raise UsageError(f"xnnpack_weight_only={choice!r} is unknown; choose {' or '.join(XNNPACK_WEIGHT_ONLY)}")
+    if choice != "fold" and "xnnpack" not in names:
+        raise UsageError(
+            f"xnnpack_weight_only={choice!r} changes programs for xnnpack, and the target is {', '.join(names)}: add "
+            "xnnpack to the target, or leave the option out"
+        )
 
 
 def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | None = None) -> None:
@@ -245,6 +268,11 @@ def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | No
         ValueError: they do not; the message contains the nearest valid choices.
     """
     names = options.targets if target is None else split_targets(target)
+    if options.cast_to_bf16 and names and not any(map(casts_to_bf16, names)):
+        usable = " or ".join(filter(casts_to_bf16, targets()))
+        raise UsageError(
+            f"cast_to_bf16=True is for kernels of {usable}, and the target is {', '.join(names)}: leave it out"
+        )
     for place, (scheme, embedding) in options.schemes().items():
         kinds = (False, True) if embedding is None and scheme.name in FOR_EMBEDDINGS else (bool(embedding),)
         _check_promise(place, scheme, names)

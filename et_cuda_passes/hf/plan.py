@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 
 from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.hf.conv1d import is_conv1d
 from et_cuda_passes.hf.encoders import encoder_fqns
 from et_cuda_passes.hf.options import DEFAULT_GROUP_SIZE, QuantizationOptions
 from et_cuda_passes.hf.recipe import Entry, Recipe
@@ -79,6 +80,8 @@ def _layers(model: nn.Module) -> list[Layer]:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             kind = "linear" if isinstance(module, nn.Linear) else "embedding"
             found.append(Layer(fqns[0], module, module.weight, kind, encoder))
+        elif is_conv1d(module) and fqns[0]:
+            found.append(Layer(fqns[0], module, module.get_parameter("weight").t(), "linear", encoder))
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:
@@ -106,7 +109,7 @@ def _unquantizable(layer: Layer) -> str | None:
         return f"quantized before: its weight is a {type(weight).__name__}"
     if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight itself, past the linear"
-    if _reads_weight_itself(layer.module):
+    if not is_conv1d(layer.module) and _reads_weight_itself(layer.module):
         return f"{type(layer.module).__name__} reads this weight itself, and not as {_article(layer.kind)}"
     if weight.dtype not in _FLOATS:
         return f"a weight in {str(weight.dtype).removeprefix('torch.')}, which torchao does not quantize"
@@ -256,6 +259,8 @@ class Plan:
         unquantizable = next(filter(None, map(_unquantizable, group)), None)
         if unquantizable is not None:
             return Decision(None, reason=unquantizable)
+        if len(group) > 1 and any(is_conv1d(layer.module) for layer in group):
+            return Decision(None, reason="a weight of Conv1D that other modules share, which torchao does not quantize")
         encoder = all(layer.encoder for layer in group)
         embeddings, linears = (any(layer.kind == kind for layer in group) for kind in ("embedding", "linear"))
         table = options.embedding_scheme(encoder) if embeddings else None
@@ -318,7 +323,8 @@ class Plan:
 
         def works(dtype: torch.dtype | None) -> bool:
             """Whether the target has a rule, and the packing format if there is one."""
-            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype)
+            cast = self.options.cast_to_bf16
+            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=cast)
             return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
 
         if support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED:
@@ -331,6 +337,9 @@ class Plan:
         usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if works(each))
         kernel = f"kernel of {scheme.name}" if layout == AUTO else f"kernel of {scheme.name} in {layout}"
         text = f"{target} has no {kernel} for a model in {_dtype_name(dtype)}; convert it with {usable}"
+        found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=True)
+        if found.status is not Status.IMPOSSIBLE:
+            text += ", or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
         if target == scheme.promised or layout != AUTO:
             raise UsageError(text)
         self.warnings.append(text)

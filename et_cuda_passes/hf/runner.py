@@ -14,7 +14,7 @@ from transformers.exporters.runners.base import ModelRunner
 
 from et_cuda_passes.delegate.files import read_pte
 from et_cuda_passes.delegate.plan import read_plans
-from et_cuda_passes.hf.artifact import Component, ExportError
+from et_cuda_passes.hf.artifact import Build, Component, ExportError
 
 RUNNABLE = ("cuda", "cpu", "xnnpack")
 """The targets whose programs run in Python."""
@@ -42,6 +42,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
     def __init__(self, component: Component, metadata: ExportMetadata, target: str) -> None:
         super().__init__(metadata)
         self.component, self.target = component, target
+        component.check_interface(metadata)
         build = component.builds[target]
         if build.missing is not None:
             raise ExportError(
@@ -54,7 +55,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
         self.in_spec = load_treespec(metadata.in_spec)
         kwargs = self.in_spec.children()[1]
         self._names: tuple[str, ...] = tuple(kwargs.context)
-        self._loaded = _Loaded.of(target, build.files)
+        self._loaded = _Loaded.of(target, build)
         self._call = self._loaded.method(component.method)
 
     @property
@@ -91,7 +92,7 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
                     f"{program.name} has nothing to run on {device}: it was exported for {', '.join(program.builds)}"
                 )
         if target is None:
-            usable = [name for name in candidates if program.builds[name].missing is None and _runs_here(name)]
+            usable = [name for name in candidates if program.builds[name].missing is None and runs_here(name)]
             candidates = usable or candidates
         return cls(program, metadata, candidates[0])
 
@@ -107,9 +108,17 @@ class EtModelRunner(ModelRunner):  # type: ignore[misc]  # transformers is not f
             ExportError: an argument is missing, unknown, or not as the export fixed it.
         """
         leaves = self._flatten(kwargs)
-        self.component.signature.check(leaves, self.component.name)
         if not share_inputs:
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return self.run(leaves)
+
+    def run(self, leaves: list[Any]) -> Any:
+        """Run the component on the leaves of its inputs, in the order of the signature.
+
+        Raises:
+            ExportError: a leaf is not as the export fixed it.
+        """
+        self.component.signature.check(leaves, self.component.name)
         with torch.no_grad():
             return self.unflatten(self._call(leaves))
 
@@ -174,7 +183,8 @@ def _without_devices(context: Any) -> Any:
     return context
 
 
-def _runs_here(target: str) -> bool:
+def runs_here(target: str) -> bool:
+    """Whether this machine runs programs for a target."""
     return target in RUNNABLE and (target != "cuda" or torch.cuda.is_available())
 
 
@@ -185,13 +195,19 @@ class _Loaded:
         self.target, self.path = target, path
 
     @staticmethod
-    def of(target: str, files: tuple[Path, ...]) -> "_Loaded":
-        """The loaded files. While a runner has them, the next runner gets the same object, and so the same weights."""
-        path = next(file for file in files if file.suffix in (".pte", ".pt2")).resolve()
+    def of(target: str, build: Build) -> "_Loaded":
+        """The loaded files. While a runner has them, the next runner gets the same object, and so the same weights.
+
+        Raises:
+            ExportError: a file is not the one that the export wrote.
+        """
+        path = next(file for file in build.files if file.suffix in (".pte", ".pt2")).resolve()
         status = path.stat()
         key = (target, path, status.st_mtime_ns, status.st_ino)
         loaded = _LOADED.get(key)
         if loaded is None:
+            # A damaged weight would give wrong numbers without any error.
+            build.check()
             loaded = _LOADED[key] = _Loaded(target, path)
         return loaded
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
+from et_cuda_passes.hf.conv1d import replace_conv1d
 from et_cuda_passes.hf.options import (
     DEFAULT_GROUP_SIZE,
     QuantizationOptions,
@@ -57,6 +58,7 @@ def quantize_model_(
     qlinear_packing_format_encoder: str | None = None,
     qembedding_encoder: str | None = None,
     qembedding_group_size_encoder: int = PER_AXIS,
+    cast_to_bf16: bool = False,
 ) -> QuantizationReport:
     """Quantize the linears and the embeddings of ``model`` in place.
 
@@ -64,6 +66,8 @@ def quantize_model_(
 
     A weight that several layers share, such as that of an embedding and a tied lm_head, is quantized once and stays
     shared: with the embedding's scheme if there is one, else with the linear's.
+
+    A ``Conv1D`` of transformers, the linear of GPT-2, becomes an ``nn.Linear`` under the same FQN if it is quantized.
 
     Encoders are recognized by the methods and names that transformers gives its models.
 
@@ -91,6 +95,7 @@ def quantize_model_(
             recipe=recipe,
             target=target,
             group_size_fallback=group_size_fallback,
+            cast_to_bf16=cast_to_bf16,
         ),
     )
 
@@ -104,6 +109,7 @@ def quantize_with(model: nn.Module, options: QuantizationOptions) -> Quantizatio
     # The plan holds the floating-point weights. Without it, each is freed when its layer is quantized.
     del plan
     if configs:
+        replace_conv1d(model, configs)
         quantize_(model, FqnToConfig(fqn_to_config=configs), filter_fn=None)
     for first, *others in shared:
         for other in others:

@@ -30,6 +30,7 @@ from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
 from et_cuda_passes.rules.linear import int4_kernel
 from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import default_passes, get_target, targets
@@ -285,16 +286,33 @@ def formats(target: str) -> tuple[str, ...]:
     return tuple(kernel.layout for kernel in get_target(target).kernels.get("int4_linear", ()))
 
 
-def passes_with(target: str, packing_format: str) -> PassList:
-    """The target's pass list, in which each rule of int4 linears packs into ``packing_format``."""
+def passes_with(target: str, packing_format: str, cast_to_bf16: bool = False) -> PassList:
+    """The target's pass list, in which each rule of int4 linears packs into ``packing_format``.
+
+    With ``cast_to_bf16`` each rule has that option, and attention of another dtype is cast for a backend that has bf16
+    only.
+    """
     passes = default_passes(target)
-    if packing_format == AUTO:
-        return passes
-    (name,) = (k.name for k in get_target(target).kernels["int4_linear"] if k.layout == packing_format)
-    for rule in list(passes):
-        if getattr(rule, "kernel_of", None) is int4_kernel:
-            passes = passes.replace(rule.name, replace(rule, kernel=name))
+    options: dict[str, dict[str, Any]] = {rule.name: {} for rule in passes}
+    if packing_format != AUTO:
+        (name,) = (k.name for k in get_target(target).kernels["int4_linear"] if k.layout == packing_format)
+        for rule in passes:
+            if getattr(rule, "kernel_of", None) is int4_kernel:
+                options[rule.name]["kernel"] = name
+    if cast_to_bf16:
+        for rule in passes:
+            if hasattr(rule, "cast_to_bf16"):
+                options[rule.name]["cast_to_bf16"] = True
+    for rule in (each for each in list(passes) if options[each.name]):
+        passes = passes.replace(rule.name, replace(rule, **options[rule.name]))
+    if cast_to_bf16 and UnmaskedAttention.name in options:
+        passes = passes.insert_before(UnmaskedAttention.name, CastAttention())
     return passes
+
+
+def casts_to_bf16(target: str) -> bool:
+    """Whether the option ``cast_to_bf16`` has an effect on a target."""
+    return any(hasattr(rule, "cast_to_bf16") for rule in default_passes(target))
 
 
 def support(
@@ -305,6 +323,7 @@ def support(
     packing_format: str = AUTO,
     embedding: bool = False,
     dtype: torch.dtype | None = None,
+    cast_to_bf16: bool = False,
 ) -> Support:
     """The outcome of a layer of ``in_features`` on ``target``, from rewriting one.
 
@@ -316,11 +335,12 @@ def support(
         packing_format: one of :func:`formats`, or "auto".
         embedding: whether the layer is an embedding and not a linear.
         dtype: of the model; None for the best outcome in bfloat16 and float32.
+        cast_to_bf16: whether the rules may cast activations to bf16.
     """
     plain = replace(scheme, promised=None, fallback=None)
     found = []
     for each in _DTYPES if dtype is None else (dtype,):
-        found.append(_support(plain, group_size, in_features, target, packing_format, embedding, each))
+        found.append(_support(plain, group_size, in_features, target, packing_format, embedding, each, cast_to_bf16))
         if found[-1].status.has_kernel:
             break
     return min(found, key=lambda each: list(Status).index(each.status))
@@ -335,9 +355,10 @@ def _support(
     packing_format: str,
     embedding: bool,
     dtype: torch.dtype,
+    cast_to_bf16: bool,
 ) -> Support:
     program = _layer(scheme, group_size, in_features, embedding, dtype)
-    rewritten, report = rewrite(program, target, passes_with(target, packing_format))
+    rewritten, report = rewrite(program, target, passes_with(target, packing_format, cast_to_bf16))
     (outcome,) = report.outcomes
     if outcome.status == "missed":
         return Support(Status.IMPOSSIBLE, reasons=tuple(outcome.reasons))

@@ -1,6 +1,7 @@
 """The abilities of a kernel, as data."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -20,6 +21,8 @@ class Kernel:
         in_control_flow: whether the kernel compiles inside the branches of a cond and the bodies of loops.
         zeros: whether the kernel adds a zero per scale; if not, weights must be symmetric.
         per_row: whether the kernel also supports one scale per row.
+        slow_dtypes: those of ``dtypes`` in which a linear with float weights is faster.
+        host_notes: what a report says of the kernel on a host with a certain ``get_cpu_capability()``.
     """
 
     name: str
@@ -32,6 +35,8 @@ class Kernel:
     in_control_flow: bool = True
     zeros: bool = True
     per_row: bool = False
+    slow_dtypes: tuple[torch.dtype, ...] = ()
+    host_notes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def native_group_size(self, group_size: int, in_features: int) -> int | None:
         """The group size that the kernel computes with for a weight with groups of ``group_size``.

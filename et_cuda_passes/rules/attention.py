@@ -7,6 +7,7 @@ weight of those places.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.fx import Node
@@ -118,6 +119,44 @@ class UnmaskedAttention(Rule):
         mask = b.call(aten.full.default, sizes, True, dtype=torch.bool, device=m.val(m.q).device, pin_memory=False)
         rest = {name: given[name] for name in ("scale", "enable_gqa")}
         return b.call(SDPA, m.q, m.k, m.v, mask, given["dropout_p"], **rest)
+
+
+@requirement("operands in another floating-point dtype than bf16")
+def attention_is_not_in_bf16(m: Match) -> Failure | None:
+    """The backend's kernel has bf16 only."""
+    dtype = m.val(m.q).dtype
+    return None if dtype.is_floating_point and dtype is not torch.bfloat16 else Failure(str(dtype))
+
+
+@requirement("no mask, or one of bools", hint="give the model a mask of bools, which say where to attend")
+def mask_is_boolean(m: Match) -> Failure | None:
+    """The backend's kernel has no other, and in bf16 the lowest number of float32 would be minus infinity."""
+    mask = arguments(m.root)["attn_mask"]
+    return None if mask is None or m.val(mask).dtype is torch.bool else Failure(str(m.val(mask).dtype))
+
+
+@dataclass(frozen=True)
+class CastAttention(Rule):
+    """attention(q, k, v) -> attention(q, k, v in bf16), cast back to the dtype of q
+
+    The backend (executorch 1.5.1) has no kernel for another dtype than bf16, and its lowering fails. THE NUMBERS
+    CHANGE: they have the precision of bf16. The rule is therefore in no list by default, and stands before
+    ``UnmaskedAttention`` in a list of the caller's.
+    """
+
+    before: ClassVar[tuple[str, ...]] = ("unmasked_attention",)
+    reports_misses: ClassVar[bool] = False
+
+    requirements = (same_dtype("q", "k", "v"), attention_is_not_in_bf16, mask_is_boolean)
+
+    def pattern(self, q: Capture, k: Capture, v: Capture) -> Pattern:
+        """Attention with any further arguments."""
+        return op(SDPA)(q, k, v, ...)
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The same attention between casts."""
+        operands = [b.cast(node, torch.bfloat16) for node in (m.q, m.k, m.v)]
+        return b.cast(b.call(SDPA, *operands, *m.root.args[3:], **m.root.kwargs), m.val(m.q).dtype)
 
 
 def _before_transpose(m: Match, node: Node) -> tuple[Node, int]:

@@ -24,7 +24,15 @@ from et_cuda_passes.ops.quantized_embedding import quantized_embedding
 from et_cuda_passes.quant.candidates import consumers
 from et_cuda_passes.quant.decoders import dequantized, is_dequantize, weight_of
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_values
-from et_cuda_passes.rules.packing import int4_scales, int8_scales, kernel_of, pack_int4, pack_int8
+from et_cuda_passes.rules.packing import (
+    cast_of,
+    int4_scales,
+    int8_scales,
+    kernel_dtype,
+    kernel_of,
+    pack_int4,
+    pack_int8,
+)
 from et_cuda_passes.rules.requirements import (
     dtype_names,
     integers_are_in_range,
@@ -54,14 +62,15 @@ def embedding(ids: Pattern) -> Pattern:
 
 @requirement("a result in a dtype that the kernel has", hint="export the model in bfloat16")
 def kernel_has_result_dtype(m: Match) -> Failure | None:
-    """Scales of less precision than the result would lose accuracy."""
+    """Scales of less precision than the result lose accuracy, which the option ``cast_to_bf16`` accepts."""
     dtype = m.val(m.root).dtype
-    return None if dtype in kernel_of(m).dtypes else Failure(dtype_names([dtype]))
+    return None if kernel_dtype(m, dtype) is not None else Failure(dtype_names([dtype]))
 
 
 def result_scale_dtype(m: Match) -> torch.dtype:
-    """The dtype in which an int4 table stores its scales: that of the kernel, or else of the result."""
-    dtype: torch.dtype = kernel_of(m).scale_dtype or m.val(m.root).dtype
+    """The dtype in which an int4 table stores its scales: that of the kernel, or else of its computation."""
+    dtype = kernel_of(m).scale_dtype or kernel_dtype(m, m.val(m.root).dtype)
+    assert dtype is not None
     return dtype
 
 
@@ -71,7 +80,12 @@ class EmbeddingInt4(Rule):
 
     The table is packed for the target's int4 linear if single rows can be read from that layout. A table that is tied
     to a linear is then stored once.
+
+    Attributes:
+        cast_to_bf16: if the kernel lacks the dtype of the result, store the scales in bf16, as ``LinearInt4`` does.
     """
+
+    cast_to_bf16: bool = False
 
     requirements = (
         weight_has_data,
@@ -100,7 +114,8 @@ class EmbeddingInt4(Rule):
 
     def summary(self, m: Match) -> str:
         """Scheme and layout."""
-        return f"{weight_of(m).scheme} -> table ({kernel_of(m).layout})"
+        cast = cast_of(m, m.val(m.root).dtype).replace("computed", "scales")
+        return f"{weight_of(m).scheme} -> table ({kernel_of(m).layout}{cast})"
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""

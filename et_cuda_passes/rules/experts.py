@@ -20,14 +20,23 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
-from et_cuda_passes.graph.rule import Failure, Rule, requirement
+from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_EXPERTS
 from et_cuda_passes.quant.decoders import dequantized, weight_of
 from et_cuda_passes.quant.einsum import ExpertEinsum, parse_einsum
 from et_cuda_passes.quant.experts import as_matrix, as_transposed_matrix, num_experts
 from et_cuda_passes.quant.weight import QuantizedWeight
-from et_cuda_passes.rules.packing import int4_scales, kernel_of, pack_experts, packed_weight, scale_dtype
+from et_cuda_passes.rules.packing import (
+    cast_of,
+    compute_dtype,
+    int4_scales,
+    kernel_note,
+    kernel_of,
+    pack_experts,
+    packed_weight,
+    scale_dtype,
+)
 from et_cuda_passes.rules.requirements import (
     integers_are_in_range,
     kernel_has_activation_dtype,
@@ -117,7 +126,8 @@ def rows_of_stack(m: Match) -> QuantizedWeight:
 def summary_of(m: Match) -> str:
     """For the report: number of experts, scheme, kernel and layout."""
     kernel, count = kernel_of(m), num_experts(weight_of(m))
-    return f"{count} experts, {packed_weight(m).scheme} -> {kernel.name} ({kernel.layout})"
+    cast = cast_of(m, m.val(m.x).dtype)
+    return f"{count} experts, {packed_weight(m).scheme} -> {kernel.name} ({kernel.layout}{cast})"
 
 
 def packed_product(b: Builder, m: Match, operator: torch._ops.OpOverload, x: Node, index: Node | None) -> Node:
@@ -125,7 +135,11 @@ def packed_product(b: Builder, m: Match, operator: torch._ops.OpOverload, x: Nod
     weight, kernel, count = packed_weight(m), kernel_of(m), num_experts(weight_of(m))
     packed, qparams = pack_experts(b, weight, count, kernel, scale_dtype(m))
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
-    return b.call(operator, x, packed, qparams, index, group_size, weight.out_features // count)
+    dtype, result_dtype = compute_dtype(m), m.val(x).dtype
+    assert dtype is not None
+    x = x if dtype == result_dtype else b.cast(x, dtype)
+    y = b.call(operator, x, packed, qparams, index, group_size, weight.out_features // count)
+    return y if dtype == result_dtype else b.cast(y, result_dtype)
 
 
 def packed_bmm(b: Builder, m: Match, ids: Node | None) -> Node:
@@ -223,7 +237,12 @@ class BmmInt4(Rule):
     """bmm(x, dequantize(int4 weights of all experts)) -> int4_bmm(x, packed, scale_and_zero)
 
     Each batch of x is multiplied by an expert of its own, or one batch by all experts.
+
+    Attributes:
+        cast_to_bf16: as for ``LinearInt4``.
     """
+
+    cast_to_bf16: bool = False
 
     requirements = (*PACKED_STACK, stack_keeps_its_shape, x_has_rows_for_all_experts)
 
@@ -246,6 +265,10 @@ class BmmInt4(Rule):
     def summary(self, m: Match) -> str:
         """Number of experts, scheme, kernel and layout."""
         return summary_of(m)
+
+    def notes(self, *ms: Match) -> Notes:
+        """What was measured of the kernel."""
+        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -282,7 +305,12 @@ class IndexedBmmInt4(Rule):
 
     The experts of a token, as the top_k of its router selects them. The exported program dequantizes the weights of all
     experts and copies those of the selected ones. The kernel reads the selected ones where they are stored.
+
+    Attributes:
+        cast_to_bf16: as for ``LinearInt4``.
     """
+
+    cast_to_bf16: bool = False
 
     requirements = (*PACKED_STACK, stack_keeps_its_shape, ids_are_a_vector, x_has_rows_for_each_id)
 
@@ -305,6 +333,10 @@ class IndexedBmmInt4(Rule):
     def summary(self, m: Match) -> str:
         """Number of experts, scheme, kernel and layout."""
         return summary_of(m)
+
+    def notes(self, *ms: Match) -> Notes:
+        """What was measured of the kernel."""
+        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -329,7 +361,12 @@ class GroupedMmInt4(Rule):
 
     The rows of x are sorted by expert, as in a mixture of experts that computes many tokens. The kernel reads the
     offsets at which the rows of each expert end, and only the experts that have rows.
+
+    Attributes:
+        cast_to_bf16: as for ``LinearInt4``.
     """
+
+    cast_to_bf16: bool = False
 
     requirements = (*PACKED_STACK, stack_keeps_its_shape, rows_are_sorted_by_expert)
 
@@ -353,6 +390,10 @@ class GroupedMmInt4(Rule):
     def summary(self, m: Match) -> str:
         """Number of experts, scheme, kernel and layout."""
         return summary_of(m)
+
+    def notes(self, *ms: Match) -> Notes:
+        """What was measured of the kernel."""
+        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -409,7 +450,12 @@ class EinsumInt4(Rule):
 
     With all experts, or with those that ids select, as in ``einsum("ti,taoi->tao", x, weight[ids])``. The axes of x and
     of the result are permuted and flattened for the kernel's product.
+
+    Attributes:
+        cast_to_bf16: as for ``LinearInt4``.
     """
+
+    cast_to_bf16: bool = False
 
     requirements = (*PACKED_STACK, ids_are_integers, axes_match, one_dynamic_axis)
 
@@ -430,6 +476,10 @@ class EinsumInt4(Rule):
     def summary(self, m: Match) -> str:
         """Number of experts, scheme, kernel and layout."""
         return summary_of(m)
+
+    def notes(self, *ms: Match) -> Notes:
+        """What was measured of the kernel."""
+        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights, and call the operator between permutations and reshapes of x and of the result."""

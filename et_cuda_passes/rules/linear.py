@@ -29,10 +29,12 @@ from et_cuda_passes.quant.activations import decode_dynamic, dynamically_quantiz
 from et_cuda_passes.quant.decoders import dequantized, dequantized_matrix, needs_python_kernel, weight_of
 from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.rules.packing import (
+    cast_of,
     compute_dtype,
     int4_scales,
     int8_scales,
     is_symmetric,
+    kernel_note,
     kernel_of,
     pack_int4,
     pack_int8,
@@ -181,14 +183,13 @@ def describe_tilings(m: Match, x: Tensor, n: int, k: int, group_size: int, bits:
 
 def int4_summary(m: Match) -> str:
     """Scheme, kernel and layout."""
-    kernel = kernel_of(m)
-    cast = "" if m.val(m.x).dtype in kernel.dtypes else ", computed in bf16"
+    kernel, cast = kernel_of(m), cast_of(m, m.val(m.x).dtype)
     return f"{weight_of(m).scheme} -> {kernel.name} ({kernel.layout}{cast}){_dropped(m)}"
 
 
 def int8_summary(m: Match) -> str:
     """Scheme and kernel."""
-    return f"{weight_of(m).scheme} -> {kernel_of(m).name}{_dropped(m)}"
+    return f"{weight_of(m).scheme} -> {kernel_of(m).name}{cast_of(m, m.val(m.x).dtype)}{_dropped(m)}"
 
 
 def _dropped(m: Match) -> str:
@@ -196,23 +197,24 @@ def _dropped(m: Match) -> str:
 
 
 def int4_notes(*ms: Match) -> Notes:
-    """The tilings of the Triton kernel for the rows of all weights of ``ms``."""
+    """What was measured of the kernel, and the tilings of the Triton kernel for the rows of all weights of ``ms``."""
     first, kernel, weight = ms[0], kernel_of(ms[0]), weight_of(ms[0])
+    note = kernel_note(first, first.val(first.x).dtype)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     if INT4_LINEARS[kernel.layout] is not MMA_TILED or group_size is None:
-        return Notes()
+        return Notes(note)
     n = sum(weight_of(m).out_features for m in ms)
-    return Notes(explanation=describe_tilings(first, first.val(first.x), n, weight.in_features, group_size))
+    return Notes(note, describe_tilings(first, first.val(first.x), n, weight.in_features, group_size))
 
 
 def int8_notes(m: Match) -> Notes:
-    """The tilings of the Triton kernel."""
-    kernel, weight = kernel_of(m), weight_of(m)
+    """What was measured of the kernel, and the tilings of the Triton kernel."""
+    kernel, weight, note = kernel_of(m), weight_of(m), kernel_note(m, m.val(m.x).dtype)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     if kernel.name != "triton" or group_size is None:
-        return Notes()
+        return Notes(note)
     n, k = weight.out_features, weight.in_features
-    return Notes(explanation=describe_tilings(m, m.val(m.x), n, k, group_size, bits=8))
+    return Notes(note, describe_tilings(m, m.val(m.x), n, k, group_size, bits=8))
 
 
 # Rewrites -------------------------------------------------------------------------------------------------------------
@@ -258,9 +260,14 @@ def packed_int8_linear(b: Builder, m: Match, x: Node, bias: Node | None) -> Node
     """The int8 kernel's linear of x and the packed weight."""
     weight = weight_of(m)
     group_size = kernel_of(m).native_group_size(weight.group_size, weight.in_features)
-    assert group_size is not None
+    dtype, result_dtype = compute_dtype(m), m.val(x).dtype
+    assert group_size is not None and dtype is not None
     packed, scale, zero = pack_int8(b, weight, group_size, scale_dtype(m))
-    return b.call(INT8_LINEAR, x, packed, scale, zero, bias, group_size)
+    if dtype != result_dtype:
+        x = b.cast(x, dtype)
+        bias = None if bias is None else b.cast(bias, dtype)
+    y = b.call(INT8_LINEAR, x, packed, scale, zero, bias, group_size)
+    return y if dtype == result_dtype else b.cast(y, result_dtype)
 
 
 def channels_last(b: Builder, m: Match, x: Node) -> Node:
@@ -299,8 +306,8 @@ class LinearInt4(Rule):
 
     Attributes:
         kernel: name of one of the target's int4 kernels; None for its first.
-        cast_to_bf16: if the kernel lacks the dtype of the activations, compute in bf16 and cast back, with the
-            precision of bf16. Off, such a linear is missed.
+        cast_to_bf16: if the kernel lacks the dtype of the activations, or is slow in it, compute in bf16 and cast back,
+            with the precision of bf16. Off, a linear is missed where the kernel lacks the dtype.
         drop_activation_quantization: if the activations are quantized dynamically, compute with the activations before
             the quantization. It is faster and closer to the unquantized model, but not what the graph computes. Off,
             the quantization stays, and only the weight is packed.
@@ -334,7 +341,7 @@ class LinearInt4(Rule):
         return int4_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """The tilings of the Triton kernel."""
+        """What was measured of the kernel, and its tilings."""
         return int4_notes(*ms)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -352,10 +359,12 @@ class LinearInt8(Rule):
 
     Attributes:
         kernel: name of one of the target's int8 kernels; None for its first.
+        cast_to_bf16: as for ``LinearInt4``.
         drop_activation_quantization: as for ``LinearInt4``.
     """
 
     kernel: str | None = None
+    cast_to_bf16: bool = False
     drop_activation_quantization: bool = False
 
     requirements = (
@@ -383,7 +392,7 @@ class LinearInt8(Rule):
         return int8_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """The tilings of the Triton kernel."""
+        """What was measured of the kernel, and its tilings."""
         return int8_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -421,7 +430,7 @@ class ConvInt4(Rule):
         return int4_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """The tilings of the Triton kernel."""
+        """What was measured of the kernel, and its tilings."""
         return int4_notes(*ms)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -439,10 +448,12 @@ class ConvInt8(Rule):
 
     Attributes:
         kernel: as for ``LinearInt8``.
+        cast_to_bf16: as for ``LinearInt4``.
         drop_activation_quantization: as for ``LinearInt4``.
     """
 
     kernel: str | None = None
+    cast_to_bf16: bool = False
     drop_activation_quantization: bool = False
 
     requirements = (*LinearInt8.requirements, convolution_is_pointwise, convolution_is_plain)
@@ -458,7 +469,7 @@ class ConvInt8(Rule):
         return int8_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """The tilings of the Triton kernel."""
+        """What was measured of the kernel, and its tilings."""
         return int8_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:

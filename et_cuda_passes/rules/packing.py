@@ -37,16 +37,37 @@ def packed_weight(m: Match) -> QuantizedWeight:
     return weight
 
 
-def compute_dtype(m: Match) -> torch.dtype | None:
-    """The dtype in which the kernel computes: that of the activations x, or None if the kernel does not have it.
+def kernel_dtype(m: Match, dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype in which the kernel computes for tensors in ``dtype``: the same, or None if the kernel lacks it.
 
-    With the rule's option ``cast_to_bf16`` it is bf16 instead of None.
+    With the rule's option ``cast_to_bf16`` it is bf16 for a dtype that the kernel lacks, or in which it is slow.
     """
-    dtype = m.val(m.x).dtype
-    if dtype in kernel_of(m).dtypes:
+    kernel, cast = kernel_of(m), getattr(m.rule, "cast_to_bf16", False)
+    if dtype in kernel.dtypes and not (cast and dtype in kernel.slow_dtypes):
         return dtype
-    cast = getattr(m.rule, "cast_to_bf16", False)
     return torch.bfloat16 if cast and dtype.is_floating_point else None
+
+
+def compute_dtype(m: Match) -> torch.dtype | None:
+    """:func:`kernel_dtype` for the activations x."""
+    return kernel_dtype(m, m.val(m.x).dtype)
+
+
+def cast_of(m: Match, dtype: torch.dtype) -> str:
+    """For the report: the cast of tensors in ``dtype`` for the kernel; empty if there is none."""
+    return "" if kernel_dtype(m, dtype) is dtype else ", computed in bf16"
+
+
+def kernel_note(m: Match, dtype: torch.dtype) -> str:
+    """For the report: what was measured of the kernel with tensors in ``dtype``, and on a host such as this one."""
+    kernel, used = kernel_of(m), kernel_dtype(m, dtype)
+    if used in kernel.slow_dtypes:
+        name = str(used).removeprefix("torch.")
+        return (
+            f"{kernel.name} is slower in {name} than float weights: export the model in bfloat16 (--dtype bfloat16), "
+            "or accept bf16 arithmetic (cast_to_bf16)"
+        )
+    return kernel.host_notes.get(torch.backends.cpu.get_cpu_capability(), "")
 
 
 def scale_dtype(m: Match) -> torch.dtype:

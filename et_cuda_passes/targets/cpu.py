@@ -10,6 +10,10 @@ from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearIn
 from et_cuda_passes.targets.target import INT8, PLAIN, Target
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_WITHOUT_AVX512 = {
+    "AVX2": "on a host with AVX2 and no AVX-512, a product with one row takes up to 1.4 times as long as with bf16 "
+    "weights, and one with 8 rows a third of the time"
+}
 _INT4PACK = Kernel(
     "int4pack_cpu",
     layout="cpu",
@@ -17,6 +21,9 @@ _INT4PACK = Kernel(
     group_sizes=(32, 64, 128, 256),
     in_multiple=32,
     out_multiple=16,
+    # Scalar code; docs/reference/performance.md has the times.
+    slow_dtypes=(torch.float32,),
+    host_notes=_WITHOUT_AVX512,
     # In a branch, Inductor passes the group size as a constant of the branch, which is missing in the generated code.
     in_control_flow=False,
 )
@@ -38,7 +45,15 @@ CPU = Target(
             Kernel("rows", layout="mma_tiled", dtypes=_FLOATS, group_sizes=(32, 64, 128), in_multiple=32),
         ),
         "int8_linear": (
-            Kernel("int8pack_cpu", layout=INT8, dtypes=_FLOATS, in_multiple=16, zeros=False, per_row=True),
+            Kernel(
+                "int8pack_cpu",
+                layout=INT8,
+                dtypes=_FLOATS,
+                in_multiple=16,
+                zeros=False,
+                per_row=True,
+                slow_dtypes=(torch.float32,),
+            ),
         ),
         "int8_plain": (PLAIN,),
     },

@@ -252,7 +252,8 @@ def test_dtype_without_a_kernel_is_an_error_with_the_option(
     )  # fmt: skip
     assert result.code == 2
     assert result.error == (
-        "error: cuda has no kernel of 4w for a model in float32; give --dtype bfloat16 or --dtype float16"
+        "error: cuda has no kernel of 4w for a model in float32; give --dtype bfloat16 or --dtype float16, or give "
+        "--cast-to-bf16, which casts activations to bf16 for such kernels alone"
     )
     assert not (tmp_path / "out").exists()
 
@@ -339,6 +340,40 @@ def test_models_of_other_modalities_are_exported(
         assert all(runner.target == target for runner in exported.runners.values())
 
 
+@pytest.mark.parametrize(("choice", "status"), [("fold", "rewritten"), ("dynamic-activation", "kept")])
+def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
+    choice: str, status: str, models: Path, tmp_path: Path, command: Run
+) -> None:
+    out = tmp_path / "out"
+    result = command(
+        "export", "--model", models / "masked", "--target", "xnnpack", "--qlinear", "4w", "--xnnpack-weight-only",
+        choice, "--output-dir", out,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    report = json.loads((out / "report.json").read_text())["targets"]["xnnpack"]["model"]
+    linears = [each for each in report["outcomes"] if each["op"] == "aten.linear"]
+    assert linears and {each["status"] for each in linears} == {status}
+    assert ("activations are quantized to 8 bits" in result.out) == (choice != "fold")
+
+
+def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
+    tmp_path: Path, command: Run, without_gpu: None
+) -> None:
+    model = checkpoints.causal(tmp_path / "model", num_hidden_layers=1)
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(model)
+    out = tmp_path / "out"
+    options = ("--target", "cuda,xnnpack,cpu", "--qlinear", "4w", "--max-length", 16)
+    refused = command("export", "--model", model, *options, "--output-dir", out)
+    assert refused.code == 2
+    assert "give --dtype float32 and give --cast-to-bf16, by which cuda and cpu cast to bfloat16" in refused.error
+    result = command("export", "--model", model, *options, "--dtype", "float32", "--cast-to-bf16", "--output-dir", out)
+    assert result.code == 1 and result.error.endswith(f"go on with: et-cuda-passes lower {out} --target cuda")
+    assert {"model.cpu.pt2", "model.xnnpack.pte", "decode.cuda.packed.pt2"} <= set(names(out))
+    reports = json.loads((out / "report.json").read_text())["targets"]
+    assert [each["counts"]["missed"] for parts in reports.values() for each in parts.values()] == [0] * 6
+    assert "computed in bf16" in result.out
+
+
 # Bad input ------------------------------------------------------------------------------------------------------------
 
 
@@ -357,7 +392,18 @@ def test_models_of_other_modalities_are_exported(
         (("--target", "cuda", "--group-size-fallback", "pad"), "--group-size-fallback='pad' is unknown"),
         (("--target", "cuda", "--recipe", "nothing.toml"), "nothing.toml: No such file"),
         (("--target", "cuda", "--dtype", "int8"), "--dtype int8: write one of float32, bfloat16, float16"),
-        (("--target", "xnnpack,cpu", "--dtype", "bfloat16"), "xnnpack computes in float32; give --dtype float32"),
+        (("--target", "xnnpack", "--dtype", "bfloat16"),
+         "xnnpack computes in float32; give --dtype float32, or leave xnnpack out"),
+        (("--target", "cuda,xnnpack,cpu", "--dtype", "bfloat16"),
+         "give --dtype float32 and --cast-to-bf16, by which cuda and cpu cast to bfloat16, or leave xnnpack out"),
+        (("--target", "cuda,xnnpack", "--qlinear", "cuda:4w"),
+         "--cast-to-bf16, which casts activations to bf16 for such kernels alone; xnnpack computes in float32, so for "
+         "both give --dtype float32 and --cast-to-bf16"),
+        (("--target", "xnnpack", "--cast-to-bf16"), "--cast-to-bf16 is for kernels of cuda or metal or cpu"),
+        (("--target", "xnnpack", "--xnnpack-weight-only", "dynamic"),
+         "--xnnpack-weight-only='dynamic' is unknown; choose fold or dynamic-activation"),
+        (("--target", "cpu", "--xnnpack_weight_only", "dynamic-activation"),
+         "changes programs for xnnpack, and the target is cpu: add xnnpack to the target, or leave the option out"),
         (("--target", "cuda", "--keep-gguf"), "of a GGUF file: give one with --gguf FILE"),
         (("--target", "cuda", "--gguf", "nothing.gguf"), "there is no file nothing.gguf"),
         (("--target", "cuda", "--task", "image-classification"),

@@ -256,3 +256,15 @@ def test_damaged_programs_end_in_an_error_or_in_a_run(sized: Path, tmp_path: Pat
         except DelegateError:
             outcomes.add(0)
     assert outcomes == {0, 6}
+
+
+def test_result_larger_than_planned_is_refused_before_it_needs_memory(tmp_path: Path) -> None:
+    model = Function(lambda module, x: torch.arange(0, 1234) + x)
+    exported = torch.export.export(model, (torch.ones(1, dtype=torch.int64),))
+    content = to_edge(exported).to_executorch().buffer
+    end, huge = (number.to_bytes(8, "little") for number in (1234, 1 << 40))
+    assert content.count(end) == 1
+    path = tmp_path / "model.pte"
+    path.write_bytes(content.replace(end, huge))
+    with pytest.raises(DelegateError, match=rf"has shape \[{1 << 40}\], but the program has torch.int64 \[1234\]"):
+        Program(path, device="cpu").method()(torch.ones(1, dtype=torch.int64))

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import signal
+import threading
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,14 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch import lower as module
-from et_cuda_passes.executorch.lower import atomic_output, lower, missing_requirement
+from et_cuda_passes.executorch.lower import (
+    atomic_output,
+    lower,
+    missing_requirement,
+    move_files,
+    staging_folder,
+    uninterrupted,
+)
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
@@ -114,17 +123,53 @@ def test_atomic_output_replaces_existing_files(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a"]
 
 
-def test_atomic_output_moves_folders_and_the_last_file_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_and_folders_are_moved_and_the_last_file_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda path, file: (moved.append(Path(file).name), replace(path, file)))
     for _ in range(2):
-        with atomic_output(tmp_path, last="a") as staging:
+        with staging_folder(tmp_path) as staging:
             (staging / "folder").mkdir()
             for name in ("a", "b", "folder/c"):
                 (staging / name).write_text(name)
+            move_files(staging, tmp_path, last="a")
     assert moved == ["b", "c", "a"] * 2
     assert names(tmp_path) == ["a", "b", "folder"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_process_after_the_moves(tmp_path: Path, number: signal.Signals) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def change() -> None:
+        with uninterrupted(tmp_path):
+            signal.raise_signal(number)
+            (tmp_path / "written").touch()
+
+    former = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            change()
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, former)
+    assert names(tmp_path) == ["written"]
+
+
+def test_folder_is_changed_by_one_process_at_a_time(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def wait() -> None:
+        with uninterrupted(tmp_path):
+            entered.set()
+
+    other = threading.Thread(target=wait)
+    with uninterrupted(tmp_path):
+        other.start()
+        assert not entered.wait(0.2)
+    other.join(10)
+    assert entered.is_set()
 
 
 def test_unknown_target_is_an_error(tmp_path: Path) -> None:

@@ -183,7 +183,9 @@ LATE = {
 }
 
 
-@pytest.mark.parametrize("case", LATE)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if number else ()) for number, case in enumerate(LATE)]
+)
 def test_program_that_would_fail_late_is_refused_with_the_cause(case: str, tmp_path: Path) -> None:
     options, reason = LATE[case]
     x = example(1, 64)

@@ -72,8 +72,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("zero_points", ["random", pytest.param(None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scales", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("scales", "dtype"),
+    [
+        pytest.param(scales, dtype, marks=() if torch.float32 in (scales, dtype) else pytest.mark.slow)
+        for scales in DTYPES
+        for dtype in DTYPES
+    ],
+)
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (-128, 127)])
 def test_dtypes_of_scales_and_result_match_fp64(
     low: int, high: int, dtype: torch.dtype, scales: torch.dtype, zero_points: str | None

@@ -7,14 +7,21 @@ from transformers import (
     BertConfig,
     BertModel,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from et_cuda_passes.hf.components import structural_copy
+from et_cuda_passes.hf.schemes import quantize_model_
 
 CACHE = 32
 
@@ -49,6 +56,25 @@ def qwen_config(**options: Any) -> Any:
 
 def qwen(**options: Any) -> Any:
     return Qwen3ForCausalLM(qwen_config(**options)).eval()
+
+
+def mixtral() -> Any:
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "max_position_embeddings": 64,
+    }
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes)).eval()
+
+
+def gpt2(**options: Any) -> Any:
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    return GPT2LMHeadModel(GPT2Config(**(sizes | ids | options))).eval()
 
 
 def t5() -> Any:
@@ -87,3 +113,10 @@ def static_cache(length: int = CACHE) -> GenerationConfig:
     return GenerationConfig(
         cache_implementation="static", max_cache_len=length, do_sample=False, eos_token_id=None, pad_token_id=0
     )
+
+
+def quantized(model: Any, **options: Any) -> Any:
+    """A quantized copy."""
+    copied = structural_copy(model)
+    quantize_model_(copied, **options)
+    return copied

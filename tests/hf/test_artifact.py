@@ -176,7 +176,7 @@ def change(path: Path, **values: Any) -> None:
         (lambda folder: (folder / "model.cpu.pt2").unlink(), "model.cpu.pt2 is missing; model.etcp.json needs it"),
         (lambda folder: truncate(folder / "model.xnnpack.pte"), "bytes, and model.etcp.json says"),
         (lambda folder: truncate(folder / "model.etcp.json"), "is damaged, or not a component of an export"),
-        (lambda folder: change(folder / "model.etcp.json", schema=2), "written by a newer version"),
+        (lambda folder: change(folder / "model.etcp.json", schema=3), "written by a newer version"),
         (lambda folder: change(folder / "model.etcp.json", inputs=[{"name": "x", "dtype": "nn"}]), "is damaged"),
         (lambda folder: change(folder / "model.etcp.json", targets=OUTSIDE), "which is not beside it"),
     ],
@@ -187,15 +187,46 @@ def test_damaged_folder_is_an_error_with_the_file(folder: Path, damage: Callable
         ExportedModel.from_pretrained(folder)
 
 
-def test_damaged_program_of_the_right_size_is_an_error(folder: Path) -> None:
-    path = folder / "model.xnnpack.pte"
-    path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ExportError, match=r"model.xnnpack.pte"):
-        ExportedModel.from_pretrained(folder, target="xnnpack")
-    path = folder / "model.cpu.pt2"
-    path.write_bytes(b"\0" * path.stat().st_size)
-    with pytest.raises(ExportError, match=r"model.cpu.pt2"):
-        ExportedModel.from_pretrained(folder, target="cpu")
+@pytest.mark.parametrize(("target", "file"), [("xnnpack", "model.xnnpack.pte"), ("cpu", "model.cpu.pt2")])
+def test_changed_byte_of_a_program_is_an_error(
+    target: str, file: str, folder: Path, inputs: dict[str, torch.Tensor]
+) -> None:
+    content = bytearray((folder / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(ExportError, match=f"{file} is not the file that the export wrote"):
+        ExportedModel.from_pretrained(folder, target=target)
+    # A copy is damaged too, and the files of the other target are not.
+    other = {"xnnpack": "cpu", "cpu": "xnnpack"}[target]
+    again = ExportedModel.from_pretrained(folder, target=other)
+    assert torch.isfinite(again(**inputs).last_hidden_state).all()
+    again.save_pretrained(folder.parent / "copy")
+    with pytest.raises(ExportError, match=f"{file} is not the file that the export wrote"):
+        ExportedModel.from_pretrained(folder.parent / "copy", target=target)
+
+
+def test_export_without_checksums_is_loaded(folder: Path, exported: Any, inputs: dict[str, torch.Tensor]) -> None:
+    data = json.loads((folder / "model.etcp.json").read_text())
+    targets = {
+        target: build | {"files": {name: each["size"] for name, each in build["files"].items()}}
+        for target, build in data["targets"].items()
+    }
+    del data["interface"]
+    (folder / "model.etcp.json").write_text(json.dumps(data | {"schema": 1, "targets": targets}))
+    expected = exported.to(target="cpu")(**inputs).last_hidden_state
+    again = ExportedModel.from_pretrained(folder, target="cpu")
+    torch.testing.assert_close(again(**inputs).last_hidden_state, expected, rtol=0, atol=0)
+    again.save_pretrained(folder.parent / "copy")
+    assert "sha256" in (folder.parent / "copy" / "model.etcp.json").read_text()
+
+
+def test_manifest_of_another_export_is_an_error(folder: Path) -> None:
+    manifest = json.loads((folder / "export.json").read_text())
+    metadata = manifest["components"]["model"]["metadata"]
+    metadata["in_spec"] = metadata["in_spec"].replace("attention_mask", "token_type_ids")
+    (folder / "export.json").write_text(json.dumps(manifest))
+    with pytest.raises(ExportError, match=r"export.json and model.etcp.json are of different exports"):
+        ExportedModel.from_pretrained(folder)
 
 
 def test_unavailable_target_is_an_error_with_those_of_the_export(folder: Path) -> None:

@@ -1,7 +1,5 @@
 """The components of a model: complete, one name for each constant, and equal to the whole model when run in turn."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -15,15 +13,9 @@ from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.components import split_model, structural_copy, with_fqns_of_root
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.targets.gpu import gpu_named_in
-from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, qwen, static_cache, t5, tokens
+from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, quantized, qwen, static_cache, t5, tokens
 
 STEPS = 6
-
-
-def quantized(model: Any, scheme: str = "4w") -> Any:
-    copied = structural_copy(model)
-    quantize_model_(copied, qlinear=scheme)
-    return copied
 
 
 def assert_like(found: torch.Tensor, reference: torch.Tensor, unquantized: torch.Tensor) -> None:
@@ -46,7 +38,7 @@ def test_structural_copy_shares_tensors_and_nothing_else() -> None:
 
 
 def test_model_and_its_attributes_are_unchanged_by_an_export() -> None:
-    model = qwen().train()
+    model = qwen().bfloat16().train()
     state = {name: (id(value), value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
     config = model.config.to_dict()
     EtExporter().export(model, tokens(), EtConfig(target="cuda", qlinear="4w"))
@@ -107,7 +99,7 @@ def test_encoder_decoder_gives_the_numbers_of_the_quantized_model() -> None:
     inputs, written = tokens(), torch.randint(1, 90, (1, STEPS))
     with torch.no_grad():
         unquantized = model(**inputs, decoder_input_ids=written).logits
-        expected = quantized(model)(**inputs, decoder_input_ids=written).logits
+        expected = quantized(model, qlinear="4w")(**inputs, decoder_input_ids=written).logits
     run = exported.runners
     encoded = run["encoder"](**inputs)
     decoder = model.config.get_text_config(decoder=True)
@@ -138,7 +130,7 @@ def test_image_and_text_give_the_numbers_of_the_quantized_model() -> None:
     whole = {"input_ids": torch.cat([ids, written], 1), "pixel_values": inputs["pixel_values"]}
     with torch.no_grad():
         unquantized = model(**whole).logits
-        expected = quantized(model)(**whole).logits
+        expected = quantized(model, qlinear="4w")(**whole).logits
     image = run["image_encoder"](pixel_values=inputs["pixel_values"])
     features = run["multi_modal_projector"](image_features=image.hidden_states[-1])
     embeddings = run["token_embedding"](input=ids)
@@ -164,8 +156,8 @@ def test_image_and_text_give_the_numbers_of_the_quantized_model() -> None:
 
 def test_components_have_their_own_configs_and_targets() -> None:
     configs = {
-        "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w"),
-        "decode": {"target": "cuda"},
+        "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w", cast_to_bf16=True),
+        "decode": {"target": "cuda", "cast_to_bf16": True},
     }
     exported = EtExporter().export_for_generation(qwen(num_hidden_layers=1), tokens(), configs)
     prefill, decode = (exported.components[name].program for name in ("prefill", "decode"))
@@ -181,7 +173,7 @@ def test_components_have_their_own_configs_and_targets() -> None:
 
 def test_weight_that_is_read_other_than_by_a_linear_stays_float_or_is_an_error_with_the_line() -> None:
     config = FalconConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
-    model = FalconForCausalLM(config)
+    model = FalconForCausalLM(config).bfloat16()
     exported = EtExporter().export(model, tokens(), EtConfig(target="cuda", qlinear="4w"))
     layers = {each["fqn"]: each for each in exported.report["quantization"][0]["layers"]}
     dense = layers["transformer.h.0.self_attention.dense"]

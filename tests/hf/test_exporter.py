@@ -7,17 +7,10 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.artifact import ExportError
-from et_cuda_passes.hf.components import structural_copy
-from et_cuda_passes.hf.schemes import quantize_model_
-from tests.hf.models import CACHE, bert, qwen, static_cache, tokens
-
-
-def quantized(model: Any, **options: Any) -> Any:
-    copied = structural_copy(model)
-    quantize_model_(copied, **options)
-    return copied
+from tests.hf.models import CACHE, bert, quantized, qwen, static_cache, tokens
 
 
 def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
@@ -112,6 +105,74 @@ def test_generation_gives_the_tokens_of_the_quantized_model(causal: Any, two_tar
     assert generate(two_targets, ids, STEPS) == expected
 
 
+@pytest.fixture(scope="module")
+def three_targets(causal: Any) -> Any:
+    steps: list[str] = []
+    config = EtConfig(target="cuda,xnnpack,cpu", qlinear="4w", dynamic=True, cast_to_bf16=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        exported = EtExporter(steps.append).export_for_generation(
+            causal, tokens(), config, generation_config=static_cache()
+        )
+    assert steps.count("quantizing") == 1
+    assert sum(step.startswith("exporting") for step in steps) == 2
+    return exported
+
+
+def test_three_targets_have_one_outcome_for_each_weight(three_targets: Any) -> None:
+    fqns = {}
+    for target, parts in three_targets.report["targets"].items():
+        for name, report in parts.items():
+            assert report["counts"]["missed"] == 0
+            fqns[target, name] = sorted(fqn for each in report["outcomes"] for fqn in each["fqn"].split(", "))
+            details = [each["detail"] for each in report["outcomes"]]
+            assert all(("computed in bf16" in detail) == (target != "xnnpack") for detail in details)
+    expected = fqns["cuda", "prefill"]
+    assert len(expected) == 15
+    assert fqns == {(target, name): expected for target in ("cuda", "xnnpack", "cpu") for name in ("prefill", "decode")}
+
+
+def first_logits(exported: Any, ids: torch.Tensor) -> torch.Tensor:
+    cache = StaticCache(config=exported.config, max_cache_len=CACHE)
+    arguments = prefill_arguments(ids.shape[1], cache) | {"input_ids": ids}
+    return exported.runners["prefill"](**arguments).logits[0, -1]
+
+
+def test_three_targets_give_the_numbers_of_the_quantized_model(causal: Any, three_targets: Any) -> None:
+    torch.manual_seed(2)
+    ids = torch.randint(1, 90, (1, 6))
+    model = quantized(causal, qlinear="4w")
+    with torch.no_grad():
+        expected, unquantized = (each(ids).logits[0, -1] for each in (model, causal))
+    errors = {}
+    for target in ("xnnpack", "cpu"):
+        three_targets.to(target=target)
+        found = first_logits(three_targets, ids)
+        assert found.dtype is torch.float32
+        errors[target] = float((found - expected).norm() / expected.norm())
+    # The packed program of cuda computes here by plain operators.
+    build = three_targets.components["prefill"].program.builds["cuda"]
+    program = load_model(build.files[0], "cuda").program
+    arguments = prefill_arguments(6, StaticCache(config=causal.config, max_cache_len=CACHE)) | {"input_ids": ids}
+    found = program.module()(**arguments)["logits"][0, -1]
+    errors["cuda"] = float((found - expected).norm() / expected.norm())
+    assert errors["xnnpack"] < 1e-4
+    # The roundings of two layers to bf16; 4 bits are far more.
+    assert 1e-4 < errors["cpu"] < 3e-2 and 1e-4 < errors["cuda"] < 3e-2
+    assert float((unquantized - expected).norm() / expected.norm()) > 1e-1
+
+
+def test_attention_without_a_kernel_on_cuda_is_refused_with_the_fix() -> None:
+    steps: list[str] = []
+    with pytest.raises(
+        ExportError,
+        match=r"model: the attention \w+ is in float32, and ExecuTorch's kernel for cuda computes in bfloat16: load "
+        "the model with dtype=torch.bfloat16, or give cast_to_bf16=True",
+    ):
+        EtExporter(steps.append).export(bert(), tokens(), EtConfig(target="cuda", qlinear="8w"))
+    assert steps[-1] == "rewriting model for cuda"
+
+
 def test_components_share_one_file_per_target(two_targets: Any) -> None:
     prefill, decode = (two_targets.components[name].program for name in ("prefill", "decode"))
     for target, name in (("cpu", "model.cpu.pt2"), ("xnnpack", "model.xnnpack.pte")):
@@ -119,7 +180,7 @@ def test_components_share_one_file_per_target(two_targets: Any) -> None:
         assert prefill.builds[target] == decode.builds[target]
 
 
-@pytest.mark.parametrize("scheme", [None, "8da4w"])
+@pytest.mark.parametrize("scheme", [pytest.param(None, marks=pytest.mark.slow), "8da4w"])
 def test_generation_on_xnnpack_gives_the_tokens_of_the_model(causal: Any, scheme: str | None) -> None:
     torch.manual_seed(2)
     ids = torch.randint(1, 90, (1, 6))
@@ -225,12 +286,15 @@ def test_weight_only_linears_for_xnnpack_take_4_bit_kernels_on_request() -> None
     ],
 )
 def test_choice_for_weight_only_linears_is_checked(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises(ValueError, match=message):
         EtConfig(**options)
 
 
 def test_bf16_model_for_xnnpack_is_refused_before_any_work() -> None:
     steps: list[str] = []
-    with pytest.raises(ExportError, match=r"bfloat16, and xnnpack computes in float32: load the model with dtype"):
+    refused = r"bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32"
+    with pytest.raises(ExportError, match=refused + ", or leave xnnpack out"):
         EtExporter(steps.append).export(bert().bfloat16(), tokens(), EtConfig(target="xnnpack", qlinear="8da4w"))
+    with pytest.raises(ExportError, match=refused + " and give cast_to_bf16=True, by which cuda and cpu cast to bf"):
+        EtExporter(steps.append).export(bert().bfloat16(), tokens(), EtConfig(target="cuda,xnnpack,cpu"))
     assert not steps

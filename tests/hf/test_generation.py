@@ -36,7 +36,12 @@ def model() -> Qwen3ForCausalLM:
     return qwen3(seed=GENERATION_SEED)
 
 
-@pytest.fixture(scope="module", params=FORMATS)
+SLOW = {"xnnpack"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FORMATS]
+)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return saved_export(request.param, tmp_path_factory.mktemp("export"))
 

@@ -336,7 +336,8 @@ def test_dtype_of_the_packing_formats_kernel_counts() -> None:
     unchanged(
         model,
         lambda: ecp.quantize_model_(model, qlinear_packing_format="tile_packed_to_4d", **options),
-        r"no kernel of 4w in tile_packed_to_4d for a model in float16; convert it with model.to\(torch.bfloat16\)$",
+        r"no kernel of 4w in tile_packed_to_4d for a model in float16; convert it with model.to\(torch.bfloat16\), or "
+        "give cast_to_bf16=True",
     )
     assert not ecp.quantize_model_(model, qlinear_packing_format="mma_tiled", **options).warnings
 
@@ -387,8 +388,85 @@ def test_dtype_without_a_kernel_is_a_warning_where_nothing_is_promised() -> None
     report = ecp.quantize_model_(Mlp(), qlinear="4w", target="cuda")
     assert report.warnings == [
         "cuda has no kernel of 4w for a model in float32; convert it with model.to(torch.bfloat16) or "
-        "model.to(torch.float16)"
+        "model.to(torch.float16), or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
     ]
+
+
+@pytest.mark.parametrize("qlinear", ["4w", "cuda:4w", "8w", "8da4w"])
+def test_cast_to_bf16_gives_a_float32_model_the_kernels_of_all_targets(qlinear: str) -> None:
+    model = Mlp()
+    options = QuantizationOptions(qlinear=qlinear, target="cuda,cpu,metal" if "4" in qlinear else "cuda,cpu")
+    options = dataclasses.replace(options, cast_to_bf16=True)
+    assert ecp.quantize_model_(model, **options.to_dict()).warnings == []
+    x = torch.randn(6, 64)
+    program = export(model, x)
+    for target in options.targets:
+        rewritten, report = ecp.rewrite(program, target, passes_for(options, target), expect={"missed": 0})
+        y = rewritten.module()(x)
+        # Nothing shows that the kernel of metal is slow in float32, which it has.
+        cast = ["computed in bf16" in each.detail for each in report.outcomes]
+        assert cast == [target != "metal"] * 2
+        assert y.dtype == FP32
+        assert error(y, model(x)) < (2.0**-6 if target != "metal" else 1e-5)
+
+
+def test_cast_to_bf16_leaves_a_model_in_bf16_as_it_is() -> None:
+    model = Mlp().bfloat16()
+    ecp.quantize_model_(model, qlinear="4w")
+    program = export(model, torch.randn(6, 64).bfloat16())
+    for target in ("cuda", "cpu", "metal"):
+        graphs = [
+            str(ecp.rewrite(program, target, passes_for(QuantizationOptions(cast_to_bf16=cast), target))[0].graph)
+            for cast in (False, True)
+        ]
+        assert graphs[0] == graphs[1]
+
+
+def test_cast_to_bf16_shares_a_tied_table_of_a_float32_model() -> None:
+    model = Tied()
+    ecp.quantize_model_(model, qlinear="4w")
+    program = export(model, ids())
+    options = QuantizationOptions(cast_to_bf16=True)
+    for target in ("cuda", "cpu"):
+        rewritten, _ = ecp.rewrite(program, target, passes_for(options, target), expect={"missed": 0})
+        x = ids()
+        assert error(rewritten.module()(x), model(x)) < 2.0**-7
+    # On cuda the rows are read from the packed weight of the head.
+    rewritten, _ = ecp.rewrite(program, "cuda", passes_for(options, "cuda"), expect={"embedding_int4": 1})
+    assert sum("packed" in name for name in rewritten.state_dict) == 2
+
+
+def test_cast_to_bf16_for_a_target_without_a_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match="cast_to_bf16=True is for kernels of cuda or metal or cpu, and the target is"):
+        ecp.quantize_model_(Mlp(), qlinear="8da4w", target="xnnpack", cast_to_bf16=True)
+
+
+def test_kernel_that_is_slow_in_float32_says_so_and_names_the_options() -> None:
+    for qlinear in ("4w", "8w"):
+        model = Mlp()
+        ecp.quantize_model_(model, qlinear=qlinear, target="cpu")
+        program = export(model, torch.randn(6, 64))
+        report = ecp.rewrite(program, "cpu", expect={"missed": 0})[1]
+        for note in [str(report), *(str(each.reasons[0]) for each in report.outcomes)]:
+            assert "is slower in float32 than float weights: export the model in bfloat16 (--dtype bfloat16)" in note
+            assert "cast_to_bf16" in note
+        cast = ecp.rewrite(program, "cpu", passes_for(QuantizationOptions(cast_to_bf16=True), "cpu"))[1]
+        assert "slower" not in str(cast)
+        assert "slower" not in str(ecp.rewrite(program, "metal")[1])
+
+
+@pytest.mark.parametrize(("capability", "noted"), [("AVX512", False), ("AVX2", True), ("DEFAULT", False)])
+def test_host_without_avx512_is_named_where_the_kernel_was_measured(
+    capability: str, noted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = Mlp().bfloat16()
+    ecp.quantize_model_(model, qlinear="4w")
+    program = export(model, torch.randn(6, 64).bfloat16())
+    report = ecp.rewrite(program, "cpu", expect={"linear_int4": 2})[1]
+    assert ("takes up to 1.4 times as long as with bf16 weights" in str(report)) == noted
+    assert [len(each.reasons) for each in report.outcomes] == [int(noted)] * 2
+    assert "AVX" not in str(ecp.rewrite(program, "cuda")[1])
 
 
 # Names ----------------------------------------------------------------------------------------------------------------

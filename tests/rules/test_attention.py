@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import et_cuda_passes as ecp
-from et_cuda_passes.rules.attention import SDPA
+from et_cuda_passes.rules.attention import SDPA, CastAttention
 from et_cuda_passes.testing import assert_rewrites
 
 BACKEND = [ecp.UnmaskedAttention(kernel="backend")]
@@ -54,6 +54,36 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).norm() / wanted.norm()).item()
+
+
+# Attention in bf16, by option.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_cast_to_bf16_before_the_kernel_is_chosen(dtype: torch.dtype, masked: bool) -> None:
+    inputs = tuple(each.to(dtype) for each in qkv())
+    mask = torch.ones(5, 7).tril().bool()
+    model = Attention(**({"attn_mask": mask} if masked else {}))
+    passes = ecp.default_passes("cuda").insert_before("unmasked_attention", CastAttention())
+    program, report = ecp.rewrite(torch.export.export(model, inputs), "cuda", passes)
+    assert report.applied["cast_attention"] == 1
+    assert (len(attentions(program)), len(our_operators(program))) == ((1, 0) if masked else (0, 1))
+    (attention,) = attentions(program) or our_operators(program)
+    assert attention.args[0].meta["val"].dtype is torch.bfloat16
+    got = program.module()(*inputs)
+    assert got.dtype is dtype
+    assert relative_error(got, model(*inputs)) < 2.0**-7
+    again = ecp.rewrite(program, "cuda", passes)[1]
+    assert "cast_attention" not in again.applied
+
+
+def test_attention_with_a_mask_of_numbers_is_not_cast() -> None:
+    """In bf16 the lowest number of float32 would be minus infinity, and a row without a key would be NaN."""
+    mask = torch.full((5, 7), torch.finfo(torch.float32).min)
+    program, report = ecp.rewrite(torch.export.export(Attention(attn_mask=mask), qkv()), "cuda", [CastAttention()])
+    assert report.applied == {}
+    assert attentions(program)[0].args[0].meta["val"].dtype is torch.float32
 
 
 # The backend's kernel with a mask.
