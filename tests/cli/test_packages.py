@@ -172,3 +172,12 @@ def test_target_of_another_package_is_lowered(name: str, folder: Path, tmp_path:
     method = Runtime.get().load_program(tmp_path / f"model.{name}.pte").load_method("forward")
     assert method is not None
     torch.testing.assert_close(method.execute([x])[0], program.module()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_target_that_is_lowered_as_another_one_is_verified(folder: Path) -> None:
+    result = run(folder, "verify", "model.pt2", "-t", "lowered_here:as_xnnpack")
+    assert result.code == 0, result.err
+    assert "agrees with the original" in result.out
+    result = run(folder, "verify", "model.pt2", "-t", "lowered_here:folded")
+    assert result.code == 2
+    assert "programs for lowered_here:folded do not run from Python" in result.error
