@@ -1,137 +1,34 @@
 """et_cuda_passes: one generic quantization, rewritten for each ExecuTorch backend, with an outcome for every layer.
 
-These names are the public interface; everything else may change.
+The names in ``__all__`` are the public interface; everything else may change.
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from et_cuda_passes import layouts, ops
-from et_cuda_passes.graph.builder import Builder
-from et_cuda_passes.graph.errors import RuleError, Unmet
-from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
-from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
-from et_cuda_passes.kernels.kernel import Kernel
-from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
-from et_cuda_passes.rewrite import rewrite
-from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
-from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
-from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
-from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
-from et_cuda_passes.rules.fused_linear import FusedLinearInt4
-from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
-from et_cuda_passes.rules.xnnpack import (
-    FoldDequantize,
-    KeepDynamicInt4,
-    KeepDynamicInt8,
-    KeepDynamicPerTensor,
-    KeepStaticInt8,
-)
-from et_cuda_passes.targets import Target, default_passes, targets
 
+def _is_command_line() -> bool:
+    """Whether this process is ``et-cuda-passes`` or ``python -m et_cuda_passes``."""
+    program = next(iter(getattr(sys, "argv", ())), "")
+    if program == "-m":  # Python looks for the module of -m, and imports its package for that
+        options = sys.orig_argv
+        return "-m" in options and options[options.index("-m") + 1 :][:1] == ["et_cuda_passes"]
+    return os.path.basename(program) in ("et-cuda-passes", "et-cuda-passes.exe")
+
+
+# The import of torch takes seconds, which --help does not need. The commands import the names when they use them.
 if TYPE_CHECKING:
-    from et_cuda_passes.executorch.cuda import CudaPartitioner
-    from et_cuda_passes.executorch.metal import MetalPartitioner
-    from et_cuda_passes.executorch.packed import ModelError, load
-    from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
-    from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
-
-__all__ = [
-    "DEQUANTIZE",
-    "BmmInt4",
-    "Builder",
-    "Capture",
-    "ConvInt4",
-    "ConvInt8",
-    "CudaPartitioner",
-    "EinsumInt4",
-    "EmbeddingInt4",
-    "EmbeddingInt8",
-    "ExpectationError",
-    "Failure",
-    "FoldDequantize",
-    "FuseAttentionTranspose",
-    "FuseGate",
-    "FusedLinearInt4",
-    "GroupRule",
-    "GroupedMmInt4",
-    "IndexedBmmInt4",
-    "Keep",
-    "KeepDynamicInt4",
-    "KeepDynamicInt8",
-    "KeepDynamicPerTensor",
-    "KeepStaticInt8",
-    "Kernel",
-    "LinearInt4",
-    "LinearInt8",
-    "Match",
-    "MetalPartitioner",
-    "ModelError",
-    "Notes",
-    "Outcome",
-    "Pattern",
-    "QuantizationOptions",
-    "QuantizationReport",
-    "QuantizedEmbedding",
-    "Reason",
-    "RemoveLinearViews",
-    "Report",
-    "Requirement",
-    "Rule",
-    "RuleError",
-    "Target",
-    "UnmaskedAttention",
-    "Unmet",
-    "XnnpackPartitioner",
-    "any_of",
-    "default_passes",
-    "dequantized",
-    "layouts",
-    "load",
-    "op",
-    "ops",
-    "quantize_model_",
-    "requirement",
-    "rewrite",
-    "targets",
-    "weight_of",
-]
-
-# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.
-_LAZY = {
-    "CudaPartitioner": "executorch.cuda",
-    "MetalPartitioner": "executorch.metal",
-    "XnnpackPartitioner": "executorch.xnnpack",
-    "ModelError": "executorch.packed",
-    "load": "executorch.packed",
-    "QuantizationOptions": "hf.schemes",
-    "QuantizationReport": "hf.schemes",
-    "quantize_model_": "hf.schemes",
-}
-
-
-# Old names with the new ones, for the error about an old name.
-_RENAMED = {
-    "MatchContext": "Match",
-    "JointRule": "GroupRule",
-    "Int4Kernel": "Kernel",
-    "ChosenExpertsInt4": "IndexedBmmInt4",
-    "affine": "weight_of",
-    "dequantize": "dequantized",
-    "require": "requirement",
-    "AttentionViews": "FuseAttentionTranspose",
-    "Int4Gate": "FuseGate",
-    "LinearViews": "RemoveLinearViews",
-}
+    from et_cuda_passes.api import *  # noqa: F403  (the public names)
+    from et_cuda_passes.api import __all__ as __all__
+elif not _is_command_line():
+    import et_cuda_passes.api  # noqa: F401
 
 if not TYPE_CHECKING:  # else a type checker would accept any name
 
     def __getattr__(name: str) -> Any:
-        if name in _LAZY:
-            from importlib import import_module
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
+        from importlib import import_module
 
-            return getattr(import_module(f"et_cuda_passes.{_LAZY[name]}"), name)
-        if name in _RENAMED:
-            raise AttributeError(f"et_cuda_passes.{name} is now et_cuda_passes.{_RENAMED[name]}")
-        raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
+        return getattr(import_module("et_cuda_passes.api"), name)

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
 from et_cuda_passes.graph.driver import apply_passes, gc_disabled
 from et_cuda_passes.graph.finish import finish_program
-from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
+from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
@@ -79,13 +79,12 @@ def rewrite(
     # 4. Apply the pass list.
     program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
     with gc_disabled():
-        quantized_still = tracker.created_candidates(find(program))
         # 5. Finish: repair strides and names, verify.
         result = finish_program(program)
         if gpu:
             name_gpu(result, gpu)
     # 6. Report.
-    report = _report(tracker, chosen, entries, normalised, result, quantized_still)
+    report = _report(tracker, chosen, entries, normalised, result)
     report.notes = gpu_notes(result, described) if described else []
     check_expectations(expect, report)
     return result, report
@@ -97,7 +96,6 @@ def _report(
     entries: Sequence[Pass],
     before: ExportedProgram,
     after: ExportedProgram,
-    quantized_still: Iterable[Candidate],
 ) -> Report:
     """The outcomes, and warnings about quantized weights that have no outcome.
 
@@ -107,15 +105,9 @@ def _report(
         entries: the passes that ran.
         before: the program as the passes got it.
         after: the program as they left it.
-        quantized_still: operators that rules created and that read a quantized weight.
     """
     names = [entry.name for entry in entries]
     report = tracker.report(target.name, names, constant_bytes(before), constant_bytes(after))
-    for candidate in quantized_still:
-        report.warnings.append(
-            f"{candidate.op} {candidate.name or candidate.node.name} still reads the quantized weight "
-            f"{candidate.fqn}: a rule created it, and no later pass rewrote it"
-        )
     reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
     decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
     if decomposed:

@@ -77,9 +77,11 @@ def assert_misses(
     rule: str | None = None,
     passes: Iterable[Any] | None = None,
 ) -> Report:
-    """Rewrite, and look that some candidate was missed for a reason that says ``reason``.
+    """Rewrite, and check that a rule did not act at some place for a reason that says ``reason``.
 
-    That candidate's node must stand in the result as it stood before.
+    The place is a candidate that is missed, and whose operator must stand in the result as before. With ``rule`` it may
+    also be one of the other places in ``report.rejected``: a candidate that another rule rewrote or kept, or an
+    operator that is no candidate.
 
     Args:
         exported_program: the program before.
@@ -92,7 +94,7 @@ def assert_misses(
         The report, for further assertions.
 
     Raises:
-        AssertionError: no candidate was missed for such a reason; the message has the report.
+        AssertionError: there is no such reason; the message has the report.
         ValueError: ``reason`` is empty, or ``rule`` is not in the pass list.
     """
     if not reason:
@@ -108,10 +110,16 @@ def assert_misses(
         for outcome in missed
         if any(reason in str(given) and rule in (None, given.rule) for given in outcome.reasons)
     ]
+    rejected = report.rejected.get(rule, []) if rule else []
+    if not found and any(reason in text for text in rejected):
+        return report
     by = f" by {rule}" if rule else ""
-    assert found, f"no candidate is missed{by} with a reason that says {reason!r}\n{report}"
+    others = "".join(f"\n  rejected  {text}" for text in rejected)
+    assert found, f"no candidate is missed{by} with a reason that says {reason!r}\n{report}{others}"
     was, now = _nodes(exported_program), _nodes(program)
-    for name in (outcome.node for outcome in found):
+    # An operator that a rule built has a note that says so.
+    unchanged = (each for each in found if all(given.stage != "note" for given in each.reasons))
+    for name in (outcome.node for outcome in unchanged):
         assert now.get(name) == was[name], f"{name} is reported as missed, yet it changed\n{report}"
     return report
 

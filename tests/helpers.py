@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from et_cuda_passes.graph.constants import ConstantCache
-from et_cuda_passes.graph.driver import apply_passes
+from et_cuda_passes.graph.driver import FindCandidates, apply_passes
 from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.operators import op_name, op_of
 from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
@@ -170,6 +170,11 @@ def calls_of(*targets: Any) -> Callable[[Program], list[Candidate]]:
     return lambda program: [Candidate(n, (), n.name) for n in program.graph.nodes if op_of(n) in targets]
 
 
+def exported_only(find_candidates: Callable[[Program], list[Candidate]]) -> FindCandidates:
+    """A search that finds no candidate among the nodes that rules build."""
+    return lambda program, among: find_candidates(program) if among is None else []
+
+
 def apply_with(
     program: ExportedProgram,
     passes: Iterable[Any],
@@ -180,7 +185,7 @@ def apply_with(
     entries = parse_passes(passes)
     copy = Program(program, pool)
     tracker = OutcomeTracker(find_candidates(copy), group_rules(entries))
-    copy = apply_passes(copy, entries, TARGET, tracker, find_candidates)
+    copy = apply_passes(copy, entries, TARGET, tracker, exported_only(find_candidates))
     return finish_program(copy), tracker.report(TARGET.name, [entry.name for entry in entries])
 
 

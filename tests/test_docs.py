@@ -4,10 +4,15 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.ao.quantization.fx._decomposed
+import torch.nn.functional as F
 
 from docs import generate
+from et_cuda_passes.testing import assert_rewrites
 
 EXAMPLES = [
     page for page in sorted((generate.ROOT / "docs").rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")
@@ -33,13 +38,15 @@ def test_link_without_a_target_is_found(tmp_path: Path) -> None:
     assert list(generate.broken_links(tmp_path)) == ["docs/a.md: b.md", "docs/a.md: ../README.md#gone"]
 
 
-@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
-def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's Python blocks form one program. The text block after a block is its output."""
-    monkeypatch.chdir(generate.ROOT)
+def run_page(page: Path) -> dict[str, Any]:
+    """Run the Python blocks of a page as one program; the text block after a block must be its output.
+
+    Returns:
+        The names that the program defines.
+    """
     text = page.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
-    space: dict[str, object] = {"__name__": page.stem}
+    space: dict[str, Any] = {"__name__": page.stem}
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block[1] != "python":
             continue
@@ -51,3 +58,32 @@ def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: 
         if printed.getvalue():
             assert following is not None and following[1] == "text", "what is printed stands in a text block after it"
             assert following[2] == printed.getvalue()
+    return space
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(generate.ROOT)
+    run_page(page)
+
+
+def test_rule_of_the_page_on_constants_distinguishes_two_scales_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(generate.ROOT)
+    rule = run_page(generate.ROOT / "docs/how-to/write-a-rule-well.md")["ScaleAfter"]
+
+    class TwoScales(torch.nn.Module):
+        """Two linears with the same integers, and with scales that are numbers in the graph."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("q", torch.randint(-127, 128, (8, 16), dtype=torch.int8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor
+            one, two = (dequantize(self.q, scale, 0, -128, 127, torch.int8) for scale in (0.5, 0.03))
+            return F.linear(x, one) - F.linear(x, two)
+
+    program = torch.export.export(TwoScales(), (torch.randn(2, 16),))
+    after, _ = assert_rewrites(program, "cpu", passes=[rule()], expect={"scale_after": 2}, rtol=1e-6)
+    scales = [tensor for name, tensor in after.state_dict.items() if ".row_scale" in name]
+    assert sorted(float(scale[0]) for scale in scales) == pytest.approx([0.03, 0.5])

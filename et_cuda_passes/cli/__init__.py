@@ -7,16 +7,15 @@ goes to stdout, progress and errors go to stderr.
 import json
 import re
 import shlex
-from dataclasses import Field, fields, is_dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
@@ -28,19 +27,30 @@ from et_cuda_passes.cli.console import (
     handle_errors,
     list_files,
     one_line,
+    quiet_import,
 )
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
-from et_cuda_passes.cli.running import run
-from et_cuda_passes.cli.verifying import verify
-from et_cuda_passes.executorch.lower import Progress, atomic_output, missing_requirement
-from et_cuda_passes.executorch.lower import lower as lower_program
-from et_cuda_passes.executorch.packed import Model, load_model, save_packed
-from et_cuda_passes.kernels.gpus import GPUS
-from et_cuda_passes.rewrite import check_expectations, check_expected
-from et_cuda_passes.targets import get_target
-from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
-from et_cuda_passes.targets.gpu import check_gpu, gpu_named_in
+from et_cuda_passes.cli.options import (
+    EXECUTABLE,
+    TARGETS,
+    ComponentName,
+    Debug,
+    Gpu,
+    InputsPath,
+    Json,
+    ModelPath,
+    RandomSeed,
+    TargetName,
+    Trust,
+)
+
+# The functions below import what they need, so that --help does not import torch.
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from et_cuda_passes.executorch.lower import Progress
+    from et_cuda_passes.executorch.packed import Model
 
 require_version("typer")
 require_version("rich")
@@ -59,19 +69,6 @@ class Stage(StrEnum):
     """The stages after which ``lower`` can stop."""
 
     rewrite = "rewrite"
-
-
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
-TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(ecp.targets())}.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
-Trust = Annotated[
-    bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Gpu = Annotated[
-    str | None,
-    typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114."),
-]
 
 
 @app.command()
@@ -103,15 +100,27 @@ def lower(
     could not finish gets what it lacks.
     """
     with handle_errors(debug):
-        _check_target(target, gpu)
+        import torch
+
+        from et_cuda_passes.executorch.lower import atomic_output, missing_requirement, no_lowering
+        from et_cuda_passes.executorch.lower import lower as lower_program
+        from et_cuda_passes.executorch.packed import load_model, save_packed
+        from et_cuda_passes.rewrite import check_expectations
+        from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
+        from et_cuda_passes.targets.gpu import gpu_named_in
+
+        chosen = _check_target(target, gpu)
         if is_export(model):
             if output_dir not in (Path(), model) or stop_after or expect or gpu:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
             finish(model, target)
             return
+        if not stop_after and (problem := no_lowering(chosen)):
+            raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
         demanded = _expectations(expect or [], target)
         check_writable(output_dir)
-        stem = re.sub(rf"\.({'|'.join(ecp.targets())})\.packed$", "", model.stem) + f".{target}"
+        names = "|".join(map(re.escape, (*TARGETS, chosen.name)))
+        stem = re.sub(rf"\.({names})\.packed$", "", model.stem) + f".{chosen.name}"
         packed = output_dir / f"{stem}.packed.pt2"
         with Steps() as step:
             step(f"loading {model}")
@@ -170,6 +179,8 @@ def explain(
 ) -> None:
     """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
     with handle_errors(debug):
+        from et_cuda_passes.executorch.packed import load_model
+
         _check_target(target, gpu)
         with Steps() as step:
             step(f"loading {model}")
@@ -184,14 +195,16 @@ def explain(
 @app.command()
 def rules(as_json: Json = False) -> None:
     """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
-    listed = {name: [_described(entry) for entry in ecp.default_passes(name)] for name in ecp.targets()}
+    # `make docs` writes this file from the code. The rules themselves import torch.
+    text = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
     if as_json:
-        about = {name: {"summary": get_target(name).summary, "passes": passes} for name, passes in listed.items()}
-        typer.echo(json.dumps(about, indent=2, default=str))
+        typer.echo(text, nl=False)
         return
+    about = json.loads(text)
+    listed = {name: each["passes"] for name, each in about.items()}
     lines = []
     for name, passes in listed.items():
-        lines += [f"{name}: {get_target(name).summary}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
+        lines += [f"{name}: {about[name]['summary']}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
     for entry in {entry["name"]: entry for passes in listed.values() for entry in passes}.values():
         lines += ["", entry["name"], f"  {entry['rewrite']}"]
         for need in entry["requires"]:
@@ -203,8 +216,115 @@ def rules(as_json: Json = False) -> None:
 
 app.command()(export)
 app.command()(generate)
-app.command()(run)
-app.command()(verify)
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the .ptd beside it.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The method of a .pte; default: forward.", show_default=False)
+    ] = None,
+    component: ComponentName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
+        ),
+    ] = None,
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Execute the compiled libraries in MODEL, which can do anything that you can."),
+    ] = False,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICE",
+            help="Of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
+            show_default=False,
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Run a method of MODEL, or a component of an export, and print a summary of each output.
+
+    Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
+    Those of an export are tokens, positions, masks and a cache that belong together.
+    """
+    with handle_errors(debug):
+        from et_cuda_passes.cli.running import run_model
+
+        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device)
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an export."
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            "-t",
+            help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
+            show_default=False,
+        ),
+    ] = None,
+    component: ComponentName = None,
+    original: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The model that was exported, as --model of export.", show_default=False),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.", show_default=False)
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="R",
+            help="Largest relative error of an output. The default depends on its dtype: 2^-5 for bfloat16, 2^-8 for "
+            "float16, 2^-13 for float32, at least 2^-6 with 8-bit activations; integers must be equal.",
+            show_default=False,
+        ),
+    ] = None,
+    inputs: InputsPath = None,
+    random_seed: RandomSeed = None,
+    trust: Annotated[
+        bool,
+        typer.Option(
+            "--trust",
+            help="Read MODEL as torch.export.load does, which may run code from it; or execute the compiled libraries "
+            "of an export.",
+        ),
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+) -> None:
+    """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
+
+    Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
+    have the same shapes; integers stay in their range.
+
+    The folder of an export is not lowered again. Its files are checked, and its components run on random inputs of the
+    shortest length, the longest, and one between. With --model, the outputs are compared with those of that model in
+    eager, quantized as the export was. Without it, those of the targets are compared with each other.
+    """
+    with handle_errors(debug):
+        from et_cuda_passes.cli.verifying import verify_model
+
+        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust)
 
 
 def _print_versions(wanted: bool) -> None:
@@ -215,13 +335,32 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
+def _import(packages: Sequence[str]) -> None:
+    """Import the packages of ``--import``."""
+    for package in packages:
+        try:
+            with quiet_import(False):
+                import_module(package)
+        except Exception as error:  # the import of another package raises anything
+            raise typer.BadParameter(
+                f"{package} cannot be imported ({one_line(error)}); install it, or put its folder on PYTHONPATH"
+            ) from error
+
+
 @app.callback()
 def _options(
+    packages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="PACKAGE", help="Import a package first, which registers operators of its own."
+        ),
+    ] = None,
     versions: Annotated[
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """The options before a command."""
+    _import(packages or ())
 
 
 def main() -> None:
@@ -229,15 +368,21 @@ def main() -> None:
     app(prog_name="et-cuda-passes")
 
 
-def _check_target(target: str, gpu: str | None) -> None:
+def _check_target(target: str, gpu: str | None) -> "ecp.Target":
+    from et_cuda_passes.targets.gpu import check_gpu
+
     try:
-        check_gpu(gpu, get_target(target))
+        chosen = ecp.get_target(target)
+        check_gpu(gpu, chosen)
+        return chosen
     except ValueError as error:
         raise UsageError(str(error)) from None
 
 
 def _expectations(texts: list[str], target: str) -> dict[str, int]:
     """The counts of ``--expect``. Their names are checked before a slow step begins."""
+    from et_cuda_passes.rewrite import check_expected
+
     demanded: dict[str, int] = {}
     for text in texts:
         parts = re.fullmatch(r"(\w+)=(\d+)", text)
@@ -253,7 +398,9 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(given: Model, target: str, gpu: str | None, progress: Progress) -> tuple[ExportedProgram, ecp.Report]:
+def _rewritten(
+    given: "Model", target: str, gpu: str | None, progress: "Progress"
+) -> tuple["ExportedProgram", "ecp.Report"]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None and gpu is None:
         return given.program, given.report
@@ -266,23 +413,12 @@ def _rewritten(given: Model, target: str, gpu: str | None, progress: Progress) -
     return program, replace(given.report, outcomes=outcomes, notes=report.notes)
 
 
-def print_report(given: Model, report: ecp.Report) -> None:
+def print_report(given: "Model", report: "ecp.Report") -> None:
     """Print the report, after the layouts that MODEL has already."""
     if given.packed:
         layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
         typer.echo(f"MODEL is packed already: {layouts}")
     typer.echo(str(report))
-
-
-def _described(rule: ecp.Rule) -> dict[str, Any]:
-    """A rule as data."""
-    options: tuple[Field[Any], ...] = fields(rule) if is_dataclass(rule) else ()
-    return {
-        "name": rule.name,
-        "rewrite": (getdoc(type(rule)) or "").partition("\n")[0],
-        "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
-        "options": {option.name: getattr(rule, option.name) for option in options},
-    }
 
 
 def _version(distribution: str) -> str:

@@ -1,5 +1,6 @@
 """Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
+import logging
 import os
 import resource
 import time
@@ -17,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from et_cuda_passes.executorch.packed import ModelError
+from et_cuda_passes.executorch.errors import ModelError
 
 
 class UsageError(Exception):
@@ -120,6 +121,8 @@ def check_writable(folder: Path) -> None:
 def handle_errors(debug: bool) -> Iterator[None]:
     """Turn errors into one line and an exit code, and hide deprecation warnings of the libraries."""
     try:
+        with quiet_import(debug):
+            import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
         with warnings.catch_warnings():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
@@ -135,6 +138,22 @@ def handle_errors(debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
+
+
+@contextmanager
+def quiet_import(debug: bool) -> Iterator[None]:
+    """Hide what the libraries log and warn about while they are imported: optional parts that they do not find."""
+    if debug:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

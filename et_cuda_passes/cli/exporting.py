@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,18 +19,13 @@ from et_cuda_passes.cli.console import (
     list_files,
     one_line,
 )
-from et_cuda_passes.executorch.lower import missing_requirement
-from et_cuda_passes.executorch.packed import read_report
-from et_cuda_passes.graph import errors
-from et_cuda_passes.graph.report import ExpectationError
-from et_cuda_passes.hf.artifact import ExportError
-from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
-from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only
+from et_cuda_passes.cli.options import TARGETS
 from et_cuda_passes.hf.report import QuantizationReport
-from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.kernels.gpus import GPUS
-from et_cuda_passes.targets import get_target, targets
-from et_cuda_passes.targets.gpu import check_gpu
+
+if TYPE_CHECKING:
+    from et_cuda_passes.hf.checkpoint import Checkpoint
+    from et_cuda_passes.hf.options import QuantizationOptions
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
 _MANIFEST = "export.json"
@@ -54,7 +49,7 @@ def export(
         str,
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
-    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(targets())}; several with commas.")],
+    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}; several with commas.")],
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
@@ -135,6 +130,13 @@ def export(
         "cast_to_bf16": cast_to_bf16,
     }
     with handle_errors(debug):
+        # These import torch, which --help does not need.
+        from et_cuda_passes.executorch.lower import missing_requirement
+        from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
+        from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only
+        from et_cuda_passes.targets import get_target
+        from et_cuda_passes.targets.gpu import check_gpu
+
         with _refusals():
             check_extra("export")
             quantization = QuantizationOptions(**options)
@@ -179,7 +181,7 @@ def export(
 
 def _export(
     step: Steps,
-    checkpoint: Checkpoint,
+    checkpoint: "Checkpoint",
     task: str | None,
     dtype: str | None,
     keep_gguf: bool,
@@ -214,6 +216,9 @@ def is_export(path: Path) -> bool:
 
 def finish(folder: Path, target: str) -> None:
     """Lower what the machine that wrote an export saved packed for a target."""
+    from et_cuda_passes.executorch.lower import missing_requirement
+    from et_cuda_passes.hf.checkpoint import check_extra
+
     with _refusals():
         check_extra("finishing an export")
     if lacking := missing_requirement(target):
@@ -247,6 +252,10 @@ def _refusals() -> Iterator[None]:
 @contextmanager
 def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
     """Turn an error of the current step into one line with the name of the step."""
+    from et_cuda_passes.graph import errors
+    from et_cuda_passes.graph.report import ExpectationError
+    from et_cuda_passes.hf.artifact import ExportError
+
     try:
         yield
     except UsageError:
@@ -302,11 +311,13 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         )
 
 
-def _check_dtype(dtype: str | None, options: QuantizationOptions) -> None:
+def _check_dtype(dtype: str | None, options: "QuantizationOptions") -> None:
     known = ("float32", "bfloat16", "float16")
     if dtype is not None and dtype not in known:
         raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
     if dtype == "bfloat16" and "xnnpack" in options.targets:
+        from et_cuda_passes.hf.support import casts_to_bf16
+
         others = [] if options.cast_to_bf16 else [name for name in options.targets if casts_to_bf16(name)]
         cast = f" and --cast-to-bf16, by which {' and '.join(others)} cast to bfloat16" if others else ""
         raise UsageError(
@@ -332,6 +343,8 @@ def _print_kept(kept: dict[str, str]) -> None:
 
 
 def _print_report(report: Any) -> None:
+    from et_cuda_passes.executorch.packed import read_report
+
     for quantization in report["quantization"]:
         found = QuantizationReport.from_dict(quantization)
         found.warnings = list(map(_in_options, found.warnings))

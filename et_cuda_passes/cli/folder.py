@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import typer
@@ -26,12 +26,6 @@ if TYPE_CHECKING:
     from et_cuda_passes.hf.reference import Reference
     from et_cuda_passes.hf.runner import EtModelRunner
     from et_cuda_passes.hf.samples import Samples
-
-
-ComponentName = Annotated[
-    str | None,
-    typer.Option("--component", metavar="NAME", help="The component of an export: prefill, decode, ..."),
-]
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
@@ -97,6 +96,8 @@ def _import_generation(debug: bool) -> Any:
 
 
 def _check_device(text: str | None) -> None:
+    import torch
+
     try:
         device = torch.device(text or "cpu")
     except RuntimeError:

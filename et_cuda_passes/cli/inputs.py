@@ -2,25 +2,11 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from torch import Tensor
 
 from et_cuda_passes.cli.console import UsageError, one_line
-
-InputsPath = Annotated[
-    Path | None,
-    typer.Option(
-        "--inputs", metavar="SAFETENSORS", help="The inputs, named 0, 1, ... in order; a single one may have any name."
-    ),
-]
-RandomSeed = Annotated[
-    int | None,
-    # The range of a seed of torch.Generator.
-    typer.Option("--random-seed", metavar="N", min=0, max=2**64 - 1, help="Generate random inputs from this seed."),
-]
 
 # 4 GiB of float32. A larger upper bound of a size is not meant as an actual size.
 _MOST = 1 << 30

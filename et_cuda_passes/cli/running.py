@@ -4,17 +4,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from et_cuda_passes.cli.console import RunError, Steps, UsageError, handle_errors, one_line
+from et_cuda_passes.cli.console import RunError, Steps, UsageError, one_line
 from et_cuda_passes.cli.exporting import is_export
-from et_cuda_passes.cli.folder import ComponentName, load_component
-from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
+from et_cuda_passes.cli.folder import load_component
+from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
 from et_cuda_passes.delegate import DelegateError, Program
 from et_cuda_passes.delegate.method import check_inputs
 from et_cuda_passes.delegate.plan import Dynamism, Plan
@@ -24,60 +24,31 @@ _WARM_UPS = 5
 _FEWEST, _SECONDS = 20, 2.0
 
 
-def run(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
-    ],
-    data: Annotated[
-        Path | None, typer.Option(metavar="PTD", help="Its .ptd; by default the .ptd beside it.", show_default=False)
-    ] = None,
-    method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The method of a .pte; default: forward.", show_default=False)
-    ] = None,
-    component: ComponentName = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
-        ),
-    ] = None,
-    inputs: InputsPath = None,
-    random_seed: RandomSeed = None,
-    trust: Annotated[
-        bool,
-        typer.Option("--trust", help="Execute the compiled libraries in MODEL, which can do anything that you can."),
-    ] = False,
-    benchmark: Annotated[
-        bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
-    ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="Of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
-            show_default=False,
-        ),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+def run_model(
+    model: Path,
+    data: Path | None,
+    method: str | None,
+    component: str | None,
+    target: str | None,
+    inputs: Path | None,
+    random_seed: int | None,
+    trust: bool,
+    benchmark: bool,
+    device: str | None,
 ) -> None:
-    """Run a method of MODEL, or a component of an export, and print a summary of each output.
-
-    Without --inputs, the inputs are random: normally distributed floats, integers 0 and 1, sizes at their upper bounds.
-    Those of an export are tokens, positions, masks and a cache that belong together.
-    """
-    with handle_errors(debug):
-        check_one_source(inputs, random_seed)
-        if is_export(model):
-            if data or method or device:
-                raise UsageError(
-                    f"{model} is an export: --component and --target choose what runs; leave --data, --method and "
-                    "--device out"
-                )
-            _run_component(model, component, target, inputs, random_seed, trust, benchmark)
-            return
-        if component or target:
-            raise UsageError(f"--component and --target are for the folder of an export, and {model} is none")
-        _run_method(model, data, method or "forward", inputs, random_seed, trust, benchmark, _device(device or "cuda"))
+    """The command ``run``: its options are described there."""
+    check_one_source(inputs, random_seed)
+    if is_export(model):
+        if data or method or device:
+            raise UsageError(
+                f"{model} is an export: --component and --target choose what runs; leave --data, --method and "
+                "--device out"
+            )
+        _run_component(model, component, target, inputs, random_seed, trust, benchmark)
+        return
+    if component or target:
+        raise UsageError(f"--component and --target are for the folder of an export, and {model} is none")
+    _run_method(model, data, method or "forward", inputs, random_seed, trust, benchmark, _device(device or "cuda"))
 
 
 def _run_component(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.compare import compare
-from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, handle_errors, one_line
+from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line
 from et_cuda_passes.cli.exporting import is_export
-from et_cuda_passes.cli.folder import ComponentName, Folder, Verification
-from et_cuda_passes.cli.inputs import InputsPath, RandomSeed, check_one_source, random_tensor, read_inputs
+from et_cuda_passes.cli.folder import Folder, Verification
+from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
 from et_cuda_passes.executorch.lower import lower, missing_requirement
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
@@ -29,78 +29,35 @@ from et_cuda_passes.targets import get_target
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def verify(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an export."
-        ),
-    ],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
-            show_default=False,
-        ),
-    ] = None,
-    component: ComponentName = None,
-    original: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The model that was exported, as --model of export.", show_default=False),
-    ] = None,
-    gguf: Annotated[
-        Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.", show_default=False)
-    ] = None,
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Largest relative error of an output. The default depends on its dtype: 2^-5 for bfloat16, 2^-8 for "
-            "float16, 2^-13 for float32, at least 2^-6 with 8-bit activations; integers must be equal.",
-            show_default=False,
-        ),
-    ] = None,
-    inputs: InputsPath = None,
-    random_seed: RandomSeed = None,
-    trust: Annotated[
-        bool,
-        typer.Option(
-            "--trust",
-            help="Read MODEL as torch.export.load does, which may run code from it; or execute the compiled libraries "
-            "of an export.",
-        ),
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+def verify_model(
+    model: Path,
+    target: str | None,
+    component: str | None,
+    original: str | None,
+    gguf: Path | None,
+    tolerance: float | None,
+    inputs: Path | None,
+    random_seed: int | None,
+    trust: bool,
 ) -> None:
-    """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
-
-    Without --inputs or --random-seed, the inputs are the example inputs that MODEL was exported with. Random inputs
-    have the same shapes; integers stay in their range.
-
-    The folder of an export is not lowered again. Its files are checked, and its components run on random inputs of the
-    shortest length, the longest, and one between. With --model, the outputs are compared with those of that model in
-    eager, quantized as the export was. Without it, those of the targets are compared with each other.
-    """
-    with handle_errors(debug):
-        if tolerance is not None and not tolerance >= 0:
-            raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
-        check_one_source(inputs, random_seed)
-        if is_export(model):
-            with _refused_checkpoint():
-                checkpoint = None if original is None else Checkpoint.find(original, gguf)
-            if gguf is not None and original is None:
-                raise UsageError("--gguf has the weights of --model: give both")
-            folder = Folder.read(model, "verifying an export")
-            Verification(folder, component, target, checkpoint, tolerance, inputs, random_seed or 0, trust).run()
-            return
-        if component or original or gguf:
-            raise UsageError(f"--component, --model and --gguf are for the folder of an export, and {model} is none")
-        if target is None:
-            raise UsageError(f"--target is missing: give one of {', '.join(EXECUTABLE)}")
-        _check_target(target)
-        _verify_program(model, target, tolerance, inputs, random_seed, trust)
+    """The command ``verify``: its options are described there."""
+    if tolerance is not None and not tolerance >= 0:
+        raise UsageError(f"--tolerance {tolerance}: a relative error is 0 or more")
+    check_one_source(inputs, random_seed)
+    if is_export(model):
+        with _refused_checkpoint():
+            checkpoint = None if original is None else Checkpoint.find(original, gguf)
+        if gguf is not None and original is None:
+            raise UsageError("--gguf has the weights of --model: give both")
+        folder = Folder.read(model, "verifying an export")
+        Verification(folder, component, target, checkpoint, tolerance, inputs, random_seed or 0, trust).run()
+        return
+    if component or original or gguf:
+        raise UsageError(f"--component, --model and --gguf are for the folder of an export, and {model} is none")
+    if target is None:
+        raise UsageError(f"--target is missing: give one of {', '.join(EXECUTABLE)}")
+    _check_target(target)
+    _verify_program(model, target, tolerance, inputs, random_seed, trust)
 
 
 @contextmanager
@@ -135,7 +92,7 @@ def _verify_program(
                 raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
             step("running it lowered")
             try:
-                got = execute(target, files, args, kwargs)
+                got = execute(get_target(target).lowering, files, args, kwargs)
             except Exception as error:
                 raise RunError(f"{model} lowered for {target} does not run: {one_line(error)}") from error
     if loaded.packed:
@@ -157,10 +114,10 @@ def _verify_program(
 
 def _check_target(target: str) -> None:
     try:
-        get_target(target)
+        chosen = get_target(target)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if target not in EXECUTABLE:
+    if chosen.partitioner is not None or chosen.lowering not in EXECUTABLE:
         raise UsageError(f"programs for {target} do not run from Python: verify supports {', '.join(EXECUTABLE)}")
 
 

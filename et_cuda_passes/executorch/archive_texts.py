@@ -111,7 +111,9 @@ def _target(text: str, place: str) -> None:
         return
     parts = _OPERATOR.fullmatch(text)
     name = "" if parts is None else f"{parts[1]}.{parts[2]}"
-    if parts is None or parts[1] not in _NAMESPACES or name in _OUTSIDE or name.startswith("prims.inductor_"):
+    if parts is not None and parts[1] not in _NAMESPACES:
+        raise Refused(f"{place} calls {short(text)}, an operator of a package that is not known to be safe")
+    if parts is None or name in _OUTSIDE or name.startswith("prims.inductor_"):
         raise Refused(f"{place} calls {short(text)}, which is no operator of an exported program")
 
 

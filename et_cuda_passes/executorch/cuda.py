@@ -32,7 +32,7 @@ class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  
         ValueError: this machine has a GPU, and cannot compile a program that runs on ``gpu``.
     """
 
-    _target = "cuda"
+    rewrite_target = "cuda"
     _always = (ReplaceSplit(),)
 
     def __init__(

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +22,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
+from et_cuda_passes.targets import Target, get_target
 from et_cuda_passes.targets.gpu import gpu_named_in
 
 Progress = Callable[[str], None]
@@ -32,7 +34,7 @@ Methods = Mapping[str, ExportedProgram]
 
 def lower(
     program: ExportedProgram | Methods,
-    target: str,
+    target: str | Target,
     folder: Path,
     stem: str,
     progress: Progress = lambda step: None,
@@ -43,7 +45,8 @@ def lower(
         program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
             "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
             the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
-        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor.
+        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor. A target
+            of another package is lowered with ExecuTorch and its ``partitioner``, or as its ``lowered_as`` says.
         folder: the folder of the files; created if it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
@@ -53,12 +56,18 @@ def lower(
         The files written. None of them appears before all are complete.
 
     Raises:
-        ValueError: the target is unknown, or the program names a GPU for which this machine cannot compile.
+        ValueError: the target is unknown or has no lowering, or the program names a GPU for which this machine cannot
+            compile.
         Exception: any error of ExecuTorch, the backend or AOTInductor; then no file is written.
     """
-    make = {"cuda": _cuda, "metal": _metal, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
-    if make is None:
-        raise ValueError(f"target {target!r} has no lowering")
+    chosen = get_target(target)
+    make: Callable[[Methods, Path, str, Progress], None]
+    if chosen.partitioner is not None:
+        make = partial(_own, chosen.partitioner)
+    elif chosen.lowering in _LOWERINGS:
+        make = _LOWERINGS[chosen.lowering]
+    else:
+        raise ValueError(no_lowering(chosen))
     methods = {"forward": program} if isinstance(program, ExportedProgram) else program
     gpu = gpu_of_methods(methods)
     if gpu is not None and (problem := compile_problem(gpu)):
@@ -67,6 +76,16 @@ def lower(
         make(methods, staging, stem, progress)
         names = sorted(path.name for path in staging.iterdir())
     return [folder / name for name in names]
+
+
+def no_lowering(target: Target) -> str:
+    """The error message for a target that cannot be lowered; empty if it can be."""
+    if target.partitioner is not None or target.lowering in _LOWERINGS:
+        return ""
+    return (
+        f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch "
+        f"partitioner of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
+    )
 
 
 def lowering_steps(target: str, methods: int) -> int:
@@ -102,14 +121,16 @@ def _shared_memory_of(gpu: str | None) -> Iterator[None]:
             del os.environ[SHARED_MEMORY_LIMIT]
 
 
-def missing_requirement(target: str, gpu: str | None = None) -> str | None:
-    """The requirement for lowering to ``target`` that this machine lacks, with the fix; None if it lacks nothing.
+def missing_requirement(name: str | Target, gpu: str | None = None) -> str | None:
+    """The requirement for lowering to target ``name`` that this machine lacks, with the fix; None if it lacks nothing.
 
     ``gpu`` is the GPU that the program names.
 
     The lowerings to cuda and metal compile and tune kernels on the device itself. A rewrite works on every machine, and
     :mod:`et_cuda_passes.executorch.packed` saves its result for a machine that has the device.
     """
+    chosen = get_target(name)
+    target = "" if chosen.partitioner is not None else chosen.lowering
     if target == "cuda" and not torch.cuda.is_available():
         if torch.version.cuda is None:
             return f"a CUDA device and a torch built for it (this one, {torch.__version__}, is built without CUDA)"
@@ -363,6 +384,18 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
         progress("serializing")
         _share_weights(files)
         package_pt2(path, aoti_files=files)
+
+
+def _own(partitioner: Callable[[str], Any], methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    _executorch(methods, {name: partitioner(name) for name in methods}, folder, stem, progress)
+
+
+_LOWERINGS: Mapping[str, Callable[[Methods, Path, str, Progress], None]] = {
+    "cuda": _cuda,
+    "metal": _metal,
+    "xnnpack": _xnnpack,
+    "cpu": _cpu,
+}
 
 
 def _share_weights(files: Mapping[str, list[Any]]) -> None:

@@ -8,4 +8,4 @@ from et_cuda_passes.executorch.partitioner import AotiRewritingPartitioner
 class MetalPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  # the class is marked final, and it has no other hook
     """ExecuTorch's ``MetalPartitioner`` that first runs ``passes`` over every method, on the host."""
 
-    _target = "metal"
+    rewrite_target = "metal"

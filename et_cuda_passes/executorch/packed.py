@@ -6,6 +6,7 @@ cpu layout, the instruction set that it was packed for.
 
 import json
 import logging
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
+from et_cuda_passes.executorch.errors import ModelError as ModelError
 from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
-from et_cuda_passes.targets import Target, get_target
+from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets
 from et_cuda_passes.targets.compatibility import (
     is_host_specific,
     packed_layouts,
@@ -34,10 +36,6 @@ _OLD_KEYS = {"untaken": "rejected"}
 _NEW_KEYS: dict[str, Any] = {"notes": []}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
-
-
-class ModelError(ValueError):
-    """A file contains no program that the target can run; the message gives the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def load(path: Path | str, trust: bool = False) -> ExportedProgram:
     return _read(Path(path), trust)[0]
 
 
-def load_model(path: Path, target: str, trust: bool = False) -> Model:
+def load_model(path: Path, target: str | Target, trust: bool = False) -> Model:
     """Read a program for ``target``, as :func:`load` does.
 
     Raises:
@@ -156,7 +154,7 @@ def _opened(path: Path, trust: bool) -> Iterator[Any]:
     """
     if trust:
         with zipfile.ZipFile(path) as file:
-            _register_operators(b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
+            _register_operators(path, b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
         yield path
         return
     with ExitStack() as stack:
@@ -166,7 +164,7 @@ def _opened(path: Path, trust: bool) -> Iterator[Any]:
             raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
         except archive.Refused as error:
             raise _distrust(path, error) from None
-        _register_operators(checked.program)
+        _register_operators(path, checked.program)
         yield checked.file
 
 
@@ -182,10 +180,40 @@ def _distrust(path: Path, error: archive.Refused) -> ModelError:
     )
 
 
-def _register_operators(program: bytes) -> None:
-    """Register ExecuTorch's operators that the program calls: torch cannot read the program without them."""
+_CALL = re.compile(rb'"target": ?"torch\.ops\.(\w+)\.(\w+)')
+
+
+def _register_operators(path: Path, program: bytes) -> None:
+    """Register the operators that the program calls: torch cannot read the program without them.
+
+    They are ExecuTorch's, or those of the packages that give their targets a name.
+
+    Raises:
+        ModelError: an operator is not registered.
+    """
     if b"quantized_decomposed.embedding_" in program:
         quantized_embedding.register()
+    if not _unregistered(program):
+        return
+    try:
+        import_installed_targets()
+    except ValueError as error:
+        failed = f" ({error})"
+    else:
+        failed = ""
+    if missing := _unregistered(program):
+        namespaces = ", ".join(dict.fromkeys(name.partition("::")[0] for name in missing))
+        raise ModelError(
+            f"{path} calls {', '.join(missing)}, which no imported package registers{failed}: import the package that "
+            f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; import it in Python), "
+            f"or install it with an entry point in the group {GROUP}"
+        )
+
+
+def _unregistered(program: bytes) -> list[str]:
+    """The operators that the program calls and that are not registered, as ``namespace::name``."""
+    called = {(namespace.decode(), name.decode()) for namespace, name in _CALL.findall(program)}
+    return [f"{space}::{name}" for space, name in sorted(called) if not hasattr(getattr(torch.ops, space), name)]
 
 
 def _check_target(path: Path, model: Model, record: dict[str, Any], target: Target) -> None:

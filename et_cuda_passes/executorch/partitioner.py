@@ -11,24 +11,46 @@ from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.rewrite import check_expectations, check_expected, parse_passes, rewrite
-from et_cuda_passes.targets import default_passes
+from et_cuda_passes.targets import Target, default_passes
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
     """A mixin before a stock partitioner, which rewrites each method on the host when ExecuTorch calls the hook.
 
+    A subclass sets ``rewrite_target``::
+
+        class NpuPartitioner(RewritingPartitioner, StockNpuPartitioner):
+            rewrite_target = npu
+
     One partitioner may lower several methods: a weight that they share is packed once, under one FQN. The report covers
     all lowerings with this partitioner, so use a new one for each lowering.
+
+    Args:
+        *args: as for the stock partitioner.
+        passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
+        expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
+        **kwargs: as for the stock partitioner.
     """
 
-    _target: str
+    rewrite_target: str | Target
+    """The target of the rewrites."""
     _always: tuple[Rule, ...] = ()
     """Rules that run after the caller's list, unless the list has a rule of the same name."""
 
     _gpu: str | None = None
 
+    def __init__(
+        self,
+        *args: Any,
+        passes: Iterable[Any] | None = None,
+        expect: Mapping[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_passes(passes, expect)
+
     def _set_passes(self, passes: Iterable[Any] | None, expect: Mapping[str, int] | None) -> None:
-        self._passes = default_passes(self._target) if passes is None else list(passes)
+        self._passes = default_passes(self.rewrite_target) if passes is None else list(passes)
         names = {getattr(entry, "name", "") for entry in self._passes}
         self._passes += [rule for rule in self._always if rule.name not in names]
         # An invalid pass list or expectation is an error here, not minutes into a lowering.
@@ -53,7 +75,7 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
         exported_program = super().transform_for_pre_decomposition(exported_program)
-        program, report = rewrite(exported_program, self._target, self._passes, pool=self._pool, gpu=self._gpu)
+        program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
         check_expectations(self._expect, report)
         return program
@@ -78,5 +100,4 @@ class AotiRewritingPartitioner(RewritingPartitioner):
         specs = list(compile_spec or [])
         if all(spec.key != "method_name" for spec in specs):
             specs.append(CompileSpec("method_name", b"forward"))
-        super().__init__(specs)
-        self._set_passes(passes, expect)
+        super().__init__(specs, passes=passes, expect=expect)

@@ -83,7 +83,7 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         **kwargs: as for the stock partitioner.
     """
 
-    _target = "xnnpack"
+    rewrite_target = "xnnpack"
 
     def __init__(
         self,
@@ -92,16 +92,15 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         expect: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
         if passes is None and kwargs.get("enable_bf16"):
             passes = [
                 dataclasses.replace(rule, bf16=True) if isinstance(rule, KeepDynamicInt4) else rule
-                for rule in default_passes(self._target)
+                for rule in default_passes(self.rewrite_target)
             ]
-        listed = default_passes(self._target) if passes is None else list(passes)
+        listed = default_passes(self.rewrite_target) if passes is None else list(passes)
         if not any(isinstance(rule, SplitBroadcastBias) for rule in listed):
             listed = [SplitBroadcastBias(), *listed]
-        self._set_passes(listed, expect)
+        super().__init__(*args, passes=listed, expect=expect, **kwargs)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """ExecuTorch's hook.

@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
+from et_cuda_passes.graph.constants import Decoded
+from et_cuda_passes.graph.errors import NameTaken
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import Target, op_name, require_overload, to_edge
 from et_cuda_passes.graph.program import Program, forbid_new_guards
@@ -52,6 +55,7 @@ class Builder:
             TypeError: ``target`` is not an overload, or an argument is a tensor or a symbolic number.
             ValueError: an argument is a node that is not computed before the new one, or the operator accepts only some
                 of the program's dynamic sizes.
+            RuntimeError: the operator has no fake implementation, or rejects the arguments.
         """
         form = to_edge(require_overload(target)) if self.program.is_edge else require_overload(target)
         for argument in pytree.tree_leaves((args, kwargs)):
@@ -68,7 +72,7 @@ class Builder:
         # size by its value in the example of the export.
         mode = self.program.fake_mode
         with forbid_new_guards(self.program, op_name(target)), mode, enable_python_dispatcher(), torch.no_grad():
-            node.meta["val"] = target(*torch.fx.map_arg(args, fake), **torch.fx.map_arg(kwargs, fake))
+            node.meta["val"] = _value(target, torch.fx.map_arg(args, fake), torch.fx.map_arg(kwargs, fake))
         for key in _INHERITED:
             if key in self.roots[0].meta:
                 node.meta[key] = self.roots[0].meta[key]
@@ -119,9 +123,59 @@ class Builder:
         part = self.call(torch.ops.aten.slice.Tensor, node, -1, start, end)
         return self.call(torch.ops.aten.clone.default, part, memory_format=torch.contiguous_format)
 
-    def constant(self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor]) -> Node:
+    def constant(
+        self,
+        fqn: str,
+        sources: Decoded | Iterable[Node | Decoded],
+        layout: Hashable,
+        make: Callable[[], torch.Tensor],
+    ) -> Node:
         """The node of a new parameter ``fqn`` that holds ``make()``, one for equal ``sources`` and ``layout``.
 
-        See :meth:`Program.add_constant`.
+        Args:
+            fqn: the FQN of the weight, and a suffix.
+            sources: everything that ``make`` reads: a decoded weight, or a list of decoded weights and of nodes of
+                constants. For a node alone, ``layout`` must contain everything else that determines its values.
+            layout: every other value that ``make`` depends on.
+            make: computes the tensor.
+
+        Raises:
+            TypeError: there are no sources, one of them is not a constant, or ``make`` returns no tensor.
+            ValueError: no module can hold a constant with this FQN beside the program's others.
         """
-        return self.program.add_constant(fqn, sources, layout, make, self._before.graph)
+        nodes: list[Node] = []
+        keys: list[Hashable] = []
+        given: Any = [sources] if isinstance(sources, (Node, Decoded)) else sources
+        for source in given if isinstance(given, Iterable) else [given]:
+            if isinstance(source, Decoded):
+                nodes += source.sources
+                keys.append(source.values_key)
+            elif isinstance(source, Node):
+                nodes.append(source)
+            else:
+                raise TypeError(
+                    f"the sources of {fqn} contain {source!r}; pass a decoded weight, or a list of decoded weights "
+                    "and of nodes of constants"
+                )
+        if not isinstance(layout, Hashable) or not callable(make):
+            raise TypeError(
+                f"{fqn} needs a layout that can be hashed, such as a tuple, and a function that computes it"
+            )
+        try:
+            return self.program.add_constant(fqn, nodes, (layout, *keys), make, self._before.graph)
+        except NameTaken as error:
+            raise NameTaken(f"rule {self.rule}: {error}") from None
+
+
+def _value(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of ``target`` on fake tensors, with an error that names the operator."""
+    try:
+        return target(*args, **kwargs)
+    except UnsupportedOperatorException as error:
+        name = target.name() if isinstance(target, torch._ops.OpOverload) else op_name(target)
+        raise RuntimeError(
+            f"the operator {name} has no fake implementation, which computes the shape and dtype of its result; "
+            f'register one with torch.library.register_fake("{name}") where the operator is registered'
+        ) from error
+    except Exception as error:
+        raise RuntimeError(f"the call of {op_name(target)} failed: {str(error) or type(error).__name__}") from error

@@ -1,10 +1,27 @@
 """Constants that several methods share: packed once per source and layout, and named after their weight."""
 
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+import keyword
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Hashable, Iterable
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+
+class Decoded(ABC):
+    """Values that are decoded from constants, such as a quantized weight."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Node, ...]:
+        """The nodes of the constants."""
+
+    @property
+    @abstractmethod
+    def values_key(self) -> Hashable:
+        """Everything beside :attr:`sources` that determines the values; a part of the key of a packed constant."""
 
 
 class ConstantCache:
@@ -33,7 +50,7 @@ class ConstantCache:
         if not held or len(held) < len(sources):
             raise TypeError(
                 f"{fqn} needs sources, and each must be a constant of the program, to distinguish it from other "
-                "constants; those of a quantized weight are weight_of(m).sources"
+                "constants; for a quantized weight pass weight_of(m)"
             )
         key = (tuple(map(tensor_identity, held)), layout)
         if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
@@ -46,6 +63,58 @@ class ConstantCache:
             self._entries[key] = (name, created, held, _versions(held))
         name, tensor, *_ = self._entries[key]
         return name, tensor
+
+
+_MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module()))
+_ROOT_ATTRIBUTES = _MODULE_ATTRIBUTES | frozenset(dir(GraphModule)) | {"meta"}
+
+
+def check_name(name: str, modules: Collection[str], added: Collection[str]) -> None:
+    """Check that a module can hold a new constant ``name`` beside the constants of the program.
+
+    Args:
+        name: the FQN of the new constant.
+        modules: the FQNs of the modules of the program; their names, which the user chose, are not checked.
+        added: the FQNs of the new constants that the program has already.
+
+    Raises:
+        ValueError: ``name`` is not a dotted identifier, a part of it is a keyword or an attribute of every module, or a
+            part of the name is the FQN of another constant.
+    """
+    example = "; write the FQN of the weight and a suffix, such as 'layers.0.weight.packed'"
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a constant must be text, not {name!r}{example}")
+    if name in modules:
+        raise ValueError(f"the name {name!r} is that of a module with constants of its own{example}")
+    parts = name.split(".")
+    paths = [".".join(parts[: index + 1]) for index in range(len(parts))]
+    for index, (path, part) in enumerate(zip(paths, parts, strict=True)):
+        if path in modules:
+            continue
+        if path != name and path in added:
+            raise ValueError(f"the name {name!r} extends that of the new constant {path!r}; rename one of them")
+        wrong = ""
+        if not part:
+            wrong = "has an empty part"
+        elif not part.isidentifier() and not (part.isascii() and part.isdecimal()):
+            wrong = f"has the part {part!r}, which is not an identifier"
+        elif keyword.iskeyword(part):
+            wrong = f"has the part {part!r}, which is a keyword of Python"
+        elif part in (_MODULE_ATTRIBUTES if index else _ROOT_ATTRIBUTES):
+            wrong = f"has the part {part!r}, which is an attribute of every torch.nn.Module"
+        if wrong:
+            raise ValueError(f"the name {name!r} of a constant {wrong}{example}")
+
+
+def module_names(names: Iterable[str]) -> set[str]:
+    """The FQNs of the modules that hold constants with these FQNs: ``a`` and ``a.b`` for ``a.b.weight``."""
+    found: set[str] = set()
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
 
 
 def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:

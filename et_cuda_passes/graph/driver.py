@@ -1,7 +1,7 @@
 """Application of a pass list: each rule matches, checks, selects and rewrites; other passes get the whole program."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,7 @@ from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.matcher import Miss, match
+from et_cuda_passes.graph.matcher import Miss, match, match_inner
 from et_cuda_passes.graph.operators import Target
 from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
 from et_cuda_passes.graph.passes import Pass
@@ -38,13 +38,20 @@ from et_cuda_passes.graph.rule import (
 )
 from et_cuda_passes.graph.selection import Claim, group_claims, select_claims
 
+FindCandidates = Callable[[Program, Collection[Node] | None], Iterable[Candidate]]
+"""Finds the candidates of a program, in graph order.
+
+With a collection of new nodes: only those of them that are candidates, and the candidates that read a weight among
+them.
+"""
+
 
 def apply_passes(
     program: Program,
     passes: Sequence[Pass],
     target: Any,
     tracker: OutcomeTracker,
-    find_candidates: Callable[[Program], Iterable[Candidate]],
+    find_candidates: FindCandidates,
     created_ops: AbstractSet[Target] = frozenset(),
 ) -> Program:
     """Run ``passes`` one after another; each sees the graph that the one before it left.
@@ -54,7 +61,8 @@ def apply_passes(
         passes: in their order (:func:`et_cuda_passes.graph.passes.parse`).
         target: rules read it as ``m.target``.
         tracker: records the outcomes.
-        find_candidates: finds the candidates again after a pass that is not a rule.
+        find_candidates: finds the candidates again after a pass that is not a rule, and among the nodes that a rule
+            built.
         created_ops: operators that only rewrites create. A rule that misses one gives no reason for a miss: its pattern
             is about the results of other rules, not about the program as it was exported.
 
@@ -67,10 +75,10 @@ def apply_passes(
     for entry in passes:
         if entry.rule is None:
             program = _run_external_pass(entry, program)
-            tracker.remap_after_pass(find_candidates(program), entry.name)
+            tracker.remap_after_pass(find_candidates(program, None), entry.name)
         else:
             with gc_disabled():
-                _apply_rule(entry.rule, program, target, tracker, created_ops)
+                _apply_rule(entry.rule, program, target, tracker, find_candidates, created_ops)
     return program
 
 
@@ -91,9 +99,15 @@ def gc_disabled() -> Iterator[None]:
 
 
 def _apply_rule(
-    compiled: CompiledRule, program: Program, target: Any, tracker: OutcomeTracker, created_ops: AbstractSet[Target]
+    compiled: CompiledRule,
+    program: Program,
+    target: Any,
+    tracker: OutcomeTracker,
+    find_candidates: FindCandidates,
+    created_ops: AbstractSet[Target],
 ) -> None:
     rule = compiled.rule
+    created: dict[Node, None] = {}
     matches = _find_matches(compiled, program, target, tracker, created_ops)
     claims = [Claim((m,), tracker.benefit(m.match)) for m in matches]
     if isinstance(rule, GroupRule):
@@ -105,7 +119,12 @@ def _apply_rule(
         for m in claims[loser].matches:
             tracker.add_conflict(rule.name, m.match, claims[winner].root)
     for claim in (claims[index] for index in chosen):
-        ms = [m for m in claim.matches if not tracker.all_readers_decided(m.match)]
+        ms = []
+        for m in claim.matches:
+            if tracker.all_readers_decided(m.match):
+                tracker.add_decided(rule.name, m.match)
+            else:
+                ms.append(m)
         if ms:
             _record(rule, ms, tracker)
             if isinstance(rule, Keep):
@@ -113,11 +132,13 @@ def _apply_rule(
                     program.kept.update(m.match.owned)
                     program.kept_operands.update(m.match.shared)
             else:
-                tracker.track_created(_rewrite(rule, ms, program))
-    tracker.apply_moves()
+                built = _rewrite(rule, ms, program)
+                created.update(dict.fromkeys(built))
+                tracker.track_created(built)
     if chosen and not isinstance(rule, Keep):
         eliminate_dead_nodes(program, tracker.is_undecided)
         program.refresh()
+        tracker.follow_created(rule.name, find_candidates(program, created.keys()))
 
 
 def _record(rule: Rule, ms: Sequence[Match], tracker: OutcomeTracker) -> None:
@@ -140,13 +161,20 @@ def _find_matches(
     rule = compiled.rule
     starts = {node for operator in root_ops(compiled.pattern) for node in program.calls.get(operator, ())}
     matches: list[Match] = []
+    tried: set[Node] = set()
+    closest: Miss | None = None
     for node in sorted(starts, key=program.order.__getitem__):
         found = match(compiled.pattern, node, program.mutated)
         if isinstance(found, Miss):
-            if rule.reports_misses and not (found.wanted_ops and created_ops >= set(found.wanted_ops)):
-                for reached in filter(tracker.is_undecided, dict.fromkeys((node, *found.reached))):
-                    tracker.add_miss(reached, Reason(rule.name, "match", found.wanted, found.found))
+            if _is_reported(rule, found, created_ops):
+                reached = list(filter(tracker.is_undecided, dict.fromkeys((node, *found.reached))))
+                tried.update(reached)
+                for candidate in reached:
+                    tracker.add_miss(candidate, _miss(rule, found))
+                if not reached and (closest is None or found.progress > closest.progress):
+                    closest = found
             continue
+        tried.update(found.owned, found.shared)
         m = Match(found, program, target, rule, compiled.captures)
         reasons = [*_crossed_boundaries(m), *_failures(m, "metadata")] or _failures(m, "values")
         kept = next((owned for owned in found.owned if owned in program.kept), None)
@@ -156,7 +184,24 @@ def _find_matches(
             tracker.add_kept_conflict(rule.name, found, kept)
         else:
             matches.append(m)
+    # A pattern may contain a candidate below its root, and then no root need be there.
+    inner = {operator for chain in compiled.inner_calls for operator in chain[0].targets}
+    for node in tracker.undecided(inner) if rule.reports_misses else ():
+        miss = None if node in tried else match_inner(compiled.inner_calls, node, program.mutated)
+        if miss is not None and _is_reported(rule, miss, created_ops):
+            tried.add(node)
+            tracker.add_miss(node, _miss(rule, miss))
+    if closest is not None and not tried:
+        tracker.add_rejected(closest.root.name, _miss(rule, closest))
     return matches
+
+
+def _is_reported(rule: Rule, miss: Miss, created_ops: AbstractSet[Target]) -> bool:
+    return rule.reports_misses and not (miss.wanted_ops and created_ops >= set(miss.wanted_ops))
+
+
+def _miss(rule: Rule, miss: Miss) -> Reason:
+    return Reason(rule.name, "match", miss.wanted, miss.found, miss.hint)
 
 
 def _add_failures(tracker: OutcomeTracker, m: Match, reasons: Sequence[Reason]) -> None:
@@ -192,7 +237,16 @@ def _failures(m: Match, stage: Stage) -> list[Reason]:
 
 def _check(requirement: Requirement, m: Match) -> Failure | None:
     what = f"requirement {requirement.wanted!r}"
-    answer: Any = call_hook(m.rule, what, m.root, m.program, partial(requirement.check, m))
+
+    def check() -> Any:
+        try:
+            return requirement.check(m)
+        except Unmet as unmet:
+            return unmet
+
+    answer: Any = call_hook(m.rule, what, m.root, m.program, check)
+    if isinstance(answer, Unmet):
+        raise answer
     if answer is None or isinstance(answer, Failure):
         return answer
     raise RuleError(

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import alias_source, has_effect
-from et_cuda_passes.graph.constants import tensor_identity
+from et_cuda_passes.graph.constants import module_names, tensor_identity
 from et_cuda_passes.graph.errors import RuleError
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.program import Program
@@ -71,14 +71,17 @@ def separate_colliding_names(program: Program, added: Iterable[str]) -> None:
     A plain tensor becomes ``w.original``. A subclass parameter becomes its inner tensors, with the names that
     ``run_decompositions`` would give them.
     """
-    crowded = {name.rpartition(".")[0] for name in added}
+    crowded = module_names(added)
     for node in [node for node in program.graph.nodes if node.op == "placeholder"]:
         target = program.fqn_key(node)
         if target is None or target not in crowded:
             continue
         whole = cast(torch.Tensor, program.constant(node))
         if type(whole) in (torch.Tensor, torch.nn.Parameter):
-            program.rename_constant(node, f"{target}.original")
+            name = f"{target}.original"
+            while name in program.state_dict or name in program.constants:
+                name += "_"
+            program.rename_constant(node, name)
         else:
             _split_subclass_parameter(program, node, target, whole)
 

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.matcher import MatchResult
 from et_cuda_passes.graph.program import Program
 
@@ -54,6 +56,30 @@ class Match:
             )
         return value
 
+    def constant(self, name: str) -> torch.Tensor:
+        """The tensor of the constant that is captured as ``name``: a parameter, a buffer or a lifted constant.
+
+        It is for requirements of the stage "values", and for the function that :meth:`.Builder.constant` calls.
+
+        Raises:
+            Unmet: the capture is not a constant, the program mutates it, or its tensor holds no values.
+        """
+        node = getattr(self, name)
+        if not isinstance(node, Node):
+            raise Unmet(f"{name} is {node!r}, not a tensor")
+        tensor = self.program.constant(node)
+        if tensor is None:
+            raise Unmet(f"{name} is {node.name}, which is not a parameter, buffer or constant of the program")
+        if self.program.is_mutated(node):
+            raise Unmet(f"{name} is {node.name}, which the program mutates while it runs")
+        if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+            raise Unmet(f"{name} is {node.name}, which holds no values: its tensor is fake or on the meta device")
+        return tensor.detach()
+
     def memoize(self, function: Callable[[Program, Node], _T], name: str) -> _T:
         """``function(program, node)`` for the node bound to ``name``, computed once per node and graph."""
-        return self.program.memoize(function, self.match.bindings[name])
+        node = self.match.bindings.get(name)
+        if not isinstance(node, Node):
+            named = ", ".join(sorted(each for each, bound in self.match.bindings.items() if isinstance(bound, Node)))
+            raise AttributeError(f"the match has no node named {name!r}; it has {named or 'none with a name'}")
+        return self.program.memoize(function, node)

@@ -1,6 +1,6 @@
 """Match a pattern at a node. The matcher changes nothing and reads no tensor."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Miss:
         progress: the number of nodes that fit.
         why: what was wanted, where the pattern alone does not say it.
         reached: the nodes that fit and that a match would own, root first.
+        reader_of: the node whose reader ``node`` is, if a reader does not fit.
     """
 
     root: Node
@@ -47,6 +48,7 @@ class Miss:
     progress: int
     why: str = ""
     reached: tuple[Node, ...] = ()
+    reader_of: Node | None = None
 
     @property
     def wanted_ops(self) -> tuple[Target, ...]:
@@ -58,6 +60,8 @@ class Miss:
         """Text: the wanted form."""
         if self.why:
             return self.why
+        if self.reader_of is not None:
+            return f"{self.pattern} as the reader of {self.reader_of.name}"
         return "an operator that can be matched" if isinstance(self.pattern, Wildcard) else str(self.pattern)
 
     @property
@@ -65,10 +69,18 @@ class Miss:
         """Text: the node or constant in its place."""
         if not isinstance(self.node, Node):
             return repr(self.node)
+        if self.node.op == "output":
+            return "the output of the graph"
         if self.node.op != "call_function":
             return f"{self.node.op} {self.node.name}"
         users = len(self.node.users)
         return f"{op_name(self.node.target)} ({self.node.name}" + (f", {users} users)" if users != 1 else ")")
+
+    @property
+    def hint(self) -> str:
+        """Text: what to change; empty if the pattern has no hint for what was found."""
+        hint = self.pattern.hint if isinstance(self.pattern, Call) and not self.why else None
+        return hint(self.node) if hint is not None else ""
 
 
 @dataclass(frozen=True)
@@ -203,3 +215,41 @@ def match(pattern: Pattern, root: Node, mutated: Container[Node] = frozenset()) 
     for state in matcher.match(pattern, root, _State()):
         return MatchResult(root, state.bindings, state.owned, state.shared)
     return matcher.miss or Miss(root, root, pattern, 0)
+
+
+def match_inner(chains: Iterable[tuple[Call, ...]], node: Node, mutated: Container[Node] = frozenset()) -> Miss | None:
+    """Why no match of a pattern contains ``node`` as one of its inner calls: the deepest miss.
+
+    Args:
+        chains: an inner call of the pattern and the calls around it, innermost first
+            (:func:`~et_cuda_passes.graph.pattern.inner_calls`).
+        node: the node that an inner call must match.
+        mutated: as for :func:`match`.
+
+    Returns:
+        The miss that matched the most nodes; None if no inner call is one of the operator of ``node``, or all match.
+    """
+    deepest: Miss | None = None
+    for chain in chains:
+        if op_of(node) in chain[0].targets:
+            miss = _match_outwards(chain, node, mutated)
+            if miss is not None and (deepest is None or miss.progress > deepest.progress):
+                deepest = miss
+    return deepest
+
+
+def _match_outwards(chain: Sequence[Call], node: Node, mutated: Container[Node]) -> Miss | None:
+    """Match the first call of ``chain`` at ``node``, the next one at a reader of it, and so on."""
+    found = match(chain[0], node, mutated)
+    if isinstance(found, Miss):
+        return found
+    if len(chain) == 1:
+        return None
+    progress = len(found.owned) + len(found.shared)
+    readers = [reader for reader in node.users if op_of(reader) in chain[1].targets]
+    if not readers:
+        return Miss(node, next(iter(node.users), None), chain[1], progress, reader_of=node)
+    misses = [_match_outwards(chain[1:], reader, mutated) for reader in readers]
+    if None in misses:
+        return None
+    return max(filter(None, misses), key=lambda miss: miss.progress)

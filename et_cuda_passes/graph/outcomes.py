@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from et_cuda_passes.graph.matcher import MatchResult
-from et_cuda_passes.graph.operators import op_name, op_of
-from et_cuda_passes.graph.report import Outcome, Reason, Report, Status, user_source_line
+from et_cuda_passes.graph.operators import Target, op_name, op_of
+from et_cuda_passes.graph.report import Outcome, Reason, Report, Status, user_source_line, without_numbers
+
+_SHOWN = 3
+"""The number of places with the same reason that a report names."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,11 @@ class OutcomeTracker:
         self._replaced: dict[Node, set[Node]] = defaultdict(set)
         # For each root that a rule rewrote, and each node that a rule built: the candidates that it stands for.
         self._origins: dict[Node, tuple[Node, ...]] = {}
-        self._moved: dict[Node, Node] = {}
+        # For each candidate that a rule built, or that reads a weight that a rule built: the rule.
+        self._rebuilt_by: dict[Node, str] = {}
         self._applied: dict[str, int] = {}
-        self._rejected: dict[str, list[str]] = {}
+        # For each rule: similar reasons share an entry, which has the first of them and all places.
+        self._rejected: dict[str, dict[str, tuple[Reason, list[str]]]] = defaultdict(dict)
         self._conflicts: list[str] = []
         self._enroll(candidates)
 
@@ -70,6 +75,10 @@ class OutcomeTracker:
     def is_undecided(self, node: Node) -> bool:
         """Whether ``node`` is a candidate without an outcome."""
         return node in self._candidates and node not in self._outcomes
+
+    def undecided(self, ops: Container[Target]) -> list[Node]:
+        """The candidates without an outcome that call one of ``ops``, in graph order."""
+        return [node for node in self._candidates if node not in self._outcomes and op_of(node) in ops]
 
     def _decided_by(self, match: MatchResult) -> list[Node]:
         """The undecided candidates that ``match`` decides."""
@@ -92,13 +101,19 @@ class OutcomeTracker:
         self._misses[node].append(reason)
 
     def add_failures(self, match: MatchResult, reasons: Sequence[Reason]) -> None:
-        """Record requirements that do not hold: for the candidates that ``match`` decides, or as a rejected match."""
-        for node in self._decided_by(match):
+        """Record why a rule does not act on ``match``: for the candidates that it decides, or as rejected."""
+        nodes = self._decided_by(match)
+        for node in nodes:
             self._misses[node].extend(reasons)
-        if match.root not in self._readers and self._candidates.keys().isdisjoint(match.owned):
+        if not nodes:
             for reason in reasons:
-                if reason.rule is not None:
-                    self._rejected.setdefault(reason.rule, []).append(f"{match.root.name}: {reason}")
+                self.add_rejected(match.root.name, reason)
+
+    def add_rejected(self, place: str, reason: Reason) -> None:
+        """Record why a rule does not act at ``place``, where no candidate is undecided."""
+        if reason.rule is not None and reason.stage != "note":
+            similar = self._rejected[reason.rule].setdefault(without_numbers(str(reason)), (reason, []))
+            similar[1].append(place)
 
     def add_conflict(self, rule: str, match: MatchResult, winner: Node) -> None:
         """Record that a match of ``rule`` lost nodes to another match of it, whose root is ``winner``."""
@@ -108,9 +123,14 @@ class OutcomeTracker:
 
     def add_kept_conflict(self, rule: str, match: MatchResult, kept: Node) -> None:
         """Record that a match of ``rule`` contains ``kept``, which an earlier rule keeps as it is."""
-        for node in self._decided_by(match):
-            reason = Reason(rule, "conflict", "nodes that no earlier rule keeps as they are", kept.name)
-            self._misses[node].append(reason)
+        wanted = "nodes that no earlier rule keeps as they are"
+        self.add_failures(match, [Reason(rule, "conflict", wanted, kept.name)])
+
+    def add_decided(self, rule: str, match: MatchResult) -> None:
+        """Record that a match of ``rule`` replaces a weight whose readers all have an outcome."""
+        readers = self._readers[match.root]
+        found = ", ".join(f"{self._outcomes[node].rule} at {self._outcomes[node].node}" for node in readers)
+        self.add_failures(match, [Reason(rule, "conflict", "a weight that no earlier rule replaced or kept", found)])
 
     def set_kept(self, rule: str, match: MatchResult, note: str, summary: str, explanation: str) -> None:
         """Record that ``rule`` keeps ``match`` as it is."""
@@ -161,36 +181,39 @@ class OutcomeTracker:
     # Changes of the graph --------------------------------------------------------------------------------------------
 
     def track_created(self, created: Mapping[Node, Sequence[Node]]) -> None:
-        """Record the nodes that a rewrite built, each with the roots that it stands for.
-
-        Where one of them is the operator of a candidate again, and reads the same dequantized weight, the candidate has
-        moved there and becomes undecided.
-        """
+        """Record the nodes that a rewrite built, each with the roots that it stands for."""
         for node, roots in created.items():
             self._origins[node] = tuple(dict.fromkeys(origin for root in roots for origin in self._origins[root]))
-            for origin in self._origins[node]:
-                same = op_of(node) is op_of(origin)
-                if same and not set(node.all_input_nodes).isdisjoint(self._candidates[origin].weights):
-                    self._moved[origin] = node
 
-    def apply_moves(self) -> None:
-        """Give the candidates that have moved their new nodes; called when a rule has rewritten all its matches."""
-        if not self._moved:
+    def follow_created(self, rule: str, candidates: Iterable[Candidate]) -> None:
+        """Make the ``candidates`` undecided that ``rule`` built, or whose weight it built.
+
+        A candidate that the rule rewrote moves to the node that stands for it and still reads a quantized weight. A
+        node that stands for no candidate becomes a new one.
+        """
+        moved: dict[Node, Candidate] = {}
+        added: list[Candidate] = []
+        for found in candidates:
+            origins = (found.node, *self._origins.get(found.node, ()))
+            origin = next((each for each in origins if each in self._candidates and each not in moved), None)
+            if origin is None:
+                added.append(found)
+            else:
+                known = self._candidates[origin]
+                moved[origin] = replace(found, fqn=known.fqn, name=known.name or origin.name)
+        if not moved and not added:
             return
-        for node in self._moved:
-            self._outcomes.pop(node, None)
-        moved = [
-            replace(candidate, node=self._moved.get(node, node), name=candidate.name or node.name)
-            for node, candidate in self._candidates.items()
-        ]
-        for table in (self._misses, self._replaced):
-            for old, new in self._moved.items():
-                if old in table:
-                    table[new] = table.pop(old)  # type: ignore[assignment]
-        self._moved.clear()
+        for old, new in moved.items():
+            self._outcomes.pop(old, None)
+            self._replaced.pop(old, None)
+            self._misses[new.node] = self._misses.pop(old, [])
+        for candidate in (*moved.values(), *added):
+            self._rebuilt_by[candidate.node] = rule
+            self._origins.pop(candidate.node, None)
+        listed = [moved.get(node, candidate) for node, candidate in self._candidates.items()]
         self._candidates.clear()
         self._readers.clear()
-        self._enroll(moved)
+        self._enroll([*listed, *added])
 
     def remap_after_pass(self, candidates: Iterable[Candidate], name: str) -> None:
         """Find the candidates again in the graph that pass ``name`` left, whose candidates are ``candidates``.
@@ -211,7 +234,7 @@ class OutcomeTracker:
             if node not in here and places and not (decided and self._outcomes[node].status == "rewritten"):
                 # The same operator in a copy of the graph: the tables keep what they hold of it.
                 candidate = places.pop()
-                for table in (self._outcomes, self._misses):
+                for table in (self._outcomes, self._misses, self._rebuilt_by):
                     if node in table:
                         table[candidate.node] = table.pop(node)  # type: ignore[assignment]
             self._candidates[candidate.node] = candidate
@@ -227,30 +250,46 @@ class OutcomeTracker:
 
     # The report ------------------------------------------------------------------------------------------------------
 
-    def created_candidates(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """The ``candidates`` that rules created: they read a quantized weight, and have no outcome of their own."""
-        return [each for each in candidates if each.node not in self._candidates and each.weights]
-
     def report(self, target: str, passes: Sequence[str], bytes_before: int = 0, bytes_after: int = 0) -> Report:
         """The report on all candidates, in graph order, without warnings; an undecided candidate is missed."""
+        outcomes = []
+        for node, candidate in self._candidates.items():
+            outcome = self._outcomes.get(node) or self._missed(node, target)
+            told = outcome.reasons if outcome.status == "missed" else []
+            for reason in dict.fromkeys(self._misses.get(node, ())):
+                if reason not in told:
+                    self.add_rejected(candidate.name or node.name, reason)
+            outcomes.append(outcome)
         return Report(
             target,
             list(passes),
-            [self._outcomes.get(node) or self._missed(node, target) for node in self._candidates],
+            outcomes,
             conflicts=self._conflicts,
             applied=self._applied,
-            rejected=self._rejected,
+            rejected={rule: self._rejections(rule) for rule in passes if rule in self._rejected},
             bytes_before=bytes_before,
             bytes_after=bytes_after,
         )
 
+    def _rejections(self, rule: str) -> list[str]:
+        """A text for each reason: the first places, and the reason."""
+        texts = []
+        for reason, places in self._rejected[rule].values():
+            more = f" and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+            texts.append(f"{', '.join(places[:_SHOWN])}{more}: {reason}")
+        return texts
+
     def _missed(self, node: Node, target: str) -> Outcome:
-        candidate = self._candidates[node]
+        candidate, rule = self._candidates[node], self._rebuilt_by.get(node)
         reasons = list(dict.fromkeys(self._misses[node]))
         reasons = [reason for reason in reasons if reason.rule not in self._group_rules] or reasons
         if candidate.unreachable_reason:
             reasons = [Reason(None, "none", "", candidate.unreachable_reason)]
         elif not reasons:
-            found = f"no pass for target {target} rewrites {candidate.op}"
+            later = f"pass after {rule}" if rule else f"pass for target {target}"
+            found = f"no {later} rewrites {candidate.op}"
             reasons = [Reason(None, "none", "", found, "add a rule for it, or leave the weight unquantized")]
+        if rule:
+            text = f"{rule} built this {candidate.op}, which still reads a quantized weight"
+            reasons.insert(0, Reason(rule, "note", "", text))
         return self._outcome(node, "missed", None, reasons)

@@ -57,6 +57,7 @@ class Call:
             a pattern that leaves out ``alpha`` must not match ``alpha=2``.
         shared: allows users outside the match. A weight's dequantize has some if the weight is tied.
         label: what a miss calls it; by default the operators' names.
+        hint: for the node or constant that stands in place of the call, what to change; empty if there is nothing.
     """
 
     targets: tuple[Target, ...]
@@ -66,6 +67,7 @@ class Call:
     open: bool = False
     shared: bool = False
     label: str = ""
+    hint: Callable[[Any], str] | None = None
 
     def __str__(self) -> str:
         return self.label or " or ".join(dict.fromkeys(op_name(target) for target in self.targets))
@@ -209,3 +211,15 @@ def root_ops(pattern: Pattern) -> Iterator[Target]:
             yield from root_ops(alternative)
     else:
         raise TypeError(f"a pattern must be rooted in a call of an operator, not in {pattern!r}")
+
+
+def inner_calls(pattern: Pattern, around: tuple[Call, ...] = ()) -> Iterator[tuple[Call, ...]]:
+    """Each call inside another one, with the calls around it, innermost first."""
+    if isinstance(pattern, (AnyOf, ListOf)):
+        for part in pattern.alternatives if isinstance(pattern, AnyOf) else pattern.patterns:
+            yield from inner_calls(part, around)
+    elif isinstance(pattern, Call):
+        if around:
+            yield (pattern, *around)
+        for _, child in (*enumerate(pattern.args), *pattern.kwargs):
+            yield from inner_calls(child, (pattern, *around))

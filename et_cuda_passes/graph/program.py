@@ -28,7 +28,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.aliasing import all_mutated_nodes
-from et_cuda_passes.graph.constants import ConstantCache, strip_parametrization, tensor_identity
+from et_cuda_passes.graph.constants import (
+    ConstantCache,
+    check_name,
+    module_names,
+    strip_parametrization,
+    tensor_identity,
+)
 from et_cuda_passes.graph.errors import NameTaken, Unmet
 from et_cuda_passes.graph.module_calls import boundary_nodes, preserved_modules_of, rename_in_signatures
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, Target, op_of
@@ -68,6 +74,7 @@ class Program:
         """Nodes to erase unless something still reads them."""
         self.added: dict[str, Node] = {}
         """The placeholders of new constants, by FQN."""
+        self._modules = module_names([*self.state_dict, *self.constants])
         self.kept: set[Node] = set()
         """Nodes that a rule keeps as they are."""
         self.kept_operands: set[Node] = set()
@@ -206,11 +213,17 @@ class Program:
 
         Returns:
             The placeholder in ``graph``, with a fake value in ``meta["val"]``.
+
+        Raises:
+            ValueError: no module can hold a constant with this FQN beside the program's others.
         """
         nodes = tuple(sources)
+        if fqn not in self.added:
+            check_name(fqn, self._modules, self.added)
         name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
         if name not in self.added:
             self.added[name] = self._placeholder_of(name, tensor, nodes[0])
+            self._modules |= module_names([name])
         return self.subgraphs.thread_through(self.added[name], graph)
 
     def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:

@@ -31,6 +31,11 @@ def user_source_line(node: Node) -> str:
     return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
 
 
+def without_numbers(text: str) -> str:
+    """``text`` without the numbers at the ends of node names, which differ from layer to layer."""
+    return re.sub(r"(?<=[a-z])_\d+\b", "", text)
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why a rule did not rewrite a place, or a note on why it did.
@@ -91,8 +96,8 @@ class Report:
         conflicts: matches of a rule that lost nodes to another match of that rule.
         warnings: what the user probably did not intend.
         applied: how often each rule acted.
-        rejected: for each rule, the matches without a candidate (an attention, for example) that do not meet its
-            requirements.
+        rejected: for each rule, texts with the other places at which it did not act and the reason: candidates that
+            another rule rewrote or kept, and operators that are no candidates, such as an attention.
         bytes_before: bytes of all constants before the rewrite.
         bytes_after: bytes of all constants after the rewrite.
         notes: remarks on the program as a whole.
@@ -196,8 +201,7 @@ class Report:
         groups: dict[tuple[str, ...], list[Outcome]] = {}
         for outcome in self.outcomes:
             if outcome.status == "missed":
-                # The numbers at the end of node names differ from layer to layer.
-                alike = (re.sub(r"(?<=[a-z])_\d+\b", "", str(reason)) for reason in outcome.reasons)
+                alike = (without_numbers(str(reason)) for reason in outcome.reasons)
                 groups.setdefault((outcome.op, *alike), []).append(outcome)
         lines = []
         for outcomes in groups.values():
@@ -224,7 +228,19 @@ class ExpectationError(Exception):
         counts = report.counts()
         wrong = {name: want for name, want in expect.items() if counts.get(name, 0) != want}
         text = "; ".join(f"{name}: expected {want}, got {counts.get(name, 0)}" for name, want in wrong.items())
-        # Matches without a candidate have no line in the report.
-        rejected = [f"  rejected   {each}" for name in wrong for each in report.rejected.get(name, ())]
+        # The report's text has the reasons of missed candidates only.
+        rejected = [f"  rejected   {each}" for name in wrong for each in _rejections(report, name)]
         super().__init__("\n".join([text, str(report), *rejected]))
         self.report = report
+
+
+def _rejections(report: Report, name: str) -> list[str]:
+    """Why the rule ``name`` did not act, where the text of the report does not say it."""
+    texts = report.rejected.get(name, [])
+    told = texts or name not in report.passes or report.applied.get(name)
+    if told or any(reason.rule == name for outcome in report.outcomes for reason in outcome.reasons):
+        return texts
+    earlier = report.passes[: report.passes.index(name)]
+    acted = ", ".join(f"{report.applied[rule]} x {rule}" for rule in earlier if report.applied.get(rule))
+    found = f"{name}: no operator of the program fits the outermost call of its pattern"
+    return [f"{found}; before it acted {acted}" if acted else found]

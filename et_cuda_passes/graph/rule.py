@@ -12,7 +12,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import RuleError, Unmet, UsageError
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always_bound, bound_names, parse_captures
+from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always_bound, bound_names, inner_calls, parse_captures
 from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 Stage = Literal["metadata", "values"]
@@ -21,7 +21,9 @@ _T = TypeVar("_T")
 
 
 # A Match has these attributes itself; a capture of the same name could not be read.
-RESERVED_CAPTURE_NAMES = frozenset({"match", "captures", "program", "target", "rule", "root", "val", "memoize"})
+RESERVED_CAPTURE_NAMES = frozenset(
+    {"match", "captures", "program", "target", "rule", "root", "val", "constant", "memoize"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,11 +207,12 @@ class Keep(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRule:
-    """A rule with its pattern as data, and the names of its captures."""
+    """A rule with its pattern as data, the calls inside the pattern's outermost call, and the names of its captures."""
 
     rule: Rule
     pattern: Pattern
     captures: tuple[str, ...]
+    inner_calls: tuple[tuple[Call, ...], ...] = ()
 
 
 def compile_rule(rule: Rule) -> CompiledRule:
@@ -240,7 +243,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
             raise TypeError(
                 f"rule {rule.name}: some alternatives of the pattern do not contain {name!r}; give it the default None"
             )
-    return CompiledRule(rule, pattern, tuple(captures))
+    return CompiledRule(rule, pattern, tuple(captures), tuple(inner_calls(pattern)))
 
 
 def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callable[[], _T]) -> _T:
@@ -252,8 +255,13 @@ def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callabl
     try:
         with forbid_new_guards(program, hook):
             return call()
-    except (Unmet, RuleError, UsageError):
+    except (RuleError, UsageError):
         raise
+    except Unmet as error:
+        raise RuleError(
+            f"rule {rule.name}: at {root.name} its {hook} failed: Unmet: {error}; check it in a requirement: one that "
+            "raises Unmet does not hold, and the match is not rewritten"
+        ) from error
     except Exception as error:
         text = str(error) or type(error).__name__
         raise RuleError(f"rule {rule.name}: at {root.name} its {hook} failed: {text}") from error

@@ -1,7 +1,7 @@
 """Candidates: the operators that read a quantized weight, each of which needs an outcome in the report."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.fx import Node
@@ -69,15 +69,35 @@ _STACK = 3
 _METADATA_OPS = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
 
-def find_candidates(program: Program, schemes: SuggestedSchemes | None = None, wrapped: str = "") -> list[Candidate]:
+def find_candidates(
+    program: Program,
+    among: Collection[Node] | None = None,
+    schemes: SuggestedSchemes | None = None,
+    wrapped: str = "",
+) -> list[Candidate]:
     """The readers of every quantized weight of ``program``, in the order of execution, inside control flow too.
 
     Args:
         program: the program, unwrapped where that is possible.
+        among: new nodes: only those of them that are candidates, and the candidates that read a weight among them. None
+            for all candidates.
         schemes: the schemes of the target, for weights in a form that no rule matches.
         wrapped: why weights are still wrapped in tensor subclasses, if any are.
     """
-    return [*_reachable(program, schemes or SuggestedSchemes(), wrapped), *_unreachable(program)]
+    if among is not None and not any(_may_read_weight(program, node) for node in among):
+        return []  # a walk of the whole graph after each rule would take longer than the rule
+    found = [*_reachable(program, schemes or SuggestedSchemes(), wrapped), *_unreachable(program)]
+    if among is None:
+        return found
+    return [each for each in found if each.node in among or any(weight in among for weight in each.weights)]
+
+
+def _may_read_weight(program: Program, node: Node) -> bool:
+    """Whether ``node`` dequantizes, or reads something dequantized, past operators that only move it."""
+    return is_dequantize(node) or any(
+        is_dequantize(source) or (forwards_weight(source) and _may_read_weight(program, source))
+        for source in map(program.resolve, node.all_input_nodes)
+    )
 
 
 def _reachable(program: Program, schemes: SuggestedSchemes, wrapped: str) -> Iterator[Candidate]:

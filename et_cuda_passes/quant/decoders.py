@@ -33,7 +33,26 @@ Shape = tuple[int, ...]
 
 def dequantized(*args: Any, **kwargs: Any) -> Call:
     """``dequantize(..., name="weight", shared=True)``: the call pattern of a dequantized weight, in every form."""
-    return replace(op(*dequantize_ops())(*args, **kwargs), label="a dequantized weight")
+    return replace(op(*dequantize_ops())(*args, **kwargs), label="a dequantized weight", hint=_conversion_hint)
+
+
+_CONVERSIONS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten._to_copy.default})
+
+
+def _conversion_hint(found: Any) -> str:
+    """The fix for a program that converts a dequantized weight to another dtype; empty for anything else."""
+    if not isinstance(found, Node) or op_of(found) not in _CONVERSIONS:
+        return ""
+    source = found.all_input_nodes[0]
+    while op_of(source) in _CONVERSIONS:
+        source = source.all_input_nodes[0]
+    if not is_dequantize(source):
+        return ""
+    before, after = (str(node.meta["val"].dtype).removeprefix("torch.") for node in (source, found))
+    return (
+        f"the model converts the weight from {before} to {after}: remove that, and convert the activations to {before} "
+        f"instead, or quantize the model in {after}"
+    )
 
 
 def dequantized_matrix(name: str = "weight") -> AnyOf:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from et_cuda_passes.graph.constants import Decoded
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import op_name, op_of
 from et_cuda_passes.graph.program import Program
@@ -34,7 +35,7 @@ class WeightValues:
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
+class QuantizedWeight(Decoded):
     """A quantized weight as its dequantize node describes it; metadata only.
 
     Attributes:
@@ -89,7 +90,7 @@ class QuantizedWeight:
 
     @property
     def values_key(self) -> Hashable:
-        """Everything beside :attr:`sources` that determines the tensors; a part of the key of a packed constant."""
+        """Everything beside :attr:`sources` that determines the tensors, as :meth:`.Builder.constant` needs it."""
         present = (self.scale is not None, self.zero_point is not None)
         return self.integers_key, self.block_size, self.constant_qparams, present
 

@@ -310,7 +310,7 @@ class QuantizedEmbedding(Rule):
         weight, dtype, scale_dtype = weight_of(m), m.val(m.root).dtype, stored_dtype(m)
         bits, offset = table_form(weight)
         form = ("embedding_table", bits, offset)
-        values = (*form, scale_dtype, weight.values_key)
+        values = (*form, scale_dtype)
 
         def zero_points() -> Tensor:
             return stored_zero_points(weight_values(b.program, weight), weight).to(scale_dtype)
@@ -323,7 +323,7 @@ class QuantizedEmbedding(Rule):
         )
         scale = b.constant(
             f"{weight.fqn}.scale",
-            weight.sources,
+            weight,
             (*values, "scale"),
             lambda: weight_values(b.program, weight).scale.to(
                 scale_dtype, copy=True, memory_format=torch.contiguous_format
@@ -331,7 +331,7 @@ class QuantizedEmbedding(Rule):
         )
         zero_point = None
         if bool(zero_points().any()):
-            zero_point = b.constant(f"{weight.fqn}.zero_point", weight.sources, (*values, "zero_point"), zero_points)
+            zero_point = b.constant(f"{weight.fqn}.zero_point", weight, (*values, "zero_point"), zero_points)
         # The kernels of 8 bits have int64 only.
         ids = m.ids if m.val(m.ids).dtype is torch.int64 else b.cast(m.ids, torch.int64)
         if self.check_ids:

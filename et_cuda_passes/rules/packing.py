@@ -161,15 +161,10 @@ def pack_int4(
     form = (layout.name, kernel.out_multiple, shift)
     # Next to the name of the stack and not below it, because other readers may keep the stack.
     name += "" if first.expert is None else f"expert_{first.expert}_"
-    integers, numbers = (tuple(part) for part in zip(*((w.integers_key, w.values_key) for w in weights), strict=True))
+    integers = tuple(weight.integers_key for weight in weights)
     return (
         b.constant(f"{first.fqn}.{name}packed", [weight.data for weight in weights], (*form, integers), packed),
-        b.constant(
-            f"{first.fqn}.{name}scale_and_zero",
-            [part for weight in weights for part in weight.sources],
-            (*form, native, dtype, numbers),
-            scales,
-        ),
+        b.constant(f"{first.fqn}.{name}scale_and_zero", weights, (*form, native, dtype), scales),
     )
 
 
@@ -208,7 +203,7 @@ def pack_experts(
     form = ("experts", layout.name, kernel.out_multiple, shift, count)
     return (
         b.constant(f"{weight.fqn}.packed", [weight.data], (*form, weight.integers_key), packed),
-        b.constant(f"{weight.fqn}.scale_and_zero", weight.sources, (*form, native, dtype, weight.values_key), scales),
+        b.constant(f"{weight.fqn}.scale_and_zero", weight, (*form, native, dtype), scales),
     )
 
 
@@ -267,11 +262,11 @@ def pack_int8(
         zero = zero if parts.minimum is None else zero - parts.minimum.float()
         return zero.repeat_interleave(repeats, dim=1)
 
-    form = ("int8", group_size, dtype, shift, weight.values_key)
+    form = ("int8", group_size, dtype, shift)
     name = weight.fqn + ("." if weight.expert is None else f".expert_{weight.expert}_")
     symmetric = is_symmetric(weight_values(b.program, weight), weight)
     return (
         b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.integers_key), packed),
-        b.constant(f"{name}scale", weight.sources, (*form, "scale"), scales),
-        None if symmetric else b.constant(f"{name}zero", weight.sources, (*form, "zero"), zeros),
+        b.constant(f"{name}scale", weight, (*form, "scale"), scales),
+        None if symmetric else b.constant(f"{name}zero", weight, (*form, "zero"), zeros),
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -52,6 +53,9 @@ class Target:
         passes: returns a new list of the rules, in their order.
         advised: the quantization to suggest instead of a form that no rule rewrites.
         gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
+        partitioner: for the lowering of a target outside of this package: returns the ExecuTorch partitioner of the
+            method of that name, which gets the rewritten program.
+        lowered_as: the name of the target of this package as which this one is lowered, if it is not its own name.
 
     Raises:
         ValueError: a family is unknown, or no operator of a kernel's family reads the kernel's layout.
@@ -63,6 +67,8 @@ class Target:
     passes: Callable[[], list[Rule]] = field(compare=False)
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
     gpu: GpuArch | None = None
+    partitioner: Callable[[str], Any] | None = field(default=None, compare=False)
+    lowered_as: str = ""
 
     def __post_init__(self) -> None:
         for family, kernels in self.kernels.items():
@@ -74,6 +80,11 @@ class Target:
                         f"kernel {kernel.name!r} reads the layout {kernel.layout!r}, and no {family} operator does; "
                         f"known are {', '.join(FAMILIES[family])}"
                     )
+
+    @property
+    def lowering(self) -> str:
+        """The name of the target as which this one is lowered."""
+        return self.lowered_as or self.name
 
     def kernel(self, family: str, name: str | None = None) -> Kernel | None:
         """The kernel with that name, or for None the family's default, which is None in an empty family.

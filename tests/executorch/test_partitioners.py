@@ -1,5 +1,6 @@
 """The partitioners: they replace the stock ones, run a pass list in ExecuTorch's hook, and keep a report."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,3 +150,30 @@ def test_another_delegate_may_come_first() -> None:
     assert first.report.counts()["fold_dequantize"] == 1
     assert second.report.outcomes == []
     assert "XnnpackBackend" in str([m.backend_id for m in edge.exported_program().graph_module.children()])
+
+
+def test_partitioner_of_another_target_rewrites_for_it() -> None:
+    """The mixin before a stock partitioner; here XNNPACK's, as that of a backend of one's own."""
+    folded = ecp.Target("folded", "float weights", kernels={}, passes=lambda: [ecp.FoldDequantize()])
+
+    class Folded(ecp.RewritingPartitioner, StockXnnpack):  # type: ignore[misc]
+        rewrite_target = folded
+
+    partitioner = Folded(per_op_mode=True, expect={"fold_dequantize": 1})
+    assert partitioner.per_op_mode
+    before = torch.export.export(Quantized(16, 64, dtype=torch.float32), (torch.randn(2, 64),))
+    lowered = to_edge_transform_and_lower(before, partitioner=[partitioner])
+    assert partitioner.report.target == "folded"
+    calls = [node.name for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
+    assert any(name.startswith("executorch_call_delegate") for name in calls)
+    with pytest.raises(ecp.ExpectationError, match="fold_dequantize: expected 2, got 1"):
+        Folded(expect={"fold_dequantize": 2}).transform_for_pre_decomposition(before)
+
+
+def test_partitioner_of_a_variant_of_cuda_has_its_passes() -> None:
+    class Mine(ecp.CudaPartitioner):
+        rewrite_target = dataclasses.replace(ecp.get_target("cuda"), name="mine", passes=lambda: [ecp.LinearInt4()])
+
+    partitioner = Mine()
+    partitioner.transform_for_pre_decomposition(program())
+    assert (partitioner.report.target, partitioner.report.passes) == ("mine", ["linear_int4", "replace_split"])

@@ -1,7 +1,8 @@
 """Rules: their requirements, the order and stages in which these are checked, texts for the report, names."""
 
+import io
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -530,7 +531,10 @@ def test_group_key_that_fails_names_its_rule(key: Any) -> None:
             lambda b, m: b.constant("c", [], "c", lambda: torch.ones(4)),
             "c needs sources, and each must be a constant",
         ),
-        (lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)), r"are weight_of\(m\).sources"),
+        (
+            lambda b, m: b.constant("c", [m.x], "c", lambda: torch.ones(4)),
+            r"for a quantized weight pass weight_of",
+        ),
     ],
 )
 def test_wrong_use_of_the_builder_is_refused_with_the_fix(rewrite: Any, fault: str) -> None:
@@ -538,6 +542,171 @@ def test_wrong_use_of_the_builder_is_refused_with_the_fix(rewrite: Any, fault: s
     with pytest.raises(RuleError, match=f"rule faulty.*{fault}"):
         apply(before, [rewriting(rewrite)])
     assert names(before) == ["aten.relu", "aten.add", "aten.neg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("", "has an empty part"),
+        ("x.", "has an empty part"),
+        ("x..y", "has an empty part"),
+        ("0.weight.and.q", "has the part 'and', which is a keyword of Python"),
+        ("x.a b", "has the part 'a b', which is not an identifier"),
+        ("x.half", "has the part 'half', which is an attribute of every torch.nn.Module"),
+        ("graph", "has the part 'graph', which is an attribute of every torch.nn.Module"),
+        ("0", "the name '0' is that of a module with constants of its own"),
+        (None, "must be text, not None"),
+    ],
+)
+def test_name_of_a_constant_that_no_module_can_hold_is_refused_with_the_fix(name: Any, fault: str) -> None:
+    sketch = Sketch()
+    x, w = sketch.input("x", 4), sketch.parameter("0.weight", torch.ones(4))
+    program = sketch.program(sketch.call(aten.relu.default, x), w)
+    rule = rewriting(lambda b, m: b.call(aten.mul.Tensor, m.x, b.constant(name, [held(b)], "c", lambda: torch.ones(4))))
+    with pytest.raises(RuleError, match=rf"rule faulty: at relu_default its rewrite failed: .*{fault}.*'layers\.0\."):
+        apply(program, [rule])
+
+
+def test_name_of_a_constant_that_extends_that_of_another_one_is_refused() -> None:
+    sketch = Sketch()
+    x, w = sketch.input("x", 4), sketch.parameter("w", torch.ones(4))
+    program = sketch.program(sketch.call(aten.relu.default, x), w)
+
+    def rewrite(b: Any, m: Any) -> Node:
+        parts = [b.constant(name, [held(b)], name, lambda: torch.ones(4)) for name in ("w.a", "w.a.b")]
+        return b.call(aten.mul.Tensor, *parts)  # type: ignore[no-any-return]
+
+    with pytest.raises(RuleError, match=r"'w\.a\.b' extends that of the new constant 'w\.a'; rename one of them"):
+        apply(program, [rewriting(rewrite)])
+
+
+@pytest.mark.parametrize("name", ["w.packed", "w.a.b", "w.original", "a-b.0.weight.packed"])
+def test_constant_that_extends_the_name_of_a_constant_or_module_of_the_program_is_saved(name: str) -> None:
+    """torch.export accepts any name of a module; the constant that is still read gets another name."""
+    sketch = Sketch()
+    x, w, other = sketch.input("x", 4), sketch.parameter("w", torch.ones(4)), torch.full((4,), 2.0)
+    module = sketch.parameter("a-b.0.weight", other)
+    program = sketch.program(sketch.call(aten.relu.default, x), w, module)
+    rule = rewriting(lambda b, m: b.call(aten.mul.Tensor, m.x, b.constant(name, [held(b)], "c", lambda: other * 3)))
+    after, _ = apply(program, [rule])
+    file = io.BytesIO()
+    torch.export.save(after, file)
+    file.seek(0)
+    result = torch.export.load(file).module()(torch.ones(4))
+    assert [float(each[0]) for each in result] == [6.0, 1.0, 2.0]
+    assert name in after.state_dict
+
+
+def held(b: Any) -> Node:
+    """The first constant of the program."""
+    return next(node for node in b.program.graph.nodes if b.program.constant(node) is not None)
+
+
+def product(second: Callable[[Sketch], Any]) -> ExportedProgram:
+    """x * second"""
+    sketch = Sketch()
+    x = sketch.input("x", 4)
+    return sketch.program(sketch.call(aten.mul.Tensor, x, second(sketch)))
+
+
+class Ones(Rule):
+    """x * w -> x, where w is a constant of ones"""
+
+    requirements = (
+        requirement("ones", stage="values")(
+            lambda m: None if bool((m.constant("w") == 1).all()) else Failure("other values")
+        ),
+    )
+
+    def pattern(self, x: Any, w: Any) -> Any:
+        return op(aten.mul.Tensor)(x, w)
+
+    def rewrite(self, b: Any, m: Any) -> Node:
+        return m.x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [
+        (lambda s: s.parameter("w", torch.ones(4)), None),
+        (lambda s: s.constant("w", torch.ones(4)), None),
+        (lambda s: s.buffer("w", torch.full((4,), 2.0)), "other values"),
+        (lambda s: 1.0, "w is 1.0, not a tensor"),
+        (lambda s: s.input("y", 4), "w is y, which is not a parameter, buffer or constant of the program"),
+    ],
+)
+def test_requirement_reads_the_values_of_a_captured_constant(second: Any, found: str | None) -> None:
+    program, report = apply(product(second), [Ones()], aten.mul.Tensor)
+    assert names(program) == ([] if found is None else ["aten.mul"])
+    assert [reason.found for reason in report.outcomes[0].reasons] == ([] if found is None else [found])
+
+
+def test_mutated_buffer_is_not_a_constant_for_a_requirement() -> None:
+    sketch = Sketch()
+    w = sketch.buffer("w", torch.ones(4))
+    y = sketch.call(aten.mul.Tensor, sketch.input("x", 4), w)
+    _, report = apply(sketch.program(y, writes={"w": sketch.call(aten.add.Tensor, w, 1)}), [Ones()], aten.mul.Tensor)
+    assert [reason.found for reason in report.outcomes[0].reasons] == [
+        "w is b_w, which the program mutates while it runs"
+    ]
+
+
+@pytest.mark.parametrize("hook", ["rewrite", "summary", "notes"])
+def test_unmet_outside_of_a_requirement_names_the_rule_the_place_and_the_fix(hook: str) -> None:
+    def fails(*_: Any) -> Any:
+        raise Unmet("the scale is relu, not a constant")
+
+    with pytest.raises(RuleError) as error:
+        apply(two(), [faulty(**{hook: fails})])
+    assert str(error.value) == (
+        f"rule faulty: at relu_default its {hook} failed: Unmet: the scale is relu, not a constant; check it in a "
+        "requirement: one that raises Unmet does not hold, and the match is not rewritten"
+    )
+
+
+def test_unmet_in_a_group_key_names_the_rule_and_the_place() -> None:
+    class Grouped(GroupRule):
+        def pattern(self, x: Any) -> Any:
+            return relu(x)
+
+        def group_key(self, m: Any) -> Any:
+            raise Unmet("no weight")
+
+        def rewrite_group(self, b: Any, ms: Any) -> Any:
+            raise AssertionError
+
+    with pytest.raises(RuleError, match="rule grouped: at relu_default its group_key failed: Unmet: no weight; check"):
+        apply(two(), [Grouped()])
+
+
+@pytest.fixture
+def library() -> Iterator[torch.library.Library]:
+    """Operators that exist for one test."""
+    with torch.library._scoped_library("et_cuda_passes_test", "FRAGMENT") as made:
+        yield made
+
+
+def test_operator_without_a_fake_implementation_names_the_rule_the_place_and_the_fix(
+    library: torch.library.Library,
+) -> None:
+    library.define("no_fake(Tensor x) -> Tensor")
+    library.impl("no_fake", lambda x: x + 1, "CPU")
+    operator = torch.ops.et_cuda_passes_test.no_fake.default
+    with pytest.raises(RuleError) as error:
+        apply(two(), [rewriting(lambda b, m: b.call(operator, m.x))])
+    assert str(error.value) == (
+        "rule faulty: at relu_default its rewrite failed: the operator et_cuda_passes_test::no_fake has no fake "
+        "implementation, which computes the shape and dtype of its result; register one with "
+        'torch.library.register_fake("et_cuda_passes_test::no_fake") where the operator is registered'
+    )
+    torch.library.register_fake("et_cuda_passes_test::no_fake", torch.empty_like, lib=library)
+    after, _ = apply(two(), [rewriting(lambda b, m: b.call(operator, m.x))])
+    assert names(after)[0] == "et_cuda_passes_test.no_fake"
+
+
+def test_operator_that_rejects_its_arguments_is_named() -> None:
+    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its rewrite failed: the call of aten.mm f"):
+        apply(two(), [rewriting(lambda b, m: b.call(aten.mm.default, m.x, m.x))])
 
 
 def test_node_created_without_the_builder_is_refused() -> None:
@@ -642,44 +811,6 @@ def quantized() -> ExportedProgram:
     x = sketch.input("x", 2, 64)
     y = sketch.call(aten.linear.default, x, sketch.weight("w", dtype=torch.float32))
     return sketch.program(sketch.call(aten.relu.default, y))
-
-
-class Again(Rule):
-    """linear(x, w) -> linear(x, w), with the quantized weight"""
-
-    def pattern(self, x: Any) -> Any:
-        return op(aten.linear.default)(x, op(torch.ops.torchao.dequantize_affine.default)(..., name="w", shared=True))
-
-    def rewrite(self, b: Any, m: Any) -> Node:
-        return b.call(aten.linear.default, m.x, m.w)
-
-
-class Transposed(Again):
-    """linear(x, w) -> x @ t(w): another operator reads the weight"""
-
-    def rewrite(self, b: Any, m: Any) -> Node:
-        return b.call(aten.mm.default, m.x, b.call(aten.t.default, m.w))
-
-
-def test_linear_that_a_rule_leaves_quantized_is_open_to_later_rules() -> None:
-    _, report = ecp.rewrite(quantized(), "cpu", [Again()])
-    (outcome,) = report.outcomes
-    assert (outcome.status, outcome.node, report.applied) == ("missed", "linear_default", {"again": 1})
-    first = type("First", (Again,), {})()
-    _, report = ecp.rewrite(quantized(), "cpu", ecp.default_passes("cpu").insert_before("linear_int4", first))
-    (outcome,) = report.outcomes
-    assert (outcome.status, outcome.rule, report.applied) == (
-        "rewritten",
-        "linear_int4",
-        {"first": 1, "linear_int4": 1},
-    )
-    assert report.warnings == []
-
-
-def test_new_operator_that_reads_a_quantized_weight_gets_a_warning() -> None:
-    _, report = ecp.rewrite(quantized(), "cpu", [Transposed()])
-    (warning,) = report.warnings
-    assert warning.startswith("aten.mm linear_default still reads the quantized weight w.data: a rule created it")
 
 
 def test_pattern_rooted_after_a_candidate_reports_why_it_missed_it() -> None:

@@ -1,0 +1,80 @@
+"""The start of the command line: no torch for help, versions and rules, and only its own lines on stderr."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import et_cuda_passes as ecp
+from et_cuda_passes.cli.options import EXECUTABLE, TARGETS
+from et_cuda_passes.executorch import run
+from tests.saved import save
+
+ROOT = Path(ecp.__file__).parent.parent
+
+
+def python(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def imported(lines: str) -> set[str]:
+    """The modules in the output of ``-X importtime``."""
+    return {line.rpartition("|")[2].strip() for line in lines.splitlines() if line.startswith("import time:")}
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The script that pip writes for the entry point."""
+    path = tmp_path / "et-cuda-passes"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom et_cuda_passes.cli import main\nmain()\n")
+    return path
+
+
+COMMANDS = ["lower", "explain", "rules", "export", "generate", "run", "verify"]
+QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
+
+
+@pytest.mark.parametrize("arguments", QUICK)
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, script: Path) -> None:
+    program = ["-m", "et_cuda_passes"] if start == "module" else [script]
+    done = python("-X", "importtime", *program, *arguments.split())
+    assert done.returncode == 0
+    modules = imported(done.stderr)
+    assert {"typer", "et_cuda_passes.cli"} <= modules
+    assert modules.isdisjoint({"torch", "torchao", "executorch", "transformers"})
+    assert [line for line in done.stderr.splitlines() if not line.startswith("import time:")] == []
+
+
+def test_command_writes_only_its_own_lines_on_stderr(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "4w")
+    done = python("-m", "et_cuda_passes", "explain", path, "--target", "cpu")
+    assert done.returncode == 0
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [f"loading {path}", "rewriting for cpu"]
+
+
+def test_help_lists_every_command() -> None:
+    listed = python("-m", "et_cuda_passes", "--help").stdout
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+
+
+def test_help_names_the_targets() -> None:
+    assert ecp.targets() == TARGETS
+    assert run.EXECUTABLE == EXECUTABLE
+
+
+@pytest.mark.parametrize("start", ["import", "package"])
+def test_import_in_any_other_program_registers_the_operators(start: str, tmp_path: Path) -> None:
+    """Also in a package that runs by -m and imports et_cuda_passes before its module is found."""
+    check = "import torch\nprint(torch.ops.et_cuda_passes.int4_linear_cpu.default)\n"
+    if start == "import":
+        done = python("-c", f"import et_cuda_passes\n{check}")
+    else:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "__init__.py").write_text(
+            f"import sys\nsys.path.append({str(ROOT)!r})\nimport et_cuda_passes\n"
+        )
+        (tmp_path / "mine" / "__main__.py").write_text(check)
+        done = python("-m", "mine", cwd=tmp_path)
+    assert done.stdout == "et_cuda_passes.int4_linear_cpu.default\n", done.stderr
