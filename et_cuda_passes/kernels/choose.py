@@ -1,14 +1,17 @@
 """Chooses the tiling of a weight: the cheapest by the model of :mod:`et_cuda_passes.kernels.cost`.
 
 If the number of rows is unknown at export, each bucket of rows gets a tiling and a launch. The bounds of the buckets
-are chosen for each weight, to minimise the worst loss against the best tiling of a length, and then the mean loss.
+are chosen for each weight, to minimise the worst loss against the best tiling of a length, and then the mean loss. The
+descriptors of all buckets cost host time in every call. The set of descriptors has the smallest product of the worst
+loss and the square of the mean loss.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,11 @@ launch needs 0.1 to 0.2 us of a call with a length outside its bucket, and 0.1 s
 MOST_WAVES = 3
 CUT = 1.0
 """Microseconds of host time for a further launch and an allocation."""
+DESCRIPTOR = 0.5
+"""Microseconds of host time for a descriptor of x for bulk copies. AOTInductor builds each in every call, also those of
+launches without programs. An estimate: two runs differed by 1.3 for each, and the driver's function alone takes 0.3."""
+MOST_HEIGHTS = 3
+"""The number of descriptors that the buckets of a weight may have: one for each number of rows in a block."""
 EFFICIENCY = 0.7
 """The fraction of the tensor cores' data-sheet rate that a kernel reaches."""
 
@@ -211,7 +219,14 @@ def predicted(gpu: GpuArch, costs: Costs, weight: Weight, rows: Sequence[int]) -
     times = time(shapes, weight.work(numbers), stacked(known, column=True), costs.gpu, gpu.processors)
     likely = (shapes.tile_m * 8 >= np.minimum(numbers, 1024)) & (shapes.tile_m <= np.maximum(16, 4 * numbers))
     likely |= ~likely.any(axis=0)  # a kernel with few tilings may have none of a likely size
-    return [*tilings], np.where(likely, times + CUT * (shapes.waves > 0), np.inf)
+    descriptors = np.array([len(_heights(tiling)) for tiling in tilings])[:, None]
+    host = CUT * (shapes.waves > 0) + DESCRIPTOR * descriptors
+    return [*tilings], np.where(likely, times + host, np.inf)
+
+
+def _heights(tiling: Tiling) -> frozenset[int]:
+    """The rows of the blocks that a tiling copies in bulk: each needs a descriptor."""
+    return frozenset({tiling.block_m, tiling.extra_m} - {0}) if tiling.bulk else frozenset()
 
 
 @cache
@@ -245,19 +260,39 @@ def buckets(gpu: GpuArch, weight: Weight, most: int = MOST_LAUNCHES, first: int 
     rows = [number for interval in intervals for number in interval]
     choices, times = predicted(gpu, costs, weight, rows)
     # The worst loss of each tiling within each interval, and the interval's share of its mean loss over log(M).
-    lost, starts = times / times.min(axis=0), np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
-    losses = np.maximum.reduceat(lost, starts, axis=1)
+    best, starts = times.min(axis=0), np.cumsum([0, *(len(interval) for interval in intervals[:-1])])
     widths = np.array([math.log((interval[-1] + 1) / interval[0]) / len(interval) for interval in intervals])
-    means = np.add.reduceat(np.log(lost), starts, axis=1) * widths / math.log((ends[-1] + 1) / first)
-    chosen = cover(losses, means, most)
-    worst = float(max(losses[choice, begin:end].max() for begin, end, choice in chosen))
-    found: dict[int, Tiling] = {}
+    heights = [_heights(choice) for choice in choices]
+    own = np.array([len(each) for each in heights])[:, None]
+    chosen: list[tuple[int, int, int]] = []
+    worst, least = math.inf, math.inf
+    for allowed in _sets_of_heights(heights):
+        among = np.array([each <= allowed for each in heights])[:, None]
+        # A call builds the descriptors of all buckets.
+        lost = np.where(among, times + DESCRIPTOR * (len(allowed) - own), np.inf) / best
+        losses = np.maximum.reduceat(lost, starts, axis=1)
+        means = np.add.reduceat(np.log(lost), starts, axis=1) * widths / math.log((ends[-1] + 1) / first)
+        if np.isinf(losses.min(axis=0)).any():
+            continue
+        found = cover(losses, means, most)
+        largest = float(max(losses[choice, begin:end].max() for begin, end, choice in found))
+        both = math.log(largest) + 2 * sum(means[choice, begin:end].sum() for begin, end, choice in found)
+        if both < least:
+            chosen, worst, least = found, largest, both
+    tilings: dict[int, Tiling] = {}
     for _, end, choice in chosen:
-        earlier = next(reversed(found), None)
-        if earlier is not None and found[earlier] == choices[choice]:
-            del found[earlier]
-        found[ends[end - 1] if end < len(ends) else UNBOUNDED] = choices[choice]
-    return Buckets(found, worst)
+        earlier = next(reversed(tilings), None)
+        if earlier is not None and tilings[earlier] == choices[choice]:
+            del tilings[earlier]
+        tilings[ends[end - 1] if end < len(ends) else UNBOUNDED] = choices[choice]
+    return Buckets(tilings, worst)
+
+
+def _sets_of_heights(heights: Iterable[frozenset[int]]) -> Iterator[frozenset[int]]:
+    """The sets of at most MOST_HEIGHTS of all ``heights``."""
+    every = sorted(frozenset[int]().union(*heights))
+    for count in range(min(len(every), MOST_HEIGHTS) + 1):
+        yield from map(frozenset, combinations(every, count))
 
 
 def cover(losses: np.ndarray, means: np.ndarray, most: int) -> list[tuple[int, int, int]]:
