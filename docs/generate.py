@@ -233,7 +233,7 @@ def schemes_page() -> str:
             f"fails. The promises that can be kept: {', '.join(promises)}.",
             "## Dtypes of the model",
             "The dtypes of a model whose linears the target packs or keeps. With the option `cast_to_bf16` the kernels "
-            "of the other targets compute a float32 model's linears in bfloat16, so that one export serves xnnpack too.",
+            "of cuda compute a float32 model's linears in bfloat16, so that one export serves xnnpack too.",
             table(["scheme", *names], dtypes),
             "## Embeddings",
             "With one scale per row.",

@@ -50,8 +50,8 @@ def test_lowering_that_fixes_a_length_is_refused_before_anything_is_written(pref
     verifier = {"compile_config": EdgeCompileConfig(_check_ir_validity=True, _skip_dim_order=True)}
     message = (
         r"prefill: ExecuTorch's lowering limits axis 1 of input_ids to 7, and it was exported for sizes up to 32, "
-        r"because it assumes Eq\(2\*s\d+, 14\) for aten_\w+ \(at .*arg_validator.py:\d+ in call_function\): export the model "
-        "with fixed sizes"
+        r"because it assumes Eq\(2\*s\d+, 14\) for aten_\w+ \(at .*arg_validator.py:\d+ in call_function\): export the "
+        "model with fixed sizes"
     )
     with pytest.raises(UsageError, match=message):
         lower._executorch(
