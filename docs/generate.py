@@ -6,7 +6,6 @@ from the registered rules, targets and operators, so the same code gives the sam
 
 import dataclasses
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -86,28 +85,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *([cell(item) for item in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def rules_json() -> str:
-    """The rules of each target as data, for ``et-cuda-passes rules``, which does not import them."""
-
-    def described_rule(rule: ecp.Rule) -> dict[str, Any]:
-        fields: Iterable[Any] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
-        return {
-            "name": rule.name,
-            "rewrite": docstring(type(rule))[0],
-            "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
-            "options": {field.name: getattr(rule, field.name) for field in fields},
-        }
-
-    about = {
-        name: {
-            "summary": get_target(name).summary,
-            "passes": [described_rule(entry) for entry in ecp.default_passes(name)],
-        }
-        for name in ecp.targets()
-    }
-    return json.dumps(about, indent=2, default=str) + "\n"
 
 
 def rules_page() -> str:
@@ -256,7 +233,7 @@ def schemes_page() -> str:
             f"fails. The promises that can be kept: {', '.join(promises)}.",
             "## Dtypes of the model",
             "The dtypes of a model whose linears the target packs or keeps. With the option `cast_to_bf16` the kernels "
-            "of the other targets compute a float32 model's linears in bfloat16: one export then serves xnnpack too.",
+            "of cuda compute a float32 model's linears in bfloat16, so that one export serves xnnpack too.",
             table(["scheme", *names], dtypes),
             "## Embeddings",
             "With one scale per row.",
@@ -277,8 +254,7 @@ def pages() -> dict[Path, str]:
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
     }
-    written = {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
-    return written | {ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json()}
+    return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
 
 
 def anchors(text: str) -> set[str]:

@@ -235,7 +235,8 @@ def test_error_of_a_step_is_one_line_with_the_step(
         raise ValueError("no such thing\nsecond line")
 
     monkeypatch.setattr(exporter, "save_packed", fail)
-    result = command("export", "--model", models / "masked", "--target", "cuda", "--output-dir", tmp_path / "out")
+    options = ("--target", "cuda", "--dtype", "bfloat16")
+    result = command("export", "--model", models / "masked", *options, "--output-dir", tmp_path / "out")
     assert result.code == 1
     assert result.error == (
         "error: saving model packed for cuda: ValueError: no such thing (--debug shows the traceback)"
@@ -258,6 +259,18 @@ def test_dtype_without_a_kernel_is_an_error_with_the_option(
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_without_a_kernel_on_cuda_is_one_line_with_the_options(
+    models: Path, tmp_path: Path, command: Run, without_gpu: None
+) -> None:
+    result = command("export", "--model", models / "causal", "--target", "cuda", "--output-dir", tmp_path / "out")
+    assert result.code == 2
+    assert result.error == (
+        "error: prefill: the attention scaled_dot_product_attention is in float32, and ExecuTorch's kernel for cuda "
+        "computes in bfloat16: give --dtype bfloat16, or give --cast-to-bf16"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_full_disk_leaves_nothing(
     models: Path, tmp_path: Path, command: Run, without_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +279,8 @@ def test_full_disk_leaves_nothing(
 
     monkeypatch.setattr(artifact.shutil, "copyfile", full)
     out = tmp_path / "out"
-    result = command("export", "--model", models / "masked", "--target", "cuda", "--output-dir", out)
+    options = ("--target", "cuda", "--dtype", "bfloat16")
+    result = command("export", "--model", models / "masked", *options, "--output-dir", out)
     assert result.code == 1
     assert result.error == f"error: writing {out}: the disk is full; free some space and run the command again"
     assert names(out) == []
@@ -353,7 +367,7 @@ def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
     report = json.loads((out / "report.json").read_text())["targets"]["xnnpack"]["model"]
     linears = [each for each in report["outcomes"] if each["op"] == "aten.linear"]
     assert linears and {each["status"] for each in linears} == {status}
-    assert ("activations are quantized to 8 bits" in result.out) == (choice != "fold")
+    assert ("x quantize_activation" in result.out) == (choice != "fold")
 
 
 def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
@@ -504,8 +518,8 @@ def test_missing_extra_is_an_error_with_the_command_that_installs_it(
 
 def test_overwrite_replaces_the_export(models: Path, tmp_path: Path, command: Run, without_gpu: None) -> None:
     out = tmp_path / "out"
-    packed(command, out, "--model", models / "causal", "--max-length", 16)
-    _, report = packed(command, out, "--model", models / "masked", "--overwrite")
+    packed(command, out, "--model", models / "causal", "--max-length", 16, "--dtype", "bfloat16")
+    _, report = packed(command, out, "--model", models / "masked", "--dtype", "bfloat16", "--overwrite")
     assert list(report["targets"]["cuda"]) == ["model"]
     assert not list(out.glob("*decode*"))
     shutil.rmtree(out)
