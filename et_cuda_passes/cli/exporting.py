@@ -171,7 +171,7 @@ def _export(
     with _stage(step, names), quiet():
         loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
         dynamic = "input_ids" in loaded.inputs
-        config = EtConfig(**options, dynamic=dynamic, max_length=loaded.max_length if dynamic else None)
+        config = EtConfig(**options, dynamic=dynamic, max_length=loaded.text_length if dynamic else None)
         # Writing is one more step.
         exporter = EtExporter(step, lambda count: step.expect(count + 1))
         if loaded.generates:
