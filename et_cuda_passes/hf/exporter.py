@@ -56,6 +56,7 @@ from et_cuda_passes.hf.components import (
     fqn_in,
     split_model,
     structural_copy,
+    tensor_first,
     text_length_of,
     with_fqns_of_root,
 )
@@ -293,7 +294,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             try:
                 config = replace(configs[name], **dynamic_lengths(configs[name], quantized, inputs, text_length))
                 with torch.no_grad():
-                    program, metadata[name] = super().export_program(quantized, contiguous(inputs), config)
+                    program, metadata[name] = super().export_program(quantized, tensor_first(contiguous(inputs)), config)
             except Exception as error:
                 if operator := _UNIMPLEMENTED.search(str(error)):
                     raise ExportError(
