@@ -343,7 +343,10 @@ def _file(path: Path, name: str, size: int) -> Path:
         raise ExportError(f"{path} names the file {name!r}, which is not beside it: export the model again")
     file = path.parent / name
     if not file.is_file():
-        raise ExportError(f"{file} is missing; {path.name} needs it: copy the whole folder, or export the model again")
+        raise ExportError(
+            f"{file} is missing; {path.name} needs it: copy the whole folder, or export the model again; from the Hub, "
+            "et_cuda_passes.hf.ExportedModel.from_pretrained downloads all files"
+        )
     found = file.stat().st_size
     if found != size:
         raise ExportError(

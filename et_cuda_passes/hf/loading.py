@@ -21,6 +21,8 @@ from et_cuda_passes.hf.gguf_blocks import keep_blocks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 2048
 """The default length of a text, where the model allows more."""
+_MOST = 2**20
+"""The largest length of a text, where the model has no limit: a cache has memory for all of it."""
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 """What models of text are traced with."""
 _RATE = 16000
@@ -183,6 +185,8 @@ def _max_length(config: Any, wanted: int | None) -> int:
         raise CheckpointError(
             f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that"
         )
+    if wanted is not None and wanted > _MOST:
+        raise CheckpointError(f"--max-length {wanted}: an export has at most {_MOST} tokens; give at most that")
     switch = _switch_of_positions(text)
     if wanted is not None and switch is not None and wanted > switch:
         raise CheckpointError(
