@@ -134,7 +134,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             new = {path.relative_to(staging) for path in staging.rglob("*")}
             with uninterrupted(folder):
                 if not overwrite:
-                    refuse_existing(folder, [path.name for path in staging.iterdir()])
+                    refuse_existing(folder, [EXPORT_MANIFEST_FILE, *(path.name for path in staging.iterdir())])
                 # Everything is written by now. A folder without a manifest is no export, should the machine stop here.
                 for stale in files_of_export(folder):
                     if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:

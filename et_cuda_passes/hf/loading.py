@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import importlib.util
 import inspect
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -275,6 +277,8 @@ def _processor(checkpoint: Checkpoint) -> Any:
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # damaged files end in errors of many kinds
+        if importlib.util.find_spec("PIL") is None and re.search(r"\bPIL\b|\bPillow\b", str(error)):
+            raise CheckpointError(f"the image processor of {name} needs Pillow: pip install pillow") from error
         raise CheckpointError(
             f"the tokenizer or processor of {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
         ) from error
