@@ -3,6 +3,8 @@
 import logging
 import os
 import resource
+import signal
+import threading
 import time
 import traceback
 import warnings
@@ -108,6 +110,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         UsageError: not so.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise UsageError(f"--output-dir {folder} is a link to {os.readlink(folder)}, which does not exist")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UsageError(f"--output-dir {folder} cannot be created: {nearest} is a file; name a directory")
@@ -123,7 +127,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     try:
         with quiet_import(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -154,6 +158,23 @@ def quiet_import(debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _removed_temporary_files() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, by which temporary folders are removed."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -164,10 +165,15 @@ def export(
         _print_report(exported.report)
         list_files(_files(exported, output_dir))
         lacking = {name: each for name in quantization.targets if (each := missing_requirement(name, gpu))}
-        if loaded.generates and "decode" in exported.components and set(quantization.targets) - set(lacking):
+        finished = [name for name in quantization.targets if name not in lacking]
+        if finished:
             # The compiled programs of this export are the user's own.
-            following = ["et-cuda-passes", "generate", str(output_dir), "--trust", "--prompt", "Hello"]
-            typer.echo(f"next: {shlex.join(following)}")
+            trusted = ["--target", "xnnpack"] if finished == ["xnnpack"] else ["--trust"]
+            folder = ["et-cuda-passes", "verify", str(output_dir), *trusted, "--model", model]
+            typer.echo(f"check: {shlex.join(folder if gguf is None else [*folder, '--gguf', str(gguf)])}")
+            if {"prefill", "decode"} == set(exported.components) and loaded.processor is not None:
+                following = ["et-cuda-passes", "generate", str(output_dir), *trusted, "--prompt", "Hello"]
+                typer.echo(f"next: {shlex.join(following)}")
         if lacking:
             texts = [f"lowering to {name} needs {each}" for name, each in lacking.items()]
             command = " && ".join(
@@ -198,7 +204,7 @@ def _export(
     with _stage(step, names), quiet():
         loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
         dynamic = "input_ids" in loaded.inputs
-        config = EtConfig(**options, dynamic=dynamic, max_length=loaded.max_length if dynamic else None)
+        config = EtConfig(**options, dynamic=dynamic, max_length=loaded.text_length if dynamic else None)
         # Writing is one more step.
         exporter = EtExporter(step, lambda count: step.expect(count + 1))
         if loaded.generates:
@@ -263,9 +269,12 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
     except FileExistsError as error:
         raise UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite")) from error
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            problem = "the disk is full" if error.errno != errno.EFBIG else "a file would be larger than the limit"
+            # Programs are lowered into a temporary folder, and then written to the output folder.
+            where = "" if str(step.current).startswith("writing") else f" (temporary files are in {gettempdir()})"
             raise LoweringError(
-                f"{step.current}: the disk is full; free some space and run the command again"
+                f"{step.current}: {problem}{where}; free some space and run the command again"
             ) from error
         raise
     except (ExportError, errors.UsageError) as error:

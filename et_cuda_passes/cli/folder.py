@@ -204,7 +204,7 @@ def _on(runner: "EtModelRunner", leaves: list[Any]) -> list[Any]:
 
 
 _FACTOR = 4
-"""How much larger the error of a program may be than that of the model in eager, which is one sample of its rounding."""
+"""How much larger the error of a program may be than that of the model in eager, one sample of its rounding."""
 _SHOWN = 5
 """How many wrong outputs of a call are printed."""
 _BETWEEN_TARGETS = 2.0**-2

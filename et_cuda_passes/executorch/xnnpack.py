@@ -20,7 +20,7 @@ from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
-from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import ExpandTanhGelu, KeepDynamicInt4, SplitBroadcastBias
 from et_cuda_passes.targets import default_passes
 
 _edge = exir_ops.edge.aten
@@ -78,7 +78,8 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
     Args:
         *args: as for the stock partitioner.
         passes: see :func:`et_cuda_passes.rewrite`; None for ``default_passes("xnnpack")``. A list without
-            ``SplitBroadcastBias`` gets it as its first pass, because the delegate misreads a bias that broadcasts.
+            ``SplitBroadcastBias`` or ``ExpandTanhGelu`` gets it as a first pass, because the delegate computes wrongly
+            without.
         expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
         **kwargs: as for the stock partitioner.
     """
@@ -98,8 +99,8 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
                 for rule in default_passes(self.rewrite_target)
             ]
         listed = default_passes(self.rewrite_target) if passes is None else list(passes)
-        if not any(isinstance(rule, SplitBroadcastBias) for rule in listed):
-            listed = [SplitBroadcastBias(), *listed]
+        always = (SplitBroadcastBias(), ExpandTanhGelu())
+        listed = [rule for rule in always if not any(isinstance(each, type(rule)) for each in listed)] + listed
         super().__init__(*args, passes=listed, expect=expect, **kwargs)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:

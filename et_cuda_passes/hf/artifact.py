@@ -79,7 +79,7 @@ class Signature:
                 continue
             if not _is_dense(value):
                 raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
-            shape = tuple(size if isinstance(size, int) else str(size.node.expr) for size in value.shape)
+            shape = tuple(map(_size, value.shape))
             symbols.update(
                 str(symbol)
                 for size in value.shape
@@ -145,6 +145,12 @@ class Signature:
                     raise ExportError(
                         f"{where}: the export has sizes of {wanted} {bounds}; export again with other inputs"
                     )
+
+
+def _size(size: Any) -> int | str:
+    """A size, or the text of its expression; torch.export may find out that a dynamic size is a number."""
+    expression = size if isinstance(size, int) else size.node.expr
+    return int(expression) if isinstance(expression, int) or expression.is_Integer else str(expression)
 
 
 def _is_dense(value: Tensor) -> bool:
@@ -337,7 +343,10 @@ def _file(path: Path, name: str, size: int) -> Path:
         raise ExportError(f"{path} names the file {name!r}, which is not beside it: export the model again")
     file = path.parent / name
     if not file.is_file():
-        raise ExportError(f"{file} is missing; {path.name} needs it: copy the whole folder, or export the model again")
+        raise ExportError(
+            f"{file} is missing; {path.name} needs it: copy the whole folder, or export the model again; from the Hub, "
+            "et_cuda_passes.hf.ExportedModel.from_pretrained downloads all files"
+        )
     found = file.stat().st_size
     if found != size:
         raise ExportError(

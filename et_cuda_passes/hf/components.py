@@ -190,6 +190,23 @@ def contiguous(inputs: Inputs) -> Inputs:
     return inputs
 
 
+def tensor_first(inputs: Inputs) -> Inputs:
+    """``inputs`` with one first that is a tensor, or begins with one.
+
+    ExecuTorch 1.5.1 puts new constants before the first input that is no constant, and their entries in the signature
+    before the first input. So a program whose first input is None, as a mask may be, fails to lower.
+    """
+    first = next(
+        (
+            name
+            for name, value in inputs.items()
+            if isinstance(next(iter(torch.utils._pytree.tree_leaves(value)), None), torch.Tensor)
+        ),
+        None,
+    )
+    return inputs if first is None else {first: inputs[first], **inputs}
+
+
 def text_length_of(inputs: Inputs) -> int | None:
     """The number of tokens in the inputs of a model."""
     tokens = inputs.get("input_ids")

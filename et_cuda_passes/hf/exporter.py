@@ -26,6 +26,7 @@ from transformers.exporters import register_backend
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
 from transformers.exporters.exporter_dynamo import DynamoExporter
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
+from transformers.utils.hub import cached_file, cached_files
 
 from et_cuda_passes.executorch.lower import (
     Progress,
@@ -61,6 +62,7 @@ from et_cuda_passes.hf.components import (
     split_model,
     stop_dynamic_rope,
     structural_copy,
+    tensor_first,
     text_length_of,
     with_fqns_of_root,
 )
@@ -139,7 +141,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             new = {path.relative_to(staging) for path in staging.rglob("*")}
             with uninterrupted(folder):
                 if not overwrite:
-                    refuse_existing(folder, [path.name for path in staging.iterdir()])
+                    refuse_existing(folder, [EXPORT_MANIFEST_FILE, *(path.name for path in staging.iterdir())])
                 # Everything is written by now. A folder without a manifest is no export, should the machine stop here.
                 for stale in files_of_export(folder):
                     if stale.relative_to(folder) not in new or stale.name == EXPORT_MANIFEST_FILE:
@@ -150,17 +152,54 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
         """As transformers' method. ``target="xnnpack"`` chooses among the targets of the export.
 
+        From the Hub it also downloads the files that the components share, which transformers' own method does not
+        know.
+
         Raises:
             ExportError: a file is missing or damaged, or nothing in the export runs here.
         """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = _download(str(pretrained_model_name_or_path), kwargs)
         model: ExportedModel = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        report = Path(pretrained_model_name_or_path) / REPORT_FILE
+        report = folder / REPORT_FILE
         if report.is_file():
             try:
                 model.report = json.loads(report.read_text(encoding="utf-8"))
             except ValueError as error:
                 raise ExportError(f"{report} is damaged: delete it, or export the model again") from error
         return model
+
+
+_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _download(name: str, options: dict[str, Any]) -> Path:
+    """Download an export from the Hub, and return its folder in the cache.
+
+    Args:
+        name: of the repository.
+        options: of ``from_pretrained``. What is downloaded here is not downloaded again.
+    """
+    chosen = {key: options[key] for key in _DOWNLOAD_OPTIONS if key in options}
+    manifest = Path(cached_file(name, EXPORT_MANIFEST_FILE, **chosen))
+    try:
+        files = [
+            str(entry["file"]) for entry in json.loads(manifest.read_text(encoding="utf-8"))["components"].values()
+        ]
+        cached_files(name, files, **chosen)
+        shared = {
+            str(file)
+            for path in files
+            for build in json.loads((manifest.parent / path).read_text(encoding="utf-8"))["targets"].values()
+            for file in build["files"]
+        }
+    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ExportError(f"the export {name} on the Hub is damaged, or of another format: export it again") from error
+    cached_files(name, sorted(shared), **chosen)
+    cached_files(name, [REPORT_FILE], _raise_exceptions_for_missing_entries=False, **chosen)
+    options.pop("force_download", None)
+    return manifest.parent
 
 
 @dataclass(frozen=True)
@@ -301,7 +340,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             try:
                 config = replace(configs[name], **dynamic_lengths(configs[name], quantized, inputs, text_length))
                 with torch.no_grad():
-                    program, metadata[name] = super().export_program(quantized, contiguous(inputs), config)
+                    program, metadata[name] = super().export_program(
+                        quantized, tensor_first(contiguous(inputs)), config
+                    )
             except Exception as error:
                 if operator := _UNIMPLEMENTED.search(str(error)):
                     raise ExportError(

@@ -60,6 +60,11 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
                 f"the export has no component {' and no component '.join(missing)}, only "
                 f"{', '.join(exported.components)}: export a decoder with export_for_generation"
             )
+        if others := [name for name in exported.components if name not in COMPONENTS]:
+            raise GenerationError(
+                f"the export has the components {', '.join(others)} too, and only decoders of text generate here: run "
+                "the components in Python (ExportedModel.runners), or one by one with et-cuda-passes run"
+            )
         if exported.config is None:
             raise GenerationError("the export has no config.json: export the model again")
         super().__init__(exported.config)

@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import importlib.util
+import inspect
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +23,8 @@ from et_cuda_passes.hf.gguf_blocks import keep_blocks
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST = 2048
 """The default length of a text, where the model allows more."""
+_MOST = 2**20
+"""The largest length of a text, where the model has no limit: a cache has memory for all of it."""
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 """What models of text are traced with."""
 _RATE = 16000
@@ -53,6 +58,12 @@ class Loaded:
     max_length: int
     kept: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def text_length(self) -> int:
+        """The largest length of an input text."""
+        crossed = self.generates and getattr(self.model.config, "is_encoder_decoder", False)
+        return int(self.inputs["input_ids"].shape[1]) if crossed else self.max_length
+
 
 def load(
     checkpoint: Checkpoint,
@@ -82,7 +93,11 @@ def load(
         processor = _processor(checkpoint)
         kept = keep_blocks(model, checkpoint.gguf) if keep_gguf and checkpoint.gguf is not None else {}
     generates = bool(model.can_generate())
-    inputs = sample_inputs(model, processor, min(length // 2, 16))
+    # A decoder keeps the states of the encoder in a cache that is as long as the text that it is traced with.
+    if generates and getattr(config, "is_encoder_decoder", False):
+        inputs = sample_inputs(model, processor, length - 1, repeat=True)
+    else:
+        inputs = sample_inputs(model, processor, min(length // 2, 16))
     return Loaded(model, processor, inputs, generates, length, kept)
 
 
@@ -172,6 +187,8 @@ def _max_length(config: Any, wanted: int | None) -> int:
         raise CheckpointError(
             f"--max-length {wanted}: the model has positions for {positions} tokens; give at most that"
         )
+    if wanted is not None and wanted > _MOST:
+        raise CheckpointError(f"--max-length {wanted}: an export has at most {_MOST} tokens; give at most that")
     switch = _switch_of_positions(text)
     if wanted is not None and switch is not None and wanted > switch:
         raise CheckpointError(
@@ -260,6 +277,8 @@ def _processor(checkpoint: Checkpoint) -> Any:
     try:
         return auto.from_pretrained(name, **options)
     except Exception as error:  # damaged files end in errors of many kinds
+        if importlib.util.find_spec("PIL") is None and re.search(r"\bPIL\b|\bPillow\b", str(error)):
+            raise CheckpointError(f"the image processor of {name} needs Pillow: pip install pillow") from error
         raise CheckpointError(
             f"the tokenizer or processor of {name} cannot be loaded: {type(error).__name__}: {_first_line(error)}"
         ) from error
@@ -268,13 +287,14 @@ def _processor(checkpoint: Checkpoint) -> Any:
 # Sample inputs --------------------------------------------------------------------------------------------------------
 
 
-def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
+def sample_inputs(model: Any, processor: Any, length: int, repeat: bool = False) -> dict[str, Any]:
     """The inputs that the model is traced with: a short text, an image, a second of sound, or what they add up to.
 
     Args:
         model: decides which.
         processor: makes them, if it can; otherwise the sizes in the config do.
         length: the largest number of tokens of the text.
+        repeat: repeat the text until it has that number.
 
     Raises:
         CheckpointError: the model takes inputs of another kind.
@@ -291,19 +311,22 @@ def sample_inputs(model: Any, processor: Any, length: int) -> dict[str, Any]:
         raise CheckpointError(
             f"{type(model).__name__} takes {name}, which this command cannot make: use EtExporter in Python"
         )
-    inputs = _text(config, processor, length)
+    inputs = _text(config, processor, length, repeat)
+    if "pixel_values" in inspect.signature(model.forward).parameters and not model.can_generate():
+        # It compares texts with images, as CLIP does.
+        inputs["pixel_values"] = _pixels(config, model.dtype)
     if getattr(config, "is_encoder_decoder", False) and not model.can_generate():
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
 
 
-def _text(config: Any, processor: Any, length: int) -> dict[str, Tensor]:
+def _text(config: Any, processor: Any, length: int, repeat: bool = False) -> dict[str, Tensor]:
     tokenizer = getattr(processor, "tokenizer", processor)
-    ids: list[int] = list(tokenizer(TEXT)["input_ids"])[:length] if callable(tokenizer) else []
+    ids: list[int] = list(tokenizer(TEXT)["input_ids"]) if callable(tokenizer) else []
     if len(ids) < 2:
         size = int(config.get_text_config().vocab_size)
-        ids = [index % size for index in range(1, 1 + max(2, min(length, 12)))]
-    tokens = torch.tensor([ids])
+        ids = [index % size for index in range(1, 13)]
+    tokens = torch.tensor([(ids * (length // len(ids) + 1) if repeat else ids)[: max(2, length)]])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

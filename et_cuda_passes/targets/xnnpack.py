@@ -6,6 +6,7 @@ XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import QuantizedEmbedding
 from et_cuda_passes.rules.xnnpack import (
+    ExpandTanhGelu,
     FoldDequantize,
     KeepDynamicInt4,
     KeepDynamicInt8,
@@ -27,6 +28,7 @@ XNNPACK = Target(
     ),
     passes=lambda: [
         SplitBroadcastBias(),
+        ExpandTanhGelu(),
         AttentionOfGroups(),
         ShareActivation(),
         KeepDynamicInt4(),

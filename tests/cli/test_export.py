@@ -8,6 +8,9 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -286,6 +289,67 @@ def test_full_disk_leaves_nothing(
     assert names(out) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EFBIG, "a file would be larger than the limit")],
+)
+def test_full_disk_of_temporary_files_names_their_folder(
+    number: int,
+    problem: str,
+    models: Path,
+    tmp_path: Path,
+    command: Run,
+    without_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(exporter, "save_packed", full)
+    result = command("export", "--model", models / "masked", "--target", "cuda", "--output-dir", tmp_path / "out")
+    assert result.code == 1
+    assert result.error.startswith(f"error: saving model packed for cuda: {problem} (temporary files are in ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_export_leaves_no_files(number: signal.Signals, models: Path, tmp_path: Path) -> None:
+    out, temporary = tmp_path / "out", tmp_path / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "et_cuda_passes", "export", "--model", models / "masked", "--target", "xnnpack",
+            "--output-dir", out,
+        ],
+        env=os.environ | {"TMPDIR": str(temporary)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "rewriting model" in line:  # lowering has begun
+            process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert not out.exists()
+    assert not list(temporary.glob("et_cuda_passes-*"))
+
+
+def test_model_without_positions_has_a_longest_text(tmp_path: Path, command: Run) -> None:
+    model = checkpoints.encoder_decoder(tmp_path / "model")
+    result = command(
+        "export", "--model", model, "--target", "cpu", "--max-length", 10**9, "--output-dir", tmp_path / "out"
+    )
+    assert result.code == 2
+    assert "--max-length 1000000000: an export has at most 1048576 tokens" in result.error
+
+
+@pytest.mark.skipif(importlib.util.find_spec("PIL") is not None, reason="Pillow is installed")
+def test_image_processor_without_pillow_names_the_package(tmp_path: Path, command: Run) -> None:
+    model = checkpoints.image_classifier(tmp_path / "model")
+    (model / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    result = command("export", "--model", model, "--target", "cpu", "--output-dir", tmp_path / "out")
+    assert result.code == 2
+    assert result.error == f"error: the image processor of {model} needs Pillow: pip install pillow"
+
+
 @pytest.mark.slow
 def test_lower_finishes_the_folder_of_an_export(models: Path, tmp_path: Path, command: Run) -> None:
     out = tmp_path / "out"
@@ -340,18 +404,63 @@ def test_export_for_cuda_on_a_gpu_generates_the_tokens_of_the_export_for_cpu(
         (checkpoints.masked, ("--target", "cpu,xnnpack", "--qlinear", "8da4w"), ["model"]),
         (checkpoints.image_classifier, ("--target", "xnnpack", "--qlinear", "8w"), ["model"]),
         (checkpoints.speech_recognizer, ("--target", "cpu", "--qlinear", "4w"), ["model"]),
+        (checkpoints.text_and_image_encoders, ("--target", "xnnpack", "--qlinear", "4w"), ["model"]),
         (checkpoints.whisper, ("--target", "cpu", "--qlinear", "4w"), ["encoder", "prefill", "decode"]),
+        (
+            checkpoints.encoder_decoder,
+            ("--target", "cpu,xnnpack", "--qlinear", "8da4w", "--max-length", 24),
+            ["encoder", "prefill", "decode"],
+        ),
+        (
+            checkpoints.image_text,
+            ("--target", "xnnpack", "--qlinear", "4w", "--max-length", 32),
+            ["image_encoder", "multi_modal_projector", "token_embedding", "language_model", "lm_head", "decode"],
+        ),
     ],
 )
-def test_models_of_other_modalities_are_exported(
-    make: Callable[[Path], Path], options: tuple[str, ...], components: list[str], tmp_path: Path, command: Run
+def test_models_of_all_kinds_compute_what_the_model_computes(
+    make: Callable[[Path], Path], options: tuple[object, ...], components: list[str], tmp_path: Path, command: Run
 ) -> None:
-    result = command("export", "--model", make(tmp_path / "model"), *options, "--output-dir", tmp_path / "out")
+    model, out = make(tmp_path / "model"), tmp_path / "out"
+    result = command("export", "--model", model, *options, "--output-dir", out)
     assert result.code == 0, result.err
-    assert list(json.loads((tmp_path / "out" / "export.json").read_text())["components"]) == components
-    for target in options[1].split(","):
-        exported = ExportedModel.from_pretrained(tmp_path / "out", target=target)
-        assert all(runner.target == target for runner in exported.runners.values())
+    assert f"check: et-cuda-passes verify {out} " in result.out and "next:" not in result.out
+    assert list(json.loads((out / "export.json").read_text())["components"]) == components
+    checked = command("verify", out, "--model", model, "--trust")
+    assert checked.code == 0, checked.out + checked.err
+    for target in str(options[1]).split(","):
+        assert all(f"\n{name} for {target}, " in checked.out for name in components)
+    refused = command("generate", out, "--prompt", "the", "--trust")
+    assert refused.code == 2
+
+
+def test_encoder_of_a_decoder_takes_every_length(tmp_path: Path, command: Run, without_gpu: None) -> None:
+    model = checkpoints.encoder_decoder(tmp_path / "model")
+    packed(command, tmp_path / "out", "--model", model, "--max-length", 24)
+    inputs = {
+        name: json.loads((tmp_path / "out" / f"{name}.etcp.json").read_text())
+        for name in ("encoder", "prefill", "decode")
+    }
+    # The decoder's caches: 24 tokens of its own, and 23 states of the encoder.
+    lengths = {each["shape"][-2] for each in inputs["decode"]["inputs"] if len(each.get("shape", ())) == 4}
+    assert {24, 23} <= lengths
+    for name in ("encoder", "prefill"):
+        assert list(inputs[name]["ranges"].values()) == [[2, 23]]
+    assert [1, 23] in [each["shape"] for each in inputs["prefill"]["inputs"] if each["name"] == "attention_mask"]
+
+
+def test_recipe_is_in_the_manifest(models: Path, tmp_path: Path, command: Run, without_gpu: None) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[[layer]]\npattern = "*.mlp.*"\nskip = true\n\n[[layer]]\npattern = "*"\nscheme = "8w"\n')
+    _, report = packed(
+        command, tmp_path / "out", "--model", models / "causal", "--qlinear", "4w", "--recipe", recipe,
+        "--max-length", 16, "--dtype", "bfloat16",
+    )  # fmt: skip
+    recipe.unlink()
+    manifest = json.loads((tmp_path / "out" / "export.json").read_text())
+    config = manifest["components"]["decode"]["metadata"]["export_config"]
+    assert config["recipe"] == {"layer": [{"pattern": "*.mlp.*", "skip": True}, {"pattern": "*", "scheme": "8w"}]}
+    assert report["model"] == {"task": None, "keep_gguf": False}
 
 
 @pytest.mark.parametrize(("choice", "status"), [("fold", "rewritten"), ("dynamic-activation", "kept")])
@@ -423,6 +532,7 @@ def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
         (("--target", "cuda", "--task", "image-classification"),
          "does not have the task image-classification; --task"),
         (("--target", "cuda", "--max-length", "100"), "--max-length 100: the model has positions for 64 tokens"),
+        (("--target", "cuda", "--max-length", str(10**9)), "the model has positions for 64 tokens"),
         (("--target", "cuda", "--qlinear-encoder", "4w"), "--qlinear-encoder is given, and the model has no encoder"),
     ],
 )  # fmt: skip

@@ -12,6 +12,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
@@ -22,7 +24,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from tests.hf.models import bert, qwen
+from tests.hf.models import bert, llava, qwen, t5
 
 WORDS = (
     "[UNK]",
@@ -108,6 +110,23 @@ def whisper(folder: Path) -> Path:
         pad_token_id=1,
     )
     return saved(WhisperForConditionalGeneration(config), folder, WhisperFeatureExtractor(chunk_length=1))
+
+
+def encoder_decoder(folder: Path) -> Path:
+    return saved(t5(), folder, tokenizer())
+
+
+def image_text(folder: Path) -> Path:
+    return saved(llava(), folder)
+
+
+def text_and_image_encoders(folder: Path, model: type = SiglipModel, config: type = SiglipConfig) -> Path:
+    """Two encoders, whose activation function is the approximate GELU for SigLIP."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {"vocab_size": 96, "max_position_embeddings": 32, "projection_size": 64, "projection_dim": 64}
+    image = {"image_size": 32, "patch_size": 8, "projection_dim": 64}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return saved(model(config(text_config=sizes | text | special, vision_config=sizes | image)), folder)
 
 
 # GGUF -----------------------------------------------------------------------------------------------------------------

@@ -102,6 +102,21 @@ def test_another_export_is_not_overwritten(exported: Any, folder: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_export_that_another_process_has_written_meanwhile_is_not_overwritten(
+    exported: Any, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = artifact.shutil.copyfile
+
+    def copy(*args: Any) -> None:
+        shutil.copytree(original, tmp_path / "out", dirs_exist_ok=True, copy_function=real)
+        real(*args)
+
+    monkeypatch.setattr(artifact.shutil, "copyfile", copy)
+    with pytest.raises(FileExistsError, match="has an export already"):
+        exported.save_pretrained(tmp_path / "out")
+    assert names(tmp_path / "out") == names(original)
+
+
 def test_foreign_file_is_not_overwritten(exported: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(FileExistsError, match="has config.json already"):

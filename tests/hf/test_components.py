@@ -1,8 +1,12 @@
 """The components of a model: complete, one name for each constant, and equal to the whole model when run in turn."""
 
+from typing import Any
+
 import pytest
 import torch
+from executorch.exir import to_edge_transform_and_lower
 from torch import nn
+from torch._export.verifier import SpecViolationError
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from transformers import EncoderDecoderCache, FalconConfig, FalconForCausalLM, StaticCache
@@ -10,7 +14,7 @@ from transformers import EncoderDecoderCache, FalconConfig, FalconForCausalLM, S
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.artifact import ExportError
-from et_cuda_passes.hf.components import split_model, structural_copy, with_fqns_of_root
+from et_cuda_passes.hf.components import split_model, structural_copy, tensor_first, with_fqns_of_root
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.targets.gpu import gpu_named_in
 from tests.hf.models import CACHE, IMAGE_TOKEN, image_and_text, llava, quantized, qwen, static_cache, t5, tokens
@@ -70,6 +74,24 @@ class Inner(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count.add_(1)
         return self.linear(x) + torch.tensor([1.0, 2.0, 3.0, 4.0]) + self.count
+
+
+def test_input_that_is_no_tensor_does_not_come_first() -> None:
+    class Masked(nn.Module):
+        def forward(self, attention_mask: Any = None, x: Any = None) -> torch.Tensor:
+            return torch.where(x > 0.5, x + 1.5, 0.25)
+
+    ordered = tensor_first({"attention_mask": {"full": None}, "x": torch.ones(1, 2)})
+    assert list(ordered) == ["x", "attention_mask"]
+    assert list(tensor_first({"attention_mask": None})) == ["attention_mask"]
+    # The reason. Should this not fail, check whether the order still matters.
+    for inputs in (ordered, {"attention_mask": {"full": None}, "x": torch.ones(1, 2)}):
+        program = torch.export.export(Masked(), (), dict(inputs))
+        if inputs is ordered:
+            to_edge_transform_and_lower(program)
+        else:
+            with pytest.raises(SpecViolationError, match="does not match node name attention_mask"):
+                to_edge_transform_and_lower(program)
 
 
 def test_constants_have_the_names_of_the_whole_model() -> None:

@@ -14,7 +14,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import ExpandTanhGelu, SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.xnnpack import Stock, error, example, lowered, output
@@ -522,7 +522,7 @@ def test_bias_is_split_first_with_a_list_that_lacks_the_rule() -> None:
     model, x = Biased((ROWS, OUT), "folded").eval(), example(ROWS, IN)
     partitioner = ecp.XnnpackPartitioner(passes=[ecp.FoldDequantize()])
     assert error(output(lowered(exported(model), partitioner), x), model(x)) < 1e-5
-    assert partitioner.report.passes == ["split_broadcast_bias", "fold_dequantize"]
+    assert partitioner.report.passes == ["split_broadcast_bias", "expand_tanh_gelu", "fold_dequantize"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -553,6 +553,43 @@ def test_bias_that_needs_no_split_is_rejected(shape: tuple[int, ...], computed: 
 def test_split_bias_leaves_the_numbers_unchanged() -> None:
     program = exported(Biased((ROWS, 1)))
     assert_rewrites(program, "xnnpack", [SplitBroadcastBias()], expect={"split_broadcast_bias": 1}, rtol=1e-6)
+
+
+# ExpandTanhGelu.
+
+
+class Gelu(nn.Module):
+    def __init__(self, approximate: str = "tanh") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate=self.approximate)
+
+
+def gelu_input() -> Tensor:
+    return torch.linspace(-9, 9, ROWS * IN).view(ROWS, IN)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_delegate_computes_either_gelu(approximate: str) -> None:
+    model, x = Gelu(approximate), gelu_input()
+    counts = {"expand_tanh_gelu": int(approximate == "tanh")}
+    method = lowered(exported(model), ecp.XnnpackPartitioner(expect=counts))
+    torch.testing.assert_close(output(method, x), model(x), rtol=1e-6, atol=2e-6)
+
+
+def test_stock_partitioner_computes_the_exact_gelu_for_the_approximate_one() -> None:
+    """The reason for the rule. Should this fail, check whether the rule is still needed."""
+    x = gelu_input()
+    wrong = output(lowered(exported(Gelu()), Stock()), x)
+    assert float((wrong - F.gelu(x, approximate="tanh")).abs().max()) > 4e-4
+    torch.testing.assert_close(wrong, F.gelu(x), rtol=1e-6, atol=2e-6)
+
+
+def test_expanded_gelu_leaves_the_numbers_unchanged() -> None:
+    program = torch.export.export(Gelu(), (gelu_input(),))
+    assert_rewrites(program, "xnnpack", [ExpandTanhGelu()], expect={"expand_tanh_gelu": 1}, rtol=1e-5)
 
 
 # ShareActivation.
