@@ -267,7 +267,7 @@ class BmmInt4(Rule):
         return summary_of(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel."""
+        """Measurements of the kernel."""
         return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -335,7 +335,7 @@ class IndexedBmmInt4(Rule):
         return summary_of(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel."""
+        """Measurements of the kernel."""
         return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -392,7 +392,7 @@ class GroupedMmInt4(Rule):
         return summary_of(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel."""
+        """Measurements of the kernel."""
         return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -478,7 +478,7 @@ class EinsumInt4(Rule):
         return summary_of(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel."""
+        """Measurements of the kernel."""
         return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
 
     def rewrite(self, b: Builder, m: Match) -> Node:

@@ -144,7 +144,7 @@ class FusedLinearInt4(GroupRule):
         return int4_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel, and its tilings for all rows."""
+        """Measurements of the kernel, and its tilings for all rows."""
         return int4_notes(*ms)
 
     def rewrite_group(self, b: Builder, ms: Sequence[Match]) -> Sequence[Node]:

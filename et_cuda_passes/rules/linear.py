@@ -197,7 +197,7 @@ def _dropped(m: Match) -> str:
 
 
 def int4_notes(*ms: Match) -> Notes:
-    """What was measured of the kernel, and the tilings of the Triton kernel for the rows of all weights of ``ms``."""
+    """Measurements of the kernel, and the tilings of the Triton kernel for the rows of all weights of ``ms``."""
     first, kernel, weight = ms[0], kernel_of(ms[0]), weight_of(ms[0])
     note = kernel_note(first, first.val(first.x).dtype)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
@@ -208,7 +208,7 @@ def int4_notes(*ms: Match) -> Notes:
 
 
 def int8_notes(m: Match) -> Notes:
-    """What was measured of the kernel, and the tilings of the Triton kernel."""
+    """Measurements of the kernel, and the tilings of the Triton kernel."""
     kernel, weight, note = kernel_of(m), weight_of(m), kernel_note(m, m.val(m.x).dtype)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     if kernel.name != "triton" or group_size is None:
@@ -341,7 +341,7 @@ class LinearInt4(Rule):
         return int4_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel, and its tilings."""
+        """Measurements of the kernel, and its tilings."""
         return int4_notes(*ms)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -392,7 +392,7 @@ class LinearInt8(Rule):
         return int8_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel, and its tilings."""
+        """Measurements of the kernel, and its tilings."""
         return int8_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -430,7 +430,7 @@ class ConvInt4(Rule):
         return int4_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel, and its tilings."""
+        """Measurements of the kernel, and its tilings."""
         return int4_notes(*ms)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -469,7 +469,7 @@ class ConvInt8(Rule):
         return int8_summary(m)
 
     def notes(self, *ms: Match) -> Notes:
-        """What was measured of the kernel, and its tilings."""
+        """Measurements of the kernel, and its tilings."""
         return int8_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:

@@ -54,7 +54,7 @@ def compute_dtype(m: Match) -> torch.dtype | None:
 
 
 def cast_of(m: Match, dtype: torch.dtype) -> str:
-    """For the report: the cast of tensors in ``dtype`` for the kernel; empty if there is none."""
+    """For the report: the cast of tensors in ``dtype`` for the kernel, or an empty text."""
     return "" if kernel_dtype(m, dtype) is dtype else ", computed in bf16"
 
 

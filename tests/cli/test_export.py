@@ -371,7 +371,7 @@ def test_lower_finishes_the_folder_of_an_export(models: Path, tmp_path: Path, co
 
 
 @pytest.mark.gpu
-def test_export_for_cuda_on_a_gpu_generates_the_tokens_of_the_export_for_cpu(
+def test_export_for_cuda_on_a_gpu_generates_and_has_the_numbers_of_the_model(
     models: Path, tmp_path: Path, command: Run
 ) -> None:
     # Heads of 64, which the attention kernels of the CUDA backend have.
@@ -383,15 +383,15 @@ def test_export_for_cuda_on_a_gpu_generates_the_tokens_of_the_export_for_cpu(
     )  # fmt: skip
     assert result.code == 0, result.err
     assert {"model.cuda.pte", "model.cuda.ptd"} <= set(names(out))
-    texts = [
-        command(
-            "generate", out, "--target", target, "--trust", "--prompt", "the quick brown fox", "--max-new-tokens", 8
-        )
-        for target in ("cuda", "cpu")
-    ]
-    assert [each.code for each in texts] == [0, 0], texts
-    first, second = (each.out.partition(" tokens, the first")[0] for each in texts)
-    assert first == second
+    text = command(
+        "generate", out, "--target", "cuda", "--trust", "--prompt", "the quick brown fox", "--max-new-tokens", 8
+    )
+    assert text.code == 0, text.err
+    assert "8 tokens, the first" in text.out
+    # Numbers, not tokens: in bf16, the two largest logits of a model with random weights are often equal.
+    for target in ("cuda", "cpu"):
+        checked = command("verify", out, "--target", target, "--trust", "--model", model)
+        assert checked.code == 0, checked.err
 
 
 # Other targets and modalities -----------------------------------------------------------------------------------------
