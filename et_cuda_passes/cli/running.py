@@ -54,7 +54,7 @@ def run(
         str | None,
         typer.Option(
             metavar="DEVICE",
-            help="Of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
+            help="For a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
             show_default=False,
         ),
     ] = None,

@@ -128,12 +128,12 @@ def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
 def uninterrupted(folder: Path) -> Iterator[None]:
     """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
     received: list[int] = []
-    former: dict[int, Any] = {}
+    former: dict[signal.Signals, Any] = {}
     # A handler runs in the main thread, and only there it can be set.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:
-                former[number] = signal.signal(number, lambda number, frame: received.append(number))
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(each) is not None:
+                former[each] = signal.signal(each, lambda number, frame: received.append(number))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # A file system that has no locks has no other process to wait for, as far as this one can know.
@@ -142,8 +142,8 @@ def uninterrupted(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for each, handler in former.items():
+            signal.signal(each, handler)
     for number in received:
         signal.raise_signal(number)
 
