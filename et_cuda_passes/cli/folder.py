@@ -20,8 +20,6 @@ from et_cuda_passes.hf.artifact import Component, ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
 
 if TYPE_CHECKING:
-    from transformers.exporters.metadata import ExportMetadata
-
     from et_cuda_passes.hf.config import EtConfig
     from et_cuda_passes.hf.reference import Reference
     from et_cuda_passes.hf.runner import EtModelRunner
@@ -50,7 +48,7 @@ class Folder:
 
     path: Path
     components: dict[str, Component]
-    metadata: "dict[str, ExportMetadata]"
+    metadata: dict[str, Any]
     config: Any
     text: list[int]
 
@@ -63,18 +61,12 @@ class Folder:
         """
         with _errors():
             check_extra(command)
-            from transformers import AutoConfig
-
             from et_cuda_passes.hf.exporter import read_export
-            from et_cuda_passes.hf.generation import hide_warnings
+            from et_cuda_passes.hf.generation import hide_warnings, load_config
 
             hide_warnings()
             components, metadata = read_export(path)
-            try:
-                config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError, KeyError):
-                config = None
-            return Folder(path, components, metadata, config, _text_tokens(path))
+            return Folder(path, components, metadata, load_config(path), _text_tokens(path))
 
     def choose(self, name: str | None) -> list[str]:
         """The name of one component, or of all.
@@ -213,7 +205,7 @@ _BETWEEN_TARGETS = 2.0**-2
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a call should return.
+    """The right result of a call.
 
     Attributes:
         source: a name for it.
@@ -240,7 +232,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Verification:
-    """What ``verify`` compares.
+    """The options of ``verify`` for an export.
 
     Attributes:
         folder: the export.

@@ -190,12 +190,12 @@ def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
 def uninterrupted(folder: Path) -> Iterator[None]:
     """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
     received: list[int] = []
-    former: dict[int, Any] = {}
+    former: dict[signal.Signals, Any] = {}
     # A handler runs in the main thread, and only there it can be set.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not None:
-                former[number] = signal.signal(number, lambda number, frame: received.append(number))
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(each) is not None:
+                former[each] = signal.signal(each, lambda number, frame: received.append(number))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # A file system that has no locks has no other process to wait for, as far as this one can know.
@@ -204,8 +204,8 @@ def uninterrupted(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for each, handler in former.items():
+            signal.signal(each, handler)
     for number in received:
         signal.raise_signal(number)
 
@@ -308,7 +308,7 @@ def _executorch(
 
 
 def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: ExportedProgram) -> None:
-    """Refuse a lowering that made a dynamic size of an input a constant, or its largest value smaller.
+    """Refuse a lowering that created a dynamic size of an input a constant, or its largest value smaller.
 
     ExecuTorch's passes interpret the program. One that compares a size with a number guards on the size that the
     program was exported with, and reports nothing. The .pte then fails for each other size when it runs.

@@ -20,7 +20,8 @@ from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
-from et_cuda_passes.rules.xnnpack import ExpandTanhGelu, KeepDynamicInt4, SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
 from et_cuda_passes.targets import default_passes
 
 _edge = exir_ops.edge.aten

@@ -80,12 +80,8 @@ class Signature:
             if not _is_dense(value):
                 raise ExportError(f"the input {spec.arg.name} is not contiguous: export with inputs that are")
             shape = tuple(map(_size, value.shape))
-            symbols.update(
-                str(symbol)
-                for size in value.shape
-                if not isinstance(size, int)
-                for symbol in size.node.expr.free_symbols
-            )
+            dynamic: list[Any] = [size for size in value.shape if not isinstance(size, int)]
+            symbols.update(str(symbol) for size in dynamic for symbol in size.node.expr.free_symbols)
             inputs.append(Input(spec.arg.name, str(value.dtype).removeprefix("torch."), shape))
         ranges: dict[str, tuple[int, int | None]] = {
             str(symbol): (int(bounds.lower), None if bounds.upper is int_oo else int(bounds.upper))
@@ -149,8 +145,10 @@ class Signature:
 
 def _size(size: Any) -> int | str:
     """A size, or the text of its expression; torch.export may find out that a dynamic size is a number."""
-    expression = size if isinstance(size, int) else size.node.expr
-    return int(expression) if isinstance(expression, int) or expression.is_Integer else str(expression)
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression) if expression.is_Integer else str(expression)
 
 
 def _is_dense(value: Tensor) -> bool:

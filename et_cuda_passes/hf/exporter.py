@@ -179,7 +179,7 @@ def _download(name: str, options: dict[str, Any]) -> Path:
 
     Args:
         name: of the repository.
-        options: of ``from_pretrained``. What is downloaded here is not downloaded again.
+        options: of ``from_pretrained``. ``force_download`` is removed, so that nothing is downloaded twice.
     """
     chosen = {key: options[key] for key in _DOWNLOAD_OPTIONS if key in options}
     manifest = Path(cached_file(name, EXPORT_MANIFEST_FILE, **chosen))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -206,6 +207,14 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged file ends in errors of many kinds
         raise GenerationError(f"the tokenizer in {folder} cannot be read ({_first_line(error)})") from error
+
+
+def load_config(folder: Path) -> Any:
+    """The config of the model in the folder of an export; None if the folder has none that can be read."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def check_export(folder: Path) -> None:

@@ -26,7 +26,7 @@ _LONGEST = 2048
 _MOST = 2**20
 """The largest length of a text, where the model has no limit: a cache has memory for all of it."""
 TEXT = "The quick brown fox jumps over the lazy dog, and then it sleeps."
-"""What models of text are traced with."""
+"""The text that models are traced with."""
 _RATE = 16000
 # Tasks that transformers no longer has a pipeline for, though it has the models.
 _SEQUENCE_TO_SEQUENCE = ("text2text-generation", "translation", "summarization")

@@ -70,7 +70,7 @@ class Reference:
         self._specs = {}
         precise: dict[int, nn.Parameter] = {}
         for name, each in metadata.items():
-            module, inputs = parts.get(name, (None, None))
+            module, inputs = parts.get(name, (None, {}))
             found = type(module).__name__
             if module is None or found != each.architecture:
                 has = f"has {found} for it" if module is not None else f"has only {', '.join(parts)}"

@@ -6,7 +6,6 @@ XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import QuantizedEmbedding
 from et_cuda_passes.rules.xnnpack import (
-    ExpandTanhGelu,
     FoldDequantize,
     KeepDynamicInt4,
     KeepDynamicInt8,
@@ -16,6 +15,7 @@ from et_cuda_passes.rules.xnnpack import (
 )
 from et_cuda_passes.rules.xnnpack_activations import ShareActivation
 from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(

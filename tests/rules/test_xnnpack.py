@@ -14,8 +14,9 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.rules.xnnpack import ExpandTanhGelu, SplitBroadcastBias
+from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.xnnpack import Stock, error, example, lowered, output
 
