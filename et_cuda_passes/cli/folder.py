@@ -18,6 +18,7 @@ from et_cuda_passes.cli.inputs import read_inputs
 from et_cuda_passes.executorch.packed import ModelError
 from et_cuda_passes.hf.artifact import Component, ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
+from et_cuda_passes.hf.support import casts_to_bf16
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.config import EtConfig
@@ -199,6 +200,8 @@ _FACTOR = 4
 """How much larger the error of a program may be than that of the model in eager, one sample of its rounding."""
 _SHOWN = 5
 """How many wrong outputs of a call are printed."""
+_CAST = 2.0**-4
+"""The tolerance for a model in float32 whose quantized layers are computed in bfloat16: 2 to 4 % in 30 layers."""
 _BETWEEN_TARGETS = 2.0**-2
 """The tolerance between two targets that round: how much the model itself rounds is unknown then."""
 
@@ -383,21 +386,26 @@ class Verification:
                 f"{len(wanted.values) - len(inputs)}"
             )
         before = [None] * (len(names) - len(inputs)) + leaves
-        quantized = _config_of(runner).quantizes_activations
+        config = _config_of(runner)
+        quantized = config.quantizes_activations
+        # Without a model, the other target may be the one that casts.
+        cast = config.cast_to_bf16 and (wanted.model is None or casts_to_bf16(runner.target))
         return [
-            compare(each, got[place], wanted.rounded(place), self._tolerance(wanted, place, quantized), quantized)
+            compare(each, got[place], wanted.rounded(place), self._tolerance(wanted, place, quantized, cast), quantized)
             for place, each in enumerate(names)
             if not each.startswith("input ")
             or not (_same(before[place], got[place]) and _same(before[place], wanted.rounded(place)))
         ]
 
-    def _tolerance(self, wanted: "Wanted", place: int, quantized: bool) -> float | None:
+    def _tolerance(self, wanted: "Wanted", place: int, quantized: bool, cast: bool) -> float | None:
         value = wanted.values[place]
         if self.tolerance is not None or not isinstance(value, Tensor) or not value.is_floating_point():
             return self.tolerance
         if wanted.model is not None:
-            return max(default_tolerance(wanted.model[place].dtype, quantized), _FACTOR * wanted.rounding(place))
-        return _BETWEEN_TARGETS if quantized or value.dtype.itemsize <= 2 else default_tolerance(value.dtype)
+            least = max(default_tolerance(wanted.model[place].dtype, quantized), _CAST if cast else 0.0)
+            return max(least, _FACTOR * wanted.rounding(place))
+        rounded = quantized or cast or value.dtype.itemsize <= 2
+        return _BETWEEN_TARGETS if rounded else default_tolerance(value.dtype)
 
     def _verdict(self, names: list[str], targets: list[str], compared: list[Comparison]) -> str:
         path = self.folder.path

@@ -1,6 +1,7 @@
 """``verify`` and ``run`` on the folder of an export: what is compared, and what each finds."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,23 @@ def test_targets_are_compared_with_each_other_without_the_model(encoder: Path, c
     assert len(lines) == 5
     assert all(line.startswith("model for cpu, ") and line.endswith(": ok") for line in lines[1:-1])
     assert "agrees between xnnpack and cpu" in lines[-1] and "Nothing was compared with the model" in lines[-1]
+
+
+def test_kernels_in_bf16_in_a_float32_model_have_the_tolerance_of_bf16(tmp_path: Path, command: Run) -> None:
+    config = EtConfig(target="cpu,xnnpack", qlinear="4w", cast_to_bf16=True, dynamic=True, max_length=16)
+    model = bert()
+    model.save_pretrained(tmp_path / "model")
+    EtExporter().export(model, tokens(), config).save_pretrained(tmp_path / "out")
+    result = command("verify", tmp_path / "out", "--trust")
+    assert result.code == 0, result.err
+    alone = [
+        command("verify", tmp_path / "out", "--trust", "--target", name, "--model", tmp_path / "model")
+        for name in ("cpu", "xnnpack")
+    ]
+    assert [each.code for each in alone] == [0, 0], alone
+    errors = [float(re.findall(r"largest relative error (\S+)", each.out)[0]) for each in alone]
+    # Only the target that casts rounds to bf16.
+    assert 2**-12 < errors[0] < 2**-5 and errors[1] < 2**-14
 
 
 def test_one_target_without_the_model_is_compared_with_nothing(decoder: Path, command: Run) -> None:
