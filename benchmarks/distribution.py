@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.grid import ROWS, drawn
 from benchmarks.pool import geometric_mean
-from et_cuda_passes.kernels.choose import Weight, candidates, costs_of, predicted
+from et_cuda_passes.kernels.choose import CUT, DESCRIPTOR, Weight, candidates, costs_of, predicted
 from et_cuda_passes.kernels.cost import GpuCost, Work, rounded_max, stacked
 from et_cuda_passes.kernels.gpus import HOPPER
 
@@ -35,8 +35,9 @@ def even_time(tilings: Any, work: Work, costs: Any, gpu: GpuCost, processors: in
     through = read * -(-work.m // tilings.tile_m) + 2 * work.m * work.k * -(-work.n // tilings.block_n)
     moved = read + 2 * work.m * (work.k + work.n)
     parts = gpu.second + 2 * gpu.part + 8 * processors * tilings.tile_m * tilings.block_n / gpu.part_bandwidth
+    host = CUT + DESCRIPTOR * tilings.bulk * (1 + (tilings.extra_m > 0))
     limits = moved / gpu.bandwidth, through / gpu.cache_bandwidth
-    return gpu.start + rounded_max(gpu.sharpness, steps * step + ends, *limits) + parts
+    return gpu.start + rounded_max(gpu.sharpness, steps * step + ends, *limits) + parts + host
 
 
 def saving(n: int, k: int, group: int, rows: int) -> float:
