@@ -306,7 +306,8 @@ def test_full_disk_of_temporary_files_names_their_folder(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(exporter, "save_packed", full)
-    result = command("export", "--model", models / "masked", "--target", "cuda", "--output-dir", tmp_path / "out")
+    options = ("--target", "cuda", "--dtype", "bfloat16", "--output-dir", tmp_path / "out")
+    result = command("export", "--model", models / "masked", *options)
     assert result.code == 1
     assert result.error.startswith(f"error: saving model packed for cuda: {problem} (temporary files are in ")
     assert not (tmp_path / "out").exists()
@@ -436,7 +437,7 @@ def test_models_of_all_kinds_compute_what_the_model_computes(
 
 def test_encoder_of_a_decoder_takes_every_length(tmp_path: Path, command: Run, without_gpu: None) -> None:
     model = checkpoints.encoder_decoder(tmp_path / "model")
-    packed(command, tmp_path / "out", "--model", model, "--max-length", 24)
+    packed(command, tmp_path / "out", "--model", model, "--max-length", 24, "--dtype", "bfloat16")
     inputs = {
         name: json.loads((tmp_path / "out" / f"{name}.etcp.json").read_text())
         for name in ("encoder", "prefill", "decode")
