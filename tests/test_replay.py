@@ -41,6 +41,7 @@ def change(folder: Path, family: str, edit: Callable[[list[Record]], list[Record
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
+@pytest.mark.slow
 def test_replay_agrees_in_another_process_and_finds_what_changed(
     recording: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

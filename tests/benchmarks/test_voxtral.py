@@ -176,6 +176,7 @@ def test_variant_has_its_partitioners() -> None:
     assert VARIANTS["ours"].hint(FULL) == HINT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the lowering goes on")
 def test_lowering_lacks_nothing_but_the_device(tmp_path: Path) -> None:
     small = replace(TINY, layers=1, audio_layers=1)
@@ -239,6 +240,7 @@ def loader(form: Form, change: Callable[[Voxtral], None] = lambda model: None) -
     return lambda name: lambda *inputs: [model.get_submodule(name)(*inputs)]
 
 
+@pytest.mark.slow
 def test_artifact_is_compared_with_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "LEAST", 2)
     monkeypatch.setattr(clock, "SECONDS", 0)

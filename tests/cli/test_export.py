@@ -313,7 +313,7 @@ def test_full_disk_of_temporary_files_names_their_folder(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_export_leaves_no_files(number: signal.Signals, models: Path, tmp_path: Path) -> None:
     out, temporary = tmp_path / "out", tmp_path / "temporary"
     temporary.mkdir()
@@ -464,7 +464,9 @@ def test_recipe_is_in_the_manifest(models: Path, tmp_path: Path, command: Run, w
     assert report["model"] == {"task": None, "keep_gguf": False}
 
 
-@pytest.mark.parametrize(("choice", "status"), [("fold", "rewritten"), ("dynamic-activation", "kept")])
+@pytest.mark.parametrize(
+    ("choice", "status"), [pytest.param("fold", "rewritten", marks=pytest.mark.slow), ("dynamic-activation", "kept")]
+)
 def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
     choice: str, status: str, models: Path, tmp_path: Path, command: Run
 ) -> None:

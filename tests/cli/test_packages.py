@@ -163,7 +163,7 @@ def test_target_without_a_lowering_is_an_error_before_the_rewrite(folder: Path) 
     assert not (folder / "none").exists()
 
 
-@pytest.mark.parametrize("name", ["folded", "as_xnnpack"])
+@pytest.mark.parametrize("name", ["folded", pytest.param("as_xnnpack", marks=pytest.mark.slow)])
 def test_target_of_another_package_is_lowered(name: str, folder: Path, tmp_path: Path) -> None:
     from executorch.runtime import Runtime
 
@@ -176,6 +176,7 @@ def test_target_of_another_package_is_lowered(name: str, folder: Path, tmp_path:
     torch.testing.assert_close(method.execute([x])[0], program.module()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_target_that_is_lowered_as_another_one_is_verified(folder: Path) -> None:
     result = run(folder, "verify", "model.pt2", "-t", "lowered_here:as_xnnpack")
     assert result.code == 0, result.err

@@ -963,7 +963,7 @@ def test_packed_program_is_read_with_its_report(target: str, tmp_path: Path) -> 
     check_read(tmp_path / "packed.pt2")
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"])
+@pytest.mark.parametrize("model", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_export_of_transformers_with_a_cache_is_read(model: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.exporters import DynamoExporter

@@ -64,8 +64,15 @@ def delegates(program: ExportedProgram, partitioner: XnnpackPartitioner) -> list
     return get_lowered_backend_modules(edge.exported_program().graph_module)
 
 
-@pytest.mark.parametrize("rows", [None, Dim("rows", min=2, max=32)])
-@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "quantized"),
+    [
+        (Dim("rows", min=2, max=32), True),
+        (None, False),
+        pytest.param(Dim("rows", min=2, max=32), False, marks=pytest.mark.slow),
+        pytest.param(None, True, marks=pytest.mark.slow),
+    ],
+)
 def test_one_pass_gives_the_bytes_of_all_passes(rows: Any, quantized: bool) -> None:
     program = exported(Attention(), rows, quantized)
     one, every = delegates(program, XnnpackPartitioner()), delegates(program, AllPasses())

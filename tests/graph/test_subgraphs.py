@@ -118,7 +118,9 @@ def test_linears_in_subgraphs_are_rewritten_for_every_other_target(target: str) 
     assert not calls(program, DEQUANTIZE)
 
 
-@pytest.mark.parametrize("use", [cond, nested, mapped], ids=lambda use: use.__name__)
+@pytest.mark.parametrize(
+    "use", [cond, pytest.param(nested, marks=pytest.mark.slow), mapped], ids=lambda use: use.__name__
+)
 def test_edge_program_with_subgraphs_is_rewritten_to_edge_operators(use: Any) -> None:
     config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
     rewritten, _ = ecp.rewrite(exported(use), "cuda")

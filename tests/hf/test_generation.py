@@ -36,7 +36,7 @@ def model() -> Qwen3ForCausalLM:
     return qwen3(seed=GENERATION_SEED)
 
 
-SLOW = {"xnnpack"}
+SLOW = {"cpu", "xnnpack"}
 
 
 @pytest.fixture(
