@@ -6,6 +6,7 @@ from the registered rules, targets and operators, so the same code gives the sam
 
 import dataclasses
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,28 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     head = list(head)
     lines = [head, ["---"] * len(head), *([cell(item) for item in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def rules_json() -> str:
+    """The rules of each target as data, for ``et-cuda-passes rules``, which does not import them."""
+
+    def described_rule(rule: ecp.Rule) -> dict[str, Any]:
+        fields: Iterable[Any] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
+        return {
+            "name": rule.name,
+            "rewrite": docstring(type(rule))[0],
+            "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
+            "options": {field.name: getattr(rule, field.name) for field in fields},
+        }
+
+    about = {
+        name: {
+            "summary": get_target(name).summary,
+            "passes": [described_rule(entry) for entry in ecp.default_passes(name)],
+        }
+        for name in ecp.targets()
+    }
+    return json.dumps(about, indent=2, default=str) + "\n"
 
 
 def rules_page() -> str:
@@ -254,7 +277,8 @@ def pages() -> dict[Path, str]:
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
     }
-    return {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
+    written = {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
+    return written | {ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json()}
 
 
 def anchors(text: str) -> set[str]:

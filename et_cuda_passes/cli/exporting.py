@@ -231,7 +231,7 @@ def finish(folder: Path, target: str) -> None:
         raise LoweringError(f"lowering to {target} needs {lacking}: go on with {folder} on a machine that has it")
     with Steps() as step:
         step(f"reading {folder}")
-        from et_cuda_passes.hf.exporter import finish_export
+        from et_cuda_passes.hf.finish import finish_export
 
         with _stage(step, (target,)):
             files = finish_export(folder, step, target)

@@ -62,7 +62,7 @@ class Folder:
         """
         with _errors():
             check_extra(command)
-            from et_cuda_passes.hf.exporter import read_export
+            from et_cuda_passes.hf.finish import read_export
             from et_cuda_passes.hf.generation import hide_warnings, load_config
 
             hide_warnings()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.config import EtConfig
-    from et_cuda_passes.hf.exporter import EtExporter, ExportedModel, finish_export
+    from et_cuda_passes.hf.exporter import EtExporter, ExportedModel
+    from et_cuda_passes.hf.finish import finish_export
     from et_cuda_passes.hf.runner import EtModelRunner
 
 __all__ = ["EtConfig", "EtExporter", "EtModelRunner", "ExportedModel", "finish_export"]
@@ -23,7 +24,8 @@ if not TYPE_CHECKING:  # or a type checker would take any name for one of the pa
     def __getattr__(name: str) -> Any:
         # Importing the package must not import transformers: quantize_model_ needs torch and torchao alone.
         if name in __all__:
-            from et_cuda_passes.hf import config, exporter, runner
+            from et_cuda_passes.hf import config, exporter, finish, runner
 
-            return getattr({"EtModelRunner": runner, "EtConfig": config}.get(name, exporter), name)
+            modules = {"EtModelRunner": runner, "EtConfig": config, "finish_export": finish}
+            return getattr(modules.get(name, exporter), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

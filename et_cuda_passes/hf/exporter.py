@@ -25,12 +25,11 @@ from transformers.exporters import ExportedModel as _ExportedModel
 from transformers.exporters import register_backend
 from transformers.exporters.base import EXPORT_MANIFEST_FILE, EXPORT_SCHEMA_VERSION, ExportedComponent
 from transformers.exporters.exporter_dynamo import DynamoExporter
-from transformers.exporters.metadata import ExportMetadata, register_treespec_types
+from transformers.exporters.metadata import ExportMetadata
 from transformers.utils.hub import cached_file, cached_files
 
 from et_cuda_passes.executorch.lower import (
     Progress,
-    atomic_output,
     gpu_of_methods,
     lower,
     lowering_steps,
@@ -39,7 +38,7 @@ from et_cuda_passes.executorch.lower import (
     staging_folder,
     uninterrupted,
 )
-from et_cuda_passes.executorch.packed import load_model, save_packed
+from et_cuda_passes.executorch.packed import save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.hf.artifact import (
@@ -67,6 +66,7 @@ from et_cuda_passes.hf.components import (
     with_fqns_of_root,
 )
 from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
+from et_cuda_passes.hf.finish import with_target
 from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
@@ -439,7 +439,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 builds[name] = Build((path,), lacking)
             return builds
         methods = {"forward": programs["model"]} if alone and "model" in programs else programs
-        files = lower(methods, target, folder, f"model.{target}", partial(_with_target, self._progress, target))
+        files = lower(methods, target, folder, f"model.{target}", partial(with_target, self._progress, target))
         return dict.fromkeys(programs, Build(tuple(files)))
 
     @classmethod
@@ -460,10 +460,6 @@ def _line_of_model(error: BaseException) -> str:
     return f"{Path(found[-1].filename).name}:{found[-1].lineno}"
 
 
-def _with_target(progress: Progress, target: str, step: str) -> None:
-    progress(f"{target}: {step}")
-
-
 def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[str, Any]]:
     """The reports of the rewrites by target and component."""
     reports: dict[str, dict[str, Any]] = {}
@@ -471,76 +467,6 @@ def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[st
         for target, report in component.report.items():
             reports.setdefault(target, {})[name] = report
     return reports
-
-
-def finish_export(folder: str | Path, progress: Progress = lambda step: None, only: str | None = None) -> list[Path]:
-    """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
-
-    Args:
-        folder: from :meth:`ExportedModel.save_pretrained`.
-        progress: called with the name of each step as it begins.
-        only: the target to finish; None for each that is not finished.
-
-    Returns:
-        The files that were added; empty if nothing was left to do.
-
-    Raises:
-        ExportError: the folder is no export of this format or is damaged, or this machine lacks the same.
-    """
-    folder = Path(folder)
-    components, metadata = read_export(folder)
-    targets = {name for each in components.values() for name, build in each.builds.items() if build.missing}
-    added: list[Path] = []
-    for target in sorted(targets if only is None else targets & {only}):
-        if lacking := missing_requirement(target):
-            raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
-        unfinished = {name: each for name, each in components.items() if target in each.builds}
-        if any(each.builds[target].missing is None for each in unfinished.values()):
-            raise ExportError(f"{folder} is finished for {target} in part, by a process that was killed: export again")
-        programs = {}
-        for each in metadata.values():
-            for spec in (each.in_spec, each.out_spec):
-                register_treespec_types(spec)
-        for name, component in unfinished.items():
-            progress(f"reading {name} for {target}")
-            component.builds[target].check()
-            programs[component.method] = load_model(component.builds[target].files[0], target).program
-        if lacking := missing_requirement(target, gpu_of_methods(programs)):
-            raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
-        packed = [component.builds[target].files[0] for component in unfinished.values()]
-        # These come first: until the components name them, nothing reads them.
-        files = lower(programs, target, folder, f"model.{target}", partial(_with_target, progress, target))
-        build = Build(tuple(files))
-        with atomic_output(folder) as staging:
-            for name, component in unfinished.items():
-                component.builds[target] = build
-                component.write(staging / f"{name}{SUFFIX}")
-        added += files
-        for path in packed:
-            path.unlink()
-    return added
-
-
-def read_export(folder: Path) -> tuple[dict[str, Component], dict[str, ExportMetadata]]:
-    """The components of an export, and what transformers recorded about each.
-
-    Raises:
-        ExportError: the folder is no export of this format, or a file is missing or damaged.
-    """
-    try:
-        manifest = json.loads((folder / EXPORT_MANIFEST_FILE).read_text(encoding="utf-8"))
-        if manifest["export_format"] != FORMAT:
-            raise ExportError(f"{folder} is an export of the format {manifest['export_format']}, not {FORMAT}")
-        entries = {name: folder / entry["file"] for name, entry in manifest["components"].items()}
-        metadata = {name: ExportMetadata.from_dict(entry["metadata"]) for name, entry in manifest["components"].items()}
-    except OSError as error:
-        raise ExportError(f"{folder} is no export: {EXPORT_MANIFEST_FILE} cannot be read ({error.strerror})") from error
-    except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ExportError(f"{folder / EXPORT_MANIFEST_FILE} is damaged: export the model again") from error
-    components = {name: Component.load(path) for name, path in entries.items()}
-    for name, component in components.items():
-        component.check_interface(metadata[name])
-    return components, metadata
 
 
 class QuantizedModel:

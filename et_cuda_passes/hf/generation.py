@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from et_cuda_passes.hf.components import with_full_layers
 from et_cuda_passes.hf.config import FORMAT
-from et_cuda_passes.hf.exporter import ExportedModel, read_export
+from et_cuda_passes.hf.exporter import ExportedModel
+from et_cuda_passes.hf.finish import read_export
 
 COMPONENTS = ("prefill", "decode")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

@@ -294,7 +294,7 @@ def test_operator_with_a_list_of_results_writes_each(tmp_path: Path) -> None:
 def test_operator_that_fails_names_its_instruction(tmp_path: Path) -> None:
     values = [value(4, dynamism=BOUND), value(3), value(4), ONE]
     method: Method = load_forward(tmp_path, spec(values, [0, 1], [2], schema.KernelCall(ADD, [0, 1, 3, 2, 2])))
-    with pytest.raises(DelegateError, match="instruction 0, aten::add.out, failed: The size of tensor a"):
+    with pytest.raises(DelegateError, match="instruction 0, aten::add.out, failed: .*broadcast"):
         method(torch.ones(4), torch.ones(3))
     with pytest.raises(DelegateError, match=r"value 2 has shape \[3\], but the program has torch.float32 \[4\] there"):
         method(torch.ones(3), torch.ones(3))
