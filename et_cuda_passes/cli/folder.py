@@ -326,6 +326,7 @@ class Verification:
                 with _errors(UsageError):
                     exact = reference.run(component, leaves, precise=True)
                     wanted = Wanted(str(self.checkpoint), exact, reference.run(component, leaves))
+                _check_nonzero(exact[: len(exact) - len(leaves)], f"{name} of {self.checkpoint} with {label}")
             for target, runner in runners.items():
                 given = _on(runner, leaves)
                 try:
@@ -334,6 +335,7 @@ class Verification:
                     raise RunError(f"{name} for {target} does not run with {label}: {one_line(error)}") from error
                 if wanted is None:
                     _check_finite(got, f"{name} for {target} with {label}")
+                    _check_nonzero(got[: len(got) - len(leaves)], f"{name} for {target} with {label}")
                     wanted = Wanted(target, got)
                     continue
                 results = self._outputs(runner, leaves, got, wanted)
@@ -447,6 +449,15 @@ def _check_finite(values: list[Any], where: str) -> None:
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not value.isfinite().any():
             raise RunError(f"{where}: none of the {value.numel()} elements of an output is finite")
+
+
+def _check_nonzero(outputs: list[Any], where: str) -> None:
+    floats = [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point() and value.numel()]
+    if floats and not any(bool(value.any()) for value in floats):
+        raise RunError(
+            f"{where}: all outputs are 0, as those of a model with other weights could be, so a comparison says "
+            "nothing: give other inputs with --inputs"
+        )
 
 
 def _output_names(spec: Any) -> list[str]:

@@ -69,10 +69,14 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
             )
         if exported.config is None:
             raise GenerationError("the export has no config.json: export the model again")
+        traced = exported.components["decode"].metadata.kwargs
+        described = [*_tensors(traced.get("attention_mask") or {})]
+        if described and all(each["dtype"] != "bool" for each in described):
+            # Attention in plain operators has masks that are added. The saved config does not name its kind.
+            exported.config._attn_implementation = "eager"
         super().__init__(exported.config)
         self.exported = exported
         self.generation_config = exported.generation_config or GenerationConfig.from_model_config(exported.config)
-        traced = exported.components["decode"].metadata.kwargs
         static = traced.get("past_key_values", {}).get("container") == "StaticCache"
         self.cache_length = (self.generation_config.max_cache_len or _mask_length(traced)) if static else None
         self.generation_config.cache_implementation = "static" if static else None
@@ -132,10 +136,11 @@ class ExportedDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  
         """
         if self.cache_length is None:
             return None
-        if prompt > self.cache_length:
+        most = min(self.cache_length, _longest_prompt(self.exported) or self.cache_length)
+        if prompt > most:
             raise GenerationError(
-                f"the prompt has {prompt} tokens, but the model was exported for {self.cache_length}: shorten it, or "
-                "export the model with a longer cache"
+                f"the prompt has {prompt} tokens, but the model was exported for {most}: shorten it, or export the "
+                "model with a longer cache"
             )
         # The cache does not need a place for the last token.
         return self.cache_length - prompt + 1
@@ -260,8 +265,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / EXPORT_MANIFEST_FILE
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GenerationError(f"{path} is damaged: copy the whole folder again, or export the model again") from error
+    except ValueError:
+        manifest = {}
+    if not isinstance(manifest, dict) or "export_format" not in manifest:
+        raise GenerationError(f"{path} is damaged: copy the whole folder again, or export the model again")
     return manifest
 
 
@@ -377,6 +384,18 @@ def _mask_length(traced: dict[str, Any]) -> int:
             "GenerationConfig(cache_implementation='static', max_cache_len=...)"
         )
     return int(max(lengths))
+
+
+def _longest_prompt(exported: ExportedModel) -> int | None:
+    """The largest number of tokens that ``prefill`` takes at once; None if the format of the export does not say so."""
+    signature = getattr(exported.components["prefill"].program, "signature", None)
+    if signature is None:
+        return None
+    sizes = [each.shape[1] for each in signature.inputs if each.name == "input_ids"]
+    if not sizes or isinstance(sizes[0], int):
+        return sizes[0] if sizes else None
+    most: int | None = signature.ranges.get(sizes[0], (1, None))[1]
+    return most
 
 
 def _tensors(described: dict[str, Any]) -> Iterator[dict[str, Any]]:

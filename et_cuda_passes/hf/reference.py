@@ -7,6 +7,7 @@ programs.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from et_cuda_passes.hf.components import fqn_in, split_model, structural_copy
 from et_cuda_passes.hf.config import EtConfig
 from et_cuda_passes.hf.exporter import QuantizedModel
 from et_cuda_passes.hf.loading import load
+
+_DYNAMIC = {"4w": "8da4w", "4w_hqq": "8da4w"}
+"""The scheme that a scheme without quantized activations becomes by ``xnnpack_weight_only="dynamic-activation"``."""
 
 Progress = Callable[[str], None]
 
@@ -78,7 +82,7 @@ class Reference:
                     f"the component {name} of {folder} is a {each.architecture}, and {checkpoint} {has}: give the "
                     "model that was exported"
                 )
-            config = EtConfig(**each.export_config)
+            config = _as_computed(EtConfig(**each.export_config))
             quantized = copies.get(config, module, fqn_in(root, module))
             flags = prepare_for_export(quantized, dict(inputs))[2]
             rounds = config.quantizes_activations or each.export_dtype != "float32"
@@ -110,6 +114,14 @@ class Reference:
                 f"the model itself does not run {component.name} with these inputs "
                 f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}): give others with --inputs"
             ) from error
+
+
+def _as_computed(config: EtConfig) -> EtConfig:
+    """The config whose quantized model computes what the export computes: activations may be quantized by an option."""
+    if config.xnnpack_weight_only != "dynamic-activation":
+        return config
+    names = ("qlinear", "qlinear_encoder")
+    return replace(config, **{name: _DYNAMIC.get(getattr(config, name), getattr(config, name)) for name in names})
 
 
 def _precise(module: nn.Module, known: dict[int, nn.Parameter]) -> nn.Module:

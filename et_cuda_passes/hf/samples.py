@@ -21,6 +21,8 @@ from et_cuda_passes.hf.artifact import Component, ExportError, Input
 
 _TOKENS = ("input_ids", "decoder_input_ids", "input")
 _CACHE = "past_key_values"
+_FEWEST_TOKENS = 4
+"""The number of different tokens that a text must have to be used."""
 _MOST = 1 << 30
 """The largest number of elements of an input. A larger one is no size that a user means."""
 
@@ -65,7 +67,9 @@ class Samples:
         inner = config.get_text_config(decoder=True) if config is not None else None
         self._vocabulary = int(getattr(inner, "vocab_size", None) or 2)
         self._positions = getattr(inner, "max_position_embeddings", None)
-        self._text = torch.tensor([token for token in text if token < self._vocabulary], dtype=torch.int64)
+        tokens = [token for token in text if token < self._vocabulary]
+        # A tokenizer that knows none of the words has one token for all, of which a model may compute zeros.
+        self._text = torch.tensor(tokens if len({*tokens}) >= _FEWEST_TOKENS else [], dtype=torch.int64)
 
     def cases(self) -> list[Case]:
         """The shortest and the longest call that the signature allows, and one between."""

@@ -24,7 +24,7 @@ from et_cuda_passes.rules.requirements import dtype_names, same_dtype
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 
-_EXCLUDED = -1e30
+_EXCLUDED = torch.finfo(torch.float32).min / 2
 """Added to the scores that a mask excludes. Their exponentials are 0, as with minus infinity, but a row without any
 key gives no NaN."""
 
@@ -150,7 +150,12 @@ def _before_repeat(m: Match, node: Node) -> Node | None:
         chain.append(cast(Node, chain[-1].args[0]))
     _, expanded, inserted, source = chain
     shape = m.val(source).shape
-    if len(shape) != 4 or inserted.args[1] != 2 or list(m.val(expanded).shape[:2]) != list(shape[:2]):
+    if len(shape) != 4 or inserted.args[1] != 2:
+        return None
+    repeats = m.val(expanded).shape[2]
+    wanted = [*shape[:2], repeats, *shape[2:], shape[0], shape[1] * repeats, *shape[2:]]
+    found = [*m.val(expanded).shape, *m.val(node).shape]
+    if len(found) != len(wanted) or not all(statically_known_true(a == b) for a, b in zip(found, wanted, strict=True)):
         return None
     return None if _may_change(m, source, inserted) else source
 

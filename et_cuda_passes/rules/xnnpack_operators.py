@@ -1,6 +1,7 @@
-"""Float operators that the XNNPACK delegate computes wrongly, rewritten to others that it computes correctly."""
+"""Float operators that the XNNPACK delegate computes wrongly or does not compile, rewritten to others."""
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +10,9 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
-from et_cuda_passes.graph.rule import Rule
+from et_cuda_passes.graph.rule import Failure, Rule, requirement
 
 aten = torch.ops.aten
 
@@ -35,3 +37,31 @@ class ExpandTanhGelu(Rule):
         argument = b.call(aten.mul.Scalar, b.call(aten.add.Tensor, m.x, cubic), math.sqrt(2 / math.pi))
         half = b.call(aten.mul.Scalar, b.call(aten.tanh.default, argument), 0.5)
         return b.call(aten.mul.Tensor, m.x, b.call(aten.add.Scalar, half, 0.5))
+
+
+@requirement("indices that nothing reads")
+def indices_are_not_read(m: Match) -> Failure | None:
+    """amax gives no indices. torch.export leaves a getitem of them, which has no reader."""
+    readers = [user for pair in m.largest.users if pair is not m.root for user in pair.users]
+    return Failure(readers[0].name) if readers else None
+
+
+@dataclass(frozen=True)
+class LargestAlone(Rule):
+    """max(x, dim)[0], whose indices are not read -> amax(x, dim)
+
+    With executorch 1.5.1 the partitioner takes the first form for any axis, and the delegate then raises "amax.default
+    only supports dim == 2 or dim == 3".
+    """
+
+    reports_misses: ClassVar[bool] = False
+    requirements = (indices_are_not_read,)
+
+    def pattern(self, x: Capture) -> Pattern:
+        """The values."""
+        return op(operator.getitem)(op(aten.max.dim)(x, ..., name="largest", shared=True), 0)
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The same values. Both operators give NaN if there is one."""
+        given = arguments(m.largest)
+        return b.call(aten.amax.default, m.x, [given["dim"]], given["keepdim"])

@@ -15,7 +15,7 @@ from et_cuda_passes.rules.xnnpack import (
 )
 from et_cuda_passes.rules.xnnpack_activations import ShareActivation
 from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
-from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(
@@ -29,6 +29,7 @@ XNNPACK = Target(
     passes=lambda: [
         SplitBroadcastBias(),
         ExpandTanhGelu(),
+        LargestAlone(),
         AttentionOfGroups(),
         ShareActivation(),
         KeepDynamicInt4(),

@@ -135,6 +135,19 @@ def test_kernels_in_bf16_in_a_float32_model_have_the_tolerance_of_bf16(tmp_path:
     assert 2**-12 < errors[0] < 2**-5 and errors[1] < 2**-14
 
 
+def test_outputs_that_are_all_0_are_no_comparison(tmp_path: Path, command: Run) -> None:
+    model = bert()
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    config = EtConfig(target="xnnpack", dynamic=True, max_length=16)
+    EtExporter().export(model, tokens(), config).save_pretrained(tmp_path / "out")
+    for options in ((), ("--model", tmp_path / "model")):
+        result = command("verify", tmp_path / "out", *options)
+        assert result.code == 1
+        assert "all outputs are 0, as those of a model with other weights could be" in result.error
+
+
 def test_one_target_without_the_model_is_compared_with_nothing(decoder: Path, command: Run) -> None:
     result = command("verify", decoder, "--component", "decode")
     assert result.code == 0, result.err

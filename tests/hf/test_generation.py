@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[demo]'")
 
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GenerationConfig,
@@ -26,6 +28,7 @@ from et_cuda_passes.hf.generation import (
     load_exported,
     load_tokenizer,
 )
+from et_cuda_passes.hf.loading import generation_config
 from tests.static_cache import CACHE_LENGTH, CONFIG, FORMATS, GENERATION_SEED, qwen3, saved_export, small_tokenizer
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 60, 2]])
@@ -76,6 +79,34 @@ def test_tokens_of_a_model_with_sliding_windows_are_those_of_the_model(
     count = decoder.room(length)
     assert count is not None
     assert torch.equal(generate(decoder, prompt, count), generate(model, prompt, count))
+
+
+@pytest.mark.slow
+def test_saved_export_of_attention_with_added_masks_generates(tmp_path: Path) -> None:
+    # The saved config does not say that the model was traced with attention in plain operators.
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = Gemma2Config(
+        vocab_size=64,
+        num_hidden_layers=2,
+        head_dim=16,
+        sliding_window=8,
+        initializer_range=0.3,
+        eos_token_id=None,
+        **sizes,
+    )
+    model = Gemma2ForCausalLM(config).eval()
+    assert model.config._attn_implementation == "eager"
+    tokens = torch.ones(1, 6, dtype=torch.int64)
+    EtExporter().export_for_generation(
+        model,
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)},
+        EtConfig(target="xnnpack", dynamic=True, max_length=CACHE_LENGTH),
+        generation_config=generation_config(model, CACHE_LENGTH),
+    ).save_pretrained(tmp_path / "out")
+    decoder = ExportedDecoder(load_exported(tmp_path / "out"))
+    prompt = torch.arange(3, 12)[None]
+    assert torch.equal(generate(decoder, prompt, 12), generate(model, prompt, 12))
 
 
 @pytest.fixture(scope="module")

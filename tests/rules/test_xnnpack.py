@@ -16,7 +16,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
-from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
 from et_cuda_passes.testing import assert_misses, assert_rewrites
 from tests.xnnpack import Stock, error, example, lowered, output
 
@@ -591,6 +591,36 @@ def test_stock_partitioner_computes_the_exact_gelu_for_the_approximate_one() -> 
 def test_expanded_gelu_leaves_the_numbers_unchanged() -> None:
     program = torch.export.export(Gelu(), (gelu_input(),))
     assert_rewrites(program, "xnnpack", [ExpandTanhGelu()], expect={"expand_tanh_gelu": 1}, rtol=1e-5)
+
+
+# LargestAlone.
+
+
+class Largest(nn.Module):
+    def __init__(self, keepdim: bool = True) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.max(dim=-1, keepdim=self.keepdim).values.view(-1, 1)
+
+
+class LargestPlace(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        values, places = x.max(dim=-1)
+        return values + 1, places
+
+
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_largest_value_without_its_place_is_lowered_and_right(keepdim: bool) -> None:
+    model, x = Largest(keepdim), example(ROWS, IN)
+    method = lowered(exported(model), ecp.XnnpackPartitioner(expect={"largest_alone": 1}))
+    assert torch.equal(output(method, x), model(x))
+
+
+def test_largest_value_with_its_place_stays() -> None:
+    after, _ = ecp.rewrite(exported(LargestPlace()), "xnnpack", [LargestAlone()], expect={"largest_alone": 0})
+    assert after.graph.find_nodes(op="call_function", target=torch.ops.aten.max.dim)
 
 
 # ShareActivation.

@@ -183,3 +183,37 @@ def test_dynamic_batch_stays() -> None:
     program = torch.export.export(Attention().eval(), given, dynamic_shapes=shapes)
     rewritten, _ = ecp.rewrite(program, "xnnpack")
     assert attentions(rewritten) == 1
+
+
+@pytest.mark.parametrize("score", [1e20, 1e33])
+def test_excluded_key_with_a_huge_score_is_excluded(score: float) -> None:
+    q, k, v, mask = inputs(5)
+    k[..., 3, :] *= score
+    mask[...] = True
+    mask[..., 3] = False
+    rewritten, _ = ecp.rewrite(exported(Attention(), (q, k, v, mask)), "xnnpack", expect={"attention_of_groups": 1})
+    near(rewritten.module()(q, k, v, mask), Attention()(q, k, v, mask))
+
+
+class RepeatedOtherwise(nn.Module):
+    """Keys that look repeated by heads: an expansion of another axis, or a reshape to another order."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Two key heads of KEYS keys become two heads of twice as many, or four heads of half as many."""
+        batch, heads, keys, width = k.shape
+        expanded = (x[:, :, None].expand(batch, heads, 2, keys, width) for x in (k, v))
+        shape = (batch, heads, 2 * keys, width) if self.form == "keys" else (batch, 4 * heads, keys // 2, width)
+        k, v = (x.reshape(shape) for x in expanded)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(("form", "heads"), [("keys", 2), ("heads", 8)])
+def test_keys_that_are_repeated_otherwise_are_right(form: str, heads: int) -> None:
+    q, k = example(1, heads, 5, WIDTH), example(1, 2, KEYS, WIDTH)
+    model = RepeatedOtherwise(form)
+    rewritten, _ = ecp.rewrite(exported(model, (q, k, k + 1)), "xnnpack", expect={"attention_of_groups": 1})
+    near(rewritten.module()(q, k, k + 1), model(q, k, k + 1))
