@@ -319,7 +319,8 @@ def verify(
 
     The folder of an export is not lowered again. Its files are checked, and its components run on random inputs of the
     shortest length, the longest, and one between. With --model, the outputs are compared with those of that model in
-    eager with the same quantized weights, computed in float32. Without it, those of the targets are compared with each other.
+    eager with the same quantized weights, computed in float32. Without it, those of the targets are compared with each
+    other.
     """
     with handle_errors(debug):
         from et_cuda_passes.cli.verifying import verify_model

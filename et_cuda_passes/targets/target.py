@@ -71,6 +71,11 @@ class Target:
     lowered_as: str = ""
 
     def __post_init__(self) -> None:
+        if not callable(self.passes):
+            raise TypeError(
+                f"target {self.name!r}: passes must be a function that returns the list, not the list itself: write "
+                "passes=lambda: [...]"
+            )
         for family, kernels in self.kernels.items():
             if family not in FAMILIES:
                 raise ValueError(f"there is no family of kernels {family!r}; known are {', '.join(FAMILIES)}")

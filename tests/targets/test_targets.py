@@ -134,3 +134,8 @@ def test_target_rejects_layout_without_operator(family: str) -> None:
 def test_target_rejects_unknown_family() -> None:
     with pytest.raises(ValueError, match="there is no family of kernels 'int4'; known are int4_linear, "):
         dataclasses.replace(get_target("cpu"), kernels={"int4": ()})
+
+
+def test_passes_that_are_no_function_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"passes must be a function .* write passes=lambda: \[\.\.\.\]"):
+        ecp.Target("npu", "An accelerator", kernels={}, passes=[])  # type: ignore[arg-type]
