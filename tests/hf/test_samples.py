@@ -56,7 +56,7 @@ def test_values_belong_together() -> None:
     ]
     mask = Input("attention_mask", "bool", (1, 1, 1, 8))
     positions = Input("position_ids", "int64", (1, 1))
-    drawn = samples([Input("input_ids", "int64", (1, 1)), mask, positions, *cache], {}, text=[3, 5, 7])
+    drawn = samples([Input("input_ids", "int64", (1, 1)), mask, positions, *cache], {}, text=[5, 3, 7, 9])
     assert [case.past for case in drawn.cases()] == [1, 4, 7]
     ids, visible, position, keys, count = drawn.draw(Case({}, 4), torch.Generator())
     # The fifth token of the text, which is repeated.
