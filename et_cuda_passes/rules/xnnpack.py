@@ -217,6 +217,17 @@ def int4_storage_is_readable(m: Match) -> Failure | None:
     return Failure(f"group size {weight.group_size}, no multiple of 32")
 
 
+INT4_KERNEL = (
+    int4_storage_is_readable,
+    integers_have_one_scale,
+    constants_own_their_memory,
+    zero_points_are_zero,
+    scales_are_normal,
+    weight_is_4_bit,
+)
+"""The requirements of the delegate's 4-bit kernel for a weight."""
+
+
 @dataclass(frozen=True)
 class KeepDynamicInt4(Keep):
     """linear(dequantize(quantize(x)), dequantize(int4 weight), bias) -> itself, for XNNPACK's own kernel
@@ -238,12 +249,7 @@ class KeepDynamicInt4(Keep):
         activation_is_fp32_fp16_or_enabled_bf16,
         same_dtype("x", "bias"),
         bias_is_constant,
-        int4_storage_is_readable,
-        integers_have_one_scale,
-        constants_own_their_memory,
-        zero_points_are_zero,
-        scales_are_normal,
-        weight_is_4_bit,
+        *INT4_KERNEL,
     )
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:

@@ -17,17 +17,12 @@ from et_cuda_passes.quant.activations import CHOOSE_QPARAMS, QUANTIZE, decode_dy
 from et_cuda_passes.quant.decoders import DEQUANTIZE, is_dequantize, weight_of
 from et_cuda_passes.rules.requirements import same_dtype, weight_has_data
 from et_cuda_passes.rules.xnnpack import (
+    INT4_KERNEL,
     LINEAR,
     activation_has_two_dimensions,
     activation_is_fp32_or_fp16,
     bias_is_constant,
-    constants_own_their_memory,
-    int4_storage_is_readable,
-    integers_have_one_scale,
     is_outside_control_flow,
-    scales_are_normal,
-    weight_is_4_bit,
-    zero_points_are_zero,
 )
 
 
@@ -108,12 +103,7 @@ class QuantizeActivation(Rule):
         activation_is_fp32_or_fp16,
         same_dtype("x", "bias"),
         bias_is_constant,
-        int4_storage_is_readable,
-        integers_have_one_scale,
-        constants_own_their_memory,
-        zero_points_are_zero,
-        scales_are_normal,
-        weight_is_4_bit,
+        *INT4_KERNEL,
     )
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
