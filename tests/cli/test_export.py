@@ -372,14 +372,15 @@ def test_lower_finishes_the_folder_of_an_export(models: Path, tmp_path: Path, co
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [("bfloat16",), ("float32", "--cast-to-bf16")], ids=["bf16", "casts"])
 def test_export_for_cuda_on_a_gpu_generates_and_has_the_numbers_of_the_model(
-    models: Path, tmp_path: Path, command: Run
+    models: Path, tmp_path: Path, command: Run, dtype: tuple[str, ...]
 ) -> None:
     # Heads of 64, which the attention kernels of the CUDA backend have.
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
     model, out = checkpoints.causal(tmp_path / "model", **sizes), tmp_path / "out"
     result = command(
-        "export", "--model", model, "--target", "cuda,cpu", "--qlinear", "cuda:4w", "--dtype", "bfloat16",
+        "export", "--model", model, "--target", "cuda,cpu", "--qlinear", "cuda:4w", "--dtype", *dtype,
         "--max-length", LENGTH, "--output-dir", out,
     )  # fmt: skip
     assert result.code == 0, result.err
