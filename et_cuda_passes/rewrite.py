@@ -15,6 +15,7 @@ from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
+from et_cuda_passes.layouts.threads import single_threaded_operators
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
@@ -77,7 +78,8 @@ def rewrite(
         # 3. Find candidates: the operators that read a quantized weight.
         tracker = OutcomeTracker(find(program), group_rules(entries))
     # 4. Apply the pass list.
-    program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
+    with single_threaded_operators():
+        program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
     with gc_disabled():
         # 5. Finish: repair strides and names, verify.
         result = finish_program(program)
