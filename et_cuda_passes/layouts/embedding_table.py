@@ -11,8 +11,8 @@ exir/passes/_quant_patterns_and_replacements.py.
 
 import torch
 
-from ._checks import CHUNK_BYTES, require_dtype, require_tensor, rows_per_chunk
-from .threads import for_chunks
+from ._checks import CHUNK_BYTES, require_dtype, require_tensor
+from .rows import RowPacker, join_neighbours, pack_rows
 
 # The position of each weight in a byte, from the first weight on.
 _SHIFTS = {2: (0, 2, 4, 6), 4: (4, 0), 8: (0,)}
@@ -31,8 +31,7 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
 
     q: of any integer dtype, any strides; u = q + offset must lie in 0..2**bits - 1.
     bits: 2, 4 or 8.
-    chunk_bytes: weights that a thread packs at a time; it uses eight times as many bytes in addition to q and the
-    result.
+    chunk_bytes: weights that a thread packs at a time; it uses 2.5 times as many bytes in addition to q and the result.
 
     Raises TypeError for a q that holds no integers; ValueError for other bits, a bad shape, a weight outside the
     range, or a meta or fake q.
@@ -46,26 +45,43 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
     n, k = q.shape
     if k % per_byte:
         raise ValueError(f"a table of {bits} bits needs K to be a multiple of {per_byte}, got K = {k}")
-    out = torch.empty(n, k // per_byte, dtype=torch.uint8, device=q.device)
-    rows = rows_per_chunk(k, chunk_bytes, 1)
+    out = torch.empty(n, k // per_byte, dtype=torch.int8 if bits == 8 else torch.uint8, device=q.device)
+    pack_rows(q, out, n, lambda rows: packer(k, bits, offset, rows, q), chunk_bytes)
+    return out
 
-    def pack_rows(start: int, stop: int) -> None:
-        # In int32 no sum overflows, for any dtype and offset.
-        u = q[start:stop].to(torch.int32) + offset
-        low, high = (int(end) for end in torch.aminmax(u))
-        if low < 0 or high >= 1 << bits:
+
+def packer(k: int, bits: int, offset: int, rows: int, like: torch.Tensor) -> RowPacker:
+    """A function that packs at most ``rows`` rows of K weights, for which see `pack`."""
+    # Allocated once: fresh memory for every chunk costs more than the arithmetic.
+    all_weights = like.new_empty(rows, k, dtype=torch.uint8)
+    all_halves, buffer = like.new_empty(rows, k // 2, dtype=torch.uint8), like.new_empty(rows, k // 2, dtype=torch.int16)
+
+    def pack(q: torch.Tensor, out: torch.Tensor) -> None:
+        # aminmax lacks the wider unsigned dtypes.
+        q = q.to(torch.int64) if q.dtype in (torch.uint16, torch.uint32, torch.uint64) else q
+        low, high = (int(end) for end in torch.aminmax(q))
+        if low + offset < 0 or high + offset >= 1 << bits:
             raise ValueError(
                 f"weights must lie in {-offset}..{(1 << bits) - 1 - offset} (offset {offset}), "
-                f"found {low - offset}..{high - offset}; check the offset, or that the table has {bits} bits"
+                f"found {low}..{high}; check the offset, or that the table has {bits} bits"
             )
-        packed = torch.zeros_like(u[:, ::per_byte])
-        for place, shift in enumerate(_SHIFTS[bits]):
-            packed |= u[:, place::per_byte] << shift
-        # The kernel for 8 bits reads int8, u - 128, which is u with its top bit flipped.
-        out[start:stop] = packed ^ 128 if bits == 8 else packed
+        weights, halves = all_weights[: q.shape[0]], all_halves[: q.shape[0]]
+        # Only the low byte counts from here on, and all sums are right in it.
+        weights.copy_(q)
+        if bits == 8:  # the kernel reads int8, u - 128
+            torch.add(weights, offset - 128 & 255, out=out.view(torch.uint8))
+            return
+        weights.add_(offset & 255)
+        if bits == 2:
+            join_neighbours(weights, 2, buffer, halves)
+            join_neighbours(halves, 4, buffer, out)
+            return
+        # The even k is in the high nibble: 16 * even + odd, in the low byte of an int16.
+        pairs = weights.view(torch.int16)
+        odd = torch.bitwise_right_shift(pairs, 8, out=buffer[: q.shape[0]])
+        out.copy_(odd.add_(pairs, alpha=16))
 
-    for_chunks(n, rows, lambda: pack_rows, q.device)
-    return out.view(torch.int8) if bits == 8 else out
+    return pack
 
 
 def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:

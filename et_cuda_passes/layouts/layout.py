@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, dtype
 
+from .rows import RowPacker
+
 ZERO_OFFSET = 8
 """Scales and zeros are given for ``(q - ZERO_OFFSET) * scale + zero`` with q in 0..15."""
 
@@ -32,9 +34,14 @@ class Layout:
     Attributes:
         name: the end of the names of the operators that read the layout, as in ``int4_linear_<name>``.
         pack: ``(q, shift, rows) -> packed`` for uint8 or int8 q with q + shift in 0..15; rows beyond N hold weight 0.
+            Several rows, if the layout has blocks, belong to one index of the first axis.
+        packed_form: ``(N, K) -> shape, dtype`` of ``packed``.
+        packer: ``(k, shift, rows, like) -> function that packs at most so many rows`` of q with the dtype and device of
+            ``like``; it may be called for any run of whole blocks.
+        block_rows: number of rows of a block, None if all rows must be packed at once. Called when it is needed.
         unpack: ``packed -> q`` as uint8 [N, K'].
         pack_scales: ``(scale, zero, dtype, in_features) -> scale_and_zero``, from scale and zero [N, K / group_size] of
-            ``(q - 8) * scale + zero``. Axis 1 of the result is N.
+            ``(q - 8) * scale + zero``; zero is None if all zeros are 0. Axis 1 of the result is N.
         unpack_scales: ``(scale_and_zero, groups) -> scale, zero``, each [N, groups], of
             ``(q - zero_offset) * scale + zero``.
         check: ``(count, scale_shape, group_size, in_features) -> K`` for ``count`` packed weights and the shape of
@@ -53,10 +60,13 @@ class Layout:
 
     name: str
     pack: Callable[[Tensor, int, int], Tensor]
+    packed_form: Callable[[int, int], tuple[tuple[int, ...], dtype]]
+    packer: Callable[[int, int, int, Tensor], RowPacker]
     unpack: Callable[[Tensor], Tensor]
-    pack_scales: Callable[[Tensor, Tensor, dtype, int], Tensor]
+    pack_scales: Callable[[Tensor, Tensor | None, dtype, int], Tensor]
     unpack_scales: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     check: Callable[[int, tuple[int, ...], int, int], int | None]
+    block_rows: Callable[[], int | None] = lambda: 1
     zero_offset: int = ZERO_OFFSET
     shift: Callable[[int, int], int | None] = unsigned_shift
     kernels: Mapping[str, Matmul] = field(default_factory=dict)

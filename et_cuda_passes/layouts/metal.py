@@ -9,15 +9,13 @@ S and Z of the dtype of the activations, and N % 4 == 0 unless M is 1. ExecuTorc
 also has fp16.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
-from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
+from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight
 from .layout import Layout, unsigned_shift
+from .rows import RowPacker, join_neighbours, pack_rows
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
-from .threads import for_chunks
 
 
 def pack(
@@ -28,13 +26,15 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     K must be a multiple of 8.
     out_rows: rows of the result; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights that a thread packs at a time; it uses as much in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses twice as much in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
-    q, n, _ = require_weight(q, offset, 1, 8, "metal", out_rows)
-    return pack_bytes(q, offset, chunk_bytes, n)
+    q, n, k = require_weight(q, offset, 1, 8, "metal", out_rows)
+    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=q.device)
+    pack_rows(q, packed, n, lambda rows: packer(k, offset, rows, q), chunk_bytes)
+    return packed
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,11 @@ def unpack(packed: torch.Tensor) -> torch.Tensor:
 
 
 def scale_and_zero(
-    scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.bfloat16
+    scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's (S, Z), each `dtype` [N, K/group], from scale and zero [N, K/group] of (q - 8) * scale + zero.
+
+    zero: None for zeros that are all 0.
 
     S = round(scale) and Z = round(zero - 8 * S), in fp32 before the last rounding. Z is computed from the rounded S so
     that a zero of 0 stays exact: -8 * S has the mantissa of S.
@@ -62,31 +64,20 @@ def scale_and_zero(
     """
     scale, zero = require_pair(scale, zero, dtype)
     s = scale.to(dtype)
-    z = (zero.float() - 8 * s.float()).to(dtype)
+    z = ((0 if zero is None else zero.float()) - 8 * s.float()).to(dtype)
     return require_finite(s, "scale").contiguous(), require_finite(z, "zero - 8 * scale").contiguous()
 
 
-def pack_bytes(q: torch.Tensor, offset: int, chunk_bytes: int, out_rows: int) -> torch.Tensor:
-    """Pack weights [N, K], K even, into uint8 [out_rows, K/2]: two of a row per byte, the even k in the low nibble."""
-    n, k = q.shape
-    rows = min(n, rows_per_chunk(k, chunk_bytes, 1))
-    out = torch.empty(out_rows, k // 2, dtype=torch.uint8, device=q.device)
-    out[n:] = offset * 17
-    # The sums may overflow: int8 and uint8 wrap to the same byte.
-    same_bytes = out.view(q.dtype)
+def packer(k: int, offset: int, rows: int, like: torch.Tensor) -> RowPacker:
+    """A function that packs at most ``rows`` rows of K weights, K even: two per byte, the even k in the low nibble."""
+    # Allocated once: fresh memory for every chunk costs more than the arithmetic.
+    all_weights, buffer = like.new_empty(rows, k), like.new_empty(rows, k // 2, dtype=torch.int16)
 
-    def worker() -> Callable[[int, int], None]:
-        all_weights = torch.empty(rows, k, dtype=q.dtype, device=q.device)
+    def pack(q: torch.Tensor, packed: torch.Tensor) -> None:
+        require_four_bits(q, offset)
+        join_neighbours(torch.add(q, offset, out=all_weights[: q.shape[0]]), 4, buffer, packed)
 
-        def pack_rows(start: int, stop: int) -> None:
-            require_four_bits(q[start:stop], offset)
-            weights = torch.add(q[start:stop], offset, out=all_weights[: stop - start])
-            torch.add(weights[:, 0::2], weights[:, 1::2], alpha=16, out=same_bytes[start:stop])
-
-        return pack_rows
-
-    for_chunks(n, rows, worker, q.device)
-    return out
+    return pack
 
 
 def unpack_bytes(packed: torch.Tensor) -> torch.Tensor:
@@ -104,7 +95,7 @@ def rows_of_bytes(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((row & 15, row >> 4), dim=-1).flatten(-2)
 
 
-def _pack_scales(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, in_features: int) -> torch.Tensor:
+def _pack_scales(scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype, in_features: int) -> torch.Tensor:
     return torch.stack(scale_and_zero(scale, zero, dtype))
 
 
@@ -134,6 +125,8 @@ def _torchao_linear(x: torch.Tensor, packed: torch.Tensor, qparams: torch.Tensor
 LAYOUT = Layout(
     "metal",
     pack=lambda q, shift, rows: pack(q, shift, out_rows=rows),
+    packed_form=lambda n, k: ((n, k // 2), torch.uint8),
+    packer=packer,
     unpack=unpack,
     pack_scales=_pack_scales,
     unpack_scales=unpack_planes,

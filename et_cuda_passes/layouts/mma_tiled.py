@@ -12,15 +12,13 @@ number per group and then zeros. S is padded K / group + 3, rounded up to a mult
 16 bytes and a load of four numbers never leaves the tensor.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
 from .layout import ZERO_OFFSET, Layout
+from .rows import RowPacker, pack_rows
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
-from .threads import for_chunks
 
 BLOCK = 64
 """K is padded to a multiple of this."""
@@ -51,35 +49,34 @@ def pack(
     meta or fake q.
     """
     q, n, k = require_weight(q, offset, 1, 32, "mma_tiled", out_rows)
+    words = torch.empty(n, padded(k) // 8, dtype=torch.int32, device=q.device)
+    pack_rows(q, words, n, lambda rows: packer(k, offset, rows, q), chunk_bytes)
+    return words
+
+
+def packer(k: int, offset: int, rows: int, like: torch.Tensor) -> RowPacker:
+    """A function that packs at most ``rows`` rows of K weights of like's dtype and device."""
     blocks = padded(k) // BLOCK
-    words = torch.empty(n, blocks, 8, dtype=torch.int32, device=q.device)
-    words[q.shape[0] :].view(torch.uint8).fill_(offset * 17)
-    rows = min(q.shape[0], rows_per_chunk(k, chunk_bytes, 1))
+    # Allocated once: fresh memory for every chunk costs more than the arithmetic. The padding keeps its weight 0.
+    all_weights = like.new_full((rows, blocks * BLOCK), ZERO_OFFSET)
+    all_steps = like.new_empty(4, rows, blocks, 1, dtype=torch.int64)
+    all_bytes = like.new_empty(4, rows, blocks, 8, dtype=torch.int32)
 
-    def worker() -> Callable[[int, int], None]:
-        # Allocated once: fresh memory for every chunk costs more than the arithmetic. The padding keeps its weight 0.
-        all_weights = torch.full((rows, blocks * BLOCK), ZERO_OFFSET, dtype=q.dtype, device=q.device)
-        all_steps = torch.empty(4, rows, blocks, 1, dtype=torch.int64, device=q.device)
-        all_bytes = torch.empty(4, rows, blocks, 8, dtype=torch.int32, device=q.device)
+    def pack(q: torch.Tensor, words: torch.Tensor) -> None:
+        count = q.shape[0]
+        require_four_bits(q, offset)
+        weights, steps, widened = all_weights[:count], all_steps[:, :count], all_bytes[:, :count]
+        torch.add(q, offset, out=weights[:, :k])
+        # One int64 holds the eight bytes of all lanes and parities: [step, half, row, block].
+        eights = weights.view(torch.int64).view(count, blocks, 4, 2).permute(2, 3, 0, 1)
+        torch.add(eights[:, 0], eights[:, 1], alpha=16, out=steps.squeeze(-1))
+        widened.copy_(steps.view(torch.uint8))
+        # Each step's byte is shifted to its place in the word. The last addition overflows into the sign.
+        torch.add(widened[0], widened[1], alpha=1 << 8, out=widened[0])
+        torch.add(widened[2], widened[3], alpha=1 << 8, out=widened[2])
+        torch.add(widened[0], widened[2], alpha=1 << 16, out=words.view(count, blocks, 8))
 
-        def pack_rows(start: int, stop: int) -> None:
-            chunk, count = q[start:stop], stop - start
-            require_four_bits(chunk, offset)
-            weights, steps, widened = all_weights[:count], all_steps[:, :count], all_bytes[:, :count]
-            torch.add(chunk, offset, out=weights[:, :k])
-            # One int64 holds the eight bytes of all lanes and parities: [step, half, row, block].
-            eights = weights.view(torch.int64).view(count, blocks, 4, 2).permute(2, 3, 0, 1)
-            torch.add(eights[:, 0], eights[:, 1], alpha=16, out=steps.squeeze(-1))
-            widened.copy_(steps.view(torch.uint8))
-            # Each step's byte is shifted to its place in the word. The last addition overflows into the sign.
-            torch.add(widened[0], widened[1], alpha=1 << 8, out=widened[0])
-            torch.add(widened[2], widened[3], alpha=1 << 8, out=widened[2])
-            torch.add(widened[0], widened[2], alpha=1 << 16, out=words[start:stop])
-
-        return pack_rows
-
-    for_chunks(q.shape[0], rows, worker, q.device)
-    return words.view(n, blocks * 8)
+    return pack
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -102,22 +99,30 @@ def unpack_words(words: torch.Tensor) -> torch.Tensor:
     return q
 
 
-def scale_and_zero(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, in_features: int) -> torch.Tensor:
+def scale_and_zero(
+    scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype, in_features: int
+) -> torch.Tensor:
     """The kernel's `dtype` [1 or 2, N, S], from scale and zero [N, K/group] of (q - 8) * scale + zero.
 
-    Raises TypeError for a dtype that is not bf16, fp16 or fp32 or a scale or zero that is not floating; ValueError for
+    zero: None, or all 0, for a result without a plane of zeros.
+
+    Raises TypeError for a dtype that is not bf16, fp16 or fp32, or a scale or zero that is not floating; ValueError for
     shapes that differ, a number of groups that does not divide in_features, and values that are NaN or infinite, or
     become so in `dtype`.
     """
     scale, zero = require_pair(scale, zero, dtype)
+    return _planes(scale, zero if zero is not None and bool(zero.any()) else None, dtype, in_features)
+
+
+def _planes(scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype, in_features: int) -> torch.Tensor:
+    """`scale_and_zero` with a plane of zeros unless zero is None: the rows of a weight must agree on it."""
     n, groups = scale.shape
     if groups == 0 or in_features % groups:
         raise ValueError(f"scale [N, K/group] has {groups} groups, which do not divide K = {in_features}")
-    has_zero = bool((zero != 0).any())
-    rows = torch.zeros(1 + has_zero, n, scale_row(in_features, in_features // groups), dtype=dtype, device=scale.device)
-    rows[0, :, :groups] = scale
-    if has_zero:
-        rows[1, :, :groups] = zero
+    planes = [scale] if zero is None else [scale, zero]
+    rows = scale.new_zeros(len(planes), n, scale_row(in_features, in_features // groups), dtype=dtype)
+    for row, plane in zip(rows, planes, strict=True):
+        row[:, :groups] = plane
     return require_finite(rows, "scale or zero")
 
 
@@ -137,8 +142,10 @@ def _check(count: int, scale_shape: tuple[int, ...], group_size: int, in_feature
 LAYOUT = Layout(
     "mma_tiled",
     pack=lambda q, shift, rows: pack(q, shift, out_rows=rows),
+    packed_form=lambda n, k: ((n, padded(k) // 8), torch.int32),
+    packer=packer,
     unpack=unpack,
-    pack_scales=scale_and_zero,
+    pack_scales=_planes,
     unpack_scales=unpack_planes,
     check=_check,
     rows=lambda ids, packed: unpack_words(F.embedding(ids, packed)),

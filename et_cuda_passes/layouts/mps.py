@@ -14,11 +14,13 @@ The kernel has fp32, fp16 and bf16, and group sizes 32, 64, 128 and 256. It roun
 
 import torch
 
+from . import metal
 from ._checks import CHUNK_BYTES, require_inner_k_tiles, require_weight
 from .layout import Layout
-from .metal import pack_bytes, rows_of_bytes, unpack_bytes
+from .metal import rows_of_bytes, unpack_bytes
+from .rows import RowPacker, pack_rows
 from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
-from .tile_packed_to_4d import int4pack_mm, largest_inner_k_tiles, require_packed
+from .tile_packed_to_4d import int4pack_mm, largest_inner_k_tiles, packed_shape, require_packed
 
 
 def pack(
@@ -34,14 +36,22 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
     out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights that a thread packs at a time; it uses as much in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses twice as much in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
     """
     inner = require_inner_k_tiles(inner_k_tiles)
     q, n, k = require_weight(q, offset, 8, 16 * inner, f"mps with inner_k_tiles = {inner}", out_rows)
-    return pack_bytes(q, offset, chunk_bytes, n).view(torch.int32).view(n // 8, k // (16 * inner), 32, inner // 2)
+    packed = torch.empty(packed_shape(n, k, inner), dtype=torch.int32, device=q.device)
+    pack_rows(q, packed, n, lambda rows: packer(k, offset, rows, q), chunk_bytes, multiple=8)
+    return packed
+
+
+def packer(k: int, offset: int, rows: int, like: torch.Tensor) -> RowPacker:
+    """A function that packs at most ``rows`` rows, a multiple of 8, of K weights of like's dtype and device."""
+    pack_bytes = metal.packer(k, offset, rows, like)
+    return lambda q, packed: pack_bytes(q, packed.view(q.shape[0], k // 8).view(torch.uint8))
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:
@@ -62,6 +72,9 @@ def _rows(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 LAYOUT = Layout(
     "mps",
     pack=lambda q, shift, rows: pack(q, largest_inner_k_tiles(q.shape[1]), shift, out_rows=rows),
+    packed_form=lambda n, k: (packed_shape(n, k, largest_inner_k_tiles(k)), torch.int32),
+    packer=packer,
+    block_rows=lambda: 8,
     unpack=unpack,
     pack_scales=pack_pairs,
     unpack_scales=unpack_pairs,

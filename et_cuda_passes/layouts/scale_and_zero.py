@@ -15,10 +15,11 @@ from ._checks import require_dtype, require_tensor
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def pack(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def pack(scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """Put scale and zero [N, K/group] into one contiguous `dtype` [K/group, N, 2], on scale's device.
 
-    For an affine weight (q_signed - zero_point) * scale with q = q_signed + 8, zero is -zero_point * scale.
+    For an affine weight (q_signed - zero_point) * scale with q = q_signed + 8, zero is -zero_point * scale; None stands
+    for zeros that are all 0.
 
     Raises TypeError for a dtype that is not bf16, fp16 or fp32, or a scale or zero that is not floating; ValueError for
     shapes that differ or are not 2-D, and for values that are NaN or infinite, or become so in `dtype`.
@@ -27,7 +28,10 @@ def pack(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype = torch.bfl
     n, groups = scale.shape
     packed = torch.empty(groups, n, 2, dtype=dtype, device=scale.device)
     packed[..., 0].copy_(scale.t())
-    packed[..., 1].copy_(zero.t())
+    if zero is None:
+        packed[..., 1].zero_()
+    else:
+        packed[..., 1].copy_(zero.t())
     return require_finite(packed, "scale or zero")
 
 
@@ -43,7 +47,7 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return packed[..., 0].t().contiguous(), packed[..., 1].t().contiguous()
 
 
-def pack_pairs(scale: torch.Tensor, zero: torch.Tensor, dtype: torch.dtype, in_features: int) -> torch.Tensor:
+def pack_pairs(scale: torch.Tensor, zero: torch.Tensor | None, dtype: torch.dtype, in_features: int) -> torch.Tensor:
     """`pack` as a layout's `pack_scales`."""
     return pack(scale, zero, dtype)
 
@@ -79,22 +83,28 @@ def planes_of_rows(ids: torch.Tensor, packed: torch.Tensor, groups: int) -> tupl
     return scale, F.embedding(ids, packed[1])[..., :groups] if packed.shape[0] == 2 else torch.zeros_like(scale)
 
 
-def require_pair(scale: object, zero: object, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both if they are floating [N, K/group] of the same shape, with data, and a kernel has `dtype`."""
+def require_pair(scale: object, zero: object, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return both if they are floating [N, K/group] of the same shape, with data, and a kernel has `dtype`.
+
+    zero may be None.
+    """
     if dtype not in DTYPES:
         raise TypeError(f"dtype must be one of {', '.join(str(d) for d in DTYPES)}, got {dtype}")
-    s, z = require_tensor(scale, "scale"), require_tensor(zero, "zero")
+    s = require_tensor(scale, "scale")
+    z = None if zero is None else require_tensor(zero, "zero")
     for t, name in ((s, "scale"), (z, "zero")):
-        if not t.is_floating_point():
+        if t is not None and not t.is_floating_point():
             raise TypeError(f"{name} must be floating, got {t.dtype}; for a zero point give zero = -zero_point * scale")
-    if s.dim() != 2 or s.shape != z.shape:
-        raise ValueError(f"scale and zero must both be [N, K/group], got {tuple(s.shape)} and {tuple(z.shape)}")
+    if s.dim() != 2 or (z is not None and s.shape != z.shape):
+        shapes = f"{tuple(s.shape)} and {None if z is None else tuple(z.shape)}"
+        raise ValueError(f"scale and zero must both be [N, K/group], got {shapes}")
     return s, z
 
 
 def require_finite(t: torch.Tensor, name: str) -> torch.Tensor:
     """Return `t` if all of it is finite; raise ValueError otherwise."""
-    if not bool(torch.isfinite(t).all()):
+    # The ends are NaN if any value is. They need no tensor of t's size, as isfinite does.
+    if t.numel() and not all(end.isfinite() for end in torch.aminmax(t)):
         raise ValueError(
             f"{name} has NaN or infinite values in {t.dtype}; quantize again, or use bf16 or fp32 if fp16 is too narrow"
         )

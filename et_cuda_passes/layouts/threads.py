@@ -6,12 +6,14 @@ of 420 s in such barriers. Chunks of a weight need no barrier before the end.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
+_T = TypeVar("_T")
 _lock = threading.Lock()
 _users = 0
 _allowed = 1
@@ -39,37 +41,45 @@ def single_threaded_operators() -> Iterator[int]:
             torch.set_num_threads(_allowed)
 
 
-def for_chunks(count: int, rows: int, worker: Callable[[], Callable[[int, int], None]], device: torch.device) -> None:
-    """Work on each chunk of ``rows`` of ``count`` rows, on the CPU in several threads.
+def for_chunks(pieces: Sequence[_T], worker: Callable[[], Callable[[_T], None]], device: torch.device) -> None:
+    """Work on each of ``pieces``, on the CPU in several threads.
 
     Args:
-        count: number of rows.
-        rows: rows of a chunk.
-        worker: called once in each thread, for its buffers. It returns the function that works on (start, stop).
+        pieces: parts of the work, such as ranges of rows. Neighbours belong together: a thread gets a run of them.
+        worker: called once in each thread, for its buffers. It returns the function that works on one piece.
         device: of the tensors.
 
     Raises:
         Exception: any exception of a worker; of several, that of the lowest thread.
     """
-    starts = range(0, count, rows)
 
-    def every(first: int, step: int) -> None:
+    def every(run: Sequence[_T]) -> None:
         work = worker()
-        for start in starts[first::step]:
-            work(start, min(start + rows, count))
+        for piece in run:
+            work(piece)
 
-    if device.type != "cpu" or len(starts) == 1:
-        every(0, 1)
+    if device.type != "cpu" or len(pieces) == 1:
+        every(pieces)
         return
     with single_threaded_operators() as allowed:
-        threads = min(allowed, len(starts))
+        threads = min(allowed, len(pieces))
         if threads == 1:
-            every(0, 1)
+            every(pieces)
             return
 
-        def in_thread(first: int) -> None:
+        def in_thread(number: int) -> None:
             torch.set_num_threads(1)  # OpenMP's number of this thread
-            every(first, threads)
+            every(pieces[number * len(pieces) // threads : (number + 1) * len(pieces) // threads])
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(in_thread, range(threads)))
+
+
+def ranges(count: int, step: int, period: int | None = None) -> list[tuple[int, int]]:
+    """0..count in ranges of at most ``step``, none of which crosses a multiple of ``period``."""
+    period = period or count
+    return [
+        (start, min(start + step, base + period))
+        for base in range(0, count, period)
+        for start in range(base, base + period, step)
+    ]

@@ -12,14 +12,11 @@ bytes of the two sums are interleaved, and b and j change places. Each chunk tak
 Bytes are reinterpreted as wider integers, low byte first, which is the order on every device that has these kernels.
 """
 
-from collections.abc import Callable
-
 import torch
 
 from ._checks import (
     CHUNK_BYTES,
     INNER_K_TILES,
-    pad_rows,
     require_dtype,
     require_four_bits,
     require_inner_k_tiles,
@@ -28,8 +25,8 @@ from ._checks import (
     rows_per_chunk,
 )
 from .layout import Layout
+from .rows import RowPacker, pack_rows
 from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
-from .threads import for_chunks
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
@@ -55,40 +52,42 @@ def pack(
     """
     inner = require_inner_k_tiles(inner_k_tiles)
     q, n, k = require_weight(q, offset, 8, 16 * inner, f"tile_packed_to_4d with inner_k_tiles = {inner}", out_rows)
-    k_tiles, words = k // (16 * inner), inner // 2
-    rows = min(n, rows_per_chunk(k, chunk_bytes, 8))
-
-    packed = torch.empty(n // 8, k_tiles, 32, words, dtype=torch.int32, device=q.device)
-    target = packed.view(n // 8, k_tiles, 8, 4, words)
-
-    def worker() -> Callable[[int, int], None]:
-        # Allocated once: fresh memory for every chunk costs more than the arithmetic.
-        all_weights = torch.empty(rows, k, dtype=q.dtype, device=q.device)
-        all_pairs = torch.empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64, device=q.device)
-        all_halves = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
-
-        def pack_rows(start: int, stop: int) -> None:
-            chunk = pad_rows(q[start:stop], stop - start)
-            require_four_bits(chunk, offset)
-            blocks = (stop - start) // 8
-            weights, pairs, halves = all_weights[: stop - start], all_pairs[:, :blocks], all_halves[:, :blocks]
-            torch.add(chunk, offset, out=weights)
-            # [a // 2, block, k tile, n % 8, j, a % 2], one int64 holding the eight bytes (b, c)
-            eights = weights.view(torch.int64).view(blocks, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
-            torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
-            halves.copy_(pairs.view(torch.uint8))
-            low, high = halves
-            # The sum may overflow: the top bit of the high byte is the sign of the int16.
-            torch.add(low, high, alpha=256, out=low)
-            done = low.view(torch.int32)
-            # One copy per j is faster: a single copy of the swapped axes runs over rows of two or four words.
-            for j in range(words):
-                target[start // 8 : stop // 8, ..., j].copy_(done[..., j, :])
-
-        return pack_rows
-
-    for_chunks(n, rows, worker, q.device)
+    packed = torch.empty(packed_shape(n, k, inner), dtype=torch.int32, device=q.device)
+    pack_rows(q, packed, n, lambda rows: packer(k, inner, offset, rows, q), chunk_bytes, multiple=8)
     return packed
+
+
+def packed_shape(n: int, k: int, inner_k_tiles: int) -> tuple[int, ...]:
+    """[N/8, K/(16 I), 32, I/2]."""
+    return n // 8, k // (16 * inner_k_tiles), 32, inner_k_tiles // 2
+
+
+def packer(k: int, inner_k_tiles: int, offset: int, rows: int, like: torch.Tensor) -> RowPacker:
+    """A function that packs at most ``rows`` rows, a multiple of 8, of K weights of like's dtype and device."""
+    k_tiles, words = k // (16 * inner_k_tiles), inner_k_tiles // 2
+    # Allocated once: fresh memory for every chunk costs more than the arithmetic.
+    all_weights = like.new_empty(rows, k)
+    all_pairs = like.new_empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64)
+    all_halves = like.new_empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16)
+
+    def pack(q: torch.Tensor, packed: torch.Tensor) -> None:
+        require_four_bits(q, offset)
+        count, blocks = q.shape[0], q.shape[0] // 8
+        weights, pairs, halves = all_weights[:count], all_pairs[:, :blocks], all_halves[:, :blocks]
+        torch.add(q, offset, out=weights)
+        # [a // 2, block, k tile, n % 8, j, a % 2], one int64 holding the eight bytes (b, c)
+        eights = weights.view(torch.int64).view(blocks, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
+        torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
+        halves.copy_(pairs.view(torch.uint8))
+        low, high = halves
+        # The sum may overflow: the top bit of the high byte is the sign of the int16.
+        torch.add(low, high, alpha=256, out=low)
+        done, target = low.view(torch.int32), packed.view(blocks, k_tiles, 8, 4, words)
+        # One copy per j is faster: a single copy of the swapped axes runs over rows of two or four words.
+        for j in range(words):
+            target[..., j].copy_(done[..., j, :])
+
+    return pack
 
 
 def unpack(packed: torch.Tensor, *, chunk_bytes: int = CHUNK_BYTES) -> torch.Tensor:
@@ -153,6 +152,9 @@ def _rows(ids: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
 LAYOUT = Layout(
     "tile_packed_to_4d",
     pack=lambda q, shift, rows: pack(q, largest_inner_k_tiles(q.shape[1]), shift, out_rows=rows),
+    packed_form=lambda n, k: (packed_shape(n, k, largest_inner_k_tiles(k)), torch.int32),
+    packer=lambda k, shift, rows, like: packer(k, largest_inner_k_tiles(k), shift, rows, like),
+    block_rows=lambda: 8,
     unpack=unpack,
     pack_scales=pack_pairs,
     unpack_scales=unpack_pairs,

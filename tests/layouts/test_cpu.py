@@ -72,7 +72,7 @@ q = torch.randint(0, 16, (208, 930), dtype=torch.uint8)
 packed = cpu.pack(q, chunk_bytes=1)
 assert torch.equal(packed, torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 2))
 assert torch.equal(cpu.unpack(packed, chunk_bytes=1), q)
-assert cpu._block_rows() is not None
+assert cpu.block_rows() is not None
 print(torch.backends.cpu.get_cpu_capability())
 """
     env = {
@@ -86,7 +86,7 @@ print(torch.backends.cpu.get_cpu_capability())
 
 
 def test_cpu_pack_without_blocks_packs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_block_rows", lambda: None)
+    monkeypatch.setattr(cpu, "block_rows", lambda: None)
     q = torch.randint(-8, 8, (208, 930), dtype=torch.int8)
     packed = cpu.pack(q, 8)
     assert torch.equal(packed, converted(q + 8))
@@ -102,7 +102,7 @@ def test_block_rows_rejects_order_that_only_resembles_blocks(monkeypatch: pytest
         return packed if layout == "scrambled" else torch.full_like(packed, 255)
 
     monkeypatch.setattr(cpu, "_convert", strange)
-    assert cpu._block_rows.__wrapped__() is None
+    assert cpu.block_rows.__wrapped__() is None
 
 
 def test_cpu_pack_rejects_weight_on_other_device() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from et_cuda_passes.layouts import cpu, embedding_table, mma_tiled, mps, tile_packed_to_4d
-from et_cuda_passes.layouts.threads import for_chunks, single_threaded_operators
+from et_cuda_passes.layouts.threads import for_chunks, ranges, single_threaded_operators
 
 CPU = torch.device("cpu")
 PACK = {
@@ -49,17 +49,17 @@ def test_chunks_cover_all_rows_once_and_run_in_several_threads() -> None:
     seen, inside, workers = [], [], []
     together = threading.Barrier(3, timeout=30)
 
-    def worker() -> Callable[[int, int], None]:
+    def worker() -> Callable[[tuple[int, int]], None]:
         workers.append(threading.get_ident())
         together.wait()
 
-        def work(start: int, stop: int) -> None:
-            seen.append((start, stop))
+        def work(piece: tuple[int, int]) -> None:
+            seen.append(piece)
             inside.append(torch.get_num_threads())
 
         return work
 
-    for_chunks(10, 3, worker, CPU)
+    for_chunks(ranges(10, 3), worker, CPU)
     assert sorted(seen) == [(0, 3), (3, 6), (6, 9), (9, 10)]
     assert set(inside) == {1} and len(set(workers)) == 3
     assert torch.get_num_threads() == 3
