@@ -15,7 +15,6 @@ from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
-from et_cuda_passes.layouts.threads import single_threaded_operators
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
@@ -23,6 +22,7 @@ from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, t
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu
 from et_cuda_passes.targets.target import Target
+from et_cuda_passes.threads import single_threaded_operators
 
 
 def rewrite(

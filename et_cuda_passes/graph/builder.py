@@ -11,7 +11,7 @@ from torch.fx import Node
 from torch.fx.traceback import NodeSource, NodeSourceAction
 from torch.utils import _pytree as pytree
 
-from et_cuda_passes.graph.constants import Decoded
+from et_cuda_passes.graph.constants import Decoded, Planned
 from et_cuda_passes.graph.errors import NameTaken
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import Target, op_name, require_overload, to_edge
@@ -128,16 +128,16 @@ class Builder:
         fqn: str,
         sources: Decoded | Iterable[Node | Decoded],
         layout: Hashable,
-        make: Callable[[], torch.Tensor],
+        make: Callable[[], torch.Tensor] | Planned,
     ) -> Node:
-        """The node of a new parameter ``fqn`` that holds ``make()``, one for equal ``sources`` and ``layout``.
+        """The node of a new parameter ``fqn`` that ``make`` computes, one for equal ``sources`` and ``layout``.
 
         Args:
             fqn: the FQN of the weight, and a suffix.
             sources: everything that ``make`` reads: a decoded weight, or a list of decoded weights and of nodes of
                 constants. For a node alone, ``layout`` must contain everything else that determines its values.
             layout: every other value that ``make`` depends on.
-            make: computes the tensor.
+            make: computes the tensor; or its plan, which is carried out when the rewrite ends.
 
         Raises:
             TypeError: there are no sources, one of them is not a constant, or ``make`` returns no tensor.
@@ -157,7 +157,7 @@ class Builder:
                     f"the sources of {fqn} contain {source!r}; pass a decoded weight, or a list of decoded weights "
                     "and of nodes of constants"
                 )
-        if not isinstance(layout, Hashable) or not callable(make):
+        if not isinstance(layout, Hashable) or not (isinstance(make, Planned) or callable(make)):
             raise TypeError(
                 f"{fqn} needs a layout that can be hashed, such as a tuple, and a function that computes it"
             )

@@ -2,12 +2,17 @@
 
 import itertools
 import keyword
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+
+from et_cuda_passes.threads import for_chunks
 
 
 class Decoded(ABC):
@@ -24,6 +29,72 @@ class Decoded(ABC):
         """Everything beside :attr:`sources` that determines the values; a part of the key of a packed constant."""
 
 
+@dataclass(frozen=True, eq=False)
+class Planned(ABC):
+    """A constant that is computed when the rewrite ends, and only if the program still reads it then.
+
+    Attributes:
+        shape: of the constant, which is contiguous.
+        dtype: of the constant.
+        sources: the tensors that it is computed from; it is on their device.
+        form: determines the values beside the bytes of ``sources``; a text that is the same in every process.
+        pieces: parts that are computed independently of each other.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sources: tuple[torch.Tensor, ...]
+    form: str
+    pieces: Sequence[Any]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the constant."""
+        return self.sources[0].device
+
+    @abstractmethod
+    def worker(self, buffers: dict[Hashable, Any]) -> Callable[[Any, torch.Tensor], None]:
+        """The function ``(piece, out)`` that writes a piece into the constant; called once in each thread.
+
+        ``buffers`` are those of the thread, which several constants share.
+        """
+
+
+def compute(planned: Sequence[tuple[Planned, torch.Tensor]]) -> None:
+    """Write each constant into the tensor beside it, in several threads."""
+
+    def worker() -> Callable[[tuple[Planned, torch.Tensor, Any]], None]:
+        buffers: dict[Hashable, Any] = {}
+        current: list[Any] = [None, None]
+
+        def work(piece: tuple[Planned, torch.Tensor, Any]) -> None:
+            plan, out, part = piece
+            if current[0] is not plan:
+                current[:] = plan, plan.worker(buffers)
+            current[1](part, out)
+
+        return work
+
+    pieces = [(plan, out, part) for plan, out in planned for part in plan.pieces]
+    if pieces:
+        for_chunks(pieces, worker, planned[0][0].device)
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A constant: its tensor, or its plan until it is computed; and the tensors that it was made from."""
+
+    name: str
+    made: torch.Tensor | None
+    plan: Planned | None
+    held: tuple[torch.Tensor, ...]
+    versions: list[int]
+
+
+_BATCH_BYTES = 64 << 20
+"""Constants are computed together until they have so many bytes: small ones then fill all threads."""
+
+
 class ConstantCache:
     """Packed constants by source and layout. The methods of one model share it, and so pack a weight once.
 
@@ -32,37 +103,84 @@ class ConstantCache:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[str, torch.Tensor, tuple[torch.Tensor, ...], list[int]]] = {}
-        self._names: set[str] = set()
+        self._entries: dict[Hashable, _Entry] = {}
+        self._by_name: dict[str, _Entry] = {}
 
     def get(
-        self, fqn: str, sources: tuple[torch.Tensor | None, ...], layout: Hashable, make: Callable[[], torch.Tensor]
-    ) -> tuple[str, torch.Tensor]:
-        """The FQN and tensor of ``sources`` in ``layout``. The first call computes the tensor and names it ``fqn``.
+        self,
+        fqn: str,
+        sources: tuple["torch.Tensor | str | None", ...],
+        layout: Hashable,
+        make: Callable[[], torch.Tensor] | Planned,
+    ) -> tuple[str, torch.Tensor | Planned]:
+        """The FQN of ``sources`` in ``layout``, and its tensor or its plan. The first call names it ``fqn``.
 
         A second constant with the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
+
+        Args:
+            fqn: the name, unless it is taken.
+            sources: tensors, and the FQNs of constants of this cache.
+            layout: distinguishes constants with the same sources.
+            make: computes the tensor, or is its plan.
 
         Raises:
             TypeError: ``sources`` is empty or contains None, for a node that is not a constant of the program; or
                 ``make`` does not return a tensor.
         """
-        held = tuple(source for source in sources if source is not None)
-        if not held or len(held) < len(sources):
+        if not sources or None in [source for source in sources if not isinstance(source, torch.Tensor)]:
             raise TypeError(
                 f"{fqn} needs sources, and each must be a constant of the program, to distinguish it from other "
                 "constants; for a quantized weight pass weight_of(m)"
             )
-        key = (tuple(map(tensor_identity, held)), layout)
-        if key not in self._entries or _versions(self._entries[key][2]) != self._entries[key][3]:
+        held = tuple(source for source in sources if isinstance(source, torch.Tensor))
+        identities = (tensor_identity(each) if isinstance(each, torch.Tensor) else each for each in sources)
+        key = (tuple(identities), layout)
+        entry = self._entries.get(key)
+        if entry is None or _versions(entry.held) != entry.versions:
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
-            name = next(name for name in names if name not in self._names)
-            created: object = make()
-            if not isinstance(created, torch.Tensor):
-                raise TypeError(f"the function that makes {fqn} returned {created!r}; it must return a tensor")
-            self._names.add(name)
-            self._entries[key] = (name, created, held, _versions(held))
-        name, tensor, *_ = self._entries[key]
-        return name, tensor
+            name = next(name for name in names if name not in self._by_name)
+            made = None if isinstance(make, Planned) else _made(fqn, make)
+            entry = self._entries[key] = self._by_name[name] = _Entry(name, made, None, held, _versions(held))
+        if entry.made is None and isinstance(make, Planned):
+            entry.plan = make
+        made_or_plan = entry.plan if entry.made is None else entry.made
+        assert made_or_plan is not None
+        return entry.name, made_or_plan
+
+    def plan(self, name: str) -> Planned | None:
+        """The plan of a constant that has one, also if it is computed already."""
+        return self._by_name[name].plan
+
+    def tensors(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """The tensors of constants; those that are only planned are computed, small ones together."""
+        entries = [self._by_name[name] for name in names]
+        batch: list[_Entry] = []
+        size = 0
+        for entry in entries:
+            if entry.made is None and entry.plan is not None and entry not in batch:
+                batch.append(entry)
+                size += math.prod(entry.plan.shape) * entry.plan.dtype.itemsize
+            if size >= _BATCH_BYTES:
+                self._compute(batch)
+                batch, size = [], 0
+        self._compute(batch)
+        return {entry.name: entry.made for entry in entries if entry.made is not None}
+
+    def _compute(self, batch: Sequence[_Entry]) -> None:
+        work = []
+        for entry in batch:
+            plan = entry.plan
+            assert plan is not None
+            entry.made = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+            work.append((plan, entry.made))
+        compute(work)
+
+
+def _made(fqn: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    created: object = make()
+    if not isinstance(created, torch.Tensor):
+        raise TypeError(f"the function that makes {fqn} returned {created!r}; it must return a tensor")
+    return created
 
 
 _MODULE_ATTRIBUTES = frozenset(dir(torch.nn.Module()))

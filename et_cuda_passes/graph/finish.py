@@ -76,7 +76,7 @@ def separate_colliding_names(program: Program, added: Iterable[str]) -> None:
         target = program.fqn_key(node)
         if target is None or target not in crowded:
             continue
-        whole = cast(torch.Tensor, program.constant(node))
+        whole = cast(torch.Tensor, program.held(node))
         if type(whole) in (torch.Tensor, torch.nn.Parameter):
             name = f"{target}.original"
             while name in program.state_dict or name in program.constants:
@@ -113,7 +113,7 @@ def drop_unused_aliases(program: Program, dropped: Iterable[torch.Tensor]) -> No
     """Drop the other names of dropped tensors: ``torch.export`` lists all names of a tied weight, but reads one."""
     gone = {tensor_identity(tensor) for tensor in dropped}
     for node in program.graph.find_nodes(op="placeholder"):
-        held = program.constant(node)
+        held = program.held(node)
         if held is not None and not node.users and tensor_identity(held) in gone:
             program.remove_constant(node)
             program.graph.erase_node(node)
@@ -129,7 +129,7 @@ def merge_mutated_names(program: Program) -> None:
     """
     groups: dict[Hashable, list[Node]] = defaultdict(list)
     for node in program.graph.find_nodes(op="placeholder"):
-        held = program.constant(node)
+        held = program.held(node)
         if held is not None and held.numel() and program.is_mutated(node):
             groups[tensor_identity(held)].append(node)
     for nodes in groups.values():

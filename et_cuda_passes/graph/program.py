@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from et_cuda_passes.graph.aliasing import all_mutated_nodes
 from et_cuda_passes.graph.constants import (
     ConstantCache,
+    Planned,
     check_name,
     module_names,
     strip_parametrization,
@@ -74,6 +75,8 @@ class Program:
         """Nodes to erase unless something still reads them."""
         self.added: dict[str, Node] = {}
         """The placeholders of new constants, by FQN."""
+        self._planned: set[str] = set()
+        """The FQNs of constants that are not computed yet."""
         self._modules = module_names([*self.state_dict, *self.constants])
         self.kept: set[Node] = set()
         """Nodes that a rule keeps as they are."""
@@ -87,7 +90,7 @@ class Program:
         self.refresh()
         self._first_name: dict[Hashable, str] = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            if (held := self.constant(node)) is not None and (target := self.fqn_key(node)) is not None:
+            if (held := self.held(node)) is not None and (target := self.fqn_key(node)) is not None:
                 self._first_name.setdefault(tensor_identity(held), target)
 
     def as_graph_module(self) -> GraphModule:
@@ -112,7 +115,7 @@ class Program:
         for node in nodes:
             self.calls[op_of(node)].append(node)
         updated = filter(self.is_mutated_buffer, self.graph.find_nodes(op="placeholder"))
-        self.mutated = all_mutated_nodes(nodes, updated, self.constant, self.subgraphs.views)
+        self.mutated = all_mutated_nodes(nodes, updated, self.held, self.subgraphs.views)
         self.fake_mode = next(
             (n.meta["val"].fake_mode for n in nodes if isinstance(n.meta.get("val"), FakeTensor)), None
         ) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -149,11 +152,14 @@ class Program:
         spec = self._specs.get(node.name) if node.graph is self.graph else None
         return spec.target if spec is not None and spec.kind in _CONSTANT_KINDS else None
 
-    def constant(self, node: Node) -> torch.Tensor | None:
-        """The tensor of ``node`` if it is a parameter, buffer, lifted constant, or inner tensor of one; else None."""
+    def held(self, node: Node) -> torch.Tensor | None:
+        """The tensor of ``node`` if it is a parameter, buffer, lifted constant, or inner tensor of one; else None.
+
+        That of a constant that is only planned holds no values: it is on the meta device.
+        """
         node = self.resolve(node)
         if op_of(node) is ACCESS_SUBCLASS_TENSOR:
-            whole = self.constant(cast(Node, node.args[0]))
+            whole = self.held(cast(Node, node.args[0]))
             return None if whole is None else cast(torch.Tensor, getattr(whole, cast(str, node.args[1])))
         target = self.fqn_key(node)
         if node.op != "placeholder" or target is None:
@@ -161,13 +167,33 @@ class Program:
         value = self.state_dict.get(target, self.constants.get(target))
         return value if isinstance(value, torch.Tensor) else None
 
+    def constant(self, node: Node) -> torch.Tensor | None:
+        """:meth:`held` with its values: a constant that is only planned is computed."""
+        tensor = self.held(node)
+        if tensor is not None and (name := self.fqn_key(node)) in self._planned:
+            assert name is not None
+            self.compute([name])
+            return cast(torch.Tensor, self.state_dict[name])
+        return tensor
+
+    def plan(self, node: Node) -> Planned | None:
+        """The plan of constant ``node``, if a rule of this rewrite or of another method planned it."""
+        name = self.fqn_key(node)
+        return self.pool.plan(name) if name in self.added else None
+
+    def compute(self, names: Iterable[str]) -> None:
+        """Compute the planned constants with these names."""
+        for name, tensor in self.pool.tensors(names).items():
+            self.state_dict[name] = torch.nn.Parameter(tensor, requires_grad=False)
+            self._planned.discard(name)
+
     def fqn(self, node: Node) -> str | None:
         """The FQN of the weight to which a constant belongs, the same in every form of the weight.
 
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
         ``l.parametrizations.weight.original0``. A tied weight has its first name.
         """
-        held, target = self.constant(node := self._owner(node)), self.fqn_key(node)
+        held, target = self.held(node := self._owner(node)), self.fqn_key(node)
         return (
             None
             if held is None or target is None
@@ -200,7 +226,12 @@ class Program:
     # Changing --------------------------------------------------------------------------------------------------------
 
     def add_constant(
-        self, fqn: str, sources: Iterable[Node], layout: Hashable, make: Callable[[], torch.Tensor], graph: Graph
+        self,
+        fqn: str,
+        sources: Iterable[Node],
+        layout: Hashable,
+        make: Callable[[], torch.Tensor] | Planned,
+        graph: Graph,
     ) -> Node:
         """A parameter that holds ``make()``, or the existing one with equal sources and layout.
 
@@ -208,7 +239,7 @@ class Program:
             fqn: the name of the new parameter, which extends that of the original (``<fqn>.packed``).
             sources: the constants from which it is computed.
             layout: distinguishes constants with the same sources; equal layouts must mean equal results.
-            make: computes the tensor.
+            make: computes the tensor, or is its plan: then it is computed when the program is finished.
             graph: the graph that reads it, the program's own or a subgraph.
 
         Returns:
@@ -220,24 +251,39 @@ class Program:
         nodes = tuple(sources)
         if fqn not in self.added:
             check_name(fqn, self._modules, self.added)
-        name, tensor = self.pool.get(fqn, tuple(map(self.constant, nodes)), layout, make)
+        name, value = self.pool.get(fqn, tuple(map(self._source_of, nodes)), layout, make)
         if name not in self.added:
-            self.added[name] = self._placeholder_of(name, tensor, nodes[0])
+            self.added[name] = self._placeholder_of(name, value, nodes[0])
             self._modules |= module_names([name])
         return self.subgraphs.thread_through(self.added[name], graph)
 
-    def _placeholder_of(self, name: str, tensor: torch.Tensor, source: Node) -> Node:
+    def _source_of(self, node: Node) -> torch.Tensor | str | None:
+        """The tensor of constant ``node``, or its FQN if a rule created it: it may be only planned."""
+        name = self.fqn_key(node)
+        return name if name in self.added else self.constant(node)
+
+    def _placeholder_of(self, name: str, value: torch.Tensor | Planned, source: Node) -> Node:
         held_already = self.state_dict.get(name)
-        if held_already is not None and held_already.data_ptr() == tensor.data_ptr():
+        made = isinstance(value, torch.Tensor)
+        if made and held_already is not None and held_already.data_ptr() == value.data_ptr():
             # An earlier rewrite with the same cache added it.
             there = (node for node in self.graph.find_nodes(op="placeholder") if self.fqn_key(node) == name)
             return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
-        return self.insert_parameter(name, tensor, before=self._owner(source))
+        if made:
+            return self.insert_parameter(name, value, self._owner(source))
+        self._planned.add(name)
+        tensor = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        return self.insert_parameter(name, tensor, self._owner(source), value.device)
 
-    def insert_parameter(self, name: str, tensor: torch.Tensor, before: Node) -> Node:
-        """The placeholder of a new parameter ``name`` that holds ``tensor``, before placeholder ``before``."""
+    def insert_parameter(
+        self, name: str, tensor: torch.Tensor, before: Node, device: torch.device | None = None
+    ) -> Node:
+        """The placeholder of a new parameter ``name`` that holds ``tensor``, before placeholder ``before``.
+
+        ``device`` is that of its value in the graph, by default the tensor's.
+        """
         parameter = torch.nn.Parameter(tensor, requires_grad=False)
         with self.graph.inserting_before(before):
             node = self.graph.placeholder("p_" + name.replace(".", "_"))
@@ -245,7 +291,7 @@ class Program:
         node.target = node.name
         form = (tensor.shape, tensor.stride())
         with self.fake_mode:
-            node.meta["val"] = torch.empty_strided(*form, dtype=tensor.dtype, device=tensor.device)
+            node.meta["val"] = torch.empty_strided(*form, dtype=tensor.dtype, device=device or tensor.device)
         self._specs[node.name] = InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name)
         self.state_dict[name] = parameter
         return node
@@ -288,6 +334,7 @@ class Program:
         """Remove constant ``node`` and its tensor from the program; the caller erases the node."""
         target = cast(str, self._specs.pop(node.name).target)
         self.added.pop(target, None)
+        self._planned.discard(target)
         self.dropped += [table.pop(target) for table in (self.state_dict, self.constants) if target in table]
 
     def replace_graph(self, module: GraphModule, name: str) -> None:
@@ -322,6 +369,7 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """The program with its signature updated. torch lints the graph and runs the dialect's verifier."""
+        self.compute(sorted(self._planned))
         self.subgraphs.recompile()
         values = self.graph.output_node().args[0]
         for spec, value in zip(self._outputs, cast(Iterable[Any], values), strict=True):

@@ -1,10 +1,7 @@
-"""Checks of the arguments that all layouts share, and the cutting of weights into chunks."""
+"""Checks of the arguments that all layouts share."""
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-
-CHUNK_BYTES = 1 << 20
-"""Default number of bytes of weights that are packed at a time. They stay in a cache, and calls cost little."""
 
 INNER_K_TILES = (8, 4, 2)
 
@@ -74,16 +71,3 @@ def require_four_bits(chunk: torch.Tensor, offset: int) -> None:
             f"weights must lie in {-offset}..{15 - offset} (offset {offset}), found {low}..{high}; "
             f"{hint}, or check that the weight is 4-bit"
         )
-
-
-def rows_per_chunk(k: int, chunk_bytes: int, multiple: int) -> int:
-    """The number of rows of `k` bytes that fit into `chunk_bytes`, rounded down to `multiple`, but at least that."""
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    return max(multiple, chunk_bytes // k // multiple * multiple)
-
-
-def pad_rows(chunk: torch.Tensor, rows: int) -> torch.Tensor:
-    """Append rows of zeros to `chunk` until it has `rows` rows."""
-    missing = rows - chunk.shape[0]
-    return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing > 0 else chunk

@@ -3,8 +3,8 @@
 The layout depends on the instruction set of the host that packs: rows come in blocks (64 with AVX-512, 32 with AVX2),
 and the order of the nibbles inside a block differs. A packed weight is valid only on hosts with the same
 `torch.backends.cpu.get_cpu_capability()`. This module therefore has no formula of the layout: it packs and unpacks by
-calling `aten._convert_weight_to_int4pack_for_cpu`, or faster, in the order of rows that this operator shows at the first
-call (`block_rows`, `_row_order`).
+calling `aten._convert_weight_to_int4pack_for_cpu`, or faster in the order of rows that this operator shows at the
+first call (`block_rows`, `_row_order`).
 
 Source: pytorch, aten/src/ATen/native/cpu/int4mm_kernel.cpp, and measurements. N % 16 == 0, K % 2 == 0, the kernel takes
 group sizes 32, 64, 128 and 256 that divide K, and bf16, fp16 or fp32 activations with scale_and_zero of the same dtype.
@@ -16,17 +16,15 @@ import functools
 import torch
 
 from ._checks import (
-    CHUNK_BYTES,
-    pad_rows,
     require_dtype,
     require_four_bits,
     require_tensor,
     require_weight,
-    rows_per_chunk,
 )
 from .layout import Layout
-from .rows import RowPacker, pack_rows
+from .rows import CHUNK_BYTES, RowPacker, pack_rows, pad_rows, rows_per_chunk
 from .scale_and_zero import check_pairs, pack_pairs, unpack_pairs
+
 
 def pack(
     q: torch.Tensor, offset: int = 0, *, out_rows: int | None = None, chunk_bytes: int = CHUNK_BYTES

@@ -11,8 +11,8 @@ exir/passes/_quant_patterns_and_replacements.py.
 
 import torch
 
-from ._checks import CHUNK_BYTES, require_dtype, require_tensor
-from .rows import RowPacker, join_neighbours, pack_rows
+from ._checks import require_dtype, require_tensor
+from .rows import CHUNK_BYTES, RowPacker, join_neighbours, pack_rows
 
 # The position of each weight in a byte, from the first weight on.
 _SHIFTS = {2: (0, 2, 4, 6), 4: (4, 0), 8: (0,)}
@@ -54,7 +54,10 @@ def packer(k: int, bits: int, offset: int, rows: int, like: torch.Tensor) -> Row
     """A function that packs at most ``rows`` rows of K weights, for which see `pack`."""
     # Allocated once: fresh memory for every chunk costs more than the arithmetic.
     all_weights = like.new_empty(rows, k, dtype=torch.uint8)
-    all_halves, buffer = like.new_empty(rows, k // 2, dtype=torch.uint8), like.new_empty(rows, k // 2, dtype=torch.int16)
+    all_halves, buffer = (
+        like.new_empty(rows, k // 2, dtype=torch.uint8),
+        like.new_empty(rows, k // 2, dtype=torch.int16),
+    )
 
     def pack(q: torch.Tensor, out: torch.Tensor) -> None:
         # aminmax lacks the wider unsigned dtypes.

@@ -12,9 +12,9 @@ also has fp16.
 import torch
 import torch.nn.functional as F
 
-from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight
+from ._checks import require_dtype, require_four_bits, require_tensor, require_weight
 from .layout import Layout, unsigned_shift
-from .rows import RowPacker, join_neighbours, pack_rows
+from .rows import CHUNK_BYTES, RowPacker, join_neighbours, pack_rows
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
 
 

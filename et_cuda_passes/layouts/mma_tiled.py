@@ -15,9 +15,9 @@ number per group and then zeros. S is padded K / group + 3, rounded up to a mult
 import torch
 import torch.nn.functional as F
 
-from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
+from ._checks import require_dtype, require_four_bits, require_tensor, require_weight
 from .layout import ZERO_OFFSET, Layout
-from .rows import RowPacker, pack_rows
+from .rows import CHUNK_BYTES, RowPacker, pack_rows
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
 
 BLOCK = 64

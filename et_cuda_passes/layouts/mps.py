@@ -15,10 +15,10 @@ The kernel has fp32, fp16 and bf16, and group sizes 32, 64, 128 and 256. It roun
 import torch
 
 from . import metal
-from ._checks import CHUNK_BYTES, require_inner_k_tiles, require_weight
+from ._checks import require_inner_k_tiles, require_weight
 from .layout import Layout
 from .metal import rows_of_bytes, unpack_bytes
-from .rows import RowPacker, pack_rows
+from .rows import CHUNK_BYTES, RowPacker, pack_rows
 from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
 from .tile_packed_to_4d import int4pack_mm, largest_inner_k_tiles, packed_shape, require_packed
 

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from ._checks import pad_rows, rows_per_chunk
-from .threads import for_chunks, ranges
+from et_cuda_passes.threads import for_chunks, ranges
+
+CHUNK_BYTES = 1 << 20
+"""Default number of bytes of weights that are packed at a time. They stay in a cache, and calls cost little."""
 
 RowPacker = Callable[[torch.Tensor, torch.Tensor], None]
 """``(q, out)``: packs rows q [rows, K] into ``out``, the same rows of the result. It keeps its buffers."""
@@ -58,3 +60,16 @@ def join_neighbours(weights: torch.Tensor, bits: int, buffer: torch.Tensor, out:
     pairs = weights.view(torch.int16)
     shifted = torch.bitwise_right_shift(pairs, 8 - bits, out=buffer[: pairs.shape[0], : pairs.shape[1]])
     out.copy_(shifted.add_(pairs))
+
+
+def rows_per_chunk(k: int, chunk_bytes: int, multiple: int) -> int:
+    """The number of rows of `k` bytes that fit into `chunk_bytes`, rounded down to `multiple`, but at least that."""
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    return max(multiple, chunk_bytes // k // multiple * multiple)
+
+
+def pad_rows(chunk: torch.Tensor, rows: int) -> torch.Tensor:
+    """Append rows of zeros to `chunk` until it has `rows` rows."""
+    missing = rows - chunk.shape[0]
+    return torch.nn.functional.pad(chunk, (0, 0, 0, missing)) if missing > 0 else chunk

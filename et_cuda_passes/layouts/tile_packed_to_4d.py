@@ -15,17 +15,15 @@ Bytes are reinterpreted as wider integers, low byte first, which is the order on
 import torch
 
 from ._checks import (
-    CHUNK_BYTES,
     INNER_K_TILES,
     require_dtype,
     require_four_bits,
     require_inner_k_tiles,
     require_tensor,
     require_weight,
-    rows_per_chunk,
 )
 from .layout import Layout
-from .rows import RowPacker, pack_rows
+from .rows import CHUNK_BYTES, RowPacker, pack_rows, rows_per_chunk
 from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F

@@ -198,7 +198,7 @@ def _wrapped(
     ``whole`` maps each node that holds such a weight to its placeholder.
     """
     if node.op == "placeholder":
-        if is_wrapped(program.constant(node)):
+        if is_wrapped(program.held(node)):
             whole[node] = node
         return
     sources = dict.fromkeys(whole[source] for source in _read(node, program.subgraphs) if source in whole)
@@ -210,7 +210,7 @@ def _wrapped(
         return
     fqn = ", ".join(program.fqn(source) or source.name for source in sources)
     # No rule replaces a wrapped weight, so the candidate lists no weights.
-    yield Candidate(node, (), fqn, program.subgraphs.path(node), wrapped_reason(program.constant(first), why, schemes))
+    yield Candidate(node, (), fqn, program.subgraphs.path(node), wrapped_reason(program.held(first), why, schemes))
 
 
 def consumers(weight: Node) -> Iterator[Node]:
@@ -225,7 +225,7 @@ def consumers(weight: Node) -> Iterator[Node]:
 def _is_constant(program: Program, node: Node, constant: set[Node]) -> bool:
     """Whether ``node`` has the same value in every run: a constant, or computed from constants alone."""
     if node.op == "placeholder":
-        return program.constant(node) is not None or program.subgraphs.captured_operand(node) in constant
+        return program.held(node) is not None or program.subgraphs.captured_operand(node) in constant
     inputs = node.all_input_nodes
     return node.op == "call_function" and bool(inputs) and all(source in constant for source in inputs)
 

@@ -7,6 +7,7 @@ rule of a matrix serves experts too.
 import operator
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, load_plain
+from et_cuda_passes.quant.weight import QuantizedWeight, RowReader, WeightValues, per_row, read_plain
 
 aten = torch.ops.aten
 
@@ -92,15 +93,20 @@ def expert_weight(stack: QuantizedWeight, index: Any) -> QuantizedWeight:
             "weight[ids] with a tensor ids, and multiply with bmm"
         )
     expert, n = index % count, matrix.shape[0] // count
-    rows = slice(expert * n, (expert + 1) * n)
 
-    def load(program: Program, _: QuantizedWeight) -> WeightValues:
-        whole = (matrix.loader or load_plain)(program, matrix)
-        points = None if whole.zero_point is None else whole.zero_point[rows]
-        return WeightValues(lambda: whole.data[rows], whole.scale[rows], points)
+    def reader(program: Program, _: QuantizedWeight) -> RowReader:
+        read = (matrix.loader or read_plain)(program, matrix)
+
+        def read_expert(rows: slice) -> WeightValues:
+            first, last, _ = rows.indices(n)
+            return read(slice(expert * n + first, expert * n + last))
+
+        return read_expert
 
     block = (min(matrix.block_size[0], n), matrix.block_size[1])
-    return replace(matrix, shape=(n, matrix.shape[1]), block_size=block, loader=load, encoding="expert", expert=expert)
+    return replace(
+        matrix, shape=(n, matrix.shape[1]), block_size=block, loader=reader, encoding="expert", expert=expert
+    )
 
 
 def num_experts(stack: QuantizedWeight) -> int:
@@ -136,21 +142,33 @@ def as_transposed_matrix(stack: QuantizedWeight) -> QuantizedWeight:
     def transposed(part: Tensor, *shape: int) -> Tensor:
         return part.detach().reshape(shape).transpose(1, 2)
 
-    def load(program: Program, weight: QuantizedWeight) -> WeightValues:
+    def reader(program: Program, weight: QuantizedWeight) -> RowReader:
         data, scale, *rest = (program.constant(node) for node in stack.sources)
         assert data is not None and scale is not None
         blocks = [size // block for size, block in zip(stack.shape, stack.block_size, strict=True)]
+        integers = transposed(data, experts, k, n)
 
         def table(part: Tensor) -> Tensor:
-            return transposed(part, *blocks).reshape(-1, blocks[1]).repeat_interleave(weight.block_size[0], dim=0)
+            return transposed(part, *blocks).reshape(-1, blocks[1])
 
-        points = next((table(part) for part in rest if part is not None), None)
-        return WeightValues(lambda: transposed(data, experts, k, n).reshape(-1, k), table(scale), points)
+        scales, points = table(scale), next((table(part) for part in rest if part is not None), None)
+
+        def read(rows: slice) -> WeightValues:
+            first, last, _ = rows.indices(experts * n)
+            # A view of the rows of each expert: those of one lie beside each other in no memory.
+            ends = [*range(first // n * n, last, n), last]
+            parts = [integers[start // n, max(first, start) % n : (end - 1) % n + 1] for start, end in pairwise(ends)]
+            zero_points = None if points is None else per_row(weight, points, rows)
+            return WeightValues(
+                lambda: parts[0] if len(parts) == 1 else torch.cat(parts), per_row(weight, scales, rows), zero_points
+            )
+
+        return read
 
     if stack.scale is None:
         raise Unmet("a scale that is no tensor: quantize in blocks of (1, group size, 1)")
     block = (_rows_per_scale(stack, 2), stack.block_size[1])
-    return replace(stack, shape=(experts * n, k), block_size=block, loader=load, encoding="columns")
+    return replace(stack, shape=(experts * n, k), block_size=block, loader=reader, encoding="columns")
 
 
 def _check_stack(weight: QuantizedWeight) -> None:

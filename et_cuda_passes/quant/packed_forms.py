@@ -11,7 +11,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, check_blocks, constant
+from et_cuda_passes.quant.weight import QuantizedWeight, RowReader, WeightValues, check_blocks, constant
 
 _BLOCK = 256
 """Weights of a block."""
@@ -41,22 +41,26 @@ def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
         storage_dtype=packed.dtype,
         scale_dtype=scales.dtype,
         output_dtype=_output_dtype(bound["output_dtype"]),
-        loader=_load_int4_tensor,
+        loader=_read_int4_tensor,
         encoding="int4_tensor",
     )
     check_blocks(weight, scales, points)
     return weight
 
 
-def _load_int4_tensor(program: Program, weight: QuantizedWeight) -> WeightValues:
+def _read_int4_tensor(program: Program, weight: QuantizedWeight) -> RowReader:
     tensors = [program.constant(node) for node in weight.sources]
     packed, scale, zero_point = (tensor.detach() for tensor in tensors if tensor is not None)
 
-    def load() -> Tensor:
-        data = packed.view(torch.uint8)
-        return torch.stack((data & 15, data >> 4), dim=-1).reshape(weight.shape)
+    def read(rows: slice) -> WeightValues:
+        data = packed[rows].view(torch.uint8)
 
-    return WeightValues(load, scale.t(), zero_point.t())
+        def load() -> Tensor:
+            return torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+
+        return WeightValues(load, scale.t()[rows], zero_point.t()[rows])
+
+    return read
 
 
 def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
@@ -74,8 +78,8 @@ def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
     if raw.shape[1] % size:
         raise Unmet(f"rows of {raw.shape[1]} bytes, which {kind} blocks of {size} do not divide")
 
-    def load(program: Program, weight: QuantizedWeight) -> WeightValues:
-        return _load_gguf(program, weight, kind)
+    def reader(program: Program, weight: QuantizedWeight) -> RowReader:
+        return _read_gguf(program, weight, kind)
 
     return QuantizedWeight(
         fqn=program.fqn(data) or data.name,
@@ -89,23 +93,28 @@ def decode_gguf(program: Program, node: Node) -> QuantizedWeight:
         storage_dtype=raw.dtype,
         scale_dtype=torch.float32,
         output_dtype=_output_dtype(bound["output_dtype"]),
-        loader=load,
+        loader=reader,
         encoding=kind,
     )
 
 
-def _load_gguf(program: Program, weight: QuantizedWeight, kind: str) -> WeightValues:
+def _read_gguf(program: Program, weight: QuantizedWeight, kind: str) -> RowReader:
     raw = program.constant(weight.data)
     assert raw is not None
-    rows = weight.shape[0]
-    blocks = raw.detach().reshape(-1, _GGUF[kind][0])
-    if kind == "q6_k":
-        scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()
-        return WeightValues(lambda: _six_bits(blocks).view(weight.shape), scale.view(rows, -1), None)
-    scale, minimum = _scales_and_minimums(blocks[:, 4:16])
-    scale, minimum = scale * _half(blocks[:, :2]), minimum * _half(blocks[:, 2:4])
-    load = _four_bits if kind == "q4_k" else _five_bits
-    return WeightValues(lambda: load(blocks).view(weight.shape), scale.view(rows, -1), None, minimum.view(rows, -1))
+    data = raw.detach()
+
+    def read(rows: slice) -> WeightValues:
+        some = data[rows]
+        blocks, n = some.reshape(-1, _GGUF[kind][0]), some.shape[0]
+        if kind == "q6_k":
+            scale = _half(blocks[:, 208:]) * blocks[:, 192:208].view(torch.int8).float()
+            return WeightValues(lambda: _six_bits(blocks).view(n, -1), scale.view(n, -1), None)
+        scale, minimum = _scales_and_minimums(blocks[:, 4:16])
+        scale, minimum = scale * _half(blocks[:, :2]), minimum * _half(blocks[:, 2:4])
+        load = _four_bits if kind == "q4_k" else _five_bits
+        return WeightValues(lambda: load(blocks).view(n, -1), scale.view(n, -1), None, minimum.view(n, -1))
+
+    return read
 
 
 def _half(columns: Tensor) -> Tensor:

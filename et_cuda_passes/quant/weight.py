@@ -17,7 +17,7 @@ from et_cuda_passes.graph.program import Program
 
 @dataclass(frozen=True)
 class WeightValues:
-    """The tensors of a :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
+    """The tensors of rows of a :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
 
     ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None if they are zero. ``load``
     returns the integers [N, K], and unpacks them if they are stored packed.
@@ -32,6 +32,11 @@ class WeightValues:
     def data(self) -> Tensor:
         """The integers [N, K]."""
         return self.load()
+
+
+ALL_ROWS = slice(None)
+RowReader = Callable[[slice], WeightValues]
+"""The values of a run of rows, which begins and ends inside of the weight. It holds the tensors, not the program."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,8 @@ class QuantizedWeight(Decoded):
         scale_dtype: dtype of the scales.
         output_dtype: dtype of the dequantized weight.
         constant_qparams: the scale and the zero point of the whole weight if the graph holds them as numbers.
-        loader: computes the tensors of a weight that is not stored as one integer an element; None for
-            :func:`load_plain`.
+        loader: returns the reader of a weight that is not stored as one integer an element; None for
+            :func:`read_plain`.
         encoding: names the form that ``loader`` reads; empty without a loader.
         expert: the index of this expert, if ``data`` holds the weights of several experts; None for all of ``data``.
     """
@@ -68,7 +73,7 @@ class QuantizedWeight(Decoded):
     scale_dtype: torch.dtype
     output_dtype: torch.dtype
     constant_qparams: tuple[float, int] | None = None
-    loader: "Callable[[Program, QuantizedWeight], WeightValues] | None" = None
+    loader: "Callable[[Program, QuantizedWeight], RowReader] | None" = None
     encoding: str = ""
     expert: int | None = None
 
@@ -193,25 +198,35 @@ def check_blocks(weight: QuantizedWeight, scale: Tensor | None, zero_point: Tens
             raise Unmet(f"{part.numel()} {name} for {blocks} blocks")
 
 
-def per_row(weight: QuantizedWeight, part: Tensor) -> Tensor:
-    """One value a block, as [N, K / group], repeated for the rows that share it."""
-    rows = weight.block_size[0]
-    table = part.detach().reshape(weight.shape[0] // rows, -1)
-    return table if rows == 1 else table.repeat_interleave(rows, dim=0)
+def per_row(weight: QuantizedWeight, part: Tensor, rows: slice = ALL_ROWS) -> Tensor:
+    """One value a block, as [rows, K / group], repeated for the rows that share it."""
+    together = weight.block_size[0]
+    table = part.detach().reshape(weight.shape[0] // together, -1)
+    if together == 1:
+        return table[rows]
+    first, last, _ = rows.indices(weight.shape[0])
+    return table[torch.arange(first, last, device=table.device) // together]
 
 
-def load_plain(program: Program, weight: QuantizedWeight) -> WeightValues:
-    """The tensors of a weight with one integer an element, [N, K] or [N, K, 1, ...]; the integers are a view."""
+def read_plain(program: Program, weight: QuantizedWeight) -> RowReader:
+    """The reader of a weight with one integer an element, [N, K] or [N, K, 1, ...]; the integers are a view."""
     data = program.constant(weight.data)
     assert data is not None
     integers = data.detach().reshape(weight.shape[:2])
-    if weight.constant_qparams is not None:
-        scale, zero_point = (torch.full((weight.shape[0], 1), value) for value in weight.constant_qparams)
-        return WeightValues(lambda: integers, scale, zero_point)
+    numbers = weight.constant_qparams
     scales = None if weight.scale is None else program.constant(weight.scale)
     points = None if weight.zero_point is None else program.constant(weight.zero_point)
-    assert scales is not None
-    return WeightValues(lambda: integers, per_row(weight, scales), None if points is None else per_row(weight, points))
+
+    def read(rows: slice) -> WeightValues:
+        some = integers[rows]
+        if numbers is not None:
+            scale, zero_point = (torch.full((some.shape[0], 1), value) for value in numbers)
+            return WeightValues(lambda: some, scale, zero_point)
+        assert scales is not None
+        zero_points = None if points is None else per_row(weight, points, rows)
+        return WeightValues(lambda: some, per_row(weight, scales, rows), zero_points)
+
+    return read
 
 
 def has_data(program: Program, weight: QuantizedWeight) -> bool:
@@ -220,11 +235,20 @@ def has_data(program: Program, weight: QuantizedWeight) -> bool:
     return all(t is not None and t.device.type != "meta" and not isinstance(t, FakeTensor) for t in tensors)
 
 
-def weight_values(program: Program, weight: QuantizedWeight) -> WeightValues:
-    """The tensors of a matrix weight, or of a convolution whose kernel size is 1.
+def weight_rows(program: Program, weight: QuantizedWeight) -> RowReader:
+    """The reader of a matrix weight, or of a convolution whose kernel size is 1.
 
     Raises:
         Unmet: the weight is neither.
     """
     weight.group_size  # noqa: B018  (raises for other shapes)
-    return (weight.loader or load_plain)(program, weight)
+    return (weight.loader or read_plain)(program, weight)
+
+
+def weight_values(program: Program, weight: QuantizedWeight) -> WeightValues:
+    """The tensors of the whole weight, of which :func:`weight_rows` reads rows.
+
+    Raises:
+        Unmet: as :func:`weight_rows`.
+    """
+    return weight_rows(program, weight)(ALL_ROWS)

@@ -5,6 +5,7 @@ and int8 linears wherever single rows can be read from them, so that a table tie
 ``QuantizedEmbedding`` calls an operator of ExecuTorch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,15 @@ from et_cuda_passes.quant.decoders import dequantized, is_dequantize, weight_of
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_values
 from et_cuda_passes.rules.packing import (
     cast_of,
-    int4_scales,
-    int8_scales,
+    constant_tensors,
     kernel_dtype,
     kernel_of,
+    nonfinite_int4,
+    nonfinite_int8,
     pack_int4,
     pack_int8,
 )
+from et_cuda_passes.rules.plans import embedding_plan, table_plan
 from et_cuda_passes.rules.requirements import (
     dtype_names,
     integers_are_in_range,
@@ -43,6 +46,7 @@ from et_cuda_passes.rules.requirements import (
     weight_fits_8_bits,
     weight_has_data,
 )
+from et_cuda_passes.rules.values import always, nonfinite_tables, of_chunks
 
 aten = torch.ops.aten
 
@@ -94,7 +98,7 @@ class EmbeddingInt4(Rule):
         kernel_has_group_size,
         kernel_tiles_divide_k,
         kernel_has_result_dtype,
-        scales_are_finite(lambda m: int4_scales(m, result_scale_dtype(m))),
+        scales_are_finite(lambda m: nonfinite_int4(m, result_scale_dtype(m))),
     )
 
     def pattern(self, ids: Capture) -> Pattern:
@@ -140,7 +144,7 @@ class EmbeddingInt8(Rule):
         weight_has_data,
         integers_are_in_range,
         weight_fits_8_bits,
-        scales_are_finite(lambda m: int8_scales(m, m.val(m.root).dtype)),
+        scales_are_finite(lambda m: nonfinite_int8(m, m.val(m.root).dtype)),
     )
 
     def pattern(self, ids: Capture) -> Pattern:
@@ -249,8 +253,12 @@ def weight_has_no_minimum(m: Match) -> Failure | None:
 def zero_points_are_exact(m: Match) -> Failure | None:
     """The kernels read zero points in the dtype of the scales."""
     weight = weight_of(m)
-    points = stored_zero_points(weight_values(m.program, weight), weight)
-    rounded = int((points.to(stored_dtype(m)).double() != points).sum())
+
+    def rounded_points(parts: WeightValues) -> int:
+        points = stored_zero_points(parts, weight)
+        return int((points.to(stored_dtype(m)).double() != points).sum())
+
+    rounded = sum(of_chunks(m.program, weight, rounded_points))
     return Failure(f"{rounded} that are not") if rounded else None
 
 
@@ -278,7 +286,7 @@ class QuantizedEmbedding(Rule):
         executorch_has_dtypes,
         weight_has_no_minimum,
         zero_points_are_exact,
-        scales_are_finite(lambda m: (weight_values(m.program, weight_of(m)).scale,)),
+        scales_are_finite(lambda m: nonfinite_tables(m.program, weight_of(m), None)),
     )
 
     def pattern(self, ids: Capture) -> Pattern:
@@ -309,29 +317,26 @@ class QuantizedEmbedding(Rule):
         """Pack the table and call the operator."""
         weight, dtype, scale_dtype = weight_of(m), m.val(m.root).dtype, stored_dtype(m)
         bits, offset = table_form(weight)
+        groups = weight.in_features // weight.group_size
         form = ("embedding_table", bits, offset)
-        values = (*form, scale_dtype)
+        integers, values = (*form, weight.integers_key), (*form, scale_dtype)
+        tensors = constant_tensors(b.program, weight.sources)
 
-        def zero_points() -> Tensor:
-            return stored_zero_points(weight_values(b.program, weight), weight).to(scale_dtype)
+        def table(name: str, read: Callable[[WeightValues], Tensor]) -> Node:
+            key = (*values, name)
+            plan = table_plan(b.program, weight, groups, scale_dtype, read, tensors, (*key, weight.values_key))
+            return b.constant(f"{weight.fqn}.{name}", weight, key, plan)
 
         packed = b.constant(
             f"{weight.fqn}.packed",
             (weight.data,),
-            (*form, weight.integers_key),
-            lambda: embedding_table.pack(weight_values(b.program, weight).data, bits, offset),
+            integers,
+            embedding_plan(b.program, weight, bits, offset, tensors[:1], integers),
         )
-        scale = b.constant(
-            f"{weight.fqn}.scale",
-            weight,
-            (*values, "scale"),
-            lambda: weight_values(b.program, weight).scale.to(
-                scale_dtype, copy=True, memory_format=torch.contiguous_format
-            ),
-        )
+        scale = table("scale", lambda parts: parts.scale)
         zero_point = None
-        if bool(zero_points().any()):
-            zero_point = b.constant(f"{weight.fqn}.zero_point", weight, (*values, "zero_point"), zero_points)
+        if not all(of_chunks(b.program, weight, lambda parts: always(parts.zero_point, (1 << bits - 1) - offset))):
+            zero_point = table("zero_point", lambda parts: stored_zero_points(parts, weight))
         # The kernels of 8 bits have int64 only.
         ids = m.ids if m.val(m.ids).dtype is torch.int64 else b.cast(m.ids, torch.int64)
         if self.check_ids:

@@ -5,7 +5,7 @@ fused operator is one launch and one pass over the output fewer.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from et_cuda_passes.graph.rule import Failure, Notes, Requirement, Rule, require
 from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR, MMA_TILED
 from et_cuda_passes.rules.linear import describe_tilings
+from et_cuda_passes.rules.plans import interleaved, plan_of
 
 aten = torch.ops.aten
 
@@ -53,12 +54,6 @@ def can_fuse_elementwise(other: Any, result: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.dtype is not result.dtype or value.dim() != result.dim():
         return False
     return all(statically_known_true(a == b) for a, b in zip(value.shape, result.shape, strict=True))
-
-
-def interleave_rows(gate: Tensor, up: Tensor, dim: int) -> Tensor:
-    """Eight of ``gate``, eight of ``up``, and so on along ``dim``, which is a multiple of 8 in both."""
-    halves = [part.unflatten(dim, (-1, 8)) for part in (gate, up)]
-    return torch.stack(halves, dim + 1).flatten(dim, dim + 2).contiguous()
 
 
 # Requirements ---------------------------------------------------------------------------------------------------------
@@ -133,7 +128,7 @@ def constants_are_private(m: Match) -> Failure | None:
 
 
 def _is_private(program: Program, node: Node) -> bool:
-    return program.constant(node) is not None and len(node.users) == 1 and not program.is_mutated(node)
+    return program.held(node) is not None and len(node.users) == 1 and not program.is_mutated(node)
 
 
 @requirement("views that only join and split the rows")
@@ -245,14 +240,11 @@ def _interleaved(b: Builder, name: str, gate: Node | None, up: Node | None) -> N
     """The constant ``name`` of the gated linear, from that of the gate and that of the other linear."""
     if gate is None or up is None:
         return None
-    dim = 1 if name == "scale_and_zero" else 0
+    axis = 1 if name == "scale_and_zero" else 0
 
-    def values() -> Tensor:
-        first, second = (cast(Tensor, b.program.constant(node)).detach() for node in (gate, up))
-        return interleave_rows(first, second, dim)
-
+    plans = [plan_of(b.program, node, axis) for node in (gate, up)]
     fqn = f"{b.program.fqn_key(b.program.resolve(gate))}_gated"
-    return b.constant(fqn, [gate, up], ("gated", name), values)
+    return b.constant(fqn, [gate, up], ("gated", name), interleaved(*plans, block=8, form=("gated", name)))
 
 
 @dataclass(frozen=True)

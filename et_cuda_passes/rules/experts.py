@@ -30,9 +30,9 @@ from et_cuda_passes.quant.weight import QuantizedWeight
 from et_cuda_passes.rules.packing import (
     cast_of,
     compute_dtype,
-    int4_scales,
     kernel_note,
     kernel_of,
+    nonfinite_int4,
     pack_experts,
     packed_weight,
     scale_dtype,
@@ -213,7 +213,7 @@ PACKED_STACK = (
     kernel_has_activation_dtype,
     same_dtype("x"),
     integers_are_in_range,
-    scales_are_finite(int4_scales),
+    scales_are_finite(nonfinite_int4),
 )
 """The requirements of every rule that packs a stack."""
 

@@ -207,7 +207,7 @@ def _readers(program: Program, _: Node) -> dict[Hashable, list[Node]]:
     nodes = list(program.subgraphs.nodes())
     captured = {node: found for node in nodes if (found := program.subgraphs.captured_operands(node))}
     for node in nodes:
-        if (held := program.constant(node)) is not None:
+        if (held := program.held(node)) is not None:
             reading = (
                 user
                 for user in node.users

@@ -27,15 +27,15 @@ from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR, MMA_TILED
 from et_cuda_passes.quant.activations import decode_dynamic, dynamically_quantized
 from et_cuda_passes.quant.decoders import dequantized, dequantized_matrix, needs_python_kernel, weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
+from et_cuda_passes.quant.weight import QuantizedWeight
 from et_cuda_passes.rules.packing import (
     cast_of,
     compute_dtype,
-    int4_scales,
-    int8_scales,
     is_symmetric,
     kernel_note,
     kernel_of,
+    nonfinite_int4,
+    nonfinite_int8,
     pack_int4,
     pack_int8,
     scale_dtype,
@@ -106,7 +106,7 @@ def target_has_int8_kernel(m: Match) -> Failure | None:
 def kernel_adds_zeros_or_weight_is_symmetric(m: Match) -> Failure | None:
     """A kernel without zeros computes ``integers * scale``."""
     weight, kernel = weight_of(m), kernel_of(m)
-    if kernel.zeros or is_symmetric(weight_values(m.program, weight), weight):
+    if kernel.zeros or is_symmetric(m.program, weight):
         return None
     return Failure("others", f"{kernel.name} is symmetric: quantize with mapping_type=MappingType.SYMMETRIC")
 
@@ -328,7 +328,7 @@ class LinearInt4(Rule):
         kernel_tiles_divide_k,
         kernel_runs_in_control_flow,
         kernel_has_activation_dtype,
-        scales_are_finite(int4_scales),
+        scales_are_finite(nonfinite_int4),
     )
     kernel_of = staticmethod(int4_kernel)
 
@@ -379,7 +379,7 @@ class LinearInt8(Rule):
         kernel_tiles_divide_k,
         kernel_has_activation_dtype,
         kernel_adds_zeros_or_weight_is_symmetric,
-        scales_are_finite(int8_scales),
+        scales_are_finite(nonfinite_int8),
     )
     kernel_of = staticmethod(int8_kernel)
 

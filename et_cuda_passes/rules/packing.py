@@ -1,19 +1,27 @@
 """Constants of a kernel from a decoded weight: the integers packed, scales and zeros in the kernel's form."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.layouts import LAYOUTS, Layout
-from et_cuda_passes.layouts.layout import ZERO_OFFSET, unsigned_shift
+from et_cuda_passes.layouts.layout import unsigned_shift
 from et_cuda_passes.quant.decoders import weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_values
+from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues
+from et_cuda_passes.rules.plans import WeightRows, int4_plan, int4_scales_plan, table_plan
+from et_cuda_passes.rules.values import (
+    always,
+    has_zeros,
+    nonfinite_int4_scales,
+    nonfinite_tables,
+    of_chunks,
+)
 
 
 def kernel_of(m: Match) -> Kernel:
@@ -77,19 +85,17 @@ def scale_dtype(m: Match) -> torch.dtype:
     return dtype
 
 
-def int4_scales(m: Match, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
-    """The scales and zeros that :func:`pack_int4` stores for the match's weight, in :func:`scale_dtype` by default."""
+def nonfinite_int4(m: Match, dtype: torch.dtype | None = None) -> int:
+    """How many scales and zeros that :func:`pack_int4` would store are not finite; by default in :func:`scale_dtype`."""
     weight = packed_weight(m)
     shift = int4_shift(weight)
     assert shift is not None
-    for part in scale_and_zero_of(weight_values(m.program, weight), shift):
-        yield part.to(dtype or scale_dtype(m))
+    return nonfinite_int4_scales(m.program, weight, shift, dtype or scale_dtype(m))
 
 
-def int8_scales(m: Match, dtype: torch.dtype | None = None) -> Iterator[Tensor | None]:
-    """The scales that :func:`pack_int8` stores, and the tables that it computes the zeros from."""
-    parts = weight_values(m.program, packed_weight(m))
-    yield from (parts.scale.to(dtype or scale_dtype(m)), parts.zero_point, parts.minimum)
+def nonfinite_int8(m: Match, dtype: torch.dtype | None = None) -> int:
+    """How many scales that :func:`pack_int8` would store, and values of the tables of its zeros, are not finite."""
+    return nonfinite_tables(m.program, packed_weight(m), dtype or scale_dtype(m))
 
 
 def int4_shift(weight: QuantizedWeight, layout: Layout | None = None) -> int | None:
@@ -100,30 +106,12 @@ def int4_shift(weight: QuantizedWeight, layout: Layout | None = None) -> int | N
     return (unsigned_shift if layout is None else layout.shift)(weight.quant_min, weight.quant_max)
 
 
-def scale_and_zero_of(parts: WeightValues, shift: int) -> tuple[Tensor, Tensor]:
-    """``scale`` and ``zero`` of ``(q - 8) * scale + zero``, fp32 [N, K / group_size].
-
-    With ``q = data + shift`` the weight ``(data - zero_point) * scale - minimum`` has
-    ``zero = (8 - shift - zero_point) * scale - minimum``.
-    """
-    scale = parts.scale.float()
-    steps = torch.full_like(scale, ZERO_OFFSET - shift)
-    if parts.zero_point is not None:
-        steps = steps - parts.zero_point.float()
-    zero = steps * scale
-    return scale, zero if parts.minimum is None else zero - parts.minimum.float()
-
-
-def _as_bytes(q: Tensor, weight: QuantizedWeight) -> Tensor:
-    return q if q.dtype in (torch.int8, torch.uint8) else q.to(torch.int8 if weight.quant_min < 0 else torch.uint8)
-
-
-def _int4_form(weight: QuantizedWeight, kernel: Kernel) -> tuple[Layout, int, int, int]:
-    """The kernel's layout, the weight's shift in it, its native group size, and how often each scale is repeated."""
+def _int4_form(weight: QuantizedWeight, kernel: Kernel) -> tuple[Layout, int, int]:
+    """The kernel's layout, the weight's shift in it, and its native group size."""
     layout = LAYOUTS[kernel.layout]
     shift, native = int4_shift(weight, layout), kernel.native_group_size(weight.group_size, weight.in_features)
     assert shift is not None and native is not None
-    return layout, shift, native, weight.group_size // native
+    return layout, shift, native
 
 
 def pack_int4(
@@ -143,29 +131,12 @@ def pack_int4(
         name: prefix of ``packed`` and ``scale_and_zero``.
     """
     first = weights[0]
-    layout, shift, native, repeats = _int4_form(first, kernel)
-    rows = sum(weight.shape[0] for weight in weights)
-    padding = -rows % kernel.out_multiple
-
-    def packed() -> Tensor:
-        parts = [weight_values(b.program, weight).data for weight in weights]
-        q = _as_bytes(parts[0] if len(parts) == 1 else torch.cat(parts), first)
-        return layout.pack(q, shift, rows + padding)
-
-    def scales() -> Tensor:
-        pairs = [scale_and_zero_of(weight_values(b.program, weight), shift) for weight in weights]
-        pair = (torch.cat(column) for column in zip(*pairs, strict=True))
-        scale, zero = (F.pad(part.repeat_interleave(repeats, dim=1), (0, 0, 0, padding)) for part in pair)
-        return layout.pack_scales(scale, zero, dtype, first.in_features)
-
-    form = (layout.name, kernel.out_multiple, shift)
+    layout, shift, _ = _int4_form(first, kernel)
     # Next to the name of the stack and not below it, because other readers may keep the stack.
     name += "" if first.expert is None else f"expert_{first.expert}_"
-    integers = tuple(weight.integers_key for weight in weights)
-    return (
-        b.constant(f"{first.fqn}.{name}packed", [weight.data for weight in weights], (*form, integers), packed),
-        b.constant(f"{first.fqn}.{name}scale_and_zero", weights, (*form, native, dtype), scales),
-    )
+    rows = WeightRows(b.program, weights, multiple=kernel.out_multiple)
+    form = (layout.name, kernel.out_multiple, shift)
+    return _int4_constants(b, weights, rows, None, kernel, dtype, f"{first.fqn}.{name}", form)
 
 
 def pack_experts(
@@ -180,30 +151,44 @@ def pack_experts(
         kernel: the kernel that reads the constants.
         dtype: of scale_and_zero.
     """
-    layout, shift, native, repeats = _int4_form(weight, kernel)
-    n, axis = weight.shape[0] // count, layout.experts_axis
-    assert axis is not None
-    padding = -n % kernel.out_multiple
-
-    def packed() -> Tensor:
-        q = _as_bytes(weight_values(b.program, weight).data, weight)
-        return torch.stack([layout.pack(rows, shift, n + padding) for rows in q.split(n)])
-
-    def scales() -> Tensor:
-        parts = (
-            part.repeat_interleave(repeats, dim=1)
-            for part in scale_and_zero_of(weight_values(b.program, weight), shift)
-        )
-        scale, zero = (F.pad(part.view(count, n, -1), (0, 0, 0, padding)).flatten(0, 1) for part in parts)
-        # All experts at once: a layout may leave out the zeros, for all experts or for none.
-        pairs = layout.pack_scales(scale, zero, dtype, weight.in_features)
-        # Not contiguous(), which keeps the strides of axes of size 1.
-        return torch.stack(pairs.unflatten(1, (count, n + padding)).unbind(1), axis)
-
+    layout, shift, _ = _int4_form(weight, kernel)
+    rows = WeightRows(b.program, [weight], weight.shape[0] // count, kernel.out_multiple)
     form = ("experts", layout.name, kernel.out_multiple, shift, count)
+    return _int4_constants(b, [weight], rows, count, kernel, dtype, f"{weight.fqn}.", form)
+
+
+def _int4_constants(
+    b: Builder,
+    weights: Sequence[QuantizedWeight],
+    rows: WeightRows,
+    count: int | None,
+    kernel: Kernel,
+    dtype: torch.dtype,
+    name: str,
+    form: tuple[Hashable, ...],
+) -> tuple[Node, Node]:
+    """The constants of ``rows``, one matrix or with ``count`` a stack of matrices."""
+    first, program = weights[0], b.program
+    layout, shift, native = _int4_form(first, kernel)
+    zeros = any(has_zeros(program, weight, shift) for weight in weights)
+    integers = (*form, *(weight.integers_key for weight in weights))
+    scales = (*form, native, dtype)
+    values = (*scales, zeros, *(weight.values_key for weight in weights))
+    tensors = constant_tensors(program, [node for weight in weights for node in weight.sources])
+    data = constant_tensors(program, [weight.data for weight in weights])
     return (
-        b.constant(f"{weight.fqn}.packed", [weight.data], (*form, weight.integers_key), packed),
-        b.constant(f"{weight.fqn}.scale_and_zero", weight, (*form, native, dtype), scales),
+        b.constant(
+            f"{name}packed",
+            [weight.data for weight in weights],
+            integers,
+            int4_plan(rows, layout, shift, first, count, data, integers),
+        ),
+        b.constant(
+            f"{name}scale_and_zero",
+            weights,
+            scales,
+            int4_scales_plan(rows, layout, shift, dtype, native, zeros, first, count, tensors, values),
+        ),
     )
 
 
@@ -222,13 +207,17 @@ def _shifted_zero_point(parts: WeightValues, weight: QuantizedWeight) -> Tensor:
     """The zero points of the shifted int8 integers, fp32 [N, K / group_size]."""
     shift = int8_shift(weight)
     assert shift is not None
-    points = torch.full_like(parts.scale, shift, dtype=torch.float32)
-    return points if parts.zero_point is None else points + parts.zero_point.float()
+    if parts.zero_point is None:
+        return torch.full_like(parts.scale, shift, dtype=torch.float32)
+    return parts.zero_point.float() + shift
 
 
-def is_symmetric(parts: WeightValues, weight: QuantizedWeight) -> bool:
+def is_symmetric(program: Program, weight: QuantizedWeight) -> bool:
     """Whether the weight is the shifted int8 integers times their scale, without a zero."""
-    return parts.minimum is None and not bool(_shifted_zero_point(parts, weight).any())
+    shift = int8_shift(weight)
+    assert shift is not None
+    symmetric = of_chunks(program, weight, lambda parts: parts.minimum is None and always(parts.zero_point, -shift))
+    return all(symmetric)
 
 
 def pack_int8(
@@ -245,28 +234,52 @@ def pack_int8(
         group_size: of the constants; it divides that of the weight, and scales are repeated.
         dtype: of the scales.
     """
-    shift, repeats = int8_shift(weight), weight.group_size // group_size
+    shift, repeats, program = int8_shift(weight), weight.group_size // group_size, b.program
     assert shift is not None
 
-    def packed() -> Tensor:
-        data = weight_values(b.program, weight).data
-        shifted = data.to(torch.int16) + shift if shift else data
-        return shifted.to(torch.int8, copy=True, memory_format=torch.contiguous_format)
+    def repeated(table: Tensor) -> Tensor:
+        return table if repeats == 1 else table.repeat_interleave(repeats, dim=1)
 
-    def scales() -> Tensor:
-        return weight_values(b.program, weight).scale.to(dtype).repeat_interleave(repeats, dim=1)
+    def packed(parts: WeightValues) -> Tensor:
+        data = parts.data
+        return data.to(torch.int16) + shift if shift else data
 
-    def zeros() -> Tensor:
-        parts = weight_values(b.program, weight)
+    def scales(parts: WeightValues) -> Tensor:
+        return repeated(parts.scale.to(dtype))
+
+    def zeros(parts: WeightValues) -> Tensor:
         zero = -_shifted_zero_point(parts, weight) * parts.scale.to(dtype).float()
-        zero = zero if parts.minimum is None else zero - parts.minimum.float()
-        return zero.repeat_interleave(repeats, dim=1)
+        return repeated(zero if parts.minimum is None else zero - parts.minimum.float())
 
     form = ("int8", group_size, dtype, shift)
     name = weight.fqn + ("." if weight.expert is None else f".expert_{weight.expert}_")
-    symmetric = is_symmetric(weight_values(b.program, weight), weight)
+    k, groups, integers = weight.in_features, weight.in_features // group_size, ("int8", shift, weight.integers_key)
+    tensors, values = constant_tensors(program, weight.sources), (*form, weight.values_key)
     return (
-        b.constant(f"{name}packed", (weight.data,), ("int8", shift, weight.integers_key), packed),
-        b.constant(f"{name}scale", weight, (*form, "scale"), scales),
-        None if symmetric else b.constant(f"{name}zero", weight, (*form, "zero"), zeros),
+        b.constant(
+            f"{name}packed",
+            (weight.data,),
+            integers,
+            table_plan(program, weight, k, torch.int8, packed, tensors[:1], integers),
+        ),
+        b.constant(
+            f"{name}scale",
+            weight,
+            (*form, "scale"),
+            table_plan(program, weight, groups, dtype, scales, tensors, (*values, "scale")),
+        ),
+        None
+        if is_symmetric(program, weight)
+        else b.constant(
+            f"{name}zero",
+            weight,
+            (*form, "zero"),
+            table_plan(program, weight, groups, torch.float32, zeros, tensors, (*values, "zero")),
+        ),
     )
+
+
+def constant_tensors(program: Program, nodes: Iterable[Node]) -> tuple[Tensor, ...]:
+    """The tensors of constants."""
+    found = [program.constant(node) for node in nodes]
+    return tuple(tensor.detach() for tensor in found if tensor is not None)

@@ -16,8 +16,9 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Failure, Requirement, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
+from et_cuda_passes.quant.weight import QuantizedWeight, has_data
 from et_cuda_passes.rules.packing import compute_dtype, int4_shift, int8_shift, kernel_of, packed_weight
+from et_cuda_passes.rules.values import integer_ends
 
 
 def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
@@ -44,7 +45,7 @@ def weight_has_data(m: Match) -> Failure | None:
 def integers_are_in_range(m: Match) -> Failure | None:
     """An integer outside of the range would overwrite its neighbour, or wrap."""
     weight = packed_weight(m)
-    low, high = (int(end) for end in torch.aminmax(weight_values(m.program, weight).data))
+    low, high = integer_ends(m.program, weight)
     if weight.quant_min <= low and high <= weight.quant_max:
         return None
     return Failure(f"integers {low}..{high} for a range of {weight.quant_min}..{weight.quant_max}")
@@ -160,15 +161,15 @@ def kernel_has_activation_dtype(m: Match) -> Failure | None:
     return Failure(dtype_names([dtype]), hint)
 
 
-def scales_are_finite(stored: Callable[[Match], Iterable[Tensor | None]]) -> Requirement:
-    """The numbers that ``stored`` returns, those that the rewrite stores, are neither NaN nor infinite.
+def scales_are_finite(count: Callable[[Match], int]) -> Requirement:
+    """``count`` returns how many of the numbers that the rewrite stores are NaN or infinite: none.
 
     Otherwise a whole group of the weight would be NaN or infinite, and no error would say so.
     """
 
     @requirement("scales and zeros that are finite where they are stored", "quantize the weight again", "values")
     def scales_are_finite(m: Match) -> Failure | None:
-        bad = sum(int((~torch.isfinite(table)).sum()) for table in stored(m) if table is not None)
+        bad = count(m)
         return Failure(f"{bad} that are NaN or infinite") if bad else None
 
     return scales_are_finite

@@ -32,6 +32,7 @@ from et_cuda_passes.quant.candidates import consumers
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, is_dequantize, weight_of
 from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, scales_are_finite, weight_has_data
+from et_cuda_passes.rules.values import nonfinite
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -484,7 +485,7 @@ class FoldDequantize(Rule):
     weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids it.
     """
 
-    requirements = (weight_has_data, readers_have_float_activations, scales_are_finite(lambda m: (_scales(m),)))
+    requirements = (weight_has_data, readers_have_float_activations, scales_are_finite(lambda m: nonfinite(_scales(m))))
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, with any readers."""

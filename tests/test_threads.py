@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from et_cuda_passes.layouts import cpu, embedding_table, mma_tiled, mps, tile_packed_to_4d
-from et_cuda_passes.layouts.threads import for_chunks, ranges, single_threaded_operators
+from et_cuda_passes.threads import for_chunks, ranges, single_threaded_operators
 
 CPU = torch.device("cpu")
 PACK = {
