@@ -4,8 +4,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
@@ -24,6 +26,9 @@ from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, g
 from et_cuda_passes.targets.target import Target
 from et_cuda_passes.threads import single_threaded_operators
 
+if TYPE_CHECKING:
+    from et_cuda_passes.packed_cache import PackedCache
+
 
 def rewrite(
     exported_program: ExportedProgram,
@@ -33,28 +38,43 @@ def rewrite(
     *,
     pool: ConstantCache | None = None,
     gpu: str | None = None,
+    stream: str | Path | None = None,
+    cache: "str | Path | PackedCache | None" = None,
+    device: str | torch.device | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 
     Args:
-        exported_program: from ``torch.export.export``, decomposed or not, or in edge form; it is not changed.
+        exported_program: from ``torch.export.export``, decomposed or not, or in edge form; it is not changed, except
+            with ``stream``.
         target: one of :func:`targets`, or a :class:`Target`.
         passes: rules, ExecuTorch ``ExportedProgramPassBase`` passes and callables on a ``GraphModule``, in order;
             None for ``default_passes(target)``.
         expect: the counts that must result, by rule name ("linear_int4") or status ("rewritten", "kept", "missed").
-        pool: packed constants that the methods of one model share.
+        pool: packed constants that the methods of one model share: a :class:`ConstantCache` that has ``stream``,
+            ``cache`` and ``device`` itself.
         gpu: for target "cuda", the GPU whose tilings the kernels get: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or
             "sm_120", or with a number of multiprocessors, "sm_90:114". None keeps what the program names; if it names
             none, the tilings are those of the GPU that is present when the program is lowered.
+        stream: a folder for the packed constants, which then lie in mapped files instead of memory. **This gives up
+            ``exported_program``**: the constants that the result does not have are removed from it, and each is freed
+            as soon as it is packed, unless something else holds it, such as the model. The files have no names and
+            vanish with the result. None keeps the constants in memory, and the program as it is.
+        cache: a folder or an fsspec URL with the packed constants of earlier runs, or a :class:`PackedCache`. What is
+            there is not packed again, and what is not is added. The report says how many were.
+        device: packs 4-bit weights on this device ("cuda"); the constants are on the device of the weights all the
+            same. None packs where the weights are.
 
     Returns:
         The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
 
     Raises:
         ValueError: the target or the GPU is unknown, two passes have the same name, ``before`` and ``after`` of the
-            passes contain an unknown name or form a cycle, or ``expect`` contains an unknown name or a negative count.
+            passes contain an unknown name or form a cycle, ``expect`` contains an unknown name or a negative count, or
+            ``pool`` is given beside ``stream``, ``cache`` or ``device``.
         TypeError: ``exported_program``, ``passes`` or ``expect`` is not of a type that is accepted.
         ExpectationError: the counts are not those expected.
+        OSError: ``stream`` or ``cache`` cannot be written, for example because the disk is full.
     """
     if not isinstance(exported_program, ExportedProgram):
         raise TypeError(
@@ -66,6 +86,11 @@ def rewrite(
     check_expected(expect, [entry.name for entry in entries])
     check_gpu(gpu, chosen)
     gpu = gpu or gpu_named_in(exported_program)
+    if pool is None:
+        pool = constant_pool(stream, cache, device)
+    elif (stream, cache, device) != (None, None, None):
+        raise ValueError("stream, cache and device belong to the pool that is given: make it with constant_pool(...)")
+    packed_before, loaded_before = pool.packed, pool.loaded
     described = None if chosen.gpu is None else described_gpu(gpu)
     chosen = replace(chosen, gpu=described or chosen.gpu)
 
@@ -80,16 +105,42 @@ def rewrite(
     # 4. Apply the pass list.
     with single_threaded_operators():
         program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
+    # 5. Report: what was found. With ``stream`` the program is given up after this.
+    report = _report(tracker, chosen, entries, normalised)
+    if pool.stream is not None and normalised is not exported_program:
+        program.release(exported_program)
     with gc_disabled():
-        # 5. Finish: repair strides and names, verify.
+        # 6. Finish: compute the packed constants, repair strides and names, verify.
         result = finish_program(program)
         if gpu:
             name_gpu(result, gpu)
-    # 6. Report.
-    report = _report(tracker, chosen, entries, normalised, result)
+    report.bytes_after = constant_bytes(result)
     report.notes = gpu_notes(result, described) if described else []
+    if pool.storage is not None:
+        packed, loaded = pool.packed - packed_before, pool.loaded - loaded_before
+        report.notes.append(f"packed {packed} constants, {loaded} from the cache {pool.storage.place}")
     check_expectations(expect, report)
     return result, report
+
+
+def constant_pool(
+    stream: str | Path | None = None,
+    cache: "str | Path | PackedCache | None" = None,
+    device: str | torch.device | None = None,
+) -> ConstantCache:
+    """The packed constants of the methods of one model, with the options of :func:`rewrite`.
+
+    Raises:
+        ValueError, ImportError, OSError: as :class:`PackedCache`; or ``stream`` is no folder.
+    """
+    if cache is not None:
+        from et_cuda_passes.packed_cache import PackedCache
+
+        cache = cache if isinstance(cache, PackedCache) else PackedCache(cache)
+    if stream is not None:
+        stream = Path(stream)
+        stream.mkdir(parents=True, exist_ok=True)
+    return ConstantCache(stream, cache, None if device is None else torch.device(device))
 
 
 def _report(
@@ -97,7 +148,6 @@ def _report(
     target: Target,
     entries: Sequence[Pass],
     before: ExportedProgram,
-    after: ExportedProgram,
 ) -> Report:
     """The outcomes, and warnings about quantized weights that have no outcome.
 
@@ -106,10 +156,9 @@ def _report(
         target: the target of the rewrite.
         entries: the passes that ran.
         before: the program as the passes got it.
-        after: the program as they left it.
     """
     names = [entry.name for entry in entries]
-    report = tracker.report(target.name, names, constant_bytes(before), constant_bytes(after))
+    report = tracker.report(target.name, names, constant_bytes(before), 0)
     reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
     decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
     if decomposed:

@@ -6,12 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from et_cuda_passes.mapped import forget_pages, mapped_empty, page_out, trim_heap
 from et_cuda_passes.threads import for_chunks
 
 
@@ -52,6 +55,11 @@ class Planned(ABC):
         """The device of the constant."""
         return self.sources[0].device
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the constant."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
     @abstractmethod
     def worker(self, buffers: dict[Hashable, Any]) -> Callable[[Any, torch.Tensor], None]:
         """The function ``(piece, out)`` that writes a piece into the constant; called once in each thread.
@@ -80,6 +88,19 @@ def compute(planned: Sequence[tuple[Planned, torch.Tensor]]) -> None:
         for_chunks(pieces, worker, planned[0][0].device)
 
 
+class Storage(Protocol):
+    """Constants of other runs, by their content."""
+
+    place: str
+    damaged: int
+
+    def load(self, plan: Planned, out: torch.Tensor) -> bool:
+        """Read the constant of ``plan`` into ``out``, if it is there and undamaged."""
+
+    def save(self, plan: Planned, tensor: torch.Tensor) -> None:
+        """Write the constant of ``plan``."""
+
+
 @dataclass(eq=False)
 class _Entry:
     """A constant: its tensor, or its plan until it is computed; and the tensors that it was made from."""
@@ -87,12 +108,29 @@ class _Entry:
     name: str
     made: torch.Tensor | None
     plan: Planned | None
-    held: tuple[torch.Tensor, ...]
-    versions: list[int]
+    sources: "_Sources"
+
+
+class _Sources:
+    """The tensors that a constant was made from, by which it is found again.
+
+    A tensor is known by its address. So it is kept alive, or where it should be freed, its end is noticed.
+    """
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...], weak: bool) -> None:
+        self._held = () if weak else tensors
+        self._weak = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors] if weak else []
+        self._versions = _versions(self._held)
+
+    def are_as_before(self) -> bool:
+        """Whether no tensor was freed or mutated since. Of tensors that are not kept, mutations are not noticed."""
+        return _versions(self._held) == self._versions and not any(each.expired() for each in self._weak)
 
 
 _BATCH_BYTES = 64 << 20
 """Constants are computed together until they have so many bytes: small ones then fill all threads."""
+_MAPPED_BYTES = 1 << 16
+"""Smaller constants stay in memory: a file has pages of 4 KB."""
 
 
 class ConstantCache:
@@ -100,16 +138,30 @@ class ConstantCache:
 
     The cache keeps the sources alive, because the address of a freed tensor could become that of another tensor. A
     source that was mutated between two rewrites is packed again.
+
+    Args:
+        stream: a folder for the constants. They lie in mapped files without names, which are gone when nothing uses
+            them, and sources are freed as soon as nothing needs them.
+        storage: constants of other runs.
+        device: computes the packed integers of 4-bit weights; None for the device of the weights.
+
+    Attributes:
+        packed: number of constants that were computed.
+        loaded: number of constants from ``storage``.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, stream: Path | None = None, storage: Storage | None = None, device: torch.device | None = None
+    ) -> None:
+        self.stream, self.storage, self.device = stream, storage, device
+        self.packed = self.loaded = 0
         self._entries: dict[Hashable, _Entry] = {}
         self._by_name: dict[str, _Entry] = {}
 
     def get(
         self,
         fqn: str,
-        sources: tuple["torch.Tensor | str | None", ...],
+        sources: tuple[torch.Tensor | str | None, ...],
         layout: Hashable,
         make: Callable[[], torch.Tensor] | Planned,
     ) -> tuple[str, torch.Tensor | Planned]:
@@ -127,20 +179,21 @@ class ConstantCache:
             TypeError: ``sources`` is empty or contains None, for a node that is not a constant of the program; or
                 ``make`` does not return a tensor.
         """
-        if not sources or None in [source for source in sources if not isinstance(source, torch.Tensor)]:
+        if not sources or any(source is None for source in sources):
             raise TypeError(
                 f"{fqn} needs sources, and each must be a constant of the program, to distinguish it from other "
                 "constants; for a quantized weight pass weight_of(m)"
             )
-        held = tuple(source for source in sources if isinstance(source, torch.Tensor))
         identities = (tensor_identity(each) if isinstance(each, torch.Tensor) else each for each in sources)
         key = (tuple(identities), layout)
         entry = self._entries.get(key)
-        if entry is None or _versions(entry.held) != entry.versions:
+        if entry is None or not entry.sources.are_as_before():
             names = (fqn if number == 1 else f"{fqn}_{number}" for number in itertools.count(1))
             name = next(name for name in names if name not in self._by_name)
-            made = None if isinstance(make, Planned) else _made(fqn, make)
-            entry = self._entries[key] = self._by_name[name] = _Entry(name, made, None, held, _versions(held))
+            tensors = tuple(source for source in sources if isinstance(source, torch.Tensor))
+            made = None if isinstance(make, Planned) else self._kept(_made(fqn, make))
+            entry = _Entry(name, made, None, _Sources(tensors, weak=self.stream is not None))
+            self._entries[key] = self._by_name[name] = entry
         if entry.made is None and isinstance(make, Planned):
             entry.plan = make
         made_or_plan = entry.plan if entry.made is None else entry.made
@@ -157,23 +210,60 @@ class ConstantCache:
         batch: list[_Entry] = []
         size = 0
         for entry in entries:
-            if entry.made is None and entry.plan is not None and entry not in batch:
+            if entry.made is None and entry.plan is not None:
                 batch.append(entry)
-                size += math.prod(entry.plan.shape) * entry.plan.dtype.itemsize
+                size += entry.plan.nbytes
             if size >= _BATCH_BYTES:
                 self._compute(batch)
                 batch, size = [], 0
         self._compute(batch)
         return {entry.name: entry.made for entry in entries if entry.made is not None}
 
+    def forget_plans(self, names: Collection[str]) -> None:
+        """With ``stream``: free the sources of all plans but those of ``names``."""
+        for name, entry in self._by_name.items():
+            if self.stream is not None and name not in names:
+                entry.plan = None
+
     def _compute(self, batch: Sequence[_Entry]) -> None:
         work = []
         for entry in batch:
             plan = entry.plan
             assert plan is not None
-            entry.made = torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
-            work.append((plan, entry.made))
+            entry.made = self._empty(plan)
+            if self.storage is not None and self.storage.load(plan, entry.made):
+                self.loaded += 1
+            else:
+                work.append((plan, entry.made))
         compute(work)
+        self.packed += len(work)
+        if self.storage is not None:
+            for plan, made in work:
+                self.storage.save(plan, made)
+        if self.stream is None:
+            return
+        for entry in batch:
+            assert entry.plan is not None and entry.made is not None
+            for tensor in entry.plan.sources:
+                page_out(tensor)
+            if entry.made.nbytes >= _MAPPED_BYTES:
+                forget_pages(entry.made)
+            entry.plan = None
+        work.clear()
+        trim_heap()
+
+    def _empty(self, plan: Planned) -> torch.Tensor:
+        if self.stream is None or plan.device.type != "cpu" or plan.nbytes < _MAPPED_BYTES:
+            return torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+        return mapped_empty(plan.shape, plan.dtype, self.stream)
+
+    def _kept(self, made: torch.Tensor) -> torch.Tensor:
+        """A tensor that a rule computed, or with ``stream`` its copy in a mapped file."""
+        if self.stream is None or made.device.type != "cpu" or made.nbytes < _MAPPED_BYTES or not made.is_contiguous():
+            return made
+        copy = mapped_empty(tuple(made.shape), made.dtype, self.stream).copy_(made)
+        forget_pages(copy)
+        return copy
 
 
 def _made(fqn: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -181,6 +181,12 @@ class Program:
         name = self.fqn_key(node)
         return self.pool.plan(name) if name in self.added else None
 
+    def release(self, exported: ExportedProgram) -> None:
+        """Remove the constants of ``exported`` that this program no longer has, so that they can be freed."""
+        for table in (exported.state_dict, exported.constants):
+            for name in [name for name in table if name not in self.state_dict and name not in self.constants]:
+                del table[name]
+
     def compute(self, names: Iterable[str]) -> None:
         """Compute the planned constants with these names."""
         for name, tensor in self.pool.tensors(names).items():
@@ -369,6 +375,12 @@ class Program:
 
     def to_exported(self) -> ExportedProgram:
         """The program with its signature updated. torch lints the graph and runs the dialect's verifier."""
+        if self.pool.stream is not None:
+            # From here on only the plans hold what they are computed from.
+            self.dropped.clear()
+            self._derived.clear()
+            self.pool.forget_plans(self._planned)
+            self.release(self._source)
         self.compute(sorted(self._planned))
         self.subgraphs.recompile()
         values = self.graph.output_node().args[0]

@@ -34,6 +34,7 @@ from et_cuda_passes.rules.packing import (
     nonfinite_int8,
     pack_int4,
     pack_int8,
+    table_sources,
 )
 from et_cuda_passes.rules.plans import embedding_plan, table_plan
 from et_cuda_passes.rules.requirements import (
@@ -320,7 +321,7 @@ class QuantizedEmbedding(Rule):
         groups = weight.in_features // weight.group_size
         form = ("embedding_table", bits, offset)
         integers, values = (*form, weight.integers_key), (*form, scale_dtype)
-        tensors = constant_tensors(b.program, weight.sources)
+        data, tensors = (constant_tensors(b.program, nodes) for nodes in ((weight.data,), table_sources(weight)))
 
         def table(name: str, read: Callable[[WeightValues], Tensor]) -> Node:
             key = (*values, name)
@@ -331,7 +332,7 @@ class QuantizedEmbedding(Rule):
             f"{weight.fqn}.packed",
             (weight.data,),
             integers,
-            embedding_plan(b.program, weight, bits, offset, tensors[:1], integers),
+            embedding_plan(b.program, weight, bits, offset, data, integers),
         )
         scale = table("scale", lambda parts: parts.scale)
         zero_point = None

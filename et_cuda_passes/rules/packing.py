@@ -86,7 +86,10 @@ def scale_dtype(m: Match) -> torch.dtype:
 
 
 def nonfinite_int4(m: Match, dtype: torch.dtype | None = None) -> int:
-    """How many scales and zeros that :func:`pack_int4` would store are not finite; by default in :func:`scale_dtype`."""
+    """How many scales and zeros that :func:`pack_int4` would store in ``dtype`` are not finite.
+
+    The default of ``dtype`` is :func:`scale_dtype`.
+    """
     weight = packed_weight(m)
     shift = int4_shift(weight)
     assert shift is not None
@@ -174,7 +177,7 @@ def _int4_constants(
     integers = (*form, *(weight.integers_key for weight in weights))
     scales = (*form, native, dtype)
     values = (*scales, zeros, *(weight.values_key for weight in weights))
-    tensors = constant_tensors(program, [node for weight in weights for node in weight.sources])
+    tensors = constant_tensors(program, [node for weight in weights for node in table_sources(weight)])
     data = constant_tensors(program, [weight.data for weight in weights])
     return (
         b.constant(
@@ -254,13 +257,14 @@ def pack_int8(
     form = ("int8", group_size, dtype, shift)
     name = weight.fqn + ("." if weight.expert is None else f".expert_{weight.expert}_")
     k, groups, integers = weight.in_features, weight.in_features // group_size, ("int8", shift, weight.integers_key)
-    tensors, values = constant_tensors(program, weight.sources), (*form, weight.values_key)
+    data = constant_tensors(program, (weight.data,))
+    tensors, values = constant_tensors(program, table_sources(weight)), (*form, weight.values_key)
     return (
         b.constant(
             f"{name}packed",
             (weight.data,),
             integers,
-            table_plan(program, weight, k, torch.int8, packed, tensors[:1], integers),
+            table_plan(program, weight, k, torch.int8, packed, data, integers),
         ),
         b.constant(
             f"{name}scale",
@@ -277,6 +281,11 @@ def pack_int8(
             table_plan(program, weight, groups, torch.float32, zeros, tensors, (*values, "zero")),
         ),
     )
+
+
+def table_sources(weight: QuantizedWeight) -> tuple[Node, ...]:
+    """The constants that scales, zero points and minimums are computed from."""
+    return weight.sources if weight.scale is None else weight.sources[1:]
 
 
 def constant_tensors(program: Program, nodes: Iterable[Node]) -> tuple[Tensor, ...]:

@@ -70,6 +70,8 @@ class WeightRows:
         self._readers = [(weight_rows(program, weight), weight) for weight in weights]
         self._rows = rows or sum(weight.shape[0] for weight in weights)
         self.padded = self._rows + -self._rows % multiple
+        self.device = program.pool.device
+        """Where the integers are packed; None for where they are."""
 
     def _values(self, start: int, stop: int) -> Iterator[WeightValues]:
         """The values of rows start..stop of one part, without the padding."""
@@ -113,15 +115,24 @@ def int4_plan(
     k, signed = weight.in_features, weight.quant_min < 0
     shape, dtype = layout.packed_form(rows.padded, k)
     multiple = layout.block_rows()
+    device = rows.device
+    if layout.host_specific:
+        # This host's operator shows the layout.
+        device, form = None, (form, torch.backends.cpu.get_cpu_capability())
     step = rows.padded if multiple is None else rows_per_chunk(k, CHUNK_BYTES, multiple)
 
     def writer(buffers: Buffers) -> Write:
         def write(start: int, stop: int, out: Tensor) -> None:
-            q = rows.joined(start, stop, lambda values: as_bytes(values.data, signed))
+            q = rows.joined(start, stop, lambda values: as_bytes(values.data, signed)).to(device or out.device)
             key = (layout.name, k, shift, step, q.dtype, q.device)
             if key not in buffers:
                 buffers[key] = layout.packer(k, shift, step, q)
-            buffers[key](q, out)
+            if q.device == out.device:
+                buffers[key](q, out)
+            else:
+                there = torch.empty(out.shape, dtype=out.dtype, device=q.device)
+                buffers[key](q, there)
+                out.copy_(there)
 
         return write
 

@@ -1,0 +1,273 @@
+"""Rewriting decoders of 0.1 to 32 billion weights: seconds of each stage, peak memory, bytes.
+
+    python -m benchmarks.scale [--shapes SmolLM2-135M Llama-3.1-8B] [--target cuda] [--folder DIR] [--json FILE]
+    python -m benchmarks.scale --check    # the limits of memory on small shapes, and that time is linear in nodes
+
+Each line is a process of its own: it builds the decoder of a shape without its embedding, exports it, fills the int8
+weights with random integers, and rewrites the program. The weights lie in memory, or with `mapped` in files, which are
+mapped as those of a checkpoint are. With `streamed`, the packed constants go into mapped files, and the sources are
+released.
+
+**Peak** is the largest resident memory of the whole process during the rewrite, Python and torch included: `VmHWM` of
+/proc/self/status, reset before the rewrite. It counts anonymous memory and pages of mapped files that are in memory.
+**Private** is the largest anonymous part of it, sampled every 5 ms: pages that no file backs, which the system cannot
+take back without swapping.
+"""
+
+import math
+import multiprocessing
+import tempfile
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.constants import constant_bytes
+
+GROUP_SIZE = 32
+SLACK = 512e6
+"""Bytes beside the weights that a rewrite may need, Python and torch included."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dimensions of a decoder."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(576, 1536, 30, 9, 3, 64, 49152),
+    "Llama-3.2-1B": Shape(2048, 8192, 16, 32, 8, 64, 128256),
+    "Llama-3.1-8B": Shape(4096, 14336, 32, 32, 8, 128, 128256),
+    "Qwen3-32B": Shape(5120, 25600, 64, 64, 8, 128, 151936),
+}
+SMALL = Shape(1024, 4096, 4, 8, 4, 128, 16384)
+"""For the limits, which have to be checked in seconds."""
+FORMS = ("", "streamed", "mapped, streamed")
+
+
+class Weights:
+    """Creates int8 tensors: in memory that is not touched yet, or in mapped files."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.created: list[Tensor] = []
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A tensor without values."""
+        count = math.prod(shape)
+        if self._folder is None:
+            data = torch.empty(shape, dtype=torch.int8)
+        else:
+            path = str(self._folder / f"weight_{len(self.created)}")
+            data = torch.from_file(path, shared=True, size=count, dtype=torch.int8).view(shape)
+        self.created.append(data)
+        return data
+
+    def fill(self) -> None:
+        """Write -8..7, the same 16 MB again and again: random numbers for 32 billion weights would take minutes."""
+        block = torch.randint(-8, 8, (16 << 20,), dtype=torch.int8)
+        for data in self.created:
+            for part in data.view(-1).split(len(block)):
+                part.copy_(block[: len(part)])
+        self.created.clear()
+
+
+def linear(weights: Weights, n: int, k: int) -> nn.Linear:
+    """A linear with an int4 weight in the form that torchao's ``IntxWeightOnlyConfig`` makes."""
+    scale = torch.full((n, k // GROUP_SIZE), 0.01, dtype=torch.bfloat16)
+    layer = nn.Linear(k, n, bias=False, device="meta", dtype=torch.bfloat16)
+    int4: Any = torch.int4  # type: ignore[attr-defined]  # torch makes its small integer dtypes at run time
+    quantized = IntxUnpackedToInt8Tensor(
+        weights(n, k), scale, torch.zeros_like(scale, dtype=torch.int8), int4, (1, GROUP_SIZE), torch.bfloat16, None
+    )
+    layer.weight = nn.Parameter(quantized, requires_grad=False)
+    return layer
+
+
+class Layer(nn.Module):
+    """Attention and a gated feed-forward network."""
+
+    def __init__(self, shape: Shape, weights: Weights) -> None:
+        super().__init__()
+        self.shape = shape
+        wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+        self.norms = nn.ModuleList(nn.RMSNorm(shape.hidden, dtype=torch.bfloat16) for _ in range(2))
+        self.q = linear(weights, wide, shape.hidden)
+        self.k = linear(weights, narrow, shape.hidden)
+        self.v = linear(weights, narrow, shape.hidden)
+        self.o = linear(weights, shape.hidden, wide)
+        self.gate = linear(weights, shape.intermediate, shape.hidden)
+        self.up = linear(weights, shape.intermediate, shape.hidden)
+        self.down = linear(weights, shape.hidden, shape.intermediate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One block with residual connections."""
+        y = self.norms[0](x)
+        q, k, v = (
+            part(y).unflatten(-1, (-1, self.shape.head_size)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
+        repeats = self.shape.heads // self.shape.kv_heads
+        k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(attended.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Decoder(nn.Module):
+    """All layers and the linear to the vocabulary; the input is embedded already."""
+
+    def __init__(self, shape: Shape, weights: Weights) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(shape, weights) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.hidden, dtype=torch.bfloat16)
+        self.head = linear(weights, shape.vocabulary, shape.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def exported(shape: Shape, weights: Weights) -> torch.export.ExportedProgram:
+    """The program of a decoder for any number of tokens; the model itself is gone."""
+    with torch.no_grad():
+        return torch.export.export(
+            Decoder(shape, weights).eval(),
+            (torch.zeros(1, 16, shape.hidden, dtype=torch.bfloat16),),
+            dynamic_shapes=({1: torch.export.Dim("tokens", min=2, max=2048)},),
+        )
+
+
+class Peaks:
+    """The peaks of resident memory of this process from its creation on, in bytes. Linux only."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
+        self.private, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.005):
+            self.private = max(self.private, status("RssAnon"))
+
+    def stop(self) -> tuple[int, int]:
+        """The peak of all resident memory, and that of its anonymous part."""
+        self._done.set()
+        self._thread.join()
+        return status("VmHWM"), max(self.private, status("RssAnon"))
+
+
+def status(field: str) -> int:
+    """A field of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rewrite.
+
+    Attributes:
+        name: of the shape.
+        form: one of ``FORMS``.
+        nodes: of the exported program.
+        linears: that were rewritten.
+        before, after: bytes of all constants.
+        export, fill, rewrite: seconds.
+        peak, private: bytes; see the module.
+    """
+
+    name: str
+    form: str
+    nodes: int
+    linears: int
+    before: int
+    after: int
+    export: float
+    fill: float
+    rewrite: float
+    peak: int
+    private: int
+
+    @property
+    def limit(self) -> float:
+        """The largest peak that is allowed: both sets of weights, or streamed the larger one, and ``SLACK``."""
+        weights = max(self.before, self.after) if self.form else self.before + self.after
+        return weights + SLACK
+
+
+def measure(name: str, shape: Shape, form: str, target: str, folder: str | None) -> Row:
+    """Build, export, fill and rewrite, in this process."""
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        sources, packed = Path(temporary) / "sources", Path(temporary) / "packed"
+        for each in (sources, packed):
+            each.mkdir()
+        times = [time.perf_counter()]
+        weights = Weights(sources if "mapped" in form else None)
+        program = exported(shape, weights)
+        times.append(time.perf_counter())
+        weights.fill()
+        times.append(time.perf_counter())
+        before, nodes = constant_bytes(program), len(program.graph.nodes)
+        peaks = Peaks()
+        try:
+            times.append(time.perf_counter())
+            options: dict[str, Any] = {"stream": packed} if "streamed" in form else {}
+            result, report = ecp.rewrite(program, target, gpu="sm_90" if target == "cuda" else None, **options)
+            times.append(time.perf_counter())
+        finally:
+            peak, private = peaks.stop()
+        after, linears = constant_bytes(result), report.counts()["rewritten"]
+        del result
+    export, fill, rewrite = times[1] - times[0], times[2] - times[1], times[4] - times[3]
+    return Row(name, form, nodes, linears, before, after, export, fill, rewrite, peak, private)
+
+
+def in_process(*arguments: Any) -> Row:
+    """:func:`measure` in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, *arguments).result()
+
+
+HEADER = "| shape | form | nodes | linears | quantized | packed | export | fill | rewrite | peak | limit | private |"
+
+
+def table_line(row: Row) -> str:
+    """The line of a Markdown table."""
+    sizes = [f"{size / 1e9:.2f} GB" for size in (row.before, row.after)]
+    memory = [f"{size / 1e9:.2f} GB" for size in (row.peak, row.limit, row.private)]
+    times = [f"{seconds:.1f} s" for seconds in (row.export, row.fill, row.rewrite)]
+    cells = [row.name, row.form or "in memory", str(row.nodes), str(row.linears), *sizes, *times, *memory]
+    return f"| {' | '.join(cells)} |"
+
+
+def slope(rows: list[Row]) -> float:
+    """The slope of log(seconds) over log(nodes), by least squares."""
+    points = [(math.log(row.nodes), math.log(row.rewrite)) for row in rows]
+    mean = [sum(axis) / len(points) for axis in zip(*points, strict=True)]
+    return sum((x - mean[0]) * (y - mean[1]) for x, y in points) / sum((x - mean[0]) ** 2 for x, _ in points)
+
+
+def with_nodes(nodes: int) -> Shape:
+    """A decoder of narrow layers with about so many nodes in its graph."""
+    return Shape(64, 64, max(1, nodes // 42), 2, 1, 32, 64)

@@ -1,0 +1,70 @@
+"""Tensors in mapped files, and advice to the system about memory that is not read again soon."""
+
+import ctypes
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+_PAGE = os.sysconf("SC_PAGESIZE")
+# Linux, include/uapi/asm-generic/mman-common.h.
+_DONTNEED, _PAGEOUT = 4, 21
+
+
+def mapped_empty(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> torch.Tensor:
+    """A tensor without values in a file of ``folder``. The file has no name, and is gone when no tensor uses it.
+
+    Raises:
+        OSError: the disk has not enough space, or the folder is missing or cannot be written.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device="meta")
+    if not tensor.numel():
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # A file with holes could be mapped on a full disk, and writing into the memory would end the process.
+            _reserve(file.fileno(), tensor.nbytes)
+        except OSError as error:
+            text = f"{tensor.nbytes} bytes in {folder} for a packed constant: {error.strerror}; free some space"
+            raise OSError(error.errno, text) from error
+        # torch maps a file by its path.
+        flat = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=tensor.numel(), dtype=dtype)
+    return flat.view(shape)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+def forget_pages(tensor: torch.Tensor) -> None:
+    """Remove the pages of a tensor of :func:`mapped_empty` from the process; its file keeps the values."""
+    _advise(tensor, _DONTNEED)
+
+
+def page_out(tensor: torch.Tensor) -> None:
+    """Let the system reclaim the pages of a tensor now, if a file backs them; any others stay."""
+    _advise(tensor, _PAGEOUT)
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system: glibc keeps what lies between memory that is in use."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _advise(tensor: torch.Tensor, advice: int) -> None:
+    """Advice for the whole pages of a tensor. Systems that do not know it ignore it."""
+    if sys.platform != "linux" or tensor.device.type != "cpu" or not tensor.numel():
+        return
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = -(-tensor.data_ptr() // _PAGE) * _PAGE
+    last = (tensor.data_ptr() + span * tensor.itemsize) // _PAGE * _PAGE
+    if first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), advice)

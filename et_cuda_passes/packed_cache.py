@@ -1,0 +1,249 @@
+"""Packed constants by their content, in a folder or at a URL that several runs and machines share.
+
+A key is the hash of everything that determines a constant: the bytes of its sources, the form, and the version of the
+packers. An entry is one file, a line of JSON and then the bytes. It is verified whenever it is read: one that is
+damaged is computed again and replaced.
+
+In a folder, a writer writes a temporary file, flushes it to the disk, and renames it. So a reader never sees a part of
+an entry, also if a writer is killed, and several may write the same entry. The next run removes what a killed writer
+left: a temporary file that no process has locked.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from et_cuda_passes.graph.constants import Planned
+from et_cuda_passes.threads import for_chunks, ranges
+
+PACKER_VERSION = 1
+"""Raise it when the bytes of any packed constant change. A test compares them with those of this version."""
+
+_BLOCK = 4 << 20
+_LONGEST_HEADER = 4096
+_ENTRY, _PART = ".packed", ".part"
+
+
+class PackedCache:
+    """Packed constants on a disk or an object store, for ``rewrite(..., cache=)`` and the partitioners.
+
+    Args:
+        place: a folder, which is created, or a URL of fsspec, such as ``s3://bucket/folder`` or ``gs://bucket/folder``.
+            A protocol may need a package of its own (s3fs, gcsfs).
+        limit: bytes of all entries of a folder. Beyond it, the least recently used ones are removed, but none that this
+            object used. An object store has rules of its own for that.
+
+    Raises:
+        ValueError: a limit for a URL that is no folder, or a limit below 1; no filesystem has this protocol.
+        ImportError: the protocol needs a package that is not installed.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, place: str | Path, limit: float | None = None) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"the limit of the cache must be at least 1 byte, got {limit}")
+        self.place = str(place)
+        self.damaged = 0
+        """The number of entries that failed the check."""
+        self._store = _open(self.place, limit)
+
+    def load(self, plan: Planned, out: torch.Tensor) -> bool:
+        """Read the constant of ``plan`` into ``out``. False if there is no such entry, or a damaged one."""
+        content = self._store.read(content_key(plan))
+        if content is None:
+            return False
+        data, end = memoryview(content), bytes(content[:_LONGEST_HEADER]).find(b"\n") + 1
+        try:
+            header = json.loads(bytes(data[:end]))
+            fits = header["form"] == _form(out) and len(data) - end == out.nbytes
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if fits:
+            if out.nbytes:
+                out.view(-1).view(torch.uint8).copy_(torch.frombuffer(content, dtype=torch.uint8, offset=end))
+            # The bytes that are used are those that are checked.
+            fits = header["sha256"] == digest(out)
+        self.damaged += not fits
+        return fits
+
+    def save(self, plan: Planned, tensor: torch.Tensor) -> None:
+        """Write the constant of ``plan``."""
+        header = json.dumps({"form": _form(tensor), "sha256": digest(tensor)}) + "\n"
+        self._store.write(content_key(plan), header.encode(), _bytes(tensor))
+
+
+def content_key(plan: Planned) -> str:
+    """The name of a constant: equal for equal bytes of the sources, form and version of the packers."""
+    sources = [(_form(source), digest(source)) for source in plan.sources]
+    text = repr((PACKER_VERSION, plan.form, plan.shape, str(plan.dtype), sources))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """A hash of the values of a tensor in logical order, computed in several threads: that of the hashes of blocks."""
+    data = _bytes(tensor)
+    pieces = ranges(max(1, len(data)), _BLOCK)
+    found: dict[int, bytes] = {}
+
+    def work(piece: tuple[int, int]) -> None:
+        found[piece[0]] = hashlib.sha256(data[slice(*piece)]).digest()
+
+    for_chunks(pieces, lambda: work, torch.device("cpu"))
+    return hashlib.sha256(b"".join(found[start] for start, _ in pieces)).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return memoryview(flat.numpy())
+
+
+def _form(tensor: torch.Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype)]
+
+
+# Stores --------------------------------------------------------------------------------------------------------------
+
+
+class _Store(ABC):
+    @abstractmethod
+    def read(self, key: str) -> bytearray | None:
+        """The content of an entry, None if there is none."""
+
+    @abstractmethod
+    def write(self, key: str, header: bytes, data: memoryview) -> None:
+        """Write an entry."""
+
+
+def _open(place: str, limit: float | None) -> _Store:
+    if "://" not in place and not place.startswith("file:"):
+        return _Folder(Path(place), limit)
+    from fsspec.core import url_to_fs  # torch needs it too, but not for its import
+
+    try:
+        system, path = url_to_fs(place)
+    except ImportError as error:
+        raise ImportError(f"the cache {place}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"the cache {place}: {error}; give a folder, or a URL with a protocol of fsspec") from error
+    if "file" in system.protocol:
+        return _Folder(Path(path), limit)
+    if limit is not None:
+        raise ValueError(
+            f"the cache {place} has a limit, which only a folder can have: leave it out, and give the bucket a rule "
+            "that removes old objects"
+        )
+    return _Remote(system, path)
+
+
+class _Remote(_Store):
+    """Files of an fsspec filesystem. An object store writes a file whole or not at all."""
+
+    def __init__(self, system: Any, path: str) -> None:
+        self._system, self._path = system, path.rstrip("/")
+
+    def _place(self, key: str) -> str:
+        return f"{self._path}/{key}{_ENTRY}"
+
+    def read(self, key: str) -> bytearray | None:
+        try:
+            return bytearray(self._system.cat_file(self._place(key)))
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, header: bytes, data: memoryview) -> None:
+        self._system.makedirs(self._path, exist_ok=True)
+        self._system.pipe_file(self._place(key), header + bytes(data))
+
+
+class _Folder(_Store):
+    """Files of a folder."""
+
+    def __init__(self, folder: Path, limit: float | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"the cache {folder} cannot be written: name another folder, or leave it out")
+        self._folder, self._limit = folder, limit
+        self._used: set[str] = set()
+        self._size: int | None = None
+        self._remove_parts()
+
+    def read(self, key: str) -> bytearray | None:
+        path = self._folder / f"{key}{_ENTRY}"
+        try:
+            with path.open("rb") as file:
+                content = bytearray(os.fstat(file.fileno()).st_size)
+                if file.readinto(content) != len(content):
+                    return bytearray()  # a damaged entry
+            os.utime(path)  # the time of the last use
+        except FileNotFoundError:
+            return None
+        self._used.add(path.name)
+        return content
+
+    def write(self, key: str, header: bytes, data: memoryview) -> None:
+        path = self._folder / f"{key}{_ENTRY}"
+        while True:
+            descriptor, part = tempfile.mkstemp(_PART, f"{key[:16]}.", self._folder)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # shows other runs that its writer lives
+            if os.path.exists(part):
+                break
+            os.close(descriptor)  # another run removed it before it was locked
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(header)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(part, path)
+        except BaseException as error:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
+            if isinstance(error, OSError):
+                text = f"the cache {self._folder} cannot be written: {error.strerror}; free some space, or leave it out"
+                raise OSError(error.errno, text) from error
+            raise
+        self._flush_names()
+        self._used.add(path.name)
+        self._evict(len(header) + len(data))
+
+    def _flush_names(self) -> None:
+        """Write the folder itself to the disk: it holds the new name."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _evict(self, added: int) -> None:
+        """Remove the least recently used entries beyond the limit."""
+        if self._limit is None:
+            return
+        self._size = None if self._size is None else self._size + added
+        if self._size is not None and self._size <= self._limit:
+            return
+        entries = []
+        for path in self._folder.glob(f"*{_ENTRY}"):
+            with suppress(FileNotFoundError):  # another run removed it
+                entries.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        self._size = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if self._size <= self._limit:
+                return
+            if path.name not in self._used:
+                path.unlink(missing_ok=True)
+                self._size -= size
+
+    def _remove_parts(self) -> None:
+        """Remove the temporary files of killed writers."""
+        for path in self._folder.glob(f"*{_PART}"):
+            with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
