@@ -1,6 +1,6 @@
 """Rewriting decoders of 0.1 to 32 billion weights: seconds of each stage, peak memory, bytes.
 
-    python -m benchmarks.scale [--shapes SmolLM2-135M Llama-3.1-8B] [--target cuda] [--folder DIR] [--json FILE]
+    python -m benchmarks.scale [--shapes SmolLM2-135M Llama-3.1-8B] [--forms streamed] [--target cuda] [--folder DIR]
     python -m benchmarks.scale --check    # the limits of memory on small shapes, and that time is linear in nodes
 
 Each line is a process of its own: it builds the decoder of a shape without its embedding, exports it, fills the int8
@@ -14,15 +14,18 @@ released.
 take back without swapping.
 """
 
+import argparse
 import math
 import multiprocessing
+import platform
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,10 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import constant_bytes
+from et_cuda_passes.mapped import forget_pages
+from tests.helpers import chain
+
+_T = TypeVar("_T")
 
 GROUP_SIZE = 32
 SLACK = 512e6
@@ -85,6 +92,8 @@ class Weights:
         for data in self.created:
             for part in data.view(-1).split(len(block)):
                 part.copy_(block[: len(part)])
+            if self._folder is not None:
+                forget_pages(data)  # a checkpoint that was just mapped has no pages in memory
         self.created.clear()
 
 
@@ -243,12 +252,6 @@ def measure(name: str, shape: Shape, form: str, target: str, folder: str | None)
     return Row(name, form, nodes, linears, before, after, export, fill, rewrite, peak, private)
 
 
-def in_process(*arguments: Any) -> Row:
-    """:func:`measure` in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
 HEADER = "| shape | form | nodes | linears | quantized | packed | export | fill | rewrite | peak | limit | private |"
 
 
@@ -261,13 +264,81 @@ def table_line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def slope(rows: list[Row]) -> float:
+NODES = (1_000, 10_000, 100_000)
+STEEPEST = 1.1
+"""The largest slope of log(seconds) over log(nodes)."""
+
+
+def slope(points: list[tuple[int, float]]) -> float:
     """The slope of log(seconds) over log(nodes), by least squares."""
-    points = [(math.log(row.nodes), math.log(row.rewrite)) for row in rows]
-    mean = [sum(axis) / len(points) for axis in zip(*points, strict=True)]
-    return sum((x - mean[0]) * (y - mean[1]) for x, y in points) / sum((x - mean[0]) ** 2 for x, _ in points)
+    logs = [(math.log(nodes), math.log(seconds)) for nodes, seconds in points]
+    x0, y0 = (sum(axis) / len(logs) for axis in zip(*logs, strict=True))
+    return sum((x - x0) * (y - y0) for x, y in logs) / sum((x - x0) ** 2 for x, _ in logs)
 
 
-def with_nodes(nodes: int) -> Shape:
-    """A decoder of narrow layers with about so many nodes in its graph."""
-    return Shape(64, 64, max(1, nodes // 42), 2, 1, 32, 64)
+def time_of_nodes(count: int, target: str) -> tuple[int, float]:
+    """Nodes of a chain of quantized linears [32, 32], and the processor seconds of its rewrite.
+
+    The weights are so small that the graph costs the time.
+    """
+    program = chain(count // 4)
+    begin = time.process_time()
+    ecp.rewrite(program, target, gpu="sm_90" if target == "cuda" else None)
+    return len(program.graph.nodes), time.process_time() - begin
+
+
+def in_process(function: Callable[..., _T], *arguments: Any) -> _T:
+    """The result of a function in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def check(folder: str | None) -> None:
+    """Check the peaks of memory on a small shape, and that time is linear in nodes.
+
+    Raises:
+        SystemExit: a limit is exceeded.
+    """
+    problems = []
+    for form in FORMS:
+        row = in_process(measure, "small", SMALL, form, "cuda", folder)
+        print(table_line(row), flush=True)
+        if row.peak > row.limit:
+            problems.append(f"{form or 'in memory'}: a peak of {row.peak / 1e9:.2f} GB")
+    points = [in_process(time_of_nodes, count, "cuda") for count in (1_000, 4_000, 16_000)]
+    steep = slope(points)
+    print(", ".join(f"{nodes} nodes: {seconds:.2f} s" for nodes, seconds in points), f"slope {steep:.2f}", flush=True)
+    if steep > STEEPEST:
+        problems.append(f"a slope of {steep:.2f} over nodes, beyond {STEEPEST}")
+    if problems:
+        raise SystemExit(f"beyond the limits: {'; '.join(problems)}")
+
+
+def main() -> None:
+    """Print the tables, or check the limits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--nodes", nargs="*", type=int, default=NODES, help="numbers of nodes to time; none: no table")
+    parser.add_argument("--target", default="cuda", choices=ecp.targets())
+    parser.add_argument("--folder", help="for weights and packed constants in files")
+    parser.add_argument("--check", action="store_true", help="fail where a rewrite needs more memory, or time grows")
+    options = parser.parse_args()
+    if options.check:
+        check(options.folder)
+        return
+    print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads\n")
+    if options.shapes:
+        print(HEADER, f"|{'---|' * (HEADER.count('|') - 1)}", sep="\n", flush=True)
+    for name in options.shapes:
+        for form in options.forms:
+            print(table_line(in_process(measure, name, SHAPES[name], form, options.target, options.folder)), flush=True)
+    points = [in_process(time_of_nodes, count, options.target) for count in options.nodes]
+    for nodes, seconds in points:
+        print(f"{nodes} nodes: {seconds:.2f} s of the processor, {1e6 * seconds / nodes:.0f} us a node", flush=True)
+    if len(points) > 1:
+        print(f"slope of log(seconds) over log(nodes): {slope(points):.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -47,8 +47,19 @@ def forget_pages(tensor: torch.Tensor) -> None:
 
 
 def page_out(tensor: torch.Tensor) -> None:
-    """Let the system reclaim the pages of a tensor now, if a file backs them; any others stay."""
-    _advise(tensor, _PAGEOUT)
+    """Let the system reclaim the pages of a tensor now if it lies in a mapped file; other memory stays as it is."""
+    if sys.platform == "linux" and tensor.device.type == "cpu" and _is_mapped(tensor.data_ptr()):
+        _advise(tensor, _PAGEOUT)
+
+
+def _is_mapped(address: int) -> bool:
+    """Whether a file is mapped at an address. Other memory could only be moved to a swap area."""
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= address < last:
+            return inode != "0"
+    return False
 
 
 def trim_heap() -> None:

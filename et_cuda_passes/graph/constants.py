@@ -61,15 +61,17 @@ class Planned(ABC):
         return math.prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
-    def worker(self, buffers: dict[Hashable, Any]) -> Callable[[Any, torch.Tensor], None]:
-        """The function ``(piece, out)`` that writes a piece into the constant; called once in each thread.
+    def worker(self, buffers: dict[Hashable, Any]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        """The function ``(piece, out)`` that writes a piece into the constant, and returns that part of it.
 
-        ``buffers`` are those of the thread, which several constants share.
+        It is called once in each thread. ``buffers`` are those of the thread, which several constants share.
         """
 
 
-def compute(planned: Sequence[tuple[Planned, torch.Tensor]]) -> None:
-    """Write each constant into the tensor beside it, in several threads."""
+def compute(
+    planned: Sequence[tuple[Planned, torch.Tensor]], written: Callable[[torch.Tensor], None] = lambda part: None
+) -> None:
+    """Write each constant into the tensor beside it, in several threads, and call ``written`` with each part."""
 
     def worker() -> Callable[[tuple[Planned, torch.Tensor, Any]], None]:
         buffers: dict[Hashable, Any] = {}
@@ -79,7 +81,7 @@ def compute(planned: Sequence[tuple[Planned, torch.Tensor]]) -> None:
             plan, out, part = piece
             if current[0] is not plan:
                 current[:] = plan, plan.worker(buffers)
-            current[1](part, out)
+            written(current[1](part, out))
 
         return work
 
@@ -127,7 +129,7 @@ class _Sources:
         return _versions(self._held) == self._versions and not any(each.expired() for each in self._weak)
 
 
-_BATCH_BYTES = 64 << 20
+_BATCH_BYTES = 16 << 20
 """Constants are computed together until they have so many bytes: small ones then fill all threads."""
 _MAPPED_BYTES = 1 << 16
 """Smaller constants stay in memory: a file has pages of 4 KB."""
@@ -235,7 +237,13 @@ class ConstantCache:
                 self.loaded += 1
             else:
                 work.append((plan, entry.made))
-        compute(work)
+        mapped = {entry.made.data_ptr() for entry in batch if entry.made is not None and self._is_mapped(entry.made)}
+
+        def written(part: torch.Tensor) -> None:
+            if part.untyped_storage().data_ptr() in mapped:
+                forget_pages(part)
+
+        compute(work, written)
         self.packed += len(work)
         if self.storage is not None:
             for plan, made in work:
@@ -244,22 +252,31 @@ class ConstantCache:
             return
         for entry in batch:
             assert entry.plan is not None and entry.made is not None
-            for tensor in entry.plan.sources:
-                page_out(tensor)
-            if entry.made.nbytes >= _MAPPED_BYTES:
+            self.page_out(entry.plan.sources)
+            if self._is_mapped(entry.made):
                 forget_pages(entry.made)
             entry.plan = None
         work.clear()
         trim_heap()
 
+    def page_out(self, tensors: Iterable[torch.Tensor | None]) -> None:
+        """With ``stream``: tensors in mapped files, which were read just now, need no memory for a while."""
+        for tensor in tensors if self.stream is not None else ():
+            if tensor is not None:
+                page_out(tensor)
+
     def _empty(self, plan: Planned) -> torch.Tensor:
-        if self.stream is None or plan.device.type != "cpu" or plan.nbytes < _MAPPED_BYTES:
-            return torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
-        return mapped_empty(plan.shape, plan.dtype, self.stream)
+        if self.stream is not None and self._is_mapped(plan):
+            return mapped_empty(plan.shape, plan.dtype, self.stream)
+        return torch.empty(plan.shape, dtype=plan.dtype, device=plan.device)
+
+    def _is_mapped(self, constant: Planned | torch.Tensor) -> bool:
+        """Whether a constant belongs into a mapped file."""
+        return self.stream is not None and constant.device.type == "cpu" and constant.nbytes >= _MAPPED_BYTES
 
     def _kept(self, made: torch.Tensor) -> torch.Tensor:
         """A tensor that a rule computed, or with ``stream`` its copy in a mapped file."""
-        if self.stream is None or made.device.type != "cpu" or made.nbytes < _MAPPED_BYTES or not made.is_contiguous():
+        if self.stream is None or not self._is_mapped(made) or not made.is_contiguous():
             return made
         copy = mapped_empty(tuple(made.shape), made.dtype, self.stream).copy_(made)
         forget_pages(copy)

@@ -40,16 +40,18 @@ class RowPlan(Planned):
     axis: int = 0
     stack_axis: int | None = field(default=None, kw_only=True)
 
-    def worker(self, buffers: Buffers) -> Callable[[tuple[int, int], Tensor], None]:
-        """The function that writes a range of rows."""
+    def worker(self, buffers: Buffers) -> Callable[[tuple[int, int], Tensor], Tensor]:
+        """The function that writes a range of rows and returns their place."""
         write = self.writer(buffers)
 
-        def work(piece: tuple[int, int], out: Tensor) -> None:
+        def work(piece: tuple[int, int], out: Tensor) -> Tensor:
             start, stop = piece
             part, first = divmod(start, self.rows)
             here = out if self.stack_axis is None else out.select(self.stack_axis, part)
             together = self.rows // here.shape[self.axis]
-            write(start, stop, here.narrow(self.axis, first // together, (stop - start) // together))
+            place = here.narrow(self.axis, first // together, (stop - start) // together)
+            write(start, stop, place)
+            return place
 
         return work
 

@@ -42,6 +42,7 @@ def of_chunks(program: Program, weight: QuantizedWeight, value: Callable[[Weight
         found.append(value(read(slice(*piece))))
 
     for_chunks(chunks(weight), lambda: work, torch.device("cpu"))
+    program.pool.page_out(map(program.constant, weight.sources))
     return found
 
 

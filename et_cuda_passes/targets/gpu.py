@@ -43,8 +43,11 @@ def gpu_named_in(program: ExportedProgram) -> str | None:
 def name_gpu(program: ExportedProgram, gpu: str) -> None:
     """Make the operators of ``program`` name ``gpu``; the program is changed."""
     name = str(gpu_arch(gpu))
+    changed: dict[GraphModule, None] = {}
     for module, node in list(_operators(program)):
         node.kwargs = {**node.kwargs, "gpu": name}
+        changed[module] = None
+    for module in changed:
         module.recompile()
 
 
