@@ -57,9 +57,10 @@ nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000); every ti
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels
 	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py
 
-limits: setup  ## speed and memory of packing, and time of a rewrite per linear, against their limits
+limits: setup  ## speed and memory of packing and of a rewrite, and its time per linear, against their limits
 	$(ONE_THREAD) $(PY) -m benchmarks.packing --check
 	$(ONE_THREAD) $(PY) -m benchmarks.rewrite --check
+	$(PY) -m benchmarks.scale --check
 
 replay: setup  ## rewrites of 2,000 models: RECORD=dir keeps them, AGAINST=dir compares (GENERATED=, FAMILIES=, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m tests.replay $(addprefix --record=,$(RECORD)) $(addprefix --against=,$(AGAINST)) \

@@ -63,7 +63,7 @@ SHAPES = {
     "Llama-3.1-8B": Shape(4096, 14336, 32, 32, 8, 128, 128256),
     "Qwen3-32B": Shape(5120, 25600, 64, 64, 8, 128, 151936),
 }
-SMALL = Shape(1024, 4096, 4, 8, 4, 128, 16384)
+SMALL = Shape(2048, 8192, 8, 16, 8, 128, 32768)
 """For the limits, which have to be checked in seconds."""
 FORMS = ("", "streamed", "mapped, streamed")
 

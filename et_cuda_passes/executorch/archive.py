@@ -6,11 +6,13 @@ pickles are read once, into memory; tensor data stay in the file.
 """
 
 import io
+import json
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from et_cuda_passes.executorch.archive_pickle import check_pickle
 from et_cuda_passes.executorch.archive_program import check_payloads, check_program, check_tensor_meta
@@ -25,7 +27,7 @@ from et_cuda_passes.executorch.archive_zip import (
     write_zip,
 )
 
-__all__ = ["NoArchive", "Refused", "checked", "member_names"]
+__all__ = ["NoArchive", "Refused", "Span", "checked", "member_names"]
 
 _PROGRAM = "models/model.json"
 _INPUTS = "data/sample_inputs/model.pt"
@@ -43,13 +45,19 @@ _INNER = re.compile(
 _LONGEST_JSON = 1 << 30
 _LONGEST_PICKLE = 16 << 20
 _LONGEST_TEXT = 1 << 10
+_ALIGNMENT = 8
+"""Bytes of the widest real number."""
 
 
 class Checked(NamedTuple):
-    """A file for ``torch.export.load``, and the program's JSON in it."""
+    """A file for ``torch.export.load``, the program's JSON in it, and the tensors that the file leaves out.
+
+    ``torch.export.load`` creates zeros for those, which take no memory until they are read.
+    """
 
     file: io.RawIOBase
     program: bytes
+    left_out: dict[str, Span]
 
 
 def member_names(path: Path) -> list[str]:
@@ -64,8 +72,10 @@ def member_names(path: Path) -> list[str]:
 
 
 @contextmanager
-def checked(path: Path) -> Iterator[Checked]:
+def checked(path: Path, leave_out: bool = False) -> Iterator[Checked]:
     """The checked content of ``path``, from which ``torch.export.load`` runs no code.
+
+    With ``leave_out`` it lacks the bytes of the tensors, where each is the whole of its record.
 
     Raises:
         NoArchive: the file is no ZIP file, or is truncated.
@@ -81,7 +91,44 @@ def checked(path: Path) -> Iterator[Checked]:
         for folder, (prefix, table) in _FOLDERS.items():
             _check_folder(file, members, content, folder, prefix, table)
         program = b"".join(part for part in content[_PROGRAM] if isinstance(part, bytes))
-        yield Checked(Contents(file, write_zip(content)), program)
+        left_out = _leave_out(content) if leave_out else {}
+        yield Checked(Contents(file, write_zip(content)), program, left_out)
+
+
+def _leave_out(content: dict[str, Content]) -> dict[str, Span]:
+    """Empty the records of tensors, and return where in the file each tensor is, by its FQN."""
+    found: dict[str, Span] = {}
+    for folder, (_, table) in _FOLDERS.items():
+        if folder + table not in content:
+            continue
+        text = b"".join(part for part in content[folder + table] if isinstance(part, bytes))
+        records: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        for fqn, entry in json.loads(text)["config"].items():
+            records.setdefault(entry["path_name"], []).append((fqn, entry))
+        for record, entries in records.items():
+            spans = content.get(folder + record, ())
+            forms = {(entry["tensor_meta"] or {}).get("dtype") for _, entry in entries}
+            sizes = {str((entry["tensor_meta"] or {}).get("sizes")) for _, entry in entries}
+            whole = len(forms) == len(sizes) == 1 and all(_is_whole(entry) for _, entry in entries)
+            if whole and len(spans) == 1 and isinstance(spans[0], Span) and spans[0].start % _ALIGNMENT == 0:
+                found.update((fqn, spans[0]) for fqn, _ in entries)
+                content[folder + record] = ()
+    return found
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Whether a tensor on the CPU is contiguous and begins where its record does."""
+    meta = entry["tensor_meta"]
+    if entry["use_pickle"] or meta is None or meta["device"]["type"] != "cpu":
+        return False
+    sizes, strides = ([each["as_int"] for each in meta[name]] for name in ("sizes", "strides"))
+    return meta["storage_offset"]["as_int"] == 0 and strides == list(_contiguous_strides(sizes)) and 0 not in sizes
+
+
+def _contiguous_strides(sizes: Sequence[int]) -> Iterator[int]:
+    """The strides of a contiguous tensor."""
+    for axis in range(len(sizes)):
+        yield math.prod(sizes[axis + 1 :])
 
 
 def _whole(file: BinaryIO) -> Span:

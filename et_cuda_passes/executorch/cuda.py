@@ -27,6 +27,8 @@ class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  
         passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
         expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
         gpu: see :func:`et_cuda_passes.rewrite`; None for the GPU of this machine.
+        **options: ``stream``, ``cache`` and ``device``; see :func:`et_cuda_passes.rewrite`. With ``stream`` the
+            programs that are lowered are given up.
 
     Raises:
         ValueError: this machine has a GPU, and cannot compile a program that runs on ``gpu``.
@@ -41,6 +43,7 @@ class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  
         passes: Iterable[Any] | None = None,
         expect: Mapping[str, int] | None = None,
         gpu: str | None = None,
+        **options: Any,
     ) -> None:
         if gpu is not None:
             if problem := compile_problem(gpu):
@@ -50,5 +53,5 @@ class CudaPartitioner(AotiRewritingPartitioner, _Stock):  # type: ignore[misc]  
                     f"gpu={gpu!r} has less shared memory than the GPU of this machine, for which ExecuTorch tunes its "
                     f"own kernels: set the environment variable {SHARED_MEMORY_LIMIT}={limit}"
                 )
-        super().__init__(compile_spec, passes, expect)
+        super().__init__(compile_spec, passes, expect, **options)
         self._gpu = gpu

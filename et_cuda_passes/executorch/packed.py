@@ -6,6 +6,7 @@ cpu layout, the instruction set that it was packed for.
 
 import json
 import logging
+import mmap
 import re
 import zipfile
 from collections import Counter
@@ -53,7 +54,7 @@ class Model:
     report: Report | None
 
 
-def load(path: Path | str, trust: bool = False) -> ExportedProgram:
+def load(path: Path | str, trust: bool = False, mapped: bool = False) -> ExportedProgram:
     """Read a program that ``torch.export.save`` wrote, without running code from the file.
 
     ``torch.export.load`` unpickles and evaluates parts of a file. This function first rejects a file that contains more
@@ -62,21 +63,23 @@ def load(path: Path | str, trust: bool = False) -> ExportedProgram:
     Args:
         path: a .pt2.
         trust: skip the check, and pass the file to ``torch.export.load``.
+        mapped: leave the tensors in the file, which is mapped into memory: the system reads a page when it is used, and
+            can drop it again. The file must not be changed while the program is used; replacing it is no problem.
 
     Raises:
         ModelError: the file is missing, truncated or no exported program, or contains something that could run code.
     """
-    return _read(Path(path), trust)[0]
+    return _read(Path(path), trust, mapped)[0]
 
 
-def load_model(path: Path, target: str | Target, trust: bool = False) -> Model:
+def load_model(path: Path, target: str | Target, trust: bool = False, mapped: bool = False) -> Model:
     """Read a program for ``target``, as :func:`load` does.
 
     Raises:
         ModelError: as :func:`load`; or the program is packed for another target or for another instruction set than
             this host's.
     """
-    program, text = _read(path, trust)
+    program, text = _read(path, trust, mapped)
     try:
         record = json.loads(text or "{}")
         report = read_report(record["report"]) if record else None
@@ -92,14 +95,15 @@ def load_model(path: Path, target: str | Target, trust: bool = False) -> Model:
     return model
 
 
-def _read(path: Path, trust: bool) -> tuple[ExportedProgram, str]:
+def _read(path: Path, trust: bool, mapped: bool = False) -> tuple[ExportedProgram, str]:
     """The program and the text of its record, empty if it has none."""
     _check_kind(path, trust)
     # torch.export.load reads only the extra files whose names are in this dict.
     extra = {_RECORD: ""}
     try:
-        with _opened(path, trust) as file, quiet_load():
+        with _opened(path, trust, mapped) as (file, left_out), quiet_load():
             program = torch.export.load(file, extra_files=extra)
+            _map(program, path, left_out)
     except ModelError:
         raise
     except Exception as error:  # a damaged file raises any exception from torch.export.load
@@ -147,25 +151,45 @@ def _check_kind(path: Path, trust: bool) -> None:
 
 
 @contextmanager
-def _opened(path: Path, trust: bool) -> Iterator[Any]:
-    """The argument for torch.export.load: the checked file, or with ``trust`` the path.
+def _opened(path: Path, trust: bool, mapped: bool = False) -> Iterator[tuple[Any, dict[str, archive.Span]]]:
+    """The argument for torch.export.load: the checked file, or with ``trust`` the path. And what it leaves out.
 
     Registers the operators that the program calls.
     """
     if trust:
         with zipfile.ZipFile(path) as file:
             _register_operators(path, b"".join(file.read(name) for name in file.namelist() if "/models/" in name))
-        yield path
+        yield path, {}
         return
     with ExitStack() as stack:
         try:
-            checked = stack.enter_context(archive.checked(path))
+            checked = stack.enter_context(archive.checked(path, mapped))
         except archive.NoArchive:
             raise ModelError(f"{path} is no .pt2 file, or is only a part of one: {_AGAIN}") from None
         except archive.Refused as error:
             raise _distrust(path, error) from None
         _register_operators(path, checked.program)
-        yield checked.file
+        yield checked.file, checked.left_out
+
+
+def _map(program: ExportedProgram, path: Path, left_out: dict[str, archive.Span]) -> None:
+    """Replace the tensors that were left out by views of the mapped file; tied ones are one tensor."""
+    if not left_out:
+        return
+    with path.open("rb") as file:
+        # Private pages: a program that mutates a buffer does not change the file.
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    views: dict[tuple[int, torch.dtype, torch.Size], torch.Tensor] = {}
+    for table in (program.state_dict, program.constants):
+        for name, old in [(name, old) for name, old in table.items() if name in left_out]:
+            if old.nbytes != left_out[name].size:
+                raise ValueError(f"{name} has {left_out[name].size} bytes in the file, and needs {old.nbytes}")
+            key = (left_out[name].start, old.dtype, old.shape)
+            if key not in views:
+                flat = torch.frombuffer(memory, dtype=old.dtype, count=old.numel(), offset=key[0])
+                views[key] = flat.view(old.shape)
+            view = views[key]
+            table[name] = torch.nn.Parameter(view, old.requires_grad) if isinstance(old, torch.nn.Parameter) else view
 
 
 def _trusted_names(path: Path) -> list[str]:

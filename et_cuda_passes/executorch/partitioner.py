@@ -1,17 +1,21 @@
 """Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner
 from torch.export import ExportedProgram
 
-from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.rule import Rule
-from et_cuda_passes.rewrite import check_expectations, check_expected, parse_passes, rewrite
+from et_cuda_passes.rewrite import check_expectations, check_expected, constant_pool, parse_passes, rewrite
 from et_cuda_passes.targets import Target, default_passes
+
+if TYPE_CHECKING:
+    from et_cuda_passes.packed_cache import PackedCache
 
 
 class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch ships no types
@@ -29,6 +33,8 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         *args: as for the stock partitioner.
         passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
         expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
+        stream, cache, device: see :func:`et_cuda_passes.rewrite`. With ``stream`` the programs that are lowered are
+            given up.
         **kwargs: as for the stock partitioner.
     """
 
@@ -44,19 +50,19 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         *args: Any,
         passes: Iterable[Any] | None = None,
         expect: Mapping[str, int] | None = None,
+        stream: str | Path | None = None,
+        cache: "str | Path | PackedCache | None" = None,
+        device: str | torch.device | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._set_passes(passes, expect)
-
-    def _set_passes(self, passes: Iterable[Any] | None, expect: Mapping[str, int] | None) -> None:
         self._passes = default_passes(self.rewrite_target) if passes is None else list(passes)
         names = {getattr(entry, "name", "") for entry in self._passes}
         self._passes += [rule for rule in self._always if rule.name not in names]
         # An invalid pass list or expectation is an error here, not minutes into a lowering.
         check_expected(expect, [entry.name for entry in parse_passes(self._passes)])
         self._expect = expect
-        self._pool = ConstantCache()
+        self._pool = constant_pool(stream, cache, device)
         self.reports: list[Report] = []
 
     @property
@@ -89,6 +95,7 @@ class AotiRewritingPartitioner(RewritingPartitioner):
             their error messages.
         passes: see :func:`et_cuda_passes.rewrite`; None for the target's default passes.
         expect: see :func:`et_cuda_passes.rewrite`; checked for every method.
+        **options: ``stream``, ``cache`` and ``device`` of :class:`RewritingPartitioner`.
     """
 
     def __init__(
@@ -96,8 +103,9 @@ class AotiRewritingPartitioner(RewritingPartitioner):
         compile_spec: list[CompileSpec] | None = None,
         passes: Iterable[Any] | None = None,
         expect: Mapping[str, int] | None = None,
+        **options: Any,
     ) -> None:
         specs = list(compile_spec or [])
         if all(spec.key != "method_name" for spec in specs):
             specs.append(CompileSpec("method_name", b"forward"))
-        super().__init__(specs, passes=passes, expect=expect)
+        super().__init__(specs, passes=passes, expect=expect, **options)
