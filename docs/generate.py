@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import et_cuda_passes as ecp
+from docs.api import api_page
 from et_cuda_passes.hf.support import (
     FOR_EMBEDDINGS,
     GROUP_SIZES,
@@ -172,7 +173,7 @@ def operators_page() -> str:
     parts = [
         "# Operators",
         "Registered when the package is imported, in the namespace `et_cuda_passes`. "
-        "[Why they exist](../index.md#why-an-operator-of-our-own-stands-in-the-edge-program).",
+        "[Why they exist](../explanation/own-operators.md).",
     ]
     for name in names:
         namespace, _, operator = name.partition("::")
@@ -272,6 +273,7 @@ def schemes_page() -> str:
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
     texts = {
+        "api.md": api_page(),
         "rules.md": rules_page(),
         "targets.md": targets_page(),
         "operators.md": operators_page(),
