@@ -215,4 +215,3 @@ def _prose(text: str) -> str:
     text = re.sub(r":\w+:`([^`]+)`|``([^`]+)``", code, text.strip())
     # `::` begins a literal block, which is indented.
     return re.sub(r"::(?=\n\n    )", ":", text)
-
