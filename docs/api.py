@@ -138,8 +138,8 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    text = star + parameter.name
+    stars = {inspect.Parameter.VAR_POSITIONAL: 1, inspect.Parameter.VAR_KEYWORD: 2}
+    text = "*" * stars.get(parameter.kind, 0) + parameter.name
     if parameter.annotation is not parameter.empty:
         text += f": {_annotation(parameter.annotation)}"
     if parameter.default is not parameter.empty:
@@ -148,15 +148,11 @@ def _parameter(parameter: inspect.Parameter) -> str:
 
 
 def _annotation(annotation: Any) -> str:
-    """An annotation without the modules of its names."""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    """An annotation without the modules of its names, except for ``torch.Tensor`` and its like."""
+    text: str = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     text = text.replace("'", "") if "Literal" not in text else text
-    text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z_]\w*)", lambda found: _kept_module(found[0]), text)
+    text = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", lambda found: found[0] if found[0] == "torch." else "", text)
     return text.replace("~_T", "T")
-
-
-def _kept_module(prefix: str) -> str:
-    return prefix if prefix == "torch." else ""
 
 
 def _default(value: Any) -> str:

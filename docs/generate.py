@@ -279,7 +279,8 @@ def pages() -> dict[Path, str]:
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
     }
-    written = {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
+    # The heading comes first: it is the title of the page on the site.
+    written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}
     return written | {ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json()}
 
 

@@ -75,7 +75,7 @@ def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: 
 
 
 def shown(expected: str, printed: str) -> bool:
-    """Whether ``printed`` is the text of a page, in which ``...`` stands for any text and any number of spaces for one."""
+    """Whether ``printed`` contains the text of a page; ``...`` stands for any text, and spaces do not matter."""
     pattern = ".*".join(r"\s+".join(map(re.escape, piece.split())) for piece in expected.split("..."))
     return re.search(pattern, " ".join(printed.split()), re.DOTALL) is not None
 
@@ -90,7 +90,7 @@ def test_commands_of_the_first_export_print_what_the_page_shows(
     exec(compile(program, FIRST_EXPORT.name, "exec"), {"__name__": "first_export"})
     outputs = []
     for text in (text for kind, text in blocks if kind == "sh"):
-        results = [called(*shlex.split(line)[1:]) for line in text.splitlines()]
+        results = [called(*shlex.split(line)[1:]) for line in text.replace("\\\n", "").splitlines()]
         outputs.append(results)
     (export,), generated, (lower,) = outputs
     export_text, generated_text = (text for kind, text in blocks if kind == "text")

@@ -1,5 +1,6 @@
 """The site: it builds without a warning, loads nothing from another host, and shows every page as it is meant."""
 
+import inspect
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ from mkdocs.exceptions import Abort
 
 from docs.generate import ROOT
 from docs.navigation import entries, expand
+from et_cuda_passes.rewrite import rewrite
 
 LOADING = {"src", "srcset", "poster", "data"}
 LOADING_LINKS = {"stylesheet", "icon", "preload", "preconnect", "dns-prefetch", "manifest", "modulepreload"}
@@ -64,7 +66,7 @@ def pages(site: Path) -> dict[str, Page]:
     return found
 
 
-def test_every_markdown_file_becomes_a_page_and_no_script_does(site: Path) -> None:
+def test_site_has_a_page_for_every_markdown_file_and_no_script(site: Path) -> None:
     written = {path.relative_to(ROOT / "docs").with_suffix("").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert {name.removesuffix(".html") for name in pages(site)} == written | {"404"}
     assert list(site.rglob("*.py")) == []
@@ -89,11 +91,23 @@ def test_search_works_without_a_server(site: Path) -> None:
     assert "assets/iframe-worker.js" in pages(site)["index.html"].loaded
 
 
-def test_no_paragraph_of_a_page_has_the_marks_of_a_list_or_a_table(site: Path) -> None:
+def test_paragraphs_of_all_pages_have_no_marks_of_a_list_or_a_table(site: Path) -> None:
     """Code hosts and MkDocs read Markdown differently: a list needs an empty line before it, for example."""
     marks = re.compile(r"(^|\n)\s*(- |1\. |\|)|```|\*\*|\]\(")
     for name, page in pages(site).items():
         assert [text for text in page.paragraphs if marks.search(text)] == [], name
+
+
+def test_picture_has_the_stages_of_the_rewrite() -> None:
+    stages = re.findall(r"^ +# (\d)\. (\w+)", inspect.getsource(rewrite), re.MULTILINE)
+    assert len(stages) == 6
+    # The comments name two of the stages by a verb.
+    names = {"find": "candidates", "apply": "passes"}
+    expected = [(number, names.get(word.lower(), word.lower())) for number, word in stages]
+    picture = (ROOT / "docs" / "explanation" / "data-flow.svg").read_text(encoding="utf-8")
+    assert re.findall(r">(\d)\. (\w+)<", picture) == expected
+    page = (ROOT / "docs" / "explanation" / "data-flow.md").read_text(encoding="utf-8")
+    assert [(number, word.lower()) for number, word in re.findall(r"^(\d)\. \*\*(\w+)", page, re.MULTILINE)] == expected
 
 
 @pytest.mark.parametrize(
