@@ -138,8 +138,11 @@ def _signature(name: str, value: Any) -> str:
 
 
 def _parameter(parameter: inspect.Parameter) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: 1, inspect.Parameter.VAR_KEYWORD: 2}
-    text = "*" * stars.get(parameter.kind, 0) + parameter.name
+    text = parameter.name
+    if parameter.kind is parameter.VAR_POSITIONAL:
+        text = "*" + text
+    elif parameter.kind is parameter.VAR_KEYWORD:
+        text = "**" + text
     if parameter.annotation is not parameter.empty:
         text += f": {_annotation(parameter.annotation)}"
     if parameter.default is not parameter.empty:
