@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import et_cuda_passes as ecp
+from docs.api import api_page
 from et_cuda_passes.hf.support import (
     FOR_EMBEDDINGS,
     GROUP_SIZES,
@@ -172,7 +173,7 @@ def operators_page() -> str:
     parts = [
         "# Operators",
         "Registered when the package is imported, in the namespace `et_cuda_passes`. "
-        "[Why they exist](../index.md#why-an-operator-of-our-own-stands-in-the-edge-program).",
+        "[Why they exist](../explanation/own-operators.md).",
     ]
     for name in names:
         namespace, _, operator = name.partition("::")
@@ -272,12 +273,14 @@ def schemes_page() -> str:
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
     texts = {
+        "api.md": api_page(),
         "rules.md": rules_page(),
         "targets.md": targets_page(),
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
     }
-    written = {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
+    # The heading comes first: it is the title of the page on the site.
+    written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}
     return written | {ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json()}
 
 
