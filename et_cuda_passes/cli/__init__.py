@@ -486,7 +486,7 @@ def _write_reports(
     data = {name: report.to_dict() for name, report in reports.items()}
     texts = {} if html is None else {html: render(data, title)}
     if model_explorer is not None:
-        for name, each in data.items():
+        for each in data.values():
             path = model_explorer
             if len(data) > 1:
                 path = path.with_name(f"{path.stem}.{each['target']}{path.suffix}")

@@ -59,12 +59,14 @@ def decibels_text(value: float | None) -> str:
     """A ratio in dB, empty where there is none; without noise the ratio is infinite."""
     if value is None:
         return ""
-    return f"{value:.1f} dB" if math.isfinite(value) else "no noise" if value > 0 else "no signal"
+    if math.isfinite(value):
+        return f"{value:.1f} dB"
+    return "not a number" if math.isnan(value) else "no noise" if value > 0 else "no signal"
 
 
 def sortable(value: float | None) -> str:
     """A number for the script of the page; empty where there is none."""
-    return "" if value is None else str(float(value)).replace("inf", "Infinity")
+    return "" if value is None or math.isnan(value) else str(float(value)).replace("inf", "Infinity")
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ def _section(name: str, heading: str, report: Data) -> dict[str, Any]:
 
 def _worst(layer: Data) -> float:
     values = [layer[key] for key in ("quantized_db", "rewritten_db") if layer[key] is not None]
-    return min(values, default=math.inf)
+    return min((-math.inf if math.isnan(value) else value for value in values), default=math.inf)
 
 
 def _percent(part: int, whole: int) -> int:
@@ -229,7 +231,7 @@ def _charts(rows: Sequence[Data], measured: bool) -> list[dict[str, Any]]:
         finite = [value for value in values if value is not None and math.isfinite(value)]
         if measured and finite and max(finite) > 0:
             most = max(finite)
-            heights = [0.0 if value is None else min(max(value, 0.0), most) for value in values]
+            heights = [0.0 if value is None or math.isnan(value) else min(max(value, 0.0), most) for value in values]
             signal = [("signal", _bars(heights, most))]
             name, text = f"Signal to noise of each layer, {title}", f"{most:.1f} dB"
             charts.append({"title": name, "bars": signal, "largest": text, "legend": ""})

@@ -30,7 +30,7 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, command: R
     out = tmp_path / "made" / "here"
     result = command("lower", path, "--target", "xnnpack", "--output-dir", out, "--expect", "fold_dequantize=2")
     assert result.code == 0, result.err
-    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert names(out) == ["model.xnnpack.pte", "report.html", "report.json"]
     assert f"{out / 'model.xnnpack.pte'}  {(out / 'model.xnnpack.pte').stat().st_size:,}" in result.out
     assert "Int8DynamicActivationIntxWeightConfig" in result.out
     method = Runtime.get().load_program(out / "model.xnnpack.pte").load_method("forward")
@@ -68,7 +68,7 @@ def test_lower_for_cpu_works_directly_and_from_a_packed_program(tmp_path: Path, 
     )
     assert lowering.code == 0, lowering.err
     assert "2 x cpu" in lowering.out
-    assert names(tmp_path / "out") == ["model.cpu.pt2", "report.json"]
+    assert names(tmp_path / "out") == ["model.cpu.pt2", "report.html", "report.json"]
     # The report is that of the packing, with an outcome for every layer.
     assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "report.json").read_bytes()
 
@@ -85,7 +85,7 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
     out = tmp_path / "a folder"
     result = command("lower", path, "--target", "cuda", "--output-dir", out)
     assert result.code == 1
-    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]
     assert "CUDA device" in result.error
     loaded = torch.export.load(out / "model.cuda.packed.pt2").module()
     x = INPUTS[1].bfloat16()
@@ -96,7 +96,7 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
     assert program == "et-cuda-passes"
     second = command(*again)
     assert (second.code, second.error) == (1, result.error)
-    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]
     assert "2 x linear_int4" in second.out
 
 
@@ -133,7 +133,7 @@ def test_lower_for_metal_outside_of_macos_writes_the_packed_program(tmp_path: Pa
     result = command("lower", path, "--target", "metal", "--output-dir", tmp_path)
     assert result.code == 1
     assert "macOS" in result.error
-    assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.json"]
+    assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.html", "report.json"]
 
 
 def test_lower_for_cpu_without_a_compiler_writes_the_packed_program(tmp_path: Path, command: Run) -> None:
@@ -194,7 +194,7 @@ def test_unmet_expectation_stops_the_lowering(tmp_path: Path, command: Run) -> N
     result = command("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
     assert result.code == 1
     assert "kept: expected 1, got 0" in result.error
-    assert names(out) == ["report.json"]
+    assert names(out) == ["report.html", "report.json"]
 
 
 def test_failed_lowering_keeps_the_report_and_earlier_files(tmp_path: Path, command: Run) -> None:
@@ -211,7 +211,7 @@ def test_failed_lowering_keeps_the_report_and_earlier_files(tmp_path: Path, comm
     assert result.code == 1
     assert "up.weight" in result.error
     assert "--debug" in result.error
-    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert names(out) == ["model.xnnpack.pte", "report.html", "report.json"]
     assert (out / "model.xnnpack.pte").read_bytes() == b"of an earlier day"
     assert json.loads((out / "report.json").read_text())["counts"]["missed"] == 1
 

@@ -65,6 +65,7 @@ def test_saved_folder_has_programs_manifest_config_and_report(folder: Path) -> N
         "model.cpu.pt2",
         "model.etcp.json",
         "model.xnnpack.pte",
+        "report.html",
         "report.json",
     ]
     report = json.loads((folder / "report.json").read_text())
@@ -82,7 +83,7 @@ def test_loaded_export_can_be_saved_again(
 ) -> None:
     again = cls.from_pretrained(folder)
     again.save_pretrained(tmp_path / "second")
-    assert set(names(folder)) - set(names(tmp_path / "second")) <= {"report.json"}
+    assert set(names(folder)) - set(names(tmp_path / "second")) <= {"report.html", "report.json"}
     twice = ExportedModel.from_pretrained(tmp_path / "second", target="cpu")
     assert twice.report == getattr(again, "report", {})
     assert torch.isfinite(twice(**inputs).last_hidden_state).all()
@@ -132,7 +133,8 @@ def test_overwriting_replaces_the_files_of_the_former_export_alone(
     other = EtExporter().export(bert(), dict(inputs), EtConfig(target="xnnpack"))
     other.save_pretrained(folder, overwrite=True)
     assert names(folder) == [
-        "config.json", "export.json", "model.etcp.json", "model.xnnpack.pte", "notes.txt", "report.json"
+        "config.json", "export.json", "model.etcp.json", "model.xnnpack.pte", "notes.txt", "report.html",
+        "report.json",
     ]  # fmt: skip
     torch.testing.assert_close(
         ExportedModel.from_pretrained(folder)(**inputs).last_hidden_state,
