@@ -131,7 +131,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             for part in (self.config, self.generation_config, processor):
                 if part is not None:
                     part.save_pretrained(staging)
-            if page := _page(self.report, folder.name):
+            if page := _page(self.report, folder.resolve().name):
                 (staging / PAGE_FILE).write_text(page, encoding="utf-8")
             manifest = {
                 "schema_version": EXPORT_SCHEMA_VERSION,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.targets.gpu import gpu_named_in
 from tests.cli.command import Run, names
 from tests.quantized import Quantized
@@ -224,6 +225,90 @@ def test_explain_prints_the_report(tmp_path: Path, command: Run) -> None:
     assert done.code == 0
     assert json.loads(done.out) == report.to_dict()
     assert names(tmp_path) == ["model.pt2"]
+
+
+def test_explain_prints_the_reports_of_several_targets(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    reports = {name: ecp.rewrite(torch.export.load(path), name)[1] for name in ("cpu", "xnnpack")}
+    done = command("explain", path, "--target", "cpu, xnnpack")
+    assert done.out == "\n\n".join(map(str, reports.values())) + "\n"
+    done = command("explain", path, "--target", "cpu,xnnpack", "--json")
+    assert json.loads(done.out) == {name: report.to_dict() for name, report in reports.items()}
+    assert names(tmp_path) == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("cpu,cpu", "--target cpu,cpu has cpu twice; name each target once"),
+        ("cpu,vulkan", "unknown target 'vulkan'"),
+        ("cpu,", "unknown target ''"),
+    ],
+)
+def test_wrong_list_of_targets_is_bad_usage(target: str, said: str, tmp_path: Path, command: Run) -> None:
+    result = command("explain", tmp_path / "model.pt2", "--target", target)
+    assert result.code == 2
+    assert said in result.error
+
+
+def test_explain_names_the_gpu_for_the_targets_that_have_one(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w", torch.bfloat16)
+    result = command("explain", path, "--target", "cpu,cuda", "--gpu", "sm_89")
+    assert result.out.count("for sm_89; once lowered") == 1
+    result = command("explain", path, "--target", "cpu,xnnpack", "--gpu", "sm_89")
+    assert result.code == 2
+    assert "target cpu has none: leave it out" in result.error
+
+
+def test_explain_writes_a_page_of_all_targets(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    page = tmp_path / "made" / "page.html"
+    done = command("explain", path, "--target", "cpu,xnnpack", "--html", page)
+    assert done.code == 0, done.err
+    reports = {name: ecp.rewrite(torch.export.load(path), name)[1].to_dict() for name in ("cpu", "xnnpack")}
+    assert page.read_text(encoding="utf-8") == render(reports, "model.pt2")
+    assert f"{page}  {page.stat().st_size:,}" in done.out
+    assert names(page.parent) == ["page.html"]
+    # With --json, stdout has the JSON alone.
+    done = command("explain", path, "--target", "cpu", "--html", page, "--json")
+    assert json.loads(done.out) == reports["cpu"]
+
+
+def test_explain_writes_node_data_for_each_target(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    assert command("explain", path, "-t", "cpu", "--model-explorer", tmp_path / "graph.json").code == 0
+    linears = {node.name for node in torch.export.load(path).graph.nodes if "linear" in str(node.target)}
+    data = json.loads((tmp_path / "graph.json").read_text())
+    assert data["results"].keys() == linears
+    assert command("explain", path, "-t", "cpu,xnnpack", "--model-explorer", tmp_path / "graph.json").code == 0
+    assert names(tmp_path) == ["graph.cpu.json", "graph.json", "graph.xnnpack.json", "model.pt2"]
+    assert json.loads((tmp_path / "graph.cpu.json").read_text()) == data
+    assert json.loads((tmp_path / "graph.xnnpack.json").read_text())["name"] == "xnnpack"
+
+
+def test_explain_draws_the_rewrites(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    _, report = ecp.rewrite(torch.export.load(path), "cpu")
+    assert report.drawn().count("linear_int4, once") == 2  # one linear has a bias
+    assert command("explain", path, "--target", "cpu", "--drawings").out == f"{report}\n\n{report.drawn()}\n"
+
+
+@pytest.mark.parametrize("option", ["--html", "--model-explorer"])
+def test_report_over_the_model_or_a_folder_is_bad_usage(option: str, tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    before = path.read_bytes()
+    for place, said in ((path, "is MODEL itself"), (tmp_path, "is a folder; name a file in it")):
+        result = command("explain", path, "--target", "cpu", option, place)
+        assert result.code == 2
+        assert said in result.error
+    assert path.read_bytes() == before
+
+
+def test_lower_writes_the_page_beside_the_report(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "8da4w")
+    assert command("lower", path, "-t", "xnnpack", "-o", tmp_path / "out").code == 0
+    _, report = ecp.rewrite(torch.export.load(path), "xnnpack")
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == report.to_html("model.pt2")
 
 
 def test_program_without_quantized_weights_has_no_candidates(tmp_path: Path, command: Run) -> None:

@@ -1,5 +1,7 @@
 """Drawings of rewrites: what is drawn once, the sizes that differ, the text and the coordinates."""
 
+from itertools import pairwise
+
 import torch
 
 import et_cuda_passes as ecp
@@ -12,8 +14,7 @@ class Chain(torch.nn.Module):
 
     def __init__(self, *widths: int) -> None:
         super().__init__()
-        pairs = zip(widths, widths[1:], strict=False)
-        self.layers = torch.nn.ModuleList(Quantized(n, k, zero_points=None) for k, n in pairs)
+        self.layers = torch.nn.ModuleList(Quantized(n, k, zero_points=None) for k, n in pairwise(widths))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
