@@ -1,4 +1,4 @@
-"""Reports on models with many layers, for tests of what is made from a report."""
+"""Reports on models with many layers, for tests of pages and files."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def report_on(blocks: int, missed_every: int = 0, measured: bool = False, target
                 fqn=f"model.layers.{block}.{name}.weight",
                 rule="linear_int4",
                 status="rewritten",
-                source=f"/home/me/model.py:{10 + len(name)}: {name.split('.')[1]}(x)",
+                source=f"/src/model.py:{10 + len(name)}: {name.split('.')[1]}(x)",
                 explanation=f"tilings on sm_90 for {shape[0]} x {shape[1]}",
                 scheme="int4 group 32",
                 shape=list(shape),

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from et_cuda_passes.graph.operators import arguments, op_name, schema_of
+from et_cuda_passes.graph.operators import argument_names, op_name, schema_of
 
 Kind = Literal["operator", "constant", "input"]
 
@@ -118,28 +118,35 @@ def drawn_nodes(roots: Sequence[Node], inside: Container[Node], fqn: Callable[[N
             parts.append(_Part(_call(node), "operator", value, tuple(inputs)))
         else:
             held = fqn(node)
-            label = ", ".join(names[node]) or (held or node.name).rpartition(".")[2]
+            # A node's own name would differ from place to place.
+            label = ", ".join(filter(None, names[node])) or (held or "input").rpartition(".")[2]
             parts.append(_Part(label, "input" if held is None else "constant", value, ()))
     return Parts(tuple(parts), tuple(sizes))
 
 
+def _given(node: Node) -> Iterator[tuple[str, Any]]:
+    """The arguments that a call states, with their names; empty names without a schema."""
+    yield from zip(argument_names(node) or [""] * len(node.args), node.args, strict=False)
+    yield from node.kwargs.items()
+
+
 def _operands(node: Node) -> Iterator[tuple[Node, str]]:
     """The nodes that ``node`` reads, each with the name of its argument."""
-    for name, value in arguments(node).items():
-        for leaf in pytree.tree_leaves(value):
+    for name, value in _given(node):
+        for leaf in [value] if isinstance(value, Node) else pytree.tree_leaves(value):
             if isinstance(leaf, Node):
                 yield leaf, name
 
 
 def _call(node: Node) -> str:
     """The short name of an operator, with the texts and flags among its arguments that are no defaults."""
-    name, schema = op_name(node.target).removeprefix("et_cuda_passes."), schema_of(node)
-    defaults = [] if schema is None else [argument.default_value for argument in schema.arguments]
-    options = [
-        str(name if value is True else value)
-        for (name, value), default in zip(arguments(node).items(), defaults, strict=False)
-        if (value is True or isinstance(value, str)) and value != default
-    ]
+    name = op_name(node.target).removeprefix("et_cuda_passes.")
+    stated = {key: value for key, value in _given(node) if value is True or isinstance(value, str)}
+    if not stated:
+        return name
+    schema = schema_of(node)
+    defaults = {} if schema is None else {each.name: each.default_value for each in schema.arguments}
+    options = [str(key if value is True else value) for key, value in stated.items() if value != defaults.get(key)]
     return f"{name}({', '.join(options)})" if options else name
 
 

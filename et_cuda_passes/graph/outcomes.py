@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Texts:
-    """What a rule says about a match: its summary, and the fields of its notes."""
+    """The texts of a rule about a match: its summary, and the fields of its notes."""
 
     summary: str = ""
     note: str = ""

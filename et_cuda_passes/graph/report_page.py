@@ -1,4 +1,4 @@
-"""A page of reports: one HTML file that needs no network, made from the data of the reports by templates."""
+"""A page of reports: one HTML file that needs no network, written by templates from the data of the reports."""
 
 import math
 import re
@@ -56,7 +56,7 @@ def size_text(count: int) -> str:
 
 
 def decibels_text(value: float | None) -> str:
-    """A ratio in dB, empty where there is none; without noise the ratio is infinite."""
+    """A ratio in dB, empty for None; without noise the ratio is infinite."""
     if value is None:
         return ""
     if math.isfinite(value):
@@ -65,7 +65,7 @@ def decibels_text(value: float | None) -> str:
 
 
 def sortable(value: float | None) -> str:
-    """A number for the script of the page; empty where there is none."""
+    """A number for the script of the page; empty for None and for NaN."""
     return "" if value is None or math.isnan(value) else str(float(value)).replace("inf", "Infinity")
 
 
@@ -213,7 +213,7 @@ def _explanations(outcomes: Iterable[Data]) -> list[tuple[str, list[str]]]:
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 _HEIGHT = 100
-"""Of a chart, in its own units; each bar is 1 wide, with a gap."""
+"""Height of a chart, in its own units; each bar is 1 wide, with a gap."""
 
 
 def _charts(rows: Sequence[Data], measured: bool) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def test_filter_applies_to_all_targets(opened: Open) -> None:
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_each_column_sorts_by_keyboard(column: str, opened: Open) -> None:
+def test_columns_are_sorted_by_keyboard(column: str, opened: Open) -> None:
     page = opened(report_on(5, missed_every=3, measured=True))
     header, original = page.get_by_role("columnheader", name=column, exact=True), shown(page)
     button = header.get_by_role("button")
@@ -123,7 +123,7 @@ def test_each_column_sorts_by_keyboard(column: str, opened: Open) -> None:
         assert header.get_attribute("aria-sort") == direction
         known = [value for value in values() if value]
         assert known == sorted(known, key=key, reverse=reverse)
-        # What is unknown comes last in both directions.
+        # Unknown values come last in both directions.
         assert values() == known + [""] * (len(before) - len(known))
         assert sorted(values()) == sorted(before)
     page.keyboard.press("Enter")

@@ -134,7 +134,7 @@ def test_operator_with_two_weights_has_the_worst_of_their_ratios() -> None:
     assert "12.0 dB 50.0 dB" in rows[1]
 
 
-def test_every_text_of_a_model_is_escaped() -> None:
+def test_texts_of_a_model_are_escaped() -> None:
     reason = Reason(EVIL, "metadata", EVIL, EVIL, EVIL)
     outcomes = [
         Outcome(EVIL, EVIL, EVIL, EVIL, "rewritten", [], EVIL, EVIL, EVIL, EVIL, [1], EVIL, EVIL, 1, 1),

@@ -49,7 +49,7 @@
     return cell.dataset.v ?? cell.textContent.trim();
   };
   function compare(a, b, sign) {
-    if (a === "" || b === "") return (a === "") - (b === ""); // what is unknown comes last
+    if (a === "" || b === "") return (a === "") - (b === ""); // unknown values come last
     const [x, y] = [Number(a), Number(b)];
     return sign * (Number.isNaN(x) || Number.isNaN(y) ? compareText(a, b) : x - y || 0);
   }
