@@ -87,7 +87,7 @@ def rewrite(
     # 6. Report.
     report = _report(tracker, chosen, entries, normalised, result)
     report.notes = gpu_notes(result, described) if described else []
-    report.tilings = "" if described else unnamed_gpu_text(result)
+    report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -214,23 +215,29 @@ def _explanations(outcomes: Iterable[Data]) -> list[tuple[str, list[str]]]:
 
 _HEIGHT = 100
 """Height of a chart, in its own units; each bar is 1 wide, with a gap."""
+_UNEVEN = 8
+"""Bars are drawn by the square root of their values if the largest is more than so many times the median."""
 
 
 def _charts(rows: Sequence[Data], measured: bool) -> list[dict[str, Any]]:
     """A bar for each layer, in the order of the graph: bytes, and signal-to-noise ratios where they were measured."""
-    after = {status: [row["after"] if row["status"] == status else 0 for row in rows] for status in STATUSES}
-    before = [row["before"] for row in rows]
-    largest = max([*before, *(value for values in after.values() for value in values)], default=0)
-    bars = [("before", _bars(before, largest))]
-    bars += [(status, _bars(values, largest)) for status, values in after.items() if any(values)]
-    legend = "; grey is as exported"
-    chart = {"title": "Bytes of each layer", "bars": bars, "largest": size_text(largest), "legend": legend}
-    charts: list[dict[str, Any]] = [chart] if largest else []
+    charts: list[dict[str, Any]] = []
+    sizes = [max(row["before"], row["after"]) for row in rows]
+    largest = max(sizes, default=0)
+    if largest > 0:
+        # A table of words would leave nothing to see of the other layers.
+        uneven = largest > _UNEVEN * median(sizes)
+        power = 0.5 if uneven else 1.0
+        bars = [("before", _bars([row["before"] for row in rows], largest, power))]
+        for status in STATUSES:
+            after = [row["after"] if row["status"] == status else 0 for row in rows]
+            bars += [(status, _bars(after, largest, power))] if any(after) else []
+        legend = f"; grey is as exported{'; heights by square root' if uneven else ''}"
+        charts.append({"title": "Bytes of each layer", "bars": bars, "largest": size_text(largest), "legend": legend})
     for place, title in enumerate(("quantized against float", "rewritten against as exported")):
         values = [row["db"][place] for row in rows]
-        finite = [value for value in values if value is not None and math.isfinite(value)]
-        if measured and finite and max(finite) > 0:
-            most = max(finite)
+        most = max((value for value in values if value is not None and math.isfinite(value)), default=0.0)
+        if measured and most > 0:
             heights = [0.0 if value is None or math.isnan(value) else min(max(value, 0.0), most) for value in values]
             signal = [("signal", _bars(heights, most))]
             name, text = f"Signal to noise of each layer, {title}", f"{most:.1f} dB"
@@ -238,9 +245,9 @@ def _charts(rows: Sequence[Data], measured: bool) -> list[dict[str, Any]]:
     return [{**chart, "count": len(rows), "height": _HEIGHT} for chart in charts]
 
 
-def _bars(values: Sequence[float], largest: float) -> list[tuple[int, int]]:
+def _bars(values: Sequence[float], largest: float, power: float = 1.0) -> list[tuple[int, int]]:
     """Position and height of each bar; a small value still shows."""
-    return [(i, max(1, round(_HEIGHT * value / largest))) for i, value in enumerate(values) if value > 0]
+    return [(i, max(1, round(_HEIGHT * (value / largest) ** power))) for i, value in enumerate(values) if value > 0]
 
 
 _CHARACTER, _PADDING, _BOX, _GAPS = 6.7, 20, 38, (42, 12)

@@ -118,6 +118,19 @@ def test_accuracy_has_columns_and_charts_only_where_it_was_measured() -> None:
     assert "≥ 20.0 dB≥ 45.0 dB" in measured.all("tr")[1].replace(" ≥", "≥")
 
 
+def test_chart_of_bytes_has_heights_by_square_root_if_one_layer_is_much_larger() -> None:
+    given = report_on(4)
+    assert "square root" not in page_of(given).text
+    given.outcomes[0] = replace(given.outcomes[0], bytes_before=100_000_000, bytes_after=100_000_000)
+    page = page_of(given)
+    assert "grey is as exported; heights by square root" in page.text
+    paths = {each["class"]: each["d"] or "" for tag, each in page.elements if tag == "path"}
+    heights = [int(height) for height in re.findall(r"v(\d+)", paths["rewritten"])]
+    wanted = [100 * math.sqrt(outcome.bytes_after / 100_000_000) for outcome in given.outcomes]
+    assert heights == [round(height) for height in wanted]
+    assert len(set(heights)) > 2
+
+
 @pytest.mark.parametrize("value", [None, math.inf, -math.inf, math.nan, -3.0])
 def test_page_accepts_ratios_without_a_number(value: float | None) -> None:
     given = report_on(1)
