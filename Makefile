@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test real zoo nightly limits replay lint types layers golden docs site clean
+.PHONY: help setup demo test browser real zoo nightly limits replay lint types layers golden docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,14 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS) $(TESTS)
+
+# Any of these serves; Playwright's own is downloaded from its site, which not every machine reaches.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+browser: setup  ## the report page in a headless Chromium; installs Playwright, and a browser where it can
+	$(PY) -m pip install -e '.[browser]'
+	$(if $(CHROMIUM),,$(PY) -m playwright install chromium || apt-get install -y --no-install-recommends chromium)
+	REQUIRE_BROWSER=1 $(ONE_THREAD) $(PY) -m pytest $(ARGS) tests/browser
 
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real

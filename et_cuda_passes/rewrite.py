@@ -9,7 +9,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
-from et_cuda_passes.graph.driver import apply_passes, gc_disabled
+from et_cuda_passes.graph.driver import apply_passes, gc_disabled, record_weight_bytes
 from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
@@ -21,7 +21,7 @@ from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_warnings
-from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu
+from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu, unnamed_gpu_text
 from et_cuda_passes.targets.target import Target
 
 
@@ -81,6 +81,7 @@ def rewrite(
     with single_threaded_operators():
         program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
     with gc_disabled():
+        record_weight_bytes(program, tracker)
         # 5. Finish: repair strides and names, verify.
         result = finish_program(program)
         if gpu:
@@ -88,6 +89,7 @@ def rewrite(
     # 6. Report.
     report = _report(tracker, chosen, entries, normalised, result)
     report.notes = gpu_notes(result, described) if described else []
+    report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
 

@@ -7,7 +7,7 @@ goes to stdout, progress and errors go to stderr.
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from importlib import import_module
@@ -42,6 +42,7 @@ from et_cuda_passes.cli.options import (
     ModelPath,
     RandomSeed,
     TargetName,
+    TargetNames,
     Trust,
 )
 
@@ -132,8 +133,9 @@ def lower(
             program, report = _rewritten(given, target, gpu, step)
             with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-        files = [output_dir / "report.json"]
-        print_report(given, report)
+                (staging / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
+        files = [output_dir / "report.json", output_dir / "report.html"]
+        typer.echo(report_text(given, report))
         try:
             check_expectations(demanded, report)
         except ecp.ExpectationError as error:
@@ -171,25 +173,52 @@ def lower(
 @app.command()
 def explain(
     model: ModelPath,
-    target: TargetName,
+    target: TargetNames,
     as_json: Json = False,
+    drawings: Annotated[
+        bool, typer.Option("--drawings", help="Draw the operators before and after each distinct rewrite, as text.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as a page, which needs no network."),
+    ] = None,
+    model_explorer: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-explorer",
+            metavar="FILE",
+            help="Write the outcomes as node data for Model Explorer, which shows them on the graph of MODEL; with "
+            "several targets one file for each, as in FILE.cuda.json.",
+        ),
+    ] = None,
     gpu: Gpu = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
+    """Print the outcome of every quantized weight of MODEL, for one target or for several."""
     with handle_errors(debug):
         from et_cuda_passes.executorch.packed import load_model
 
-        _check_target(target, gpu)
+        names = _target_names(target, gpu)
+        for path in filter(None, (html, model_explorer)):
+            _check_report_path(path, model)
+        reports, texts = {}, []
         with Steps() as step:
-            step(f"loading {model}")
-            given = load_model(model, target, trust)
-            _, report = _rewritten(given, target, gpu, step)
-        if as_json:
-            typer.echo(report.to_json())
+            for name in names:
+                step(f"loading {model}")
+                given = load_model(model, name, trust)
+                _, reports[name] = _rewritten(given, name, gpu if _has_gpu(name) else None, step)
+                texts.append(report_text(given, reports[name]))
+                texts += [reports[name].drawn()] if drawings and reports[name].drawings else []
+        if as_json and len(names) == 1:
+            typer.echo(reports[names[0]].to_json())
+        elif as_json:
+            typer.echo(json.dumps({name: report.to_dict() for name, report in reports.items()}, indent=2))
         else:
-            print_report(given, report)
+            typer.echo("\n\n".join(texts) if len(names) > 1 or drawings else texts[0])
+        written = _write_reports(reports, html, model_explorer, model.name)
+        if written and not as_json:
+            list_files(written)
 
 
 @app.command()
@@ -411,15 +440,61 @@ def _rewritten(
     program, report = ecp.rewrite(given.program, target, passes=[], gpu=gpu)
     # Explanations describe the tilings for the GPU that was named before.
     outcomes = [replace(outcome, explanation="") for outcome in given.report.outcomes]
-    return program, replace(given.report, outcomes=outcomes, notes=report.notes)
+    return program, replace(given.report, outcomes=outcomes, notes=report.notes, tilings=report.tilings)
 
 
-def print_report(given: "Model", report: "ecp.Report") -> None:
-    """Print the report, after the layouts that MODEL has already."""
-    if given.packed:
-        layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
-        typer.echo(f"MODEL is packed already: {layouts}")
-    typer.echo(str(report))
+def report_text(given: "Model", report: "ecp.Report") -> str:
+    """The report as text, after the layouts that MODEL has already."""
+    if not given.packed:
+        return str(report)
+    layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
+    return f"MODEL is packed already: {layouts}\n{report}"
+
+
+def _target_names(text: str, gpu: str | None) -> list[str]:
+    """The targets of ``explain``. A GPU concerns those that have one."""
+    names = [name.strip() for name in text.split(",")]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--target {text} has {twice} twice; name each target once")
+    for name in names:
+        _check_target(name, gpu if len(names) == 1 or _has_gpu(name) else None)
+    if gpu is not None and not any(map(_has_gpu, names)):
+        _check_target(names[0], gpu)
+    return names
+
+
+def _has_gpu(target: str) -> bool:
+    return _check_target(target, None).gpu is not None
+
+
+def _check_report_path(path: Path, model: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it, such as {path / 'report.html'}")
+    if path.resolve() == model.resolve():
+        raise UsageError(f"{path} is MODEL itself, which the report would replace; name another file")
+    check_writable(path.parent)
+
+
+def _write_reports(
+    reports: "Mapping[str, ecp.Report]", html: Path | None, model_explorer: Path | None, title: str
+) -> list[Path]:
+    """Write the files of ``--html`` and ``--model-explorer``."""
+    from et_cuda_passes.executorch.lower import atomic_output
+    from et_cuda_passes.graph.model_explorer import node_data
+    from et_cuda_passes.graph.report_page import render
+
+    data = {name: report.to_dict() for name, report in reports.items()}
+    texts = {} if html is None else {html: render(data, title)}
+    if model_explorer is not None:
+        for each in data.values():
+            path = model_explorer
+            if len(data) > 1:
+                path = path.with_name(f"{path.stem}.{each['target']}{path.suffix}")
+            texts[path] = json.dumps(node_data(each), indent=1) + "\n"
+    for path, text in texts.items():
+        with atomic_output(path.parent) as staging:
+            (staging / path.name).write_text(text, encoding="utf-8")
+    return list(texts)
 
 
 def _version(distribution: str) -> str:

@@ -14,6 +14,9 @@ EXECUTABLE = ("cuda", "xnnpack", "cpu")
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.")]
+TargetNames = Annotated[
+    str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}, or MODULE:NAME; several with commas.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")

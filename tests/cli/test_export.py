@@ -72,6 +72,7 @@ def test_folder_has_programs_tokenizer_configs_and_report(result: Result, output
         "model.cpu.pt2",
         "prefill.cuda.packed.pt2",
         "prefill.etcp.json",
+        "report.html",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
