@@ -46,6 +46,9 @@ from et_cuda_passes.cli.options import (
     RandomSeed,
     TargetName,
     Trust,
+    complete_expectations,
+    complete_targets,
+    completes,
 )
 
 # The functions below import what they need, so that --help does not import torch.
@@ -72,7 +75,9 @@ class Stage(StrEnum):
     rewrite = "rewrite"
 
 
-@app.command()
+@app.command(
+    epilog="Exits with 1 if the program cannot be lowered on this machine, or a count of --expect is another one."
+)
 def lower(
     model: Annotated[
         Path,
@@ -89,7 +94,11 @@ def lower(
     ] = None,
     expect: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
+        typer.Option(
+            metavar="NAME=COUNT",
+            help="Fail unless a rule or status has this count (linear_int4=211).",
+            autocompletion=complete_expectations,
+        ),
     ] = None,
     as_json: Json = False,
     gpu: Gpu = None,
@@ -231,12 +240,12 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
-app.command()(export)
-app.command()(generate)
-app.command()(doctor)
+app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
+app.command(epilog="Exits with 1 if the export does not run.")(generate)
+app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if MODEL does not run.")
 def run(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
@@ -251,7 +260,11 @@ def run(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
+            "--target",
+            "-t",
+            help="The target of an export; default: the first that runs here.",
+            show_default=False,
+            autocompletion=complete_targets,
         ),
     ] = None,
     inputs: InputsPath = None,
@@ -285,7 +298,7 @@ def run(
         run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device, as_json)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if an output is wrong, a file is damaged, or MODEL cannot be lowered or run.")
 def verify(
     model: Annotated[
         Path,
@@ -300,6 +313,7 @@ def verify(
             "-t",
             help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
             show_default=False,
+            autocompletion=completes(*EXECUTABLE),
         ),
     ] = None,
     component: ComponentName = None,
@@ -419,9 +433,7 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(
-    given: "Model", target: str, gpu: str | None, step: Steps
-) -> tuple["ExportedProgram", "ecp.Report"]:
+def _rewritten(given: "Model", target: str, gpu: str | None, step: Steps) -> tuple["ExportedProgram", "ecp.Report"]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None and gpu is None:
         return given.program, given.report

@@ -37,9 +37,7 @@ class Comparison:
     def entry(self, target: str, component: str | None = None, case: str | None = None) -> Compared:
         """The entry of a JSON document."""
         relative, largest = finite(self.relative), finite(self.largest)
-        return Compared(
-            component, target, case, self.what, relative, largest, self.tolerance, self.problem, self.holds
-        )
+        return Compared(component, target, case, self.what, relative, largest, self.tolerance, self.problem, self.holds)
 
     def __str__(self) -> str:
         if self.problem:

@@ -220,6 +220,27 @@ def quiet_import(debug: bool) -> Iterator[None]:
         logging.disable(before)
 
 
+def start_runtime() -> None:
+    """Start the threads of ExecuTorch's runtime, without the lines about the processor that it writes to stderr then.
+
+    They come from C++ code, for which only the descriptor can be redirected. Errors of the runtime come later.
+    """
+    try:
+        with quiet_import(False):
+            from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count as start
+    except ImportError:  # no runtime, or one without this function
+        return
+    sys.stderr.flush()
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        start()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
+
+
 @contextmanager
 def _removed_temporary_files() -> Iterator[None]:
     """Let SIGTERM end the process as an exception does, by which temporary folders are removed."""

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from et_cuda_passes._versions import RANGES, REASONS, require_version
-from et_cuda_passes.cli.console import Steps, one_line, print_json, quiet_import
+from et_cuda_passes.cli.console import Steps, one_line, print_json, quiet_import, start_runtime
 from et_cuda_passes.cli.documents import Check, Doctor
 from et_cuda_passes.cli.options import TARGETS, Json
 
@@ -26,16 +26,18 @@ _REINSTALL = "pip install --force-reinstall et-cuda-passes"
 _OPTIONAL = {"transformers": "export, generate and the folders of exports", "safetensors": "--inputs"}
 _FREE = 2e9
 """Bytes that a compile may need in the cache of Inductor."""
-_SOURCE = "#include <vector>\nextern \"C\" int answer() { return std::vector<int>(42).size(); }\n"
+_SOURCE = '#include <vector>\nextern "C" int answer() { return std::vector<int>(42).size(); }\n'
 
 
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Compile nothing: rewrite for each target, and no more.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not compile: cuda, metal and cpu are only rewritten for.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check the installation: versions, hooks, operators, this machine, and the smallest path for each target.
 
-    Exits with 1 if something is wrong. A note is about what is not needed, or was not tested.
+    Each check is ok, wrong with what to do, or a note about what is not needed or not tested.
     """
     began = time.monotonic()
     checks: list[Check] = []
@@ -99,10 +101,15 @@ def _versions(quick: bool) -> Found:
         except ImportError:
             reason = f"; {REASONS[name]}" if name in REASONS else ""
             fix = f"pip install '{name}>={lowest},<{beyond}'"
-            yield "wrong", name, f"{found} is not in {lowest} to {beyond}{reason}", fix
+            yield "wrong", name, f"{found} is not >={lowest},<{beyond}{reason}", fix
             continue
         if caught:
-            yield "note", name, f"{found} is beyond the tested {lowest} to {beyond}", "the targets below show if it works"
+            yield (
+                "note",
+                name,
+                f"{found} is beyond the tested >={lowest},<{beyond}",
+                "the targets below show whether it works",
+            )
         else:
             yield "ok", name, found, ""
     for name, use in _OPTIONAL.items():
@@ -158,7 +165,12 @@ def _operators(quick: bool) -> Found:
     known = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
     missing = [name for name in _TORCH_OPERATORS if name not in known]
     if missing:
-        yield "wrong", "torch and torchao", f"missing: {', '.join(missing)}", f"pip install 'torch>={RANGES['torch'][0]}'"
+        yield (
+            "wrong",
+            "torch and torchao",
+            f"missing: {', '.join(missing)}",
+            f"pip install 'torch>={RANGES['torch'][0]}'",
+        )
     else:
         yield "ok", "torch and torchao", f"all {len(_TORCH_OPERATORS)} are registered", ""
     ours = {str(operator) for operator in OPERATORS}
@@ -221,7 +233,9 @@ def _compiler() -> tuple[Status, str, str, str]:
         if done.returncode or not library.exists():
             line = (done.stderr.strip() or "no library was written").splitlines()[0]
             return "wrong", subject, f"{compiler} does not compile: {line}", install
-    first = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout.partition("\n")[0]
+    first = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout.partition("\n")[
+        0
+    ]
     return "ok", subject, f"{shutil.which(compiler) or compiler}: {first}", ""
 
 
@@ -249,13 +263,14 @@ def _targets(quick: bool) -> Found:
     """The smallest path for each target."""
     from et_cuda_passes.cli.smallest import walk
 
+    start_runtime()
     for target in TARGETS:
         # XNNPACK compiles nothing.
         lowering = not quick or target == "xnnpack"
         try:
             walked = walk(target, lowering)
         except Exception as error:  # so do torch, ExecuTorch and compilers
-            fix = f"if the checks above are ok, report it with the output of `et-cuda-passes doctor --json`"
+            fix = "if the checks above are ok, report it with the output of `et-cuda-passes doctor --json`"
             yield "wrong", target, one_line(error), fix
             continue
         compared = [each for each in (walked.rewritten, walked.lowered) if each is not None]
@@ -268,8 +283,11 @@ def _targets(quick: bool) -> Found:
         elif walked.bytes:
             yield "ok", target, f"rewritten and lowered to {walked.bytes:,} bytes; it does not run here", ""
         elif walked.missing:
-            yield "note", target, f"rewritten, relative error {walked.rewritten.relative:.1e}", (
-                f"to lower, it needs {walked.missing}"
+            yield (
+                "note",
+                target,
+                f"rewritten, relative error {walked.rewritten.relative:.1e}",
+                (f"to lower, it needs {walked.missing}"),
             )
         else:
             yield "ok", target, f"rewritten, relative error {walked.rewritten.relative:.1e}; not lowered (--quick)", ""

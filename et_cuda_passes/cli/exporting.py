@@ -22,15 +22,15 @@ from et_cuda_passes.cli.console import (
     print_json,
 )
 from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
-from et_cuda_passes.cli.options import TARGETS, Json
+from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, SCHEMES, TARGETS, Gpu, Json, complete_targets, completes
 from et_cuda_passes.hf.report import QuantizationReport
-from et_cuda_passes.kernels.gpus import GPUS
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
     from et_cuda_passes.hf.options import QuantizationOptions
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
+_LINEAR, _EMBEDDING = completes(*SCHEMES), completes(*EMBEDDING_SCHEMES)
 _MANIFEST = "export.json"
 _SHORTEST = 8
 # The other names of options are words of the language too.
@@ -52,7 +52,15 @@ def export(
         str,
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
-    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}; several with commas.")],
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            "-t",
+            help=f"Of {', '.join(TARGETS)}; several with commas.",
+            autocompletion=complete_targets,
+        ),
+    ],
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
@@ -62,24 +70,40 @@ def export(
         Text,
         typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's."),
     ] = None,
-    qlinear: Annotated[Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}")] = None,
+    qlinear: Annotated[
+        Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}", autocompletion=_LINEAR)
+    ] = None,
     qlinear_group_size: Annotated[int, _option("qlinear-group-size", help="Default 32; 0 is one scale per row.")] = 32,
     qlinear_packing_format: Annotated[
         Text, _option("qlinear-packing-format", help="auto, tile_packed_to_4d, mma_tiled, mps, ...: the kernel.")
     ] = None,
-    qembedding: Annotated[Text, _option("qembedding", help="The scheme of the embeddings: 4w or 8w.")] = None,
+    qembedding: Annotated[
+        Text, _option("qembedding", help="The scheme of the embeddings: 4w or 8w.", autocompletion=_EMBEDDING)
+    ] = None,
     qembedding_group_size: Annotated[int, _option("qembedding-group-size", help="Default 0, one scale per row.")] = 0,
-    qlinear_encoder: Annotated[Text, _option("qlinear-encoder", help="The same for the encoders of a model.")] = None,
+    qlinear_encoder: Annotated[
+        Text, _option("qlinear-encoder", help="The same for the encoders of a model.", autocompletion=_LINEAR)
+    ] = None,
     qlinear_group_size_encoder: Annotated[int, _option("qlinear-group-size-encoder")] = 32,
     qlinear_packing_format_encoder: Annotated[Text, _option("qlinear-packing-format-encoder")] = None,
-    qembedding_encoder: Annotated[Text, _option("qembedding-encoder")] = None,
+    qembedding_encoder: Annotated[Text, _option("qembedding-encoder", autocompletion=_EMBEDDING)] = None,
     qembedding_group_size_encoder: Annotated[int, _option("qembedding-group-size-encoder")] = 0,
-    algorithm: Annotated[str, typer.Option("--algorithm", help="How scales are chosen: hqq or affine.")] = "hqq",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            "--algorithm", help="How scales are chosen: hqq or affine.", autocompletion=completes("hqq", "affine")
+        ),
+    ] = "hqq",
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="A TOML file with other schemes for some layers.")
     ] = None,
     group_size_fallback: Annotated[
-        str, _option("group-size-fallback", help="For in_features that the group does not divide: adjust, skip, error.")
+        str,
+        _option(
+            "group-size-fallback",
+            help="For in_features that the group does not divide: adjust, skip, error.",
+            autocompletion=completes("adjust", "skip", "error"),
+        ),
     ] = "adjust",
     max_length: Annotated[
         int | None,
@@ -91,11 +115,14 @@ def export(
     ] = None,
     dtype: Annotated[
         Text,
-        typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16; default: the checkpoint's.",
+            show_default=False,
+            autocompletion=completes("float32", "bfloat16", "float16"),
+        ),
     ] = None,
-    gpu: Annotated[
-        Text, typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.")
-    ] = None,
+    gpu: Gpu = None,
     cast_to_bf16: Annotated[
         bool,
         _option("cast-to-bf16", help="cuda and cpu compute a float32 model's quantized layers in bf16; the rest not."),
@@ -106,6 +133,7 @@ def export(
             "xnnpack-weight-only",
             help="4w on xnnpack: fold (default, exact float weights), or dynamic-activation (4-bit kernels, which "
             "quantize activations to 8 bits).",
+            autocompletion=completes("fold", "dynamic-activation"),
         ),
     ] = "fold",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
@@ -168,8 +196,10 @@ def export(
         problem = _unfinished(output_dir, lacking) if lacking else None
         files = _files(exported, output_dir)
         if as_json:
-            reports = {name: {part: ReportData(each) for part, each in parts.items()} for name, parts in
-                       exported.report["targets"].items()}
+            reports = {
+                name: {part: ReportData(each) for part, each in parts.items()}
+                for name, parts in exported.report["targets"].items()
+            }
             quantized = [QuantizationData(each) for each in exported.report["quantization"]]
             print_json(Export(str(output_dir), reports, quantized, loaded.kept, files_of(files), lacking, problem))
         else:

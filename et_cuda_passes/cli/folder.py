@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from et_cuda_passes.cli.console import RunError, UsageError
+from et_cuda_passes.cli.console import RunError, UsageError, start_runtime
 from et_cuda_passes.cli.inputs import read_inputs
 from et_cuda_passes.executorch.packed import ModelError
 from et_cuda_passes.hf.artifact import Component, ExportError
@@ -117,6 +117,8 @@ class Folder:
         """
         from et_cuda_passes.hf.runner import EtModelRunner
 
+        if target == "xnnpack":
+            start_runtime()
         with errors_as(RunError):
             return EtModelRunner(self.components[name], self.metadata[name], target)
 

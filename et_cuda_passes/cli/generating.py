@@ -5,9 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line, print_json
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    handle_errors,
+    one_line,
+    print_json,
+    start_runtime,
+)
 from et_cuda_passes.cli.documents import Difference, Generate
-from et_cuda_passes.cli.options import Json
+from et_cuda_passes.cli.options import EXECUTABLE, Json, completes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +46,7 @@ def generate(
             metavar="TARGET",
             help="Which of OUT's targets runs; by default the first that runs here.",
             show_default=False,
+            autocompletion=completes(*EXECUTABLE),
         ),
     ] = None,
     compare: Annotated[
@@ -77,6 +86,7 @@ def generate(
                         "xnnpack, which executes none"
                     )
                 step(f"loading {export}")
+                start_runtime()
                 decoder = generation.ExportedDecoder(generation.load_exported(export, device, target))
             count = _count(decoder.room(tokens.shape[1]), max_new_tokens, tokens.shape[1])
         except generation.GenerationError as error:

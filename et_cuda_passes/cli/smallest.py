@@ -1,4 +1,4 @@
-"""The smallest path for a target: a small quantized layer is rewritten, lowered, run, and compared with the original."""
+"""The smallest path for a target: a small quantized layer is rewritten, lowered, run and compared."""
 
 from dataclasses import dataclass
 from pathlib import Path

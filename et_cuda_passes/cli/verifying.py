@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.compare import compare
-from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line, print_json
+from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line, print_json, start_runtime
 from et_cuda_passes.cli.documents import Verify
 from et_cuda_passes.cli.exporting import is_export
 from et_cuda_passes.cli.folder import Folder
@@ -100,6 +100,8 @@ def _verify_program(
             except Exception as error:
                 raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
             step("running it lowered")
+            if get_target(target).lowering == "xnnpack":
+                start_runtime()
             try:
                 got = execute(get_target(target).lowering, files, args, kwargs)
             except Exception as error:

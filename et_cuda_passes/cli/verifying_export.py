@@ -109,6 +109,7 @@ class Verification:
         entries: list[Compared] = []
         with Steps() as step:
             reference = self._reference(step) if targets else None
+            step.expect(sum(self._steps(name, targets) for name in names))
             for name in names:
                 for target, label, results in self._compare(name, targets, reference, step):
                     compared += results
@@ -208,10 +209,22 @@ class Verification:
                 if filling is not None:
                     step(f"filling the cache with {case.past} tokens")
                     runner = folder.runner("prefill", next(iter(runners)))
-                    leaves = samples.with_cache(leaves, runner.run(on_device_of(runner, before.draw(filling, generator))))
+                    leaves = samples.with_cache(
+                        leaves, runner.run(on_device_of(runner, before.draw(filling, generator)))
+                    )
                     leaves = [leaf.cpu() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             found.append((str(case), leaves))
         return found
+
+    def _steps(self, name: str, targets: list[str]) -> int:
+        """The number of steps of :meth:`_compare`."""
+        loaded = sum(target in self.folder.components[name].builds for target in targets)
+        if self.inputs is not None:
+            return loaded + 1
+        fills = "prefill" in self.folder.components and name != "prefill" and loaded > 0
+        with errors_as(UsageError):
+            cases = self.folder.samples(name).cases()
+        return loaded + sum(2 if case.past is not None and fills else 1 for case in cases)
 
     def _outputs(
         self, runner: "EtModelRunner", leaves: list[Any], got: list[Any], wanted: "Wanted"
