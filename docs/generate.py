@@ -286,7 +286,8 @@ def record_fields(cls: type) -> dict[str, tuple[Any, str]]:
     """The type and the meaning of each key of a JSON object."""
     hints, meanings = get_type_hints(cls), described(cls)[1]
     found = {field.name: (hints[field.name], meanings.get(field.name, "")) for field in dataclasses.fields(cls)}
-    if cls is Report:  # to_dict() adds it
+    if cls is Report:  # to_dict() has the applied rules among the counts
+        del found["applied"]
         found["counts"] = (dict[str, int], _COUNTS)
     return found
 

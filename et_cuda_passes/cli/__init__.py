@@ -30,7 +30,7 @@ from et_cuda_passes.cli.console import (
     print_json,
     quiet_import,
 )
-from et_cuda_passes.cli.doctor import doctor
+from et_cuda_passes.cli.diagnosing import doctor
 from et_cuda_passes.cli.documents import Explain, Lower, ReportData, Rules, files_of
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate

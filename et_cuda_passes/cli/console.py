@@ -183,7 +183,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with warnings.catch_warnings(), _removed_temporary_files():
+        with warnings.catch_warnings(), _quiet_loggers(debug), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -218,6 +218,20 @@ def quiet_import(debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _quiet_loggers(debug: bool) -> Iterator[None]:
+    """Hide what torchao's modules log as they are imported, which a command does when it needs them."""
+    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def start_runtime() -> None:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def run(*arguments: object, **variables: str) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-OURS = re.compile(r"( *\d+ %  )?[^:\[\]]+: \d+(\.\d s, peak memory| s so far, memory) \d+\.\d\d GB|(error|warning): .*")
+OURS = re.compile(r"( *\d+ %  )?[^\[\]]+: \d+(\.\d s, peak memory| s so far, memory) \d+\.\d\d GB|(error|warning): .*")
 
 
 def assert_only_ours(result: Result) -> None:
@@ -231,7 +230,7 @@ def test_run_prints_outputs_and_times(tmp_path: Path, command: Run) -> None:
         ["verify", "missing.pt2", "-t", "cpu"],
         ["run", "missing.pte"],
         ["generate", "missing", "--prompt", "Hello"],
-        ["export", "--model", "missing", "--target", "cpu", "--output-dir", "out"],
+        ["export", "--model", "missing", "--target", "tpu", "--output-dir", "out"],
         ["rules", "--nothing"],
         ["doctor", "--nothing"],
     ],
@@ -256,10 +255,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Result]]:
+def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A decoder for two targets; a machine without a GPU finishes one of them."""
     folder = tmp_path_factory.mktemp("exports") / "causal"
-    yield folder, run(
+    return folder, run(
         "export", "--model", models / "causal", "--target", "xnnpack,cuda", "--qlinear", "8da4w", "--max-length", "32",
         "--dtype", "float32", "--cast-to-bf16", "--output-dir", folder, "--json", CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
@@ -277,9 +276,7 @@ def test_export_prints_a_document(exported: tuple[Path, Result]) -> None:
     assert list(found["unfinished"]) == ["cuda"] and result.error == f"error: {found['error']}"
 
 
-def test_verify_of_an_export_prints_every_comparison(
-    exported: tuple[Path, Result], models: Path, command: Run
-) -> None:
+def test_verify_of_an_export_prints_every_comparison(exported: tuple[Path, Result], models: Path, command: Run) -> None:
     folder, _ = exported
     result = command("verify", folder, "-t", "xnnpack", "--model", models / "causal", "--json")
     assert result.code == 0, result.err
@@ -302,14 +299,14 @@ def test_run_of_a_component_prints_a_document(exported: tuple[Path, Result], com
 
 def test_generate_prints_the_text_only_in_the_document(exported: tuple[Path, Result], models: Path) -> None:
     folder, _ = exported
-    asked = ("--prompt", "w5 w9", "--max-new-tokens", "6", "--target", "xnnpack")
+    asked = ("--prompt", "lazy brown", "--max-new-tokens", "6", "--target", "xnnpack")
     result = run("generate", folder, *asked, "--compare", models / "causal", "--json")
     assert result.code == 0, result.err
     assert_only_ours(result)
     found = document(result.out, "generate")
     assert found["tokens"] == 6 and found["first_token_seconds"] > 0
     plain = run("generate", folder, *asked)
-    assert plain.out.splitlines()[0].strip() == found["text"].strip()
+    assert plain.out.splitlines()[0].strip() == found["text"].strip() != ""
     assert_only_ours(plain)
     assert found["compared"]["model"] == str(models / "causal")
 

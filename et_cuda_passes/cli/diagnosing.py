@@ -223,7 +223,10 @@ def _compiler() -> tuple[Status, str, str, str]:
         return "wrong", subject, f"lowering to cpu and cuda needs {lacking}", install
     from torch._inductor import cpp_builder
 
-    compiler = cpp_builder.get_cpp_compiler()
+    try:
+        compiler = cpp_builder.get_cpp_compiler()
+    except Exception as error:  # Inductor finds none that works
+        return "wrong", subject, one_line(error), install
     with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
         source, library = Path(folder, "answer.cpp"), Path(folder, "answer.so")
         source.write_text(_SOURCE)
