@@ -23,8 +23,11 @@ REASONS = {
     "rewrite runs",
     "triton": "torch 2.11 requires triton 3.6",
 }
-"""What a version below the range lacks. A version of one of these beyond the range gives a warning: they are released
-together, and an error would keep a user from all of them. A version of another distribution beyond it is an error."""
+"""Distribution -> what a version below the range lacks.
+
+A version of one of these beyond the range gives a warning: they are released together, and an error would keep a user
+from all of them. A version of another distribution beyond its range is an error.
+"""
 
 
 def require_version(distribution: str) -> None:

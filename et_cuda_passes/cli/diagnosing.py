@@ -84,7 +84,7 @@ def _versions(quick: bool) -> Found:
             found = version(name)
         except PackageNotFoundError:
             if name == "triton" and sys.platform != "linux":
-                yield "note", name, "not installed: there is none for this system, and cuda needs it", ""
+                yield "note", name, "not installed: it does not exist for this system, and cuda needs it", ""
             elif name == "et-cuda-passes":
                 yield "note", name, "not installed: it runs from its source", ""
             else:
@@ -120,7 +120,7 @@ def _versions(quick: bool) -> Found:
 
 
 def _hooks(quick: bool) -> Found:
-    """What the rewrite needs of ExecuTorch and torch.export."""
+    """The hook of ExecuTorch and the operator of torch.export that a rewrite needs."""
     import torch
 
     hook = "transform_for_pre_decomposition"

@@ -19,7 +19,7 @@ QuantizationData = NewType("QuantizationData", dict[str, Any])
 
 @dataclass
 class Document:
-    """What every document has: its name with its version, as ``schema``."""
+    """A document: its key ``schema`` has its name and version."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -215,8 +215,8 @@ class Output:
     Attributes:
         dtype: of a tensor; null for another value.
         shape: of a tensor; null for another value.
-        mean: of the finite elements; null if there are none.
-        largest: the largest absolute value of the finite elements; null if there are none.
+        mean: of the finite elements; null if no element is finite.
+        largest: the largest absolute value of the finite elements; null if no element is finite.
         not_finite: the number of infinities and NaNs.
         value: another value as text; null for a tensor.
     """
@@ -278,7 +278,7 @@ class Compared:
         relative: |result - original| / |original| in the 2-norm; null if it is not finite.
         largest: the largest difference of an element; null if it is not finite.
         tolerance: the upper limit of ``relative``.
-        problem: a difference that no tolerance allows; empty if there is none.
+        problem: a difference that no tolerance allows, or empty.
         holds: whether the output is right.
     """
 

@@ -410,7 +410,7 @@ def _print_next(folder: Path, finished: list[str], model: str, gguf: Path | None
 
 
 def _unfinished(folder: Path, lacking: dict[str, str]) -> str:
-    """What is missing on this machine, and the command that goes on."""
+    """The error about targets that this machine cannot finish, with the command that goes on."""
     texts = "; ".join(f"lowering to {name} needs {each}" for name, each in lacking.items())
     commands = (shlex.join(["et-cuda-passes", "lower", str(folder), "--target", name]) for name in lacking)
     return (

@@ -97,7 +97,8 @@ class Verification:
         names = folder.choose(self.component)
         if self.inputs is not None and len(names) > 1:
             raise UsageError(f"--inputs has the inputs of one component: give --component, of {', '.join(names)}")
-        with Steps(1) as step:
+        steps = Steps()
+        with steps as step:
             step("checking the files")
             self._print(self._checked_files())
         reasons = folder.targets(names, self.target, self.trust)
@@ -107,7 +108,7 @@ class Verification:
         targets = [target for target, reason in reasons.items() if not reason]
         compared: list[Comparison] = []
         entries: list[Compared] = []
-        with Steps() as step:
+        with steps as step:
             reference = self._reference(step) if targets else None
             step.expect(sum(self._steps(name, targets) for name in names))
             for name in names:

@@ -81,7 +81,7 @@ def test_schemas_are_valid_json_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMAS)
 
 
-def test_every_command_with_json_has_a_document() -> None:
+def test_command_that_reports_has_a_document() -> None:
     import typer
 
     group: Any = typer.main.get_command(app)
@@ -92,7 +92,7 @@ def test_every_command_with_json_has_a_document() -> None:
     assert with_json == set(group.commands), "a command that reports has --json"
 
 
-def test_every_key_of_a_document_has_a_meaning() -> None:
+def test_keys_of_all_documents_have_a_meaning() -> None:
     records = {cls for each in DOCUMENTS for cls in generate.records_in(each)}
     assert len(records) > len(DOCUMENTS)
     assert [

@@ -27,7 +27,7 @@ def ended(text: str) -> list[tuple[int | None, str, float, float]]:
     return [(m[1] and int(m[1]), m[2], float(m[3]), float(m[4])) for m in found if m]  # type: ignore[misc]
 
 
-def test_each_step_has_percentage_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+def test_step_has_percentage_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
     with Steps(3) as step:
         step("one")
         time.sleep(0.2)
