@@ -1,7 +1,7 @@
 """``rewrite``: an exported program, rewritten for a target, and the report."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ def rewrite(
     *,
     pool: ConstantCache | None = None,
     gpu: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 
@@ -46,6 +47,7 @@ def rewrite(
         gpu: for target "cuda", the GPU whose tilings the kernels get: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or
             "sm_120", or with a number of multiprocessors, "sm_90:114". None keeps what the program names; if it names
             none, the tilings are those of the GPU that is present when the program is lowered.
+        progress: called after each candidate that gets an outcome, with the number of those that have one and of all.
 
     Returns:
         The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
@@ -76,7 +78,7 @@ def rewrite(
         # 2. Copy: only the copy is changed.
         program = Program(normalised, pool)
         # 3. Find candidates: the operators that read a quantized weight.
-        tracker = OutcomeTracker(find(program), group_rules(entries))
+        tracker = OutcomeTracker(find(program), group_rules(entries), progress)
     # 4. Apply the pass list.
     with single_threaded_operators():
         program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)

@@ -1,7 +1,7 @@
 """The command line: lower a saved program for a target, report the outcomes for a target, list the rules, run.
 
-Exit codes: 0 success, 1 the lowering or a run failed or an expectation is unmet, 2 bad usage. The result of a command
-goes to stdout, progress and errors go to stderr.
+Exit codes: 0 success, 1 the command failed or its answer is no (an expectation is unmet, an output is wrong, the
+installation lacks something), 2 bad usage. The result of a command goes to stdout, progress and errors go to stderr.
 """
 
 import json
@@ -27,8 +27,11 @@ from et_cuda_passes.cli.console import (
     handle_errors,
     list_files,
     one_line,
+    print_json,
     quiet_import,
 )
+from et_cuda_passes.cli.diagnosing import doctor
+from et_cuda_passes.cli.documents import Explain, Lower, ReportData, Rules, files_of
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.options import (
@@ -44,13 +47,15 @@ from et_cuda_passes.cli.options import (
     TargetName,
     TargetNames,
     Trust,
+    complete_expectations,
+    complete_targets,
+    completes,
 )
 
 # The functions below import what they need, so that --help does not import torch.
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from et_cuda_passes.executorch.lower import Progress
     from et_cuda_passes.executorch.packed import Model
 
 require_version("typer")
@@ -59,7 +64,6 @@ require_version("rich")
 app = typer.Typer(
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
-    add_completion=False,
     # An error is one line, not a box, and a traceback has Python's form.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -72,7 +76,9 @@ class Stage(StrEnum):
     rewrite = "rewrite"
 
 
-@app.command()
+@app.command(
+    epilog="Exits with 1 if the program cannot be lowered on this machine, or a count of --expect is another one."
+)
 def lower(
     model: Annotated[
         Path,
@@ -89,8 +95,13 @@ def lower(
     ] = None,
     expect: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
+        typer.Option(
+            metavar="NAME=COUNT",
+            help="Fail unless a rule or status has this count (linear_int4=211).",
+            autocompletion=complete_expectations,
+        ),
     ] = None,
+    as_json: Json = False,
     gpu: Gpu = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -103,7 +114,7 @@ def lower(
     with handle_errors(debug):
         import torch
 
-        from et_cuda_passes.executorch.lower import atomic_output, missing_requirement, no_lowering
+        from et_cuda_passes.executorch.lower import atomic_output, lowering_steps, missing_requirement, no_lowering
         from et_cuda_passes.executorch.lower import lower as lower_program
         from et_cuda_passes.executorch.packed import load_model, save_packed
         from et_cuda_passes.rewrite import check_expectations
@@ -114,7 +125,7 @@ def lower(
         if is_export(model):
             if output_dir not in (Path(), model) or stop_after or expect or gpu:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
-            finish(model, target)
+            finish(model, target, as_json)
             return
         if not stop_after and (problem := no_lowering(chosen)):
             raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
@@ -123,7 +134,8 @@ def lower(
         names = "|".join(map(re.escape, (*TARGETS, chosen.name)))
         stem = re.sub(rf"\.({names})\.packed$", "", model.stem) + f".{chosen.name}"
         packed = output_dir / f"{stem}.packed.pt2"
-        with Steps() as step:
+        steps = Steps(2 + (1 if stop_after else lowering_steps(chosen, 1)))
+        with steps as step:
             step(f"loading {model}")
             given = load_model(model, target, trust)
             if stop_after and packed.resolve() == model.resolve():
@@ -135,21 +147,31 @@ def lower(
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
                 (staging / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
         files = [output_dir / "report.json", output_dir / "report.html"]
-        typer.echo(report_text(given, report))
+
+        def print_result(error: str | None = None) -> None:
+            if as_json:
+                capability = torch.backends.cpu.get_cpu_capability() if host_specific else None
+                print_json(Lower(target, ReportData(report.to_dict()), files_of(files), capability, error))
+
+        host_specific = is_host_specific(packed_layouts(program))
+        if not as_json:
+            typer.echo(report_text(given, report))
         try:
             check_expectations(demanded, report)
         except ecp.ExpectationError as error:
-            raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
+            problem = f"{str(error).splitlines()[0]}; nothing was lowered"
+            print_result(problem)
+            raise LoweringError(problem) from error
 
         lacking = None if stop_after else missing_requirement(target, gpu_named_in(program))
-        with Steps() as step:
+        with steps as step:
             if not stop_after and not lacking:
                 try:
                     files += lower_program(program, target, output_dir, stem, step)
                 except Exception as error:
-                    raise LoweringError(
-                        f"{model} could not be lowered for {target}: {one_line(error)} (--debug shows the traceback)"
-                    ) from error
+                    problem = f"{model} could not be lowered for {target}: {one_line(error)}"
+                    print_result(problem)
+                    raise LoweringError(f"{problem} (--debug shows the traceback)") from error
             elif lacking and given.packed and gpu is None:
                 packed = model
             else:
@@ -157,17 +179,21 @@ def lower(
                 with atomic_output(output_dir) as staging:
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
-        list_files(files)
-        if is_host_specific(packed_layouts(program)):
+        if not as_json:
+            list_files(files)
+        if host_specific and not as_json:
             typer.echo(
                 f"packed for {torch.backends.cpu.get_cpu_capability()}: runs on hosts of this instruction set only"
             )
         if lacking:
             command = ["et-cuda-passes", "lower", str(packed), "--target", target, "--output-dir", str(output_dir)]
-            raise LoweringError(
+            problem = (
                 f"lowering to {target} needs {lacking}. The packed program is {packed}; on a machine that has it, "
                 f"continue with: {shlex.join(command)}"
             )
+            print_result(problem)
+            raise LoweringError(problem)
+        print_result()
 
 
 @app.command()
@@ -203,17 +229,17 @@ def explain(
         for path in filter(None, (html, model_explorer)):
             _check_report_path(path, model)
         reports, texts = {}, []
-        with Steps() as step:
+        packed: dict[str, int] = {}
+        with Steps(2 * len(names)) as step:
             for name in names:
                 step(f"loading {model}")
                 given = load_model(model, name, trust)
+                packed |= given.packed
                 _, reports[name] = _rewritten(given, name, gpu if _has_gpu(name) else None, step)
                 texts.append(report_text(given, reports[name]))
                 texts += [reports[name].drawn()] if drawings and reports[name].drawings else []
-        if as_json and len(names) == 1:
-            typer.echo(reports[names[0]].to_json())
-        elif as_json:
-            typer.echo(json.dumps({name: report.to_dict() for name, report in reports.items()}, indent=2))
+        if as_json:
+            print_json(Explain(packed, {name: ReportData(report.to_dict()) for name, report in reports.items()}))
         else:
             typer.echo("\n\n".join(texts) if len(names) > 1 or drawings else texts[0])
         written = _write_reports(reports, html, model_explorer, model.name)
@@ -226,10 +252,10 @@ def rules(as_json: Json = False) -> None:
     """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
     # `make docs` writes this file from the code. The rules themselves import torch.
     text = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
-    if as_json:
-        typer.echo(text, nl=False)
-        return
     about = json.loads(text)
+    if as_json:
+        print_json(Rules(about))
+        return
     listed = {name: each["passes"] for name, each in about.items()}
     lines = []
     for name, passes in listed.items():
@@ -243,11 +269,12 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
-app.command()(export)
-app.command()(generate)
+app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
+app.command(epilog="Exits with 1 if the export does not run.")(generate)
+app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if MODEL does not run.")
 def run(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
@@ -262,7 +289,11 @@ def run(
     target: Annotated[
         str | None,
         typer.Option(
-            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
+            "--target",
+            "-t",
+            help="The target of an export; default: the first that runs here.",
+            show_default=False,
+            autocompletion=complete_targets,
         ),
     ] = None,
     inputs: InputsPath = None,
@@ -282,6 +313,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    as_json: Json = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
     """Run a method of MODEL, or a component of an export, and print a summary of each output.
@@ -292,10 +324,10 @@ def run(
     with handle_errors(debug):
         from et_cuda_passes.cli.running import run_model
 
-        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device)
+        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device, as_json)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if an output is wrong, a file is damaged, or MODEL cannot be lowered or run.")
 def verify(
     model: Annotated[
         Path,
@@ -310,6 +342,7 @@ def verify(
             "-t",
             help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
             show_default=False,
+            autocompletion=completes(*EXECUTABLE),
         ),
     ] = None,
     component: ComponentName = None,
@@ -339,6 +372,7 @@ def verify(
             "of an export.",
         ),
     ] = False,
+    as_json: Json = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
 ) -> None:
     """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
@@ -354,7 +388,7 @@ def verify(
     with handle_errors(debug):
         from et_cuda_passes.cli.verifying import verify_model
 
-        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust)
+        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust, as_json)
 
 
 def _print_versions(wanted: bool) -> None:
@@ -428,15 +462,13 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(
-    given: "Model", target: str, gpu: str | None, progress: "Progress"
-) -> tuple["ExportedProgram", "ecp.Report"]:
+def _rewritten(given: "Model", target: str, gpu: str | None, step: Steps) -> tuple["ExportedProgram", "ecp.Report"]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None and gpu is None:
         return given.program, given.report
-    progress(f"rewriting for {target}")
+    step(f"rewriting for {target}")
     if given.report is None:
-        return ecp.rewrite(given.program, target, gpu=gpu)
+        return ecp.rewrite(given.program, target, gpu=gpu, progress=step.part)
     program, report = ecp.rewrite(given.program, target, passes=[], gpu=gpu)
     # Explanations describe the tilings for the GPU that was named before.
     outcomes = [replace(outcome, explanation="") for outcome in given.report.outcomes]

@@ -1,7 +1,7 @@
 """One outcome per candidate: undecided until a rule keeps or rewrites it, and missed if none does."""
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
@@ -63,9 +63,21 @@ class OutcomeTracker:
     A match decides the candidates that it owns, or the readers of the weight that it replaces.
     """
 
-    def __init__(self, candidates: Iterable[Candidate], group_rules: Container[str] = ()) -> None:
-        """``group_rules`` are the names of the rules whose reasons are left out where another rule gives reasons."""
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        group_rules: Container[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Start without outcomes.
+
+        Args:
+            candidates: in graph order.
+            group_rules: the names of the rules whose reasons are left out where another rule gives reasons.
+            progress: called after each outcome with the number of outcomes and of candidates.
+        """
         self._group_rules = group_rules
+        self._progress = progress
         self._candidates: dict[Node, Candidate] = {}
         self._outcomes: dict[Node, Outcome] = {}
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
@@ -191,6 +203,8 @@ class OutcomeTracker:
             self._replaced[node].add(match.root)
             if node in match.owned or self._replaced[node].issuperset(self._candidates[node].weights):
                 self._outcomes[node] = self._outcome(node, status, rule, reasons, texts)
+        if self._progress is not None:
+            self._progress(len(self._outcomes), len(self._candidates))
 
     def _outcome(
         self, node: Node, status: Status, rule: str | None, reasons: list[Reason], texts: Texts | None = None

@@ -39,9 +39,14 @@ def user_source_line(node: Node) -> str:
 class Reason:
     """Why a rule did not rewrite a place, or a note on why it did.
 
-    ``stage`` is "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
-    "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches the
-    operator).
+    Attributes:
+        rule: the rule; None if no rule matches the operator.
+        stage: "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
+            "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches
+            the operator).
+        wanted: what must hold; empty for a note.
+        found: what was found instead, or the note.
+        hint: what to change; empty if nothing can be said.
     """
 
     rule: str | None

@@ -234,6 +234,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     Args:
         progress: called with the name of each step as it begins.
         planned: called with the number of the steps that follow, as soon as it is known.
+        part: called during a rewrite with the number of weights that have an outcome, and of all.
     """
 
     export_format = FORMAT
@@ -244,10 +245,13 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     tested_versions: ClassVar[dict[str, str]] = {}
 
     def __init__(
-        self, progress: Progress = lambda step: None, planned: Callable[[int], None] = lambda count: None
+        self,
+        progress: Progress = lambda step: None,
+        planned: Callable[[int], None] = lambda count: None,
+        part: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
-        self._progress, self._planned = progress, planned
+        self._progress, self._planned, self._part = progress, planned, part
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
@@ -416,6 +420,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                         expected_counts(options, target),
                         pool=pool,
                         gpu=configs[name].gpu if target == "cuda" else None,
+                        progress=self._part,
                     )
                     if target == "cuda":
                         _check_attention(name, rewritten[name])

@@ -223,7 +223,7 @@ def test_explain_prints_the_report(tmp_path: Path, command: Run) -> None:
     assert command("explain", path, "--target", "xnnpack").out == f"{report}\n"
     done = command("explain", path, "--target", "xnnpack", "--json")
     assert done.code == 0
-    assert json.loads(done.out) == report.to_dict()
+    assert json.loads(done.out)["reports"] == {"xnnpack": report.to_dict()}
     assert names(tmp_path) == ["model.pt2"]
 
 
@@ -421,7 +421,7 @@ def test_output_directory_without_permission_is_an_error(tmp_path: Path, command
 
 
 def test_rules_lists_passes_and_requirements(command: Run) -> None:
-    listed = json.loads(command("rules", "--json").out)
+    listed = json.loads(command("rules", "--json").out)["targets"]
     assert list(listed) == list(ecp.targets())
     for name, about in listed.items():
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
@@ -445,5 +445,5 @@ def test_module_prints_only_json_on_stdout(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     command = [sys.executable, "-m", "et_cuda_passes", "explain", str(path), "--target", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["counts"]["linear_int4"] == 2
+    assert json.loads(done.stdout)["reports"]["cpu"]["counts"]["linear_int4"] == 2
     assert f"loading {path}" in done.stderr
