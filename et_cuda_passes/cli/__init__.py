@@ -19,6 +19,7 @@ import typer
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
+from et_cuda_passes.cli.accuracy import accuracy
 from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
@@ -214,6 +215,7 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
+app.command()(accuracy)
 app.command()(export)
 app.command()(generate)
 

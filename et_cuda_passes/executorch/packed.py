@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.errors import ModelError as ModelError
-from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
+from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, Reason, Report, decibels_from_json
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets
 from et_cuda_passes.targets.compatibility import (
@@ -33,7 +33,7 @@ from et_cuda_passes.targets.compatibility import (
 _RECORD = "et_cuda_passes.json"
 _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
-_NEW_KEYS: dict[str, Any] = {"notes": []}
+_NEW_KEYS: dict[str, Any] = {"notes": [], "accuracy": []}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
@@ -243,8 +243,12 @@ def read_report(data: dict[str, Any]) -> Report:
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     data = _NEW_KEYS | {_OLD_KEYS.get(name, name): value for name, value in data.items()}
-    rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
-    report = Report(outcomes=outcomes, applied=applied, **rest)
+    accuracy = tuple(
+        LayerAccuracy(**{key: decibels_from_json(value) for key, value in layer.items()}) for layer in data["accuracy"]
+    )
+    apart = ("outcomes", "applied", "accuracy")
+    rest = {field.name: data[field.name] for field in fields(Report) if field.name not in apart}
+    report = Report(outcomes=outcomes, applied=applied, accuracy=accuracy, **rest)
     _check_types(report)
     return report
 

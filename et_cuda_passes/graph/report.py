@@ -1,6 +1,7 @@
 """The report: an outcome per candidate with reasons, counts, and the report as text, dict and JSON."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -85,6 +86,38 @@ class Outcome:
     explanation: str = ""
 
 
+@dataclass(frozen=True)
+class LayerAccuracy:
+    """Signal-to-quantization-noise ratios of one quantized layer's output, in dB; None where not measured."""
+
+    layer: str  # FQN of the weight, as in Outcome
+    node: str  # the node of the candidate, as in Outcome.node
+    quantized_db: float | None  # quantized against float
+    rewritten_db: float | None  # rewritten against as exported
+
+
+_UNUSUAL = {math.inf: "exact", -math.inf: "no signal"}
+_NOT_FINITE = "not finite"
+
+
+def decibels_to_json(value: Any) -> Any:
+    """``value``, or a text for a float without a JSON number.
+
+    "exact" is infinity: there is no noise. "no signal" is minus infinity: there is noise and no signal. "not finite" is
+    NaN: a value is infinite or NaN in only one of the two outputs.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return _UNUSUAL.get(value, _NOT_FINITE)
+    return value
+
+
+def decibels_from_json(value: Any) -> Any:
+    """The inverse of :func:`decibels_to_json`."""
+    if value == _NOT_FINITE:
+        return math.nan
+    return next((number for number, text in _UNUSUAL.items() if text == value), value)
+
+
 @dataclass
 class Report:
     """The outcomes of one rewrite, in graph order.
@@ -101,6 +134,7 @@ class Report:
         bytes_before: bytes of all constants before the rewrite.
         bytes_after: bytes of all constants after the rewrite.
         notes: remarks on the program as a whole.
+        accuracy: the error of each layer, if it was measured.
     """
 
     target: str
@@ -113,6 +147,7 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
+    accuracy: tuple[LayerAccuracy, ...] = ()
 
     def counts(self) -> dict[str, int]:
         """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
@@ -140,6 +175,7 @@ class Report:
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
             notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+            accuracy=tuple(layer for part in parts for layer in part.accuracy),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +191,9 @@ class Report:
             "rejected": self.rejected,
             "warnings": self.warnings,
             "notes": self.notes,
+            "accuracy": [
+                {key: decibels_to_json(value) for key, value in asdict(layer).items()} for layer in self.accuracy
+            ],
         }
 
     def to_json(self) -> str:
