@@ -148,5 +148,5 @@ if not TYPE_CHECKING:  # else a type checker would accept any name
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
 
 
-# The package gets the names too. Its attributes `rewrite` and `accuracy` are the modules until now, by the imports above.
+# The package gets the names too. Until now, the imports above let its attributes `rewrite` and `accuracy` be modules.
 vars(sys.modules["et_cuda_passes"]).update((name, value) for name, value in globals().copy().items() if name in __all__)

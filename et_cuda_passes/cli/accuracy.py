@@ -15,7 +15,7 @@ from et_cuda_passes.cli.options import TARGETS, Debug, Json, ModelPath, RandomSe
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from et_cuda_passes.accuracy import FloatWeights
+    from et_cuda_passes.comparison import FloatWeights
     from et_cuda_passes.hf.suggestion import Suggestion
 
 
@@ -134,7 +134,8 @@ def accuracy(
         if fail_below is not None and (failed := result.below(fail_below)):
             worst = min(failed, key=lambda layer: -math.inf if layer.rewritten_db is None else layer.rewritten_db)
             raise AccuracyError(
-                f"{len(failed)} layers are below {fail_below:g} dB after the rewrite, such as {worst.layer} ({worst.node})"
+                f"{len(failed)} layers are below {fail_below:g} dB after the rewrite; the worst is {worst.layer} "
+                f"({worst.node})"
             )
 
 

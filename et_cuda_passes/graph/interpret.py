@@ -105,7 +105,7 @@ class Runner:
         Raises:
             UsageError: their number, a dtype or a size is not that of the program.
         """
-        nodes = [node for node in self.program.graph.find_nodes(op="placeholder")]
+        nodes = self.program.graph.find_nodes(op="placeholder")
         inputs = [(s, n) for s, n in zip(self._specs, nodes, strict=True) if s.kind is InputKind.USER_INPUT]
         leaves = tree_leaves(tuple(given))
         fixed = [isinstance(spec.arg, ConstantArgument) for spec, _ in inputs]

@@ -5,8 +5,8 @@ measured. Two assumptions predict the noise of any choice of layers:
 
 - the powers of the layers' noises add up, as those of independent errors do. The sum is scaled by one factor, by which
   it becomes the noise that was measured with all layers quantized;
-- with 8 bits instead of 4, the noise of a layer at the output shrinks by the factor by which it shrinks at the output of
-  the layer itself.
+- with 8 bits instead of 4, the noise of a layer at the whole output shrinks by the factor by which it shrinks at the
+  output of the layer.
 
 The choice is greedy: the layer with the most dB per byte is next. It need not be the smallest set.
 """
@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 from torchao.quantization import quantize_
 
-from et_cuda_passes.accuracy import FloatRun, FloatWeights, QuantizedProgram, Ratio, input_sets, to_decibels
+from et_cuda_passes.accuracy import Ratio, input_sets, to_decibels
+from et_cuda_passes.comparison import FloatRun, FloatWeights, QuantizedProgram
 from et_cuda_passes.graph.constants import tensor_identity
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.interpret import Region, Tap
@@ -76,14 +76,14 @@ class Suggestion:
 
     @property
     def recipe(self) -> Recipe:
-        """An entry for each move. Without moves there is none, and a recipe needs one."""
+        """An entry for each move; a recipe without an entry is an error."""
         entries = [
             {"pattern": glob.escape(move.layer), "scheme": move.scheme, "group_size": PER_AXIS} for move in self.moves
         ]
         return Recipe.load({"layer": entries})
 
     def __str__(self) -> str:
-        size = f"{self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB"
+        size = f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         lines = [
             f"suggestion: {len(self.moves)} layers to 8 bits, weights {size}; whole output {self.before_db:.1f} dB, "
             f"predicted {self.predicted_db:.1f} dB",
@@ -131,10 +131,8 @@ def suggest_recipe(
     Args:
         program: a quantized program.
         float_program: the program before its quantization, or its weights by FQN.
-        target_snr: the signal-to-noise ratio of the whole output to reach, in dB; of the output with the lowest one if
-            there are several. None for the largest one within ``max_bytes``.
-        max_bytes: the most bytes of all weights: those with 4 bits in half a byte each, with a scale and a zero for
-            each group; those with 8 bits in a byte each, with a scale for each row; others as they are. None for any.
+        target_snr: as for :meth:`NoiseModel.suggest`.
+        max_bytes: as for :meth:`NoiseModel.suggest`.
         inputs: as for :func:`~et_cuda_passes.accuracy.accuracy`.
         seed: as for it.
         algorithm: how the 8-bit scales are chosen: that of the export.
@@ -144,22 +142,114 @@ def suggest_recipe(
         ValueError: neither ``target_snr`` nor ``max_bytes`` is given, the inputs do not fit, no weight has a
             floating-point one, or the ratio cannot be reached within the bytes; the message says what can be.
     """
-    if target_snr is None and max_bytes is None:
-        raise UsageError("a suggestion needs a ratio to reach or a limit of bytes: give target_snr, max_bytes, or both")
+    _check_aim(target_snr, max_bytes)
+    return measure_noise(program, float_program, inputs, seed, algorithm=algorithm, progress=progress).suggest(
+        target_snr, max_bytes
+    )
+
+
+def measure_noise(
+    program: ExportedProgram,
+    float_program: FloatWeights,
+    inputs: Sequence[Sequence[Any]] | None = None,
+    seed: int | None = None,
+    *,
+    algorithm: str = "hqq",
+    progress: Callable[[str], None] = lambda step: None,
+) -> "NoiseModel":
+    """Measure what each layer adds to the noise of the outputs: see :func:`suggest_recipe`."""
     quantized = QuantizedProgram(program)
     floats = FloatRun(quantized, float_program)
     sets = input_sets(quantized.exported, quantized.runner, inputs, seed)
     progress("measuring the whole output")
     wanted = [floats.run(values, seed=seed or 0) for values in sets]
     got = [quantized.runner.run(values, seed=seed or 0) for values in sets]
-    signal, measured = _powers(wanted, got)
+    signal, noise = _powers(wanted, got)
     if not any(signal):
         raise UsageError("the program has no floating-point output that is not 0, so its accuracy is not defined")
     layers = _layers(quantized, floats)
     progress(f"measuring {len(layers)} layers one by one")
     for layer in layers:
         _measure(layer, floats, sets, wanted, seed or 0, algorithm)
-    return _choose(layers, signal, measured, _total_bytes(quantized, layers), target_snr, max_bytes)
+    return NoiseModel(tuple(layers), tuple(signal), tuple(noise), _total_bytes(quantized, layers))
+
+
+def _check_aim(target_snr: float | None, max_bytes: int | None) -> None:
+    if target_snr is None and max_bytes is None:
+        raise UsageError("a suggestion needs a ratio to reach or a limit of bytes: give target_snr, max_bytes, or both")
+
+
+@dataclass(frozen=True)
+class NoiseModel:
+    """Predicts the noise of the outputs for any choice of layers with 8 bits.
+
+    Attributes:
+        layers: each weight, with its noise at each output.
+        signal: the power of each output.
+        noise: the measured power of the noise of each output, with all layers quantized.
+        total_bytes: the bytes of all weights, packed.
+    """
+
+    layers: tuple[_Layer, ...]
+    signal: tuple[float, ...]
+    noise: tuple[float, ...]
+    total_bytes: int
+
+    def suggest(self, target_snr: float | None = None, max_bytes: int | None = None) -> Suggestion:
+        """Choose layers greedily, by dB per byte.
+
+        Args:
+            target_snr: the signal-to-noise ratio of the whole output to reach, in dB; of the output with the lowest one
+                if there are several. None for the largest one within ``max_bytes``.
+            max_bytes: the most bytes of all weights: those with 4 bits in half a byte each, with a scale and a zero for
+                each group; those with 8 bits in a byte each, with a scale for each row; others as they are. None for
+                any.
+
+        Raises:
+            ValueError: neither is given, or they cannot be reached; the message says what can be.
+        """
+        _check_aim(target_snr, max_bytes)
+        budget = math.inf if max_bytes is None else max_bytes
+        size = self.total_bytes
+        if size > budget:
+            raise UsageError(f"the weights have {size:,} bytes without any move, more than max_bytes={max_bytes:,}")
+        noise = self.noise
+        moves: list[Move] = []
+        left = [layer for layer in self.layers if layer.scheme is not None]
+        while target_snr is None or self._ratio(noise) < target_snr:
+            fitting = [layer for layer in left if size + layer.more_bytes <= budget]
+            gains = {id(layer): self._ratio(self._moved(layer, noise)) - self._ratio(noise) for layer in fitting}
+            best = max(fitting, key=lambda layer: gains[id(layer)] / max(layer.more_bytes, 1), default=None)
+            if best is None or gains[id(best)] <= 0:
+                break
+            left.remove(best)
+            noise = self._moved(best, noise)
+            size += best.more_bytes
+            assert best.scheme is not None
+            moves.append(Move(best.module, best.scheme.name, best.more_bytes, self._ratio(noise)))
+        reached = self._ratio(noise)
+        if target_snr is not None and reached < target_snr:
+            limit = "" if max_bytes is None else f" within max_bytes={max_bytes:,}"
+            raise UsageError(
+                f"target_snr={target_snr:g} is out of reach{limit}: with {len(moves)} layers in 8 bits, {size:,} bytes, "
+                f"{reached:.1f} dB are predicted; give a lower ratio or more bytes, or leave layers in floating point "
+                "by a recipe"
+            )
+        return Suggestion(tuple(moves), self._ratio(self.noise), reached, self.total_bytes, size)
+
+    def _ratio(self, noise: Sequence[float]) -> float:
+        """The lowest ratio of an output."""
+        return min(to_decibels(*pair) for pair in zip(self.signal, noise, strict=True) if pair[0])
+
+    def _moved(self, layer: _Layer, noise: Sequence[float]) -> tuple[float, ...]:
+        """The noise of each output after a move of ``layer``, which had ``noise`` before."""
+        found = []
+        for index, power in enumerate(noise):
+            alone = sum(each.noise[index] for each in self.layers)
+            factor = self.noise[index] / alone if alone else 0.0
+            # Rounding of the sums must not give a negative power.
+            found.append(max(power - factor * (layer.noise[index] - layer.wider[index]), 0.0))
+        return tuple(found)
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -252,61 +342,7 @@ def _total_bytes(quantized: QuantizedProgram, layers: Sequence[_Layer]) -> int:
     return sum(packed.values()) + sum(others.values())
 
 
-# Choosing -------------------------------------------------------------------------------------------------------------
-
-
-def _choose(
-    layers: Sequence[_Layer],
-    signal: Sequence[float],
-    measured: Sequence[float],
-    total: int,
-    target_snr: float | None,
-    max_bytes: int | None,
-) -> Suggestion:
-    outputs = range(len(signal))
-    alone = [sum(layer.noise[index] for layer in layers) for index in outputs]
-    scale = [measured[index] / alone[index] if alone[index] else 1.0 for index in outputs]
-    noise = list(measured)
-    budget = math.inf if max_bytes is None else max_bytes
-    if total > budget:
-        raise UsageError(f"the weights have {total:,} bytes without any move, more than max_bytes={max_bytes:,}")
-
-    def ratio(powers: Sequence[float]) -> float:
-        return min(to_decibels(*pair) for pair in zip(signal, powers, strict=True) if pair[0])
-
-    def moved(layer: _Layer, powers: Sequence[float]) -> list[float]:
-        """The noise after a move. Rounding of the sums must not give a negative power."""
-        saved = [scale[index] * (layer.noise[index] - layer.wider[index]) for index in outputs]
-        return [max(powers[index] - saved[index], 0.0) for index in outputs]
-
-    before = ratio(noise)
-    moves: list[Move] = []
-    left = [layer for layer in layers if layer.scheme is not None]
-    size = total
-    while left and (target_snr is None or ratio(noise) < target_snr):
-        fitting = [layer for layer in left if size + layer.more_bytes <= budget]
-        gains = {id(layer): ratio(moved(layer, noise)) - ratio(noise) for layer in fitting}
-        best = max(fitting, key=lambda layer: gains[id(layer)] / max(layer.more_bytes, 1), default=None)
-        if best is None or gains[id(best)] <= 0:
-            break
-        left.remove(best)
-        noise = moved(best, noise)
-        size += best.more_bytes
-        assert best.scheme is not None
-        moves.append(Move(best.module, best.scheme.name, best.more_bytes, ratio(noise)))
-    if target_snr is not None and ratio(noise) < target_snr:
-        raise UsageError(_unreachable(target_snr, max_bytes, ratio(noise), size, len(moves)))
-    return Suggestion(tuple(moves), before, ratio(noise), total, size)
-
-
-def _unreachable(target_snr: float, max_bytes: int | None, reached: float, size: int, moves: int) -> str:
-    limit = "" if max_bytes is None else f" and max_bytes={max_bytes:,}"
-    return (
-        f"target_snr={target_snr:g}{limit} is out of reach: with {moves} layers in 8 bits, {size:,} bytes, "
-        f"{reached:.1f} dB are predicted; give a lower ratio"
-        + ("" if max_bytes is None else ", or more bytes")
-        + ", or leave layers in floating point by a recipe"
-    )
+# The file -----------------------------------------------------------------------------------------------------------
 
 
 def recipe_text(recipe: Recipe, comment: str = "") -> str:
