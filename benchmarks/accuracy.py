@@ -26,7 +26,7 @@ from et_cuda_passes.graph.interpret import Runner
 from et_cuda_passes.hf.checkpoint import Checkpoint
 from et_cuda_passes.hf.generation import hide_warnings
 from et_cuda_passes.hf.loading import load
-from et_cuda_passes.hf.suggestion import measure_noise
+from et_cuda_passes.hf.suggestion import NoiseModel
 
 
 def text() -> str:
@@ -84,12 +84,12 @@ def main() -> None:
 
     plain, narrow = export(model, words), quantized()
     begin = time.perf_counter()
-    noise = measure_noise(narrow, plain, [(chosen_on,)], progress=lambda step: print(step, flush=True))
+    noise = NoiseModel(narrow, plain, [(chosen_on,)], progress=lambda step: print(step, flush=True))
     print(f"measured {len(noise.layers)} weights in {time.perf_counter() - begin:.0f} s")
-    alone = sum(layer.noise[0] for layer in noise.layers)
-    print(f"the noises of the layers add up to {alone / noise.noise[0]:.3f} of the noise of all at once")
     wanted = {name: logits(plain, ids) for name, ids in (("same", chosen_on), ("other", other))}
-    print("| weights | layers in 8 bits | bytes predicted | packed for cpu | predicted, dB | dB | other part | perplexity |")
+    print(
+        "| weights | layers in 8 bits | predicted bytes | packed for cpu | predicted dB | dB | other part | perplexity |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
 
     def row(name: str, program: ExportedProgram, suggestion: Any = None) -> None:
@@ -106,9 +106,8 @@ def main() -> None:
 
     row("float32", plain)
     row("4w", narrow)
-    before = noise.suggest(max_bytes=noise.total_bytes).before_db
     for gain in options.gain:
-        suggestion = noise.suggest(target_snr=before + gain)
+        suggestion = noise.suggest(target_snr=noise.before_db + gain)
         row(f"4w, {gain:g} dB more", quantized(suggestion.recipe), suggestion)
         print(", ".join(move.layer for move in suggestion.moves[:6]))
 

@@ -139,8 +139,8 @@ class FloatRun:
             names = [name for name, value in self._tensors.items() if isinstance(value, Tensor)]
             raise UsageError(
                 f"no quantized weight has a floating-point one: {next(iter(self.missing.values()), '')}; its weights "
-                f"are {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}. Give the program of the same "
-                "model before it was quantized"
+                f"are {', '.join(names[:5]) or 'none'}{', ...' if len(names) > 5 else ''}. Give the program of the "
+                "same model before it was quantized"
             )
         self.replaced: dict[Node, Any] = {
             node: lambda *_, node=node, **__: self.float_weight(node) for node in self.weights

@@ -642,7 +642,7 @@ def test_invalid_arguments_are_errors_with_the_fix() -> None:
     refused("nothing to compare with: give a target, a float program, or both", program)
     refused("no quantized weight that an operator reads", export(model, x), "cpu")
     refused("there is no target|unknown target", program, "gpu")
-    for inputs, match in (
+    for sets, match in (
         ([(x[:1],)], r"input 0 \(x\) is torch.float32 \[1, 64\], .*, with s\d+ from 2 to 8"),
         ([(torch.randn(9, 64),)], "from 2 to 8"),
         ([(torch.randn(3, 63),)], r"is torch.float32 \[3, 63\], the program takes torch.float32 \[s\d+, 64\]"),
@@ -654,10 +654,10 @@ def test_invalid_arguments_are_errors_with_the_fix() -> None:
         ((x,), "a list with one tuple of arguments for each call"),
         (x, "a list with one tuple of arguments for each call"),
     ):
-        refused(match, program, "cpu", plain, inputs)
+        refused(match, program, "cpu", plain, sets)
     refused("give one of them", program, "cpu", None, [(x,)], 3)
-    refused("no quantized weight has a floating-point one: the float program has no weight up.weight; its weights are a",
-            program, None, {"a": x})  # fmt: skip
+    no_weight = "no quantized weight has a floating-point one: the float program has no weight up.weight; its weights"
+    refused(f"{no_weight} are a", program, None, {"a": x})
     unsaved = copy.copy(program)
     unsaved._example_inputs = None
     refused("without example inputs: give inputs", unsaved, "cpu")

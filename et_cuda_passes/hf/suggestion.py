@@ -1,22 +1,20 @@
 """``suggest_recipe``: the layers to move from 4 to 8 bits, so that the whole output reaches a signal-to-noise ratio.
 
-Each layer is quantized alone, in a program with floating-point weights, and the noise that this causes at the output is
-measured. Two assumptions predict the noise of any choice of layers:
+First, each layer is quantized alone, in a program with floating-point weights. The noise that this causes at the whole
+output gives an order: the layer with the most dB per byte is first. This is a greedy choice, and need not lead to the
+smallest set of layers.
 
-- the powers of the layers' noises add up, as those of independent errors do. The sum is scaled by one factor, by which
-  it becomes the noise that was measured with all layers quantized;
-- with 8 bits instead of 4, the noise of a layer at the whole output shrinks by the factor by which it shrinks at the
-  output of the layer.
-
-The choice is greedy: the layer with the most dB per byte is next. It need not be the smallest set.
+Then the program runs with the first n layers in 8 bits, with the weights that an export would give them, and a
+bisection finds n. The ratio of a suggestion is that of such a run. A sum of the layers' noises would predict it badly:
+with 4 bits in every layer the noise is so large that the layers do not act independently.
 """
 
 import glob
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -46,14 +44,14 @@ class Move:
     Attributes:
         layer: the FQN of the module.
         scheme: the name of its new scheme.
+        alone_db: the ratio of the whole output if this layer alone is quantized with 4 bits.
         more_bytes: how much larger its weight becomes.
-        predicted_db: the predicted ratio of the whole output after this move and those before it.
     """
 
     layer: str
     scheme: str
+    alone_db: float
     more_bytes: int
-    predicted_db: float
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,8 @@ class Suggestion:
 
     Attributes:
         moves: the layers, in the order in which they were chosen.
-        before_db: the measured ratio of the whole output.
-        predicted_db: the ratio that is predicted with the moves.
+        before_db: the ratio of the whole output without the moves.
+        predicted_db: the ratio with the moves, on the same inputs.
         bytes_before: the bytes of all weights, packed.
         bytes_after: the same with the moves.
     """
@@ -83,30 +81,43 @@ class Suggestion:
         return Recipe.load({"layer": entries})
 
     def __str__(self) -> str:
+        """A short text: the ratios, the bytes, and the layers."""
         size = f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         lines = [
             f"suggestion: {len(self.moves)} layers to 8 bits, weights {size}; whole output {self.before_db:.1f} dB, "
-            f"predicted {self.predicted_db:.1f} dB",
-            "the choice is greedy, by dB per byte",
+            f"predicted {self.predicted_db:.1f} dB"
         ]
-        lines += [f"  {move.layer}: {move.scheme}, then {move.predicted_db:.2f} dB" for move in self.moves]
+        if self.moves:
+            lines.append("the layers were chosen greedily, by dB per byte:")
+        lines += [
+            f"  {move.layer}: {move.scheme}, {move.more_bytes:,} bytes more; quantized alone {move.alone_db:.1f} dB"
+            for move in self.moves
+        ]
         return "\n".join(lines)
 
 
 @dataclass
 class _Layer:
-    """A weight with its noise at each output: as it is quantized, and with 8 bits if it can be moved."""
+    """A weight, its noise at each output if it alone is quantized, and its 8-bit form if it can be moved.
+
+    ``factor`` is the noise with 8 bits over that with 4, at the output of the layer.
+    """
 
     name: str
     candidates: list[Candidate]
     weight: QuantizedWeight
     scheme: Scheme | None
-    noise: list[float]
-    wider: list[float]
+    noise: list[float] = field(default_factory=list)
+    wide: Tensor | None = None
+    factor: float = 1.0
 
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
+
+    @property
+    def dequantizes(self) -> list[Node]:
+        return [weight for candidate in self.candidates for weight in candidate.weights]
 
     @property
     def more_bytes(self) -> int:
@@ -126,7 +137,7 @@ def suggest_recipe(
 ) -> Suggestion:
     """Suggest the layers to move from 4 to 8 bits with one scale per row.
 
-    The program runs once for each quantized weight and input set.
+    The program runs once for each quantized weight and input set, and a few times more.
 
     Args:
         program: a quantized program.
@@ -143,35 +154,9 @@ def suggest_recipe(
             floating-point one, or the ratio cannot be reached within the bytes; the message says what can be.
     """
     _check_aim(target_snr, max_bytes)
-    return measure_noise(program, float_program, inputs, seed, algorithm=algorithm, progress=progress).suggest(
-        target_snr, max_bytes
-    )
-
-
-def measure_noise(
-    program: ExportedProgram,
-    float_program: FloatWeights,
-    inputs: Sequence[Sequence[Any]] | None = None,
-    seed: int | None = None,
-    *,
-    algorithm: str = "hqq",
-    progress: Callable[[str], None] = lambda step: None,
-) -> "NoiseModel":
-    """Measure what each layer adds to the noise of the outputs: see :func:`suggest_recipe`."""
-    quantized = QuantizedProgram(program)
-    floats = FloatRun(quantized, float_program)
-    sets = input_sets(quantized.exported, quantized.runner, inputs, seed)
-    progress("measuring the whole output")
-    wanted = [floats.run(values, seed=seed or 0) for values in sets]
-    got = [quantized.runner.run(values, seed=seed or 0) for values in sets]
-    signal, noise = _powers(wanted, got)
-    if not any(signal):
-        raise UsageError("the program has no floating-point output that is not 0, so its accuracy is not defined")
-    layers = _layers(quantized, floats)
-    progress(f"measuring {len(layers)} layers one by one")
-    for layer in layers:
-        _measure(layer, floats, sets, wanted, seed or 0, algorithm)
-    return NoiseModel(tuple(layers), tuple(signal), tuple(noise), _total_bytes(quantized, layers))
+    model = NoiseModel(program, float_program, inputs, seed, algorithm=algorithm, progress=progress)
+    progress("choosing layers")
+    return model.suggest(target_snr, max_bytes)
 
 
 def _check_aim(target_snr: float | None, max_bytes: int | None) -> None:
@@ -179,28 +164,46 @@ def _check_aim(target_snr: float | None, max_bytes: int | None) -> None:
         raise UsageError("a suggestion needs a ratio to reach or a limit of bytes: give target_snr, max_bytes, or both")
 
 
-@dataclass(frozen=True)
 class NoiseModel:
-    """Predicts the noise of the outputs for any choice of layers with 8 bits.
+    """The noise of each layer of a program, measured once for several suggestions.
 
     Attributes:
         layers: each weight, with its noise at each output.
-        signal: the power of each output.
-        noise: the measured power of the noise of each output, with all layers quantized.
         total_bytes: the bytes of all weights, packed.
+        before_db: the ratio of the whole output, with all layers quantized.
     """
 
-    layers: tuple[_Layer, ...]
-    signal: tuple[float, ...]
-    noise: tuple[float, ...]
-    total_bytes: int
+    def __init__(
+        self,
+        program: ExportedProgram,
+        float_program: FloatWeights,
+        inputs: Sequence[Sequence[Any]] | None = None,
+        seed: int | None = None,
+        *,
+        algorithm: str = "hqq",
+        progress: Callable[[str], None] = lambda step: None,
+    ) -> None:
+        """The arguments are those of :func:`suggest_recipe`."""
+        self._quantized = QuantizedProgram(program)
+        self._floats = FloatRun(self._quantized, float_program)
+        self._sets = input_sets(self._quantized.exported, self._quantized.runner, inputs, seed)
+        self._seed = seed or 0
+        progress("measuring the whole output")
+        self._wanted = [self._floats.run(values, seed=self._seed) for values in self._sets]
+        self._signal, self._noise = self._simulated(())
+        self.before_db = self._ratio(self._noise)
+        self.layers = _layers(self._quantized, self._floats)
+        self.total_bytes = _total_bytes(self._quantized, self.layers)
+        progress(f"measuring {len(self.layers)} layers one by one")
+        for layer in self.layers:
+            self._measure(layer, algorithm)
 
     def suggest(self, target_snr: float | None = None, max_bytes: int | None = None) -> Suggestion:
-        """Choose layers greedily, by dB per byte.
+        """Choose layers.
 
         Args:
             target_snr: the signal-to-noise ratio of the whole output to reach, in dB; of the output with the lowest one
-                if there are several. None for the largest one within ``max_bytes``.
+                if there are several. None for all layers that fit into ``max_bytes``.
             max_bytes: the most bytes of all weights: those with 4 bits in half a byte each, with a scale and a zero for
                 each group; those with 8 bits in a byte each, with a scale for each row; others as they are. None for
                 any.
@@ -209,54 +212,93 @@ class NoiseModel:
             ValueError: neither is given, or they cannot be reached; the message says what can be.
         """
         _check_aim(target_snr, max_bytes)
-        budget = math.inf if max_bytes is None else max_bytes
-        size = self.total_bytes
-        if size > budget:
-            raise UsageError(f"the weights have {size:,} bytes without any move, more than max_bytes={max_bytes:,}")
-        noise = self.noise
-        moves: list[Move] = []
-        left = [layer for layer in self.layers if layer.scheme is not None]
-        while target_snr is None or self._ratio(noise) < target_snr:
-            fitting = [layer for layer in left if size + layer.more_bytes <= budget]
-            gains = {id(layer): self._ratio(self._moved(layer, noise)) - self._ratio(noise) for layer in fitting}
-            best = max(fitting, key=lambda layer: gains[id(layer)] / max(layer.more_bytes, 1), default=None)
-            if best is None or gains[id(best)] <= 0:
-                break
-            left.remove(best)
-            noise = self._moved(best, noise)
-            size += best.more_bytes
-            assert best.scheme is not None
-            moves.append(Move(best.module, best.scheme.name, best.more_bytes, self._ratio(noise)))
-        reached = self._ratio(noise)
-        if target_snr is not None and reached < target_snr:
+        if max_bytes is not None and self.total_bytes > max_bytes:
+            raise UsageError(
+                f"the weights have {self.total_bytes:,} bytes without any move, more than max_bytes={max_bytes:,}"
+            )
+        order, size = [], self.total_bytes
+        for layer in sorted((each for each in self.layers if each.factor < 1), key=self._gain_per_byte, reverse=True):
+            if max_bytes is None or size + layer.more_bytes <= max_bytes:
+                order.append(layer)
+                size += layer.more_bytes
+        reached = {0: self.before_db}
+        count = 0
+        if order and (target_snr is None or self.before_db < target_snr):
+            count = len(order)
+            reached[count] = self._ratio(self._simulated(order)[1])
+        if target_snr is not None and reached[count] < target_snr:
             limit = "" if max_bytes is None else f" within max_bytes={max_bytes:,}"
             raise UsageError(
-                f"target_snr={target_snr:g} is out of reach{limit}: with {len(moves)} layers in 8 bits, {size:,} bytes, "
-                f"{reached:.1f} dB are predicted; give a lower ratio or more bytes, or leave layers in floating point "
-                "by a recipe"
+                f"target_snr={target_snr:g} is out of reach{limit}: with {count} layers in 8 bits, {size:,} bytes, it is "
+                f"{reached[count]:.1f} dB; give a lower ratio or more bytes, or leave layers in floating point by a "
+                "recipe"
             )
-        return Suggestion(tuple(moves), self._ratio(self.noise), reached, self.total_bytes, size)
+        too_few = 0
+        while target_snr is not None and count - too_few > 1:
+            middle = (too_few + count) // 2
+            reached[middle] = self._ratio(self._simulated(order[:middle])[1])
+            too_few, count = (too_few, middle) if reached[middle] >= target_snr else (middle, count)
+        moves = tuple(
+            Move(each.module, cast(Scheme, each.scheme).name, self._ratio(each.noise), each.more_bytes)
+            for each in order[:count]
+        )
+        more = sum(move.more_bytes for move in moves)
+        return Suggestion(moves, self.before_db, reached[count], self.total_bytes, self.total_bytes + more)
+
+    def _gain_per_byte(self, layer: _Layer) -> float:
+        """The dB for each byte that a layer gains if noises add up, at the output where it gains most."""
+        totals = [sum(each.noise[index] for each in self.layers) for index in range(len(self._signal))]
+        saved = [noise * (1 - layer.factor) for noise in layer.noise]
+        share = max((part / total for part, total in zip(saved, totals, strict=True) if total), default=0.0)
+        # The last layer with noise would gain without limit.
+        return -10 * math.log10(max(1 - share, 1e-12)) / max(layer.more_bytes, 1)
 
     def _ratio(self, noise: Sequence[float]) -> float:
         """The lowest ratio of an output."""
-        return min(to_decibels(*pair) for pair in zip(self.signal, noise, strict=True) if pair[0])
+        return min(to_decibels(*pair) for pair in zip(self._signal, noise, strict=True) if pair[0])
 
-    def _moved(self, layer: _Layer, noise: Sequence[float]) -> tuple[float, ...]:
-        """The noise of each output after a move of ``layer``, which had ``noise`` before."""
-        found = []
-        for index, power in enumerate(noise):
-            alone = sum(each.noise[index] for each in self.layers)
-            factor = self.noise[index] / alone if alone else 0.0
-            # Rounding of the sums must not give a negative power.
-            found.append(max(power - factor * (layer.noise[index] - layer.wider[index]), 0.0))
-        return tuple(found)
+    def _simulated(self, moved: Sequence[_Layer]) -> tuple[list[float], list[float]]:
+        """The power of the signal and of the noise of each output, with the layers ``moved`` in 8 bits."""
+        replaced: dict[Node, Callable[..., Tensor]] = {}
+        for layer in moved:
+            for node in layer.dequantizes:
+                replaced[node] = lambda *_, layer=layer, node=node, **__: _dequantized(layer, node)
+        run = self._quantized.runner.run
+        return _powers(self._wanted, [run(values, (), replaced, self._seed) for values in self._sets])
+
+    def _measure(self, layer: _Layer, algorithm: str) -> None:
+        """Measure the noise of a layer that is quantized alone, and how much smaller it is with 8 bits."""
+        if layer.scheme is not None:
+            layer.wide = _wide(self._floats.float_weight(layer.dequantizes[0]), layer.scheme, algorithm)
+        narrow_here, wide_here = Ratio(), Ratio()
+
+        def tap(candidate: Candidate, region: Region) -> Tap:
+            def see(value: Tensor, read: Any) -> Tensor:
+                if layer.wide is not None:
+                    wide = {node: _dequantized(layer, node) for node in candidate.weights}
+                    wide_here.add(value, region.compute(read, wide))
+                changed: Tensor = region.compute(read)
+                narrow_here.add(value, changed)
+                return changed
+
+            return Tap(candidate.node, tuple(region.reads.values()), see)
+
+        taps = [tap(candidate, self._floats.layers[candidate]) for candidate in layer.candidates]
+        runs = [self._floats.run(values, taps, self._seed) for values in self._sets]
+        layer.noise = _powers(self._wanted, runs)[1]
+        if layer.wide is not None and narrow_here.noise:
+            layer.factor = wide_here.noise / narrow_here.noise
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
 def _powers(wanted: Sequence[list[Any]], got: Sequence[list[Any]]) -> tuple[list[float], list[float]]:
-    """The power of the signal and of the noise of each floating-point output, over all input sets."""
+    """The power of the signal and of the noise of each floating-point output, over all input sets.
+
+    Raises:
+        ValueError: an output has no ratio, or no output has a signal.
+    """
     ratios: dict[int, Ratio] = {}
     for first, second in zip(wanted, got, strict=True):
         for index, (a, b) in enumerate(zip(first, second, strict=True)):
@@ -265,6 +307,8 @@ def _powers(wanted: Sequence[list[Any]], got: Sequence[list[Any]]) -> tuple[list
     for index, ratio in ratios.items():
         if ratio.decibels is not None and math.isnan(ratio.decibels):
             raise UsageError(f"output {index} is infinite or NaN where the float program's is finite, or everywhere")
+    if not any(ratio.signal for ratio in ratios.values()):
+        raise UsageError("the program has no floating-point output that is not 0, so its accuracy is not defined")
     return [ratio.signal for ratio in ratios.values()], [ratio.noise for ratio in ratios.values()]
 
 
@@ -278,43 +322,23 @@ def _layers(quantized: QuantizedProgram, floats: FloatRun) -> list[_Layer]:
         movable = weight.bits <= _NARROW and len(weight.shape) == 2 and candidate.fqn.endswith(".weight")
         dynamic = any(map(is_quantize, region.nodes))
         scheme = SCHEMES["8da8w" if dynamic else "8w"] if movable and ", " not in candidate.fqn else None
-        found[candidate.fqn] = _Layer(candidate.fqn, [candidate], weight, scheme, [], [])
+        found[candidate.fqn] = _Layer(candidate.fqn, [candidate], weight, scheme)
     return list(found.values())
 
 
-def _measure(
-    layer: _Layer, floats: FloatRun, sets: Sequence[Any], wanted: Sequence[list[Any]], seed: int, algorithm: str
-) -> None:
-    """Measure the noise of a layer that is quantized alone, and estimate that of its 8-bit form."""
-    nodes = [weight for candidate in layer.candidates for weight in candidate.weights]
-    wider: dict[Node, Tensor] = {}
-    if layer.scheme is not None:
-        wider = {node: _wider(floats.float_weight(node), layer.scheme, algorithm) for node in nodes}
-    narrow_here, wide_here = Ratio(), Ratio()
-
-    def tap(candidate: Candidate, region: Region) -> Tap:
-        def see(value: Tensor, read: Any) -> Tensor:
-            if wider:
-                wide_here.add(value, region.compute(read, wider))
-            changed: Tensor = region.compute(read)
-            narrow_here.add(value, changed)
-            return changed
-
-        return Tap(candidate.node, tuple(region.reads.values()), see)
-
-    taps = [tap(candidate, floats.layers[candidate]) for candidate in layer.candidates]
-    _, layer.noise = _powers(wanted, [floats.run(values, taps, seed) for values in sets])
-    factor = wide_here.noise / narrow_here.noise if wider and narrow_here.noise else 1.0
-    layer.wider = [noise * factor for noise in layer.noise]
-
-
-def _wider(weight: Tensor, scheme: Scheme, algorithm: str) -> Tensor:
-    """The 8-bit form of a weight, dequantized: the numbers that an export with the scheme has."""
+def _wide(weight: Tensor, scheme: Scheme, algorithm: str) -> Tensor:
+    """The 8-bit form of a weight: the integers and scales that an export with the scheme has."""
     linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     quantize_(linear, scheme.config(PER_AXIS, algorithm))
-    dequantized: Tensor = linear.weight.dequantize()
-    return dequantized.to(weight.dtype)
+    return cast(Tensor, linear.weight)
+
+
+def _dequantized(layer: _Layer, dequantize: Node) -> Tensor:
+    """The weight in 8 bits, in place of what ``dequantize`` computes."""
+    wide: Any = layer.wide
+    found: Tensor = wide.dequantize().to(dequantize.meta["val"].dtype)
+    return found
 
 
 # Bytes ----------------------------------------------------------------------------------------------------------------
