@@ -87,10 +87,18 @@ def main() -> None:
     noise = NoiseModel(narrow, plain, [(chosen_on,)], progress=lambda step: print(step, flush=True))
     print(f"measured {len(noise.layers)} weights in {time.perf_counter() - begin:.0f} s")
     wanted = {name: logits(plain, ids) for name, ids in (("same", chosen_on), ("other", other))}
-    print(
-        "| weights | layers in 8 bits | predicted bytes | packed for cpu | predicted dB | dB | other part | perplexity |"
+    titles = (
+        "weights",
+        "layers in 8 bits",
+        "bytes",
+        "packed for cpu",
+        "predicted, dB",
+        "dB",
+        "other part",
+        "perplexity",
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"| {' | '.join(titles)} |")
+    print("| --- " * len(titles) + "|")
 
     def row(name: str, program: ExportedProgram, suggestion: Any = None) -> None:
         packed = ecp.rewrite(program, "cpu")[1].bytes_after if name != "float32" else 0

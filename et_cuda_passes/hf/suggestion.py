@@ -205,8 +205,8 @@ class NoiseModel:
             target_snr: the signal-to-noise ratio of the whole output to reach, in dB; of the output with the lowest one
                 if there are several. None for all layers that fit into ``max_bytes``.
             max_bytes: the most bytes of all weights: those with 4 bits in half a byte each, with a scale and a zero for
-                each group; those with 8 bits in a byte each, with a scale for each row; others as they are. None for
-                any.
+                each group; those with 8 bits in a byte each, with a scale for each row; others as they are. The layout
+                of a target may add padding. None for any number.
 
         Raises:
             ValueError: neither is given, or they cannot be reached; the message says what can be.
@@ -229,8 +229,8 @@ class NoiseModel:
         if target_snr is not None and reached[count] < target_snr:
             limit = "" if max_bytes is None else f" within max_bytes={max_bytes:,}"
             raise UsageError(
-                f"target_snr={target_snr:g} is out of reach{limit}: with {count} layers in 8 bits, {size:,} bytes, it is "
-                f"{reached[count]:.1f} dB; give a lower ratio or more bytes, or leave layers in floating point by a "
+                f"target_snr={target_snr:g} is out of reach{limit}: with {count} layers in 8 bits, {size:,} bytes, it "
+                f"is {reached[count]:.1f} dB; give a lower ratio or more bytes, or leave layers in floating point by a "
                 "recipe"
             )
         too_few = 0

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch.export import Dim
 from torchao.quantization import quantize_
+from transformers import AutoModelForCausalLM
 
 import et_cuda_passes as ecp
 from et_cuda_passes.hf.recipe import Recipe
 from tests.cli.command import Run
+from tests.hf import checkpoints
 from tests.saved import SCHEMES, Mlp
 
 
@@ -144,3 +146,32 @@ def test_suggestion_is_printed_and_written_as_a_recipe(files: dict[str, Path], c
     result = command(*suggest, "--max-bytes", 10)
     assert result.code == 1
     assert "without any move, more than --max-bytes 10" in result.error
+
+
+def test_export_follows_the_recipe(tmp_path: Path, command: Run, no_gpu: None) -> None:
+    checkpoint = checkpoints.causal(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    model.config.use_cache = False
+    ids = torch.arange(12)[None]
+    for name in ("float", "narrow"):
+        if name == "narrow":
+            ecp.quantize_model_(model, qlinear="4w")
+        with torch.no_grad():
+            torch.export.save(torch.export.export(model, (), {"input_ids": ids}), tmp_path / f"{name}.pt2")
+    narrow, floats, recipe = (tmp_path / name for name in ("narrow.pt2", "float.pt2", "recipe.toml"))
+    suggest = ("accuracy", narrow, "--float", floats, "--recipe", recipe, "--json")
+    before = json.loads(command(*suggest, "--target-snr", -50).out)["suggestion"]["before_db"]
+    result = command(*suggest, "--target-snr", before + 2)
+    assert result.code == 0, result.err
+    moved = {move["layer"] for move in json.loads(result.out)["suggestion"]["moves"]}
+
+    out = tmp_path / "out"
+    exported = command(
+        "export", "--model", checkpoint, "--target", "cuda", "--qlinear", "4w", "--recipe", recipe, "--max-length", 16,
+        "--dtype", "bfloat16", "--output-dir", out,
+    )  # fmt: skip
+    assert "lowering to cuda needs a CUDA device" in exported.error
+    layers = json.loads((out / "report.json").read_text())["quantization"][0]["layers"]
+    assert {layer["fqn"] for layer in layers if layer["scheme"] == "8w"} == moved
+    assert {layer["scheme"] for layer in layers if layer["fqn"] not in moved} <= {"4w", None}
+    assert 0 < len(moved) < 15
