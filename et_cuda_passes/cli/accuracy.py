@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, list_files, one_line
-from et_cuda_passes.cli.inputs import check_one_source, read_inputs
 from et_cuda_passes.cli.options import TARGETS, Debug, Json, ModelPath, RandomSeed, Trust
 
 # The functions below import what they need, so that --help does not import torch.
@@ -91,8 +90,10 @@ def accuracy(
     with handle_errors(debug):
         suggests = target_snr is not None or max_bytes is not None
         _check_options(float_model, target, fail_below, target_snr, suggests, recipe, algorithm, html)
-        check_one_source(next(iter(inputs or ()), None), random_seed)
         import et_cuda_passes as ecp
+        from et_cuda_passes.cli.inputs import check_one_source, read_inputs
+
+        check_one_source(next(iter(inputs or ()), None), random_seed)
 
         sets = [tuple(read_inputs(path)) for path in inputs] if inputs else None
         suggestion = None
