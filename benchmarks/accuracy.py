@@ -9,6 +9,7 @@ that follow them, on which also the perplexity is computed.
 
 import argparse
 import copy
+import math
 import os
 import time
 from importlib.metadata import version
@@ -87,37 +88,34 @@ def main() -> None:
     noise = NoiseModel(narrow, plain, [(chosen_on,)], progress=lambda step: print(step, flush=True))
     print(f"measured {len(noise.layers)} weights in {time.perf_counter() - begin:.0f} s")
     wanted = {name: logits(plain, ids) for name, ids in (("same", chosen_on), ("other", other))}
-    titles = (
-        "weights",
-        "layers in 8 bits",
-        "bytes",
-        "packed for cpu",
-        "predicted, dB",
-        "dB",
-        "other part",
-        "perplexity",
-    )
-    print(f"| {' | '.join(titles)} |")
-    print("| --- " * len(titles) + "|")
+    total = sum(layer.noise[0] for layer in noise.layers)
+    alone = 10 * math.log10(float(wanted["same"].double().square().sum()) / total)
+    print(f"the noises of the layers add up to {alone:.2f} dB")
+    titles = ("weights", "layers in 8 bits", "bytes", "packed for cpu", "noises added", "predicted", "dB", "other part")
+    print(f"| {' | '.join(titles)} | perplexity |")
+    print("| --- " * (len(titles) + 1) + "|")
 
     def row(name: str, program: ExportedProgram, suggestion: Any = None) -> None:
-        packed = ecp.rewrite(program, "cpu")[1].bytes_after if name != "float32" else 0
+        packed = ecp.rewrite(program, "cpu")[1].bytes_after if program is not plain else 0
         same, rest = logits(program, chosen_on), logits(program, other)
-        ratios = [f"{ratio(wanted['same'], same):.2f}", f"{ratio(wanted['other'], rest):.2f}"] if packed else ["", ""]
-        predicted = [
-            str(len(suggestion.moves)) if suggestion else "0",
-            f"{suggestion.bytes_after:,}" if suggestion else f"{noise.total_bytes:,}" if packed else "",
-            f"{packed:,}" if packed else "",
-            f"{suggestion.predicted_db:.2f}" if suggestion else "",
-        ]
-        print(f"| {' | '.join([name, *predicted, *ratios, f'{perplexity(rest, other):.2f}'])} |", flush=True)
+        cells = [name, "", "", "", "", "", "", ""]
+        if packed:
+            cells[3] = f"{packed:,}"
+            cells[6:] = f"{ratio(wanted['same'], same):.2f}", f"{ratio(wanted['other'], rest):.2f}"
+        if suggestion:
+            moved = {move.layer for move in suggestion.moves}
+            saved = sum(layer.noise[0] * (1 - layer.factor) for layer in noise.layers if layer.module in moved)
+            added = noise.before_db + 10 * math.log10(total / (total - saved))
+            cells[1:3] = str(len(moved)), f"{suggestion.bytes_after:,}"
+            cells[4:6] = f"{added:.2f}", f"{suggestion.predicted_db:.2f}"
+        print(f"| {' | '.join([*cells, f'{perplexity(rest, other):.2f}'])} |", flush=True)
 
     row("float32", plain)
-    row("4w", narrow)
+    row("4w", narrow, noise.suggest(target_snr=-math.inf))
     for gain in options.gain:
         suggestion = noise.suggest(target_snr=noise.before_db + gain)
         row(f"4w, {gain:g} dB more", quantized(suggestion.recipe), suggestion)
-        print(", ".join(move.layer for move in suggestion.moves[:6]))
+        print(f"first: {', '.join(move.layer for move in suggestion.moves[:6])}")
 
 
 if __name__ == "__main__":
