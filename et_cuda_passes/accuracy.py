@@ -374,7 +374,8 @@ class _OwnRun:
     """The outputs of the float program itself; those of the float run if it has other inputs or outputs."""
 
     def __init__(self, floats: FloatRun, sets: Sequence[Sequence[Any]]) -> None:
-        self.notes: list[str] = []
+        kept = ", ".join(list(floats.missing)[:3]) + (", ..." if len(floats.missing) > 3 else "")
+        self.notes = [f"weights that stay quantized in the float run: {kept}"] if kept else []
         self._runner = None if floats.program is None else Runner(floats.program)
         self._agreement = Ratio()
         if self._runner is None:

@@ -360,6 +360,7 @@ def test_layer_without_a_float_weight_is_listed_with_the_reason() -> None:
     assert [of(result, name).quantized_db for name in ("up", "down", "q")] == [None, None, None]
     assert of(result, "gate").quantized_db is not None
     text = str(result)
+    assert result.notes == ("weights that stay quantized in the float run: q.weight, up.weight, down.weight",)
     for name in ("up", "down", "q"):
         assert f"not measured: {name}.weight: {of(result, name).why}" in text
 
