@@ -19,6 +19,7 @@ import typer
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
+from et_cuda_passes.cli.accuracy import accuracy
 from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
@@ -269,6 +270,9 @@ def rules(as_json: Json = False) -> None:
     typer.echo("\n".join(lines))
 
 
+app.command(
+    epilog="Exits with 1 if a layer is below --fail-below, or a suggestion does not reach its ratio within its bytes."
+)(accuracy)
 app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
 app.command(epilog="Exits with 1 if the export does not run.")(generate)
 app.command(epilog="Exits with 1 if something is wrong.")(doctor)

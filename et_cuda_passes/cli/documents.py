@@ -128,6 +128,110 @@ class Rules(Document):
     targets: dict[str, TargetPasses]
 
 
+Decibels = float | str | None
+"""A ratio in dB, or "exact", "no signal" or "not finite"; null where not measured."""
+
+
+@dataclass
+class LayerRatios:
+    """The signal-to-quantization-noise ratios of one layer's output.
+
+    Attributes:
+        layer: FQN of the weight.
+        node: the operator that reads it.
+        quantized_db: quantized against float.
+        rewritten_db: rewritten against as exported.
+        op: short name of the operator.
+        at: the node at which exported and rewritten program were compared.
+        limit_db: the smallest ratio by rounding alone.
+        why: why a ratio is missing; empty if none is.
+        beyond_rounding: whether the rewrite changes the output more than rounding does.
+    """
+
+    layer: str
+    node: str
+    quantized_db: Decibels
+    rewritten_db: Decibels
+    op: str
+    at: str
+    limit_db: Decibels
+    why: str
+    beyond_rounding: bool
+
+
+@dataclass
+class OutputRatios:
+    """The ratios of one output of the program, with the error of all layers.
+
+    Attributes:
+        name: of the output.
+        quantized_db: quantized against float.
+        rewritten_db: rewritten against as exported.
+    """
+
+    name: str
+    quantized_db: Decibels
+    rewritten_db: Decibels
+
+
+@dataclass
+class Move:
+    """A layer that gets 8 bits.
+
+    Attributes:
+        layer: FQN of the module.
+        scheme: its new scheme.
+        alone_db: the ratio of the whole output if this layer alone is quantized with 4 bits.
+        more_bytes: how much larger its weight becomes.
+    """
+
+    layer: str
+    scheme: str
+    alone_db: Decibels
+    more_bytes: int
+
+
+@dataclass
+class Suggestion:
+    """The layers to move to 8 bits.
+
+    Attributes:
+        moves: in the order in which they were chosen.
+        before_db: the ratio of the whole output without the moves.
+        predicted_db: the ratio with them.
+        bytes_before: the bytes of all weights, packed.
+        bytes_after: the same with the moves.
+    """
+
+    moves: list[Move]
+    before_db: Decibels
+    predicted_db: Decibels
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass
+class Accuracy(Document):
+    """The accuracy of each layer.
+
+    Attributes:
+        target: the target of the rewrite; empty without one.
+        input_sets: how many calls were measured.
+        layers: the worst first.
+        outputs: the floating-point outputs, in order.
+        notes: remarks on the whole.
+        suggestion: with ``--target-snr`` or ``--max-bytes``; else null.
+    """
+
+    name: ClassVar[str] = "accuracy"
+    target: str
+    input_sets: int
+    layers: list[LayerRatios]
+    outputs: list[OutputRatios]
+    notes: list[str]
+    suggestion: Suggestion | None = None
+
+
 @dataclass
 class Lower(Document):
     """The files of a lowering.
@@ -348,5 +452,5 @@ class Doctor(Document):
     checks: list[Check]
 
 
-DOCUMENTS: tuple[type[Document], ...] = (Doctor, Explain, Export, Generate, Lower, Rules, Run, Verify)
+DOCUMENTS: tuple[type[Document], ...] = (Accuracy, Doctor, Explain, Export, Generate, Lower, Rules, Run, Verify)
 """All documents, by name."""

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.errors import ModelError as ModelError
+from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
 from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
@@ -244,11 +245,14 @@ def read_report(data: dict[str, Any]) -> Report:
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     data = _NEW_KEYS | {_OLD_KEYS.get(name, name): value for name, value in data.items()}
+    accuracy = tuple(
+        LayerAccuracy(**{key: decibels_from_json(value) for key, value in layer.items()}) for layer in data["accuracy"]
+    )
     read: dict[str, Any] = {
         "outcomes": outcomes,
         "applied": applied,
         "drawings": [_drawing(drawing) for drawing in data["drawings"]],
-        "accuracy": tuple(LayerAccuracy(**layer) for layer in data["accuracy"]),
+        "accuracy": accuracy,
     }
     report = Report(**read, **{field.name: data[field.name] for field in fields(Report) if field.name not in read})
     _check_types(report)

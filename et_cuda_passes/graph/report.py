@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.decibels import decibels_to_json
 from et_cuda_passes.graph.drawing import Drawing, drawing_text
 from et_cuda_passes.graph.names import without_numbers
 from et_cuda_passes.graph.report_page import render
@@ -191,7 +192,9 @@ class Report:
             "warnings": self.warnings,
             "notes": self.notes,
             "drawings": [asdict(drawing) for drawing in self.drawings],
-            "accuracy": [asdict(layer) for layer in self.accuracy],
+            "accuracy": [
+                {key: decibels_to_json(value) for key, value in asdict(layer).items()} for layer in self.accuracy
+            ],
             "tilings": self.tilings,
         }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import place_nodes
 from et_cuda_passes.graph.names import fold, form_of, without_numbers
 
@@ -75,7 +76,8 @@ def sortable(value: float | None) -> str:
 
 def _section(name: str, heading: str, report: Data) -> dict[str, Any]:
     accuracy: dict[str, Data] = {}
-    for layer in report["accuracy"]:
+    for measured in report["accuracy"]:
+        layer = {key: decibels_from_json(value) for key, value in measured.items()}
         # An operator with several weights has the worst of their ratios.
         accuracy[layer["node"]] = min(accuracy.get(layer["node"], layer), layer, key=_worst)
     rows = [_row(outcome, accuracy.get(outcome["node"])) for outcome in report["outcomes"]]

@@ -33,7 +33,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-COMMANDS = ["lower", "explain", "rules", "export", "generate", "run", "verify", "doctor"]
+COMMANDS = ["lower", "explain", "rules", "accuracy", "export", "generate", "run", "verify", "doctor"]
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 
