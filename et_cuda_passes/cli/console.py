@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from et_cuda_passes.executorch.errors import ModelError
+from et_cuda_passes.plugins import PluginError, PluginWarning
 
 
 class UsageError(Exception):
@@ -127,12 +128,12 @@ def handle_errors(debug: bool) -> Iterator[None]:
     try:
         with quiet_import(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
-        with warnings.catch_warnings(), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
             yield
-    except (UsageError, ModelError) as error:
+    except (UsageError, ModelError, PluginError) as error:
         _fail(str(error), 2, debug)
     except LoweringError as error:
         _fail(str(error), 1, debug)
@@ -142,6 +143,34 @@ def handle_errors(debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
+
+
+@contextmanager
+def handle_errors_without_torch() -> Iterator[None]:
+    """:func:`handle_errors` for a command that does not need torch, or only for plugins."""
+    try:
+        with _short_warnings_of_plugins():
+            yield
+    except (UsageError, PluginError) as error:
+        _fail(str(error), 2, False)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
+
+
+@contextmanager
+def _short_warnings_of_plugins() -> Iterator[None]:
+    """Print a warning about a plugin as one line, and every other warning as before."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, PluginWarning):
+                typer.echo(f"warning: {message}", err=True)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -20,9 +20,8 @@ from et_cuda_passes.cli.console import (
     list_files,
     one_line,
 )
-from et_cuda_passes.cli.options import TARGETS
+from et_cuda_passes.cli.options import Debug, Gpu, TargetNames
 from et_cuda_passes.hf.report import QuantizationReport
-from et_cuda_passes.kernels.gpus import GPUS
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
@@ -50,7 +49,7 @@ def export(
         str,
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
-    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}; several with commas.")],
+    target: TargetNames,
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
@@ -91,9 +90,7 @@ def export(
         Text,
         typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
     ] = None,
-    gpu: Annotated[
-        Text, typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.")
-    ] = None,
+    gpu: Gpu = None,
     cast_to_bf16: Annotated[
         bool,
         _option("cast-to-bf16", help="cuda and cpu compute a float32 model's quantized layers in bf16; the rest not."),
@@ -107,7 +104,7 @@ def export(
         ),
     ] = "fold",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Export a model of transformers: quantize it, trace it once, and write what each target runs.
 

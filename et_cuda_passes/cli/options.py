@@ -14,6 +14,31 @@ EXECUTABLE = ("cuda", "xnnpack", "cpu")
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.")]
+TargetWithDefault = Annotated[str, typer.Option("--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.")]
+TargetNames = Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}; several with commas.")]
+TargetOfExport = Annotated[
+    str | None,
+    typer.Option(
+        "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
+    ),
+]
+ExecutableTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="The device that runs it: cpu, cuda, cuda:1, ...; by default the one that it was lowered for.",
+        show_default=False,
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Read MODEL as torch.export.load does, which may run code from it.")

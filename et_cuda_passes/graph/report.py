@@ -42,7 +42,7 @@ class Reason:
 
     ``stage`` is "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
     "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches the
-    operator).
+    operator). ``requirement`` is the name of the requirement that does not hold.
     """
 
     rule: str | None
@@ -50,6 +50,7 @@ class Reason:
     wanted: str
     found: str
     hint: str = ""
+    requirement: str = ""
 
     def __str__(self) -> str:
         if self.stage == "note":
@@ -101,6 +102,7 @@ class Report:
         bytes_before: bytes of all constants before the rewrite.
         bytes_after: bytes of all constants after the rewrite.
         notes: remarks on the program as a whole.
+        packages: for each pass that another package brought, the package and its version: "my-rules 0.1.0".
     """
 
     target: str
@@ -113,6 +115,7 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
+    packages: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
@@ -140,6 +143,7 @@ class Report:
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
             notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+            packages={name: origin for part in parts for name, origin in part.packages.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +159,7 @@ class Report:
             "rejected": self.rejected,
             "warnings": self.warnings,
             "notes": self.notes,
+            "packages": self.packages,
         }
 
     def to_json(self) -> str:
@@ -192,8 +197,12 @@ class Report:
         return "\n".join(lines)
 
     def _remarks(self) -> list[str]:
-        """The notes and the warnings."""
-        notes = [f"  note      {note}" for note in self.notes]
+        """The packages of plugins, the notes and the warnings."""
+        packages: dict[str, list[str]] = {}
+        for name, origin in self.packages.items():
+            packages.setdefault(origin, []).append(name)
+        notes = [f"  package   {origin}: {', '.join(names)}" for origin, names in packages.items()]
+        notes += [f"  note      {note}" for note in self.notes]
         return notes + [f"  warning   {warning}" for warning in self.warnings]
 
     def _missed(self) -> list[str]:
