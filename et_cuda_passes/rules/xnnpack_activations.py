@@ -93,8 +93,6 @@ class QuantizeActivation(Rule):
     no list by default, and stands before ``ShareActivation`` in a list of the caller's.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("share_activation", "keep_dynamic_int4")
-
     requirements = (
         weight_has_data,
         is_outside_control_flow,

@@ -13,9 +13,8 @@ from torch.fx import Node
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.rule import Failure, Keep, Rule, requirement
-from et_cuda_passes.testing import assert_misses
-from tests.helpers import Sketch, chain, names
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses
+from tests.helpers import chain, names
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram, unflatten
 
 import et_cuda_passes as ecp
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 aten = torch.ops.aten
 

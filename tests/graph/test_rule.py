@@ -17,7 +17,8 @@ from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_rule, requirement
-from tests.helpers import Sketch, apply, names
+from et_cuda_passes.testing import Sketch
+from tests.helpers import apply, names
 
 aten = torch.ops.aten
 

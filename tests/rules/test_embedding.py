@@ -21,8 +21,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT8_EMBEDDING
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.tables import exact, exported, look_up
 
 
