@@ -56,10 +56,11 @@ def with_plugins(
         other_targets: the names of the targets of plugins.
         renamed: former names of rules, for error messages.
     """
-    if mode() == "0":
+    plugins = tuple(installed(RULES))
+    if not plugins:
         return list(listed)
     reserved = frozenset(rule.name for rules in own.values() for rule in rules)
-    joining = _joining(frozenset([*own, target, *other_targets]), reserved, mode())
+    joining = _joining(plugins, frozenset([*own, target, *other_targets]), reserved, mode())
     known = {*reserved, *(rule.name for rule in listed), *(each.rule.name for each in joining)}
     result = list(listed)
     for each in joining:
@@ -80,11 +81,13 @@ _CORRECT = "correct the rule, or install a version of the package without the fa
 
 
 @cache
-def _joining(targets: frozenset[str], reserved: frozenset[str], _: Mode) -> tuple[_Joining, ...]:
+def _joining(
+    plugins: tuple[Plugin, ...], targets: frozenset[str], reserved: frozenset[str], _: Mode
+) -> tuple[_Joining, ...]:
     """The rules of all plugins that are valid by themselves, by name. The mode is a part of the key of the cache."""
     found: list[_Joining] = []
     owner: dict[str, Plugin] = {}
-    for plugin in installed(RULES):
+    for plugin in plugins:
         for target, rule in _rules_of(plugin, targets):
             first = owner.setdefault(rule.name, plugin)
             if rule.name in reserved:

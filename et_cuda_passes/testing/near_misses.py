@@ -58,19 +58,22 @@ def assert_near_misses(
     assert not missing, f"rule {rule.name} has no near miss of {', '.join(missing)}: add a program that each rejects"
     assert not unknown, f"rule {rule.name} has no requirement {', '.join(unknown)}; it has {', '.join(names) or 'none'}"
     listed = None if passes is None else list(passes)
+    faults = []
     for name, each in near_misses.items():
         near = each if isinstance(each, NearMiss) else NearMiss(each)
-        _assert_near_miss(near.rule or rule, name, near, near.target or target, listed)
+        faults.append(_fault(near.rule or rule, name, near, near.target or target, listed))
+    assert not any(faults), f"rule {rule.name}\n" + "\n".join(filter(None, faults))
 
 
-def _assert_near_miss(rule: Rule, name: str, near: NearMiss, target: str | Target, passes: list[Any] | None) -> None:
+def _fault(rule: Rule, name: str, near: NearMiss, target: str | Target, passes: list[Any] | None) -> str:
+    """Why the program is no near miss; empty if it is one."""
     program = near.program if isinstance(near.program, ExportedProgram) else near.program()
     found = [attempt for attempt in attempts(program, rule, target, passes) if attempt.reason is None]
     if any(_failed(attempt) == {name, *near.also} for attempt in found):
-        return
-    shown = "\n".join(map(str, found)) or "its pattern fits nowhere"
-    alone = " and ".join([name, *near.also])
-    raise AssertionError(f"the program for {name} is not one that {alone} of rule {rule.name} reject alone:\n{shown}")
+        return ""
+    shown = "\n".join(map(str, found)) or "the pattern fits nowhere"
+    rejected = f"{name} alone rejects" if not near.also else f"{' and '.join([name, *near.also])} reject"
+    return f"the program for {name} is not one that {rejected}:\n{shown}"
 
 
 def _failed(attempt: Attempt) -> set[str]:

@@ -24,6 +24,7 @@ from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.helpers import export_with_rows
+from tests.rules.linear_models import EightBitActivations
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPACE = (5, 3, 2)
@@ -173,23 +174,6 @@ def test_integers_with_two_scales_are_packed_once() -> None:
     names = sorted(name for name in rewritten.state_dict if "inner" in name and "bias" not in name)
     assert names == ["inner.data.packed", "inner.data.scale_and_zero", "inner.data.scale_and_zero_2"]
     assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
-
-
-class EightBitActivations(torch.nn.Module):
-    """An int4 linear with dynamically quantized activations, and a view between them if ``view`` is set."""
-
-    def __init__(self, view: bool = False, other_scale: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.inner, self.view, self.other_scale, self.dtype = Quantized(48, 64), view, other_scale, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, torchao = [1] * (x.dim() - 1) + [64], torch.ops.torchao
-        scale, zero = torchao.choose_qparams_affine(
-            x + 1 if self.other_scale else x, "ASYMMETRIC", block, torch.int8, -128, 127, None, x.dtype, torch.int8
-        )
-        q = torchao.quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
-        x = torchao.dequantize_affine(q, block, scale, zero, torch.int8, -128, 127, self.dtype or x.dtype)
-        return F.linear(x.view(-1, 64) if self.view else x, self.inner.weight(), self.inner.bias)
 
 
 @pytest.mark.parametrize("view", [False, True])
