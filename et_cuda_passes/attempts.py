@@ -88,7 +88,7 @@ def attempts(
         most progress.
 
     Raises:
-        ValueError: the target is unknown, or the program has no node ``at`` when it is the turn of the rule.
+        ValueError: the target is unknown, or no attempt contains the node ``at``; the message says what it is.
     """
     chosen = get_target(target)
     listed = list(default_passes(chosen) if passes is None else passes)
@@ -106,20 +106,23 @@ def attempts(
         program = Program(normalised)
         tracker = OutcomeTracker(find(program), group_rules(entries))
     program = apply_passes(program, before, chosen, tracker, find, OPERATORS)
-    if at is not None:
-        _check_node(at, program, tracker.report(chosen.name, [entry.name for entry in before]))
     found = _attempts(compile_rule(rule), program, chosen, at)
+    if at is not None and not found:
+        raise ValueError(_no_part(at, program, tracker.report(chosen.name, [entry.name for entry in before])))
     return sorted(found, key=lambda each: (each.reason is not None, len(each.failures), -each.progress))
 
 
-def _check_node(name: str, program: Program, report: Report) -> None:
-    names = [program.subgraphs.path(node) for node in program.subgraphs.nodes()]
-    if name in names:
-        return
-    earlier = next((each for each in report.outcomes if each.node == name and each.rule), None)
-    if earlier is not None:
-        raise ValueError(f"{name} was {earlier.status} by {earlier.rule}, which runs earlier; its nodes are gone")
-    raise ValueError(f"the program has no node {name!r} when it is the turn of the rule; {nearest_names(name, names)}")
+def _no_part(name: str, program: Program, report: Report) -> str:
+    """The error message for a node that no attempt contains."""
+    nodes = {program.subgraphs.path(node): node for node in program.subgraphs.nodes()}
+    earlier = next((each for each in report.outcomes if each.node == name and each.status == "rewritten"), None)
+    rewritten = f"; {earlier.rule}, which runs earlier, rewrote it" if earlier is not None else ""
+    if name not in nodes:
+        nearest = "" if rewritten else f"; {nearest_names(name, nodes)}"
+        return f"the program has no node {name!r} when it is the turn of the rule{rewritten}{nearest}"
+    node = nodes[name]
+    called = op_name(node.target) if node.op == "call_function" else f"a {node.op}"
+    return f"{name} is {called}, which is no call of the pattern{rewritten}"
 
 
 def _attempts(compiled: CompiledRule, program: Program, target: Target, at: str | None) -> list[Attempt]:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from et_cuda_passes.plugins import RULES, TARGETS, installed
+from et_cuda_passes.cli.console import quiet_import
+from et_cuda_passes.plugins import RULES, TARGETS, PluginError, installed, report_fault
 
 About = dict[str, dict[str, Any]]
 """For each target its summary and its passes, as data."""
@@ -39,10 +40,10 @@ def all_rules() -> About:
     plugins = installed(TARGETS)
     if not plugins and not installed(RULES):
         return about
-    # These import torch, and the packages of the plugins.
-    from et_cuda_passes.plugins import report_fault
-    from et_cuda_passes.targets import default_passes, get_target, targets
-    from et_cuda_passes.targets.joining import origin_of
+    # These import torch, and then the packages of the plugins.
+    with quiet_import(False):
+        from et_cuda_passes.targets import default_passes, get_target, targets
+        from et_cuda_passes.targets.joining import origin_of
 
     names = targets()
     packages = {plugin.name: plugin for plugin in plugins if plugin.name not in about}
@@ -50,6 +51,8 @@ def all_rules() -> About:
         try:
             entries = default_passes(name)
         except ValueError as error:
+            if isinstance(error, PluginError) or name not in packages:
+                raise
             report_fault(packages[name], str(error), "install it again with its dependencies, or uninstall it")
             continue
         known = {entry["name"]: entry for entry in about.get(name, {}).get("passes", ())}

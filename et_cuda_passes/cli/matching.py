@@ -50,8 +50,7 @@ def match(
         matched = sum(attempt.matches for attempt in found)
         typer.echo(f"{found_rule.name} for {target}: {len(found)} tried, {matched} match")
         if not found:
-            where = f" that contains {at}" if at else ""
-            typer.echo(f"no operator{where} fits a call of the pattern:")
+            typer.echo("no operator fits a call of the pattern:")
             typer.echo(_pattern(found_rule))
         for attempt in found[:nearest]:
             typer.echo(f"\n{attempt}")
