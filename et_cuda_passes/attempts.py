@@ -144,9 +144,10 @@ def _attempts(compiled: CompiledRule, program: Program, target: Target, at: str 
             miss = match_inner(compiled.inner_calls, node, program.mutated)
             if miss is not None:
                 tried.append(_attempt(compiled, miss, [], program))
-    if at is None:
-        return tried
-    return [attempt for attempt in tried if at == attempt.node or at in attempt.nodes]
+    # Two inner calls of one place stop at the same reader.
+    places = {attempt.tree: attempt for attempt in reversed(tried)}
+    unique = [attempt for attempt in tried if places[attempt.tree] is attempt]
+    return unique if at is None else [each for each in unique if at == each.node or at in each.nodes]
 
 
 def _attempt(compiled: CompiledRule, result: MatchResult | Miss, reasons: list[Reason], program: Program) -> Attempt:

@@ -1,4 +1,4 @@
-"""What tests of the driver share: a chain of linears, passes that do nothing, and a rewrite with other candidates."""
+"""Shared by tests of the driver: a chain of linears, passes that do nothing, and a rewrite with other candidates."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

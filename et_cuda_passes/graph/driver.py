@@ -51,7 +51,7 @@ them.
 
 @dataclass
 class RuleTrace:
-    """What one rule did to a program.
+    """Counts and the time of one rule in one rewrite.
 
     Attributes:
         rule: its name.

@@ -20,7 +20,7 @@ _INDENT = {"": "", "├─ ": "│  ", "└─ ": "   "}
 def draw(pattern: Pattern, result: MatchResult | Miss) -> list[str]:
     """The lines of the tree of ``pattern``, as ``result`` of an attempt to match it leaves it.
 
-    Of several alternatives the tree has the one that the attempt followed.
+    If the pattern has alternatives, the tree shows the one that the attempt followed.
     """
     return list(_Drawing(result).lines(pattern, _start(result)))
 
@@ -58,7 +58,8 @@ class _Drawing:
         elif value is _UNKNOWN or isinstance(pattern, Call) or (self._ended and not self._began_inside):
             mark, text, value = NOT_REACHED, str(pattern), _UNKNOWN
         else:
-            mark, text = FITS, f"{pattern} = {value.name if isinstance(value, Node) else repr(value)}"
+            shown = value.name if isinstance(value, Node) else repr(value)
+            mark, text = FITS, str(pattern) if isinstance(pattern, Literal) else f"{pattern} = {shown}"
         named = f" as {pattern.name}" if isinstance(pattern, Call) and pattern.name and mark != STOPPED else ""
         yield f"{indent}{branch}{mark} {label}{text}{named}"
         children = list(self._children(pattern, node, value))
