@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -27,14 +27,17 @@ _COMMON: dict[str, tuple[Any, Any]] = {
 }
 
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
 class App(typer.Typer):
     """A Typer application that gives each command the options of :data:`_COMMON`."""
 
-    def command(self, *args: Any, **kwargs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
         """As Typer's."""
-        register = super().command(*args, **kwargs)
+        register = super().command(name, **options)
 
-        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def decorate(function: Function) -> Function:
             register(_with_common_options(function))
             return function
 

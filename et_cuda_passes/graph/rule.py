@@ -251,7 +251,7 @@ def _check_options(rule: Rule) -> None:
     """Check that a rule has no state: a frozen dataclass with its options as fields, or a class without any."""
     cls = type(rule)
     parameters = getattr(cls, "__dataclass_params__", None)
-    if "__dataclass_params__" in vars(cls):
+    if parameters is not None and "__dataclass_params__" in vars(cls):
         stateless = parameters.frozen
     else:
         own = inspect.get_annotations(cls)

@@ -137,8 +137,9 @@ def as_text(program: ExportedProgram) -> str:
 
     def show(node: torch.fx.Node) -> str:
         value = node.meta.get("val")
-        tensor = isinstance(value, torch.Tensor)
-        shape = f"  # {str(value.dtype).removeprefix('torch.')} {list(value.shape)}" if tensor else ""
+        shape = ""
+        if isinstance(value, torch.Tensor):
+            shape = f"  # {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
         if node.op == "placeholder":
             return f"{node.name}{shape}"
         arguments = ", ".join([*map(str, node.args), *(f"{key}={arg}" for key, arg in node.kwargs.items())])

@@ -57,9 +57,9 @@ class Quantized(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight as the graph dequantizes it, [n, k] in ``dtype``."""
-        return DEQUANTIZE(
-            self.data, self.block, self.scale, self.zero_point, self.data.dtype, self.low, self.high, self.dtype
-        )
+        scheme = (self.data.dtype, self.low, self.high, self.dtype)
+        weight: Tensor = DEQUANTIZE(self.data, self.block, self.scale, self.zero_point, *scheme)
+        return weight
 
     def forward(self, x: Tensor) -> Any:
         """``form`` of x, the weight and the bias."""
@@ -78,6 +78,9 @@ class Experts(nn.Module):
         dtype: dtype of the dequantized weight and the scales.
         shape: E, N and K.
     """
+
+    data: Tensor
+    scale: Tensor
 
     def __init__(
         self,
@@ -150,4 +153,5 @@ def export(model: nn.Module, *inputs: Tensor, dynamic: Any = None, decompose: bo
             return program
         table = torch.export.default_decompositions()
         table.pop(DEQUANTIZE, None)
-        return program.run_decompositions(table)
+        decomposed: ExportedProgram = program.run_decompositions(table)
+        return decomposed

@@ -113,6 +113,13 @@ def test_templates_are_part_of_the_distribution() -> None:
     assert '"cli/templates/*.txt"' in (ROOT / "pyproject.toml").read_text()
 
 
+def test_tutorial_shows_the_rule_that_the_command_writes(here: Path, command: Run) -> None:
+    page = (ROOT / "docs" / "tutorials" / "your-own-rule.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    command("new-rule", "write_silu")
+    assert (here / "write_silu.py").read_text(encoding="utf-8") == shown
+
+
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh virtual environment that has the packages of this one, and this checkout."""

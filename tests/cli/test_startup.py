@@ -31,7 +31,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-COMMANDS = ["lower", "explain", "rules", "export", "generate", "run", "verify"]
+COMMANDS = ["lower", "explain", "rules", "match", "new-rule", "export", "generate", "run", "verify"]
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 
