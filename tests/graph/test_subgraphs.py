@@ -188,7 +188,7 @@ def test_report_names_weight_path_and_user_line() -> None:
     assert len(where) == 3
     assert "" in where
     for outcome in report.outcomes:
-        assert "quantized.py" in outcome.source
+        assert "modules.py" in outcome.source
         assert outcome.source.endswith("return self.form(x, self.weight(), self.bias)")
     # Without strict, torch traces a subgraph through generated code, whose lines are not the user's.
     _, report = ecp.rewrite(exported(cond), "cuda")

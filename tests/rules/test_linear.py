@@ -35,6 +35,7 @@ DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**
 # A kernel with everything that the operator can express; the kernel of a target may have less.
 GENERAL = dataclasses.replace(
     get_target("cpu"),
+    name="general",
     kernels={
         **get_target("cpu").kernels,
         "int8_linear": (
