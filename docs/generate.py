@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ import typer
 
 import et_cuda_passes as ecp
 from docs.api import api_page
+from et_cuda_passes import testing
 from et_cuda_passes.cli import app
 from et_cuda_passes.cli.documents import DOCUMENTS, Decibels, Document, QuantizationData, ReportData
+from et_cuda_passes.cli.listing import describe_rule
 from et_cuda_passes.graph.report import LayerAccuracy, Report
 from et_cuda_passes.hf.report import QuantizationReport
 from et_cuda_passes.hf.support import (
@@ -35,6 +38,7 @@ from et_cuda_passes.hf.support import (
     usual_support,
 )
 from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.plugins import switched
 from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
@@ -97,20 +101,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def rules_json() -> str:
     """The rules of each target as data, for ``et-cuda-passes rules``, which does not import them."""
-
-    def described_rule(rule: ecp.Rule) -> dict[str, Any]:
-        fields: Iterable[Any] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
-        return {
-            "name": rule.name,
-            "rewrite": docstring(type(rule))[0],
-            "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
-            "options": {field.name: getattr(rule, field.name) for field in fields},
-        }
-
     about = {
         name: {
             "summary": get_target(name).summary,
-            "passes": [described_rule(entry) for entry in ecp.default_passes(name)],
+            "passes": [describe_rule(entry) for entry in ecp.default_passes(name)],
         }
         for name in ecp.targets()
     }
@@ -463,8 +457,54 @@ def options_table(command: Any) -> str:
     return table(["option", "meaning", "default"], rows)
 
 
+def reference(name: str, thing: Any) -> str:
+    """The section of a function or class: its signature, and its docstring with the sections as lists."""
+    parts = [f"## {name}"]
+    if not (dataclasses.is_dataclass(thing) or callable(thing)):
+        return "\n\n".join([*parts, f"`{thing!r}`"])
+    if inspect.isclass(thing) and not any("__init__" in vars(base) for base in thing.__mro__[:-1]):
+        signature = ""
+    else:
+        signature = re.sub(r"\b(?:[\w]+\.)+(?=[A-Z])", "", str(inspect.signature(thing)).replace(" -> None", ""))
+        signature = re.sub(r"<function (\w+) at 0x\w+>|<built-in function (\w+)>", r"\1\2", signature)
+    parts.append(f"```text\n{name}{signature}\n```")
+    first, rest = docstring(thing)
+    parts.append(plain_marks(first))
+    for paragraph in filter(None, re.split(r"\n\n+", rest)):
+        heading = re.match(r"(Args|Returns|Raises|Attributes):\n", paragraph)
+        if heading is None:
+            parts.append(paragraph)
+            continue
+        word = {"Args": "Arguments"}.get(heading[1], heading[1])
+        body = textwrap.dedent(paragraph[heading.end() :])
+        entries = re.split(r"\n(?=\S)", body)
+        lines = [" ".join(entry.split()) for entry in entries]
+        if heading[1] != "Returns":
+            lines = [re.sub(r"^([^:`]+): ", lambda found: f"- `{found[1]}`: ", line) for line in lines]
+        parts.append("\n".join([f"{word}:", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def testing_page() -> str:
+    """The functions for tests of rules."""
+    first, rest = docstring(testing)
+    parts = ["# Testing", "`et_cuda_passes.testing`. " + first + " " + rest]
+    for name in testing.__all__:
+        parts.append(reference(name, getattr(testing, name)))
+        if name == "Sketch":
+            public = {each: value for each, value in vars(testing.Sketch).items() if not each.startswith("_")}
+            rows = [(f"`{each}`", docstring(value)[0]) for each, value in public.items()]
+            parts.append(table(["method", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
+    with switched("0"):
+        return _pages()
+
+
+def _pages() -> dict[Path, str]:
     texts = {
         "api.md": api_page(),
         "rules.md": rules_page(),
@@ -473,6 +513,7 @@ def pages() -> dict[Path, str]:
         "schemes.md": schemes_page(),
         "command-line.md": command_page(),
         "json.md": json_page(),
+        "testing.md": testing_page(),
     }
     # The heading comes first: it is the title of the page on the site.
     written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}

@@ -109,6 +109,12 @@ def test_rule_has_no_base_class_between(rule: type[Rule]) -> None:
     assert "requirements" in vars(rule) or not rule.requirements
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_of_the_package_stands_where_its_list_has_it(rule: type[Rule]) -> None:
+    """``before`` and ``after`` are for rules of other packages."""
+    assert (rule.before, rule.after) == ((), ())
+
+
 def test_rules_of_every_default_list_are_checked() -> None:
     listed = {type(entry) for target in ecp.targets() for entry in ecp.default_passes(target)}
     assert listed <= {*RULES}

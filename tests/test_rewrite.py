@@ -9,9 +9,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.targets import RENAMED_PASSES
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.helpers import Sketch, chain, names
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses, assert_rewrites
+from tests.helpers import chain, names
 
 aten = torch.ops.aten
 

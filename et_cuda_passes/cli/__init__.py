@@ -7,10 +7,9 @@ installation lacks something), 2 bad usage. The result of a command goes to stdo
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,26 +19,31 @@ import typer
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
 from et_cuda_passes.cli.accuracy import accuracy
+from et_cuda_passes.cli.app import App, Imports, NoPlugins, StrictPlugins, common_options
 from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
     UsageError,
     check_writable,
     handle_errors,
+    handle_errors_without_torch,
     list_files,
     one_line,
     print_json,
-    quiet_import,
 )
 from et_cuda_passes.cli.diagnosing import doctor
-from et_cuda_passes.cli.documents import Explain, Lower, ReportData, Rules, files_of
+from et_cuda_passes.cli.documents import Explain, Lower, ReportData, files_of
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
+from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
+from et_cuda_passes.cli.matching import match
+from et_cuda_passes.cli.new_rule import new_rule
 from et_cuda_passes.cli.options import (
-    EXECUTABLE,
     TARGETS,
     ComponentName,
     Debug,
+    Device,
+    ExecutableTarget,
     Gpu,
     InputsPath,
     Json,
@@ -47,10 +51,9 @@ from et_cuda_passes.cli.options import (
     RandomSeed,
     TargetName,
     TargetNames,
+    TargetOfExport,
     Trust,
     complete_expectations,
-    complete_targets,
-    completes,
 )
 
 # The functions below import what they need, so that --help does not import torch.
@@ -62,7 +65,7 @@ if TYPE_CHECKING:
 require_version("typer")
 require_version("rich")
 
-app = typer.Typer(
+app = App(
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
     # An error is one line, not a box, and a traceback has Python's form.
@@ -251,23 +254,12 @@ def explain(
 @app.command()
 def rules(as_json: Json = False) -> None:
     """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
-    # `make docs` writes this file from the code. The rules themselves import torch.
-    text = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
-    about = json.loads(text)
-    if as_json:
-        print_json(Rules(about))
-        return
-    listed = {name: each["passes"] for name, each in about.items()}
-    lines = []
-    for name, passes in listed.items():
-        lines += [f"{name}: {about[name]['summary']}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
-    for entry in {entry["name"]: entry for passes in listed.values() for entry in passes}.values():
-        lines += ["", entry["name"], f"  {entry['rewrite']}"]
-        for need in entry["requires"]:
-            hint = f"; {need['hint']}" if need["hint"] else ""
-            lines.append(f"  requires {need['wanted']}{hint}")
-        lines += [f"  option {name} = {default}" for name, default in entry["options"].items()]
-    typer.echo("\n".join(lines))
+    with handle_errors_without_torch():
+        about = all_rules()
+        if as_json:
+            print_json(rules_document(about))
+        else:
+            typer.echo(as_text(about))
 
 
 app.command(
@@ -275,6 +267,8 @@ app.command(
 )(accuracy)
 app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
 app.command(epilog="Exits with 1 if the export does not run.")(generate)
+app.command()(match)
+app.command()(new_rule)
 app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 
 
@@ -290,16 +284,7 @@ def run(
         str | None, typer.Option(metavar="NAME", help="The method of a .pte; default: forward.", show_default=False)
     ] = None,
     component: ComponentName = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help="The target of an export; default: the first that runs here.",
-            show_default=False,
-            autocompletion=complete_targets,
-        ),
-    ] = None,
+    target: TargetOfExport = None,
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
     trust: Annotated[
@@ -309,16 +294,9 @@ def run(
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="The device of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
-            show_default=False,
-        ),
-    ] = None,
+    device: Device = None,
     as_json: Json = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Run a method of MODEL, or a component of an export, and print a summary of each output.
 
@@ -339,16 +317,7 @@ def verify(
             metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an export."
         ),
     ],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
-            show_default=False,
-            autocompletion=completes(*EXECUTABLE),
-        ),
-    ] = None,
+    target: ExecutableTarget = None,
     component: ComponentName = None,
     original: Annotated[
         str | None,
@@ -377,7 +346,7 @@ def verify(
         ),
     ] = False,
     as_json: Json = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
 
@@ -403,32 +372,18 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _import(packages: Sequence[str]) -> None:
-    """Import the packages of ``--import``."""
-    for package in packages:
-        try:
-            with quiet_import(False):
-                import_module(package)
-        except Exception as error:  # the import of another package raises anything
-            raise typer.BadParameter(
-                f"{package} cannot be imported ({one_line(error)}); install it, or put its folder on PYTHONPATH"
-            ) from error
-
-
 @app.callback()
 def _options(
-    packages: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--import", metavar="PACKAGE", help="Import a package first, which registers operators of its own."
-        ),
-    ] = None,
+    context: typer.Context,
+    imported_packages: Imports = None,
+    no_plugins: NoPlugins = False,
+    strict_plugins: StrictPlugins = False,
     versions: Annotated[
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """The options before a command."""
-    _import(packages or ())
+    context.with_resource(common_options(imported_packages, no_plugins, strict_plugins))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ from rich.text import Text
 
 from et_cuda_passes._versions import untested_versions
 from et_cuda_passes.cli.documents import Document
+from et_cuda_passes.executorch.errors import ModelError
+from et_cuda_passes.plugins import PluginError, PluginWarning
 
 
 class UsageError(Exception):
@@ -177,18 +179,17 @@ def handle_errors(debug: bool) -> Iterator[None]:
     try:
         with quiet_import(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
-            from et_cuda_passes.executorch.errors import ModelError
     except ImportError as error:  # a version that does not fit: the message says which
         _fail(f"{one_line(error)}; `et-cuda-passes doctor` checks the installation", 1, debug)
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with warnings.catch_warnings(), _quiet_loggers(debug), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
             yield
-    except (UsageError, ModelError) as error:
+    except (UsageError, ModelError, PluginError) as error:
         _fail(str(error), 2, debug)
     except LoweringError as error:
         _fail(str(error), 1, debug)
@@ -198,6 +199,34 @@ def handle_errors(debug: bool) -> Iterator[None]:
         raise
     except Exception as error:
         _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
+
+
+@contextmanager
+def handle_errors_without_torch() -> Iterator[None]:
+    """:func:`handle_errors` for a command that does not need torch, or only for plugins."""
+    try:
+        with _short_warnings_of_plugins():
+            yield
+    except (UsageError, PluginError) as error:
+        _fail(str(error), 2, False)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
+
+
+@contextmanager
+def _short_warnings_of_plugins() -> Iterator[None]:
+    """Print a warning about a plugin as one line, and every other warning as before."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, PluginWarning):
+                typer.echo(f"warning: {message}", err=True)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
 
 
 @contextmanager

@@ -95,12 +95,14 @@ class Pass:
         rewrite: "before -> after".
         requires: the requirements.
         options: the options of the rule with their defaults.
+        package: the package that brought it, with its version; null for a rule of et_cuda_passes.
     """
 
     name: str
     rewrite: str
     requires: list[Requirement]
     options: dict[str, Any]
+    package: str | None = None
 
 
 @dataclass
@@ -110,10 +112,12 @@ class TargetPasses:
     Attributes:
         summary: the backend and its kernels in a few words.
         passes: in their order.
+        package: the package that brought it, with its version; null for a target of et_cuda_passes.
     """
 
     summary: str
     passes: list[Pass]
+    package: str | None = None
 
 
 @dataclass

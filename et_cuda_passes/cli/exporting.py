@@ -22,7 +22,7 @@ from et_cuda_passes.cli.console import (
     print_json,
 )
 from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
-from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, SCHEMES, TARGETS, Gpu, Json, complete_targets, completes
+from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, SCHEMES, Debug, Gpu, Json, TargetNames, completes
 from et_cuda_passes.hf.report import QuantizationReport
 
 if TYPE_CHECKING:
@@ -52,15 +52,7 @@ def export(
         str,
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
-    target: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            "-t",
-            help=f"Of {', '.join(TARGETS)}; several with commas.",
-            autocompletion=complete_targets,
-        ),
-    ],
+    target: TargetNames,
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
@@ -138,7 +130,7 @@ def export(
     ] = "fold",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
     as_json: Json = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Export a model of transformers: quantize it, trace it once, and write what each target runs.
 

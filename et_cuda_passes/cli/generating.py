@@ -15,7 +15,7 @@ from et_cuda_passes.cli.console import (
     start_runtime,
 )
 from et_cuda_passes.cli.documents import Difference, Generate
-from et_cuda_passes.cli.options import EXECUTABLE, Json, completes
+from et_cuda_passes.cli.options import Debug, Device, Json, TargetOfExport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,18 +37,8 @@ def generate(
     temperature: Annotated[
         float, typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 selects the most likely token.")
     ] = 0.0,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default where OUT runs.", show_default=False)
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TARGET",
-            help="Which of OUT's targets runs; by default the first that runs here.",
-            show_default=False,
-            autocompletion=completes(*EXECUTABLE),
-        ),
-    ] = None,
+    device: Device = None,
+    target: TargetOfExport = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +52,7 @@ def generate(
         typer.Option("--trust", help="Execute the compiled libraries in OUT, which can do whatever you can."),
     ] = False,
     as_json: Json = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Generate text with the export in OUT.
 

@@ -58,6 +58,7 @@ TargetName = Annotated[
         "--target", "-t", help=f"One of {', '.join(TARGETS)}, or MODULE:NAME.", autocompletion=complete_targets
     ),
 ]
+TargetWithDefault = TargetName
 TargetNames = Annotated[
     str,
     typer.Option(
@@ -65,6 +66,34 @@ TargetNames = Annotated[
         "-t",
         help=f"Of {', '.join(TARGETS)}, or MODULE:NAME; several with commas.",
         autocompletion=complete_targets,
+    ),
+]
+TargetOfExport = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help="The target of an export; default: the first that runs here.",
+        show_default=False,
+        autocompletion=complete_targets,
+    ),
+]
+ExecutableTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
+        show_default=False,
+        autocompletion=completes(*EXECUTABLE),
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DEVICE",
+        help="The device that runs it: cpu, cuda, cuda:1, ...; by default the one that it was lowered for.",
+        show_default=False,
     ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")]

@@ -24,7 +24,8 @@ from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
 from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
-from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets
+from et_cuda_passes.plugins import RULES, TARGETS
+from et_cuda_passes.targets import Target, get_target, import_plugins
 from et_cuda_passes.targets.compatibility import (
     is_host_specific,
     packed_layouts,
@@ -35,7 +36,7 @@ from et_cuda_passes.targets.compatibility import (
 _RECORD = "et_cuda_passes.json"
 _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
-_NEW_KEYS: dict[str, Any] = {"notes": [], "drawings": [], "accuracy": [], "tilings": ""}
+_NEW_KEYS: dict[str, Any] = {"notes": [], "drawings": [], "accuracy": [], "tilings": "", "packages": {}}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
@@ -188,7 +189,7 @@ _CALL = re.compile(rb'"target": ?"torch\.ops\.(\w+)\.(\w+)')
 def _register_operators(path: Path, program: bytes) -> None:
     """Register the operators that the program calls: torch cannot read the program without them.
 
-    They are ExecuTorch's, or those of the packages that give their targets a name.
+    They are ExecuTorch's, or those of the packages of plugins.
 
     Raises:
         ModelError: an operator is not registered.
@@ -198,7 +199,7 @@ def _register_operators(path: Path, program: bytes) -> None:
     if not _unregistered(program):
         return
     try:
-        import_installed_targets()
+        import_plugins()
     except ValueError as error:
         failed = f" ({error})"
     else:
@@ -208,7 +209,7 @@ def _register_operators(path: Path, program: bytes) -> None:
         raise ModelError(
             f"{path} calls {', '.join(missing)}, which no imported package registers{failed}: import the package that "
             f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; import it in Python), "
-            f"or install it with an entry point in the group {GROUP}"
+            f"or install it with an entry point in the group {TARGETS} or {RULES}"
         )
 
 

@@ -1,10 +1,12 @@
 """Application of a pass list: each rule matches, checks, selects and rewrites; other passes get the whole program."""
 
 import gc
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ from et_cuda_passes.graph.drawing import DrawingRecorder, drawn_nodes
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.matcher import Miss, match, match_inner
+from et_cuda_passes.graph.matcher import MatchResult, Miss, match, match_inner
 from et_cuda_passes.graph.operators import Target
 from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker, Texts
 from et_cuda_passes.graph.passes import Pass
@@ -49,6 +51,34 @@ them.
 """
 
 
+@dataclass
+class RuleTrace:
+    """Counts and the time of one rule in one rewrite.
+
+    Attributes:
+        rule: its name.
+        tried: nodes at which its pattern was tried as the root.
+        matched: nodes at which it fits.
+        failed: matches that a requirement rejects, by the name of the requirement; each is counted for all of them.
+        applied: matches that were rewritten or kept.
+        seconds: the time of all of it.
+    """
+
+    rule: str
+    tried: int = 0
+    matched: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    applied: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        failed = ", ".join(f"{count} x {name}" for name, count in sorted(self.failed.items()))
+        return (
+            f"{self.rule}: {self.tried} tried, {self.matched} matched, {self.applied} applied, {self.seconds:.3f} s"
+            + (f"; failed {failed}" if failed else "")
+        )
+
+
 def apply_passes(
     program: Program,
     passes: Sequence[Pass],
@@ -56,6 +86,7 @@ def apply_passes(
     tracker: OutcomeTracker,
     find_candidates: FindCandidates,
     created_ops: AbstractSet[Target] = frozenset(),
+    trace: list[RuleTrace] | None = None,
 ) -> Program:
     """Run ``passes`` one after another; each sees the graph that the one before it left.
 
@@ -68,6 +99,7 @@ def apply_passes(
             built.
         created_ops: operators that only rewrites create. A rule that misses one gives no reason for a miss: its pattern
             is about the results of other rules, not about the program as it was exported.
+        trace: gets an entry for each rule, with counts and times.
 
     Returns:
         The program, or another one where a pass returned another one.
@@ -81,7 +113,12 @@ def apply_passes(
             tracker.remap_after_pass(find_candidates(program, None), entry.name)
         else:
             with gc_disabled():
-                _apply_rule(entry.rule, program, target, tracker, find_candidates, created_ops)
+                counts = RuleTrace(entry.name)
+                began = time.perf_counter()
+                _apply_rule(entry.rule, program, target, tracker, find_candidates, created_ops, counts)
+                counts.seconds = time.perf_counter() - began
+                if trace is not None:
+                    trace.append(counts)
     return program
 
 
@@ -127,10 +164,11 @@ def _apply_rule(
     tracker: OutcomeTracker,
     find_candidates: FindCandidates,
     created_ops: AbstractSet[Target],
+    counts: RuleTrace,
 ) -> None:
     rule = compiled.rule
     created: dict[Node, None] = {}
-    matches = _find_matches(compiled, program, target, tracker, created_ops)
+    matches = _find_matches(compiled, program, target, tracker, created_ops, counts)
     claims = [Claim((m,), tracker.benefit(m.match)) for m in matches]
     if isinstance(rule, GroupRule):
         claims, failed = group_claims(rule, claims, program.order)
@@ -148,6 +186,7 @@ def _apply_rule(
             else:
                 ms.append(m)
         if ms:
+            counts.applied += len(ms)
             _record(rule, ms, tracker)
             if isinstance(rule, Keep):
                 for m in ms:
@@ -176,16 +215,35 @@ def _record(rule: Rule, ms: Sequence[Match], tracker: OutcomeTracker) -> None:
         write(rule.name, m.match, Texts(", ".join(filter(None, (summary, together))), *notes))
 
 
+def roots(compiled: CompiledRule, program: Program) -> list[Node]:
+    """The nodes at which the pattern of a rule may have its root, in graph order."""
+    starts = {node for operator in root_ops(compiled.pattern) for node in program.calls.get(operator, ())}
+    return sorted(starts, key=program.order.__getitem__)
+
+
+def check_match(
+    compiled: CompiledRule, found: MatchResult, program: Program, target: Any
+) -> tuple[Match, list[Reason]]:
+    """The match as the rule reads it, and a reason for each requirement that does not hold."""
+    m = Match(found, program, target, compiled.rule, compiled.captures)
+    return m, [*_crossed_boundaries(m), *_failures(m, "metadata")] or _failures(m, "values")
+
+
 def _find_matches(
-    compiled: CompiledRule, program: Program, target: Any, tracker: OutcomeTracker, created_ops: AbstractSet[Target]
+    compiled: CompiledRule,
+    program: Program,
+    target: Any,
+    tracker: OutcomeTracker,
+    created_ops: AbstractSet[Target],
+    counts: RuleTrace,
 ) -> list[Match]:
     """The matches of a rule that meet all its requirements, in graph order; the tracker gets the reasons of others."""
     rule = compiled.rule
-    starts = {node for operator in root_ops(compiled.pattern) for node in program.calls.get(operator, ())}
     matches: list[Match] = []
     tried: set[Node] = set()
     closest: Miss | None = None
-    for node in sorted(starts, key=program.order.__getitem__):
+    for node in roots(compiled, program):
+        counts.tried += 1
         found = match(compiled.pattern, node, program.mutated)
         if isinstance(found, Miss):
             if _is_reported(rule, found, created_ops):
@@ -197,8 +255,9 @@ def _find_matches(
                     closest = found
             continue
         tried.update(found.owned, found.shared)
-        m = Match(found, program, target, rule, compiled.captures)
-        reasons = [*_crossed_boundaries(m), *_failures(m, "metadata")] or _failures(m, "values")
+        counts.matched += 1
+        m, reasons = check_match(compiled, found, program, target)
+        counts.failed.update(reason.requirement or reason.stage for reason in reasons)
         kept = next((owned for owned in found.owned if owned in program.kept), None)
         if reasons:
             _add_failures(tracker, m, reasons)
@@ -235,7 +294,8 @@ def _crossed_boundaries(m: Match) -> list[Reason]:
     """A reason for each inner node of the match that is an input or output of a preserved module, in graph order."""
     inner = {*m.match.owned[1:], *m.match.shared}
     wanted = "nodes on one side of a preserved module's boundary"
-    return [Reason(m.rule.name, "match", wanted, node.name) for node in sorted(inner & m.program.boundary_nodes)]
+    hint = "leave the module out of preserve_module_call_signature"
+    return [Reason(m.rule.name, "match", wanted, node.name, hint) for node in sorted(inner & m.program.boundary_nodes)]
 
 
 def _failures(m: Match, stage: Stage) -> list[Reason]:
@@ -253,7 +313,7 @@ def _failures(m: Match, stage: Stage) -> list[Reason]:
                 continue
         if failure is not None:
             hint = requirement.hint if failure.hint is None else failure.hint
-            reasons.append(Reason(m.rule.name, stage, requirement.wanted, failure.found, hint))
+            reasons.append(Reason(m.rule.name, stage, requirement.wanted, failure.found, hint, requirement.name))
     return reasons
 
 

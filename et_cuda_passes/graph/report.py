@@ -48,6 +48,7 @@ class Reason:
         wanted: what must hold; empty for a note.
         found: what was found instead, or the note.
         hint: what to change; empty if nothing can be said.
+        requirement: the name of the requirement that does not hold.
     """
 
     rule: str | None
@@ -55,6 +56,7 @@ class Reason:
     wanted: str
     found: str
     hint: str = ""
+    requirement: str = ""
 
     def __str__(self) -> str:
         if self.stage == "note":
@@ -131,6 +133,7 @@ class Report:
         drawings: the operators before and after each distinct rewrite.
         accuracy: of each layer that was measured.
         tilings: where the tilings of the kernels come from, if no note says it.
+        packages: for each pass that another package brought, the package and its version: "my-rules 0.1.0".
     """
 
     target: str
@@ -146,6 +149,7 @@ class Report:
     drawings: list[Drawing] = field(default_factory=list)
     accuracy: tuple[LayerAccuracy, ...] = ()
     tilings: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
@@ -176,6 +180,7 @@ class Report:
             drawings=[drawing for part in parts for drawing in part.drawings],
             accuracy=tuple(layer for part in parts for layer in part.accuracy),
             tilings=next((part.tilings for part in parts if part.tilings), ""),
+            packages={name: origin for part in parts for name, origin in part.packages.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,6 +201,7 @@ class Report:
                 {key: decibels_to_json(value) for key, value in asdict(layer).items()} for layer in self.accuracy
             ],
             "tilings": self.tilings,
+            "packages": self.packages,
         }
 
     def to_json(self) -> str:
@@ -241,8 +247,12 @@ class Report:
         return "\n".join(lines)
 
     def _remarks(self) -> list[str]:
-        """The notes and the warnings."""
-        notes = [f"  note      {note}" for note in self.notes]
+        """The packages of plugins, the notes and the warnings."""
+        packages: dict[str, list[str]] = {}
+        for name, origin in self.packages.items():
+            packages.setdefault(origin, []).append(name)
+        notes = [f"  package   {origin}: {', '.join(names)}" for origin, names in packages.items()]
+        notes += [f"  note      {note}" for note in self.notes]
         return notes + [f"  warning   {warning}" for warning in self.warnings]
 
     def _missed(self) -> list[str]:

@@ -230,6 +230,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
     function = getattr(rule, "pattern", None)
     if function is None:
         raise TypeError(f"rule {rule.name} has no pattern method")
+    _check_options(rule)
     if not isinstance(rule, (GroupRule, Keep)) and getattr(rule, "rewrite", None) is None:
         raise TypeError(f"rule {rule.name} has no rewrite method; a rule that leaves its matches derives from Keep")
     captures = parse_captures(function)
@@ -249,6 +250,22 @@ def compile_rule(rule: Rule) -> CompiledRule:
                 f"rule {rule.name}: some alternatives of the pattern do not contain {name!r}; give it the default None"
             )
     return CompiledRule(rule, pattern, tuple(captures), tuple(inner_calls(pattern)))
+
+
+def _check_options(rule: Rule) -> None:
+    """Check that a rule has no state: a frozen dataclass with its options as fields, or a class without any."""
+    cls = type(rule)
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is not None and "__dataclass_params__" in vars(cls):
+        stateless = parameters.frozen
+    else:
+        own = inspect.get_annotations(cls)
+        stateless = all("ClassVar" in str(kind) for kind in own.values()) and (parameters is not None or not vars(rule))
+    if not stateless:
+        raise TypeError(
+            f"rule {rule.name} has options, or state, and {cls.__name__} is no frozen dataclass: write "
+            "@dataclasses.dataclass(frozen=True) above the class; its fields are then the options"
+        )
 
 
 def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callable[[], _T]) -> _T:

@@ -17,8 +17,8 @@ from torch._inductor import config as inductor
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.targets.gpu import gpu_named_in
+from et_cuda_passes.testing import Quantized
 from tests.cli.command import Run, names
-from tests.quantized import Quantized
 from tests.saved import difference, save
 
 INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]

@@ -58,7 +58,7 @@ def run(folder: Path, *arguments: object, installed: bool = False) -> Result:
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "ETCP_PLUGINS": "1"},
     )
     return Result(done.returncode, done.stdout, done.stderr)
 

@@ -33,7 +33,9 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-COMMANDS = ["lower", "explain", "rules", "accuracy", "export", "generate", "run", "verify", "doctor"]
+COMMANDS = [
+    "lower", "explain", "rules", "accuracy", "match", "new-rule", "export", "generate", "run", "verify", "doctor",
+]  # fmt: skip
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 

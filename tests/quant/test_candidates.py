@@ -17,7 +17,8 @@ from torchao.quantization.granularity import PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.candidates import find_candidates
-from tests.helpers import DEQUANTIZE, Sketch
+from et_cuda_passes.testing import Sketch
+from tests.helpers import DEQUANTIZE
 
 aten = torch.ops.aten
 
