@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from et_cuda_passes.cli.console import quiet_import
+from et_cuda_passes.cli.documents import Pass, Requirement, Rules, TargetPasses
 from et_cuda_passes.plugins import RULES, TARGETS, PluginError, installed, report_fault
 
 About = dict[str, dict[str, Any]]
@@ -68,6 +69,23 @@ def all_rules() -> About:
         if name in packages:
             about[name]["package"] = packages[name].origin
     return about
+
+
+def rules_document(about: About) -> Rules:
+    """The document of ``rules --json``."""
+    return Rules(
+        {
+            name: TargetPasses(
+                each["summary"],
+                [
+                    Pass(**{**entry, "requires": [Requirement(**need) for need in entry["requires"]]})
+                    for entry in each["passes"]
+                ],
+                each.get("package"),
+            )
+            for name, each in about.items()
+        }
+    )
 
 
 def as_text(about: About) -> str:

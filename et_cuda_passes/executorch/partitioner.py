@@ -1,10 +1,10 @@
 """Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache
@@ -36,6 +36,9 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     """The target of the rewrites."""
     _always: tuple[Rule, ...] = ()
     """Rules that run after the caller's list, unless the list has a rule of the same name."""
+
+    began: Callable[[str], None] | None = None
+    """Called with "decomposing" and "partitioning" as ExecuTorch begins these with a method."""
 
     _gpu: str | None = None
 
@@ -74,11 +77,18 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
         """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
+        if self.began is not None:
+            self.began("decomposing")
         exported_program = super().transform_for_pre_decomposition(exported_program)
         program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
         check_expectations(self._expect, report)
         return program
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        if self.began is not None:
+            self.began("partitioning")
+        return super().partition(exported_program)
 
 
 class AotiRewritingPartitioner(RewritingPartitioner):

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -18,15 +18,17 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.aliasing import alias_root, mutated_operands
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.constants import tensor_bytes
+from et_cuda_passes.graph.drawing import DrawingRecorder, drawn_nodes
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.matcher import MatchResult, Miss, match, match_inner
 from et_cuda_passes.graph.operators import Target
-from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
+from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker, Texts
 from et_cuda_passes.graph.passes import Pass
 from et_cuda_passes.graph.pattern import root_ops
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.program import Program, constants_read
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import (
     CompiledRule,
@@ -120,6 +122,25 @@ def apply_passes(
     return program
 
 
+def record_weight_bytes(program: Program, tracker: OutcomeTracker) -> None:
+    """Record the bytes of the new constants from which the candidates now read their weights.
+
+    A constant of a node that stands for several candidates counts for each in proportion to its weight.
+    """
+    added = set(program.added.values())
+    constants: dict[Candidate, dict[Node, int]] = defaultdict(dict)
+    for node, candidates in tracker.stand_ins():
+        if node not in program.order:
+            continue
+        total = sum(candidate.weight_bytes for candidate in candidates)
+        for constant in constants_read(program, node):
+            if constant in added:
+                size = tensor_bytes([program.constant(constant)])
+                for candidate in candidates:
+                    constants[candidate][constant] = round(size * candidate.weight_bytes / total) if total else size
+    tracker.set_bytes_after({each.node: sum(sizes.values()) for each, sizes in constants.items()})
+
+
 @contextmanager
 def gc_disabled() -> Iterator[None]:
     """Disable cyclic garbage collection.
@@ -172,7 +193,7 @@ def _apply_rule(
                     program.kept.update(m.match.owned)
                     program.kept_operands.update(m.match.shared)
             else:
-                built = _rewrite(rule, ms, program)
+                built = _rewrite(rule, ms, program, tracker.drawings)
                 created.update(dict.fromkeys(built))
                 tracker.track_created(built)
     if chosen and not isinstance(rule, Keep):
@@ -191,7 +212,7 @@ def _record(rule: Rule, ms: Sequence[Match], tracker: OutcomeTracker) -> None:
     write = tracker.set_kept if isinstance(rule, Keep) else tracker.set_rewritten
     for m in ms:
         summary = call_hook(rule, "summary", m.root, program, partial(rule.summary, m))
-        write(rule.name, m.match, notes.note, ", ".join(filter(None, (summary, together))), notes.explanation)
+        write(rule.name, m.match, Texts(", ".join(filter(None, (summary, together))), *notes))
 
 
 def roots(compiled: CompiledRule, program: Program) -> list[Node]:
@@ -316,9 +337,13 @@ def _check(requirement: Requirement, m: Match) -> Failure | None:
     )
 
 
-def _rewrite(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node, Sequence[Node]]:
+def _rewrite(
+    rule: Rule, ms: Sequence[Match], program: Program, drawings: DrawingRecorder
+) -> Mapping[Node, Sequence[Node]]:
     """Rewrite ``ms`` together; returns each node that was built, with the roots that it stands for."""
     b = Builder(program, [m.root for m in ms], rule.name)
+    matched = {node for m in ms for node in (*m.match.owned, *m.match.shared)}
+    before = drawn_nodes(b.roots, matched, program.fqn)
     new: Any
     if isinstance(rule, GroupRule):
         new = call_hook(rule, "rewrite_group", ms[0].root, program, partial(rule.rewrite_group, b, ms))
@@ -328,6 +353,7 @@ def _rewrite(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node,
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return one node for each match")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.for_match(m))
+    drawings.add(rule.name, before, drawn_nodes(new, b.created, program.fqn))
     program.mark_dead(b.created)
     return b.created
 

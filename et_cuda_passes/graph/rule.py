@@ -87,11 +87,15 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> Calla
 class Notes(NamedTuple):
     """Texts of a report on a match, beyond its summary.
 
-    ``note`` stands beside the outcome in the report's text. ``explanation`` is longer, and in the data only.
+    ``note`` stands beside the outcome in the report's text. The others are in the data and on the report page only:
+    ``explanation`` is longer, ``kernel`` names the kernel that computes the result, and ``layout`` the layout that it
+    reads.
     """
 
     note: str = ""
     explanation: str = ""
+    kernel: str = ""
+    layout: str = ""
 
 
 class Rule:
@@ -147,7 +151,8 @@ class Rule:
     def notes(self, *ms: Match) -> Notes:
         """Further texts for the report on a match, or on the matches ``ms`` that are rewritten together.
 
-        Where the match contains nodes that earlier rules built, the explanation replaces that of their outcomes.
+        Where the match contains nodes that earlier rules built, explanation, kernel and layout replace those of their
+        outcomes.
         """
         return Notes()
 

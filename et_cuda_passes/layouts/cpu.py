@@ -25,6 +25,7 @@ from ._checks import (
 )
 from .layout import Layout
 from .scale_and_zero import check_pairs, pack_pairs, unpack_pairs
+from .threads import for_chunks
 
 # The operator walks down the columns of an int32 tensor, so K is cut into strips that stay in a cache. Rows that are a
 # power of two bytes apart evict each other from it, so a strip is not 512 wide. Strips of an 8192 x 4096 weight pack at
@@ -40,8 +41,8 @@ def pack(
     q: uint8 or int8 on the CPU, any strides; q + offset must lie in 0..15 (offset=8 takes -8..7 as they are).
     N must be a multiple of 16, K of 2.
     out_rows: rows of the result, a multiple of 16; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of the operator's int32 input to pack at a time; 9/8 of it is used in addition to q and the
-    result.
+    chunk_bytes: bytes of the operator's int32 input that a thread packs at a time; it uses 9/8 of it in addition to q
+    and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, a q
     that is not on the CPU, or a meta or fake q.
@@ -52,12 +53,15 @@ def pack(
     if block is None:
         require_four_bits(q, offset)
         return _convert(pad_rows(q.to(torch.int32), n).add_(offset))
-    rows = rows_per_chunk(4 * min(k, _STRIP), chunk_bytes, block)
+    rows, height = rows_per_chunk(4 * min(k, _STRIP), chunk_bytes, block), block
     packed = torch.empty(n, k // 2, dtype=torch.uint8)
-    for start in range(0, n, rows):
-        chunk = pad_rows(q[start : start + rows], min(rows, n - start))
+
+    def pack_rows(start: int, stop: int) -> None:
+        chunk = pad_rows(q[start:stop], stop - start)
         require_four_bits(chunk, offset)
-        _pack_blocks(chunk, offset, block, packed[start : start + rows])
+        _pack_blocks(chunk, offset, height, packed[start:stop])
+
+    for_chunks(n, rows, lambda: pack_rows, q.device)
     return packed
 
 

@@ -12,6 +12,7 @@ exir/passes/_quant_patterns_and_replacements.py.
 import torch
 
 from ._checks import CHUNK_BYTES, require_dtype, require_tensor, rows_per_chunk
+from .threads import for_chunks
 
 # The position of each weight in a byte, from the first weight on.
 _SHIFTS = {2: (0, 2, 4, 6), 4: (4, 0), 8: (0,)}
@@ -30,7 +31,8 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
 
     q: of any integer dtype, any strides; u = q + offset must lie in 0..2**bits - 1.
     bits: 2, 4 or 8.
-    chunk_bytes: weights to pack at a time; eight times as many bytes are used in addition to q and the result.
+    chunk_bytes: weights that a thread packs at a time; it uses eight times as many bytes in addition to q and the
+    result.
 
     Raises TypeError for a q that holds no integers; ValueError for other bits, a bad shape, a weight outside the
     range, or a meta or fake q.
@@ -46,9 +48,10 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
         raise ValueError(f"a table of {bits} bits needs K to be a multiple of {per_byte}, got K = {k}")
     out = torch.empty(n, k // per_byte, dtype=torch.uint8, device=q.device)
     rows = rows_per_chunk(k, chunk_bytes, 1)
-    for start in range(0, n, rows):
+
+    def pack_rows(start: int, stop: int) -> None:
         # In int32 no sum overflows, for any dtype and offset.
-        u = q[start : start + rows].to(torch.int32) + offset
+        u = q[start:stop].to(torch.int32) + offset
         low, high = (int(end) for end in torch.aminmax(u))
         if low < 0 or high >= 1 << bits:
             raise ValueError(
@@ -59,7 +62,9 @@ def pack(q: torch.Tensor, bits: int, offset: int = 0, *, chunk_bytes: int = CHUN
         for place, shift in enumerate(_SHIFTS[bits]):
             packed |= u[:, place::per_byte] << shift
         # The kernel for 8 bits reads int8, u - 128, which is u with its top bit flipped.
-        out[start : start + rows] = packed ^ 128 if bits == 8 else packed
+        out[start:stop] = packed ^ 128 if bits == 8 else packed
+
+    for_chunks(n, rows, lambda: pack_rows, q.device)
     return out.view(torch.int8) if bits == 8 else out
 
 

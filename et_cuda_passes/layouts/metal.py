@@ -9,12 +9,15 @@ S and Z of the dtype of the activations, and N % 4 == 0 unless M is 1. ExecuTorc
 also has fp16.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
 from .layout import Layout, unsigned_shift
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
+from .threads import for_chunks
 
 
 def pack(
@@ -25,7 +28,7 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     K must be a multiple of 8.
     out_rows: rows of the result; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights to pack at a time; as much memory is used in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses as much in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
@@ -71,13 +74,18 @@ def pack_bytes(q: torch.Tensor, offset: int, chunk_bytes: int, out_rows: int) ->
     out[n:] = offset * 17
     # The sums may overflow: int8 and uint8 wrap to the same byte.
     same_bytes = out.view(q.dtype)
-    weights_all = torch.empty(rows, k, dtype=q.dtype, device=q.device)
-    for start in range(0, n, rows):
-        chunk = q[start : start + rows]
-        require_four_bits(chunk, offset)
-        weights = weights_all[: chunk.shape[0]]
-        torch.add(chunk, offset, out=weights)
-        torch.add(weights[:, 0::2], weights[:, 1::2], alpha=16, out=same_bytes[start : start + chunk.shape[0]])
+
+    def worker() -> Callable[[int, int], None]:
+        all_weights = torch.empty(rows, k, dtype=q.dtype, device=q.device)
+
+        def pack_rows(start: int, stop: int) -> None:
+            require_four_bits(q[start:stop], offset)
+            weights = torch.add(q[start:stop], offset, out=all_weights[: stop - start])
+            torch.add(weights[:, 0::2], weights[:, 1::2], alpha=16, out=same_bytes[start:stop])
+
+        return pack_rows
+
+    for_chunks(n, rows, worker, q.device)
     return out
 
 

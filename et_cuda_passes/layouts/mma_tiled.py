@@ -12,12 +12,15 @@ number per group and then zeros. S is padded K / group + 3, rounded up to a mult
 16 bytes and a load of four numbers never leaves the tensor.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from ._checks import CHUNK_BYTES, require_dtype, require_four_bits, require_tensor, require_weight, rows_per_chunk
 from .layout import ZERO_OFFSET, Layout
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
+from .threads import for_chunks
 
 BLOCK = 64
 """K is padded to a multiple of this."""
@@ -41,26 +44,42 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     K must be a multiple of 32.
     out_rows: rows of the result; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights to pack at a time; as much memory is used in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses six times as much in addition to q and the
+    result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
     q, n, k = require_weight(q, offset, 1, 32, "mma_tiled", out_rows)
     blocks = padded(k) // BLOCK
-    packed = torch.empty(n, blocks, 8, 4, dtype=torch.uint8, device=q.device)
-    packed[q.shape[0] :] = offset * 17
-    rows = rows_per_chunk(k, chunk_bytes, 1)
-    for start in range(0, q.shape[0], rows):
-        chunk = q[start : start + rows]
-        require_four_bits(chunk, offset)
-        padded_chunk = chunk.new_full((len(chunk), blocks * BLOCK), ZERO_OFFSET - offset)
-        padded_chunk[:, :k] = chunk
-        # One int64 holds the eight bytes of all lanes and parities: [row, block, step, half].
-        halves = (padded_chunk + offset).view(torch.int64).view(len(chunk), blocks, 4, 2)
-        steps = halves[..., 0] | (halves[..., 1] << 4)
-        packed[start : start + len(chunk)] = steps.view(torch.uint8).view(len(chunk), blocks, 4, 8).transpose(2, 3)
-    return packed.view(torch.int32).view(n, blocks * 8)
+    words = torch.empty(n, blocks, 8, dtype=torch.int32, device=q.device)
+    words[q.shape[0] :].view(torch.uint8).fill_(offset * 17)
+    rows = min(q.shape[0], rows_per_chunk(k, chunk_bytes, 1))
+
+    def worker() -> Callable[[int, int], None]:
+        # Allocated once: fresh memory for every chunk costs more than the arithmetic. The padding keeps its weight 0.
+        all_weights = torch.full((rows, blocks * BLOCK), ZERO_OFFSET, dtype=q.dtype, device=q.device)
+        all_steps = torch.empty(4, rows, blocks, 1, dtype=torch.int64, device=q.device)
+        all_bytes = torch.empty(4, rows, blocks, 8, dtype=torch.int32, device=q.device)
+
+        def pack_rows(start: int, stop: int) -> None:
+            chunk, count = q[start:stop], stop - start
+            require_four_bits(chunk, offset)
+            weights, steps, widened = all_weights[:count], all_steps[:, :count], all_bytes[:, :count]
+            torch.add(chunk, offset, out=weights[:, :k])
+            # One int64 holds the eight bytes of all lanes and parities: [step, half, row, block].
+            eights = weights.view(torch.int64).view(count, blocks, 4, 2).permute(2, 3, 0, 1)
+            torch.add(eights[:, 0], eights[:, 1], alpha=16, out=steps.squeeze(-1))
+            widened.copy_(steps.view(torch.uint8))
+            # Each step's byte is shifted to its place in the word. The last addition overflows into the sign.
+            torch.add(widened[0], widened[1], alpha=1 << 8, out=widened[0])
+            torch.add(widened[2], widened[3], alpha=1 << 8, out=widened[2])
+            torch.add(widened[0], widened[2], alpha=1 << 16, out=words[start:stop])
+
+        return pack_rows
+
+    for_chunks(q.shape[0], rows, worker, q.device)
+    return words.view(n, blocks * 8)
 
 
 def unpack(packed: torch.Tensor) -> torch.Tensor:

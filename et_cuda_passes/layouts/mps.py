@@ -34,7 +34,7 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
     out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights to pack at a time; as much memory is used in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses as much in addition to q and the result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.

@@ -12,6 +12,8 @@ bytes of the two sums are interleaved, and b and j change places. Each chunk tak
 Bytes are reinterpreted as wider integers, low byte first, which is the order on every device that has these kernels.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from ._checks import (
@@ -27,6 +29,7 @@ from ._checks import (
 )
 from .layout import Layout
 from .scale_and_zero import check_pairs, pack_pairs, pairs_of_rows, unpack_pairs
+from .threads import for_chunks
 
 _LOW_NIBBLES = 0x0F0F0F0F0F0F0F0F
 
@@ -44,7 +47,8 @@ def pack(
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
     inner_k_tiles: I, one of 2, 4, 8. N must be a multiple of 8, K of 16 I.
     out_rows: rows of the result, a multiple of 8; those beyond N hold the weight 0. By default N.
-    chunk_bytes: bytes of weights to pack at a time; 3.5 times as much memory is used in addition to q and the result.
+    chunk_bytes: bytes of weights that a thread packs at a time; it uses 3.5 times as much in addition to q and the
+    result.
 
     Raises TypeError for a q of another dtype; ValueError for a bad shape, I or offset, a weight outside the range,
     or a meta or fake q.
@@ -56,29 +60,34 @@ def pack(
 
     packed = torch.empty(n // 8, k_tiles, 32, words, dtype=torch.int32, device=q.device)
     target = packed.view(n // 8, k_tiles, 8, 4, words)
-    # Allocate the buffers once: fresh memory for every chunk costs more than the arithmetic.
-    weights_all = torch.empty(rows, k, dtype=q.dtype, device=q.device)
-    pairs_all = torch.empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64, device=q.device)
-    halves_all = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
 
-    for start in range(0, n, rows):
-        chunk = pad_rows(q[start : start + rows], min(rows, n - start))
-        require_four_bits(chunk, offset)
-        blocks = chunk.shape[0] // 8
-        weights, pairs, halves = weights_all[: chunk.shape[0]], pairs_all[:, :blocks], halves_all[:, :blocks]
+    def worker() -> Callable[[int, int], None]:
+        # Allocated once: fresh memory for every chunk costs more than the arithmetic.
+        all_weights = torch.empty(rows, k, dtype=q.dtype, device=q.device)
+        all_pairs = torch.empty(2, rows // 8, k_tiles, 8, words, 1, dtype=torch.int64, device=q.device)
+        all_halves = torch.empty(2, rows // 8, k_tiles, 8, words, 8, dtype=torch.int16, device=q.device)
 
-        torch.add(chunk, offset, out=weights)
-        # [a // 2, block, k tile, n % 8, j, a % 2], one int64 holding the eight bytes (b, c)
-        eights = weights.view(torch.int64).view(blocks, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
-        torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
-        halves.copy_(pairs.view(torch.uint8))
-        low, high = halves
-        # The sum may overflow: the top bit of the high byte is the sign of the int16.
-        torch.add(low, high, alpha=256, out=low)
-        done = low.view(torch.int32)
-        # One copy per j is faster: a single copy of the swapped axes runs over rows of two or four words.
-        for j in range(words):
-            target[start // 8 : start // 8 + blocks, ..., j].copy_(done[..., j, :])
+        def pack_rows(start: int, stop: int) -> None:
+            chunk = pad_rows(q[start:stop], stop - start)
+            require_four_bits(chunk, offset)
+            blocks = (stop - start) // 8
+            weights, pairs, halves = all_weights[: stop - start], all_pairs[:, :blocks], all_halves[:, :blocks]
+            torch.add(chunk, offset, out=weights)
+            # [a // 2, block, k tile, n % 8, j, a % 2], one int64 holding the eight bytes (b, c)
+            eights = weights.view(torch.int64).view(blocks, 8, k_tiles, words, 2, 2).permute(4, 0, 2, 1, 3, 5)
+            torch.add(eights[..., 0], eights[..., 1], alpha=16, out=pairs.squeeze(-1))
+            halves.copy_(pairs.view(torch.uint8))
+            low, high = halves
+            # The sum may overflow: the top bit of the high byte is the sign of the int16.
+            torch.add(low, high, alpha=256, out=low)
+            done = low.view(torch.int32)
+            # One copy per j is faster: a single copy of the swapped axes runs over rows of two or four words.
+            for j in range(words):
+                target[start // 8 : stop // 8, ..., j].copy_(done[..., j, :])
+
+        return pack_rows
+
+    for_chunks(n, rows, worker, q.device)
     return packed
 
 

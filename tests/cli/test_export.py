@@ -72,6 +72,7 @@ def test_folder_has_programs_tokenizer_configs_and_report(result: Result, output
         "model.cpu.pt2",
         "prefill.cuda.packed.pt2",
         "prefill.etcp.json",
+        "report.html",
         "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -94,7 +95,7 @@ def test_output_has_reports_files_and_the_next_command(result: Result, output: P
 
 
 def test_progress_has_percent_time_and_memory(result: Result) -> None:
-    lines = [line for line in result.err.splitlines() if " %  " in line]
+    lines = [line for line in result.err.splitlines() if " %  " in line and " so far, " not in line]
     percents = [int(line.split("%")[0]) for line in lines]
     assert percents == sorted(percents) and percents[-1] == 100 and len(set(percents)) == len(percents)
     assert all(line.endswith(" GB") and " s, peak memory " in line for line in lines)
@@ -372,14 +373,15 @@ def test_lower_finishes_the_folder_of_an_export(models: Path, tmp_path: Path, co
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [("bfloat16",), ("float32", "--cast-to-bf16")], ids=["bf16", "casts"])
 def test_export_for_cuda_on_a_gpu_generates_and_has_the_numbers_of_the_model(
-    models: Path, tmp_path: Path, command: Run
+    models: Path, tmp_path: Path, command: Run, dtype: tuple[str, ...]
 ) -> None:
     # Heads of 64, which the attention kernels of the CUDA backend have.
     sizes = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
     model, out = checkpoints.causal(tmp_path / "model", **sizes), tmp_path / "out"
     result = command(
-        "export", "--model", model, "--target", "cuda,cpu", "--qlinear", "cuda:4w", "--dtype", "bfloat16",
+        "export", "--model", model, "--target", "cuda,cpu", "--qlinear", "cuda:4w", "--dtype", *dtype,
         "--max-length", LENGTH, "--output-dir", out,
     )  # fmt: skip
     assert result.code == 0, result.err
