@@ -25,9 +25,9 @@ from et_cuda_passes.accuracy import Accuracy, MeasuredLayer, Ratio
 from et_cuda_passes.comparison import rounding_limit
 from et_cuda_passes.executorch.packed import read_report
 from et_cuda_passes.graph.report import LayerAccuracy
+from et_cuda_passes.testing import Quantized
 from tests import experts
 from tests.generated import Plan, exported, inputs, plans
-from tests.quantized import Quantized
 
 FOUR = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
 DYNAMIC = Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, weight_granularity=PerGroup(32))

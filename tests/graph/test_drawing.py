@@ -6,7 +6,7 @@ import torch
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.drawing import DrawnNode, drawing_text, place_nodes
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 
 class Chain(torch.nn.Module):

@@ -8,7 +8,7 @@ import torch
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.model_explorer import node_data
 from et_cuda_passes.graph.report import LayerAccuracy
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 from tests.reports import report_on
 
 

@@ -11,7 +11,7 @@ import torch
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.report import LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.graph.report_page import decibels_text, render, size_text
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 from tests.reports import report_on
 
 EVIL = "<script>alert(1)</script>"
