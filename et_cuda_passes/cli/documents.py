@@ -72,6 +72,47 @@ class Explain(Document):
 
 
 @dataclass
+class Place:
+    """A place at which a rule tries its pattern.
+
+    Attributes:
+        node: the node at which the attempt starts.
+        op: the operator of that node.
+        source: the user's line; empty if the export recorded none.
+        matches: whether the pattern fits and all requirements hold.
+        progress: the number of calls of the pattern that fit.
+        nodes: the nodes that fit.
+        stopped: where the pattern does not fit, and why; null if it fits.
+        failures: the requirements that do not hold, with what was found.
+    """
+
+    node: str
+    op: str
+    source: str
+    matches: bool
+    progress: int
+    nodes: list[str]
+    stopped: str | None
+    failures: list[str]
+
+
+@dataclass
+class Match(Document):
+    """How far the pattern of a rule fits.
+
+    Attributes:
+        rule: its name.
+        target: the target whose passes before the rule have run.
+        places: all places, the nearest first.
+    """
+
+    name: ClassVar[str] = "match"
+    rule: str
+    target: str
+    places: list[Place]
+
+
+@dataclass
 class Requirement:
     """A requirement of a rule.
 
@@ -456,5 +497,5 @@ class Doctor(Document):
     checks: list[Check]
 
 
-DOCUMENTS: tuple[type[Document], ...] = (Accuracy, Doctor, Explain, Export, Generate, Lower, Rules, Run, Verify)
+DOCUMENTS: tuple[type[Document], ...] = (Accuracy, Doctor, Explain, Export, Generate, Lower, Match, Rules, Run, Verify)
 """All documents, by name."""

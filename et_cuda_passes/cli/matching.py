@@ -6,8 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from et_cuda_passes.cli.console import Steps, UsageError, handle_errors, one_line
-from et_cuda_passes.cli.options import Debug, ModelPath, TargetWithDefault, Trust
+from et_cuda_passes.cli import documents
+from et_cuda_passes.cli.console import Steps, UsageError, handle_errors, one_line, print_json
+from et_cuda_passes.cli.options import Debug, Json, ModelPath, TargetWithDefault, Trust
 
 
 def match(
@@ -21,6 +22,7 @@ def match(
         str | None, typer.Option(metavar="NODE", help="Only the places that contain this node.", show_default=False)
     ] = None,
     nearest: Annotated[int, typer.Option(metavar="N", min=1, help="The number of places that are printed.")] = 3,
+    as_json: Json = False,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -39,7 +41,7 @@ def match(
             found_rule = _find_rule(rule, target)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        with Steps() as step:
+        with Steps(2) as step:
             step(f"loading {model}")
             program = load_model(model, target, trust).program
             step(f"matching {found_rule.name} for {target}")
@@ -47,6 +49,9 @@ def match(
                 found = attempts(program, found_rule, chosen, at=at)
             except ValueError as error:
                 raise UsageError(str(error)) from None
+        if as_json:
+            print_json(documents.Match(found_rule.name, target, [_place(attempt) for attempt in found]))
+            return
         matched = sum(attempt.matches for attempt in found)
         typer.echo(f"{found_rule.name} for {target}: {len(found)} tried, {matched} match")
         if not found:
@@ -56,6 +61,19 @@ def match(
             typer.echo(f"\n{attempt}")
         if len(found) > nearest:
             typer.echo(f"\n{len(found) - nearest} more; --nearest prints more of them, --at NODE others")
+
+
+def _place(attempt: Any) -> documents.Place:
+    return documents.Place(
+        node=attempt.node,
+        op=attempt.op,
+        source=attempt.source,
+        matches=attempt.matches,
+        progress=attempt.progress,
+        nodes=sorted(attempt.nodes),
+        stopped=None if attempt.reason is None else str(attempt.reason),
+        failures=[str(reason) for reason in attempt.failures],
+    )
 
 
 def _pattern(rule: Any) -> str:

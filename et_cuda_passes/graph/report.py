@@ -106,12 +106,19 @@ class Outcome:
 
 @dataclass(frozen=True)
 class LayerAccuracy:
-    """Signal-to-quantization-noise ratios of one quantized layer's output, in dB; None where not measured."""
+    """Signal-to-quantization-noise ratios of one quantized layer's output, in dB; None where not measured.
 
-    layer: str  # FQN of the weight, as in Outcome
-    node: str  # the node of the candidate, as in Outcome.node
-    quantized_db: float | None  # quantized against float
-    rewritten_db: float | None  # rewritten against as exported
+    Attributes:
+        layer: FQN of the weight, as in Outcome.
+        node: the node of the candidate, as in Outcome.
+        quantized_db: quantized against float.
+        rewritten_db: rewritten against as exported.
+    """
+
+    layer: str
+    node: str
+    quantized_db: float | None
+    rewritten_db: float | None
 
 
 @dataclass
