@@ -161,6 +161,24 @@ def test_rules_prints_a_document() -> None:
     assert list(document(result.out, "rules")["targets"]) == list(ecp.targets())
 
 
+def test_match_prints_a_document(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    found = document(command("match", "linear_int4", path, "-t", "cpu", "--nearest", "1", "--json").out, "match")
+    (place,) = found["places"]
+    assert found["tried"] >= found["matched"] >= 1
+    assert (place["matches"], place["stopped"], place["failed"]) == (True, None, [])
+    assert place["tree"][0].startswith("✓ aten.linear ") and place["node"] in place["nodes"]
+    found = document(command("match", "linear_int8", path, "-t", "cpu", "--json").out, "match")
+    assert all(not place["matches"] and (place["stopped"] or place["failed"]) for place in found["places"])
+
+
+def test_new_rule_prints_a_document(tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = document(command("new-rule", "write_silu", "--json").out, "new-rule")
+    assert [file["path"] for file in found["files"]] == ["write_silu.py", "test_write_silu.py"]
+    assert all(Path(file["path"]).stat().st_size == file["bytes"] for file in found["files"])
+
+
 def test_lower_and_verify_for_xnnpack_print_documents_alone(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     result = run("lower", path, "-t", "xnnpack", "-o", tmp_path / "out", "--json")
