@@ -208,6 +208,21 @@ def test_print_shows_what_is_folded(opened: Open) -> None:
     assert page.pdf().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize("width", [718, 1047])
+def test_print_fits_on_paper(width: int, opened: Open) -> None:
+    """A4, upright and across, in CSS pixels without the margins."""
+    page = opened(report_on(6, missed_every=4, measured=True), width=width)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    boxes = page.eval_on_selector_all(
+        "tbody tr", "rows => rows.map(row => [row.getBoundingClientRect().height, row.cells[0].offsetWidth])"
+    )
+    assert len(boxes) > 30
+    assert all(height < 120 and first > 200 for height, first in boxes)
+    cells = page.eval_on_selector_all("tbody td", "all => Math.max(...all.map(c => c.getBoundingClientRect().right))")
+    assert cells <= width
+
+
 def test_names_of_a_model_stay_text(opened: Open) -> None:
     evil = "<script>alert(1)</script>"
     given = report_on(2)
