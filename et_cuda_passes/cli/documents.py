@@ -72,47 +72,6 @@ class Explain(Document):
 
 
 @dataclass
-class Place:
-    """A place at which a rule tries its pattern.
-
-    Attributes:
-        node: the node at which the attempt starts.
-        op: the operator of that node.
-        source: the user's line; empty if the export recorded none.
-        matches: whether the pattern fits and all requirements hold.
-        progress: the number of calls of the pattern that fit.
-        nodes: the nodes that fit.
-        stopped: where the pattern does not fit, and why; null if it fits.
-        failures: the requirements that do not hold, with what was found.
-    """
-
-    node: str
-    op: str
-    source: str
-    matches: bool
-    progress: int
-    nodes: list[str]
-    stopped: str | None
-    failures: list[str]
-
-
-@dataclass
-class Match(Document):
-    """How far the pattern of a rule fits.
-
-    Attributes:
-        rule: its name.
-        target: the target whose passes before the rule have run.
-        places: all places, the nearest first.
-    """
-
-    name: ClassVar[str] = "match"
-    rule: str
-    target: str
-    places: list[Place]
-
-
-@dataclass
 class Requirement:
     """A requirement of a rule.
 
@@ -171,6 +130,86 @@ class Rules(Document):
 
     name: ClassVar[str] = "rules"
     targets: dict[str, TargetPasses]
+
+
+@dataclass
+class Failed:
+    """A requirement that does not hold at a place.
+
+    Attributes:
+        requirement: its name; empty for a reason that is no requirement's.
+        wanted: what must hold.
+        found: what stands there instead.
+        hint: what to change; empty if that is not known.
+    """
+
+    requirement: str
+    wanted: str
+    found: str
+    hint: str
+
+
+@dataclass
+class Place:
+    """A place at which a rule tried its pattern.
+
+    Attributes:
+        node: the node at which the attempt starts.
+        op: its operator.
+        source: the user's line, "file:line: code".
+        matches: whether the pattern fits and all requirements hold.
+        progress: the number of calls of the pattern that fit.
+        nodes: the nodes that fit.
+        stopped: where the pattern does not fit; null if it fits.
+        failed: the requirements that do not hold, if the pattern fits.
+        tree: the lines of the pattern as a tree, with a mark at each part.
+    """
+
+    node: str
+    op: str
+    source: str
+    matches: bool
+    progress: int
+    nodes: list[str]
+    stopped: Failed | None
+    failed: list[Failed]
+    tree: list[str]
+
+
+@dataclass
+class MatchDocument(Document):
+    """How far the pattern of a rule fits.
+
+    Attributes:
+        rule: its name.
+        target: the target.
+        tried: the number of places at which the pattern was tried.
+        matched: those at which it fits and all requirements hold.
+        places: the nearest.
+    """
+
+    name: ClassVar[str] = "match"
+    rule: str
+    target: str
+    tried: int
+    matched: int
+    places: list[Place]
+
+
+@dataclass
+class NewRule(Document):
+    """The files of a new rule.
+
+    Attributes:
+        rule: its name.
+        target: the target whose list it joins.
+        files: the files that were written.
+    """
+
+    name: ClassVar[str] = "new-rule"
+    rule: str
+    target: str
+    files: list[File]
 
 
 Decibels = float | str | None
@@ -497,5 +536,7 @@ class Doctor(Document):
     checks: list[Check]
 
 
-DOCUMENTS: tuple[type[Document], ...] = (Accuracy, Doctor, Explain, Export, Generate, Lower, Match, Rules, Run, Verify)
+DOCUMENTS: tuple[type[Document], ...] = (
+    Accuracy, Doctor, Explain, Export, Generate, Lower, MatchDocument, NewRule, Rules, Run, Verify,
+)  # fmt: skip
 """All documents, by name."""

@@ -2,13 +2,17 @@
 
 import re
 from importlib import import_module
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from et_cuda_passes.cli import documents
 from et_cuda_passes.cli.console import Steps, UsageError, handle_errors, one_line, print_json
+from et_cuda_passes.cli.documents import Failed, MatchDocument, Place
 from et_cuda_passes.cli.options import Debug, Json, ModelPath, TargetWithDefault, Trust
+
+if TYPE_CHECKING:
+    from et_cuda_passes.attempts import Attempt
+    from et_cuda_passes.graph.report import Reason
 
 
 def match(
@@ -22,8 +26,8 @@ def match(
         str | None, typer.Option(metavar="NODE", help="Only the places that contain this node.", show_default=False)
     ] = None,
     nearest: Annotated[int, typer.Option(metavar="N", min=1, help="The number of places that are printed.")] = 3,
-    as_json: Json = False,
     trust: Trust = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Print how far the pattern of RULE fits at the nearest places of MODEL, and which requirements hold.
@@ -41,7 +45,7 @@ def match(
             found_rule = _find_rule(rule, target)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        with Steps(2) as step:
+        with Steps() as step:
             step(f"loading {model}")
             program = load_model(model, target, trust).program
             step(f"matching {found_rule.name} for {target}")
@@ -49,10 +53,11 @@ def match(
                 found = attempts(program, found_rule, chosen, at=at)
             except ValueError as error:
                 raise UsageError(str(error)) from None
-        if as_json:
-            print_json(documents.Match(found_rule.name, target, [_place(attempt) for attempt in found]))
-            return
         matched = sum(attempt.matches for attempt in found)
+        if as_json:
+            places = list(map(_place, found[:nearest]))
+            print_json(MatchDocument(found_rule.name, target, len(found), matched, places))
+            return
         typer.echo(f"{found_rule.name} for {target}: {len(found)} tried, {matched} match")
         if not found:
             typer.echo("no operator fits a call of the pattern:")
@@ -63,17 +68,22 @@ def match(
             typer.echo(f"\n{len(found) - nearest} more; --nearest prints more of them, --at NODE others")
 
 
-def _place(attempt: Any) -> documents.Place:
-    return documents.Place(
+def _place(attempt: "Attempt") -> Place:
+    return Place(
         node=attempt.node,
         op=attempt.op,
         source=attempt.source,
         matches=attempt.matches,
         progress=attempt.progress,
         nodes=sorted(attempt.nodes),
-        stopped=None if attempt.reason is None else str(attempt.reason),
-        failures=[str(reason) for reason in attempt.failures],
+        stopped=None if attempt.reason is None else _failed(attempt.reason),
+        failed=list(map(_failed, attempt.failures)),
+        tree=list(attempt.tree),
     )
+
+
+def _failed(reason: "Reason") -> Failed:
+    return Failed(reason.requirement, reason.wanted, reason.found, reason.hint)
 
 
 def _pattern(rule: Any) -> str:

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from et_cuda_passes.cli.console import UsageError, handle_errors_without_torch
+from et_cuda_passes.cli.console import UsageError, handle_errors_without_torch, print_json
+from et_cuda_passes.cli.documents import NewRule, files_of
 from et_cuda_passes.cli.listing import own_rules
-from et_cuda_passes.cli.options import TARGETS, TargetWithDefault
+from et_cuda_passes.cli.options import TARGETS, Json, TargetWithDefault
 from et_cuda_passes.plugins import TARGETS as TARGET_GROUP
 from et_cuda_passes.plugins import installed
 
@@ -28,6 +29,7 @@ def new_rule(
             show_default=False,
         ),
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Write the file of a new rule and its test, which pass at once: edit them.
 
@@ -43,6 +45,9 @@ def new_rule(
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+        if as_json:
+            print_json(NewRule(name, target, files_of(files)))
+            return
         typer.echo("\n".join(f"wrote {path}" for path in files))
         if package is None:
             typer.echo(

@@ -89,8 +89,7 @@ def test_command_that_reports_has_a_document() -> None:
         name for name, command in group.commands.items() if any("--json" in each.opts for each in command.params)
     }
     assert with_json == {each.name for each in DOCUMENTS}
-    # new-rule reports nothing: it writes files.
-    assert with_json == set(group.commands) - {"new-rule"}, "a command that reports has --json"
+    assert with_json == set(group.commands), "a command that reports has --json"
 
 
 def test_keys_of_all_documents_have_a_meaning() -> None:
@@ -166,16 +165,6 @@ def test_explain_of_several_targets_prints_one_document(tmp_path: Path, command:
     assert list(found["reports"]) == ["cpu", "cuda"]
 
 
-def test_match_prints_a_document_with_each_place(tmp_path: Path, command: Run) -> None:
-    path, _ = save(tmp_path, "4w")
-    found = document(command("match", "linear_int4", path, "-t", "cpu", "--json").out, "match")
-    assert (found["rule"], found["target"]) == ("linear_int4", "cpu")
-    assert [place["matches"] for place in found["places"]] == [True, True]
-    failing = document(command("match", "fuse_add", path, "--json").out, "match")
-    assert not any(place["matches"] for place in failing["places"])
-    assert all(place["stopped"] or place["failures"] for place in failing["places"])
-
-
 def test_accuracy_prints_a_document(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     result = command("accuracy", path, "-t", "cpu", "--random-seed", 0, "--json")
@@ -188,6 +177,24 @@ def test_rules_prints_a_document() -> None:
     result = run("rules", "--json")
     assert (result.code, result.err) == (0, "")
     assert list(document(result.out, "rules")["targets"]) == list(ecp.targets())
+
+
+def test_match_prints_a_document(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    found = document(command("match", "linear_int4", path, "-t", "cpu", "--nearest", "1", "--json").out, "match")
+    (place,) = found["places"]
+    assert found["tried"] >= found["matched"] >= 1
+    assert (place["matches"], place["stopped"], place["failed"]) == (True, None, [])
+    assert place["tree"][0].startswith("✓ aten.linear ") and place["node"] in place["nodes"]
+    found = document(command("match", "linear_int8", path, "-t", "cpu", "--json").out, "match")
+    assert all(not place["matches"] and (place["stopped"] or place["failed"]) for place in found["places"])
+
+
+def test_new_rule_prints_a_document(tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = document(command("new-rule", "write_silu", "--json").out, "new-rule")
+    assert [file["path"] for file in found["files"]] == ["write_silu.py", "test_write_silu.py"]
+    assert all(Path(file["path"]).stat().st_size == file["bytes"] for file in found["files"])
 
 
 def test_lower_and_verify_for_xnnpack_print_documents_alone(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def test_rules_lists_plugins_with_package_and_version(folder: Path) -> None:
 
 
 def test_rules_as_json_has_the_package_of_a_plugin(folder: Path) -> None:
-    about = json.loads(run(folder, "rules", "--json").out)
-    own = json.loads(run(folder, "rules", "--json", "--no-plugins").out)
+    about = json.loads(run(folder, "rules", "--json").out)["targets"]
+    own = json.loads(run(folder, "rules", "--json", "--no-plugins").out)["targets"]
     *others, last = about["cpu"]["passes"]
     assert others == own["cpu"]["passes"] and about["cuda"] == own["cuda"]
     assert (last["name"], last["package"], last["options"]) == ("write_silu", "my-rules 1.0", {})
