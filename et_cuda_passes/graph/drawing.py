@@ -40,7 +40,12 @@ class DrawnNode:
 
 @dataclass(frozen=True)
 class DrawnSizes:
-    """Sizes that occur together: the size for each letter of a drawing, and the number of places that have them."""
+    """Sizes that occur together.
+
+    Attributes:
+        count: the number of places that have them.
+        sizes: the size for each letter of a drawing.
+    """
 
     count: int
     sizes: dict[str, str]

@@ -234,7 +234,8 @@ def test_lower_that_lacks_something_prints_what_it_wrote(tmp_path: Path, command
     assert result.code == 1
     found = document(result.out, "lower")
     assert result.error == f"error: {found['error']}" and "needs a CUDA device" in found["error"]
-    assert [Path(each["path"]).name for each in found["files"]] == ["report.json", "model.cuda.packed.pt2"]
+    names = [Path(each["path"]).name for each in found["files"]]
+    assert names == ["report.json", "report.html", "model.cuda.packed.pt2"]
 
 
 def test_unmet_expectation_prints_the_report(tmp_path: Path, command: Run) -> None:
