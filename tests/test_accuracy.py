@@ -25,7 +25,8 @@ from et_cuda_passes.accuracy import Accuracy, MeasuredLayer, Ratio
 from et_cuda_passes.comparison import rounding_limit
 from et_cuda_passes.executorch.packed import read_report
 from et_cuda_passes.graph.report import LayerAccuracy
-from et_cuda_passes.testing import Quantized
+from et_cuda_passes.testing import Experts, Quantized
+from et_cuda_passes.testing import export as export_small
 from tests import experts
 from tests.generated import Plan, exported, inputs, plans
 
@@ -211,9 +212,9 @@ def test_readers_of_a_shared_weight_are_measured_each(target: str) -> None:
 @pytest.mark.parametrize("form", ["bmm", "grouped mm", "index", "einsum of all", "select", "unbind"])
 def test_experts_are_measured_in_every_form(form: str) -> None:
     _, product, _, args = experts.FORMS[form]
-    model = experts.Experts(product)
+    model = Experts(product)
     plain = {"data": model.exact().float()}
-    result = ecp.accuracy(experts.export(model, *args), "cuda", plain)
+    result = ecp.accuracy(export_small(model, *args), "cuda", plain)
     assert all(layer.layer == "data" for layer in result.layers)
     for layer in result.layers:
         assert layer.rewritten_db is not None and layer.rewritten_db >= layer.limit_db

@@ -23,7 +23,6 @@ from rich.text import Text
 
 from et_cuda_passes._versions import untested_versions
 from et_cuda_passes.cli.documents import Document
-from et_cuda_passes.executorch.errors import ModelError
 from et_cuda_passes.plugins import PluginError, PluginWarning
 
 
@@ -179,6 +178,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     try:
         with quiet_import(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
+            from et_cuda_passes.executorch.errors import ModelError
     except ImportError as error:  # a version that does not fit: the message says which
         _fail(f"{one_line(error)}; `et-cuda-passes doctor` checks the installation", 1, debug)
     if untested := list(untested_versions()):

@@ -68,7 +68,7 @@ def test_page_of_a_rewrite_has_counts_bytes_and_a_row_for_each_outcome() -> None
     for part in ("rewritten", "linear_int4", "aten.linear", "int4 group 32", "triton", "mma_tiled", "128 x 64"):
         assert part in row
     assert f"{before} → {after}" in row
-    assert "quantized.py:" in row
+    assert "modules.py:" in row
 
 
 def test_layers_of_all_blocks_are_one_group() -> None:
