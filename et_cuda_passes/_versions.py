@@ -11,8 +11,24 @@ RANGES = {
     "networkx": ("3.4", "3.7"),
     "rich": ("14.3", "16"),
     "typer": ("0.20", "0.30"),
+    "coremltools": ("9.0", "9.1"),
+    "openvino": ("2025.4", "2026"),
+    "nncf": ("3.1", "3.3"),
 }
 """Distribution -> (lowest tested version, first version beyond the tested ones)."""
+
+
+def version_problem(distribution: str) -> str:
+    """Why a distribution is missing or not tested, with the command that installs a tested one; empty if it is."""
+    lowest, beyond = RANGES[distribution]
+    wanted = f"{distribution}>={lowest},<{beyond}"
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        return f"{wanted}, which is not installed: pip install '{wanted}'"
+    if _parts(lowest) <= _parts(found) < _parts(beyond):
+        return ""
+    return f"{wanted}, and the installed {found} is not tested: pip install '{wanted}'"
 
 
 def require_version(distribution: str) -> None:
@@ -21,14 +37,8 @@ def require_version(distribution: str) -> None:
     Raises:
         ImportError: the distribution is missing or has another version; the message has the range and the fix.
     """
-    lowest, beyond = RANGES[distribution]
-    wanted = f"{distribution}>={lowest},<{beyond}"
-    try:
-        found = version(distribution)
-    except PackageNotFoundError:
-        raise ImportError(f"et_cuda_passes needs {wanted}, which is not installed: pip install '{wanted}'") from None
-    if not _parts(lowest) <= _parts(found) < _parts(beyond):
-        raise ImportError(f"et_cuda_passes is tested with {wanted}, found {found}: pip install '{wanted}'")
+    if problem := version_problem(distribution):
+        raise ImportError(f"et_cuda_passes needs {problem}")
 
 
 def _parts(text: str) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ import typer
 
 from et_cuda_passes.kernels.gpus import GPUS
 
-TARGETS = ("cuda", "metal", "xnnpack", "cpu")
+TARGETS = ("cuda", "metal", "xnnpack", "cpu", "vulkan", "coreml", "openvino", "mlx", "tensorrt")
 """``ecp.targets()``"""
-EXECUTABLE = ("cuda", "xnnpack", "cpu")
+EXECUTABLE = ("cuda", "xnnpack", "cpu", "openvino")
 """The targets whose programs run in Python: :data:`et_cuda_passes.executorch.run.EXECUTABLE`."""
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]

@@ -26,7 +26,7 @@ from et_cuda_passes.hf.support import (
     support,
     usual_support,
 )
-from et_cuda_passes.rules.xnnpack import FoldDequantize
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.targets import targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")

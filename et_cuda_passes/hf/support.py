@@ -31,8 +31,8 @@ from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.linear import int4_kernel
-from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_layouts
 

@@ -5,10 +5,15 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 
 from et_cuda_passes.graph.passes import PassList
+from et_cuda_passes.targets.coreml import COREML
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
 from et_cuda_passes.targets.metal import METAL
+from et_cuda_passes.targets.mlx import MLX
+from et_cuda_passes.targets.openvino import OPENVINO
 from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.tensorrt import TENSORRT
+from et_cuda_passes.targets.vulkan import VULKAN
 from et_cuda_passes.targets.xnnpack import XNNPACK
 
 __all__ = ["Target", "default_passes", "get_target", "targets"]
@@ -25,7 +30,7 @@ RENAMED_PASSES: Mapping[str, str] = {
 }
 """Former names of rules with their present names, for error messages."""
 
-_TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU)}
+_TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU, VULKAN, COREML, OPENVINO, MLX, TENSORRT)}
 
 
 GROUP = "et_cuda_passes.targets"
@@ -33,7 +38,7 @@ GROUP = "et_cuda_passes.targets"
 
 
 def targets() -> tuple[str, ...]:
-    """The names of the targets of this package: "cuda", "metal", "xnnpack", "cpu"."""
+    """The names of the targets of this package, "cuda" and "cpu" among them."""
     return tuple(_TARGETS)
 
 
