@@ -4,11 +4,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
+from et_cuda_passes.accuracy import Accuracy, accuracy
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
+from et_cuda_passes.graph.report import ExpectationError, LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
@@ -40,9 +41,11 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.vulkan import VulkanPartitioner
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
     from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
+    from et_cuda_passes.hf.suggestion import suggest_recipe
 
 __all__ = [
     "DEQUANTIZE",
+    "Accuracy",
     "BmmInt4",
     "Builder",
     "Capture",
@@ -68,6 +71,7 @@ __all__ = [
     "KeepDynamicPerTensor",
     "KeepStaticInt8",
     "Kernel",
+    "LayerAccuracy",
     "LinearInt4",
     "LinearInt8",
     "MLXPartitioner",
@@ -93,6 +97,7 @@ __all__ = [
     "Unmet",
     "VulkanPartitioner",
     "XnnpackPartitioner",
+    "accuracy",
     "any_of",
     "default_passes",
     "dequantized",
@@ -104,6 +109,7 @@ __all__ = [
     "quantize_model_",
     "requirement",
     "rewrite",
+    "suggest_recipe",
     "targets",
     "weight_of",
     "weight_values",
@@ -124,6 +130,7 @@ _LAZY = {
     "QuantizationOptions": "hf.schemes",
     "QuantizationReport": "hf.schemes",
     "quantize_model_": "hf.schemes",
+    "suggest_recipe": "hf.suggestion",
 }
 
 
@@ -153,5 +160,5 @@ if not TYPE_CHECKING:  # else a type checker would accept any name
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
 
 
-# The package gets the names too. Its attribute `rewrite` is the module of that name until now, by the import above.
+# The package gets the names too. Until now, the imports above let its attributes `rewrite` and `accuracy` be modules.
 vars(sys.modules["et_cuda_passes"]).update((name, value) for name, value in globals().copy().items() if name in __all__)

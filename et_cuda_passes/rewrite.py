@@ -1,7 +1,8 @@
 """``rewrite``: an exported program, rewritten for a target, and the report."""
 
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
-from et_cuda_passes.graph.driver import apply_passes, gc_disabled
+from et_cuda_passes.graph.driver import RuleTrace, apply_passes, gc_disabled, record_weight_bytes
 from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
@@ -19,10 +20,14 @@ from et_cuda_passes.layouts.threads import single_threaded_operators
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
-from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
+from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, known_passes
 from et_cuda_passes.targets.compatibility import packed_warnings
-from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu
+from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu, unnamed_gpu_text
+from et_cuda_passes.targets.joining import origin_of
 from et_cuda_passes.targets.target import Target
+
+TRACE = "ETCP_TRACE"
+"""The environment variable that is 1 for a line on stderr for each rule: what it tried, matched and rewrote."""
 
 
 def rewrite(
@@ -33,6 +38,7 @@ def rewrite(
     *,
     pool: ConstantCache | None = None,
     gpu: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 
@@ -46,6 +52,7 @@ def rewrite(
         gpu: for target "cuda", the GPU whose tilings the kernels get: "sm_80", "sm_86", "sm_89", "sm_90", "sm_100" or
             "sm_120", or with a number of multiprocessors, "sm_90:114". None keeps what the program names; if it names
             none, the tilings are those of the GPU that is present when the program is lowered.
+        progress: called after each candidate that gets an outcome, with the number of those that have one and of all.
 
     Returns:
         The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
@@ -76,11 +83,15 @@ def rewrite(
         # 2. Copy: only the copy is changed.
         program = Program(normalised, pool)
         # 3. Find candidates: the operators that read a quantized weight.
-        tracker = OutcomeTracker(find(program), group_rules(entries))
+        tracker = OutcomeTracker(find(program), group_rules(entries), progress)
     # 4. Apply the pass list.
+    trace: list[RuleTrace] = []
     with single_threaded_operators():
-        program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
+        program = apply_passes(program, entries, chosen, tracker, find, OPERATORS, trace)
+    if os.environ.get(TRACE) == "1":
+        sys.stderr.writelines(f"{chosen.name}: {each}\n" for each in trace)
     with gc_disabled():
+        record_weight_bytes(program, tracker)
         # 5. Finish: repair strides and names, verify.
         result = finish_program(program)
         if gpu:
@@ -88,6 +99,7 @@ def rewrite(
     # 6. Report.
     report = _report(tracker, chosen, entries, normalised, result)
     report.notes = gpu_notes(result, described) if described else []
+    report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
 
@@ -110,6 +122,7 @@ def _report(
     """
     names = [entry.name for entry in entries]
     report = tracker.report(target.name, names, constant_bytes(before), constant_bytes(after))
+    report.packages = {entry.name: origin for entry in entries if (origin := origin_of(entry.value))}
     reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
     decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
     if decomposed:
@@ -128,8 +141,7 @@ def parse_passes(passes: Iterable[Any]) -> list[Pass]:
     ``before`` and ``after`` of a pass may contain the name of a default rule of any target, so that a pass works with
     several targets, and in a list without that rule.
     """
-    known = {rule.name for name in targets() for rule in default_passes(name)}
-    return parse(passes, _is_program_pass, known, RENAMED_PASSES)
+    return parse(passes, _is_program_pass, known_passes(), RENAMED_PASSES)
 
 
 def _is_program_pass(value: Any) -> bool:

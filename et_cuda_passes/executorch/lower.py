@@ -95,9 +95,13 @@ def no_lowering(target: Target) -> str:
     )
 
 
-def lowering_steps(target: str, methods: int) -> int:
+def lowering_steps(target: str | Target, methods: int) -> int:
     """How often :func:`lower` calls ``progress`` for so many methods."""
-    return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
+    chosen = get_target(target)
+    if chosen.partitioner is None and chosen.lowering == "cpu":
+        return methods + 1 if methods > 1 else 1
+    # Each is decomposed, all are lowered together, and then serialized.
+    return methods + 2
 
 
 def gpu_of_methods(methods: Methods) -> str | None:
@@ -350,7 +354,7 @@ def _executorch(
     from executorch.exir import to_edge_transform_and_lower
 
     with torch.no_grad(), gc_throttled():
-        progress("lowering with ExecuTorch")
+        _report_phases(partitioners, progress)
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
@@ -368,6 +372,28 @@ def _executorch(
     data = sorted(folder.glob("*.ptd"))
     for path in data:
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _report_phases(partitioners: Mapping[str, Any], progress: Progress) -> None:
+    """Report the decomposition of each method, and then the lowering of all, which ExecuTorch does together.
+
+    A partitioner that does not derive from RewritingPartitioner cannot say when a method begins.
+    """
+    from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+
+    methods, lowering = iter(partitioners), iter(["lowering"])
+
+    def began(phase: str) -> None:
+        if phase == "decomposing":
+            progress(f"decomposing {next(methods)}")
+        elif step := next(lowering, None):
+            progress(step)
+
+    if not all(isinstance(each, RewritingPartitioner) for each in partitioners.values()):
+        progress("lowering")
+        return
+    for partitioner in partitioners.values():
+        partitioner.began = began
 
 
 def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: ExportedProgram) -> None:

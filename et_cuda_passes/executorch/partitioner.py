@@ -1,10 +1,10 @@
 """Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache
@@ -36,6 +36,9 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     """The target of the rewrites."""
     _always: tuple[Rule, ...] = ()
     """Rules that run after the caller's list, unless the list has a rule of the same name."""
+
+    began: Callable[[str], None] | None = None
+    """Called with "decomposing" and "partitioning" as ExecuTorch begins these with a method."""
 
     _gpu: str | None = None
     _computes_only_outcomes: str = ""
@@ -81,6 +84,8 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
             ExpectationError: the counts are not those expected.
             ValueError: a quantized weight would reach the backend in a form that it cannot compute.
         """
+        if self.began is not None:
+            self.began("decomposing")
         exported_program = super().transform_for_pre_decomposition(exported_program)
         program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
@@ -88,6 +93,11 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         if self._computes_only_outcomes:
             _refuse_misses(self._computes_only_outcomes, report)
         return program
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        if self.began is not None:
+            self.began("partitioning")
+        return super().partition(exported_program)
 
 
 def _refuse_misses(backend: str, report: Report) -> None:

@@ -182,7 +182,7 @@ def _unreadable_storage(weight: QuantizedWeight) -> Failure | None:
 
 
 def _kept(*ms: Match) -> Notes:
-    return Notes("XNNPACK has its own kernel for it and takes the pattern as it stands")
+    return Notes("XNNPACK has its own kernel for it and takes the pattern as it stands", kernel="XNNPACK")
 
 
 @requirement("a 4-bit weight", hint="quantize with weight_dtype=torch.int4")

@@ -58,7 +58,7 @@ def run(folder: Path, *arguments: object, installed: bool = False) -> Result:
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "ETCP_PLUGINS": "1"},
     )
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -104,7 +104,7 @@ def packed(folder: Path) -> Path:
         "npu_linear=1",
     )
     assert result.code == 0, result.err
-    assert sorted(path.name for path in out.iterdir()) == ["model.my_npu.packed.pt2", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.my_npu.packed.pt2", "report.html", "report.json"]
     return out / "model.my_npu.packed.pt2"
 
 

@@ -36,8 +36,7 @@ from et_cuda_passes.executorch.lower import (
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
-from tests.helpers import Sketch
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch
 from tests.saved import save
 
 

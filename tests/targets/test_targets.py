@@ -112,7 +112,7 @@ def test_old_name_of_kernel_names_new_one() -> None:
 
 
 def test_rewrite_accepts_custom_target() -> None:
-    from tests.helpers import Sketch
+    from et_cuda_passes.testing import Sketch
 
     own = dataclasses.replace(get_target("cuda"), name="mine", passes=lambda: [ecp.LinearInt4()])
     sketch = Sketch()
