@@ -31,11 +31,10 @@ from et_cuda_passes.rules.xnnpack import (
 from et_cuda_passes.targets import Target, default_passes, get_target, targets
 
 if TYPE_CHECKING:
-    from et_cuda_passes.executorch.coreml import CoreMLPartitioner
+    from et_cuda_passes.executorch.coreml import CoreMLPartitioner as CoreMLPartitioner
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
-    from et_cuda_passes.executorch.mlx import MLXPartitioner
-    from et_cuda_passes.executorch.openvino import OpenvinoPartitioner
+    from et_cuda_passes.executorch.openvino import OpenvinoPartitioner as OpenvinoPartitioner
     from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.partitioner import RewritingPartitioner
     from et_cuda_passes.executorch.vulkan import VulkanPartitioner
@@ -51,7 +50,6 @@ __all__ = [
     "Capture",
     "ConvInt4",
     "ConvInt8",
-    "CoreMLPartitioner",
     "CudaPartitioner",
     "EinsumInt4",
     "EmbeddingInt4",
@@ -74,12 +72,10 @@ __all__ = [
     "LayerAccuracy",
     "LinearInt4",
     "LinearInt8",
-    "MLXPartitioner",
     "Match",
     "MetalPartitioner",
     "ModelError",
     "Notes",
-    "OpenvinoPartitioner",
     "Outcome",
     "Pattern",
     "QuantizationOptions",
@@ -115,10 +111,10 @@ __all__ = [
     "weight_values",
 ]
 
-# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.
+# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither. Those of CoreML and
+# OpenVINO need packages that may be missing, so `from et_cuda_passes import *` leaves them out.
 _LAZY = {
     "CoreMLPartitioner": "executorch.coreml",
-    "MLXPartitioner": "executorch.mlx",
     "OpenvinoPartitioner": "executorch.openvino",
     "VulkanPartitioner": "executorch.vulkan",
     "CudaPartitioner": "executorch.cuda",

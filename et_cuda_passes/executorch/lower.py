@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,9 +46,9 @@ def lower(
         program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
             "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
             the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
-        target: "cpu" is compiled with AOTInductor, "tensorrt" has no lowering here, and every other target is lowered
-            with ExecuTorch. A target of another package is lowered with ExecuTorch and its ``partitioner``, or as its
-            ``lowered_as`` says.
+        target: "cpu" is compiled with AOTInductor, "mlx" and "tensorrt" have no lowering here, and every other target
+            is lowered with ExecuTorch. A target of another package is lowered with ExecuTorch and its ``partitioner``,
+            or as its ``lowered_as`` says.
         folder: the folder of the files; created if it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
@@ -85,10 +84,8 @@ def no_lowering(target: Target) -> str:
     """The error message for a target that cannot be lowered; empty if it can be."""
     if target.partitioner is not None or target.lowering in _LOWERINGS:
         return ""
-    if target.lowering == "tensorrt":
-        return (
-            "target tensorrt is lowered by torch-tensorrt: pass the rewritten program to torch_tensorrt.dynamo.compile"
-        )
+    if target.lowering in _ELSEWHERE:
+        return f"target {target.name} is not lowered here: {_ELSEWHERE[target.lowering]}"
     return (
         f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch "
         f"partitioner of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
@@ -154,8 +151,6 @@ def missing_requirement(name: str | Target, gpu: str | None = None) -> str | Non
         if not _has_torchao_mps():
             return "torchao's MPS operators (build torchao with TORCHAO_BUILD_EXPERIMENTAL_MPS=1)"
     if problem := next(filter(None, map(version_problem, _PACKAGES.get(target, ()))), ""):
-        return problem
-    if target == "mlx" and (problem := _mlx_problem()):
         return problem
     if target == "cpu":
         names = [inductor.cpp.cxx] if isinstance(inductor.cpp.cxx, str) else [name for name in inductor.cpp.cxx if name]
@@ -292,15 +287,14 @@ _PACKAGES: Mapping[str, tuple[str, ...]] = {
 """The packages that ExecuTorch's module for a target needs beside executorch itself."""
 
 
-def _mlx_problem() -> str:
-    try:
-        import executorch.backends.mlx  # noqa: F401
-    except ImportError as error:
-        return (
-            f"an executorch that is built with MLX; that of this machine ({version('executorch')}, "
-            f"{platform.system()}) is not ({error}): pip install 'executorch>=1.5.1,<1.6' on a Mac with Apple silicon"
-        )
-    return ""
+_ELSEWHERE: Mapping[str, str] = {
+    "mlx": "on a Mac with Apple silicon and an executorch that is built with MLX (pip install "
+    "'executorch>=1.5.1,<1.6'; the package for Linux is built without it), give the rewritten program to ExecuTorch's "
+    "MLXPartitioner",
+    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine (pip install "
+    "'torch-tensorrt>2.14'; 2.14 itself reads the forms of ModelOpt)",
+}
+"""How a target is lowered whose lowering was never run."""
 
 
 def _vulkan(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
@@ -327,13 +321,6 @@ def _openvino(methods: Methods, folder: Path, stem: str, progress: Progress) -> 
     # The verifier refuses the operators that unpack two integers from a byte, which the delegate takes.
     config = EdgeCompileConfig(_check_ir_validity=False)
     _executorch(methods, partitioners, folder, stem, progress, {"compile_config": config})
-
-
-def _mlx(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
-    from et_cuda_passes.executorch.mlx import MLXPartitioner
-
-    partitioners = {name: MLXPartitioner() for name in methods}
-    _executorch(methods, partitioners, folder, stem, progress)
 
 
 def _method_name(name: str) -> list[Any]:
@@ -487,7 +474,6 @@ _LOWERINGS: Mapping[str, Callable[[Methods, Path, str, Progress], None]] = {
     "vulkan": _vulkan,
     "coreml": _coreml,
     "openvino": _openvino,
-    "mlx": _mlx,
 }
 
 

@@ -41,11 +41,39 @@ def weight_is_a_matrix(m: Match) -> Failure | None:
     return None if len(shape) == 2 else Failure(f"a weight {shape}")
 
 
-@requirement("an even group size", hint="quantize with PerGroup(32)")
-def group_size_is_even(m: Match) -> Failure | None:
-    """OpenVINO 2025.4 computes other numbers for an odd one, one scale for each row of an odd length included."""
-    size = weight_of(m).group_size
-    return None if size % 2 == 0 else Failure(f"group size {size}")
+_LEAST_PART = 16
+"""A group is divided into parts of at least this size, so that their scales take less memory than the integers."""
+
+
+def native_group_size(weight: QuantizedWeight) -> int | None:
+    """The group size with which OpenVINO computes the weight correctly, or None if there is none.
+
+    OpenVINO 2025.4 computes other numbers, without an error, for many group sizes that are no power of two, and for
+    rows of an odd length with one scale each. A group is divided into parts with one scale, the largest power of two
+    that divides it; the result is the same.
+    """
+    size = weight.group_size
+    part = size & -size
+    if size == weight.in_features and size % 2 == 0:
+        return size
+    return part if part > 1 and (part == size or part >= _LEAST_PART) else None
+
+
+@requirement(
+    "a group size that is a power of two or a multiple of 16, or one scale for each row of an even length",
+    hint="quantize with PerGroup(32)",
+)
+def openvino_has_group_size(m: Match) -> Failure | None:
+    """OpenVINO computes other numbers for other groups."""
+    weight = weight_of(m)
+    return None if native_group_size(weight) is not None else Failure(weight.scheme)
+
+
+@requirement("two rows or more", hint="leave this layer unquantized")
+def weight_has_rows(m: Match) -> Failure | None:
+    """OpenVINO 2025.4 does not compile a product with a compressed weight of one row."""
+    rows = weight_of(m).out_features
+    return None if rows > 1 else Failure(f"{rows} row")
 
 
 @requirement("no minimum beside the zero points", stage="values", hint="quantize with torchao's IntxWeightOnlyConfig")
@@ -68,7 +96,8 @@ _WEIGHT = (
     backend_has_dtype,
     weight_is_grouped_along_k,
     weight_is_a_matrix,
-    group_size_is_even,
+    openvino_has_group_size,
+    weight_has_rows,
     weight_has_no_minimum,
     integers_are_in_range,
     scales_are_finite(lambda m: (stored_scales(m),)),
@@ -76,14 +105,28 @@ _WEIGHT = (
 )
 
 
+def _groups(weight: QuantizedWeight) -> tuple[int, int, int]:
+    """The shape of the integers in native groups: [N, K / size, size]."""
+    size = native_group_size(weight)
+    assert size is not None
+    return weight.out_features, weight.in_features // size, size
+
+
+def _for_groups(weight: QuantizedWeight, table: Tensor) -> Tensor:
+    """A table [N, K / group] for native groups: [N, K / size, 1]."""
+    times = weight.group_size // _groups(weight)[-1]
+    return table.detach().repeat_interleave(times, dim=1).unsqueeze(-1)
+
+
 def _shifted(weight: QuantizedWeight, values: WeightValues, shift: int, storage: torch.dtype) -> Tensor:
-    """Zero points [N, K / group, 1] for integers that are stored ``shift`` higher.
+    """Zero points [N, K / size, 1] for integers that are stored ``shift`` higher.
 
     They have the dtype of the integers where all of them fit, and else float32.
     """
-    rows, groups = weight.out_features, weight.in_features // weight.group_size
-    points = torch.zeros(1) if values.zero_point is None else values.zero_point.detach()
-    points = (points.to(torch.float32) + shift).expand(rows, groups).unsqueeze(-1)
+    if values.zero_point is None:
+        points = torch.full((*_groups(weight)[:2], 1), float(shift))
+    else:
+        points = _for_groups(weight, values.zero_point).to(torch.float32) + shift
     limits = torch.iinfo(storage)
     whole = bool(((points == points.round()) & (points >= limits.min) & (points <= limits.max)).all())
     return points.to(storage if whole else torch.float32, memory_format=torch.contiguous_format)
@@ -92,7 +135,7 @@ def _shifted(weight: QuantizedWeight, values: WeightValues, shift: int, storage:
 def _computed(b: Builder, m: Match, integers: Node, shift: int, storage: torch.dtype, always: bool) -> Node:
     """(integers - zero points) * scales, in the dtype of the dequantized weight.
 
-    ``integers`` are [N, K / group, group]. Zero points of 0 are left out unless ``always`` is set.
+    ``integers`` are [N, K / size, size]. Zero points of 0 are left out unless ``always`` is set.
     """
     weight, dtype = weight_of(m), m.val(m.weight).dtype
     values = weight_values(b.program, weight)
@@ -106,7 +149,7 @@ def _computed(b: Builder, m: Match, integers: Node, shift: int, storage: torch.d
         result = b.call(aten.sub.Tensor, result, b.cast(points, dtype))
 
     def scales() -> Tensor:
-        return values.scale.detach().to(dtype, copy=True, memory_format=torch.contiguous_format).unsqueeze(-1)
+        return _for_groups(weight, values.scale).to(dtype, memory_format=torch.contiguous_format)
 
     scale = b.constant(f"{weight.fqn}.scale", weight, ("openvino_scale", dtype), scales)
     product = b.call(aten.mul.Tensor, result, scale)
@@ -150,7 +193,7 @@ class DecompressInt4(Rule):
         low = b.call(aten.bitwise_and.Scalar, packed, 15)
         high = b.call(aten.bitwise_right_shift.Tensor_Scalar, packed, 4)
         unpacked = b.call(aten.stack.default, [low, high], -1)
-        groups = [weight.out_features, weight.in_features // weight.group_size, weight.group_size]
+        groups = list(_groups(weight))
         reshape = aten.view_copy.default if b.program.is_edge else aten.reshape.default
         return _computed(b, m, b.call(reshape, unpacked, groups), fixed, torch.uint8, always=True)
 
@@ -180,8 +223,7 @@ class DecompressInt8(Rule):
         fixed: int = shift
 
         def integers() -> Tensor:
-            grouped = _integers(b, weight, fixed).to(torch.int8)
-            return grouped.reshape(weight.out_features, -1, weight.group_size)
+            return _integers(b, weight, fixed).to(torch.int8).reshape(_groups(weight))
 
         layout = ("openvino_int8", fixed, weight.group_size, weight.integers_key)
         data = b.constant(f"{weight.fqn}.integers", (weight.data,), layout, integers)

@@ -53,6 +53,7 @@ class Target:
         passes: returns a new list of the rules, in their order.
         advised: the quantization to suggest instead of a form that no rule rewrites.
         dtypes: the floating-point dtypes that the backend computes in; empty for any.
+        dynamic_sizes: whether the backend's runtime takes inputs of dynamic sizes.
         gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
         partitioner: for the lowering of a target outside of this package: returns the ExecuTorch partitioner of the
             method of that name, which gets the rewritten program.
@@ -68,6 +69,7 @@ class Target:
     passes: Callable[[], list[Rule]] = field(compare=False)
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
     dtypes: tuple[torch.dtype, ...] = ()
+    dynamic_sizes: bool = True
     gpu: GpuArch | None = None
     partitioner: Callable[[str], Any] | None = field(default=None, compare=False)
     lowered_as: str = ""

@@ -18,8 +18,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rules.fold import DropActivationQuantization
+from et_cuda_passes.testing import Quantized, export
 from tests.coreml import CoreMLPartitioner, decompressed, lowered, stock
-from tests.quantized import Quantized, export
 
 ct = pytest.importorskip("coremltools")
 
@@ -30,7 +30,7 @@ def plain(*shape: int, change: Callable[[Quantized], None] = lambda model: None,
     options = {"n": 64, "k": 256, "dtype": torch.float32, **options}
     model = Quantized(**options)
     change(model)
-    return export(model, *(shape or (4,)), options["k"], dtype=options["dtype"])
+    return export(model, torch.randn(*(shape or (4,)), options["k"]).to(options["dtype"]))
 
 
 def table(**options: Any) -> ExportedProgram:

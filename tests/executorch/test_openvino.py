@@ -17,7 +17,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 pytest.importorskip("openvino")
 pytest.importorskip("nncf")
@@ -69,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
     "4 bits, asymmetric": {"zero_points": "random"},
     "4 bits, no zero points": {"zero_points": None},
     "4 bits, groups of 8": {"group": 8},
-    "4 bits, groups of 10, K 30, N 7": {"n": 7, "k": 30, "group": 10},
+    "4 bits, groups of 48, N 7": {"n": 7, "k": 96, "group": 48},
     "unsigned 4 bits": {"low": 0, "high": 15, "zero_points": "random"},
     "unsigned 4 bits as uint8": {"low": 0, "high": 15, "zero_points": "random", "storage": torch.uint8},
     "2 bits": {"low": -2, "high": 1},
@@ -113,8 +113,20 @@ class Many(nn.Module):
 
 
 RANGES = [{"low": -8, "high": 7}, {"low": -128, "high": 127}]
-SIZES = [(36, 2), (64, 4), (42, 6), (30, 10), (36, 12), (64, 16), (40, 20), (34, 34), (96, 48)]
-ODD = [(33, 11), (66, 33), (35, 35), (18, 9)]
+SIZES = [
+    (36, 2),
+    (64, 4),
+    (40, 8),
+    (48, 16),
+    (96, 32),
+    (34, 34),
+    (96, 48),
+    (160, 80),
+    (192, 96),
+    (320, 160),
+    (256, 128),
+]
+OTHERS = [(33, 11), (35, 35), (42, 6), (30, 10), (36, 12), (40, 20)]
 
 
 def many(sizes: list[tuple[int, int]]) -> Many:
@@ -130,7 +142,7 @@ def many(sizes: list[tuple[int, int]]) -> Many:
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
-def test_groups_of_all_even_sizes_run_as_in_eager(rows: int) -> None:
+def test_groups_run_as_in_eager(rows: int) -> None:
     model = many(SIZES)
     inputs = model.inputs(rows)
     partitioner = OpenvinoPartitioner(expect={"fold_dequantize": 0, "missed": 0})
@@ -140,8 +152,8 @@ def test_groups_of_all_even_sizes_run_as_in_eager(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_groups_of_odd_sizes_are_folded_and_run_as_in_eager(rows: int) -> None:
-    model = many(ODD)
+def test_other_groups_are_folded_and_run_as_in_eager(rows: int) -> None:
+    model = many(OTHERS)
     inputs = model.inputs(rows)
     partitioner = OpenvinoPartitioner(expect={"fold_dequantize": len(inputs), "missed": 0})
     pte = lowered(torch.export.export(model, inputs), partitioner)
@@ -251,6 +263,12 @@ def test_convolution_with_larger_kernels_is_folded() -> None:
             return F.conv2d(x, weight, padding=1)
 
     model, x = Convolution(), torch.randn(1, 4, 6, 6)
+    pte = lowered(torch.export.export(model, (x,)), OpenvinoPartitioner(expect={"fold_dequantize": 1}))
+    assert error(output(pte, x), model(x)) < BF16
+
+
+def test_weight_of_one_row_is_folded() -> None:
+    model, x = Quantized(1, 128, dtype=torch.float32, form=linear), torch.randn(4, 128)
     pte = lowered(torch.export.export(model, (x,)), OpenvinoPartitioner(expect={"fold_dequantize": 1}))
     assert error(output(pte, x), model(x)) < BF16
 

@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.rule import Keep
 from et_cuda_passes.rules.fold import DropActivationQuantization
-from tests.quantized import Quantized, export
+from et_cuda_passes.testing import Quantized, export
 from tests.vulkan import VulkanPartitioner, _Stock, lowered, unpacked
 
 LINEAR, DYNAMIC, TABLE = "et_vk.linear_q4gsw", "et_vk.linear_dq8ca_q4gsw", "et_vk.embedding_q4gsw"
@@ -267,7 +267,7 @@ def test_callers_program_is_not_changed() -> None:
 )
 def test_partitioner_takes_passes(passes: list[ecp.Rule] | None) -> None:
     partitioner = VulkanPartitioner(passes=passes)
-    found = lowered(export(Quantized(64, 256, dtype=torch.float32), 4, 256, dtype=torch.float32), partitioner)
+    found = lowered(export(Quantized(64, 256, dtype=torch.float32), torch.randn(4, 256)), partitioner)
     assert found.names == (["aten.linear.default"] if passes else [KERNELS[0]]) or "prepack" in found.names[0]
     assert partitioner.report.counts()["kept" if passes is None else "rewritten"] == 1
 
