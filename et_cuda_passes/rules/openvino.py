@@ -22,13 +22,11 @@ from et_cuda_passes.rules.packing import int4_shift, int8_shift
 from et_cuda_passes.rules.requirements import (
     backend_has_dtype,
     integers_are_in_range,
-    scales_are_finite,
     stands_in_main_graph,
     stored_scales,
     weight_fits_4_bits,
     weight_fits_8_bits,
     weight_has_data,
-    weight_is_grouped_along_k,
 )
 
 aten = torch.ops.aten
@@ -66,7 +64,8 @@ def native_group_size(weight: QuantizedWeight) -> int | None:
 def openvino_has_group_size(m: Match) -> Failure | None:
     """OpenVINO computes other numbers for other groups."""
     weight = weight_of(m)
-    return None if native_group_size(weight) is not None else Failure(weight.scheme)
+    has_one = len(weight.shape) != 2 or native_group_size(weight) is not None
+    return None if has_one else Failure(weight.scheme)
 
 
 @requirement("two rows or more", hint="leave this layer unquantized")
@@ -94,13 +93,11 @@ _WEIGHT = (
     weight_has_data,
     stands_in_main_graph,
     backend_has_dtype,
-    weight_is_grouped_along_k,
     weight_is_a_matrix,
     openvino_has_group_size,
     weight_has_rows,
     weight_has_no_minimum,
     integers_are_in_range,
-    scales_are_finite(lambda m: (stored_scales(m),)),
     scales_are_finite_in_output_dtype,
 )
 

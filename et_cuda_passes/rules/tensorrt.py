@@ -24,7 +24,7 @@ from et_cuda_passes.rules.requirements import (
 
 
 @requirement(
-    "int4 in groups, or int8 with one scale per row", hint="quantize with weight_dtype=torch.int4, PerGroup(128)"
+    "int4 in groups, or int8 with one scale per row", hint="quantize with weight_dtype=torch.int4, PerGroup(32)"
 )
 def scheme_is_int4_group_or_int8_axis(m: Match) -> Failure | None:
     """The two schemes of TensorRT's weight-only quantization."""

@@ -2,7 +2,6 @@
 
 import torch
 
-from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
 from et_cuda_passes.rules.tensorrt import KeepTensorrtWeight
 from et_cuda_passes.targets.target import Target
@@ -11,7 +10,6 @@ TENSORRT = Target(
     "tensorrt",
     "torch-tensorrt",
     kernels={},
-    advised=SuggestedSchemes(four_bits="IntxWeightOnlyConfig(torch.int4, PerGroup(128))"),
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
     passes=lambda: [DropActivationQuantization(), KeepTensorrtWeight(), FoldDequantize()],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import et_cuda_passes as ecp
-from et_cuda_passes.cli.options import TARGETS
+from et_cuda_passes.cli.options import EXECUTABLE, TARGETS
 
 ROOT = Path(ecp.__file__).parent.parent
 
@@ -54,7 +54,7 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
         ("explain model.pt2 --gpu sm_1", ["sm_100", "sm_120"]),
         ("lower model.pt2 --expect linear_", ["linear_int4=", "linear_int8="]),
         ("lower model.pt2 --expect miss", ["missed="]),
-        ("verify model.pt2 --target ", ["cuda", "xnnpack", "cpu"]),
+        ("verify model.pt2 --target ", list(EXECUTABLE)),
     ],
 )
 def test_last_word_is_completed(line: str, words: list[str], script: Path) -> None:
