@@ -270,6 +270,49 @@ def schemes_page() -> str:
     )
 
 
+# README ---------------------------------------------------------------------------------------------------------------
+
+_BACKENDS = {
+    "cuda": ("executorch 1.5.1, on one H200", "run"),
+    "metal": ("executorch 1.5.1", "rewritten only"),
+    "xnnpack": ("executorch 1.5.1", "run"),
+    "cpu": ("torch 2.13 to 2.15", "run"),
+    "vulkan": ("executorch 1.5.1", "lowered, and its constants read back"),
+    "coreml": ("executorch 1.5.1, coremltools 9.0", "lowered, and its constants read back"),
+    "openvino": ("executorch 1.5.1, openvino 2025.4", "run"),
+    "mlx": ("executorch 1.5.1", "its source read"),
+    "tensorrt": ("torch-tensorrt after 2.14", "its documentation read"),
+}
+"""The backend of each target with the version that was tested, and how the row of the table was tested."""
+_WORDS = {Status.IMPOSSIBLE: "refused"}
+_MARKS = ("<!-- targets and schemes, written by `make docs` -->", "<!-- end of targets and schemes -->")
+
+
+def matrix() -> str:
+    """What each target does with a layer of each scheme, in one word."""
+
+    def word(scheme: Scheme, target: str, embedding: bool = False) -> str:
+        if scheme.only_for not in (None, target):
+            return "refused"
+        status = usual_support(scheme, target, embedding=embedding).status
+        return _WORDS.get(status, str(status))
+
+    rows = []
+    for target in ecp.targets():
+        linears = (word(scheme, target) for scheme in SCHEMES.values() if scheme.algorithm is None)
+        tables = (word(SCHEMES[name], target, embedding=True) for name in ("4w", "8w"))
+        rows.append((f"`{target}`", *linears, *tables, *_BACKENDS[target]))
+    schemes = (name for name, scheme in SCHEMES.items() if scheme.algorithm is None)
+    return table(["target", *schemes, "embedding 4w", "embedding 8w", "tested with", "and how"], rows)
+
+
+def readme() -> str:
+    """README with its table of targets and schemes."""
+    first, last = _MARKS
+    before, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(first)
+    return f"{before}{first}\n\n{matrix()}\n\n{last}{rest.partition(last)[2]}"
+
+
 # The command line -----------------------------------------------------------------------------------------------------
 
 _DATA = {ReportData: Report, QuantizationData: QuantizationReport}
@@ -518,7 +561,11 @@ def _pages() -> dict[Path, str]:
     # The heading comes first: it is the title of the page on the site.
     written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}
     data = ROOT / "et_cuda_passes" / "cli"
-    return written | {data / "rules.json": rules_json(), data / "schemas.json": schemas_json()}
+    return written | {
+        data / "rules.json": rules_json(),
+        data / "schemas.json": schemas_json(),
+        ROOT / "README.md": readme(),
+    }
 
 
 def anchors(text: str) -> set[str]:

@@ -14,6 +14,9 @@ RANGES = {
     "jinja2": ("3.1", "3.2"),
     "rich": ("14.3", "16"),
     "typer": ("0.20", "0.30"),
+    "coremltools": ("9.0", "9.1"),
+    "openvino": ("2025.4", "2026"),
+    "nncf": ("3.1", "3.3"),
 }
 """Distribution -> (lowest tested version, first version beyond the tested ones)."""
 
@@ -29,6 +32,19 @@ REASONS = {
 A version of one of these beyond the range gives a warning: they are released together, and an error would keep a user
 from all of them. A version of another distribution beyond its range is an error.
 """
+
+
+def version_problem(distribution: str) -> str:
+    """Why a distribution is missing or not tested, with the command that installs a tested one; empty if it is."""
+    lowest, beyond = RANGES[distribution]
+    wanted = f"{distribution}>={lowest},<{beyond}"
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        return f"{wanted}, which is not installed: pip install '{wanted}'"
+    if _parts(lowest) <= _parts(found) < _parts(beyond):
+        return ""
+    return f"{wanted}, and the installed {found} is not tested: pip install '{wanted}'"
 
 
 def require_version(distribution: str) -> None:

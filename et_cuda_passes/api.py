@@ -19,10 +19,10 @@ from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAtten
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.rules.xnnpack import (
-    FoldDequantize,
     KeepDynamicInt4,
     KeepDynamicInt8,
     KeepDynamicPerTensor,
@@ -31,10 +31,13 @@ from et_cuda_passes.rules.xnnpack import (
 from et_cuda_passes.targets import Target, default_passes, get_target, targets
 
 if TYPE_CHECKING:
+    from et_cuda_passes.executorch.coreml import CoreMLPartitioner as CoreMLPartitioner
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
+    from et_cuda_passes.executorch.openvino import OpenvinoPartitioner as OpenvinoPartitioner
     from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+    from et_cuda_passes.executorch.vulkan import VulkanPartitioner
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
     from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
     from et_cuda_passes.hf.suggestion import suggest_recipe
@@ -88,6 +91,7 @@ __all__ = [
     "Target",
     "UnmaskedAttention",
     "Unmet",
+    "VulkanPartitioner",
     "XnnpackPartitioner",
     "accuracy",
     "any_of",
@@ -107,8 +111,12 @@ __all__ = [
     "weight_values",
 ]
 
-# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.
+# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither. Those of CoreML and
+# OpenVINO need packages that may be missing, so `from et_cuda_passes import *` leaves them out.
 _LAZY = {
+    "CoreMLPartitioner": "executorch.coreml",
+    "OpenvinoPartitioner": "executorch.openvino",
+    "VulkanPartitioner": "executorch.vulkan",
     "CudaPartitioner": "executorch.cuda",
     "MetalPartitioner": "executorch.metal",
     "RewritingPartitioner": "executorch.partitioner",

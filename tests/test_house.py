@@ -149,7 +149,9 @@ def test_distribution_contains_the_packages_of_its_metadata() -> None:
 
 def test_ranges_of_the_metadata_are_checked_at_import() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    entries = [*project["dependencies"], *extras["openvino"], *extras["coreml"]]
+    declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in entries}
     for name, (lowest, beyond) in RANGES.items():
         bound = "" if name in REASONS else f",<{beyond}"
         assert declared[name] == f"{name}>={lowest}{bound}"

@@ -64,7 +64,10 @@ def test_rewrite_rejects_graph_module(program: ExportedProgram) -> None:
 
 
 def test_rewrite_lists_known_targets_for_unknown_name(program: ExportedProgram) -> None:
-    with pytest.raises(ValueError, match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu"):
+    with pytest.raises(
+        ValueError,
+        match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu, vulkan",
+    ):
         ecp.rewrite(program, "tpu")
 
 

@@ -24,6 +24,8 @@ from et_cuda_passes.cli.options import TARGETS, Json
 Status = Literal["ok", "note", "wrong"]
 _REINSTALL = "pip install --force-reinstall et-cuda-passes"
 _OPTIONAL = {"transformers": "export, generate and the folders of exports", "safetensors": "--inputs"}
+_BACKENDS = {"coreml": ("coremltools",), "openvino": ("openvino", "nncf")}
+"""The packages that only one target needs."""
 _FREE = 2e9
 """Bytes that a compile may need in the cache of Inductor."""
 _SOURCE = '#include <vector>\nextern "C" int answer() { return std::vector<int>(42).size(); }\n'
@@ -85,6 +87,9 @@ def _versions(quick: bool) -> Found:
         except PackageNotFoundError:
             if name == "triton" and sys.platform != "linux":
                 yield "note", name, "not installed: it does not exist for this system, and cuda needs it", ""
+            elif target := next((each for each, names in _BACKENDS.items() if name in names), ""):
+                fix = f"pip install 'et-cuda-passes[{target}]'"
+                yield "note", name, f"not installed: lowering to {target} needs it", fix
             elif name == "et-cuda-passes":
                 yield "note", name, "not installed: it runs from its source", ""
             else:
@@ -129,7 +134,12 @@ def _hooks(quick: bool) -> Found:
         yield "ok", f"Partitioner.{hook}", "present", ""
     else:
         yield "wrong", f"Partitioner.{hook}", "missing", f"pip install 'executorch>={RANGES['executorch'][0]}'"
-    for target, name in (("cuda", "CudaPartitioner"), ("metal", "MetalPartitioner"), ("xnnpack", "XnnpackPartitioner")):
+    for target, name in (
+        ("cuda", "CudaPartitioner"),
+        ("metal", "MetalPartitioner"),
+        ("xnnpack", "XnnpackPartitioner"),
+        ("vulkan", "VulkanPartitioner"),
+    ):
         try:
             cls = getattr(import_module(f"et_cuda_passes.executorch.{target}"), name)
         except Exception as error:  # a backend that is not built raises anything
@@ -265,11 +275,13 @@ def _cache() -> Found:
 def _targets(quick: bool) -> Found:
     """The smallest path for each target."""
     from et_cuda_passes.cli.smallest import walk
+    from et_cuda_passes.executorch.lower import no_lowering
+    from et_cuda_passes.targets import get_target
 
     start_runtime()
     for target in TARGETS:
-        # XNNPACK compiles nothing.
-        lowering = not quick or target == "xnnpack"
+        # These compile nothing with a compiler of this machine.
+        lowering = not quick or target in ("xnnpack", "vulkan")
         try:
             walked = walk(target, lowering)
         except Exception as error:  # so do torch, ExecuTorch and compilers
@@ -290,7 +302,7 @@ def _targets(quick: bool) -> Found:
                 "note",
                 target,
                 f"rewritten, relative error {walked.rewritten.relative:.1e}",
-                (f"to lower, it needs {walked.missing}"),
+                no_lowering(get_target(target)) or f"to lower, it needs {walked.missing}",
             )
         else:
             yield "ok", target, f"rewritten, relative error {walked.rewritten.relative:.1e}; not lowered (--quick)", ""

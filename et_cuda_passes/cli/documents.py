@@ -348,7 +348,8 @@ class Export(Document):
             were kept.
         files: the files that were written.
         unfinished: what this machine lacks for a target, by target. The packed programs are in the folder.
-        error: the same as text, with the command that goes on; null if all targets are finished.
+        left_out: why a target cannot take the schemes or the model, by target. Nothing is written for it.
+        error: both as text, with the command that goes on; null if all targets are finished.
     """
 
     name: ClassVar[str] = "export"
@@ -358,6 +359,7 @@ class Export(Document):
     gguf_blocks: dict[str, str]
     files: list[File]
     unfinished: dict[str, str]
+    left_out: dict[str, str]
     error: str | None = None
 
 

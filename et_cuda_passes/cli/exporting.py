@@ -128,13 +128,20 @@ def export(
             autocompletion=completes("fold", "dynamic-activation"),
         ),
     ] = "fold",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse the export if one of several targets cannot take the schemes as they are."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a model of transformers: quantize it, trace it once, and write what each target runs.
 
-    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    cuda, metal: .pte and .ptd; cpu: an AOTInductor .pt2; the others: .pte. A target that cannot take the schemes is
+    left out, and the exit code is then 1.
     """
     options: dict[str, Any] = {
         "target": target,
@@ -164,6 +171,10 @@ def export(
         with _refusals():
             check_extra("export")
             quantization = QuantizationOptions(**options)
+            refused = _refused(quantization, strict)
+            if refused:
+                options["target"] = ",".join(name for name in quantization.targets if name not in refused)
+                quantization = QuantizationOptions(**options)
             check_schemes(quantization)
             if gpu is not None:
                 check_gpu(gpu, get_target("cuda" if "cuda" in quantization.targets else quantization.targets[0]))
@@ -177,15 +188,16 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
-            others = {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
-            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | others)
+            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, refused)
             # ``verify`` loads the model again.
             exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
-        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name, gpu))}
-        problem = _unfinished(output_dir, lacking) if lacking else None
+        written = [name for name in quantization.targets if name not in refused]
+        lacking = {name: each for name in written if (each := missing_requirement(name, gpu))}
+        problem = _problem(output_dir, lacking, refused)
         files = _files(exported, output_dir)
         if as_json:
             reports = {
@@ -193,12 +205,16 @@ def export(
                 for name, parts in exported.report["targets"].items()
             }
             quantized = [QuantizationData(each) for each in exported.report["quantization"]]
-            print_json(Export(str(output_dir), reports, quantized, loaded.kept, files_of(files), lacking, problem))
+            print_json(
+                Export(str(output_dir), reports, quantized, loaded.kept, files_of(files), lacking, refused, problem)
+            )
         else:
             _print_kept(loaded.kept)
             _print_report(exported.report)
             list_files(files)
-            finished = [name for name in quantization.targets if name not in lacking]
+            finished = [name for name in written if name not in lacking]
+            if refused:
+                _print_targets(finished, lacking, refused)
             generates = {"prefill", "decode"} == set(exported.components) and loaded.processor is not None
             _print_next(output_dir, finished, model, gguf, generates)
         if problem:
@@ -213,8 +229,12 @@ def _export(
     keep_gguf: bool,
     max_length: int | None,
     options: dict[str, Any],
+    refused: dict[str, str],
 ) -> tuple[Any, Any]:
-    """The export, and the model."""
+    """The export, and the model.
+
+    ``refused`` gets the targets that cannot take the model, if others can.
+    """
     step(f"loading {checkpoint}")
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf import EtConfig, EtExporter
@@ -224,6 +244,9 @@ def _export(
     with _stage(step, names), quiet():
         loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
         dynamic = "input_ids" in loaded.inputs
+        if dynamic:
+            names = _with_dynamic_sizes(names, refused)
+            options["target"] = ",".join(names)
         config = EtConfig(**options, dynamic=dynamic, max_length=loaded.text_length if dynamic else None)
         # Writing is one more step.
         exporter = EtExporter(step, lambda count: step.expect(count + 1), step.part)
@@ -399,6 +422,68 @@ def _print_next(folder: Path, finished: list[str], model: str, gguf: Path | None
     if generates:
         following = ["et-cuda-passes", "generate", str(folder), *trusted, "--prompt", "Hello"]
         typer.echo(f"next: {shlex.join(following)}")
+
+
+def _refused(options: "QuantizationOptions", strict: bool) -> dict[str, str]:
+    """The targets that are left out, each with the reason, after a line about each of them.
+
+    Raises:
+        UsageError: all are, or one is with ``--strict``.
+    """
+    from et_cuda_passes.executorch.lower import no_lowering
+    from et_cuda_passes.hf.options import folded_targets, refused_targets
+    from et_cuda_passes.targets import get_target
+
+    refused = {name: text for name in options.targets if (text := no_lowering(get_target(name)))}
+    if len(refused) == len(options.targets):
+        raise UsageError("; ".join(refused.values()))
+    refused |= {name: _in_options(text) for name, text in refused_targets(options).items() if name not in refused}
+    folded = {name: _in_options(text) for name, text in folded_targets(options).items() if name not in refused}
+    if strict and (problems := refused | folded):
+        raise UsageError("--strict: " + "; ".join(f"{name}: {text}" for name, text in problems.items()))
+    for name, text in refused.items():
+        typer.echo(f"{name} is left out: {text}", err=True)
+    for name, text in folded.items():
+        typer.echo(f"{name}: {text}", err=True)
+    return refused
+
+
+def _with_dynamic_sizes(names: list[str], refused: dict[str, str]) -> list[str]:
+    """The targets that take dynamic sizes; the others are left out and added to ``refused``.
+
+    Raises:
+        UsageError: none does.
+    """
+    from et_cuda_passes.targets import get_target
+
+    without = [name for name in names if not get_target(name).dynamic_sizes]
+    reason = "it takes inputs of fixed sizes, and those of a model of text are dynamic"
+    if without == names:
+        raise UsageError(f"--target {','.join(names)}: {reason}")
+    for name in without:
+        refused[name] = reason
+        typer.echo(f"{name} is left out: {reason}", err=True)
+    return [name for name in names if name not in without]
+
+
+def _print_targets(finished: list[str], lacking: dict[str, str], refused: dict[str, str]) -> None:
+    """Print a table of the targets: written, written packed, or left out."""
+    rows = [
+        *((name, "written") for name in finished),
+        *((name, f"written packed: lowering needs {text}") for name, text in lacking.items()),
+        *((name, f"left out: {text}") for name, text in refused.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        typer.echo(f"{name:<{width}}  {text}")
+
+
+def _problem(folder: Path, lacking: dict[str, str], refused: dict[str, str]) -> str | None:
+    """The error about targets that are not finished or left out; None if there are none."""
+    texts = [f"{name} is left out: {text}" for name, text in refused.items()]
+    if lacking:
+        texts.append(_unfinished(folder, lacking))
+    return "; ".join(texts) or None
 
 
 def _unfinished(folder: Path, lacking: dict[str, str]) -> str:

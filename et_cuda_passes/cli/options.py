@@ -13,9 +13,9 @@ import typer
 
 from et_cuda_passes.kernels.gpus import GPUS
 
-TARGETS = ("cuda", "metal", "xnnpack", "cpu")
+TARGETS = ("cuda", "metal", "xnnpack", "cpu", "vulkan", "coreml", "openvino", "mlx", "tensorrt")
 """``ecp.targets()``"""
-EXECUTABLE = ("cuda", "xnnpack", "cpu")
+EXECUTABLE = ("cuda", "xnnpack", "cpu", "openvino")
 """The targets whose programs run in Python: :data:`et_cuda_passes.executorch.run.EXECUTABLE`."""
 
 SCHEMES = ("4w", "4w_hqq", "8w", "8da4w", "8da8w", "8da4w,8da8w", "fpa4w")

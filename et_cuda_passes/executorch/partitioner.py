@@ -41,6 +41,8 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     """Called with "decomposing" and "partitioning" as ExecuTorch begins these with a method."""
 
     _gpu: str | None = None
+    _computes_only_outcomes: str = ""
+    """The name of a backend that would compute something else, or fail later, for a weight that a rewrite missed."""
 
     def __init__(
         self,
@@ -76,19 +78,37 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         return Report.merge(self.reports)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
+        """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged.
+
+        Raises:
+            ExpectationError: the counts are not those expected.
+            ValueError: a quantized weight would reach the backend in a form that it cannot compute.
+        """
         if self.began is not None:
             self.began("decomposing")
         exported_program = super().transform_for_pre_decomposition(exported_program)
         program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
         check_expectations(self._expect, report)
+        if self._computes_only_outcomes:
+            _refuse_misses(self._computes_only_outcomes, report)
         return program
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         if self.began is not None:
             self.began("partitioning")
         return super().partition(exported_program)
+
+
+def _refuse_misses(backend: str, report: Report) -> None:
+    if report.warnings:
+        raise ValueError("; ".join(report.warnings))
+    missed = [outcome for outcome in report.outcomes if outcome.status == "missed"]
+    if missed:
+        listed = "; ".join(
+            f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
+        )
+        raise ValueError(f"{backend} cannot compute these quantized weights correctly: {listed}")
 
 
 class AotiRewritingPartitioner(RewritingPartitioner):

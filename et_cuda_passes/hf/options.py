@@ -26,7 +26,7 @@ from et_cuda_passes.hf.support import (
     support,
     usual_support,
 )
-from et_cuda_passes.rules.xnnpack import FoldDequantize
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.targets import own_targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
@@ -273,6 +273,36 @@ def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | No
         raise UsageError(
             f"cast_to_bf16=True is for kernels of {usable}, and the target is {', '.join(names)}: leave it out"
         )
+    _check_targets(options, names)
+
+
+def refused_targets(options: QuantizationOptions) -> dict[str, str]:
+    """The targets of the options that cannot take their schemes, each with the reason; empty if none or all cannot."""
+    promised, refused = promised_targets(options), {}
+    for name in options.targets:
+        try:
+            _check_targets(options, [*(each for each in options.targets if each in promised and each != name), name])
+        except UsageError as error:
+            refused[name] = str(error)
+    return refused if len(refused) < len(options.targets) else {}
+
+
+def folded_targets(options: QuantizationOptions) -> dict[str, str]:
+    """The targets of the options that compute with floating-point weights for a scheme, each with the reason."""
+    folded = {}
+    for place, (scheme, embedding) in options.schemes().items():
+        for name in options.targets:
+            if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
+                folded[name] = f"{place}={scheme}: it computes with floating-point weights; {instead(scheme, name)}"
+    return folded
+
+
+def _check_targets(options: QuantizationOptions, names: Sequence[str]) -> None:
+    """Check that each target has the schemes, the packing formats and the group sizes.
+
+    Raises:
+        UsageError: one of them has not.
+    """
     for place, (scheme, embedding) in options.schemes().items():
         kinds = (False, True) if embedding is None and scheme.name in FOR_EMBEDDINGS else (bool(embedding),)
         _check_promise(place, scheme, names)

@@ -31,8 +31,8 @@ from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.linear import int4_kernel
-from et_cuda_passes.rules.xnnpack import FoldDequantize
 from et_cuda_passes.targets import default_passes, get_target, own_targets
 from et_cuda_passes.targets.compatibility import packed_layouts
 
@@ -393,7 +393,7 @@ def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embed
     """
     sizes = (PER_AXIS,) if scheme.per_row or embedding else (32, PER_AXIS)
     found = [support(scheme, size, 256, target, packing_format, embedding) for size in sizes]
-    return next((each for each in found if each.status is not Status.IMPOSSIBLE), found[0])
+    return min(found, key=lambda each: (not each.status.has_kernel, each.status is Status.IMPOSSIBLE))
 
 
 def instead(scheme: Scheme, target: str) -> str:

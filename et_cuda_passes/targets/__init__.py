@@ -6,11 +6,16 @@ from collections.abc import Mapping
 
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.plugins import RULES, TARGETS, Plugin, installed, report_fault
+from et_cuda_passes.targets.coreml import COREML
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
 from et_cuda_passes.targets.joining import remember_origin, with_plugins
 from et_cuda_passes.targets.metal import METAL
+from et_cuda_passes.targets.mlx import MLX
+from et_cuda_passes.targets.openvino import OPENVINO
 from et_cuda_passes.targets.target import Target
+from et_cuda_passes.targets.tensorrt import TENSORRT
+from et_cuda_passes.targets.vulkan import VULKAN
 from et_cuda_passes.targets.xnnpack import XNNPACK
 
 __all__ = ["Target", "default_passes", "get_target", "targets"]
@@ -27,11 +32,11 @@ RENAMED_PASSES: Mapping[str, str] = {
 }
 """Former names of rules with their present names, for error messages."""
 
-_TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU)}
+_TARGETS = {target.name: target for target in (CUDA, METAL, XNNPACK, CPU, VULKAN, COREML, OPENVINO, MLX, TENSORRT)}
 
 
 def own_targets() -> tuple[str, ...]:
-    """The names of the targets of this package: "cuda", "metal", "xnnpack", "cpu"."""
+    """The names of the targets of this package, "cuda" and "cpu" among them."""
     return tuple(_TARGETS)
 
 

@@ -104,7 +104,7 @@ def test_invalid_options_are_errors(files: dict[str, Path], command: Run, tmp_pa
     assert "the folder" in said(*floats, "--target-snr", 30, "--recipe", tmp_path / "none" / "recipe.toml")
     assert "--algorithm gptq: give hqq or affine" in said(*floats, "--algorithm", "gptq")
     assert "give one of them" in said("-t", "cpu", "--inputs", files["x5"], "--random-seed", 1)
-    assert "cuda, metal, xnnpack, cpu" in said("-t", "tpu")
+    assert "cuda, metal, xnnpack, cpu, vulkan" in said("-t", "tpu")
     assert "does not exist" in said("--float", tmp_path / "none.pt2")
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"x")

@@ -362,7 +362,7 @@ def test_traceback_is_printed_only_with_debug(tmp_path: Path, command: Run) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--target", "tpu"], "cuda, metal, xnnpack, cpu"),
+        (["--target", "tpu"], "cuda, metal, xnnpack, cpu, vulkan"),
         (["--target", "cpu", "--output-dir", "model.pt2"], "is a file"),
         (["--target", "cpu", "--output-dir", "model.pt2/below"], "is a file"),
         (["--target", "cpu", "--expect", "linear_int4"], "NAME=COUNT"),

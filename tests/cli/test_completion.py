@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import et_cuda_passes as ecp
+from et_cuda_passes.cli.options import EXECUTABLE, TARGETS
 
 ROOT = Path(ecp.__file__).parent.parent
 
@@ -44,16 +45,16 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
         ("do", ["doctor"]),
         ("lower --stop", ["--stop-after"]),
         ("lower model.pt2 --stop-after ", ["rewrite"]),
-        ("lower model.pt2 --target ", ["cuda", "metal", "xnnpack", "cpu"]),
+        ("lower model.pt2 --target ", list(TARGETS)),
         ("explain model.pt2 -t x", ["xnnpack"]),
-        ("export --target cuda,", ["cuda,metal", "cuda,xnnpack", "cuda,cpu"]),
+        ("export --target cuda,", [f"cuda,{name}" for name in TARGETS[1:]]),
         ("export --target cuda,xn", ["cuda,xnnpack"]),
         ("export --qlinear 8d", ["8da4w", "8da8w", "8da4w,8da8w"]),
         ("export --qembedding ", ["4w", "8w", "4w_hqq"]),
         ("explain model.pt2 --gpu sm_1", ["sm_100", "sm_120"]),
         ("lower model.pt2 --expect linear_", ["linear_int4=", "linear_int8="]),
         ("lower model.pt2 --expect miss", ["missed="]),
-        ("verify model.pt2 --target ", ["cuda", "xnnpack", "cpu"]),
+        ("verify model.pt2 --target ", list(EXECUTABLE)),
     ],
 )
 def test_last_word_is_completed(line: str, words: list[str], script: Path) -> None:

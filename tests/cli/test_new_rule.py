@@ -99,7 +99,10 @@ def test_new_rule_in_a_bad_package_is_an_error(package: str, error: str, here: P
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ("cqu", "--target cqu: there is no such target; known are cuda, metal, xnnpack, cpu"),
+        (
+            "cqu",
+            "--target cqu: there is no such target; known are cuda, metal, xnnpack, cpu, vulkan",
+        ),
         ("my_npu:npu", "a rule joins the list of a target by its name"),
     ],
 )

@@ -74,7 +74,10 @@ def test_target_of_another_package_is_explained(target: str, installed: bool, fo
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ("my_npu", "known targets are cuda, metal, xnnpack, cpu, and MODULE:NAME is one of your own package"),
+        (
+            "my_npu",
+            "known targets are cuda, metal, xnnpack, cpu, vulkan",
+        ),
         ("nowhere:npu", "cannot be imported from nowhere:npu (ModuleNotFoundError: No module named 'nowhere')"),
         ("my_npu:other", "AttributeError: module 'my_npu' has no attribute 'other'"),
         ("my_npu:NpuLinear", "not an et_cuda_passes.Target"),

@@ -24,6 +24,7 @@ from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
 from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
 from et_cuda_passes.testing import Experts, NearMiss, Quantized, Sketch, assert_near_misses, export, floats
 from tests.experts import IDS, OFFS, E, K, N
+from tests.rules import keep_near_misses
 from tests.rules.linear_models import Convolution, EightBitActivations, quantized_to_8_bits
 from tests.rules.xnnpack_models import Decomposed, Dynamic, InBranch, Siblings, WeightOnly
 
@@ -236,12 +237,12 @@ def table(k: int = 64, group: int = 32, low: int = -8, high: int = 7, **options:
     return Quantized(16, k, group, low, high, form=lambda ids, w, b: F.embedding(ids, w), **options)
 
 
-def with_minimums() -> ExportedProgram:
-    """A table of GGUF's type Q4_K, whose blocks hold 256 weights in 144 bytes."""
+def with_minimums(kind: str = "q4_k", size: int = 144) -> ExportedProgram:
+    """A table of GGUF's type Q4_K, whose blocks hold 256 weights in 144 bytes; or of Q5_K, in 176."""
     from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 
     embedding = nn.Embedding(16, 256)
-    blocks = ExportableGGUFTensor.from_raw(torch.zeros(16, 144, dtype=torch.uint8), "q4_k", FP32)
+    blocks = ExportableGGUFTensor.from_raw(torch.zeros(16, size, dtype=torch.uint8), kind, FP32)
     embedding.weight = nn.Parameter(blocks, requires_grad=False)
     return export(nn.Sequential(embedding), ROW_IDS)
 
@@ -678,6 +679,7 @@ case(
         "weight_has_data": lambda: without_data(WeightOnly(), x_of()),
         "readers_have_float_activations": made_dynamic(zero_point=3),
         "scales_are_finite": lambda: export(WeightOnly(scale=float("inf")), x_of()),
+        "backend_has_dtype": NearMiss(lambda: export(WeightOnly(dtype=BF16), x_of(dtype=BF16)), "vulkan"),
     },
     "xnnpack",
 )
@@ -764,6 +766,9 @@ class LargestPlace(nn.Module):
 
 
 case(LargestAlone(), {"indices_are_not_read": lambda: export(LargestPlace(), x_of())}, "xnnpack")
+
+
+CASES.update(keep_near_misses.cases(with_minimums, lambda: with_minimums("q5_k", 176)))
 
 
 @pytest.mark.parametrize("name", CASES)

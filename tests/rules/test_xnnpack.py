@@ -291,7 +291,7 @@ def test_dequantize_is_folded_to_its_own_result(dtype: torch.dtype) -> None:
     (outcome,) = report.outcomes
     assert outcome.detail == "int8 group 16 -> float weight"
     dtype_name = str(dtype).removeprefix("torch.")
-    assert f"weight-only int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
+    assert f"this int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
     assert "Int8DynamicActivationIntxWeightConfig" in str(outcome.reasons[0])
     assert torch.equal(program.state_dict["q.dequantized"], model.weight())
 

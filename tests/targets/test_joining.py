@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 import et_cuda_passes as ecp
 from et_cuda_passes import plugins
 from et_cuda_passes.plugins import PluginError, PluginWarning
-from et_cuda_passes.targets import joining
+from et_cuda_passes.targets import joining, own_targets
 from tests.plugins import RULE, install
 
 AFTER = RULE.replace("requirements = (", 'after = ("linear_int8",)\n    before = ("conv_int4",)\n    requirements = (')
@@ -191,7 +191,7 @@ TARGET = RULE + 'npu = ecp.Target("my_npu", "an accelerator", kernels={}, passes
 
 def test_target_of_a_plugin_is_found_with_the_origin_of_its_rules(folder: Path) -> None:
     install(folder, "my-npu", TARGET, entry="npu", group="targets")
-    assert ecp.targets() == ("cuda", "metal", "xnnpack", "cpu", "my_npu")
+    assert ecp.targets() == (*own_targets(), "my_npu")
     _, report = ecp.rewrite(exported(), "my_npu", expect={"write_silu": 1})
     assert report.packages == {"write_silu": "my-npu 1.0"}
 
@@ -199,7 +199,7 @@ def test_target_of_a_plugin_is_found_with_the_origin_of_its_rules(folder: Path) 
 def test_target_of_a_plugin_under_a_name_of_this_package_is_a_warning(folder: Path) -> None:
     install(folder, "cpu", TARGET, entry="npu", group="targets")
     with pytest.warns(PluginWarning, match="plugin cpu \\(target\\) of cpu 1.0: this package has the target cpu"):
-        assert ecp.targets() == ("cuda", "metal", "xnnpack", "cpu")
+        assert ecp.targets() == own_targets()
     assert ecp.get_target("cpu").summary == "AOTInductor on the CPU"
 
 
