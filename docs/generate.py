@@ -289,7 +289,7 @@ _MARKS = ("<!-- targets and schemes, written by `make docs` -->", "<!-- end of t
 
 
 def matrix() -> str:
-    """What each target does with a layer of each scheme, in one word."""
+    """The outcome of a layer of each scheme on each target, in one word."""
 
     def word(scheme: Scheme, target: str, embedding: bool = False) -> str:
         if scheme.only_for not in (None, target):

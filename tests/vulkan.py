@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclass
 class Lowered:
-    """What stands in a lowered program.
+    """The contents of a lowered program.
 
     Attributes:
         outside: names of the operators beside the delegate.

@@ -479,7 +479,7 @@ def _print_targets(finished: list[str], lacking: dict[str, str], refused: dict[s
 
 
 def _problem(folder: Path, lacking: dict[str, str], refused: dict[str, str]) -> str | None:
-    """The error about targets that are not finished or left out; None if there are none."""
+    """The error about targets that are not finished or left out; None without one."""
     texts = [f"{name} is left out: {text}" for name, text in refused.items()]
     if lacking:
         texts.append(_unfinished(folder, lacking))

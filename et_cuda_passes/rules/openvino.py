@@ -44,7 +44,7 @@ _LEAST_PART = 16
 
 
 def native_group_size(weight: QuantizedWeight) -> int | None:
-    """The group size with which OpenVINO computes the weight correctly, or None if there is none.
+    """The group size with which OpenVINO computes the weight correctly, or None if no size is right.
 
     OpenVINO 2025.4 computes other numbers, without an error, for many group sizes that are no power of two, and for
     rows of an odd length with one scale each. A group is divided into parts with one scale, the largest power of two

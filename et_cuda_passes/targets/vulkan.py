@@ -18,7 +18,7 @@ VULKAN = Target(
     passes=lambda: [
         CopyTiedWeight(),
         KeepVulkanDynamicLinear(),
-        # What the kernel of quantized activations does not take is computed with float activations.
+        # Other layers than the kernel of quantized activations takes are computed with float activations.
         DropActivationQuantization(),
         KeepVulkanLinear(),
         KeepVulkanEmbedding(),

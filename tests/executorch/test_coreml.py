@@ -151,7 +151,7 @@ def test_stock_backend_stores_other_weights_without_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *WRONG])
-def test_what_is_not_kept_is_folded_or_refused(name: str) -> None:
+def test_other_weights_are_folded_or_refused(name: str) -> None:
     program = REFUSED[name]() if name in REFUSED else WRONG[name][0]()
     if "in bfloat16" in name and "scales" not in name:
         with pytest.raises(ValueError, match="coreml has float32, float16: export the model in one of these"):
