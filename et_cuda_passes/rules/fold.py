@@ -111,7 +111,7 @@ class DropActivationQuantization(Rule):
     """dequantize(quantize(x)) -> x, where torchao quantizes x while the program runs
 
     It is for a target that computes linears with float activations. The results are those of the same weights without
-    the rounding of the activations to 8 bits, as on cuda, metal and cpu. A linear that an earlier rule keeps still reads
+    the rounding of the activations to 8 bits, as on cuda, metal and cpu. A linear that an earlier rule keeps reads
     the quantized activation.
     """
 
