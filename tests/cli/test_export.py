@@ -484,6 +484,7 @@ def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
     assert ("x quantize_activation" in result.out) == (choice != "fold")
 
 
+@pytest.mark.slow
 def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
     tmp_path: Path, command: Run, without_gpu: None
 ) -> None:

@@ -326,6 +326,7 @@ def test_verify_of_an_export_prints_every_comparison(exported: tuple[Path, Resul
     assert alone["holds"] is None and alone["outputs"] == [] and "compared with nothing" in alone["verdict"]
 
 
+@pytest.mark.slow
 def test_run_of_a_component_prints_a_document(exported: tuple[Path, Result], command: Run) -> None:
     folder, _ = exported
     result = command("run", folder, "--component", "prefill", "-t", "xnnpack", "--json")
@@ -334,6 +335,7 @@ def test_run_of_a_component_prints_a_document(exported: tuple[Path, Result], com
     assert (found["ran"], found["target"]) == ("prefill", "xnnpack") and found["outputs"][0]["mean"] is not None
 
 
+@pytest.mark.slow
 def test_generate_prints_the_text_only_in_the_document(exported: tuple[Path, Result], models: Path) -> None:
     folder, _ = exported
     asked = ("--prompt", "lazy brown", "--max-new-tokens", "6", "--target", "xnnpack")

@@ -111,6 +111,7 @@ def packed(folder: Path) -> Path:
     return out / "model.my_npu.packed.pt2"
 
 
+@pytest.mark.slow
 def test_program_with_an_operator_of_another_package_names_it_and_the_fix(packed: Path, folder: Path) -> None:
     result = run(folder, "explain", packed, "--target", "cpu", "--trust")
     assert result.code == 2

@@ -61,6 +61,7 @@ def test_rules_as_json_has_the_package_of_a_plugin(folder: Path) -> None:
     assert (last["name"], last["package"], last["options"]) == ("write_silu", "my-rules 1.0", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [("--no-plugins",), ("--no-plugins", "--import", "json")])
 @pytest.mark.parametrize("first", [True, False])
 def test_options_about_plugins_stand_before_or_after_the_command(
