@@ -241,7 +241,7 @@ def test_explain_prints_the_reports_of_several_targets(tmp_path: Path, command: 
     ("target", "said"),
     [
         ("cpu,cpu", "--target cpu,cpu has cpu twice; name each target once"),
-        ("cpu,vulkan", "unknown target 'vulkan'"),
+        ("cpu,qnn", "unknown target 'qnn'"),
         ("cpu,", "unknown target ''"),
     ],
 )
