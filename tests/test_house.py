@@ -12,7 +12,7 @@ import pytest
 
 import et_cuda_passes as ecp
 from et_cuda_passes import Rule
-from et_cuda_passes._versions import RANGES
+from et_cuda_passes._versions import RANGES, REASONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "et_cuda_passes"
@@ -52,8 +52,8 @@ def kept_files() -> list[Path]:
 def test_make_help_lists_the_targets() -> None:
     listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
     assert listed == [
-        "setup", "demo", "test", "real", "zoo", "nightly", "limits", "replay",
-        "lint", "types", "layers", "golden", "docs", "clean",
+        "setup", "demo", "test", "browser", "real", "zoo", "nightly", "limits", "replay",
+        "lint", "types", "layers", "golden", "docs", "site", "clean",
     ]  # fmt: skip
 
 
@@ -109,6 +109,12 @@ def test_rule_has_no_base_class_between(rule: type[Rule]) -> None:
     assert "requirements" in vars(rule) or not rule.requirements
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_rule_of_the_package_stands_where_its_list_has_it(rule: type[Rule]) -> None:
+    """``before`` and ``after`` are for rules of other packages."""
+    assert (rule.before, rule.after) == ((), ())
+
+
 def test_rules_of_every_default_list_are_checked() -> None:
     listed = {type(entry) for target in ecp.targets() for entry in ecp.default_passes(target)}
     assert listed <= {*RULES}
@@ -143,6 +149,9 @@ def test_distribution_contains_the_packages_of_its_metadata() -> None:
 
 def test_ranges_of_the_metadata_are_checked_at_import() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in project["dependencies"]}
+    extras = project["optional-dependencies"]
+    entries = [*project["dependencies"], *extras["openvino"], *extras["coreml"]]
+    declared = {re.split(r"[<>=]", entry)[0]: entry.partition(";")[0] for entry in entries}
     for name, (lowest, beyond) in RANGES.items():
-        assert declared[name] == f"{name}>={lowest},<{beyond}"
+        bound = "" if name in REASONS else f",<{beyond}"
+        assert declared[name] == f"{name}>={lowest}{bound}"

@@ -9,9 +9,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.targets import RENAMED_PASSES
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.helpers import Sketch, chain, names
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses, assert_rewrites
+from tests.helpers import chain, names
 
 aten = torch.ops.aten
 
@@ -65,7 +64,10 @@ def test_rewrite_rejects_graph_module(program: ExportedProgram) -> None:
 
 
 def test_rewrite_lists_known_targets_for_unknown_name(program: ExportedProgram) -> None:
-    with pytest.raises(ValueError, match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu"):
+    with pytest.raises(
+        ValueError,
+        match="unknown target 'tpu'; known targets are cuda, metal, xnnpack, cpu, vulkan",
+    ):
         ecp.rewrite(program, "tpu")
 
 
@@ -259,3 +261,76 @@ def test_assert_misses_fails_with_the_report(program: ExportedProgram) -> None:
         assert_misses(program, "K = 40", rule="linear_int3")
     with pytest.raises(ValueError, match="an empty reason"):
         assert_misses(program, "")
+
+
+# Bytes, kernels and layouts of each layer -----------------------------------------------------------------------------
+
+
+class Gated(torch.nn.Module):
+    """down(silu(gate(x)) * up(x)), without zero points and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = (Quantized(128, 64, zero_points=None, form=no_bias, seed=seed) for seed in (1, 2))
+        self.down = Quantized(64, 128, zero_points=None, form=no_bias, seed=3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+        return y
+
+
+def no_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+@pytest.mark.parametrize("target", ecp.targets())
+def test_bytes_of_the_layers_add_up_to_those_of_the_program(target: str) -> None:
+    exported = torch.export.export(Gated(), (torch.zeros(2, 64, dtype=torch.bfloat16),))
+    _, report = ecp.rewrite(exported, target)
+    assert len(report.outcomes) == 3
+    others = report.bytes_before - sum(outcome.bytes_before for outcome in report.outcomes)
+    # The model has biases, which its linears do not read.
+    assert others == sum(layer.bias.nbytes for layer in Gated().children())  # type: ignore[operator, union-attr]
+    assert report.bytes_after - sum(outcome.bytes_after for outcome in report.outcomes) == others
+    assert [outcome.bytes_before for outcome in report.outcomes] == [128 * 64 + 128 * 2 * 2] * 3
+    assert [(outcome.scheme, outcome.shape) for outcome in report.outcomes] == [
+        ("int4 group 32", [128, 64]),
+        ("int4 group 32", [128, 64]),
+        ("int4 group 32", [64, 128]),
+    ]
+
+
+def test_joined_weights_share_their_bytes_by_size() -> None:
+    exported = torch.export.export(Gated(), (torch.zeros(2, 64, dtype=torch.bfloat16),))
+    program, report = ecp.rewrite(exported, "cuda", expect={"fuse_gate": 1})
+    gate, up, _ = report.outcomes
+    joined = [tensor.nbytes for name, tensor in program.state_dict.items() if "gated" in name]
+    assert gate.bytes_after == up.bytes_after == sum(joined) / 2
+    assert (gate.kernel, gate.layout) == ("triton", "mma_tiled")
+
+
+def test_missed_layer_keeps_its_bytes_and_names_no_kernel(program: ExportedProgram) -> None:
+    _, report = ecp.rewrite(program, "cuda")
+    missed = report.outcomes[1]
+    assert missed.status == "missed"
+    assert missed.bytes_after == missed.bytes_before > 0
+    assert (missed.kernel, missed.layout, missed.scheme) == ("", "", "int4 per-axis")
+
+
+def test_report_says_where_the_tilings_come_from(program: ExportedProgram) -> None:
+    _, named = ecp.rewrite(program, "cuda", gpu="sm_89")
+    assert not named.tilings and named.notes[0].startswith("tilings predicted")
+    # The int8 operator of cpu is that of cuda.
+    words = torch.export.export(
+        Quantized(64, 64, group=64, low=-128, high=127), (torch.zeros(1, 64, dtype=torch.bfloat16),)
+    )
+    for given in (program, words):
+        _, packed = ecp.rewrite(given, "cpu")
+        assert packed.counts()["rewritten"] and not packed.tilings and not packed.notes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tilings are those of the GPU that is present")
+def test_report_says_that_no_gpu_is_named(program: ExportedProgram) -> None:
+    _, report = ecp.rewrite(program, "cuda")
+    assert report.tilings.startswith("tilings: no GPU is named, so they are shown for sm_90")
+    assert report.tilings not in str(report)

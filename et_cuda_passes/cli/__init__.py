@@ -1,16 +1,15 @@
 """The command line: lower a saved program for a target, report the outcomes for a target, list the rules, run.
 
-Exit codes: 0 success, 1 the lowering or a run failed or an expectation is unmet, 2 bad usage. The result of a command
-goes to stdout, progress and errors go to stderr.
+Exit codes: 0 success, 1 the command failed or its answer is no (an expectation is unmet, an output is wrong, the
+installation lacks something), 2 bad usage. The result of a command goes to stdout, progress and errors go to stderr.
 """
 
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,46 +18,56 @@ import typer
 
 import et_cuda_passes as ecp
 from et_cuda_passes._versions import require_version
+from et_cuda_passes.cli.accuracy import accuracy
+from et_cuda_passes.cli.app import App, Imports, NoPlugins, StrictPlugins, common_options
 from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
     UsageError,
     check_writable,
     handle_errors,
+    handle_errors_without_torch,
     list_files,
     one_line,
-    quiet_import,
+    print_json,
 )
+from et_cuda_passes.cli.diagnosing import doctor
+from et_cuda_passes.cli.documents import Explain, Lower, ReportData, files_of
 from et_cuda_passes.cli.exporting import export, finish, is_export
 from et_cuda_passes.cli.generating import generate
+from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
+from et_cuda_passes.cli.matching import match
+from et_cuda_passes.cli.new_rule import new_rule
 from et_cuda_passes.cli.options import (
-    EXECUTABLE,
     TARGETS,
     ComponentName,
     Debug,
+    Device,
+    ExecutableTarget,
     Gpu,
     InputsPath,
     Json,
     ModelPath,
     RandomSeed,
     TargetName,
+    TargetNames,
+    TargetOfExport,
     Trust,
+    complete_expectations,
 )
 
 # The functions below import what they need, so that --help does not import torch.
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
-    from et_cuda_passes.executorch.lower import Progress
     from et_cuda_passes.executorch.packed import Model
 
 require_version("typer")
 require_version("rich")
 
-app = typer.Typer(
+app = App(
     help="Rewrite a generically quantized exported program for an ExecuTorch backend, and lower it.",
     no_args_is_help=True,
-    add_completion=False,
     # An error is one line, not a box, and a traceback has Python's form.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -71,7 +80,9 @@ class Stage(StrEnum):
     rewrite = "rewrite"
 
 
-@app.command()
+@app.command(
+    epilog="Exits with 1 if the program cannot be lowered on this machine, or a count of --expect is another one."
+)
 def lower(
     model: Annotated[
         Path,
@@ -88,8 +99,13 @@ def lower(
     ] = None,
     expect: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=COUNT", help="Fail unless a rule or status has this count (linear_int4=211)."),
+        typer.Option(
+            metavar="NAME=COUNT",
+            help="Fail unless a rule or status has this count (linear_int4=211).",
+            autocompletion=complete_expectations,
+        ),
     ] = None,
+    as_json: Json = False,
     gpu: Gpu = None,
     trust: Trust = False,
     debug: Debug = False,
@@ -102,7 +118,7 @@ def lower(
     with handle_errors(debug):
         import torch
 
-        from et_cuda_passes.executorch.lower import atomic_output, missing_requirement, no_lowering
+        from et_cuda_passes.executorch.lower import atomic_output, lowering_steps, missing_requirement, no_lowering
         from et_cuda_passes.executorch.lower import lower as lower_program
         from et_cuda_passes.executorch.packed import load_model, save_packed
         from et_cuda_passes.rewrite import check_expectations
@@ -113,7 +129,7 @@ def lower(
         if is_export(model):
             if output_dir not in (Path(), model) or stop_after or expect or gpu:
                 raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
-            finish(model, target)
+            finish(model, target, as_json)
             return
         if not stop_after and (problem := no_lowering(chosen)):
             raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
@@ -122,7 +138,8 @@ def lower(
         names = "|".join(map(re.escape, (*TARGETS, chosen.name)))
         stem = re.sub(rf"\.({names})\.packed$", "", model.stem) + f".{chosen.name}"
         packed = output_dir / f"{stem}.packed.pt2"
-        with Steps() as step:
+        steps = Steps(2 + (1 if stop_after else lowering_steps(chosen, 1)))
+        with steps as step:
             step(f"loading {model}")
             given = load_model(model, target, trust)
             if stop_after and packed.resolve() == model.resolve():
@@ -132,22 +149,33 @@ def lower(
             program, report = _rewritten(given, target, gpu, step)
             with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-        files = [output_dir / "report.json"]
-        print_report(given, report)
+                (staging / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
+        files = [output_dir / "report.json", output_dir / "report.html"]
+
+        def print_result(error: str | None = None) -> None:
+            if as_json:
+                capability = torch.backends.cpu.get_cpu_capability() if host_specific else None
+                print_json(Lower(target, ReportData(report.to_dict()), files_of(files), capability, error))
+
+        host_specific = is_host_specific(packed_layouts(program))
+        if not as_json:
+            typer.echo(report_text(given, report))
         try:
             check_expectations(demanded, report)
         except ecp.ExpectationError as error:
-            raise LoweringError(f"{str(error).splitlines()[0]}; nothing was lowered") from error
+            problem = f"{str(error).splitlines()[0]}; nothing was lowered"
+            print_result(problem)
+            raise LoweringError(problem) from error
 
         lacking = None if stop_after else missing_requirement(target, gpu_named_in(program))
-        with Steps() as step:
+        with steps as step:
             if not stop_after and not lacking:
                 try:
                     files += lower_program(program, target, output_dir, stem, step)
                 except Exception as error:
-                    raise LoweringError(
-                        f"{model} could not be lowered for {target}: {one_line(error)} (--debug shows the traceback)"
-                    ) from error
+                    problem = f"{model} could not be lowered for {target}: {one_line(error)}"
+                    print_result(problem)
+                    raise LoweringError(f"{problem} (--debug shows the traceback)") from error
             elif lacking and given.packed and gpu is None:
                 packed = model
             else:
@@ -155,70 +183,96 @@ def lower(
                 with atomic_output(output_dir) as staging:
                     save_packed(program, report, staging / packed.name)
                 files.append(packed)
-        list_files(files)
-        if is_host_specific(packed_layouts(program)):
+        if not as_json:
+            list_files(files)
+        if host_specific and not as_json:
             typer.echo(
                 f"packed for {torch.backends.cpu.get_cpu_capability()}: runs on hosts of this instruction set only"
             )
         if lacking:
             command = ["et-cuda-passes", "lower", str(packed), "--target", target, "--output-dir", str(output_dir)]
-            raise LoweringError(
+            problem = (
                 f"lowering to {target} needs {lacking}. The packed program is {packed}; on a machine that has it, "
                 f"continue with: {shlex.join(command)}"
             )
+            print_result(problem)
+            raise LoweringError(problem)
+        print_result()
 
 
 @app.command()
 def explain(
     model: ModelPath,
-    target: TargetName,
+    target: TargetNames,
     as_json: Json = False,
+    drawings: Annotated[
+        bool, typer.Option("--drawings", help="Draw the operators before and after each distinct rewrite, as text.")
+    ] = False,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the report as a page, which needs no network."),
+    ] = None,
+    model_explorer: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-explorer",
+            metavar="FILE",
+            help="Write the outcomes as node data for Model Explorer, which shows them on the graph of MODEL; with "
+            "several targets one file for each, as in FILE.cuda.json.",
+        ),
+    ] = None,
     gpu: Gpu = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Print the outcome of every quantized weight of MODEL for a target; writes no file."""
+    """Print the outcome of every quantized weight of MODEL, for one target or for several."""
     with handle_errors(debug):
         from et_cuda_passes.executorch.packed import load_model
 
-        _check_target(target, gpu)
-        with Steps() as step:
-            step(f"loading {model}")
-            given = load_model(model, target, trust)
-            _, report = _rewritten(given, target, gpu, step)
+        names = _target_names(target, gpu)
+        for path in filter(None, (html, model_explorer)):
+            _check_report_path(path, model)
+        reports, texts = {}, []
+        packed: dict[str, int] = {}
+        with Steps(2 * len(names)) as step:
+            for name in names:
+                step(f"loading {model}")
+                given = load_model(model, name, trust)
+                packed |= given.packed
+                _, reports[name] = _rewritten(given, name, gpu if _has_gpu(name) else None, step)
+                texts.append(report_text(given, reports[name]))
+                texts += [reports[name].drawn()] if drawings and reports[name].drawings else []
         if as_json:
-            typer.echo(report.to_json())
+            print_json(Explain(packed, {name: ReportData(report.to_dict()) for name, report in reports.items()}))
         else:
-            print_report(given, report)
+            typer.echo("\n\n".join(texts) if len(names) > 1 or drawings else texts[0])
+        written = _write_reports(reports, html, model_explorer, model.name)
+        if written and not as_json:
+            list_files(written)
 
 
 @app.command()
 def rules(as_json: Json = False) -> None:
     """List the passes of each target in order, and the rewrite, requirements and options of every rule."""
-    # `make docs` writes this file from the code. The rules themselves import torch.
-    text = (Path(__file__).parent / "rules.json").read_text(encoding="utf-8")
-    if as_json:
-        typer.echo(text, nl=False)
-        return
-    about = json.loads(text)
-    listed = {name: each["passes"] for name, each in about.items()}
-    lines = []
-    for name, passes in listed.items():
-        lines += [f"{name}: {about[name]['summary']}", f"  passes: {', '.join(entry['name'] for entry in passes)}"]
-    for entry in {entry["name"]: entry for passes in listed.values() for entry in passes}.values():
-        lines += ["", entry["name"], f"  {entry['rewrite']}"]
-        for need in entry["requires"]:
-            hint = f"; {need['hint']}" if need["hint"] else ""
-            lines.append(f"  requires {need['wanted']}{hint}")
-        lines += [f"  option {name} = {default}" for name, default in entry["options"].items()]
-    typer.echo("\n".join(lines))
+    with handle_errors_without_torch():
+        about = all_rules()
+        if as_json:
+            print_json(rules_document(about))
+        else:
+            typer.echo(as_text(about))
 
 
-app.command()(export)
-app.command()(generate)
+app.command(
+    epilog="Exits with 1 if a layer is below --fail-below, or a suggestion does not reach its ratio within its bytes."
+)(accuracy)
+app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
+app.command(epilog="Exits with 1 if the export does not run.")(generate)
+app.command()(match)
+app.command()(new_rule)
+app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if MODEL does not run.")
 def run(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A .pte lowered for cuda, or the folder of an export.")
@@ -230,12 +284,7 @@ def run(
         str | None, typer.Option(metavar="NAME", help="The method of a .pte; default: forward.", show_default=False)
     ] = None,
     component: ComponentName = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target", "-t", help="The target of an export; default: the first that runs here.", show_default=False
-        ),
-    ] = None,
+    target: TargetOfExport = None,
     inputs: InputsPath = None,
     random_seed: RandomSeed = None,
     trust: Annotated[
@@ -245,15 +294,9 @@ def run(
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Measure the time of the method; each run mutates its buffers.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DEVICE",
-            help="The device of a .pte: cuda, the default, cuda:1, ...; or cpu for a library that is compiled for cpu.",
-            show_default=False,
-        ),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Run a method of MODEL, or a component of an export, and print a summary of each output.
 
@@ -263,10 +306,10 @@ def run(
     with handle_errors(debug):
         from et_cuda_passes.cli.running import run_model
 
-        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device)
+        run_model(model, data, method, component, target, inputs, random_seed, trust, benchmark, device, as_json)
 
 
-@app.command()
+@app.command(epilog="Exits with 1 if an output is wrong, a file is damaged, or MODEL cannot be lowered or run.")
 def verify(
     model: Annotated[
         Path,
@@ -274,15 +317,7 @@ def verify(
             metavar="MODEL", help="A .pt2 from torch.export.save, a packed one, or the folder of an export."
         ),
     ],
-    target: Annotated[
-        str | None,
-        typer.Option(
-            "--target",
-            "-t",
-            help=f"One of {', '.join(EXECUTABLE)}; default for an export: all that run here.",
-            show_default=False,
-        ),
-    ] = None,
+    target: ExecutableTarget = None,
     component: ComponentName = None,
     original: Annotated[
         str | None,
@@ -310,7 +345,8 @@ def verify(
             "of an export.",
         ),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Lower MODEL for a target, run it, and compare it with the original program in eager; writes no file.
 
@@ -325,7 +361,7 @@ def verify(
     with handle_errors(debug):
         from et_cuda_passes.cli.verifying import verify_model
 
-        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust)
+        verify_model(model, target, component, original, gguf, tolerance, inputs, random_seed, trust, as_json)
 
 
 def _print_versions(wanted: bool) -> None:
@@ -336,32 +372,18 @@ def _print_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _import(packages: Sequence[str]) -> None:
-    """Import the packages of ``--import``."""
-    for package in packages:
-        try:
-            with quiet_import(False):
-                import_module(package)
-        except Exception as error:  # the import of another package raises anything
-            raise typer.BadParameter(
-                f"{package} cannot be imported ({one_line(error)}); install it, or put its folder on PYTHONPATH"
-            ) from error
-
-
 @app.callback()
 def _options(
-    packages: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--import", metavar="PACKAGE", help="Import a package first, which registers operators of its own."
-        ),
-    ] = None,
+    context: typer.Context,
+    imported_packages: Imports = None,
+    no_plugins: NoPlugins = False,
+    strict_plugins: StrictPlugins = False,
     versions: Annotated[
         bool, typer.Option("--version", callback=_print_versions, is_eager=True, help="Print the versions and exit.")
     ] = False,
 ) -> None:
     """The options before a command."""
-    _import(packages or ())
+    context.with_resource(common_options(imported_packages, no_plugins, strict_plugins))
 
 
 def main() -> None:
@@ -399,27 +421,71 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(
-    given: "Model", target: str, gpu: str | None, progress: "Progress"
-) -> tuple["ExportedProgram", "ecp.Report"]:
+def _rewritten(given: "Model", target: str, gpu: str | None, step: Steps) -> tuple["ExportedProgram", "ecp.Report"]:
     """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
     if given.report is not None and gpu is None:
         return given.program, given.report
-    progress(f"rewriting for {target}")
+    step(f"rewriting for {target}")
     if given.report is None:
-        return ecp.rewrite(given.program, target, gpu=gpu)
+        return ecp.rewrite(given.program, target, gpu=gpu, progress=step.part)
     program, report = ecp.rewrite(given.program, target, passes=[], gpu=gpu)
     # Explanations describe the tilings for the GPU that was named before.
     outcomes = [replace(outcome, explanation="") for outcome in given.report.outcomes]
-    return program, replace(given.report, outcomes=outcomes, notes=report.notes)
+    return program, replace(given.report, outcomes=outcomes, notes=report.notes, tilings=report.tilings)
 
 
-def print_report(given: "Model", report: "ecp.Report") -> None:
-    """Print the report, after the layouts that MODEL has already."""
-    if given.packed:
-        layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
-        typer.echo(f"MODEL is packed already: {layouts}")
-    typer.echo(str(report))
+def report_text(given: "Model", report: "ecp.Report") -> str:
+    """The report as text, after the layouts that MODEL has already."""
+    if not given.packed:
+        return str(report)
+    layouts = ", ".join(f"{count} x {layout}" for layout, count in given.packed.items())
+    return f"MODEL is packed already: {layouts}\n{report}"
+
+
+def _target_names(text: str, gpu: str | None) -> list[str]:
+    """The targets of ``explain``. A GPU concerns those that have one."""
+    names = [name.strip() for name in text.split(",")]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"--target {text} has {twice} twice; name each target once")
+    for name in names:
+        _check_target(name, gpu if len(names) == 1 or _has_gpu(name) else None)
+    if gpu is not None and not any(map(_has_gpu, names)):
+        _check_target(names[0], gpu)
+    return names
+
+
+def _has_gpu(target: str) -> bool:
+    return _check_target(target, None).gpu is not None
+
+
+def _check_report_path(path: Path, model: Path) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file in it, such as {path / 'report.html'}")
+    if path.resolve() == model.resolve():
+        raise UsageError(f"{path} is MODEL itself, which the report would replace; name another file")
+    check_writable(path.parent)
+
+
+def _write_reports(
+    reports: "Mapping[str, ecp.Report]", html: Path | None, model_explorer: Path | None, title: str
+) -> list[Path]:
+    """Write the files of ``--html`` and ``--model-explorer``."""
+    from et_cuda_passes.executorch.lower import atomic_output
+    from et_cuda_passes.graph.model_explorer import node_data
+    from et_cuda_passes.graph.report_page import render
+
+    data = {name: report.to_dict() for name, report in reports.items()}
+    texts = {} if html is None else {html: render(data, title)}
+    if model_explorer is not None:
+        for each in data.values():
+            path = model_explorer
+            if len(data) > 1:
+                path = path.with_name(f"{path.stem}.{each['target']}{path.suffix}")
+            texts[path] = json.dumps(node_data(each), indent=1) + "\n"
+    for path, text in texts.items():
+        with atomic_output(path.parent) as staging:
+            (staging / path.name).write_text(text, encoding="utf-8")
+    return list(texts)
 
 
 def _version(distribution: str) -> str:

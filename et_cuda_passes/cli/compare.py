@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from et_cuda_passes.cli.documents import Compared, finite
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -31,6 +33,11 @@ class Comparison:
     def holds(self) -> bool:
         """Whether the output is right."""
         return not self.problem and self.relative <= self.tolerance
+
+    def entry(self, target: str, component: str | None = None, case: str | None = None) -> Compared:
+        """The entry of a JSON document."""
+        relative, largest = finite(self.relative), finite(self.largest)
+        return Compared(component, target, case, self.what, relative, largest, self.tolerance, self.problem, self.holds)
 
     def __str__(self) -> str:
         if self.problem:

@@ -4,6 +4,7 @@ import logging
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -12,15 +13,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from et_cuda_passes.executorch.errors import ModelError
+from et_cuda_passes._versions import untested_versions
+from et_cuda_passes.cli.documents import Document
+from et_cuda_passes.plugins import PluginError, PluginWarning
 
 
 class UsageError(Exception):
@@ -36,17 +39,24 @@ class RunError(LoweringError):
 
 
 class Steps:
-    """Progress on stderr: each step with its time when it ends, and on a terminal also the current step.
+    """Progress on stderr: each step with the percentage of the work that is done, its time, and memory.
 
-    With :meth:`expect`, a step also has the part of the steps that is done, and the peak of memory during it.
+    A step prints a line when it ends. While it runs, a terminal shows it in a line that changes; elsewhere a line is
+    printed every :attr:`interval` seconds. Without a count of steps there is no percentage.
+
+    Args:
+        count: the number of steps of the command, if it is known.
     """
 
-    def __init__(self) -> None:
-        self._count = self._done = 0
+    interval = 10.0
+
+    def __init__(self, count: int = 0) -> None:
+        self._count, self._done, self._part = count, 0, 0.0
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), _Memory())
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._step: tuple[str, float] | None = None
+        self._stopped = threading.Event()
 
     @property
     def current(self) -> str | None:
@@ -57,35 +67,67 @@ class Steps:
         """Say that ``count`` more steps follow the present one."""
         self._count = self._done + (self._step is not None) + count
 
+    def part(self, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` equal parts of the present step are done."""
+        self._part = done / total if total else 0.0
+        if self._step is not None:
+            for task in self._live.task_ids:
+                self._live.update(task, description=self._percent() + self._step[0])
+
     def __call__(self, step: str) -> None:
         """Begin ``step``, which ends the previous one."""
         self._end()
         self._step = (step, time.monotonic())
         _reset_peak_memory()
-        self._live.add_task(step, total=None)
+        self._live.add_task(self._percent() + step, total=None)
 
     def __enter__(self) -> "Steps":
         self._live.start()
+        if not self._console.is_terminal:
+            self._stopped = threading.Event()
+            threading.Thread(target=self._print_current, args=(self._stopped,), daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._stopped.set()
         if error is None:
             self._end()
         self._live.stop()
+
+    def _percent(self) -> str:
+        if not self._count:
+            return ""
+        # A command can have more steps than it said.
+        return f"{int(100 * min(self._done + self._part, self._count) / self._count):3} %  "
+
+    def _print_current(self, stopped: threading.Event) -> None:
+        """Print the step that runs, now and then."""
+        while not stopped.wait(self.interval):
+            if self._step is not None:
+                step, began = self._step
+                passed = time.monotonic() - began
+                if passed >= self.interval:
+                    text = f"{self._percent()}{step}: {passed:.0f} s so far, memory {_memory('VmRSS')}"
+                    self._console.print(text, markup=False)
 
     def _end(self) -> None:
         if self._step is not None:
             step, began = self._step
             for task in self._live.task_ids:
                 self._live.remove_task(task)
+            self._step, self._part = None, 0.0
             self._done += 1
-            text = f"{step}: {time.monotonic() - began:.1f} s"
-            if self._count:
-                text = f"{100 * self._done // max(self._count, self._done):3} %  {text}, peak memory {_peak_memory()}"
+            text = f"{self._percent()}{step}: {time.monotonic() - began:.1f} s, peak memory {_memory('VmHWM')}"
             self._console.print(text, markup=False)
-        self._step = None
+
+
+class _Memory(ProgressColumn):
+    """The memory of the process."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"memory {_memory('VmRSS')}")
 
 
 def _reset_peak_memory() -> None:
@@ -94,14 +136,23 @@ def _reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def _peak_memory() -> str:
-    """The largest resident memory of this process since it was reset; of the whole run where it cannot be reset."""
+def _memory(field: str) -> str:
+    """The resident memory of this process now ("VmRSS"), or the largest since it was reset ("VmHWM").
+
+    Without Linux's files: the largest of the whole run.
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        count = 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak * 1024 / 1e9:.2f} GB"
+        largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        count = largest if sys.platform == "darwin" else 1024 * largest
+    return f"{count / 1e9:.2f} GB"
+
+
+def print_json(document: Document) -> None:
+    """Print the JSON document of a command on stdout, where nothing else may be printed then."""
+    typer.echo(document.to_json())
 
 
 def check_writable(folder: Path) -> None:
@@ -127,12 +178,18 @@ def handle_errors(debug: bool) -> Iterator[None]:
     try:
         with quiet_import(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
-        with warnings.catch_warnings(), _removed_temporary_files():
+            from et_cuda_passes.executorch.errors import ModelError
+    except ImportError as error:  # a version that does not fit: the message says which
+        _fail(f"{one_line(error)}; `et-cuda-passes doctor` checks the installation", 1, debug)
+    if untested := list(untested_versions()):
+        typer.echo(f"warning: {'; '.join(untested)}", err=True)
+    try:
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
             yield
-    except (UsageError, ModelError) as error:
+    except (UsageError, ModelError, PluginError) as error:
         _fail(str(error), 2, debug)
     except LoweringError as error:
         _fail(str(error), 1, debug)
@@ -145,8 +202,40 @@ def handle_errors(debug: bool) -> Iterator[None]:
 
 
 @contextmanager
+def handle_errors_without_torch() -> Iterator[None]:
+    """:func:`handle_errors` for a command that does not need torch, or only for plugins."""
+    try:
+        with _short_warnings_of_plugins():
+            yield
+    except (UsageError, PluginError) as error:
+        _fail(str(error), 2, False)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
+
+
+@contextmanager
+def _short_warnings_of_plugins() -> Iterator[None]:
+    """Print a warning about a plugin as one line, and every other warning as before."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, PluginWarning):
+                typer.echo(f"warning: {message}", err=True)
+            else:
+                others(message, category, *place, **options)
+
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
 def quiet_import(debug: bool) -> Iterator[None]:
-    """Hide what the libraries log and warn about while they are imported: optional parts that they do not find."""
+    """Hide what the libraries log and warn about while they are imported: optional parts that they do not find.
+
+    torchao logs each of its libraries that it cannot load, such as those for another GPU. Its environment variable
+    TORCHAO_FORCE_SKIP_LOADING_SO_FILES logs a line too, and leaves out the libraries that it could load.
+    """
     if debug:
         yield
         return
@@ -158,6 +247,41 @@ def quiet_import(debug: bool) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _quiet_loggers(debug: bool) -> Iterator[None]:
+    """Hide what torchao's modules log as they are imported, which a command does when it needs them."""
+    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def start_runtime() -> None:
+    """Start the threads of ExecuTorch's runtime, without the lines about the processor that it writes to stderr then.
+
+    They come from C++ code, for which only the descriptor can be redirected. Errors of the runtime come later.
+    """
+    try:
+        with quiet_import(False):
+            from executorch.extension.pybindings.portable_lib import _threadpool_get_thread_count as start
+    except ImportError:  # no runtime, or one without this function
+        return
+    sys.stderr.flush()
+    stderr, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        start()
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nothing)
 
 
 @contextmanager

@@ -19,16 +19,18 @@ from et_cuda_passes.cli.console import (
     handle_errors,
     list_files,
     one_line,
+    print_json,
 )
-from et_cuda_passes.cli.options import TARGETS
+from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
+from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, SCHEMES, Debug, Gpu, Json, TargetNames, completes
 from et_cuda_passes.hf.report import QuantizationReport
-from et_cuda_passes.kernels.gpus import GPUS
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
     from et_cuda_passes.hf.options import QuantizationOptions
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
+_LINEAR, _EMBEDDING = completes(*SCHEMES), completes(*EMBEDDING_SCHEMES)
 _MANIFEST = "export.json"
 _SHORTEST = 8
 # The other names of options are words of the language too.
@@ -50,7 +52,7 @@ def export(
         str,
         typer.Option("--model", "-m", help="A folder with config.json, a .safetensors or .gguf file, or a Hub name."),
     ],
-    target: Annotated[str, typer.Option("--target", "-t", help=f"Of {', '.join(TARGETS)}; several with commas.")],
+    target: TargetNames,
     output_dir: Annotated[Path, _option("output-dir", help="The folder for the export; created if missing.")],
     gguf: Annotated[Path | None, typer.Option("--gguf", help="A GGUF file with the weights of --model.")] = None,
     keep_gguf: Annotated[
@@ -60,24 +62,40 @@ def export(
         Text,
         typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's."),
     ] = None,
-    qlinear: Annotated[Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}")] = None,
+    qlinear: Annotated[
+        Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}", autocompletion=_LINEAR)
+    ] = None,
     qlinear_group_size: Annotated[int, _option("qlinear-group-size", help="Default 32; 0 is one scale per row.")] = 32,
     qlinear_packing_format: Annotated[
         Text, _option("qlinear-packing-format", help="auto, tile_packed_to_4d, mma_tiled, mps, ...: the kernel.")
     ] = None,
-    qembedding: Annotated[Text, _option("qembedding", help="The scheme of the embeddings: 4w or 8w.")] = None,
+    qembedding: Annotated[
+        Text, _option("qembedding", help="The scheme of the embeddings: 4w or 8w.", autocompletion=_EMBEDDING)
+    ] = None,
     qembedding_group_size: Annotated[int, _option("qembedding-group-size", help="Default 0, one scale per row.")] = 0,
-    qlinear_encoder: Annotated[Text, _option("qlinear-encoder", help="The same for the encoders of a model.")] = None,
+    qlinear_encoder: Annotated[
+        Text, _option("qlinear-encoder", help="The same for the encoders of a model.", autocompletion=_LINEAR)
+    ] = None,
     qlinear_group_size_encoder: Annotated[int, _option("qlinear-group-size-encoder")] = 32,
     qlinear_packing_format_encoder: Annotated[Text, _option("qlinear-packing-format-encoder")] = None,
-    qembedding_encoder: Annotated[Text, _option("qembedding-encoder")] = None,
+    qembedding_encoder: Annotated[Text, _option("qembedding-encoder", autocompletion=_EMBEDDING)] = None,
     qembedding_group_size_encoder: Annotated[int, _option("qembedding-group-size-encoder")] = 0,
-    algorithm: Annotated[str, typer.Option("--algorithm", help="How scales are chosen: hqq or affine.")] = "hqq",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            "--algorithm", help="How scales are chosen: hqq or affine.", autocompletion=completes("hqq", "affine")
+        ),
+    ] = "hqq",
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="A TOML file with other schemes for some layers.")
     ] = None,
     group_size_fallback: Annotated[
-        str, _option("group-size-fallback", help="For in_features that the group does not divide: adjust, skip, error.")
+        str,
+        _option(
+            "group-size-fallback",
+            help="For in_features that the group does not divide: adjust, skip, error.",
+            autocompletion=completes("adjust", "skip", "error"),
+        ),
     ] = "adjust",
     max_length: Annotated[
         int | None,
@@ -89,11 +107,14 @@ def export(
     ] = None,
     dtype: Annotated[
         Text,
-        typer.Option("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's.", show_default=False),
+        typer.Option(
+            "--dtype",
+            help="float32, bfloat16 or float16; default: the checkpoint's.",
+            show_default=False,
+            autocompletion=completes("float32", "bfloat16", "float16"),
+        ),
     ] = None,
-    gpu: Annotated[
-        Text, typer.Option("--gpu", help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.")
-    ] = None,
+    gpu: Gpu = None,
     cast_to_bf16: Annotated[
         bool,
         _option("cast-to-bf16", help="cuda and cpu compute a float32 model's quantized layers in bf16; the rest not."),
@@ -104,14 +125,23 @@ def export(
             "xnnpack-weight-only",
             help="4w on xnnpack: fold (default, exact float weights), or dynamic-activation (4-bit kernels, which "
             "quantize activations to 8 bits).",
+            autocompletion=completes("fold", "dynamic-activation"),
         ),
     ] = "fold",
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Refuse the export if one of several targets cannot take the schemes as they are."
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Export a model of transformers: quantize it, trace it once, and write what each target runs.
 
-    cuda, metal: .pte and .ptd; xnnpack: .pte; cpu: an AOTInductor .pt2.
+    cuda, metal: .pte and .ptd; cpu: an AOTInductor .pt2; the others: .pte. A target that cannot take the schemes is
+    left out, and the exit code is then 1.
     """
     options: dict[str, Any] = {
         "target": target,
@@ -141,6 +171,10 @@ def export(
         with _refusals():
             check_extra("export")
             quantization = QuantizationOptions(**options)
+            refused = _refused(quantization, strict)
+            if refused:
+                options["target"] = ",".join(name for name in quantization.targets if name not in refused)
+                quantization = QuantizationOptions(**options)
             check_schemes(quantization)
             if gpu is not None:
                 check_gpu(gpu, get_target("cuda" if "cuda" in quantization.targets else quantization.targets[0]))
@@ -154,35 +188,37 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
-            others = {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
-            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options | others)
+            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, refused)
             # ``verify`` loads the model again.
             exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
             with _stage(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
-        _print_kept(loaded.kept)
-        _print_report(exported.report)
-        list_files(_files(exported, output_dir))
-        lacking = {name: each for name in quantization.targets if (each := missing_requirement(name, gpu))}
-        finished = [name for name in quantization.targets if name not in lacking]
-        if finished:
-            # The compiled programs of this export are the user's own.
-            trusted = ["--target", "xnnpack"] if finished == ["xnnpack"] else ["--trust"]
-            folder = ["et-cuda-passes", "verify", str(output_dir), *trusted, "--model", model]
-            typer.echo(f"check: {shlex.join(folder if gguf is None else [*folder, '--gguf', str(gguf)])}")
-            if {"prefill", "decode"} == set(exported.components) and loaded.processor is not None:
-                following = ["et-cuda-passes", "generate", str(output_dir), *trusted, "--prompt", "Hello"]
-                typer.echo(f"next: {shlex.join(following)}")
-        if lacking:
-            texts = [f"lowering to {name} needs {each}" for name, each in lacking.items()]
-            command = " && ".join(
-                shlex.join(["et-cuda-passes", "lower", str(output_dir), "--target", name]) for name in lacking
+        written = [name for name in quantization.targets if name not in refused]
+        lacking = {name: each for name in written if (each := missing_requirement(name, gpu))}
+        problem = _problem(output_dir, lacking, refused)
+        files = _files(exported, output_dir)
+        if as_json:
+            reports = {
+                name: {part: ReportData(each) for part, each in parts.items()}
+                for name, parts in exported.report["targets"].items()
+            }
+            quantized = [QuantizationData(each) for each in exported.report["quantization"]]
+            print_json(
+                Export(str(output_dir), reports, quantized, loaded.kept, files_of(files), lacking, refused, problem)
             )
-            raise LoweringError(
-                f"{'; '.join(texts)}. The packed programs are in {output_dir}; on a machine that has it, go on with: "
-                f"{command}"
-            )
+        else:
+            _print_kept(loaded.kept)
+            _print_report(exported.report)
+            list_files(files)
+            finished = [name for name in written if name not in lacking]
+            if refused:
+                _print_targets(finished, lacking, refused)
+            generates = {"prefill", "decode"} == set(exported.components) and loaded.processor is not None
+            _print_next(output_dir, finished, model, gguf, generates)
+        if problem:
+            raise LoweringError(problem)
 
 
 def _export(
@@ -193,8 +229,12 @@ def _export(
     keep_gguf: bool,
     max_length: int | None,
     options: dict[str, Any],
+    refused: dict[str, str],
 ) -> tuple[Any, Any]:
-    """The export, and the model."""
+    """The export, and the model.
+
+    ``refused`` gets the targets that cannot take the model, if others can.
+    """
     step(f"loading {checkpoint}")
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf import EtConfig, EtExporter
@@ -204,9 +244,12 @@ def _export(
     with _stage(step, names), quiet():
         loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
         dynamic = "input_ids" in loaded.inputs
+        if dynamic:
+            names = _with_dynamic_sizes(names, refused)
+            options["target"] = ",".join(names)
         config = EtConfig(**options, dynamic=dynamic, max_length=loaded.text_length if dynamic else None)
         # Writing is one more step.
-        exporter = EtExporter(step, lambda count: step.expect(count + 1))
+        exporter = EtExporter(step, lambda count: step.expect(count + 1), step.part)
         if loaded.generates:
             static = generation_config(loaded.model, loaded.max_length)
             exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
@@ -220,7 +263,7 @@ def is_export(path: Path) -> bool:
     return path.is_dir() and (path / _MANIFEST).is_file()
 
 
-def finish(folder: Path, target: str) -> None:
+def finish(folder: Path, target: str, as_json: bool = False) -> None:
     """Lower what the machine that wrote an export saved packed for a target."""
     from et_cuda_passes.executorch.lower import missing_requirement
     from et_cuda_passes.hf.checkpoint import check_extra
@@ -235,7 +278,9 @@ def finish(folder: Path, target: str) -> None:
 
         with _stage(step, (target,)):
             files = finish_export(folder, step, target)
-    if files:
+    if as_json:
+        print_json(Lower(target, None, files_of(files)))
+    elif files:
         list_files(files)
     else:
         typer.echo(f"{folder} has nothing to finish for {target}")
@@ -364,6 +409,90 @@ def _print_report(report: Any) -> None:
             texts.setdefault(str(read_report(each)), []).append(name)
         for text, names in texts.items():
             typer.echo(f"{', '.join(names)} for {text}")
+
+
+def _print_next(folder: Path, finished: list[str], model: str, gguf: Path | None, generates: bool) -> None:
+    """Print the commands that check and run an export."""
+    if not finished:
+        return
+    # The compiled programs of this export are the user's own.
+    trusted = ["--target", "xnnpack"] if finished == ["xnnpack"] else ["--trust"]
+    check = ["et-cuda-passes", "verify", str(folder), *trusted, "--model", model]
+    typer.echo(f"check: {shlex.join(check if gguf is None else [*check, '--gguf', str(gguf)])}")
+    if generates:
+        following = ["et-cuda-passes", "generate", str(folder), *trusted, "--prompt", "Hello"]
+        typer.echo(f"next: {shlex.join(following)}")
+
+
+def _refused(options: "QuantizationOptions", strict: bool) -> dict[str, str]:
+    """The targets that are left out, each with the reason, after a line about each of them.
+
+    Raises:
+        UsageError: all are, or one is with ``--strict``.
+    """
+    from et_cuda_passes.executorch.lower import no_lowering
+    from et_cuda_passes.hf.options import folded_targets, refused_targets
+    from et_cuda_passes.targets import get_target
+
+    refused = {name: text for name in options.targets if (text := no_lowering(get_target(name)))}
+    if len(refused) == len(options.targets):
+        raise UsageError("; ".join(refused.values()))
+    refused |= {name: _in_options(text) for name, text in refused_targets(options).items() if name not in refused}
+    folded = {name: _in_options(text) for name, text in folded_targets(options).items() if name not in refused}
+    if strict and (problems := refused | folded):
+        raise UsageError("--strict: " + "; ".join(f"{name}: {text}" for name, text in problems.items()))
+    for name, text in refused.items():
+        typer.echo(f"{name} is left out: {text}", err=True)
+    for name, text in folded.items():
+        typer.echo(f"{name}: {text}", err=True)
+    return refused
+
+
+def _with_dynamic_sizes(names: list[str], refused: dict[str, str]) -> list[str]:
+    """The targets that take dynamic sizes; the others are left out and added to ``refused``.
+
+    Raises:
+        UsageError: none does.
+    """
+    from et_cuda_passes.targets import get_target
+
+    without = [name for name in names if not get_target(name).dynamic_sizes]
+    reason = "it takes inputs of fixed sizes, and those of a model of text are dynamic"
+    if without == names:
+        raise UsageError(f"--target {','.join(names)}: {reason}")
+    for name in without:
+        refused[name] = reason
+        typer.echo(f"{name} is left out: {reason}", err=True)
+    return [name for name in names if name not in without]
+
+
+def _print_targets(finished: list[str], lacking: dict[str, str], refused: dict[str, str]) -> None:
+    """Print a table of the targets: written, written packed, or left out."""
+    rows = [
+        *((name, "written") for name in finished),
+        *((name, f"written packed: lowering needs {text}") for name, text in lacking.items()),
+        *((name, f"left out: {text}") for name, text in refused.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        typer.echo(f"{name:<{width}}  {text}")
+
+
+def _problem(folder: Path, lacking: dict[str, str], refused: dict[str, str]) -> str | None:
+    """The error about targets that are not finished or left out; None without one."""
+    texts = [f"{name} is left out: {text}" for name, text in refused.items()]
+    if lacking:
+        texts.append(_unfinished(folder, lacking))
+    return "; ".join(texts) or None
+
+
+def _unfinished(folder: Path, lacking: dict[str, str]) -> str:
+    """The error about targets that this machine cannot finish, with the command that goes on."""
+    texts = "; ".join(f"lowering to {name} needs {each}" for name, each in lacking.items())
+    commands = (shlex.join(["et-cuda-passes", "lower", str(folder), "--target", name]) for name in lacking)
+    return (
+        f"{texts}. The packed programs are in {folder}; on a machine that has it, go on with: {' && '.join(commands)}"
+    )
 
 
 def _files(exported: Any, folder: Path) -> list[Path]:

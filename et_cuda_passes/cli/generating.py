@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, handle_errors, one_line
+from et_cuda_passes.cli.console import (
+    LoweringError,
+    Steps,
+    UsageError,
+    handle_errors,
+    one_line,
+    print_json,
+    start_runtime,
+)
+from et_cuda_passes.cli.documents import Difference, Generate
+from et_cuda_passes.cli.options import Debug, Device, Json, TargetOfExport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,17 +37,8 @@ def generate(
     temperature: Annotated[
         float, typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 selects the most likely token.")
     ] = 0.0,
-    device: Annotated[
-        str | None, typer.Option(metavar="DEVICE", help="cpu or cuda; by default where OUT runs.", show_default=False)
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TARGET",
-            help="Which of OUT's targets runs; by default the first that runs here.",
-            show_default=False,
-        ),
-    ] = None,
+    device: Device = None,
+    target: TargetOfExport = None,
     compare: Annotated[
         str | None,
         typer.Option(
@@ -50,7 +51,8 @@ def generate(
         bool,
         typer.Option("--trust", help="Execute the compiled libraries in OUT, which can do whatever you can."),
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show warnings, and the traceback of an error.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Generate text with the export in OUT.
 
@@ -62,7 +64,8 @@ def generate(
             raise UsageError("--compare compares the most likely tokens: leave --temperature out")
         generation = _import_generation(debug)
         try:
-            with Steps() as step:
+            steps = Steps(2 if as_json else 1)
+            with steps as step:
                 generation.check_export(export)
                 tokenizer = generation.load_tokenizer(export)
                 tokens = generation.encode(tokenizer, prompt)
@@ -73,15 +76,28 @@ def generate(
                         "xnnpack, which executes none"
                     )
                 step(f"loading {export}")
+                start_runtime()
                 decoder = generation.ExportedDecoder(generation.load_exported(export, device, target))
             count = _count(decoder.room(tokens.shape[1]), max_new_tokens, tokens.shape[1])
         except generation.GenerationError as error:
             raise UsageError(str(error)) from error
-        streamer = generation.TimedStreamer(tokenizer)
-        made = _generated(generation, decoder, tokens, count, temperature, streamer)
-        typer.echo(str(streamer.speed))
+        streamer = generation.TimedStreamer(tokenizer, silent=as_json)
+        if as_json:
+            with steps as step:
+                step("generating")
+                made = _generated(generation, decoder, tokens, count, temperature, streamer)
+        else:
+            # The text itself shows the progress.
+            made = _generated(generation, decoder, tokens, count, temperature, streamer)
+            typer.echo(str(streamer.speed))
+        difference = None
         if compare is not None:
-            _compare(generation, compare, tokenizer, tokens, made, count)
+            difference, expected = _compare(generation, compare, tokenizer, tokens, made, count)
+            if not as_json:
+                _print_difference(difference, tokenizer, made, expected)
+        if as_json:
+            text, speed = tokenizer.decode(made, skip_special_tokens=True), streamer.speed
+            print_json(Generate(text, len(made), speed.first, speed.rest, difference))
 
 
 def _import_generation(debug: bool) -> Any:
@@ -128,22 +144,29 @@ def _generated(
         raise GenerationFailed(f"the export does not run: {one_line(error)} (--debug shows the traceback)") from error
 
 
-def _compare(generation: Any, name: str, tokenizer: Any, tokens: "Tensor", made: "Tensor", count: int) -> None:
-    """Print the text of the model that was exported, and the first token that differs from ``made``."""
+def _compare(
+    generation: Any, name: str, tokenizer: Any, tokens: "Tensor", made: "Tensor", count: int
+) -> tuple[Difference, "Tensor"]:
+    """The text of the model that was exported with the first token that differs from ``made``, and its tokens."""
     try:
-        with Steps() as step:
+        with Steps(2) as step:
             step(f"loading {name}")
             original = generation.load_original(name)
             step(f"generating with {name}")
             expected = generation.generate(original, tokens, count)
     except generation.GenerationError as error:
         raise UsageError(f"--compare {error}") from error
-    typer.echo(f"{name}: {tokenizer.decode(expected, skip_special_tokens=True)}")
-    position = generation.first_difference(made, expected)
+    text = tokenizer.decode(expected, skip_special_tokens=True)
+    return Difference(name, text, generation.first_difference(made, expected)), expected
+
+
+def _print_difference(found: Difference, tokenizer: Any, made: "Tensor", expected: "Tensor") -> None:
+    typer.echo(f"{found.model}: {found.text}")
+    position = found.position
     if position is None:
         typer.echo(f"all {len(made)} tokens are the same")
         return
     ours, theirs = (
         repr(tokenizer.decode(each[position])) if position < len(each) else "the end" for each in (made, expected)
     )
-    typer.echo(f"token {position + 1} is the first that differs: {ours}, and {theirs} of {name}")
+    typer.echo(f"token {position + 1} is the first that differs: {ours}, and {theirs} of {found.model}")

@@ -1,8 +1,9 @@
 """``run``: runs a method of a CUDA-delegated .pte or a component of an export once, or measures its time."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import typer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from et_cuda_passes.cli.console import RunError, Steps, UsageError, one_line
+from et_cuda_passes.cli.console import RunError, Steps, UsageError, one_line, print_json
+from et_cuda_passes.cli.documents import Output, Run, Times, finite
 from et_cuda_passes.cli.exporting import is_export
 from et_cuda_passes.cli.folder import load_component
 from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
@@ -35,6 +37,7 @@ def run_model(
     trust: bool,
     benchmark: bool,
     device: str | None,
+    as_json: bool,
 ) -> None:
     """The command ``run``: its options are described there."""
     check_one_source(inputs, random_seed)
@@ -44,11 +47,12 @@ def run_model(
                 f"{model} is an export: --component and --target choose what runs; leave --data, --method and "
                 "--device out"
             )
-        _run_component(model, component, target, inputs, random_seed, trust, benchmark)
+        _print(_run_component(model, component, target, inputs, random_seed, trust, benchmark), as_json)
         return
     if component or target:
         raise UsageError(f"--component and --target are for the folder of an export, and {model} is none")
-    _run_method(model, data, method or "forward", inputs, random_seed, trust, benchmark, _device(device or "cuda"))
+    chosen = _device(device or "cuda")
+    _print(_run_method(model, data, method or "forward", inputs, random_seed, trust, benchmark, chosen), as_json)
 
 
 def _run_component(
@@ -59,8 +63,9 @@ def _run_component(
     seed: int | None,
     trust: bool,
     benchmark: bool,
-) -> None:
-    with Steps() as step:
+) -> Run:
+    times = None
+    with Steps(3 if benchmark else 2) as step:
         step(f"loading {folder}")
         name, runner, leaves = load_component(folder, name, target, inputs, seed, trust)
         step(f"running {name} for {runner.target}")
@@ -79,7 +84,7 @@ def _run_component(
                 )
         except Exception as error:  # runtimes raise many kinds
             raise RunError(f"{name} of {folder} for {runner.target} does not run: {one_line(error)}") from error
-    _print(outputs, name, times if benchmark else None)
+    return Run(name, runner.target, [_described(output) for output in outputs], times)
 
 
 def _run_method(
@@ -91,7 +96,7 @@ def _run_method(
     trust: bool,
     benchmark: bool,
     device: torch.device,
-) -> None:
+) -> Run:
     given = None if inputs is None else tuple(read_inputs(inputs))
     try:
         program = Program(model, data, device)
@@ -105,8 +110,9 @@ def _run_method(
             f"{model} contains a compiled library, and running it executes code of its author. It was not "
             "executed; give --trust if you trust the source of the file"
         )
+    times = None
     try:
-        with Steps() as step:
+        with Steps(3 if benchmark else 2) as step:
             step(f"loading {method} of {model}")
             loaded = program.method(method)
             step("running")
@@ -117,18 +123,20 @@ def _run_method(
                 times = _timed(lambda: loaded(*arguments), program.device)
     except DelegateError as error:
         raise RunError(str(error)) from error
-    _print(outputs, method, times if benchmark else None)
+    return Run(method, None, [_described(output) for output in outputs], times)
 
 
-def _print(outputs: Iterable[Any], name: str, times: list[float] | None) -> None:
-    for index, output in enumerate(outputs):
-        typer.echo(f"output {index}: {_described(output)}")
-    if times is not None:
-        slow = statistics.quantiles(times, n=10)[-1]
-        middle, least, most = (seconds * 1e6 for seconds in (statistics.median(times), min(times), slow))
+def _print(run: Run, as_json: bool) -> None:
+    if as_json:
+        print_json(run)
+        return
+    for index, output in enumerate(run.outputs):
+        typer.echo(f"output {index}: {_text(output)}")
+    if (times := run.times) is not None:
+        middle, least, most = (seconds * 1e6 for seconds in (times.median, times.fastest, times.percentile_90))
         typer.echo(
-            f"{name}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
-            f"({len(times)} runs to completion, after {_WARM_UPS} warm-up runs)"
+            f"{run.ran}: median {middle:.1f} us, fastest {least:.1f} us, 90 % under {most:.1f} us "
+            f"({times.runs} runs to completion, after {times.warm_ups} warm-up runs)"
         )
 
 
@@ -160,21 +168,27 @@ def _with_constants(plan: Plan, given: tuple[Tensor, ...]) -> tuple[Any, ...]:
     return tuple(value.constant if value.tensor is None else next(tensors) for value in values)
 
 
-def _described(output: Any) -> str:
+def _described(output: Any) -> Output:
     if not isinstance(output, Tensor):
-        return repr(output)
-    text = f"{output.dtype} {list(output.shape)}"
-    if not output.numel():
-        return text
+        return Output(None, None, None, None, 0, repr(output))
     values = output.double()
-    finite = values.isfinite()
-    odd = "" if finite.all() else f", {int((~finite).sum())} infinite or NaN"
-    values = values[finite]
-    return f"{text}, mean {values.mean():.6g}, largest {values.abs().max():.6g}{odd}" if values.numel() else text + odd
+    finite_ones = values[values.isfinite()]
+    mean, largest = (finite_ones.mean(), finite_ones.abs().max()) if finite_ones.numel() else (math.nan, math.nan)
+    not_finite = values.numel() - finite_ones.numel()
+    return Output(str(output.dtype), list(output.shape), finite(float(mean)), finite(float(largest)), not_finite)
 
 
-def _timed(call: Callable[[], object], device: torch.device) -> list[float]:
-    """Seconds of each run, from the call until the device is idle."""
+def _text(output: Output) -> str:
+    if output.value is not None:
+        return output.value
+    text = f"{output.dtype} {output.shape}"
+    if output.mean is not None:
+        text += f", mean {output.mean:.6g}, largest {output.largest:.6g}"
+    return text + (f", {output.not_finite} infinite or NaN" if output.not_finite else "")
+
+
+def _timed(call: Callable[[], object], device: torch.device) -> Times:
+    """The times of runs, each from the call until the device is idle."""
     for _ in range(_WARM_UPS):
         call()
     times: list[float] = []
@@ -185,7 +199,8 @@ def _timed(call: Callable[[], object], device: torch.device) -> list[float]:
         call()
         _wait(device)
         times.append(time.perf_counter() - start)
-    return times
+    slow = statistics.quantiles(times, n=10)[-1]
+    return Times(statistics.median(times), min(times), slow, len(times), _WARM_UPS)
 
 
 def _wait(device: torch.device) -> None:

@@ -14,11 +14,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli.compare import compare
-from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line
+from et_cuda_passes.cli.console import LoweringError, RunError, Steps, UsageError, one_line, print_json, start_runtime
+from et_cuda_passes.cli.documents import Verify
 from et_cuda_passes.cli.exporting import is_export
-from et_cuda_passes.cli.folder import Folder, Verification
+from et_cuda_passes.cli.folder import Folder
 from et_cuda_passes.cli.inputs import check_one_source, random_tensor, read_inputs
-from et_cuda_passes.executorch.lower import lower, missing_requirement
+from et_cuda_passes.cli.verifying_export import Verification
+from et_cuda_passes.executorch.lower import lower, lowering_steps, missing_requirement
 from et_cuda_passes.executorch.packed import load_model
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
 from et_cuda_passes.hf.artifact import ExportError
@@ -39,6 +41,7 @@ def verify_model(
     inputs: Path | None,
     random_seed: int | None,
     trust: bool,
+    as_json: bool,
 ) -> None:
     """The command ``verify``: its options are described there."""
     if tolerance is not None and not tolerance >= 0:
@@ -50,14 +53,14 @@ def verify_model(
         if gguf is not None and original is None:
             raise UsageError("--gguf has the weights of --model: give both")
         folder = Folder.read(model, "verifying an export")
-        Verification(folder, component, target, checkpoint, tolerance, inputs, random_seed or 0, trust).run()
+        Verification(folder, component, target, checkpoint, tolerance, inputs, random_seed or 0, trust, as_json).run()
         return
     if component or original or gguf:
         raise UsageError(f"--component, --model and --gguf are for the folder of an export, and {model} is none")
     if target is None:
         raise UsageError(f"--target is missing: give one of {', '.join(EXECUTABLE)}")
     _check_target(target)
-    _verify_program(model, target, tolerance, inputs, random_seed, trust)
+    _verify_program(model, target, tolerance, inputs, random_seed, trust, as_json)
 
 
 @contextmanager
@@ -69,12 +72,18 @@ def _refused_checkpoint() -> Iterator[None]:
 
 
 def _verify_program(
-    model: Path, target: str, tolerance: float | None, inputs: Path | None, random_seed: int | None, trust: bool
+    model: Path,
+    target: str,
+    tolerance: float | None,
+    inputs: Path | None,
+    random_seed: int | None,
+    trust: bool,
+    as_json: bool,
 ) -> None:
     given = None if inputs is None else read_inputs(inputs)
     if lacking := missing_requirement(target):
         raise RunError(f"verifying for {target} needs {lacking}; {model} was not lowered")
-    with Steps() as step:
+    with Steps(4 + lowering_steps(target, 1)) as step:
         step(f"loading {model}")
         loaded = load_model(model, target, trust)
         program = loaded.program
@@ -84,32 +93,45 @@ def _verify_program(
         report = loaded.report
         if report is None:
             step(f"rewriting for {target}")
-            program, report = ecp.rewrite(program, target)
+            program, report = ecp.rewrite(program, target, progress=step.part)
         with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
             try:
                 files = lower(program, target, Path(folder), "model", step)
             except Exception as error:
                 raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
             step("running it lowered")
+            if get_target(target).lowering == "xnnpack":
+                start_runtime()
             try:
                 got = execute(get_target(target).lowering, files, args, kwargs)
             except Exception as error:
                 raise RunError(f"{model} lowered for {target} does not run: {one_line(error)}") from error
-    if loaded.packed:
+    if loaded.packed and not as_json:
         typer.echo("MODEL is packed already: the lowered program is compared with the packed one")
     if len(got) != len(wanted):
         raise RunError(f"{model} lowered for {target} has {len(got)} outputs, the original has {len(wanted)}")
     # A difference in the last bit can move a quantized activation by a whole step.
-    quantized = quantizes_activations(program)
+    # OpenVINO computes in bfloat16 on a CPU that has instructions for it.
+    quantized = quantizes_activations(program) or get_target(target).lowering == "openvino"
     pairs = enumerate(zip(got, wanted, strict=True))
     compared = [compare(index, mine, theirs, tolerance, quantized) for index, (mine, theirs) in pairs]
-    for comparison in compared:
-        typer.echo(str(comparison))
     relative, largest = (max((getattr(one, name) for one in compared), default=0.0) for name in ("relative", "largest"))
     summary = f"largest relative error {relative:.2e}, largest error {largest:.2e}"
-    if wrong := sum(not comparison.holds for comparison in compared):
-        raise RunError(f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}")
-    typer.echo(f"verdict: {model} lowered for {target} agrees with the original; {summary}")
+    wrong = sum(not comparison.holds for comparison in compared)
+    if wrong:
+        verdict = f"{model} lowered for {target}: {wrong} of {len(compared)} outputs are wrong, {summary}"
+    else:
+        verdict = f"{model} lowered for {target} agrees with the original; {summary}"
+    if as_json:
+        holds = not wrong if compared else None
+        print_json(Verify(str(model), holds, verdict, [comparison.entry(target) for comparison in compared]))
+    else:
+        for comparison in compared:
+            typer.echo(str(comparison))
+    if wrong:
+        raise RunError(verdict)
+    if not as_json:
+        typer.echo(f"verdict: {verdict}")
 
 
 def _check_target(target: str) -> None:

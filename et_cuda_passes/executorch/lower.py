@@ -20,6 +20,7 @@ from torch._inductor import config as inductor
 from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
+from et_cuda_passes._versions import version_problem
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
@@ -45,8 +46,9 @@ def lower(
         program: from :func:`et_cuda_passes.rewrite` for this target; it is not changed. One program becomes the method
             "forward" of a .pte, several become its methods by name. They share each constant that has the same FQN and
             the same bytes in both. An AOTInductor package has one model per method, which share constants likewise.
-        target: "cuda", "metal" and "xnnpack" are lowered with ExecuTorch, "cpu" is compiled with AOTInductor. A target
-            of another package is lowered with ExecuTorch and its ``partitioner``, or as its ``lowered_as`` says.
+        target: "cpu" is compiled with AOTInductor, "mlx" and "tensorrt" have no lowering here, and every other target
+            is lowered with ExecuTorch. A target of another package is lowered with ExecuTorch and its ``partitioner``,
+            or as its ``lowered_as`` says.
         folder: the folder of the files; created if it does not exist.
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
@@ -82,15 +84,21 @@ def no_lowering(target: Target) -> str:
     """The error message for a target that cannot be lowered; empty if it can be."""
     if target.partitioner is not None or target.lowering in _LOWERINGS:
         return ""
+    if target.lowering in _ELSEWHERE:
+        return f"target {target.name} is not lowered here: {_ELSEWHERE[target.lowering]}"
     return (
         f"target {target.name} has no lowering: give its Target a partitioner=, which returns the ExecuTorch "
         f"partitioner of a method, or lowered_as= one of {', '.join(_LOWERINGS)}"
     )
 
 
-def lowering_steps(target: str, methods: int) -> int:
+def lowering_steps(target: str | Target, methods: int) -> int:
     """How often :func:`lower` calls ``progress`` for so many methods."""
-    return 2 if target != "cpu" else methods + 1 if methods > 1 else 1
+    chosen = get_target(target)
+    if chosen.partitioner is None and chosen.lowering == "cpu":
+        return methods + 1 if methods > 1 else 1
+    # Each is decomposed, all are lowered together, and then serialized.
+    return methods + 2
 
 
 def gpu_of_methods(methods: Methods) -> str | None:
@@ -142,6 +150,8 @@ def missing_requirement(name: str | Target, gpu: str | None = None) -> str | Non
             return f"macOS with an MPS device, and torchao's MPS operators (this is {platform.system()})"
         if not _has_torchao_mps():
             return "torchao's MPS operators (build torchao with TORCHAO_BUILD_EXPERIMENTAL_MPS=1)"
+    if problem := next(filter(None, map(version_problem, _PACKAGES.get(target, ()))), ""):
+        return problem
     if target == "cpu":
         names = [inductor.cpp.cxx] if isinstance(inductor.cpp.cxx, str) else [name for name in inductor.cpp.cxx if name]
         if not any(shutil.which(name) for name in names):
@@ -269,6 +279,50 @@ def _xnnpack(methods: Methods, folder: Path, stem: str, progress: Progress) -> N
     )
 
 
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "coreml": ("coremltools",),
+    # ExecuTorch's module for OpenVINO imports nncf too.
+    "openvino": ("openvino", "nncf"),
+}
+"""The packages that ExecuTorch's module for a target needs beside executorch itself."""
+
+
+_ELSEWHERE: Mapping[str, str] = {
+    "mlx": "on a Mac with Apple silicon and an executorch that is built with MLX (pip install "
+    "'executorch>=1.5.1,<1.6'; the package for Linux is built without it), give the rewritten program to ExecuTorch's "
+    "MLXPartitioner",
+    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine (pip install "
+    "'torch-tensorrt>2.14'; 2.14 itself reads the forms of ModelOpt)",
+}
+"""How a target is lowered whose lowering was never run."""
+
+
+def _vulkan(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from et_cuda_passes.executorch.vulkan import VulkanPartitioner
+
+    # With their rules, as for xnnpack: what these keep stands in the program as before.
+    partitioners = {name: VulkanPartitioner() for name in methods}
+    _executorch(methods, partitioners, folder, stem, progress)
+
+
+def _coreml(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from et_cuda_passes.executorch.coreml import CoreMLPartitioner
+
+    partitioners = {name: CoreMLPartitioner() for name in methods}
+    _executorch(methods, partitioners, folder, stem, progress)
+
+
+def _openvino(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+    from executorch.exir import EdgeCompileConfig
+
+    from et_cuda_passes.executorch.openvino import OpenvinoPartitioner
+
+    partitioners = {name: OpenvinoPartitioner() for name in methods}
+    # The verifier refuses the operators that unpack two integers from a byte, which the delegate takes.
+    config = EdgeCompileConfig(_check_ir_validity=False)
+    _executorch(methods, partitioners, folder, stem, progress, {"compile_config": config})
+
+
 def _method_name(name: str) -> list[Any]:
     """The compile spec that keeps the libraries of several methods apart."""
     from executorch.exir.backend.compile_spec_schema import CompileSpec
@@ -287,7 +341,7 @@ def _executorch(
     from executorch.exir import to_edge_transform_and_lower
 
     with torch.no_grad(), gc_throttled():
-        progress("lowering with ExecuTorch")
+        _report_phases(partitioners, progress)
         edge = to_edge_transform_and_lower(
             dict(methods),
             partitioner={name: [partitioner] for name, partitioner in partitioners.items()},
@@ -305,6 +359,28 @@ def _executorch(
     data = sorted(folder.glob("*.ptd"))
     for path in data:
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _report_phases(partitioners: Mapping[str, Any], progress: Progress) -> None:
+    """Report the decomposition of each method, and then the lowering of all, which ExecuTorch does together.
+
+    A partitioner that does not derive from RewritingPartitioner cannot say when a method begins.
+    """
+    from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+
+    methods, lowering = iter(partitioners), iter(["lowering"])
+
+    def began(phase: str) -> None:
+        if phase == "decomposing":
+            progress(f"decomposing {next(methods)}")
+        elif step := next(lowering, None):
+            progress(step)
+
+    if not all(isinstance(each, RewritingPartitioner) for each in partitioners.values()):
+        progress("lowering")
+        return
+    for partitioner in partitioners.values():
+        partitioner.began = began
 
 
 def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: ExportedProgram) -> None:
@@ -395,6 +471,9 @@ _LOWERINGS: Mapping[str, Callable[[Methods, Path, str, Progress], None]] = {
     "metal": _metal,
     "xnnpack": _xnnpack,
     "cpu": _cpu,
+    "vulkan": _vulkan,
+    "coreml": _coreml,
+    "openvino": _openvino,
 }
 
 

@@ -21,9 +21,12 @@ from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.errors import ModelError as ModelError
-from et_cuda_passes.graph.report import STATUSES, Outcome, Reason, Report
+from et_cuda_passes.graph.decibels import decibels_from_json
+from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
+from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
-from et_cuda_passes.targets import GROUP, Target, get_target, import_installed_targets
+from et_cuda_passes.plugins import RULES, TARGETS
+from et_cuda_passes.targets import Target, get_target, import_plugins
 from et_cuda_passes.targets.compatibility import (
     is_host_specific,
     packed_layouts,
@@ -34,7 +37,7 @@ from et_cuda_passes.targets.compatibility import (
 _RECORD = "et_cuda_passes.json"
 _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
-_NEW_KEYS: dict[str, Any] = {"notes": []}
+_NEW_KEYS: dict[str, Any] = {"notes": [], "drawings": [], "accuracy": [], "tilings": "", "packages": {}}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
@@ -210,7 +213,7 @@ _CALL = re.compile(rb'"target": ?"torch\.ops\.(\w+)\.(\w+)')
 def _register_operators(path: Path, program: bytes) -> None:
     """Register the operators that the program calls: torch cannot read the program without them.
 
-    They are ExecuTorch's, or those of the packages that give their targets a name.
+    They are ExecuTorch's, or those of the packages of plugins.
 
     Raises:
         ModelError: an operator is not registered.
@@ -220,7 +223,7 @@ def _register_operators(path: Path, program: bytes) -> None:
     if not _unregistered(program):
         return
     try:
-        import_installed_targets()
+        import_plugins()
     except ValueError as error:
         failed = f" ({error})"
     else:
@@ -230,7 +233,7 @@ def _register_operators(path: Path, program: bytes) -> None:
         raise ModelError(
             f"{path} calls {', '.join(missing)}, which no imported package registers{failed}: import the package that "
             f"registers the operators of {namespaces} (et-cuda-passes --import PACKAGE ...; import it in Python), "
-            f"or install it with an entry point in the group {GROUP}"
+            f"or install it with an entry point in the group {TARGETS} or {RULES}"
         )
 
 
@@ -267,10 +270,29 @@ def read_report(data: dict[str, Any]) -> Report:
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     data = _NEW_KEYS | {_OLD_KEYS.get(name, name): value for name, value in data.items()}
-    rest = {field.name: data[field.name] for field in fields(Report) if field.name not in ("outcomes", "applied")}
-    report = Report(outcomes=outcomes, applied=applied, **rest)
+    accuracy = tuple(
+        LayerAccuracy(**{key: decibels_from_json(value) for key, value in layer.items()}) for layer in data["accuracy"]
+    )
+    read: dict[str, Any] = {
+        "outcomes": outcomes,
+        "applied": applied,
+        "drawings": [_drawing(drawing) for drawing in data["drawings"]],
+        "accuracy": accuracy,
+    }
+    report = Report(**read, **{field.name: data[field.name] for field in fields(Report) if field.name not in read})
     _check_types(report)
     return report
+
+
+def _drawing(data: dict[str, Any]) -> Drawing:
+    sides = {side: [DrawnNode(**node) for node in data[side]] for side in ("before", "after")}
+    drawing = Drawing(**{**data, **sides, "sizes": [DrawnSizes(**sizes) for sizes in data["sizes"]]})
+    for nodes in sides.values():
+        # Each input stands after its reader, so that there is no cycle.
+        ends = [position < source < len(nodes) for position, node in enumerate(nodes) for source in node.inputs]
+        if not nodes or not all(ends):
+            raise ValueError("a drawing has no nodes, or an edge to none")
+    return drawing
 
 
 def _check_types(value: Any) -> None:

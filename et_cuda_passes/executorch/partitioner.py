@@ -1,12 +1,12 @@
 """Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
-from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch.export import ExportedProgram
 
 from et_cuda_passes.graph.report import Report
@@ -43,7 +43,12 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
     _always: tuple[Rule, ...] = ()
     """Rules that run after the caller's list, unless the list has a rule of the same name."""
 
+    began: Callable[[str], None] | None = None
+    """Called with "decomposing" and "partitioning" as ExecuTorch begins these with a method."""
+
     _gpu: str | None = None
+    _computes_only_outcomes: str = ""
+    """The name of a backend that would compute something else, or fail later, for a weight that a rewrite missed."""
 
     def __init__(
         self,
@@ -79,12 +84,37 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         return Report.merge(self.reports)
 
     def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged."""
+        """ExecuTorch's hook: returns the rewritten program and leaves the original unchanged.
+
+        Raises:
+            ExpectationError: the counts are not those expected.
+            ValueError: a quantized weight would reach the backend in a form that it cannot compute.
+        """
+        if self.began is not None:
+            self.began("decomposing")
         exported_program = super().transform_for_pre_decomposition(exported_program)
         program, report = rewrite(exported_program, self.rewrite_target, self._passes, pool=self._pool, gpu=self._gpu)
         self.reports.append(report)
         check_expectations(self._expect, report)
+        if self._computes_only_outcomes:
+            _refuse_misses(self._computes_only_outcomes, report)
         return program
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        if self.began is not None:
+            self.began("partitioning")
+        return super().partition(exported_program)
+
+
+def _refuse_misses(backend: str, report: Report) -> None:
+    if report.warnings:
+        raise ValueError("; ".join(report.warnings))
+    missed = [outcome for outcome in report.outcomes if outcome.status == "missed"]
+    if missed:
+        listed = "; ".join(
+            f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
+        )
+        raise ValueError(f"{backend} cannot compute these quantized weights correctly: {listed}")
 
 
 class AotiRewritingPartitioner(RewritingPartitioner):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-EXECUTABLE = ("cuda", "xnnpack", "cpu")
+EXECUTABLE = ("cuda", "xnnpack", "cpu", "openvino")
 """The targets whose runtime is available in Python."""
 
 
@@ -27,7 +27,7 @@ def execute(target: str, files: list[Path], args: tuple[Any, ...], kwargs: Mappi
         ValueError: the target has no runtime in Python.
         Exception: any error of the runtime.
     """
-    run = {"cuda": _cuda, "xnnpack": _xnnpack, "cpu": _cpu}.get(target)
+    run = {"cuda": _cuda, "xnnpack": _executorch, "cpu": _cpu, "openvino": _executorch}.get(target)
     if run is None:
         raise ValueError(f"programs for {target!r} cannot run in Python, only those for {', '.join(EXECUTABLE)}")
     with torch.no_grad():
@@ -43,7 +43,7 @@ def _cuda(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return load(_only(files, ".pte"), data)(*tree_leaves((args, kwargs)))
 
 
-def _xnnpack(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def _executorch(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     import executorch.kernels.quantized  # noqa: F401  (the kernels of quantized_embedding)
     from executorch.runtime import Runtime
 

@@ -86,6 +86,7 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
     """
 
     rewrite_target = "xnnpack"
+    _computes_only_outcomes = "XNNPACK"
 
     def __init__(
         self,
@@ -103,23 +104,6 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         always = (SplitBroadcastBias(), ExpandTanhGelu())
         listed = [rule for rule in always if not any(isinstance(each, type(rule)) for each in listed)] + listed
         super().__init__(*args, passes=listed, expect=expect, **kwargs)
-
-    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
-        """ExecuTorch's hook.
-
-        Raises:
-            ValueError: a quantized weight would reach the delegate in a form that it computes wrongly.
-        """
-        program = super().transform_for_pre_decomposition(exported_program)
-        if self.reports[-1].warnings:
-            raise ValueError("; ".join(self.reports[-1].warnings))
-        missed = [outcome for outcome in self.reports[-1].outcomes if outcome.status == "missed"]
-        if missed:
-            listed = "; ".join(
-                f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
-            )
-            raise ValueError(f"XNNPACK cannot compute these quantized weights correctly: {listed}")
-        return program
 
     def ops_to_not_decompose(
         self, ep: ExportedProgram

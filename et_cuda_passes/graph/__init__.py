@@ -4,3 +4,4 @@ from et_cuda_passes._versions import require_version
 
 require_version("torch")
 require_version("networkx")
+require_version("jinja2")

@@ -364,6 +364,11 @@ def strip_parametrization(target: str) -> str:
 
 def constant_bytes(exported: ExportedProgram) -> int:
     """The bytes of all constants of a program: each tensor counts once, a subclass by its inner tensors."""
+    return tensor_bytes((*exported.state_dict.values(), *exported.constants.values()))
+
+
+def tensor_bytes(tensors: Iterable[object]) -> int:
+    """The bytes of ``tensors``: each counts once, a subclass by its inner tensors."""
     seen: dict[int, int] = {}
 
     def add(tensor: object) -> None:
@@ -376,6 +381,6 @@ def constant_bytes(exported: ExportedProgram) -> int:
         else:
             seen[id(tensor)] = tensor.numel() * tensor.element_size()
 
-    for tensor in (*exported.state_dict.values(), *exported.constants.values()):
+    for tensor in tensors:
         add(tensor)
     return sum(seen.values())

@@ -1,9 +1,12 @@
 """Application of a pass list: each rule matches, checks, selects and rewrites; other passes get the whole program."""
 
 import gc
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,15 +18,17 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.graph.aliasing import alias_root, mutated_operands
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.constants import tensor_bytes
+from et_cuda_passes.graph.drawing import DrawingRecorder, drawn_nodes
 from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.matcher import Miss, match, match_inner
+from et_cuda_passes.graph.matcher import MatchResult, Miss, match, match_inner
 from et_cuda_passes.graph.operators import Target
-from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker
+from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker, Texts
 from et_cuda_passes.graph.passes import Pass
 from et_cuda_passes.graph.pattern import root_ops
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.program import Program, constants_read
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import (
     CompiledRule,
@@ -46,6 +51,34 @@ them.
 """
 
 
+@dataclass
+class RuleTrace:
+    """Counts and the time of one rule in one rewrite.
+
+    Attributes:
+        rule: its name.
+        tried: nodes at which its pattern was tried as the root.
+        matched: nodes at which it fits.
+        failed: matches that a requirement rejects, by the name of the requirement; each is counted for all of them.
+        applied: matches that were rewritten or kept.
+        seconds: the time of all of it.
+    """
+
+    rule: str
+    tried: int = 0
+    matched: int = 0
+    failed: Counter[str] = field(default_factory=Counter)
+    applied: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        failed = ", ".join(f"{count} x {name}" for name, count in sorted(self.failed.items()))
+        return (
+            f"{self.rule}: {self.tried} tried, {self.matched} matched, {self.applied} applied, {self.seconds:.3f} s"
+            + (f"; failed {failed}" if failed else "")
+        )
+
+
 def apply_passes(
     program: Program,
     passes: Sequence[Pass],
@@ -53,6 +86,7 @@ def apply_passes(
     tracker: OutcomeTracker,
     find_candidates: FindCandidates,
     created_ops: AbstractSet[Target] = frozenset(),
+    trace: list[RuleTrace] | None = None,
 ) -> Program:
     """Run ``passes`` one after another; each sees the graph that the one before it left.
 
@@ -65,6 +99,7 @@ def apply_passes(
             built.
         created_ops: operators that only rewrites create. A rule that misses one gives no reason for a miss: its pattern
             is about the results of other rules, not about the program as it was exported.
+        trace: gets an entry for each rule, with counts and times.
 
     Returns:
         The program, or another one where a pass returned another one.
@@ -78,8 +113,32 @@ def apply_passes(
             tracker.remap_after_pass(find_candidates(program, None), entry.name)
         else:
             with gc_disabled():
-                _apply_rule(entry.rule, program, target, tracker, find_candidates, created_ops)
+                counts = RuleTrace(entry.name)
+                began = time.perf_counter()
+                _apply_rule(entry.rule, program, target, tracker, find_candidates, created_ops, counts)
+                counts.seconds = time.perf_counter() - began
+                if trace is not None:
+                    trace.append(counts)
     return program
+
+
+def record_weight_bytes(program: Program, tracker: OutcomeTracker) -> None:
+    """Record the bytes of the new constants from which the candidates now read their weights.
+
+    A constant of a node that stands for several candidates counts for each in proportion to its weight.
+    """
+    added = set(program.added.values())
+    constants: dict[Candidate, dict[Node, int]] = defaultdict(dict)
+    for node, candidates in tracker.stand_ins():
+        if node not in program.order:
+            continue
+        total = sum(candidate.weight_bytes for candidate in candidates)
+        for constant in constants_read(program, node):
+            if constant in added:
+                size = tensor_bytes([program.held(constant)])
+                for candidate in candidates:
+                    constants[candidate][constant] = round(size * candidate.weight_bytes / total) if total else size
+    tracker.set_bytes_after({each.node: sum(sizes.values()) for each, sizes in constants.items()})
 
 
 @contextmanager
@@ -105,10 +164,11 @@ def _apply_rule(
     tracker: OutcomeTracker,
     find_candidates: FindCandidates,
     created_ops: AbstractSet[Target],
+    counts: RuleTrace,
 ) -> None:
     rule = compiled.rule
     created: dict[Node, None] = {}
-    matches = _find_matches(compiled, program, target, tracker, created_ops)
+    matches = _find_matches(compiled, program, target, tracker, created_ops, counts)
     claims = [Claim((m,), tracker.benefit(m.match)) for m in matches]
     if isinstance(rule, GroupRule):
         claims, failed = group_claims(rule, claims, program.order)
@@ -126,13 +186,14 @@ def _apply_rule(
             else:
                 ms.append(m)
         if ms:
+            counts.applied += len(ms)
             _record(rule, ms, tracker)
             if isinstance(rule, Keep):
                 for m in ms:
                     program.kept.update(m.match.owned)
                     program.kept_operands.update(m.match.shared)
             else:
-                built = _rewrite(rule, ms, program)
+                built = _rewrite(rule, ms, program, tracker.drawings)
                 created.update(dict.fromkeys(built))
                 tracker.track_created(built)
     if chosen and not isinstance(rule, Keep):
@@ -151,19 +212,38 @@ def _record(rule: Rule, ms: Sequence[Match], tracker: OutcomeTracker) -> None:
     write = tracker.set_kept if isinstance(rule, Keep) else tracker.set_rewritten
     for m in ms:
         summary = call_hook(rule, "summary", m.root, program, partial(rule.summary, m))
-        write(rule.name, m.match, notes.note, ", ".join(filter(None, (summary, together))), notes.explanation)
+        write(rule.name, m.match, Texts(", ".join(filter(None, (summary, together))), *notes))
+
+
+def roots(compiled: CompiledRule, program: Program) -> list[Node]:
+    """The nodes at which the pattern of a rule may have its root, in graph order."""
+    starts = {node for operator in root_ops(compiled.pattern) for node in program.calls.get(operator, ())}
+    return sorted(starts, key=program.order.__getitem__)
+
+
+def check_match(
+    compiled: CompiledRule, found: MatchResult, program: Program, target: Any
+) -> tuple[Match, list[Reason]]:
+    """The match as the rule reads it, and a reason for each requirement that does not hold."""
+    m = Match(found, program, target, compiled.rule, compiled.captures)
+    return m, [*_crossed_boundaries(m), *_failures(m, "metadata")] or _failures(m, "values")
 
 
 def _find_matches(
-    compiled: CompiledRule, program: Program, target: Any, tracker: OutcomeTracker, created_ops: AbstractSet[Target]
+    compiled: CompiledRule,
+    program: Program,
+    target: Any,
+    tracker: OutcomeTracker,
+    created_ops: AbstractSet[Target],
+    counts: RuleTrace,
 ) -> list[Match]:
     """The matches of a rule that meet all its requirements, in graph order; the tracker gets the reasons of others."""
     rule = compiled.rule
-    starts = {node for operator in root_ops(compiled.pattern) for node in program.calls.get(operator, ())}
     matches: list[Match] = []
     tried: set[Node] = set()
     closest: Miss | None = None
-    for node in sorted(starts, key=program.order.__getitem__):
+    for node in roots(compiled, program):
+        counts.tried += 1
         found = match(compiled.pattern, node, program.mutated)
         if isinstance(found, Miss):
             if _is_reported(rule, found, created_ops):
@@ -175,8 +255,9 @@ def _find_matches(
                     closest = found
             continue
         tried.update(found.owned, found.shared)
-        m = Match(found, program, target, rule, compiled.captures)
-        reasons = [*_crossed_boundaries(m), *_failures(m, "metadata")] or _failures(m, "values")
+        counts.matched += 1
+        m, reasons = check_match(compiled, found, program, target)
+        counts.failed.update(reason.requirement or reason.stage for reason in reasons)
         kept = next((owned for owned in found.owned if owned in program.kept), None)
         if reasons:
             _add_failures(tracker, m, reasons)
@@ -213,7 +294,8 @@ def _crossed_boundaries(m: Match) -> list[Reason]:
     """A reason for each inner node of the match that is an input or output of a preserved module, in graph order."""
     inner = {*m.match.owned[1:], *m.match.shared}
     wanted = "nodes on one side of a preserved module's boundary"
-    return [Reason(m.rule.name, "match", wanted, node.name) for node in sorted(inner & m.program.boundary_nodes)]
+    hint = "leave the module out of preserve_module_call_signature"
+    return [Reason(m.rule.name, "match", wanted, node.name, hint) for node in sorted(inner & m.program.boundary_nodes)]
 
 
 def _failures(m: Match, stage: Stage) -> list[Reason]:
@@ -231,7 +313,7 @@ def _failures(m: Match, stage: Stage) -> list[Reason]:
                 continue
         if failure is not None:
             hint = requirement.hint if failure.hint is None else failure.hint
-            reasons.append(Reason(m.rule.name, stage, requirement.wanted, failure.found, hint))
+            reasons.append(Reason(m.rule.name, stage, requirement.wanted, failure.found, hint, requirement.name))
     return reasons
 
 
@@ -255,9 +337,13 @@ def _check(requirement: Requirement, m: Match) -> Failure | None:
     )
 
 
-def _rewrite(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node, Sequence[Node]]:
+def _rewrite(
+    rule: Rule, ms: Sequence[Match], program: Program, drawings: DrawingRecorder
+) -> Mapping[Node, Sequence[Node]]:
     """Rewrite ``ms`` together; returns each node that was built, with the roots that it stands for."""
     b = Builder(program, [m.root for m in ms], rule.name)
+    matched = {node for m in ms for node in (*m.match.owned, *m.match.shared)}
+    before = drawn_nodes(b.roots, matched, program.fqn)
     new: Any
     if isinstance(rule, GroupRule):
         new = call_hook(rule, "rewrite_group", ms[0].root, program, partial(rule.rewrite_group, b, ms))
@@ -267,6 +353,7 @@ def _rewrite(rule: Rule, ms: Sequence[Match], program: Program) -> Mapping[Node,
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return one node for each match")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.for_match(m))
+    drawings.add(rule.name, before, drawn_nodes(new, b.created, program.fqn))
     program.mark_dead(b.created)
     return b.created
 

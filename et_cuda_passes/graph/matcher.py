@@ -1,13 +1,22 @@
 """Match a pattern at a node. The matcher changes nothing and reads no tensor."""
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import alias_source, mutated_operands
-from et_cuda_passes.graph.operators import Target, argument_names, arguments, op_name, op_of, schema_of
+from et_cuda_passes.graph.operators import (
+    Target,
+    argument_names,
+    arguments,
+    functional_of,
+    op_name,
+    op_of,
+    schema_of,
+)
 from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, ListOf, Literal, Pattern, Wildcard
 
 
@@ -20,12 +29,14 @@ class MatchResult:
         bindings: nodes and constants by the names of captures and calls; None for an absent optional capture.
         owned: the nodes that only this match reads, root first. A rewrite replaces them.
         shared: matched nodes that other nodes may read too. They stay as long as one does.
+        calls: the calls of the pattern with their nodes, in the order in which they matched.
     """
 
     root: Node
     bindings: Mapping[str, Any]
     owned: tuple[Node, ...]
     shared: tuple[Node, ...]
+    calls: "Calls" = ()
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,9 @@ class Miss:
         pattern: the part of the pattern that it does not fit.
         progress: the number of nodes that fit.
         why: what was wanted, where the pattern alone does not say it.
-        reached: the nodes that fit and that a match would own, root first.
+        calls: the calls of the pattern that fit with their nodes, in the order in which they matched.
         reader_of: the node whose reader ``node`` is, if a reader does not fit.
+        fix: computes the hint from ``node``, where the pattern's own hint does not apply.
     """
 
     root: Node
@@ -47,8 +59,14 @@ class Miss:
     pattern: Pattern
     progress: int
     why: str = ""
-    reached: tuple[Node, ...] = ()
+    calls: "Calls" = ()
     reader_of: Node | None = None
+    fix: "Fix | None" = None
+
+    @property
+    def reached(self) -> tuple[Node, ...]:
+        """The nodes that fit and that a match would own, root first."""
+        return _owned(self.calls)
 
     @property
     def wanted_ops(self) -> tuple[Target, ...]:
@@ -78,23 +96,56 @@ class Miss:
 
     @property
     def hint(self) -> str:
-        """Text: what to change; empty if the pattern has no hint for what was found."""
-        hint = self.pattern.hint if isinstance(self.pattern, Call) and not self.why else None
-        return hint(self.node) if hint is not None else ""
+        """Text: what to change; empty if that is not known for what was found."""
+        if self.fix is not None:
+            return self.fix(self.node)
+        if not isinstance(self.pattern, Call) or self.why:
+            return ""
+        hint = self.pattern.hint(self.node) if self.pattern.hint is not None else ""
+        return hint or _functional_hint(self.pattern, self.node)
+
+
+Calls: TypeAlias = tuple[tuple[Call, Node], ...]
+Fix: TypeAlias = Callable[[Any], str]
+
+
+def _owned(calls: Calls) -> tuple[Node, ...]:
+    return tuple(node for call, node in calls if not call.shared)
+
+
+def _functional_hint(pattern: Call, node: Any) -> str:
+    """The fix for the in-place form of an operator that the pattern contains."""
+    functional = functional_of(node) if isinstance(node, Node) else None
+    if functional is None or functional not in pattern.targets:
+        return ""
+    return (
+        f"the in-place form is not matched: write {op_name(functional)} in the model, or call "
+        "run_decompositions({}) on the program first"
+    )
+
+
+def _out_of_place(node: Any) -> str:
+    return "write the mutation out of place in the model, or call run_decompositions({}) on the program first"
+
+
+def _other_readers(node: Any) -> str:
+    readers = [user.name for user in node.users]
+    if not readers:
+        return ""
+    return f"it is read by {', '.join(readers)}: give each a result of its own, or write shared=True in the pattern"
 
 
 @dataclass(frozen=True)
 class _State:
     bindings: Mapping[str, Any] = field(default_factory=dict)
-    owned: tuple[Node, ...] = ()
-    shared: tuple[Node, ...] = ()
+    calls: Calls = ()
 
     def bind(self, name: str | None, value: Any) -> "_State | None":
         if name is None:
             return self
         if name in self.bindings:
             return self if self.bindings[name] is value or self.bindings[name] == value else None
-        return _State({**self.bindings, name: value}, self.owned, self.shared)
+        return _State({**self.bindings, name: value}, self.calls)
 
 
 class _Matcher:
@@ -103,10 +154,10 @@ class _Matcher:
         self.mutated = mutated
         self.miss: Miss | None = None
 
-    def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "") -> None:
-        progress = len(state.owned) + len(state.shared)
+    def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "", fix: Fix | None = None) -> None:
+        progress = len(state.calls)
         if self.miss is None or progress > self.miss.progress:
-            self.miss = Miss(self.root, node, pattern, progress, why, state.owned)
+            self.miss = Miss(self.root, node, pattern, progress, why, state.calls, fix=fix)
 
     def match(self, pattern: Pattern, value: Any, state: _State) -> Iterator[_State]:
         """Every way in which ``value`` fits, the preferred one first; usually one or none."""
@@ -144,50 +195,56 @@ class _Matcher:
         if not isinstance(node, Node) or op_of(node) not in pattern.targets:
             return self.fail(node, pattern, state)
         if node in self.mutated and node is not self.root:
-            return self.fail(node, pattern, state, f"{pattern} whose result is not mutated")
+            return self.fail(node, pattern, state, f"{pattern} whose result is not mutated", _out_of_place)
         if node is self.root and node in self.mutated and alias_source(node) is not None and not mutated_operands(node):
             # Its replacement would not share memory with the source of the view, so the mutation would be lost.
-            return self.fail(node, pattern, state, f"{pattern}, a view of memory that is not mutated")
+            return self.fail(node, pattern, state, f"{pattern}, a view of memory that is not mutated", _out_of_place)
         if node is not self.root and not pattern.shared and len(node.users) != 1:
-            return self.fail(node, pattern, state, f"{pattern} with this one user")
+            return self.fail(node, pattern, state, f"{pattern} with this one user", _other_readers)
         bound = state.bind(pattern.name, node)
         if bound is None:
             return self.fail(node, pattern, state, f"the same {pattern.name} in both places")
-        owned, shared = (bound.owned, (*bound.shared, node)) if pattern.shared else ((*bound.owned, node), bound.shared)
-        states = [_State(bound.bindings, owned, shared)]
-        for name, child, value in self.pair(pattern, node):
+        states = [_State(bound.bindings, (*bound.calls, (pattern, node)))]
+        for name, child, value in pair(pattern, node):
             if isinstance(child, Wildcard):
                 continue
             if not states:
                 return
             if isinstance(child, Literal) and (isinstance(value, Node) or value != child.value):
                 argument = "" if name.isdigit() else f"{pattern}({name}={child})"
-                return self.fail(value, child, states[0], argument)
+                return self.fail(value, child, states[0], argument, partial(_argument_hint, name, child))
             for part, item in _items(child, value):
                 if isinstance(part, Capture) and node is not self.root and item in self.mutated:
                     # A rewrite reads the capture at the root, possibly after the mutation.
-                    return self.fail(item, part, bound, f"{part}, which is not mutated")
+                    return self.fail(item, part, bound, f"{part}, which is not mutated", _out_of_place)
             states = [after for before in states for after in self.match(child, value, before)]
         if node is not self.root and not pattern.shared:
             # A rewrite reads inputs without a name in the pattern at the root too; for a shared node, constants.
             for source in node.all_input_nodes:
                 if source in self.mutated:
-                    return self.fail(source, pattern, bound, f"{pattern} of inputs that are not mutated")
+                    return self.fail(source, pattern, bound, f"{pattern} of inputs that are not mutated", _out_of_place)
         yield from states
 
-    def pair(self, pattern: Call, node: Node) -> Iterator[tuple[str, Pattern, Any]]:
-        """Name, pattern and value of each argument; an argument without a pattern must have its default."""
-        actual, schema = arguments(node), schema_of(node)
-        names = list(actual) if schema is None else argument_names(node)
-        defaults = {} if schema is None else dict(zip(names, (a.default_value for a in schema.arguments), strict=True))
-        wanted = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
-        for name in sorted(wanted.keys() - set(names)):
-            yield name, Literal(f"an argument called {name}"), None
-        for name in names:
-            if name in wanted:
-                yield name, wanted[name], actual.get(name)
-            elif not pattern.open:
-                yield name, Literal(defaults.get(name)), actual.get(name)
+
+def _argument_hint(name: str, pattern: Literal, value: Any) -> str:
+    if name.isdigit() or isinstance(value, Node):
+        return ""
+    return f"write the call with {name}={pattern}, or write this value in the pattern"
+
+
+def pair(pattern: Call, node: Node) -> Iterator[tuple[str, Pattern, Any]]:
+    """Name, pattern and value of each argument; an argument without a pattern must have its default."""
+    actual, schema = arguments(node), schema_of(node)
+    names = list(actual) if schema is None else argument_names(node)
+    defaults = {} if schema is None else dict(zip(names, (a.default_value for a in schema.arguments), strict=True))
+    wanted = dict(zip(names, pattern.args, strict=False)) | dict(pattern.kwargs)
+    for name in sorted(wanted.keys() - set(names)):
+        yield name, Literal(f"an argument called {name}"), None
+    for name in names:
+        if name in wanted:
+            yield name, wanted[name], actual.get(name)
+        elif not pattern.open:
+            yield name, Literal(defaults.get(name)), actual.get(name)
 
 
 def _items(pattern: Pattern, value: Any) -> list[tuple[Pattern, Any]]:
@@ -213,7 +270,8 @@ def match(pattern: Pattern, root: Node, mutated: Container[Node] = frozenset()) 
     """
     matcher = _Matcher(root, mutated)
     for state in matcher.match(pattern, root, _State()):
-        return MatchResult(root, state.bindings, state.owned, state.shared)
+        shared = tuple(node for call, node in state.calls if call.shared)
+        return MatchResult(root, state.bindings, _owned(state.calls), shared, state.calls)
     return matcher.miss or Miss(root, root, pattern, 0)
 
 
@@ -245,10 +303,10 @@ def _match_outwards(chain: Sequence[Call], node: Node, mutated: Container[Node])
         return found
     if len(chain) == 1:
         return None
-    progress = len(found.owned) + len(found.shared)
+    progress = len(found.calls)
     readers = [reader for reader in node.users if op_of(reader) in chain[1].targets]
     if not readers:
-        return Miss(node, next(iter(node.users), None), chain[1], progress, reader_of=node)
+        return Miss(node, next(iter(node.users), None), chain[1], progress, calls=found.calls, reader_of=node)
     misses = [_match_outwards(chain[1:], reader, mutated) for reader in readers]
     if None in misses:
         return None

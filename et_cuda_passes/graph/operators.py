@@ -70,6 +70,19 @@ def op_of(node: Node) -> Target | None:
     return canonical(node.target) if node.op == "call_function" else None
 
 
+def functional_of(node: Node) -> Target | None:
+    """The operator of which ``node`` calls the in-place form, as ``aten.relu`` for ``aten.relu_``; else None."""
+    target = op_of(node)
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    namespace, _, name = target._schema.name.partition("::")
+    if not name.endswith("_"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    overload = getattr(packet, target._overloadname, None)
+    return None if overload is None else canonical(overload)
+
+
 def to_edge(target: torch._ops.OpOverload) -> Target:
     """The edge overload of ``target``. Only a program in edge form needs it, so ExecuTorch is installed."""
     from importlib import import_module

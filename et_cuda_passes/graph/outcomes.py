@@ -1,14 +1,16 @@
 """One outcome per candidate: undecided until a rule keeps or rewrites it, and missed if none does."""
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.drawing import DrawingRecorder
 from et_cuda_passes.graph.matcher import MatchResult
+from et_cuda_passes.graph.names import without_numbers
 from et_cuda_passes.graph.operators import Target, op_name, op_of
-from et_cuda_passes.graph.report import Outcome, Reason, Report, Status, user_source_line, without_numbers
+from et_cuda_passes.graph.report import Outcome, Reason, Report, Status, user_source_line
 
 _SHOWN = 3
 """The number of places with the same reason that a report names."""
@@ -24,6 +26,9 @@ class Candidate:
         fqn: the FQNs of their weights.
         name: the name of the operator in a report: its path, for a node in control flow; empty for the node's name.
         unreachable_reason: why no rule can act on the operator where it stands; empty for most.
+        scheme: how the weights are quantized.
+        shape: of the weight; of the first of several.
+        weight_bytes: bytes of the weights, with scales and zero points.
     """
 
     node: Node
@@ -31,11 +36,25 @@ class Candidate:
     fqn: str
     name: str = ""
     unreachable_reason: str = ""
+    scheme: str = ""
+    shape: tuple[int, ...] = ()
+    weight_bytes: int = 0
 
     @property
     def op(self) -> str:
         """The operator's short name."""
         return op_name(self.node.target) if self.node.op == "call_function" else self.node.op
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a rule about a match: its summary, and the fields of its notes."""
+
+    summary: str = ""
+    note: str = ""
+    explanation: str = ""
+    kernel: str = ""
+    layout: str = ""
 
 
 class OutcomeTracker:
@@ -44,9 +63,21 @@ class OutcomeTracker:
     A match decides the candidates that it owns, or the readers of the weight that it replaces.
     """
 
-    def __init__(self, candidates: Iterable[Candidate], group_rules: Container[str] = ()) -> None:
-        """``group_rules`` are the names of the rules whose reasons are left out where another rule gives reasons."""
+    def __init__(
+        self,
+        candidates: Iterable[Candidate],
+        group_rules: Container[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Start without outcomes.
+
+        Args:
+            candidates: in graph order.
+            group_rules: the names of the rules whose reasons are left out where another rule gives reasons.
+            progress: called after each outcome with the number of outcomes and of candidates.
+        """
         self._group_rules = group_rules
+        self._progress = progress
         self._candidates: dict[Node, Candidate] = {}
         self._outcomes: dict[Node, Outcome] = {}
         self._misses: dict[Node, list[Reason]] = defaultdict(list)
@@ -60,6 +91,9 @@ class OutcomeTracker:
         # For each rule: similar reasons share an entry, which has the first of them and all places.
         self._rejected: dict[str, dict[str, tuple[Reason, list[str]]]] = defaultdict(dict)
         self._conflicts: list[str] = []
+        self._bytes_after: dict[Node, int] = {}
+        self.drawings = DrawingRecorder()
+        """The operators before and after each rewrite."""
         self._enroll(candidates)
 
     def _enroll(self, candidates: Iterable[Candidate]) -> None:
@@ -132,51 +166,82 @@ class OutcomeTracker:
         found = ", ".join(f"{self._outcomes[node].rule} at {self._outcomes[node].node}" for node in readers)
         self.add_failures(match, [Reason(rule, "conflict", "a weight that no earlier rule replaced or kept", found)])
 
-    def set_kept(self, rule: str, match: MatchResult, note: str, summary: str, explanation: str) -> None:
+    def set_kept(self, rule: str, match: MatchResult, texts: Texts) -> None:
         """Record that ``rule`` keeps ``match`` as it is."""
-        self._write("kept", rule, match, note, summary, explanation)
+        self._write("kept", rule, match, texts)
 
-    def set_rewritten(self, rule: str, match: MatchResult, note: str, summary: str, explanation: str) -> None:
+    def set_rewritten(self, rule: str, match: MatchResult, texts: Texts) -> None:
         """Record that ``rule`` rewrites ``match``.
 
-        Where the match owns nodes that earlier rules built, the outcomes that these rules wrote get the summary and
-        the explanation too.
+        Where the match owns nodes that earlier rules built, the outcomes that these rules wrote get the texts too,
+        except the note.
         """
         earlier = [origin for node in match.owned for origin in self._origins.get(node, ())]
         self._origins[match.root] = tuple(dict.fromkeys([*earlier, *self._decided_by(match)]))
         for node in dict.fromkeys(earlier):
             if node in self._outcomes:
-                self._append_summary(node, summary, explanation)
-        self._write("rewritten", rule, match, note, summary, explanation)
+                self._append_summary(node, texts)
+        self._write("rewritten", rule, match, texts)
 
-    def _append_summary(self, node: Node, summary: str, explanation: str) -> None:
+    def _append_summary(self, node: Node, texts: Texts) -> None:
         """Add what a later rule says to the outcome of ``node``, once."""
-        outcome = self._outcomes[node]
+        outcome, summary = self._outcomes[node], texts.summary
         if summary and not f", {outcome.detail}".endswith(f", {summary}"):
             outcome = replace(outcome, detail=f"{outcome.detail}, {summary}" if outcome.detail else summary)
-        self._outcomes[node] = replace(outcome, explanation=explanation or outcome.explanation)
+        self._outcomes[node] = replace(
+            outcome,
+            explanation=texts.explanation or outcome.explanation,
+            kernel=texts.kernel or outcome.kernel,
+            layout=texts.layout or outcome.layout,
+        )
 
-    def _write(self, status: Status, rule: str, match: MatchResult, note: str, summary: str, explanation: str) -> None:
+    def _write(self, status: Status, rule: str, match: MatchResult, texts: Texts) -> None:
         self._applied[rule] = self._applied.get(rule, 0) + 1
-        reasons = [Reason(rule, "note", "", note)] if note else []
+        reasons = [Reason(rule, "note", "", texts.note)] if texts.note else []
         for node in self._decided_by(match):
             # A reader of several weights has its outcome when the last of them is replaced.
             self._replaced[node].add(match.root)
             if node in match.owned or self._replaced[node].issuperset(self._candidates[node].weights):
-                self._outcomes[node] = self._outcome(node, status, rule, reasons, summary, explanation)
+                self._outcomes[node] = self._outcome(node, status, rule, reasons, texts)
+        if self._progress is not None:
+            self._progress(len(self._outcomes), len(self._candidates))
 
     def _outcome(
-        self,
-        node: Node,
-        status: Status,
-        rule: str | None,
-        reasons: list[Reason],
-        summary: str = "",
-        explanation: str = "",
+        self, node: Node, status: Status, rule: str | None, reasons: list[Reason], texts: Texts | None = None
     ) -> Outcome:
-        candidate = self._candidates[node]
-        name, source = candidate.name or node.name, user_source_line(node)
-        return Outcome(name, candidate.op, candidate.fqn, rule, status, reasons, source, summary, explanation)
+        candidate, texts = self._candidates[node], texts or Texts()
+        return Outcome(
+            node=candidate.name or node.name,
+            op=candidate.op,
+            fqn=candidate.fqn,
+            rule=rule,
+            status=status,
+            reasons=reasons,
+            source=user_source_line(node),
+            detail=texts.summary,
+            explanation=texts.explanation,
+            scheme=candidate.scheme,
+            shape=list(candidate.shape),
+            kernel=texts.kernel,
+            layout=texts.layout,
+            bytes_before=candidate.weight_bytes,
+            bytes_after=candidate.weight_bytes,
+        )
+
+    def stand_ins(self) -> Iterator[tuple[Node, tuple[Candidate, ...]]]:
+        """Each node that may read the weight of a candidate now, with the candidates that it stands for.
+
+        Nodes that are no longer in the graph are among them.
+        """
+        for node, candidate in self._candidates.items():
+            yield node, (candidate,)
+        for node, origins in self._origins.items():
+            if node not in self._candidates:
+                yield node, tuple(self._candidates[each] for each in origins if each in self._candidates)
+
+    def set_bytes_after(self, sizes: Mapping[Node, int]) -> None:
+        """Record the bytes of the packed weights, by candidate."""
+        self._bytes_after.update(sizes)
 
     # Changes of the graph --------------------------------------------------------------------------------------------
 
@@ -200,7 +265,14 @@ class OutcomeTracker:
                 added.append(found)
             else:
                 known = self._candidates[origin]
-                moved[origin] = replace(found, fqn=known.fqn, name=known.name or origin.name)
+                moved[origin] = replace(
+                    found,
+                    fqn=known.fqn,
+                    name=known.name or origin.name,
+                    scheme=known.scheme,
+                    shape=known.shape,
+                    weight_bytes=known.weight_bytes,
+                )
         if not moved and not added:
             return
         for old, new in moved.items():
@@ -259,7 +331,7 @@ class OutcomeTracker:
             for reason in dict.fromkeys(self._misses.get(node, ())):
                 if reason not in told:
                     self.add_rejected(candidate.name or node.name, reason)
-            outcomes.append(outcome)
+            outcomes.append(replace(outcome, bytes_after=self._bytes_after.get(node, outcome.bytes_after)))
         return Report(
             target,
             list(passes),
@@ -269,6 +341,7 @@ class OutcomeTracker:
             rejected={rule: self._rejections(rule) for rule in passes if rule in self._rejected},
             bytes_before=bytes_before,
             bytes_after=bytes_after,
+            drawings=self.drawings.drawings(),
         )
 
     def _rejections(self, rule: str) -> list[str]:

@@ -404,6 +404,16 @@ class Program:
         return program
 
 
+def constants_read(program: Program, node: Node) -> Iterator[Node]:
+    """The placeholders of the constants that ``node`` reads itself or past operators of one operand."""
+    for operand in node.all_input_nodes:
+        source = program.resolve(operand)
+        while source.op == "call_function" and len(source.all_input_nodes) == 1:
+            source = program.resolve(source.all_input_nodes[0])
+        if program.held(source) is not None:
+            yield source
+
+
 def copy_graph(exported: ExportedProgram) -> tuple[torch.nn.Module, Graph]:
     """Copies of the modules of subgraphs and of the graph; tensors are shared.
 

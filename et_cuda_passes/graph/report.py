@@ -9,6 +9,11 @@ from typing import Any, Literal
 
 from torch.fx import Node
 
+from et_cuda_passes.graph.decibels import decibels_to_json
+from et_cuda_passes.graph.drawing import Drawing, drawing_text
+from et_cuda_passes.graph.names import without_numbers
+from et_cuda_passes.graph.report_page import render
+
 Status = Literal["rewritten", "kept", "missed"]
 STATUSES: tuple[Status, ...] = ("rewritten", "kept", "missed")
 
@@ -31,18 +36,19 @@ def user_source_line(node: Node) -> str:
     return f"{frame['file']}:{frame['line']}: {frame['code'].strip()}"
 
 
-def without_numbers(text: str) -> str:
-    """``text`` without the numbers at the ends of node names, which differ from layer to layer."""
-    return re.sub(r"(?<=[a-z])_\d+\b", "", text)
-
-
 @dataclass(frozen=True)
 class Reason:
     """Why a rule did not rewrite a place, or a note on why it did.
 
-    ``stage`` is "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
-    "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches the
-    operator).
+    Attributes:
+        rule: the rule; None if no rule matches the operator.
+        stage: "match" (the pattern does not fit), "metadata" or "values" (a requirement of that stage does not hold),
+            "conflict" (another match has the nodes), "note" (a note on a rewrite or keep) or "none" (no rule matches
+            the operator).
+        wanted: what must hold; empty for a note.
+        found: what was found instead, or the note.
+        hint: what to change; empty if nothing can be said.
+        requirement: the name of the requirement that does not hold.
     """
 
     rule: str | None
@@ -50,6 +56,7 @@ class Reason:
     wanted: str
     found: str
     hint: str = ""
+    requirement: str = ""
 
     def __str__(self) -> str:
         if self.stage == "note":
@@ -72,6 +79,12 @@ class Outcome:
         source: the user's line, "file:line: code".
         detail: the summaries of the rules that rewrote it.
         explanation: a longer text of the rule, which the text of a report leaves out.
+        scheme: how the weight is quantized, "int4 group 32".
+        shape: of the weight.
+        kernel: the kernel that computes the operator; empty if no rule names one.
+        layout: the layout of the packed weight; empty if the kernel reads the weight as it was.
+        bytes_before: bytes of the weight as it was exported, with scales and zero points.
+        bytes_after: the same after the rewrite. A constant of several operators counts in proportion.
     """
 
     node: str
@@ -83,6 +96,29 @@ class Outcome:
     source: str = ""
     detail: str = ""
     explanation: str = ""
+    scheme: str = ""
+    shape: list[int] = field(default_factory=list)
+    kernel: str = ""
+    layout: str = ""
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+
+@dataclass(frozen=True)
+class LayerAccuracy:
+    """Signal-to-quantization-noise ratios of one quantized layer's output, in dB; None where not measured.
+
+    Attributes:
+        layer: FQN of the weight, as in Outcome.
+        node: the node of the candidate, as in Outcome.
+        quantized_db: quantized against float.
+        rewritten_db: rewritten against as exported.
+    """
+
+    layer: str
+    node: str
+    quantized_db: float | None
+    rewritten_db: float | None
 
 
 @dataclass
@@ -101,6 +137,10 @@ class Report:
         bytes_before: bytes of all constants before the rewrite.
         bytes_after: bytes of all constants after the rewrite.
         notes: remarks on the program as a whole.
+        drawings: the operators before and after each distinct rewrite.
+        accuracy: of each layer that was measured.
+        tilings: where the tilings of the kernels come from, if no note says it.
+        packages: for each pass that another package brought, the package and its version: "my-rules 0.1.0".
     """
 
     target: str
@@ -113,6 +153,10 @@ class Report:
     bytes_before: int = 0
     bytes_after: int = 0
     notes: list[str] = field(default_factory=list)
+    drawings: list[Drawing] = field(default_factory=list)
+    accuracy: tuple[LayerAccuracy, ...] = ()
+    tilings: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
 
     def counts(self) -> dict[str, int]:
         """The number of candidates by status, and how often each rule acted. ``expect=`` compares with these."""
@@ -140,6 +184,10 @@ class Report:
             bytes_before=sum(part.bytes_before for part in parts),
             bytes_after=sum(part.bytes_after for part in parts),
             notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+            drawings=[drawing for part in parts for drawing in part.drawings],
+            accuracy=tuple(layer for part in parts for layer in part.accuracy),
+            tilings=next((part.tilings for part in parts if part.tilings), ""),
+            packages={name: origin for part in parts for name, origin in part.packages.items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,11 +203,25 @@ class Report:
             "rejected": self.rejected,
             "warnings": self.warnings,
             "notes": self.notes,
+            "drawings": [asdict(drawing) for drawing in self.drawings],
+            "accuracy": [
+                {key: decibels_to_json(value) for key, value in asdict(layer).items()} for layer in self.accuracy
+            ],
+            "tilings": self.tilings,
+            "packages": self.packages,
         }
 
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, title: str = "") -> str:
+        """The report as one HTML file, which needs no network: see :func:`.report_page.render`."""
+        return render({self.target: self.to_dict()}, title)
+
+    def drawn(self) -> str:
+        """The drawings as text."""
+        return "\n\n".join(map(drawing_text, self.drawings))
 
     def __str__(self) -> str:
         """A short text: the counts, the rules with their numbers of rewrites, and every miss with its reasons."""
@@ -192,8 +254,12 @@ class Report:
         return "\n".join(lines)
 
     def _remarks(self) -> list[str]:
-        """The notes and the warnings."""
-        notes = [f"  note      {note}" for note in self.notes]
+        """The packages of plugins, the notes and the warnings."""
+        packages: dict[str, list[str]] = {}
+        for name, origin in self.packages.items():
+            packages.setdefault(origin, []).append(name)
+        notes = [f"  package   {origin}: {', '.join(names)}" for origin, names in packages.items()]
+        notes += [f"  note      {note}" for note in self.notes]
         return notes + [f"  warning   {warning}" for warning in self.warnings]
 
     def _missed(self) -> list[str]:

@@ -87,11 +87,15 @@ def requirement(wanted: str, hint: str = "", stage: Stage = "metadata") -> Calla
 class Notes(NamedTuple):
     """Texts of a report on a match, beyond its summary.
 
-    ``note`` stands beside the outcome in the report's text. ``explanation`` is longer, and in the data only.
+    ``note`` stands beside the outcome in the report's text. The others are in the data and on the report page only:
+    ``explanation`` is longer, ``kernel`` names the kernel that computes the result, and ``layout`` the layout that it
+    reads.
     """
 
     note: str = ""
     explanation: str = ""
+    kernel: str = ""
+    layout: str = ""
 
 
 class Rule:
@@ -147,7 +151,8 @@ class Rule:
     def notes(self, *ms: Match) -> Notes:
         """Further texts for the report on a match, or on the matches ``ms`` that are rewritten together.
 
-        Where the match contains nodes that earlier rules built, the explanation replaces that of their outcomes.
+        Where the match contains nodes that earlier rules built, explanation, kernel and layout replace those of their
+        outcomes.
         """
         return Notes()
 
@@ -225,6 +230,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
     function = getattr(rule, "pattern", None)
     if function is None:
         raise TypeError(f"rule {rule.name} has no pattern method")
+    _check_options(rule)
     if not isinstance(rule, (GroupRule, Keep)) and getattr(rule, "rewrite", None) is None:
         raise TypeError(f"rule {rule.name} has no rewrite method; a rule that leaves its matches derives from Keep")
     captures = parse_captures(function)
@@ -244,6 +250,22 @@ def compile_rule(rule: Rule) -> CompiledRule:
                 f"rule {rule.name}: some alternatives of the pattern do not contain {name!r}; give it the default None"
             )
     return CompiledRule(rule, pattern, tuple(captures), tuple(inner_calls(pattern)))
+
+
+def _check_options(rule: Rule) -> None:
+    """Check that a rule has no state: a frozen dataclass with its options as fields, or a class without any."""
+    cls = type(rule)
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is not None and "__dataclass_params__" in vars(cls):
+        stateless = parameters.frozen
+    else:
+        own = inspect.get_annotations(cls)
+        stateless = all("ClassVar" in str(kind) for kind in own.values()) and (parameters is not None or not vars(rule))
+    if not stateless:
+        raise TypeError(
+            f"rule {rule.name} has options, or state, and {cls.__name__} is no frozen dataclass: write "
+            "@dataclasses.dataclass(frozen=True) above the class; its fields are then the options"
+        )
 
 
 def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callable[[], _T]) -> _T:

@@ -38,9 +38,10 @@ from et_cuda_passes.executorch.lower import (
     staging_folder,
     uninterrupted,
 )
-from et_cuda_passes.executorch.packed import save_packed
+from et_cuda_passes.executorch.packed import read_report, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
+from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.hf.artifact import (
     SUFFIX,
     Build,
@@ -76,6 +77,7 @@ from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 # torchao's message for an operator that its tensors do not implement.
 _UNIMPLEMENTED = re.compile(
     r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
@@ -129,6 +131,8 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             for part in (self.config, self.generation_config, processor):
                 if part is not None:
                     part.save_pretrained(staging)
+            if page := _page(self.report, folder.resolve().name):
+                (staging / PAGE_FILE).write_text(page, encoding="utf-8")
             manifest = {
                 "schema_version": EXPORT_SCHEMA_VERSION,
                 "export_format": str(self.export_format),
@@ -230,6 +234,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     Args:
         progress: called with the name of each step as it begins.
         planned: called with the number of the steps that follow, as soon as it is known.
+        part: called during a rewrite with the number of weights that have an outcome, and of all.
     """
 
     export_format = FORMAT
@@ -240,10 +245,13 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     tested_versions: ClassVar[dict[str, str]] = {}
 
     def __init__(
-        self, progress: Progress = lambda step: None, planned: Callable[[int], None] = lambda count: None
+        self,
+        progress: Progress = lambda step: None,
+        planned: Callable[[int], None] = lambda count: None,
+        part: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
-        self._progress, self._planned = progress, planned
+        self._progress, self._planned, self._part = progress, planned, part
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
@@ -412,6 +420,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                         expected_counts(options, target),
                         pool=pool,
                         gpu=configs[name].gpu if target == "cuda" else None,
+                        progress=self._part,
                     )
                     if target == "cuda":
                         _check_attention(name, rewritten[name])
@@ -467,6 +476,19 @@ def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[st
         for target, report in component.report.items():
             reports.setdefault(target, {})[name] = report
     return reports
+
+
+def _page(report: Mapping[str, Any], title: str) -> str:
+    """The page of all targets and components of an export; empty if its report has none."""
+    try:
+        reports = {
+            f"{target}, {name}" if len(parts) > 1 else target: read_report(part).to_dict()
+            for target, parts in report.get("targets", {}).items()
+            for name, part in parts.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ExportError("the report of the export is damaged: export the model again") from error
+    return render(reports, title) if reports else ""
 
 
 class QuantizedModel:

@@ -197,8 +197,9 @@ class TimedStreamer(TextStreamer):  # type: ignore[misc]  # transformers is not 
 
 
 def hide_warnings() -> None:
-    """Let transformers log errors only."""
+    """Let transformers log errors only, and show no progress bars."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -26,8 +26,8 @@ from et_cuda_passes.hf.support import (
     support,
     usual_support,
 )
-from et_cuda_passes.rules.xnnpack import FoldDequantize
-from et_cuda_passes.targets import targets
+from et_cuda_passes.rules.fold import FoldDequantize
+from et_cuda_passes.targets import own_targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 """The ways to treat a 4-bit weight for xnnpack whose scheme does not quantize activations."""
@@ -165,14 +165,14 @@ class QuantizationOptions:
             return {}
         if not isinstance(text, str):
             raise UsageError(f"{option} is the name of a packing format; got {text!r}")
-        known = [AUTO, *dict.fromkeys(name for each in targets() for name in formats(each))]
+        known = [AUTO, *dict.fromkeys(name for each in own_targets() for name in formats(each))]
         found: dict[str | None, str] = {}
         for part in (part.strip() for part in text.split(",")):
             target, colon, name = part.rpartition(":")
             if name not in known:
                 raise UsageError(f"{option}={part!r}: there is no packing format {name!r}; {nearest(name, known)}")
-            if colon and target not in targets():
-                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, targets())}")
+            if colon and target not in own_targets():
+                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, own_targets())}")
             if colon:
                 _check_format(option, name, target)
             found[target if colon else None] = name
@@ -193,7 +193,7 @@ class QuantizationOptions:
 def _check_format(option: str, name: str, target: str) -> None:
     if name in (AUTO, *formats(target)):
         return
-    owners = " or ".join(f"{each}:{name}" for each in targets() if name in formats(each))
+    owners = " or ".join(f"{each}:{name}" for each in own_targets() if name in formats(each))
     raise UsageError(
         f"{option}={name!r} is not for {target}, which has {', '.join((AUTO, *formats(target)))}; write {owners} to "
         "choose it for that target alone"
@@ -211,8 +211,8 @@ def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     names = target.split(",") if isinstance(target, str) else list(target)
     names = [name.strip() if isinstance(name, str) else name for name in names]
     for name in names:
-        if name not in targets():
-            raise UsageError(f"there is no target {name!r}; {nearest(str(name), targets())}")
+        if name not in own_targets():
+            raise UsageError(f"there is no target {name!r}; {nearest(str(name), own_targets())}")
     return tuple(dict.fromkeys(names))
 
 
@@ -269,10 +269,40 @@ def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | No
     """
     names = options.targets if target is None else split_targets(target)
     if options.cast_to_bf16 and names and not any(map(casts_to_bf16, names)):
-        usable = " or ".join(filter(casts_to_bf16, targets()))
+        usable = " or ".join(filter(casts_to_bf16, own_targets()))
         raise UsageError(
             f"cast_to_bf16=True is for kernels of {usable}, and the target is {', '.join(names)}: leave it out"
         )
+    _check_targets(options, names)
+
+
+def refused_targets(options: QuantizationOptions) -> dict[str, str]:
+    """The targets of the options that cannot take their schemes, each with the reason; empty if none or all cannot."""
+    promised, refused = promised_targets(options), {}
+    for name in options.targets:
+        try:
+            _check_targets(options, [*(each for each in options.targets if each in promised and each != name), name])
+        except UsageError as error:
+            refused[name] = str(error)
+    return refused if len(refused) < len(options.targets) else {}
+
+
+def folded_targets(options: QuantizationOptions) -> dict[str, str]:
+    """The targets of the options that compute with floating-point weights for a scheme, each with the reason."""
+    folded = {}
+    for place, (scheme, embedding) in options.schemes().items():
+        for name in options.targets:
+            if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
+                folded[name] = f"{place}={scheme}: it computes with floating-point weights; {instead(scheme, name)}"
+    return folded
+
+
+def _check_targets(options: QuantizationOptions, names: Sequence[str]) -> None:
+    """Check that each target has the schemes, the packing formats and the group sizes.
+
+    Raises:
+        UsageError: one of them has not.
+    """
     for place, (scheme, embedding) in options.schemes().items():
         kinds = (False, True) if embedding is None and scheme.name in FOR_EMBEDDINGS else (bool(embedding),)
         _check_promise(place, scheme, names)

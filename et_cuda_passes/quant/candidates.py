@@ -1,17 +1,21 @@
 """Candidates: the operators that read a quantized weight, each of which needs an outcome in the report."""
 
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from math import prod
 
 import torch
 from torch.fx import Node
 
+from et_cuda_passes.graph.constants import tensor_bytes
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, op_of
 from et_cuda_passes.graph.outcomes import Candidate
-from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.program import Program, constants_read
 from et_cuda_passes.graph.subgraphs import Subgraphs
 from et_cuda_passes.quant.activations import is_quantize
-from et_cuda_passes.quant.decoders import dequantized_data, is_dequantize
+from et_cuda_passes.quant.decoders import decode, dequantized_data, is_dequantize
 from et_cuda_passes.quant.unsupported import (
     PRODUCTS,
     SuggestedSchemes,
@@ -87,9 +91,60 @@ def find_candidates(
     if among is not None and not any(_may_read_weight(program, node) for node in among):
         return []  # a walk of the whole graph after each rule would take longer than the rule
     found = [*_reachable(program, schemes or SuggestedSchemes(), wrapped), *_unreachable(program)]
-    if among is None:
-        return found
-    return [each for each in found if each.node in among or any(weight in among for weight in each.weights)]
+    if among is not None:
+        found = [each for each in found if each.node in among or any(weight in among for weight in each.weights)]
+    return [_with_form(program, each) for each in found]
+
+
+def _with_form(program: Program, candidate: Candidate) -> Candidate:
+    """``candidate`` with the scheme, shape and bytes of its weights, as far as they are known."""
+    if not candidate.weights:
+        return candidate
+    forms: dict[str, None] = {}
+    shapes: list[tuple[int, ...]] = []
+    total = 0
+    for weight in candidate.weights:
+        constants = list(dict.fromkeys([weight] if weight.op == "placeholder" else constants_read(program, weight)))
+        size = tensor_bytes(map(program.constant, constants))
+        operand = _operand(program, candidate.node, weight)
+        shape = _shape(operand)
+        try:
+            decoded = program.memoize(decode, weight)
+            forms[decoded.scheme], whole = None, decoded.shape
+        except (Unmet, TypeError):  # a form that no decoder reads
+            forms.update(dict.fromkeys(_dtypes(program, constants[:1])))
+            whole = _shape(weight)
+        # An operator may read one expert of a stack. Other operators only move a weight, and may transpose it.
+        selected = bool(shape) and prod(shape) < prod(whole)
+        total += size * prod(shape) // prod(whole) if selected else size
+        shapes.append(shape if selected else whole)
+    return replace(candidate, scheme=", ".join(forms), shape=shapes[0], weight_bytes=total)
+
+
+def _operand(program: Program, node: Node, weight: Node) -> Node:
+    """The operand of ``node`` that holds ``weight`` or a part of it."""
+    for operand in node.all_input_nodes:
+        source = program.resolve(operand)
+        while source is not weight and forwards_weight(source) and source.all_input_nodes:
+            source = program.resolve(source.all_input_nodes[0])
+        if source is weight:
+            return operand
+    return weight
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    """The shape of a tensor; () if it depends on dynamic sizes."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+        return ()
+    return tuple(value.shape)
+
+
+def _dtypes(program: Program, constants: Iterable[Node]) -> Iterator[str]:
+    for node in constants:
+        tensor = program.constant(node)
+        if tensor is not None:
+            yield str(tensor.dtype).removeprefix("torch.")
 
 
 def _may_read_weight(program: Program, node: Node) -> bool:

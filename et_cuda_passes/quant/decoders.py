@@ -33,14 +33,16 @@ Shape = tuple[int, ...]
 
 def dequantized(*args: Any, **kwargs: Any) -> Call:
     """``dequantize(..., name="weight", shared=True)``: the call pattern of a dequantized weight, in every form."""
-    return replace(op(*dequantize_ops())(*args, **kwargs), label="a dequantized weight", hint=_conversion_hint)
+    return replace(op(*dequantize_ops())(*args, **kwargs), label="a dequantized weight", hint=_weight_hint)
 
 
 _CONVERSIONS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten._to_copy.default})
 
 
-def _conversion_hint(found: Any) -> str:
-    """The fix for a program that converts a dequantized weight to another dtype; empty for anything else."""
+def _weight_hint(found: Any) -> str:
+    """The fix for a weight that is not quantized, or that the program converts after its dequantize."""
+    if isinstance(found, Node) and found.op == "placeholder":
+        return "the weight is not quantized: quantize this layer"
     if not isinstance(found, Node) or op_of(found) not in _CONVERSIONS:
         return ""
     source = found.all_input_nodes[0]

@@ -27,10 +27,12 @@ class SuggestedSchemes:
     Attributes:
         four_bits: the scheme for a weight of up to 4 bits an element.
         eight_bits: the scheme for a wider weight.
+        table: the scheme for the table of an embedding, if it is another one.
     """
 
     four_bits: str = "IntxWeightOnlyConfig(torch.int4, PerGroup(32))"
     eight_bits: str = "IntxWeightOnlyConfig(torch.int8, PerAxis(0))"
+    table: str = ""
 
     def for_bits(self, bits: int) -> str:
         """The scheme nearest to a weight of ``bits`` bits an element."""

@@ -19,8 +19,9 @@ from et_cuda_passes.graph.program import Program
 class WeightValues:
     """The tensors of rows of a :class:`QuantizedWeight` [N, K]: ``(data - zero_point) * scale - minimum``.
 
-    ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None if they are zero. ``load``
-    returns the integers [N, K], and unpacks them if they are stored packed.
+    ``scale``, ``zero_point`` and ``minimum`` are [N, K / group]; the last two are None if they are zero. Blocks of
+    GGUF's types with minimums have the third. ``load`` returns the integers [N, K], and unpacks them if they are stored
+    packed.
     """
 
     load: Callable[[], Tensor]

@@ -144,7 +144,6 @@ class CastAttention(Rule):
     ``UnmaskedAttention`` in a list of the caller's.
     """
 
-    before: ClassVar[tuple[str, ...]] = ("unmasked_attention",)
     reports_misses: ClassVar[bool] = False
 
     requirements = (same_dtype("q", "k", "v"), attention_is_not_in_bf16, mask_is_boolean)

@@ -122,6 +122,10 @@ class EmbeddingInt4(Rule):
         cast = cast_of(m, m.val(m.root).dtype).replace("computed", "scales")
         return f"{weight_of(m).scheme} -> table ({kernel_of(m).layout}{cast})"
 
+    def notes(self, *ms: Match) -> Notes:
+        """The layout."""
+        return Notes(kernel="table", layout=kernel_of(ms[0]).layout)
+
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""
         weight, kernel = weight_of(m), kernel_of(m)
@@ -155,6 +159,10 @@ class EmbeddingInt8(Rule):
     def summary(self, m: Match) -> str:
         """The scheme."""
         return f"{weight_of(m).scheme} -> table (int8)"
+
+    def notes(self, *ms: Match) -> Notes:
+        """The layout."""
+        return Notes(kernel="table", layout="int8")
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""
@@ -195,6 +203,11 @@ def table_form(weight: QuantizedWeight) -> tuple[int, int]:
     offset = integer_offset(weight, bits)
     assert offset is not None
     return bits, offset
+
+
+def _operator_name(weight: QuantizedWeight) -> str:
+    name: str = quantized_embedding(table_form(weight)[0])._schema.name
+    return name.partition("::")[2]
 
 
 def stored_zero_points(parts: WeightValues, weight: QuantizedWeight) -> Tensor:
@@ -297,8 +310,7 @@ class QuantizedEmbedding(Rule):
     def summary(self, m: Match) -> str:
         """Scheme and operator."""
         weight = weight_of(m)
-        operator = quantized_embedding(table_form(weight)[0])
-        return f"{weight.scheme} -> {operator._schema.name.partition('::')[2]}"
+        return f"{weight.scheme} -> {_operator_name(weight)}"
 
     def notes(self, *ms: Match) -> Notes:
         """The kernels that the runtime needs, and the other readers of the table."""
@@ -312,7 +324,7 @@ class QuantizedEmbedding(Rule):
         text = "needs ExecuTorch's quantized kernels at run time (Python: import executorch.kernels.quantized)"
         if tied:
             text += f"; the table is tied to {', '.join(tied)}, for which the weight is stored a second time"
-        return Notes(note=text)
+        return Notes(text, kernel=_operator_name(weight_of(ms[0])))
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the table and call the operator."""

@@ -30,7 +30,7 @@ from et_cuda_passes.quant.weight import QuantizedWeight
 from et_cuda_passes.rules.packing import (
     cast_of,
     compute_dtype,
-    kernel_note,
+    kernel_notes,
     kernel_of,
     nonfinite_int4,
     pack_experts,
@@ -268,7 +268,7 @@ class BmmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
+        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -336,7 +336,7 @@ class IndexedBmmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
+        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -393,7 +393,7 @@ class GroupedMmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
+        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -479,7 +479,7 @@ class EinsumInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return Notes(kernel_note(ms[0], ms[0].val(ms[0].x).dtype))
+        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights, and call the operator between permutations and reshapes of x and of the result."""

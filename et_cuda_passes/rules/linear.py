@@ -32,7 +32,7 @@ from et_cuda_passes.rules.packing import (
     cast_of,
     compute_dtype,
     is_symmetric,
-    kernel_note,
+    kernel_notes,
     kernel_of,
     nonfinite_int4,
     nonfinite_int8,
@@ -199,22 +199,21 @@ def _dropped(m: Match) -> str:
 def int4_notes(*ms: Match) -> Notes:
     """Measurements of the kernel, and the tilings of the Triton kernel for the rows of all weights of ``ms``."""
     first, kernel, weight = ms[0], kernel_of(ms[0]), weight_of(ms[0])
-    note = kernel_note(first, first.val(first.x).dtype)
-    group_size = kernel.native_group_size(weight.group_size, weight.in_features)
+    x, group_size = first.val(first.x), kernel.native_group_size(weight.group_size, weight.in_features)
     if INT4_LINEARS[kernel.layout] is not MMA_TILED or group_size is None:
-        return Notes(note)
+        return kernel_notes(first, x.dtype)
     n = sum(weight_of(m).out_features for m in ms)
-    return Notes(note, describe_tilings(first, first.val(first.x), n, weight.in_features, group_size))
+    return kernel_notes(first, x.dtype, describe_tilings(first, x, n, weight.in_features, group_size))
 
 
 def int8_notes(m: Match) -> Notes:
     """Measurements of the kernel, and the tilings of the Triton kernel."""
-    kernel, weight, note = kernel_of(m), weight_of(m), kernel_note(m, m.val(m.x).dtype)
+    kernel, weight, x = kernel_of(m), weight_of(m), m.val(m.x)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     if kernel.name != "triton" or group_size is None:
-        return Notes(note)
+        return kernel_notes(m, x.dtype)
     n, k = weight.out_features, weight.in_features
-    return Notes(note, describe_tilings(m, m.val(m.x), n, k, group_size, bits=8))
+    return kernel_notes(m, x.dtype, describe_tilings(m, x, n, k, group_size, bits=8))
 
 
 # Rewrites -------------------------------------------------------------------------------------------------------------

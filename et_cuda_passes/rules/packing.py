@@ -9,6 +9,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.rule import Notes
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.layouts import LAYOUTS, Layout
 from et_cuda_passes.layouts.layout import unsigned_shift
@@ -66,16 +67,17 @@ def cast_of(m: Match, dtype: torch.dtype) -> str:
     return "" if kernel_dtype(m, dtype) is dtype else ", computed in bf16"
 
 
-def kernel_note(m: Match, dtype: torch.dtype) -> str:
-    """For the report: what was measured of the kernel with tensors in ``dtype``, and on a host such as this one."""
+def kernel_notes(m: Match, dtype: torch.dtype, explanation: str = "") -> Notes:
+    """The kernel and its layout, and what was measured of it with tensors in ``dtype`` on a host such as this one."""
     kernel, used = kernel_of(m), kernel_dtype(m, dtype)
+    note = kernel.host_notes.get(torch.backends.cpu.get_cpu_capability(), "")
     if used in kernel.slow_dtypes:
         name = str(used).removeprefix("torch.")
-        return (
+        note = (
             f"{kernel.name} is slower in {name} than float weights: export the model in bfloat16 (--dtype bfloat16), "
             "or accept bf16 arithmetic (cast_to_bf16)"
         )
-    return kernel.host_notes.get(torch.backends.cpu.get_cpu_capability(), "")
+    return Notes(note, explanation, kernel.name, kernel.layout)
 
 
 def scale_dtype(m: Match) -> torch.dtype:

@@ -16,7 +16,7 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.rule import Failure, Requirement, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight, has_data
+from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
 from et_cuda_passes.rules.packing import compute_dtype, int4_shift, int8_shift, kernel_of, packed_weight
 from et_cuda_passes.rules.values import integer_ends
 
@@ -29,6 +29,15 @@ def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
 def is_vector(tensor: Tensor, length: int) -> bool:
     """Whether the tensor is known to have the shape [length]."""
     return tensor.dim() == 1 and statically_known_true(tensor.shape[0] == length)
+
+
+def stored_scales(m: Match) -> Tensor:
+    """The scales of the weight, as many as it has."""
+    weight = weight_of(m)
+    if weight.constant_qparams is not None:
+        return torch.tensor(weight.constant_qparams[0])
+    scale = None if weight.scale is None else m.program.constant(weight.scale)
+    return weight_values(m.program, weight).scale if scale is None else scale
 
 
 @requirement("a constant weight that holds data")
@@ -173,3 +182,87 @@ def scales_are_finite(count: Callable[[Match], int]) -> Requirement:
         return Failure(f"{bad} that are NaN or infinite") if bad else None
 
     return scales_are_finite
+
+
+# Requirements of rules that keep a weight for the kernel of a backend, which reads the pattern as it stands.
+
+
+@requirement(
+    "a place outside control flow",
+    hint="the backend reads a weight as a constant of the method: move the layer out of the control flow",
+)
+def stands_in_main_graph(m: Match) -> Failure | None:
+    """In a subgraph a weight is an operand, and the backends delegate no control flow."""
+    subgraphs = m.program.subgraphs
+    return Failure(subgraphs.path(m.root)) if subgraphs.in_control_flow(m.root) else None
+
+
+@requirement("a dtype that the backend has")
+def backend_has_dtype(m: Match) -> Failure | None:
+    """The dequantized weight has one of the target's dtypes."""
+    dtype, dtypes = m.val(m.weight).dtype, m.target.dtypes
+    if not dtypes or dtype in dtypes:
+        return None
+    return Failure(dtype_names([dtype]), f"{m.target.name} has {dtype_names(dtypes)}: export the model in one of these")
+
+
+@requirement("integers that are stored as int8", hint="quantize with torchao's IntxWeightOnlyConfig")
+def storage_is_int8(m: Match) -> Failure | None:
+    """The backend reads one signed byte for each integer."""
+    weight = weight_of(m)
+    return None if weight.storage_dtype is torch.int8 else Failure(f"{dtype_names([weight.storage_dtype])} storage")
+
+
+@requirement("a tensor of zero points", hint="quantize with torchao's IntxWeightOnlyConfig")
+def zero_points_are_a_tensor(m: Match) -> Failure | None:
+    """The backend fails on a missing argument."""
+    return None if weight_of(m).zero_point is not None else Failure("none")
+
+
+@requirement("a matrix with scales for groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
+def each_row_has_its_scales(m: Match) -> Failure | None:
+    """Blocks of [1, group], so that no rows share a scale."""
+    weight = weight_of(m)
+    if len(weight.shape) == 2 and weight.block_size[0] == 1:
+        return None
+    return Failure(f"a weight {list(weight.shape)} in blocks of {list(weight.block_size)}")
+
+
+@requirement("no bias, or a constant vector of out_features", hint="add such a bias behind the linear")
+def bias_is_a_constant_vector(m: Match) -> Failure | None:
+    """The backend reads out_features numbers of a constant."""
+    if m.bias is None:
+        return None
+    if m.program.constant(m.bias) is None:
+        return Failure(f"{m.bias.name}, which the program computes")
+    value = m.val(m.bias)
+    return None if is_vector(value, m.val(m.weight).shape[0]) else Failure(f"{m.bias.name} {list(value.shape)}")
+
+
+@requirement("zero points that are all 0", stage="values", hint="quantize with a symmetric mapping type")
+def zero_points_are_all_zero(m: Match) -> Failure | None:
+    """The kernel of the backend has none."""
+    weight = weight_of(m)
+    points = None if weight.zero_point is None else m.program.constant(weight.zero_point)
+    count = 0 if points is None else int((points != 0).sum())
+    return Failure(f"{count} that are not") if count else None
+
+
+def scales_fit(dtype: torch.dtype, reason: str) -> Requirement:
+    """The scales are positive, finite and normal numbers of ``dtype``.
+
+    A scale below would be rounded to a multiple of the smallest number, or to 0.
+    """
+
+    @requirement(
+        f"scales that are finite, positive and normal in {dtype_names([dtype])}, {reason}",
+        hint="quantize the weight again, or leave this layer unquantized",
+        stage="values",
+    )
+    def scales_fit(m: Match) -> Failure | None:
+        scale = stored_scales(m).double()
+        info = torch.finfo(dtype)
+        good = (scale >= info.smallest_normal) & (scale <= info.max)
+        return None if bool(good.all()) else Failure(f"{int((~good).sum())} that are not")
+
+    return scales_fit

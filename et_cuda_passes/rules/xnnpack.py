@@ -1,18 +1,16 @@
-"""Quantized weights for ExecuTorch's XNNPACK delegate: kept where the delegate is right, folded to floats elsewhere.
+"""Quantized weights that ExecuTorch's XNNPACK delegate computes correctly are kept for it.
 
 The delegate recognizes some quantized patterns and computes them with its own integer kernels. It ignores many of the
 graph's parameters. Each requirement of a ``Keep...`` rule excludes a case in which executorch 1.5.1 gave another result
 than the graph without an error, or failed late without naming the layer.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
-from torch import Tensor
-from torch.fx import Node, map_arg
+from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
@@ -24,15 +22,12 @@ from et_cuda_passes.quant.activations import (
     decode_dynamic,
     dynamically_quantized,
     dynamically_quantized_per_tensor,
-    quantized_activation_of,
     static_qparams,
     statically_quantized,
 )
-from et_cuda_passes.quant.candidates import consumers
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, is_dequantize, weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
-from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, scales_are_finite, weight_has_data
-from et_cuda_passes.rules.values import nonfinite
+from et_cuda_passes.quant.weight import QuantizedWeight
+from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, stored_scales, weight_has_data
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -81,18 +76,9 @@ def zero_points_are_zero(m: Match) -> Failure | None:
 @requirement("scales that are positive, finite and normal", stage="values", hint="quantize the weight again")
 def scales_are_normal(m: Match) -> Failure | None:
     """The delegate refuses other scales when the method is loaded, without naming the layer."""
-    scale = _scales(m).float()
+    scale = stored_scales(m).float()
     good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
     return None if bool(good.all()) else Failure(f"{int((~good).sum())} that are not")
-
-
-def _scales(m: Match) -> Tensor:
-    """The scales of the weight, as many as it has."""
-    weight = weight_of(m)
-    if weight.constant_qparams is not None:
-        return torch.tensor(weight.constant_qparams[0])
-    scale = None if weight.scale is None else m.program.constant(weight.scale)
-    return weight_values(m.program, weight).scale if scale is None else scale
 
 
 # Requirements of activations that torchao quantizes dynamically.
@@ -196,7 +182,7 @@ def _unreadable_storage(weight: QuantizedWeight) -> Failure | None:
 
 
 def _kept(*ms: Match) -> Notes:
-    return Notes("XNNPACK has its own kernel for it and takes the pattern as it stands")
+    return Notes("XNNPACK has its own kernel for it and takes the pattern as it stands", kernel="XNNPACK")
 
 
 @requirement("a 4-bit weight", hint="quantize with weight_dtype=torch.int4")
@@ -452,75 +438,6 @@ class KeepStaticInt8(Keep):
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept."""
         return _kept(*ms)
-
-
-@requirement(
-    "readers of float activations",
-    hint="a float weight under quantized activations has no kernel either: meet the requirements of the rules that "
-    "keep such a linear",
-)
-def readers_have_float_activations(m: Match) -> Failure | None:
-    """The delegate quantizes an activation only as a part of a linear that it computes as a whole."""
-    kept = m.program.kept
-    found = (quantized_activation_of(reader) for reader in consumers(m.weight) if reader not in kept)
-    text = next(filter(None, found), "")
-    return Failure(text) if text else None
-
-
-_INSTEAD = (
-    "for a 4-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(weight_dtype=torch.int4, "
-    "weight_granularity=PerGroup(32))"
-)
-_INSTEAD_FOR_A_TABLE = (
-    "for a quantized embedding quantize with IntxWeightOnlyConfig(torch.int4, PerGroup(32)): quantized_embedding takes "
-    "up to 8 bits in groups along K"
-)
-
-
-@dataclass(frozen=True)
-class FoldDequantize(Rule):
-    """dequantize(constant) -> a float constant, computed at compile time
-
-    It is for a target that has no kernel for a quantized weight and would compute something else without an error. The
-    weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids it.
-    """
-
-    requirements = (weight_has_data, readers_have_float_activations, scales_are_finite(lambda m: nonfinite(_scales(m))))
-
-    def pattern(self) -> Pattern:
-        """Any dequantized weight, with any readers."""
-        return dequantized(..., name="weight")
-
-    def summary(self, m: Match) -> str:
-        """The scheme that is given up."""
-        return f"{weight_of(m).scheme} -> float weight"
-
-    def notes(self, *ms: Match) -> Notes:
-        """The cost of the fold, and the scheme that avoids it."""
-        m = ms[0]
-        readers = (op_of(reader) for reader in consumers(m.weight))
-        instead = _INSTEAD_FOR_A_TABLE if all(read is aten.embedding.default for read in readers) else _INSTEAD
-        return Notes(
-            f"target {m.target.name} has no kernel for a weight-only {weight_of(m).scheme} weight: folded to "
-            f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
-        )
-
-    def rewrite(self, b: Builder, m: Match) -> Node:
-        """Run the dequantize operator itself on the constants, so that it rounds as before."""
-        weight, node = weight_of(m), m.root
-        operator: Callable[..., Tensor] = cast(Any, op_of(node))
-
-        def value(argument: Node) -> Tensor:
-            tensor = b.program.constant(argument)
-            assert tensor is not None
-            return tensor.detach()
-
-        def fold() -> Tensor:
-            return operator(*map_arg(node.args, value), **map_arg(node.kwargs, value))
-
-        # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
-        given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
-        return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
 
 
 @requirement("a bias that is no vector [out_features]")

@@ -32,12 +32,6 @@ def quantized_before(m: Match) -> Failure | None:
     return None if _first_quantization(m) is not m.root else Failure(f"{m.root.name}, the first")
 
 
-@requirement("an activation that is not mutated")
-def activation_is_not_mutated(m: Match) -> Failure | None:
-    """Two quantizations of a mutated tensor can differ."""
-    return Failure(f"{m.x.name}, which is mutated") if m.x in m.program.mutated else None
-
-
 def _first_quantization(m: Match) -> Node:
     """The first node in the graph that dequantizes the same activation, quantized in the same way."""
 
@@ -67,10 +61,10 @@ class ShareActivation(Rule):
 
     reports_misses: ClassVar[bool] = False
 
-    requirements = (activation_is_not_mutated, quantized_before)
+    requirements = (quantized_before,)
 
     def pattern(self, x: Capture) -> Pattern:
-        """A quantized activation."""
+        """A quantized activation. A pattern matches no mutated ``x`` inside a call that is read later."""
         return op(DEQUANTIZE)(op(QUANTIZE)(x, ..., shared=True), ..., name="activation")
 
     def rewrite(self, b: Builder, m: Match) -> Node:
@@ -92,8 +86,6 @@ class QuantizeActivation(Rule):
     CHANGE: they become those of ``Int8DynamicActivationIntxWeightConfig`` for the same weight. The rule is therefore in
     no list by default, and stands before ``ShareActivation`` in a list of the caller's.
     """
-
-    before: ClassVar[tuple[str, ...]] = ("share_activation", "keep_dynamic_int4")
 
     requirements = (
         weight_has_data,

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.layouts import LAYOUTS
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
-from et_cuda_passes.targets import get_target, targets
+from et_cuda_passes.targets import get_target, own_targets
 from et_cuda_passes.targets.target import Target
 
 # The families whose kernels read each operator, and the operator's layout. A table tied to a linear is packed like it.
@@ -39,7 +39,7 @@ def unsupported_layouts(program: ExportedProgram, target: Target) -> Counter[str
 
 def targets_supporting(program: ExportedProgram) -> list[str]:
     """The names of the targets that run every packed operator of ``program``."""
-    return [name for name in targets() if not unsupported_layouts(program, get_target(name))]
+    return [name for name in own_targets() if not unsupported_layouts(program, get_target(name))]
 
 
 def packed_warnings(program: ExportedProgram, target: Target, nothing_else: bool) -> list[str]:

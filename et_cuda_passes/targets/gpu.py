@@ -9,7 +9,7 @@ from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.kernels.choose import costs_of
 from et_cuda_passes.kernels.device import named_gpu, present_gpu
-from et_cuda_passes.kernels.gpus import GPUS, GpuArch, cards_of, gpu_arch
+from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch, cards_of, gpu_arch
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.ops.registry import TRITON_OPERATORS
 from et_cuda_passes.targets.target import Target
@@ -73,6 +73,13 @@ def gpu_notes(program: ExportedProgram, gpu: GpuArch) -> list[str]:
     listed = ", ".join(f"{name} ({'.'.join(map(str, GPUS[name].capability))})" for name in cards)
     only = " only" if len(cards) == 1 else ""
     return [f"tilings {source}; once lowered, the program runs on {listed}{only}"]
+
+
+def unnamed_gpu_text(program: ExportedProgram) -> str:
+    """Where the tilings of a program come from for which no GPU is known; empty if it has none."""
+    if not any(_operators(program)):
+        return ""
+    return f"tilings: no GPU is named, so they are shown for {HOPPER}; the lowering chooses those of its own GPU"
 
 
 def _operators(program: ExportedProgram) -> Iterator[tuple[GraphModule, Node]]:

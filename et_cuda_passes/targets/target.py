@@ -52,6 +52,8 @@ class Target:
         kernels: kernels by family, one of :data:`FAMILIES`; the first of a family is its default.
         passes: returns a new list of the rules, in their order.
         advised: the quantization to suggest instead of a form that no rule rewrites.
+        dtypes: the floating-point dtypes that the backend computes in; empty for any.
+        dynamic_sizes: whether the backend's runtime takes inputs of dynamic sizes.
         gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
         partitioner: for the lowering of a target outside of this package: returns the ExecuTorch partitioner of the
             method of that name, which gets the rewritten program.
@@ -66,6 +68,8 @@ class Target:
     kernels: Mapping[str, tuple[Kernel, ...]] = field(hash=False)
     passes: Callable[[], list[Rule]] = field(compare=False)
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
+    dtypes: tuple[torch.dtype, ...] = ()
+    dynamic_sizes: bool = True
     gpu: GpuArch | None = None
     partitioner: Callable[[str], Any] | None = field(default=None, compare=False)
     lowered_as: str = ""

@@ -5,8 +5,8 @@ XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch
 
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import QuantizedEmbedding
+from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.xnnpack import (
-    FoldDequantize,
     KeepDynamicInt4,
     KeepDynamicInt8,
     KeepDynamicPerTensor,
@@ -25,6 +25,8 @@ XNNPACK = Target(
     advised=SuggestedSchemes(
         four_bits="Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup(32))",
         eight_bits="Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))",
+        table="IntxWeightOnlyConfig(torch.int4, PerGroup(32)): quantized_embedding takes up to 8 bits in groups along "
+        "K",
     ),
     passes=lambda: [
         SplitBroadcastBias(),

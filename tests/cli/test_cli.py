@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
+from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.targets.gpu import gpu_named_in
+from et_cuda_passes.testing import Quantized
 from tests.cli.command import Run, names
-from tests.quantized import Quantized
 from tests.saved import difference, save
 
 INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]
@@ -30,7 +31,7 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, command: R
     out = tmp_path / "made" / "here"
     result = command("lower", path, "--target", "xnnpack", "--output-dir", out, "--expect", "fold_dequantize=2")
     assert result.code == 0, result.err
-    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert names(out) == ["model.xnnpack.pte", "report.html", "report.json"]
     assert f"{out / 'model.xnnpack.pte'}  {(out / 'model.xnnpack.pte').stat().st_size:,}" in result.out
     assert "Int8DynamicActivationIntxWeightConfig" in result.out
     method = Runtime.get().load_program(out / "model.xnnpack.pte").load_method("forward")
@@ -68,7 +69,7 @@ def test_lower_for_cpu_works_directly_and_from_a_packed_program(tmp_path: Path, 
     )
     assert lowering.code == 0, lowering.err
     assert "2 x cpu" in lowering.out
-    assert names(tmp_path / "out") == ["model.cpu.pt2", "report.json"]
+    assert names(tmp_path / "out") == ["model.cpu.pt2", "report.html", "report.json"]
     # The report is that of the packing, with an outcome for every layer.
     assert (tmp_path / "out" / "report.json").read_bytes() == (tmp_path / "report.json").read_bytes()
 
@@ -85,7 +86,7 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
     out = tmp_path / "a folder"
     result = command("lower", path, "--target", "cuda", "--output-dir", out)
     assert result.code == 1
-    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]
     assert "CUDA device" in result.error
     loaded = torch.export.load(out / "model.cuda.packed.pt2").module()
     x = INPUTS[1].bfloat16()
@@ -96,7 +97,7 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
     assert program == "et-cuda-passes"
     second = command(*again)
     assert (second.code, second.error) == (1, result.error)
-    assert names(out) == ["model.cuda.packed.pt2", "report.json"]
+    assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]
     assert "2 x linear_int4" in second.out
 
 
@@ -133,7 +134,7 @@ def test_lower_for_metal_outside_of_macos_writes_the_packed_program(tmp_path: Pa
     result = command("lower", path, "--target", "metal", "--output-dir", tmp_path)
     assert result.code == 1
     assert "macOS" in result.error
-    assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.json"]
+    assert names(tmp_path) == ["model.metal.packed.pt2", "model.pt2", "report.html", "report.json"]
 
 
 def test_lower_for_cpu_without_a_compiler_writes_the_packed_program(tmp_path: Path, command: Run) -> None:
@@ -194,7 +195,7 @@ def test_unmet_expectation_stops_the_lowering(tmp_path: Path, command: Run) -> N
     result = command("lower", path, "-t", "xnnpack", "-o", out, "--expect", "fold_dequantize=2", "--expect", "kept=1")
     assert result.code == 1
     assert "kept: expected 1, got 0" in result.error
-    assert names(out) == ["report.json"]
+    assert names(out) == ["report.html", "report.json"]
 
 
 def test_failed_lowering_keeps_the_report_and_earlier_files(tmp_path: Path, command: Run) -> None:
@@ -211,7 +212,7 @@ def test_failed_lowering_keeps_the_report_and_earlier_files(tmp_path: Path, comm
     assert result.code == 1
     assert "up.weight" in result.error
     assert "--debug" in result.error
-    assert names(out) == ["model.xnnpack.pte", "report.json"]
+    assert names(out) == ["model.xnnpack.pte", "report.html", "report.json"]
     assert (out / "model.xnnpack.pte").read_bytes() == b"of an earlier day"
     assert json.loads((out / "report.json").read_text())["counts"]["missed"] == 1
 
@@ -222,8 +223,92 @@ def test_explain_prints_the_report(tmp_path: Path, command: Run) -> None:
     assert command("explain", path, "--target", "xnnpack").out == f"{report}\n"
     done = command("explain", path, "--target", "xnnpack", "--json")
     assert done.code == 0
-    assert json.loads(done.out) == report.to_dict()
+    assert json.loads(done.out)["reports"] == {"xnnpack": report.to_dict()}
     assert names(tmp_path) == ["model.pt2"]
+
+
+def test_explain_prints_the_reports_of_several_targets(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    reports = {name: ecp.rewrite(torch.export.load(path), name)[1] for name in ("cpu", "xnnpack")}
+    done = command("explain", path, "--target", "cpu, xnnpack")
+    assert done.out == "\n\n".join(map(str, reports.values())) + "\n"
+    done = command("explain", path, "--target", "cpu,xnnpack", "--json")
+    assert json.loads(done.out)["reports"] == {name: report.to_dict() for name, report in reports.items()}
+    assert names(tmp_path) == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("cpu,cpu", "--target cpu,cpu has cpu twice; name each target once"),
+        ("cpu,qnn", "unknown target 'qnn'"),
+        ("cpu,", "unknown target ''"),
+    ],
+)
+def test_wrong_list_of_targets_is_bad_usage(target: str, said: str, tmp_path: Path, command: Run) -> None:
+    result = command("explain", tmp_path / "model.pt2", "--target", target)
+    assert result.code == 2
+    assert said in result.error
+
+
+def test_explain_names_the_gpu_for_the_targets_that_have_one(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w", torch.bfloat16)
+    result = command("explain", path, "--target", "cpu,cuda", "--gpu", "sm_89")
+    assert result.out.count("for sm_89; once lowered") == 1
+    result = command("explain", path, "--target", "cpu,xnnpack", "--gpu", "sm_89")
+    assert result.code == 2
+    assert "target cpu has none: leave it out" in result.error
+
+
+def test_explain_writes_a_page_of_all_targets(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    page = tmp_path / "made" / "page.html"
+    done = command("explain", path, "--target", "cpu,xnnpack", "--html", page)
+    assert done.code == 0, done.err
+    reports = {name: ecp.rewrite(torch.export.load(path), name)[1].to_dict() for name in ("cpu", "xnnpack")}
+    assert page.read_text(encoding="utf-8") == render(reports, "model.pt2")
+    assert f"{page}  {page.stat().st_size:,}" in done.out
+    assert names(page.parent) == ["page.html"]
+    # With --json, stdout has the JSON alone.
+    done = command("explain", path, "--target", "cpu", "--html", page, "--json")
+    assert json.loads(done.out)["reports"] == {"cpu": reports["cpu"]}
+
+
+def test_explain_writes_node_data_for_each_target(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    assert command("explain", path, "-t", "cpu", "--model-explorer", tmp_path / "graph.json").code == 0
+    linears = {node.name for node in torch.export.load(path).graph.nodes if "linear" in str(node.target)}
+    data = json.loads((tmp_path / "graph.json").read_text())
+    assert data["results"].keys() == linears
+    assert command("explain", path, "-t", "cpu,xnnpack", "--model-explorer", tmp_path / "graph.json").code == 0
+    assert names(tmp_path) == ["graph.cpu.json", "graph.json", "graph.xnnpack.json", "model.pt2"]
+    assert json.loads((tmp_path / "graph.cpu.json").read_text()) == data
+    assert json.loads((tmp_path / "graph.xnnpack.json").read_text())["name"] == "xnnpack"
+
+
+def test_explain_draws_the_rewrites(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    _, report = ecp.rewrite(torch.export.load(path), "cpu")
+    assert report.drawn().count("linear_int4, once") == 2  # one linear has a bias
+    assert command("explain", path, "--target", "cpu", "--drawings").out == f"{report}\n\n{report.drawn()}\n"
+
+
+@pytest.mark.parametrize("option", ["--html", "--model-explorer"])
+def test_report_over_the_model_or_a_folder_is_bad_usage(option: str, tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    before = path.read_bytes()
+    for place, said in ((path, "is MODEL itself"), (tmp_path, "is a folder; name a file in it")):
+        result = command("explain", path, "--target", "cpu", option, place)
+        assert result.code == 2
+        assert said in result.error
+    assert path.read_bytes() == before
+
+
+def test_lower_writes_the_page_beside_the_report(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "8da4w")
+    assert command("lower", path, "-t", "xnnpack", "-o", tmp_path / "out").code == 0
+    _, report = ecp.rewrite(torch.export.load(path), "xnnpack")
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8") == report.to_html("model.pt2")
 
 
 def test_program_without_quantized_weights_has_no_candidates(tmp_path: Path, command: Run) -> None:
@@ -277,7 +362,7 @@ def test_traceback_is_printed_only_with_debug(tmp_path: Path, command: Run) -> N
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--target", "tpu"], "cuda, metal, xnnpack, cpu"),
+        (["--target", "tpu"], "cuda, metal, xnnpack, cpu, vulkan"),
         (["--target", "cpu", "--output-dir", "model.pt2"], "is a file"),
         (["--target", "cpu", "--output-dir", "model.pt2/below"], "is a file"),
         (["--target", "cpu", "--expect", "linear_int4"], "NAME=COUNT"),
@@ -336,7 +421,7 @@ def test_output_directory_without_permission_is_an_error(tmp_path: Path, command
 
 
 def test_rules_lists_passes_and_requirements(command: Run) -> None:
-    listed = json.loads(command("rules", "--json").out)
+    listed = json.loads(command("rules", "--json").out)["targets"]
     assert list(listed) == list(ecp.targets())
     for name, about in listed.items():
         assert [entry["name"] for entry in about["passes"]] == [entry.name for entry in ecp.default_passes(name)]
@@ -360,5 +445,5 @@ def test_module_prints_only_json_on_stdout(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     command = [sys.executable, "-m", "et_cuda_passes", "explain", str(path), "--target", "cpu", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["counts"]["linear_int4"] == 2
+    assert json.loads(done.stdout)["reports"]["cpu"]["counts"]["linear_int4"] == 2
     assert f"loading {path}" in done.stderr

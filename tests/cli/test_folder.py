@@ -109,6 +109,7 @@ def test_error_in_one_layer_of_one_component_is_found(
     assert not any("WRONG" in line for line in result.out.splitlines() if line.startswith("prefill"))
 
 
+@pytest.mark.slow
 def test_targets_are_compared_with_each_other_without_the_model(encoder: Path, command: Run) -> None:
     result = command("verify", encoder, "--trust")
     assert result.code == 0, result.err
@@ -118,6 +119,7 @@ def test_targets_are_compared_with_each_other_without_the_model(encoder: Path, c
     assert "agrees between xnnpack and cpu" in lines[-1] and "Nothing was compared with the model" in lines[-1]
 
 
+@pytest.mark.slow
 def test_kernels_in_bf16_in_a_float32_model_have_the_tolerance_of_bf16(tmp_path: Path, command: Run) -> None:
     config = EtConfig(target="cpu,xnnpack", qlinear="4w", cast_to_bf16=True, dynamic=True, max_length=16)
     model = bert()

@@ -58,7 +58,7 @@ def run(folder: Path, *arguments: object, installed: bool = False) -> Result:
         capture_output=True,
         text=True,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "ETCP_PLUGINS": "1"},
     )
     return Result(done.returncode, done.stdout, done.stderr)
 
@@ -74,7 +74,10 @@ def test_target_of_another_package_is_explained(target: str, installed: bool, fo
 @pytest.mark.parametrize(
     ("target", "error"),
     [
-        ("my_npu", "known targets are cuda, metal, xnnpack, cpu, and MODULE:NAME is one of your own package"),
+        (
+            "my_npu",
+            "known targets are cuda, metal, xnnpack, cpu, vulkan",
+        ),
         ("nowhere:npu", "cannot be imported from nowhere:npu (ModuleNotFoundError: No module named 'nowhere')"),
         ("my_npu:other", "AttributeError: module 'my_npu' has no attribute 'other'"),
         ("my_npu:NpuLinear", "not an et_cuda_passes.Target"),
@@ -104,10 +107,11 @@ def packed(folder: Path) -> Path:
         "npu_linear=1",
     )
     assert result.code == 0, result.err
-    assert sorted(path.name for path in out.iterdir()) == ["model.my_npu.packed.pt2", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.my_npu.packed.pt2", "report.html", "report.json"]
     return out / "model.my_npu.packed.pt2"
 
 
+@pytest.mark.slow
 def test_program_with_an_operator_of_another_package_names_it_and_the_fix(packed: Path, folder: Path) -> None:
     result = run(folder, "explain", packed, "--target", "cpu", "--trust")
     assert result.code == 2

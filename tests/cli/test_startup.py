@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import et_cuda_passes as ecp
-from et_cuda_passes.cli.options import EXECUTABLE, TARGETS
+from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, EXECUTABLE, SCHEMES, STATUSES, TARGETS
 from et_cuda_passes.executorch import run
+from et_cuda_passes.graph import report
+from et_cuda_passes.hf import support
 from tests.saved import save
 
 ROOT = Path(ecp.__file__).parent.parent
@@ -31,7 +33,9 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-COMMANDS = ["lower", "explain", "rules", "export", "generate", "run", "verify"]
+COMMANDS = [
+    "lower", "explain", "rules", "accuracy", "match", "new-rule", "export", "generate", "run", "verify", "doctor",
+]  # fmt: skip
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 
@@ -51,7 +55,8 @@ def test_command_writes_only_its_own_lines_on_stderr(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     done = python("-m", "et_cuda_passes", "explain", path, "--target", "cpu")
     assert done.returncode == 0
-    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == [f"loading {path}", "rewriting for cpu"]
+    steps = [line.partition(":")[0] for line in done.stderr.splitlines() if "so far" not in line]
+    assert steps == [f" 50 %  loading {path}", "100 %  rewriting for cpu"]
 
 
 def test_help_lists_every_command() -> None:
@@ -62,6 +67,13 @@ def test_help_lists_every_command() -> None:
 def test_help_names_the_targets() -> None:
     assert ecp.targets() == TARGETS
     assert run.EXECUTABLE == EXECUTABLE
+
+
+def test_completion_knows_the_schemes_and_statuses() -> None:
+    # The entry with a comma is a scheme with a fallback.
+    assert {*SCHEMES} == {*support.SCHEMES, "8da4w,8da8w"}
+    assert EMBEDDING_SCHEMES == support.FOR_EMBEDDINGS
+    assert STATUSES == report.STATUSES
 
 
 @pytest.mark.parametrize("start", ["import", "package"])

@@ -105,7 +105,7 @@ def test_invalid_arguments_are_errors(tmp_path: Path, command: Run) -> None:
         assert (result.code, result.out) == (2, "")
         return result.error
 
-    assert "cuda, metal, xnnpack, cpu" in said("-t", "tpu")
+    assert "cuda, metal, xnnpack, cpu, vulkan" in said("-t", "tpu")
     assert "do not run from Python: verify supports cuda, xnnpack, cpu" in said("-t", "metal")
     assert "a relative error is 0 or more" in said("-t", "xnnpack", "--tolerance", "-1")
     assert "a relative error is 0 or more" in said("-t", "xnnpack", "--tolerance", "nan")

@@ -500,6 +500,24 @@ def test_empty_record_is_rejected_as_a_weight(tmp_path: Path, content: hostile.M
     assert "needs more data than the 0 bytes" in refusal(path)
 
 
+NODE = {"label": "aten.linear", "kind": "operator", "value": "", "inputs": []}
+ACCURACY = {"layer": "w", "node": "linear", "quantized_db": 20.0, "rewritten_db": None}
+
+
+def with_drawing(before: list[Any]) -> dict[str, Any]:
+    drawing = {"rule": "r", "count": 1, "before": before, "after": [NODE], "sizes": []}
+    return {**Report("cpu").to_dict(), "drawings": [drawing]}
+
+
+def test_record_with_a_drawing_and_accuracy_is_read(tmp_path: Path, content: hostile.Members) -> None:
+    report = {**with_drawing([NODE]), "accuracy": [ACCURACY]}
+    record = json.dumps({"target": "cpu", "report": report}).encode()
+    path = written(tmp_path / "new.pt2", {**content, "extra/et_cuda_passes.json": record})
+    read = load_model(path, "cpu").report
+    assert read is not None
+    assert read.to_dict() == report
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -515,6 +533,14 @@ def test_empty_record_is_rejected_as_a_weight(tmp_path: Path, content: hostile.M
         {"target": 1, "report": {"outcomes": [], "counts": []}},
         {"report": {"outcomes": [{"reasons": 1}], "counts": {}}},
         {"report": None},
+        {"report": {**Report("cpu").to_dict(), "drawings": [{"rule": "r"}]}},
+        {"report": with_drawing([])},
+        {"report": with_drawing([{**NODE, "inputs": [0]}])},
+        {"report": with_drawing([{**NODE, "inputs": [1]}])},
+        {"report": with_drawing([{**NODE, "inputs": ["0"]}])},
+        {"report": with_drawing([{**NODE, "label": 1}])},
+        {"report": {**Report("cpu").to_dict(), "accuracy": [{"layer": "w"}]}},
+        {"report": {**Report("cpu").to_dict(), "accuracy": [{**ACCURACY, "quantized_db": "20"}]}},
     ],
 )
 def test_record_without_a_report_is_rejected(record: Any, tmp_path: Path, content: hostile.Members) -> None:
@@ -526,6 +552,8 @@ def test_record_without_a_report_is_rejected(record: Any, tmp_path: Path, conten
 def test_record_of_an_earlier_version_with_untaken_matches_is_read(tmp_path: Path, content: hostile.Members) -> None:
     report = Report("cpu", rejected={"unmasked_attention": ["attention: a mask"]}).to_dict()
     report["untaken"] = report.pop("rejected")
+    for later in ("drawings", "accuracy", "tilings"):
+        del report[later]
     record = json.dumps({"target": "cpu", "report": report}).encode()
     path = written(tmp_path / "old.pt2", {**content, "extra/et_cuda_passes.json": record})
     read = load_model(path, "cpu").report

@@ -36,8 +36,7 @@ from et_cuda_passes.executorch.lower import (
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
-from tests.helpers import Sketch
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch
 from tests.saved import save
 
 
@@ -57,7 +56,7 @@ def test_kept_program_for_xnnpack_equals_that_of_the_stock_partitioner(tmp_path:
     steps: list[str] = []
     files = lower(program, "xnnpack", tmp_path / "out", "stem", steps.append)
     assert files == [tmp_path / "out" / "stem.pte"]
-    assert len(steps) == 2
+    assert steps == ["decomposing forward", "lowering", "serializing"]
     stock = to_edge_transform_and_lower(torch.export.load(path), partitioner=[Stock()]).to_executorch()
     assert files[0].read_bytes() == stock.buffer
 

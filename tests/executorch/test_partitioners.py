@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.targets.gpu import gpu_named_in
+from et_cuda_passes.testing import Quantized
 from tests.helpers import NO_DEVICE, names
-from tests.quantized import Quantized
 
 AOTI = [(ecp.CudaPartitioner, StockCuda, "cuda"), (ecp.MetalPartitioner, StockMetal, "metal")]
 ALL = [*AOTI, (ecp.XnnpackPartitioner, StockXnnpack, "xnnpack")]

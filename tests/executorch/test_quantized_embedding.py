@@ -17,8 +17,7 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.tables import exact, exported, look_up
 
 REWRITTEN = {"quantized_embedding": 1, "missed": 0}

@@ -5,7 +5,7 @@ import torch
 from torchao.quantization import Int4WeightOnlyConfig, quantize_
 
 import et_cuda_passes as ecp
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import et_cuda_passes as ecp
 from et_cuda_passes.delegate import load
+from et_cuda_passes.testing import Quantized
 from tests.graph.subgraph_models import INPUTS, cond, exported
-from tests.quantized import Quantized
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,8 @@ from torch.export import Dim
 from et_cuda_passes.delegate import load
 from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import INT4_EXPERTS
-from tests.experts import FORMS, Experts, export, off
+from et_cuda_passes.testing import Experts, export
+from tests.experts import FORMS, off
 from tests.gpu.lowered import lower
 
 pytestmark = pytest.mark.gpu

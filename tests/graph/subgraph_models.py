@@ -10,7 +10,7 @@ from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
 from torch.export import Dim, ExportedProgram
 
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 BF16 = torch.bfloat16
 

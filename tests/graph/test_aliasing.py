@@ -14,9 +14,7 @@ from torchao.quantization.granularity import PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.aliasing import has_effect
 from et_cuda_passes.graph.subgraphs import Subgraphs
-from et_cuda_passes.testing import assert_rewrites
-from tests.helpers import Sketch
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_rewrites
 
 
 class Written(nn.Module):

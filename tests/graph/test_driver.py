@@ -25,8 +25,8 @@ from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Rule, requirement
-from et_cuda_passes.testing import assert_rewrites
-from tests.helpers import Sketch, apply, apply_with, chain, idle, idle_program_pass, names
+from et_cuda_passes.testing import Sketch, assert_rewrites
+from tests.helpers import apply, apply_with, chain, idle, idle_program_pass, names
 
 aten = torch.ops.aten
 relu, neg, add = op(aten.relu.default), op(aten.neg.default), op(aten.add.Tensor)

@@ -12,8 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_rewrites, assert_same_results
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, assert_rewrites, assert_same_results
 
 aten = torch.ops.aten
 

@@ -11,7 +11,7 @@ from et_cuda_passes.graph import matcher as engine
 from et_cuda_passes.graph.aliasing import mutated_nodes
 from et_cuda_passes.graph.matcher import MatchResult, Miss, match
 from et_cuda_passes.graph.pattern import Capture, any_of, op
-from tests.helpers import Sketch
+from et_cuda_passes.testing import Sketch
 
 aten = torch.ops.aten
 X, Y = Capture("x"), Capture("y")

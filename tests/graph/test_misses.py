@@ -13,9 +13,8 @@ from torch.fx import Node
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.pattern import any_of, op
 from et_cuda_passes.graph.rule import Failure, Keep, Rule, requirement
-from et_cuda_passes.testing import assert_misses
-from tests.helpers import Sketch, chain, names
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses
+from tests.helpers import chain, names
 
 aten = torch.ops.aten
 
@@ -188,7 +187,8 @@ def reasons_below(*after: Any, convert: bool = False, returned: bool = False) ->
 
 def test_candidate_with_two_readers_below_the_root_has_the_reason_of_the_rule() -> None:
     assert reasons_below(aten.relu.default, returned=True) == [
-        "linear_relu wanted aten.linear with this one user, found aten.linear (linear_default, 2 users)"
+        "linear_relu wanted aten.linear with this one user, found aten.linear (linear_default, 2 users); it is read by "
+        "relu_default, output: give each a result of its own, or write shared=True in the pattern"
     ]
 
 

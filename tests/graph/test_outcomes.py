@@ -9,7 +9,8 @@ from torch.fx import GraphModule, Node
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.pattern import Capture, op
 from et_cuda_passes.graph.rule import GroupRule, Keep, Notes, Rule
-from tests.helpers import Sketch, apply, idle, idle_program_pass, names
+from et_cuda_passes.testing import Sketch
+from tests.helpers import apply, idle, idle_program_pass, names
 
 aten = torch.ops.aten
 RELU, NEG, ABS, ADD = aten.relu.default, aten.neg.default, aten.abs.default, aten.add.Tensor

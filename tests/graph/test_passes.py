@@ -12,7 +12,8 @@ import et_cuda_passes as ecp
 from et_cuda_passes.graph.passes import PassList, parse
 from et_cuda_passes.graph.pattern import op
 from et_cuda_passes.graph.rule import Rule
-from tests.helpers import Sketch, apply, names
+from et_cuda_passes.testing import Sketch
+from tests.helpers import apply, names
 
 aten = torch.ops.aten
 

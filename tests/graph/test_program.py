@@ -22,9 +22,8 @@ import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.testing import assert_rewrites
-from tests.helpers import Sketch, names
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_rewrites
+from tests.helpers import names
 
 aten = torch.ops.aten
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))

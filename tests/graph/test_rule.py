@@ -1,10 +1,11 @@
 """Rules: their requirements, the order and stages in which these are checked, texts for the report, names."""
 
+import dataclasses
 import io
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.pattern import Capture, any_of, op
 from et_cuda_passes.graph.report import Reason
 from et_cuda_passes.graph.rule import Failure, GroupRule, Keep, Notes, Requirement, Rule, compile_rule, requirement
-from tests.helpers import Sketch, apply, names
+from et_cuda_passes.testing import Sketch
+from tests.helpers import apply, names
 
 aten = torch.ops.aten
 
@@ -121,8 +123,8 @@ def test_failures_are_reported_in_the_order_of_the_tuple_with_their_own_hints() 
         requirements = (has_moon, has_root, is_cat)
 
     assert reasons(Picky()) == [
-        Reason("picky", "metadata", "a moon", "clouds", "wait for the wind"),
-        Reason("picky", "metadata", "a cat", "a dog", "adopt one"),
+        Reason("picky", "metadata", "a moon", "clouds", "wait for the wind", "has_moon"),
+        Reason("picky", "metadata", "a cat", "a dog", "adopt one", "is_cat"),
     ]
     assert str(reasons(Picky())[0]) == "picky wanted a moon, found clouds; wait for the wind"
 
@@ -135,7 +137,7 @@ def test_empty_hint_of_a_failure_replaces_that_of_the_requirement() -> None:
     class Picky(Negate):
         requirements = (is_cat,)
 
-    assert reasons(Picky()) == [Reason("picky", "metadata", "a cat", "a tiger", "")]
+    assert reasons(Picky()) == [Reason("picky", "metadata", "a cat", "a tiger", "", "is_cat")]
 
 
 @pytest.mark.parametrize("answer", [True, False, "clouds", (False, "clouds")])
@@ -178,7 +180,7 @@ def test_function_with_parameters_returns_a_requirement_per_call() -> None:
     class Picky(Negate):
         requirements = (has_name("relu_default"), has_name("other"))
 
-    assert reasons(Picky()) == [Reason("picky", "metadata", "the name other", "relu_default")]
+    assert reasons(Picky()) == [Reason("picky", "metadata", "the name other", "relu_default", "", "has_this_name")]
 
 
 def test_requirement_with_other_parameters_is_refused_with_the_fix() -> None:
@@ -208,8 +210,8 @@ def test_unmet_text_of_a_decoder_is_reported_once() -> None:
         requirements = (one, another, third)
 
     assert reasons(Undecodable()) == [
-        Reason("undecodable", "metadata", "one thing", "no weight at all", "general"),
-        Reason("undecodable", "metadata", "a third", "something else"),
+        Reason("undecodable", "metadata", "one thing", "no weight at all", "general", "one"),
+        Reason("undecodable", "metadata", "a third", "something else", "", "third"),
     ]
 
 
@@ -305,6 +307,69 @@ def test_rule_without_a_pattern_or_a_rewrite_is_refused() -> None:
         TypeError, match="rule no_rewrite has no rewrite method; a rule that leaves its matches derives"
     ):
         compile_rule(NoRewrite())
+
+
+@dataclasses.dataclass
+class Mutable(Rule):
+    """A rule whose option can be changed."""
+
+    limit: int = 1
+
+
+class Undecorated(Rule):
+    """A rule whose option would be ignored."""
+
+    limit: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Rule):
+    """A rule with an option."""
+
+    limit: int = 1
+
+
+class More(Options):
+    """A rule whose second option would be ignored."""
+
+    other: int = 1
+
+
+class Stateful(Rule):
+    """A rule with state."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+
+class Plain(Rule):
+    """A rule without options."""
+
+    level: ClassVar[int] = 1
+
+
+class Renamed(Options):
+    """A rule with the options of another one."""
+
+    name = "renamed"
+
+
+def with_methods(cls: type[Rule]) -> Rule:
+    methods = {"pattern": lambda self, x: op(aten.relu.default)(x), "rewrite": lambda self, b, m: m.x}
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return cls()
+
+
+@pytest.mark.parametrize("cls", [Mutable, Undecorated, More, Stateful])
+def test_rule_with_options_that_is_no_frozen_dataclass_is_an_error(cls: type[Rule]) -> None:
+    with pytest.raises(TypeError, match=r"has options, or state, and .* is no frozen dataclass: write @dataclasses"):
+        compile_rule(with_methods(cls))
+
+
+@pytest.mark.parametrize("cls", [Options, Plain, Renamed])
+def test_rule_without_options_need_not_be_a_dataclass(cls: type[Rule]) -> None:
+    assert compile_rule(with_methods(cls)).captures == ("x",)
 
 
 def test_keep_rule_and_group_rule_need_no_rewrite() -> None:

@@ -20,7 +20,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.program import Program
-from et_cuda_passes.testing import assert_misses, assert_rewrites
+from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.graph.subgraph_models import (
     INPUTS,
     LINEARS,
@@ -36,7 +36,6 @@ from tests.graph.subgraph_models import (
     without_grad,
 )
 from tests.helpers import DEQUANTIZE
-from tests.quantized import Quantized
 
 BF16 = torch.bfloat16
 INT4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
@@ -189,7 +188,7 @@ def test_report_names_weight_path_and_user_line() -> None:
     assert len(where) == 3
     assert "" in where
     for outcome in report.outcomes:
-        assert "quantized.py" in outcome.source
+        assert "modules.py" in outcome.source
         assert outcome.source.endswith("return self.form(x, self.weight(), self.bias)")
     # Without strict, torch traces a subgraph through generated code, whose lines are not the user's.
     _, report = ecp.rewrite(exported(cond), "cuda")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,11 +66,14 @@ def test_saved_folder_has_programs_manifest_config_and_report(folder: Path) -> N
         "model.cpu.pt2",
         "model.etcp.json",
         "model.xnnpack.pte",
+        "report.html",
         "report.json",
     ]
     report = json.loads((folder / "report.json").read_text())
     assert list(report["targets"]) == ["xnnpack", "cpu"]
     assert report["targets"]["xnnpack"]["model"]["counts"]["kept"] == 13
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<section id="\w+" aria-labelledby="\w+">\s*<h2[^>]*>(.*)</h2>', page) == ["xnnpack", "cpu"]
     manifest = json.loads((folder / "export.json").read_text())
     packages = manifest["components"]["model"]["metadata"]["packages"]
     assert {"transformers", "torch", "torchao", "executorch", "et_cuda_passes"} <= set(packages)
@@ -82,10 +86,19 @@ def test_loaded_export_can_be_saved_again(
 ) -> None:
     again = cls.from_pretrained(folder)
     again.save_pretrained(tmp_path / "second")
-    assert set(names(folder)) - set(names(tmp_path / "second")) <= {"report.json"}
+    assert set(names(folder)) - set(names(tmp_path / "second")) <= {"report.html", "report.json"}
     twice = ExportedModel.from_pretrained(tmp_path / "second", target="cpu")
     assert twice.report == getattr(again, "report", {})
     assert torch.isfinite(twice(**inputs).last_hidden_state).all()
+
+
+def test_loaded_export_with_a_damaged_report_is_not_saved(folder: Path, tmp_path: Path) -> None:
+    report = json.loads((folder / "report.json").read_text())
+    del report["targets"]["cpu"]["model"]["outcomes"]
+    (folder / "report.json").write_text(json.dumps(report))
+    with pytest.raises(ExportError, match="the report of the export is damaged: export the model again"):
+        ExportedModel.from_pretrained(folder).save_pretrained(tmp_path / "second")
+    assert list((tmp_path / "second").iterdir()) == []
 
 
 def test_tokenizer_is_saved_beside_the_programs(exported: Any, tmp_path: Path) -> None:
@@ -132,7 +145,8 @@ def test_overwriting_replaces_the_files_of_the_former_export_alone(
     other = EtExporter().export(bert(), dict(inputs), EtConfig(target="xnnpack"))
     other.save_pretrained(folder, overwrite=True)
     assert names(folder) == [
-        "config.json", "export.json", "model.etcp.json", "model.xnnpack.pte", "notes.txt", "report.json"
+        "config.json", "export.json", "model.etcp.json", "model.xnnpack.pte", "notes.txt", "report.html",
+        "report.json",
     ]  # fmt: skip
     torch.testing.assert_close(
         ExportedModel.from_pretrained(folder)(**inputs).last_hidden_state,

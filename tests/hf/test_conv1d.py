@@ -90,6 +90,7 @@ def test_conv1d_that_shares_its_weight_stays_float_with_the_reason(model: Any) -
     assert type(copied.transformer.h[0].mlp.c_fc) is Conv1D
 
 
+@pytest.mark.slow
 def test_gpt2_on_cpu_and_xnnpack_has_the_numbers_of_the_quantized_model(model: Any) -> None:
     config = EtConfig(target="cpu,xnnpack,cuda", qlinear="4w", dynamic=True, max_length=CACHE, cast_to_bf16=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -180,6 +180,7 @@ def test_components_share_one_file_per_target(two_targets: Any) -> None:
         assert prefill.builds[target] == decode.builds[target]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=pytest.mark.slow), "8da4w"])
 def test_generation_on_xnnpack_gives_the_tokens_of_the_model(causal: Any, scheme: str | None) -> None:
     torch.manual_seed(2)

@@ -81,6 +81,7 @@ def hub(folder: Path) -> Iterator[tuple[str, list[str]]]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_export_on_the_hub_is_downloaded_with_its_shared_files(
     folder: Path, hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:

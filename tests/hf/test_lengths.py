@@ -20,6 +20,7 @@ LENGTHS = (3, 7, 16, 25)
 """The second is that of the export; with the third, the experts of all tokens are as many as the cache is long."""
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_runs_at_all_lengths_on_xnnpack() -> None:
     torch.manual_seed(0)
     model = mixtral()
@@ -70,6 +71,7 @@ def dynamic_rope() -> Any:
     return qwen(num_hidden_layers=1, max_position_embeddings=CACHE, rope_parameters=rope)
 
 
+@pytest.mark.slow
 def test_dynamic_rope_is_exported_for_the_positions_of_the_model() -> None:
     model = dynamic_rope()
     with torch.no_grad():

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from et_cuda_passes.layouts import LAYOUTS
 from et_cuda_passes.ops import INT4_EXPERTS
-from tests.experts import floats, off
+from et_cuda_passes.testing import floats
+from tests.experts import off
 
 E, N, K, GROUP = 3, 48, 96, 32
 IDS = torch.tensor([2, 0, -1, 1])

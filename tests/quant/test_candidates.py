@@ -17,7 +17,8 @@ from torchao.quantization.granularity import PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.candidates import find_candidates
-from tests.helpers import DEQUANTIZE, Sketch
+from et_cuda_passes.testing import Sketch
+from tests.helpers import DEQUANTIZE
 
 aten = torch.ops.aten
 
@@ -174,3 +175,34 @@ def test_program_without_quantized_weights_has_no_candidates_and_no_warning() ->
         assert (report.outcomes, report.warnings) == ([], [])
         assert "no candidates" in str(report)
         assert str(after.graph) == str(program.graph)
+
+
+def test_candidate_has_scheme_shape_and_bytes_of_its_weight() -> None:
+    """16 x 64 integers of one byte, and a scale of two bytes for each 32 of them."""
+    for move in MOVED.values():
+        sketch = Sketch()
+        weight = move(sketch, sketch.weight("w"))
+        x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+        (candidate,) = find_candidates(Program(sketch.program(sketch.call(aten.mm.default, x, weight))))
+        assert (candidate.scheme, candidate.shape) == ("int4 group 32", (16, 64))
+        zero_points = candidate.weight_bytes - (16 * 64 + 16 * 2 * 2)
+        assert zero_points in (0, 16 * 2)  # one byte each, if the sketch has them
+
+
+@pytest.mark.parametrize("how", ["select", "slice", "unbind"])
+def test_reader_of_an_expert_has_the_bytes_of_that_expert(how: str) -> None:
+    sketch = Sketch()
+    weight = sketch.call(aten.t.default, SELECTED[how](sketch, stack(sketch)))
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    (candidate,) = find_candidates(Program(sketch.program(sketch.call(aten.mm.default, x, weight))))
+    assert candidate.weight_bytes == 16 * 64 + 16 * 2 * 2
+    assert candidate.shape == (64, 16)  # as the product reads it
+
+
+def test_weight_in_a_form_that_no_decoder_reads_has_its_dtype_and_bytes() -> None:
+    sketch = Sketch()
+    data = sketch.buffer("w", torch.zeros(16, 64, dtype=torch.float8_e4m3fn))
+    weight = sketch.call(aten._to_copy.default, data, dtype=torch.bfloat16)
+    x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
+    (candidate,) = find_candidates(Program(sketch.program(sketch.call(aten.linear.default, x, weight))))
+    assert (candidate.scheme, candidate.shape, candidate.weight_bytes) == ("float8_e4m3fn", (16, 64), 16 * 64)

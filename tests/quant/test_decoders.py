@@ -18,8 +18,8 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.decoders import decode, is_dequantize
 from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
-from et_cuda_passes.testing import assert_misses
-from tests.helpers import DEQUANTIZE, Sketch
+from et_cuda_passes.testing import Sketch, assert_misses
+from tests.helpers import DEQUANTIZE
 
 aten = torch.ops.aten
 N, K, GROUP = 16, 64, 32

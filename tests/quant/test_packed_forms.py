@@ -36,6 +36,7 @@ ROUNDOFF = 2.0**-8
 
 GENERAL = dataclasses.replace(
     get_target("cpu"),
+    name="general",
     kernels={
         **get_target("cpu").kernels,
         "int8_linear": (Kernel("general", "int8", (torch.bfloat16, torch.float32), (16, 32), per_row=True),),

@@ -20,8 +20,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_misses
-from tests.helpers import Sketch
+from et_cuda_passes.testing import Sketch, assert_misses
 
 CONFIGS = {
     "fp8": (Float8WeightOnlyConfig(), "float8_e4m3fn"),

@@ -21,8 +21,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT8_EMBEDDING
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.tables import exact, exported, look_up
 
 
@@ -137,7 +136,7 @@ def target_with(layout: str) -> ecp.Target:
     """A target that stores int4 tables in ``layout``."""
     cuda, tables = get_target("cuda"), [get_target(name).kernel("int4_table") for name in ("cpu", "metal")]
     kernel = next(kernel for kernel in (*cuda.kernels["int4_linear"], *tables) if kernel.layout == layout)
-    return dataclasses.replace(cuda, kernels={**cuda.kernels, "int4_table": (kernel,)})
+    return dataclasses.replace(cuda, name="other_table", kernels={**cuda.kernels, "int4_table": (kernel,)})
 
 
 @pytest.mark.parametrize("layout", INT4_EMBEDDINGS)

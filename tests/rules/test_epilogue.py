@@ -19,9 +19,8 @@ from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.ops import INT4_LINEARS
 from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseMultiply, fused_epilogue
-from et_cuda_passes.testing import assert_rewrites
+from et_cuda_passes.testing import Quantized, assert_rewrites
 from tests.helpers import DEQUANTIZE, apply, names
-from tests.quantized import Quantized
 
 aten = torch.ops.aten
 OP = INT4_LINEARS["mma_tiled"].op

@@ -14,9 +14,8 @@ from torch.export import Dim, ExportedProgram
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.rules.experts import PACKED_STACK
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.experts import DEQUANTIZE, FORMS, IDS, OFFS, E, Experts, K, N, export, floats, off
-from tests.helpers import Sketch
+from et_cuda_passes.testing import Experts, Sketch, assert_misses, assert_rewrites, export, floats
+from tests.experts import DEQUANTIZE, FORMS, IDS, OFFS, E, K, N, off
 
 aten = torch.ops.aten
 

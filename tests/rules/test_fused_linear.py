@@ -15,9 +15,8 @@ from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeig
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.operators import op_of
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.helpers import DEQUANTIZE, Sketch
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses, assert_rewrites
+from tests.helpers import DEQUANTIZE
 from tests.rules.fused_models import PASSES, Block, X
 
 aten = torch.ops.aten

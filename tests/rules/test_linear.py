@@ -22,8 +22,9 @@ from et_cuda_passes.graph.operators import op_name
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.quantized import Quantized, export
+from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
+from tests.helpers import export_with_rows
+from tests.rules.linear_models import EightBitActivations
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPACE = (5, 3, 2)
@@ -34,6 +35,7 @@ DTYPES = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**
 # A kernel with everything that the operator can express; the kernel of a target may have less.
 GENERAL = dataclasses.replace(
     get_target("cpu"),
+    name="general",
     kernels={
         **get_target("cpu").kernels,
         "int8_linear": (
@@ -67,11 +69,11 @@ def exact_weight(model: Quantized) -> np.ndarray:
 
 def test_linear_int4_rejects_unknown_kernel() -> None:
     with pytest.raises(ValueError, match="target cuda has no int4 kernel 'marlin'; it has: triton, tinygemm"):
-        ecp.rewrite(export(Quantized(16, 64), 2, 64), "cuda", [ecp.LinearInt4(kernel="marlin")])
+        ecp.rewrite(export_with_rows(Quantized(16, 64), 2, 64), "cuda", [ecp.LinearInt4(kernel="marlin")])
 
 
 def test_linear_int4_misses_on_target_without_int4_kernels() -> None:
-    program = export(Quantized(16, 64), 2, 64)
+    program = export_with_rows(Quantized(16, 64), 2, 64)
     assert_misses(program, "found target xnnpack, which has no int4 kernel", "xnnpack", passes=[ecp.LinearInt4()])
 
 
@@ -175,28 +177,13 @@ def test_integers_with_two_scales_are_packed_once() -> None:
     assert (rewritten.module()(x) - wanted).norm() / wanted.norm() < 1e-2
 
 
-class EightBitActivations(torch.nn.Module):
-    """An int4 linear with dynamically quantized activations, and a view between them if ``view`` is set."""
-
-    def __init__(self, view: bool = False, other_scale: bool = False, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
-        self.inner, self.view, self.other_scale, self.dtype = Quantized(48, 64), view, other_scale, dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, torchao = [1] * (x.dim() - 1) + [64], torch.ops.torchao
-        scale, zero = torchao.choose_qparams_affine(
-            x + 1 if self.other_scale else x, "ASYMMETRIC", block, torch.int8, -128, 127, None, x.dtype, torch.int8
-        )
-        q = torchao.quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
-        x = torchao.dequantize_affine(q, block, scale, zero, torch.int8, -128, 127, self.dtype or x.dtype)
-        return F.linear(x.view(-1, 64) if self.view else x, self.inner.weight(), self.inner.bias)
-
-
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
 def test_activation_quantization_is_kept_by_default(view: bool, target: str) -> None:
     """Both programs quantize the same activations, so the results differ only by the rounding to bf16."""
-    rewritten, report = assert_rewrites(export(EightBitActivations(view), 2, 3, 64), target, expect={"linear_int4": 1})
+    rewritten, report = assert_rewrites(
+        export_with_rows(EightBitActivations(view), 2, 3, 64), target, expect={"linear_int4": 1}
+    )
     assert torch.ops.torchao.quantize_affine.default in [node.target for node in rewritten.graph.nodes]
     assert "dropped" not in report.outcomes[0].detail
 
@@ -219,20 +206,20 @@ def test_activation_quantization_is_dropped_by_option(view: bool) -> None:
 
 def test_activation_quantization_with_a_scale_of_another_tensor_is_not_dropped() -> None:
     rule = ecp.LinearInt4(drop_activation_quantization=True)
-    program = export(EightBitActivations(other_scale=True), 2, 64)
+    program = export_with_rows(EightBitActivations(other_scale=True), 2, 64)
     assert_misses(program, "whose scale is chosen from another tensor", passes=[rule])
 
 
 def test_activation_quantization_that_changes_the_dtype_is_not_dropped() -> None:
     rule = ecp.LinearInt4(drop_activation_quantization=True)
-    program = export(EightBitActivations(dtype=torch.bfloat16), 2, 64, dtype=torch.float32)
+    program = export_with_rows(EightBitActivations(dtype=torch.bfloat16), 2, 64, dtype=torch.float32)
     reason = "quantization can be dropped, found torch.float32 quantized and dequantized to torch.bfloat16"
     assert_misses(program, reason, passes=[rule])
 
 
 def test_option_to_drop_activation_quantization_accepts_other_linears() -> None:
     rule = ecp.LinearInt4(drop_activation_quantization=True)
-    assert_rewrites(export(Quantized(16, 64), 2, 64), passes=[rule], expect={"linear_int4": 1})
+    assert_rewrites(export_with_rows(Quantized(16, 64), 2, 64), passes=[rule], expect={"linear_int4": 1})
 
 
 class LoraLinear(nn.Module):
@@ -279,7 +266,7 @@ def test_lora_base_is_packed_and_adapters_are_untouched(target: str) -> None:
 @pytest.mark.parametrize(("low", "high"), [(-128, 127), (-127, 127), (-64, 63), (-16, 15)])
 def test_per_axis_outputs_on_cpu_agree_with_fp64(n: int, k: int, low: int, high: int, dtype: torch.dtype) -> None:
     model = Quantized(n, k, k, low, high, dtype, form=no_bias)
-    program = export(model, 3, k, dtype=dtype)
+    program = export_with_rows(model, 3, k, dtype=dtype)
     rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 1, "missed": 0})
     bits = (high - low).bit_length()
     assert report.outcomes[0].detail == f"int{bits} per-axis -> int8pack_cpu"
@@ -295,7 +282,7 @@ def test_per_axis_outputs_on_cpu_agree_with_fp64(n: int, k: int, low: int, high:
 def test_unsigned_integers_around_128_are_symmetric(storage: torch.dtype) -> None:
     model = Quantized(16, 48, 48, 0, 255, storage=storage)
     model.zero_point.fill_(128)
-    rewritten, _ = assert_rewrites(export(model, 3, 48), "cpu", expect={"linear_int8": 1}, rtol=6e-3)
+    rewritten, _ = assert_rewrites(export_with_rows(model, 3, 48), "cpu", expect={"linear_int8": 1}, rtol=6e-3)
     (packed,) = (value for name, value in rewritten.state_dict.items() if name.endswith(".packed"))
     assert packed.dtype is torch.int8
     assert torch.equal(packed.int(), model.data.int() - 128)
@@ -304,7 +291,9 @@ def test_unsigned_integers_around_128_are_symmetric(storage: torch.dtype) -> Non
 
 def test_int4_weight_without_int4_tiles_is_packed_as_int8() -> None:
     """K = 48 has no int4 tiles, and per-axis int8 holds 4 bits exactly."""
-    _, report = assert_rewrites(export(Quantized(16, 48, 48), 3, 48), "cpu", expect={"linear_int8": 1}, rtol=6e-3)
+    _, report = assert_rewrites(
+        export_with_rows(Quantized(16, 48, 48), 3, 48), "cpu", expect={"linear_int8": 1}, rtol=6e-3
+    )
     assert report.outcomes[0].detail == "int4 per-axis -> int8pack_cpu"
 
 
@@ -317,7 +306,7 @@ def test_int8_operator_holds_groups_and_zero_points_exactly(
     """With fp32 scales and zeros only the sums are rounded."""
     model = Quantized(8, 2 * group, group, low, high, torch.float32, None, zero_points, no_bias, storage)
     rewritten, _ = ecp.rewrite(
-        export(model, 2 * group, 2 * group, dtype=torch.float32), GENERAL, expect={"linear_int8": 1}
+        export_with_rows(model, 2 * group, 2 * group, dtype=torch.float32), GENERAL, expect={"linear_int8": 1}
     )
     weight = rewritten.module()(torch.eye(2 * group)).T
     np.testing.assert_allclose(weight.double().numpy(), exact_weight(model), rtol=1e-5, atol=1e-6)
@@ -343,42 +332,46 @@ def test_cpu_kernel_rejects_groups_and_asymmetric_weights(scheme: str) -> None:
     config, reason = CONFIGS[scheme]
     model = torch.nn.Sequential(torch.nn.Linear(64, 16)).bfloat16().eval()
     quantize_(model, config)
-    assert_misses(export(model, 2, 64), reason, "cpu", rule="linear_int8")
+    assert_misses(export_with_rows(model, 2, 64), reason, "cpu", rule="linear_int8")
 
 
 def test_weight_fits_8_bits_rejects_wider_weight() -> None:
     wide = Quantized(16, 64, 64, -1000, 1000, storage=torch.int16)
-    assert_misses(export(wide, 2, 64), "at most 8 bits, found 11 bits, -1000..1000", "cpu", rule="linear_int8")
+    assert_misses(
+        export_with_rows(wide, 2, 64), "at most 8 bits, found 11 bits, -1000..1000", "cpu", rule="linear_int8"
+    )
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_int8_kernel_rejects_k_that_its_tiles_do_not_divide(target: str) -> None:
     """The kernel would write past its result."""
     odd = Quantized(16, 40, 40, -128, 127)
-    assert_misses(export(odd, 2, 40), "found K = 40; K must be a multiple of 16", target, rule="linear_int8")
+    assert_misses(export_with_rows(odd, 2, 40), "found K = 40; K must be a multiple of 16", target, rule="linear_int8")
 
 
 def test_int8_kernel_rejects_dtype_that_it_lacks() -> None:
-    half = export(Quantized(16, 64, 64, -128, 127, torch.float16), 2, 64, dtype=torch.float16)
+    half = export_with_rows(Quantized(16, 64, 64, -128, 127, torch.float16), 2, 64, dtype=torch.float16)
     assert_misses(half, "found float16; general has bfloat16, float32", GENERAL, rule="linear_int8")
-    single = export(Quantized(16, 64, 64, -128, 127, torch.float32), 2, 64, dtype=torch.float32)
+    single = export_with_rows(Quantized(16, 64, 64, -128, 127, torch.float32), 2, 64, dtype=torch.float32)
     assert_misses(single, "found float32; triton has bfloat16, float16", "cuda", rule="linear_int8")
 
 
 def test_linear_int8_rejects_infinite_scale() -> None:
     infinite = Quantized(16, 64, 64, -128, 127, scale_dtype=torch.float32)
     infinite.scale[3] = 3.4e38
-    assert_misses(export(infinite, 2, 64), "found 1 that are NaN or infinite", "cpu", rule="linear_int8")
+    assert_misses(export_with_rows(infinite, 2, 64), "found 1 that are NaN or infinite", "cpu", rule="linear_int8")
 
 
 def test_linear_int8_rejects_integer_outside_its_range() -> None:
     outside = Quantized(16, 64, 64, -64, 63)
     outside.data[0, 0] = 64
-    assert_misses(export(outside, 2, 64), "found integers -64..64 for a range of -64..63", "cpu", rule="linear_int8")
+    assert_misses(
+        export_with_rows(outside, 2, 64), "found integers -64..64 for a range of -64..63", "cpu", rule="linear_int8"
+    )
 
 
 def test_target_has_int8_kernel_rejects_metal() -> None:
-    integers = export(Quantized(16, 64, 64, -128, 127), 2, 64)
+    integers = export_with_rows(Quantized(16, 64, 64, -128, 127), 2, 64)
     assert_misses(integers, "metal, which has no int8 kernel", "metal", passes=[ecp.LinearInt8()])
     assert_misses(integers, "found 8 bits, -128..127; quantize with weight_dtype=torch.int4", "metal")
 
@@ -388,7 +381,7 @@ def test_target_has_int8_kernel_rejects_metal() -> None:
 )
 def test_linear_int8_rejects_unknown_kernel(target: str, name: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"target {target} has no int8 kernel '{name}'; it has: {known}"):
-        ecp.rewrite(export(Quantized(16, 64), 2, 64), target, [ecp.LinearInt8(kernel=name)])
+        ecp.rewrite(export_with_rows(Quantized(16, 64), 2, 64), target, [ecp.LinearInt8(kernel=name)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -400,7 +393,7 @@ def test_groups_and_zero_points_on_cuda_agree_with_fp64(
     k: int, group: int, zero_points: str | None, dtype: torch.dtype
 ) -> None:
     model = Quantized(13, k, group, -128, 127, dtype, None, zero_points, no_bias)
-    program = export(model, 3, k, dtype=dtype)
+    program = export_with_rows(model, 3, k, dtype=dtype)
     rewritten, report = ecp.rewrite(program, "cuda", expect={"linear_int8": 1, "missed": 0})
     assert report.outcomes[0].detail.endswith("-> triton")
     (x,) = program.example_inputs[0]
@@ -422,20 +415,20 @@ def test_groups_and_zero_points_on_cuda_agree_with_fp64(
 
 
 def test_triton_int8_kernel_rejects_groups_of_8() -> None:
-    program = export(Quantized(16, 64, 8, -128, 127), 2, 64)
+    program = export_with_rows(Quantized(16, 64, 8, -128, 127), 2, 64)
     found = "found group size 8; triton has 16, 32, 64, 128, 256 and their multiples"
     assert_misses(program, found, "cuda", rule="linear_int8")
 
 
 def test_explanation_of_int8_linear_names_its_tilings() -> None:
-    _, report = ecp.rewrite(export(Quantized(512, 256, 64, -128, 127), 3, 256), "cuda")
+    _, report = ecp.rewrite(export_with_rows(Quantized(512, 256, 64, -128, 127), 3, 256), "cuda")
     assert report.outcomes[0].explanation.startswith("tilings on sm_90 for 512 x 256, group size 64: M = 3: 8x")
 
 
 def test_views_of_decomposed_int8_linear_are_removed() -> None:
     table = torch.export.default_decompositions()
     table.pop(torch.ops.torchao.dequantize_affine.default, None)
-    program = export(Quantized(16, 64, 64, -128, 127), 2, 3, 64).run_decompositions(table)
+    program = export_with_rows(Quantized(16, 64, 64, -128, 127), 2, 3, 64).run_decompositions(table)
     rewritten, _ = assert_rewrites(program, "cpu", expect={"linear_int8": 1, "remove_linear_views": 1})
     assert [node.target for node in rewritten.graph.nodes if node.op == "call_function"] == [INT8_LINEAR]
 

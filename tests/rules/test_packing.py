@@ -14,9 +14,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.testing import assert_rewrites
-from tests.experts import Experts, floats
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Experts, Quantized, assert_rewrites, floats
 
 TARGETS = ("cuda", "metal", "cpu")
 ROUNDOFF = 2.0**-8

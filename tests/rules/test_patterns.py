@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import et_cuda_passes as ecp
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 

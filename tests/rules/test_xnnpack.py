@@ -1,6 +1,5 @@
 """The rules for XNNPACK: where each applies, and the reason where it does not."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,11 +17,23 @@ from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
 from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
 from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.rules.xnnpack_models import (
+    BF16,
+    FP32,
+    IN,
+    INT8,
+    OUT,
+    ROWS,
+    UINT8,
+    Decomposed,
+    Dynamic,
+    InBranch,
+    Siblings,
+    WeightOnly,
+)
 from tests.xnnpack import Stock, error, example, lowered, output
 
-ao, qd = torch.ops.torchao, torch.ops.quantized_decomposed
-IN, OUT, ROWS = 64, 32, 4
-FP32, BF16, INT8, UINT8 = torch.float32, torch.bfloat16, torch.int8, torch.uint8
+ao = torch.ops.torchao
 
 
 def exported(model: nn.Module, *shape: int, dtype: torch.dtype = FP32) -> ExportedProgram:
@@ -39,73 +50,6 @@ def assert_kept(program: ExportedProgram, rule: Any, summary: str) -> None:
 
 
 # KeepDynamicInt4 and KeepDynamicInt8.
-
-
-class Dynamic(nn.Module):
-    """linear(fake-quantized x, dequantized weight [OUT, IN], bias) as torchao exports it; every part can be changed.
-
-    Args:
-        low, high, group: the range of the weight, and its block size along IN.
-        rows: its block size along OUT.
-        dtype, scale_dtype, storage: of activations, of scales, and of the integers.
-        zero_point: its first zero point; None for no zero points at all.
-        scale: its first scale; None for a random one.
-        within: the scales are a part of a larger tensor.
-        activation: changed arguments of choose_qparams, quantize and dequantize: low, high, mapping, eps.
-        bias: "constant", "computed" or "none".
-        reader: a second reader, of "integers" of the activation, of its "dequantized" value, or of the "weight" with
-            another scale.
-    """
-
-    def __init__(
-        self,
-        low: int = -8,
-        high: int = 7,
-        group: int = 32,
-        rows: int = 1,
-        dtype: torch.dtype = FP32,
-        scale_dtype: torch.dtype = FP32,
-        storage: torch.dtype = INT8,
-        zero_point: int | None = 0,
-        scale: float | None = None,
-        within: bool = False,
-        activation: dict[str, Any] | None = None,
-        bias: str = "constant",
-        reader: str = "",
-    ) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(0)
-        self.range, self.block, self.dtype = (low, high), [rows, group], dtype
-        self.bias_form, self.reader = bias, reader
-        self.activation = {"low": -128, "high": 127, "mapping": "ASYMMETRIC", "eps": None, **(activation or {})}
-        self.register_buffer("q", torch.randint(low, high + 1, (OUT, IN), generator=random).to(storage))
-        scales = (torch.rand(OUT // rows, IN // group, generator=random) * 0.02 + 0.01).to(scale_dtype)
-        if scale is not None:
-            scales[0, 0] = scale
-        self.register_buffer("other_scale", scales * 3)
-        self.register_buffer("scale", torch.cat([scales, scales])[: len(scales)] if within else scales)
-        points = torch.zeros(scales.shape, dtype=storage)
-        points[0, 0] = zero_point or 0
-        self.register_buffer("zero_point", None if zero_point is None else points)
-        self.bias = nn.Parameter(torch.randn(OUT, generator=random).to(dtype))
-
-    def weight(self, scale: Tensor) -> Tensor:
-        return ao.dequantize_affine(
-            self.q, self.block, scale, self.zero_point, self.q.dtype, *self.range, output_dtype=self.dtype
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        block, (low, high, mapping, eps) = [1] * (x.dim() - 1) + [IN], self.activation.values()
-        scale, zero = ao.choose_qparams_affine(x, mapping, block, INT8, low, high, eps, FP32, INT8)
-        integers = ao.quantize_affine(x, block, scale, zero, INT8, low, high)
-        dequantized = ao.dequantize_affine(integers, block, scale, zero, INT8, low, high, output_dtype=self.dtype)
-        bias = None if self.bias_form == "none" else self.bias
-        if self.bias_form == "computed":
-            bias = self.bias * x.sum()
-        y = F.linear(dequantized, self.weight(self.scale), bias)
-        if self.reader == "weight":
-            return y + F.linear(dequantized, self.weight(self.other_scale))
-        return y + {"integers": integers, "dequantized": dequantized}[self.reader].sum() if self.reader else y
 
 
 INT4_FORM: dict[str, Any] = {}
@@ -207,18 +151,6 @@ def test_linear_without_data_is_missed(rule: Any, form: dict[str, Any]) -> None:
     assert_misses(program, reason, "xnnpack", passes=[rule])
 
 
-class InBranch(nn.Module):
-    """``inner`` inside a branch of control flow."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.cond(x.sum() > 0, self.inner, lambda y: y.new_ones(y.shape[0], OUT), (x,))
-        return result
-
-
 @BOTH
 def test_dynamic_linear_in_control_flow_is_missed(rule: Any, form: dict[str, Any]) -> None:
     reason = "wanted a place outside control flow, found true_graph_0"
@@ -252,59 +184,6 @@ def test_weight_that_the_kernel_lacks_is_missed(rule: Any, form: dict[str, Any],
 
 
 # KeepDynamicPerTensor and KeepStaticInt8.
-
-
-class Decomposed(nn.Module):
-    """A linear as a PT2E quantizer writes it; every part can be changed.
-
-    Args:
-        activation: "static" or "dynamic".
-        ends: the range and dtype of the activation.
-        storage: dtype of the weight's integers.
-        zero_point, scale: the first of the weight's.
-        per_tensor: the weight has one scale, a number in the graph.
-        result: the result is quantized: "" for not, or "quantized", or "relu" for after a clamp, or "read" for
-            quantized and read by another operator as well.
-    """
-
-    def __init__(
-        self,
-        activation: str = "static",
-        ends: tuple[int, int, torch.dtype] = (-128, 127, INT8),
-        storage: torch.dtype = INT8,
-        zero_point: int = 0,
-        scale: float = 0.01,
-        per_tensor: bool = False,
-        result: str = "quantized",
-    ) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(0)
-        self.activation, self.ends, self.result = activation, ends, result
-        self.one = (scale, zero_point) if per_tensor else None
-        self.register_buffer("q", torch.randint(0, 128, (OUT, IN), generator=random).to(storage))
-        self.register_buffer("scale", torch.tensor([scale, *[0.01] * (OUT - 1)]))
-        self.register_buffer("zero", torch.tensor([zero_point, *[0] * (OUT - 1)]))
-
-    def weight(self) -> Tensor:
-        if self.one is not None:
-            return qd.dequantize_per_tensor(self.q, *self.one, 0, 127, self.q.dtype)
-        return qd.dequantize_per_channel(self.q, self.scale, self.zero, 0, 0, 127, self.q.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low, high, dtype = self.ends
-        if self.activation == "static":
-            x = qd.dequantize_per_tensor(qd.quantize_per_tensor(x, 0.02, 3, *self.ends), 0.02, 3, *self.ends)
-        else:
-            scale, zero = qd.choose_qparams.tensor(x, low, high, 1e-5, dtype)
-            integers = qd.quantize_per_tensor.tensor(x, scale, zero, *self.ends)
-            x = qd.dequantize_per_tensor.tensor(integers, scale, zero, *self.ends)
-        y = F.linear(x, self.weight())
-        if not self.result:
-            return y
-        ends = (-128, 127, INT8)
-        after = y.relu() if self.result == "relu" else y
-        z = qd.dequantize_per_tensor(qd.quantize_per_tensor(after, 0.05, -4, *ends), 0.05, -4, *ends)
-        return z + y.sum() if self.result == "read" else z
 
 
 STATIC_FORM: dict[str, Any] = {"activation": "static"}
@@ -402,31 +281,6 @@ def test_per_tensor_weight_with_dynamic_activations_is_missed() -> None:
 # FoldDequantize.
 
 
-class WeightOnly(nn.Module):
-    """``read(x, dequantized weight [OUT, IN])``, in int8 with zero points; ``scale`` is the first of its scales."""
-
-    def __init__(
-        self,
-        read: Callable[[Tensor, Tensor], Tensor] = F.linear,
-        scale: float = 0.01,
-        dtype: torch.dtype = FP32,
-    ) -> None:
-        super().__init__()
-        random = torch.Generator().manual_seed(0)
-        self.read, self.dtype = read, dtype
-        self.register_buffer("q", torch.randint(-128, 128, (OUT, IN), generator=random).to(INT8))
-        scales = torch.rand(OUT, IN // 16, generator=random) * 0.02 + 0.01
-        scales[0, 0] = scale
-        self.register_buffer("scale", scales)
-        self.register_buffer("zero", torch.randint(-9, 9, (OUT, IN // 16), generator=random).to(INT8))
-
-    def weight(self) -> Tensor:
-        return ao.dequantize_affine(self.q, [1, 16], self.scale, self.zero, INT8, -128, 127, output_dtype=self.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.read(x, self.weight())
-
-
 FOLD = [ecp.FoldDequantize()]
 
 
@@ -437,7 +291,7 @@ def test_dequantize_is_folded_to_its_own_result(dtype: torch.dtype) -> None:
     (outcome,) = report.outcomes
     assert outcome.detail == "int8 group 16 -> float weight"
     dtype_name = str(dtype).removeprefix("torch.")
-    assert f"weight-only int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
+    assert f"this int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
     assert "Int8DynamicActivationIntxWeightConfig" in str(outcome.reasons[0])
     assert torch.equal(program.state_dict["q.dequantized"], model.weight())
 
@@ -624,28 +478,6 @@ def test_largest_value_with_its_place_stays() -> None:
 
 
 # ShareActivation.
-
-
-class Siblings(nn.Module):
-    """Three quantized linears of one input.
-
-    Args:
-        other: how the third linear's input differs: "scale" (it is another tensor), "mutated" (it changes before the
-            third linear), or "" (it does not).
-    """
-
-    def __init__(self, other: str = "") -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(IN, OUT) for _ in range(3))
-        self.other = other
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The results of the three."""
-        x = x + 0.5
-        first, second = self.q(x), self.k(x)
-        if self.other == "mutated":
-            x.mul_(1.5)
-        return first, second, self.v(x * 2 if self.other == "scale" else x)
 
 
 def siblings(other: str = "") -> ExportedProgram:

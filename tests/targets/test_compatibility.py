@@ -6,8 +6,7 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes.targets.compatibility import packed_layouts
-from tests.helpers import Sketch
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized, Sketch
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from et_cuda_passes.kernels.choose import Weight, describe
 from et_cuda_passes.kernels.gpus import GPUS, gpu_arch
 from et_cuda_passes.ops.registry import TRITON_OPERATORS
 from et_cuda_passes.targets.gpu import gpu_named_in
-from tests.quantized import Quantized
+from et_cuda_passes.testing import Quantized
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="describes a machine without a GPU")
 

@@ -11,13 +11,18 @@ from et_cuda_passes.targets.target import FAMILIES
 
 
 def test_targets_lists_all_names() -> None:
-    assert ecp.targets() == ("cuda", "metal", "xnnpack", "cpu")
+    assert ecp.targets() == (
+        "cuda", "metal", "xnnpack", "cpu", "vulkan", "coreml", "openvino", "mlx", "tensorrt",
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("unknown", ["CUDA", "tensorrt", "", None, 3])
+@pytest.mark.parametrize("unknown", ["CUDA", "tpu", "", None, 3])
 @pytest.mark.parametrize("ask", [get_target, ecp.default_passes])
 def test_get_target_lists_known_targets_for_unknown_name(ask: object, unknown: object) -> None:
-    with pytest.raises(ValueError, match=r"unknown target .*; known targets are cuda, metal, xnnpack, cpu"):
+    with pytest.raises(
+        ValueError,
+        match=r"unknown target .*; known targets are cuda, metal, xnnpack, cpu, vulkan",
+    ):
         ask(unknown)  # type: ignore[operator]
 
 
@@ -77,6 +82,7 @@ def test_targets_have_expected_kernels() -> None:
             "int8_linear": ["int8pack_cpu"],
             "int8_plain": ["plain operators"],
         },
+        **{name: {} for name in ("vulkan", "coreml", "openvino", "mlx", "tensorrt")},
     }
     for name, family in (("cuda", "int4_experts"), ("cpu", "int4_experts"), ("cuda", "int4_table")):
         assert get_target(name).kernel(family) is get_target(name).kernel("int4_linear")
@@ -112,7 +118,7 @@ def test_old_name_of_kernel_names_new_one() -> None:
 
 
 def test_rewrite_accepts_custom_target() -> None:
-    from tests.helpers import Sketch
+    from et_cuda_passes.testing import Sketch
 
     own = dataclasses.replace(get_target("cuda"), name="mine", passes=lambda: [ecp.LinearInt4()])
     sketch = Sketch()

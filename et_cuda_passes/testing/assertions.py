@@ -1,15 +1,20 @@
-"""For people who add patterns: one assertion that a rule rewrites rightly, one that it misses and says why."""
+"""Assertions on a rewrite: that it is right, that a rule misses and says why, and that a text has not changed."""
 
 import copy
 import difflib
+import inspect
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from et_cuda_passes.graph.operators import op_name
 from et_cuda_passes.graph.report import ExpectationError, Report
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets import Target
@@ -124,6 +129,62 @@ def assert_misses(
     return report
 
 
+def as_text(program: ExportedProgram) -> str:
+    """A line for each node of a program: what it calls on what, and the dtype and shape of its value.
+
+    The symbols of dynamic sizes are written as ``s``, since torch chooses their numbers.
+    """
+
+    def show(node: torch.fx.Node) -> str:
+        value = node.meta.get("val")
+        shape = ""
+        if isinstance(value, torch.Tensor):
+            shape = f"  # {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        if node.op == "placeholder":
+            return f"{node.name}{shape}"
+        arguments = ", ".join([*map(str, node.args), *(f"{key}={arg}" for key, arg in node.kwargs.items())])
+        called = op_name(node.target) if node.op == "call_function" else node.op
+        return f"{node.name} = {called}({arguments}){shape}"
+
+    return re.sub(r"\bs\d+\b", "s", "\n".join(map(show, program.graph.nodes)))
+
+
+UPDATE = "ETCP_UPDATE_GOLDEN"
+"""The environment variable that is 1 to write golden files instead of comparing with them."""
+
+
+def assert_golden(before: ExportedProgram, after: ExportedProgram, report: Report, golden: str | Path) -> None:
+    """Compare a program before and after its rewrite, and the report, with a text that is kept.
+
+    The text has three parts, "before", "after" and "report", the programs as :func:`as_text` writes them. Folders of
+    source files are left out.
+
+    Args:
+        before: the program that was rewritten.
+        after: the program that the rewrite returned.
+        report: its report.
+        golden: the text itself, or the path of a file with it. With ``ETCP_UPDATE_GOLDEN=1`` the file is written. Read
+            the difference before you commit it.
+
+    Raises:
+        AssertionError: the text differs, with the difference; or the file does not exist.
+    """
+    text = f"before\n\n{as_text(before)}\n\nafter\n\n{as_text(after)}\n\nreport\n\n{report}\n"
+    text = re.sub(r"\bat \S*[/\\]([^/\\\s]+:\d+: )", r"at \1", text)
+    if isinstance(golden, Path):
+        if os.environ.get(UPDATE) == "1":
+            golden.parent.mkdir(parents=True, exist_ok=True)
+            golden.write_text(text, encoding="utf-8")
+            return
+        assert golden.exists(), f"{golden} does not exist: run the test with {UPDATE}=1, which writes it"
+        wanted, name = golden.read_text(encoding="utf-8"), str(golden)
+        fix = f"; if the new text is right, run the test with {UPDATE}=1"
+    else:
+        wanted, name, fix = inspect.cleandoc(golden) + "\n", "the golden text", ""
+    changed = "\n".join(difflib.unified_diff(wanted.splitlines(), text.splitlines(), name, "now", n=2, lineterm=""))
+    assert text == wanted, f"the text differs from {name}{fix}\n{changed}"
+
+
 @dataclass(frozen=True)
 class _Snapshot:
     """A program as text, with the guards and ranges of its sizes, and each constant with a copy of its bytes."""
@@ -202,7 +263,10 @@ def _run(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
     args, kwargs = copy.deepcopy((args, kwargs))
     before = {name: _bytes(buffer) for name, buffer in module.named_buffers()}
     with torch.no_grad():
-        result = module(*args, **kwargs)
+        try:
+            result = module(*args, **kwargs)
+        except NotImplementedError as error:
+            raise AssertionError(_without_kernel(program, error)) from error
     leaves, shape = pytree.tree_flatten(result)
     found: dict[str, Any] = {"the structure of the outputs": shape}
     found |= {f"output {i}": leaf for i, leaf in enumerate(leaves)}
@@ -211,6 +275,24 @@ def _run(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
         found[f"buffer {name}" if unchanged else f"buffer {name}, which the program writes"] = buffer
     found |= {f"input {i} after the call": leaf for i, leaf in enumerate(pytree.tree_leaves((args, kwargs)))}
     return found
+
+
+def _without_kernel(program: ExportedProgram, error: NotImplementedError) -> str:
+    """The message for a program that calls an operator without an implementation for the CPU."""
+    operators = {
+        str(node.target.name())
+        for graph in _graphs(program)
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
+    }
+    named = sorted(name for name in operators if f"'{name}'" in str(error))
+    if not named:
+        return f"the program cannot be run: {error}"
+    return (
+        f"the operator {named[0]} has no implementation for the CPU, on which the numbers are compared: register a "
+        f"reference in plain torch, @torch.library.impl({named[0]!r}, 'CPU') above a function of its arguments, or "
+        "write the operator with torch.library.custom_op"
+    )
 
 
 def assert_same_results(

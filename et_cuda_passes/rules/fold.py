@@ -1,0 +1,130 @@
+"""Quantized tensors become floats again, for a backend that has no kernel for them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Node, map_arg
+
+from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.pattern import Capture, Pattern, op
+from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
+from et_cuda_passes.quant.activations import QUANTIZE, decode_dynamic, quantized_activation_of
+from et_cuda_passes.quant.candidates import consumers
+from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
+from et_cuda_passes.rules.requirements import (
+    backend_has_dtype,
+    dtype_names,
+    scales_are_finite,
+    stored_scales,
+    weight_has_data,
+)
+from et_cuda_passes.rules.values import nonfinite
+
+aten = torch.ops.aten
+
+
+@requirement(
+    "readers of float activations",
+    hint="a float weight under quantized activations has no kernel either: meet the requirements of the rules that "
+    "keep such a linear",
+)
+def readers_have_float_activations(m: Match) -> Failure | None:
+    """The delegate quantizes an activation only as a part of a linear that it computes as a whole."""
+    kept = m.program.kept
+    found = (quantized_activation_of(reader) for reader in consumers(m.weight) if reader not in kept)
+    text = next(filter(None, found), "")
+    return Failure(text) if text else None
+
+
+@dataclass(frozen=True)
+class FoldDequantize(Rule):
+    """dequantize(constant) -> a float constant, computed at compile time
+
+    It is for a target that has no kernel for a quantized weight and would compute something else without an error, or
+    fail. The weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids
+    it.
+    """
+
+    requirements = (
+        weight_has_data,
+        backend_has_dtype,
+        readers_have_float_activations,
+        scales_are_finite(lambda m: nonfinite(stored_scales(m))),
+    )
+
+    def pattern(self) -> Pattern:
+        """Any dequantized weight, with any readers."""
+        return dequantized(..., name="weight")
+
+    def summary(self, m: Match) -> str:
+        """The scheme that is given up."""
+        return f"{weight_of(m).scheme} -> float weight"
+
+    def notes(self, *ms: Match) -> Notes:
+        """The cost of the fold, and the scheme that avoids it."""
+        m = ms[0]
+        advised = m.target.advised
+        readers = (op_of(reader) for reader in consumers(m.weight))
+        table = advised.table and all(read is aten.embedding.default for read in readers)
+        instead = (
+            f"for a quantized embedding quantize with {advised.table}"
+            if table
+            else f"for a 4-bit kernel quantize with {advised.four_bits}"
+        )
+        return Notes(
+            f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "
+            f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
+        )
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """Run the dequantize operator itself on the constants, so that it rounds as before."""
+        weight, node = weight_of(m), m.root
+        operator: Callable[..., Tensor] = cast(Any, op_of(node))
+
+        def value(argument: Node) -> Tensor:
+            tensor = b.program.constant(argument)
+            assert tensor is not None
+            return tensor.detach()
+
+        def fold() -> Tensor:
+            return operator(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+
+        # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
+        given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
+        return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
+
+
+@requirement("an activation that is quantized while the program runs, to the same dtype")
+def quantization_can_be_dropped(m: Match) -> Failure | None:
+    """Its scale comes from the activation itself, and a reader gets the dtype that it got before."""
+    m.memoize(decode_dynamic, "activation")
+    before, after = m.val(m.x).dtype, m.val(m.activation).dtype
+    return None if before is after else Failure(f"{before} quantized and dequantized to {after}")
+
+
+@dataclass(frozen=True)
+class DropActivationQuantization(Rule):
+    """dequantize(quantize(x)) -> x, where torchao quantizes x while the program runs
+
+    It is for a target that computes linears with float activations. The results are those of the same weights without
+    the rounding of the activations to 8 bits, as on cuda, metal and cpu. A linear that an earlier rule keeps reads
+    the quantized activation.
+    """
+
+    reports_misses: ClassVar[bool] = False
+
+    requirements = (quantization_can_be_dropped,)
+
+    def pattern(self, x: Capture) -> Pattern:
+        """A quantized activation."""
+        return op(DEQUANTIZE)(op(QUANTIZE)(x, ..., shared=True), ..., name="activation")
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The activation itself."""
+        x: Node = m.x
+        return x

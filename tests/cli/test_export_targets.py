@@ -1,0 +1,121 @@
+"""`export` for several targets of which one cannot take the schemes or the model, and for the keep targets."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Run, names
+from tests.hf import checkpoints
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "masked"
+    checkpoints.masked(folder)
+    return folder
+
+
+def test_target_that_cannot_take_a_scheme_is_left_out_with_a_table(model: Path, tmp_path: Path, command: Run) -> None:
+    output = tmp_path / "out"
+    result = command(
+        "export",
+        "--model",
+        model,
+        "--target",
+        "cpu,metal",
+        "--qlinear",
+        "8w",
+        "--dtype",
+        "float32",
+        "--output-dir",
+        output,
+    )
+    assert result.code == 1
+    first = result.err.splitlines()[0]
+    assert first.startswith("metal is left out: --qlinear=8w: metal has no kernel for 8w; metal has kernels for 4w")
+    assert "model.cpu.pt2" in names(output) and not [name for name in names(output) if "metal" in name]
+    rows = [line for line in result.out.splitlines() if line.startswith(("cpu  ", "metal  "))]
+    assert rows[0] == "cpu    written"
+    assert rows[1].startswith("metal  left out: --qlinear=8w: metal has no kernel for 8w")
+    assert "metal is left out" in result.error
+
+
+def test_json_has_the_targets_that_are_left_out(model: Path, tmp_path: Path, command: Run) -> None:
+    result = command(
+        "export", "--model", model, "--target", "cuda,metal", "--qlinear", "8w", "--dtype", "float32",
+        "--cast-to-bf16", "--output-dir", tmp_path / "out", "--json",
+    )  # fmt: skip
+    found = json.loads(result.out)
+    assert result.code == 1 and list(found["left_out"]) == ["metal"] and list(found["reports"]) == ["cuda"]
+
+
+def test_strict_refuses_before_the_model_is_loaded(tmp_path: Path, command: Run) -> None:
+    result = command(
+        "export", "--model", tmp_path / "none", "--target", "cpu,metal", "--qlinear", "8w", "--strict",
+        "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.code == 2 and result.error.startswith(
+        "error: --strict: metal: --qlinear=8w: metal has no kernel for 8w"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_strict_refuses_a_target_that_folds(tmp_path: Path, command: Run) -> None:
+    result = command(
+        "export", "--model", tmp_path / "none", "--target", "coreml,vulkan", "--qlinear", "8w", "--strict",
+        "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert result.code == 2
+    assert "vulkan: --qlinear=8w: it computes with floating-point weights; vulkan has kernels for 4w" in result.error
+
+
+def test_scheme_that_no_target_takes_is_refused(tmp_path: Path, command: Run) -> None:
+    result = command(
+        "export", "--model", tmp_path / "none", "--target", "metal", "--qlinear", "8w", "--output-dir", tmp_path / "out"
+    )
+    assert result.code == 2 and "metal has no kernel for 8w" in result.error
+
+
+@pytest.mark.parametrize(
+    ("target", "text"),
+    [("mlx", "give the rewritten program to ExecuTorch's MLXPartitioner"), ("tensorrt", "torch-tensorrt after 2.14")],
+)
+def test_target_without_a_lowering_is_refused_with_what_lowers_it(
+    target: str, text: str, tmp_path: Path, command: Run
+) -> None:
+    result = command(
+        "export", "--model", tmp_path / "none", "--target", target, "--qlinear", "4w", "--output-dir", tmp_path / "out"
+    )
+    assert result.code == 2
+    assert result.error.startswith(f"error: target {target} is not lowered here: ") and text in result.error
+
+
+def test_text_model_for_openvino_is_refused_before_it_is_traced(model: Path, tmp_path: Path, command: Run) -> None:
+    result = command(
+        "export", "--model", model, "--target", "openvino", "--qlinear", "4w", "--dtype", "float32", "--output-dir",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert result.code == 2
+    assert "--target openvino: it takes inputs of fixed sizes, and those of a model of text are dynamic" in result.error
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+def test_export_for_keep_targets_writes_a_program_for_each(model: Path, tmp_path: Path, command: Run) -> None:
+    output = tmp_path / "out"
+    result = command(
+        "export",
+        "--model",
+        model,
+        "--target",
+        "vulkan,coreml",
+        "--qlinear",
+        "4w",
+        "--dtype",
+        "float32",
+        "--output-dir",
+        output,
+    )
+    assert result.code == 0, result.err
+    assert {"model.vulkan.pte", "model.coreml.pte"} <= set(names(output))
+    assert "keep_vulkan_linear" in result.out and "keep_coreml_weight" in result.out

@@ -1,0 +1,127 @@
+"""Progress: a line with percentage, time and memory for each step, and lines in between where there is no terminal."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import et_cuda_passes as ecp
+from et_cuda_passes.cli.console import Steps
+from et_cuda_passes.executorch.lower import lower, lowering_steps
+from tests.saved import save
+
+ROOT = Path(ecp.__file__).parent.parent
+END = re.compile(r"(?:( *\d+) %  )?(.+): (\d+\.\d) s, peak memory (\d+\.\d\d) GB")
+
+
+def ended(text: str) -> list[tuple[int | None, str, float, float]]:
+    """Percentage, name, seconds and gigabytes of each step that ended."""
+    found = [END.fullmatch(line) for line in text.splitlines()]
+    return [(m[1] and int(m[1]), m[2], float(m[3]), float(m[4])) for m in found if m]  # type: ignore[misc]
+
+
+def test_step_has_percentage_time_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steps(3) as step:
+        step("one")
+        time.sleep(0.2)
+        step("two")
+        kept = torch.ones(25_000_000)
+        step("three")
+    (one, two, three) = ended(capsys.readouterr().err)
+    assert [each[:2] for each in (one, two, three)] == [(33, "one"), (66, "two"), (100, "three")]
+    assert one[2] >= 0.2
+    # Its peak belongs to a step: the tensor of 100 MB is allocated in the second.
+    assert two[3] - one[3] > 0.08 and kept.numel()
+
+
+def test_without_a_count_there_is_no_percentage(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steps() as step:
+        step("one")
+        step("two")
+        step.expect(1)
+        step("three")
+    assert [each[:2] for each in ended(capsys.readouterr().err)] == [(None, "one"), (66, "two"), (100, "three")]
+
+
+def test_more_steps_than_expected_stay_at_100_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Steps(1) as step:
+        step("one")
+        step("two")
+    assert [each[0] for each in ended(capsys.readouterr().err)] == [100, 100]
+
+
+def test_step_with_an_error_prints_no_end(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with Steps(1) as step:
+            step("one")
+            raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        fail()
+    assert capsys.readouterr().err == ""
+
+
+def test_long_step_prints_lines_with_the_part_that_is_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Steps, "interval", 0.1)
+    with Steps(2) as step:
+        step("short")
+        step("long")
+        step.part(1, 2)
+        time.sleep(0.35)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "so far" in line]
+    assert 1 <= len(lines) <= 3
+    assert all(re.fullmatch(r" 75 %  long: 0 s so far, memory \d+\.\d\d GB", line) for line in lines)
+
+
+def test_rewrite_reports_every_weight(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "4w")
+    seen: list[tuple[int, int]] = []
+    ecp.rewrite(torch.export.load(path), "cpu", progress=lambda *part: seen.append(part))
+    assert seen == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("methods", [("forward",), ("prefill", "decode")])
+def test_lowering_reports_each_method(methods: tuple[str, ...], tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "4w")
+    program, _ = ecp.rewrite(torch.export.load(path), "xnnpack")
+    steps: list[str] = []
+    lower(dict.fromkeys(methods, program), "xnnpack", tmp_path, "model", steps.append)
+    assert steps == [*(f"decomposing {name}" for name in methods), "lowering", "serializing"]
+    assert len(steps) == lowering_steps("xnnpack", len(methods))
+
+
+def test_terminal_shows_the_step_and_its_memory_while_it_runs() -> None:
+    code = (
+        "import time\nfrom et_cuda_passes.cli.console import Steps\n"
+        "with Steps(2) as step:\n    step('loading')\n    time.sleep(0.5)\n    step.part(1, 2)\n    time.sleep(0.5)\n"
+    )
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, cwd=ROOT,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+    )  # fmt: skip
+    os.close(slave)
+    shown = io.BytesIO()
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown.write(part)
+    os.close(master)
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
+    assert re.search(r"  0 %  loading \d:\d\d:\d\d memory \d+\.\d\d GB", text)
+    assert " 25 %  loading" in text
+    assert ended(text.replace("\r", "\n"))[-1][:2] == (50, "loading")

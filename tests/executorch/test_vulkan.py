@@ -1,0 +1,290 @@
+"""Vulkan: what the rules predict, what the stock partitioner takes, and the numbers that stand in the lowered program.
+
+ExecuTorch's Python package has no Vulkan runtime. The tests read the delegate's graph back and compute with it.
+"""
+
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, MappingType, quantize_
+from torchao.quantization.granularity import PerAxis, PerGroup
+
+import et_cuda_passes as ecp
+from et_cuda_passes.graph.rule import Keep
+from et_cuda_passes.rules.fold import DropActivationQuantization
+from et_cuda_passes.testing import Quantized, export
+from tests.vulkan import VulkanPartitioner, _Stock, lowered, unpacked
+
+LINEAR, DYNAMIC, TABLE = "et_vk.linear_q4gsw", "et_vk.linear_dq8ca_q4gsw", "et_vk.embedding_q4gsw"
+KERNELS = tuple(f"{name}.default" for name in (LINEAR, DYNAMIC, TABLE))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, and the requirement that must exclude it although the stock partitioner has a kernel for it."""
+
+    program: ExportedProgram
+    x: Tensor
+    excluded_by: str = ""
+
+
+def linear(config: Any, n: int, k: int, shape: tuple[int, ...], bias: bool = True, dynamic: bool = False) -> Case:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(k, n, bias=bias)).eval()
+    quantize_(model, config)
+    x = torch.randn(*shape, k)
+    sizes = ({0: Dim("rows", min=2, max=64)},) if dynamic else None
+    return Case(torch.export.export(model, (x,), dynamic_shapes=sizes), x)
+
+
+def plain(excluded_by: str = "", shape: tuple[int, ...] = (4,), **options: Any) -> Case:
+    options = {"n": 64, "k": 256, "dtype": torch.float32, **options}
+    x = torch.randn(*shape, options["k"], generator=torch.Generator().manual_seed(3)).to(options["dtype"])
+    return Case(torch.export.export(Quantized(**options), (x,)), x, excluded_by)
+
+
+def table(excluded_by: str = "", **options: Any) -> Case:
+    ids = torch.tensor([[1, 5, 0], [2, 2, 7]])
+    options = {"n": 64, "k": 256, "dtype": torch.float32, **options}
+    model = Quantized(form=lambda x, weight, bias: F.embedding(x, weight), **options)
+    return Case(torch.export.export(model, (ids,)), ids, excluded_by)
+
+
+def int4(size: int = 32, **options: Any) -> Any:
+    return IntxWeightOnlyConfig(torch.int4, PerGroup(size) if size else PerAxis(0), **options)
+
+
+def dynamic_int4(size: int = 32, **options: Any) -> Any:
+    granularity = PerGroup(size) if size else PerAxis(0)
+    return Int8DynamicActivationIntxWeightConfig(torch.int4, granularity, **options)
+
+
+ZEROS, ROWS = "zero points that are all 0", "activations of which at most the last two axes"
+GROUPS, K8 = "a group size that 4 divides", "in_features that 8 divides"
+
+CASES = {
+    "4 bits in groups": lambda: linear(int4(), 64, 256, (4,)),
+    "4 bits, no bias": lambda: linear(int4(), 64, 256, (4,), bias=False),
+    "4 bits, groups of 8": lambda: linear(int4(8), 64, 256, (4,)),
+    "4 bits, groups of 12": lambda: linear(int4(12), 64, 96, (4,)),
+    "4 bits, groups of 128": lambda: linear(int4(128), 64, 256, (4,)),
+    "4 bits per row": lambda: linear(int4(0), 64, 256, (4,)),
+    "4 bits, one row": lambda: linear(int4(), 64, 256, (1,)),
+    "4 bits, a vector": lambda: linear(int4(), 64, 256, ()),
+    "4 bits, batch of 1": lambda: linear(int4(), 64, 256, (1, 4)),
+    "4 bits, dynamic length": lambda: linear(int4(), 64, 256, (4,), dynamic=True),
+    "4 bits, N 68": lambda: linear(int4(), 68, 256, (4,)),
+    "4 bits, N 66": lambda: linear(int4(), 66, 256, (4,)),
+    "4 bits, N 7": lambda: linear(int4(), 7, 256, (4,)),
+    "4 bits, asymmetric": lambda: plain(ZEROS, zero_points="random"),
+    "4 bits, no zero points": lambda: plain(zero_points=None),
+    "4 bits, batch of 2": lambda: plain(ROWS, shape=(2, 3)),
+    "4 bits, batches": lambda: plain(ROWS, shape=(2, 1, 3)),
+    "4 bits, groups of 10": lambda: plain(GROUPS, k=40, group=10),
+    "4 bits, K 36": lambda: plain(K8, k=36, group=12),
+    "4 bits, K 30": lambda: plain(k=30, group=10),
+    "4 bits in float16": lambda: plain(dtype=torch.float16),
+    "4 bits in bfloat16": lambda: plain(dtype=torch.bfloat16),
+    "2 bits": lambda: plain(low=-2, high=1),
+    "3 bits": lambda: plain(low=-4, high=3),
+    "5 bits": lambda: plain(low=-16, high=15),
+    "unsigned 4 bits": lambda: plain(low=0, high=15),
+    "8 bits in groups": lambda: plain(low=-128, high=127),
+    "8 bits that fit in 4": lambda: _small_int8(),
+    "8 bits per row": lambda: linear(IntxWeightOnlyConfig(torch.int8, PerAxis(0)), 64, 256, (4,)),
+    "8 bits stored as int32": lambda: plain(storage=torch.int32),
+    "dynamic activations": lambda: linear(dynamic_int4(), 64, 256, (4,)),
+    "dynamic activations per row": lambda: linear(dynamic_int4(0), 64, 256, (4,)),
+    "dynamic activations, dynamic length": lambda: linear(dynamic_int4(), 64, 256, (4,), dynamic=True),
+    "dynamic activations, batch of 1": lambda: linear(dynamic_int4(), 64, 256, (1, 4)),
+    "dynamic activations, N 66": lambda: linear(dynamic_int4(), 66, 256, (4,)),
+    "dynamic activations, 8 bits": lambda: linear(
+        Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0)), 64, 256, (4,)
+    ),
+    "table": lambda: table(),
+    "table per row": lambda: table(group=256),
+    "table of rows of 48": lambda: table(k=48, group=16),
+    "table, 3 bits": lambda: table(low=-4, high=3),
+    "table, 8 bits": lambda: table(low=-128, high=127),
+    "table, asymmetric": lambda: table(zero_points="random"),
+    "table, no zero points": lambda: table(zero_points=None),
+    "table in float16": lambda: table(dtype=torch.float16),
+}
+
+
+def _small_int8() -> Case:
+    """Integers of 4 bits in a weight that says int8."""
+    model = Quantized(64, 256, dtype=torch.float32)
+    model.low, model.high = -128, 127
+    x = torch.randn(4, 256, generator=torch.Generator().manual_seed(3))
+    return Case(torch.export.export(model, (x,)), x)
+
+
+def _predicted(case: Case) -> tuple[str, ecp.Report]:
+    """The operator that a rule predicts, "" where no rule keeps the weight; and the report."""
+    _, report = ecp.rewrite(case.program, "vulkan")
+    (outcome,) = report.outcomes
+    return (outcome.detail.rpartition(" ")[2] if outcome.status == "kept" else ""), report
+
+
+def _taken(program: ExportedProgram) -> str:
+    """The 4-bit operator that the stock partitioner and backend write, "" where they write another or fail."""
+    try:
+        found = [name for name in lowered(program, _Stock()).names if name in KERNELS]
+    except Exception:  # assertions and exceptions of every kind
+        return ""
+    return found[0].removesuffix(".default") if found else ""
+
+
+def _reasons(report: ecp.Report) -> str:
+    return "; ".join([*(str(reason) for outcome in report.outcomes for reason in outcome.reasons), *_rejected(report)])
+
+
+def _rejected(report: ecp.Report) -> list[str]:
+    return [text for texts in report.rejected.values() for text in texts]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prediction_agrees_with_stock_partitioner(name: str) -> None:
+    case = CASES[name]()
+    predicted, report = _predicted(case)
+    taken = _taken(case.program)
+    if case.excluded_by:
+        assert taken and not predicted
+        assert case.excluded_by in _reasons(report)
+    else:
+        assert predicted == taken
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_lowered_program_has_the_graphs_numbers(name: str) -> None:
+    case = CASES[name]()
+    predicted, report = _predicted(case)
+    (outcome,) = report.outcomes
+    if outcome.status == "missed":
+        with pytest.raises(ValueError, match="Vulkan cannot compute these quantized weights correctly"):
+            lowered(case.program, VulkanPartitioner())
+        return
+    found = lowered(case.program, VulkanPartitioner())
+    assert not [each for each in (*found.names, *found.outside) if "dequantize" in each or ".quantize" in each]
+    kept = [(call, args) for call, args in found.calls if call in KERNELS]
+    assert [call.removesuffix(".default") for call, _ in kept] == ([predicted] if predicted else [])
+    if kept:
+        wanted = _dequantized(case.program)
+        assert torch.equal(_weight_in(*kept[0]).to(wanted.dtype), wanted)
+
+
+def _dequantized(program: ExportedProgram) -> Tensor:
+    """The weight as the program dequantizes it."""
+    passes = [DropActivationQuantization(), ecp.FoldDequantize()]
+    folded, _ = ecp.rewrite(program, "vulkan", passes=passes)
+    held = {**folded.state_dict, **folded.constants}
+    (weight,) = [tensor for name, tensor in held.items() if name.endswith(".dequantized")]
+    return weight
+
+
+def _weight_in(call: str, args: list[Any]) -> Tensor:
+    """The weight [N, K] that the operator computes with, from its constants and its group size."""
+    if call.startswith(TABLE):
+        packed, scales, size = args[0], args[1], args[2]
+    elif call.startswith(LINEAR):
+        packed, scales, size = args[1], args[2].T, args[3]
+    else:
+        packed, sums, scales, size = args[3], args[4], args[5].T, args[6]
+        n = packed.shape[0]
+        assert torch.equal(sums[:, :n], unpacked(packed).to(torch.int32).reshape(n, -1, size).sum(-1).T)
+    integers = unpacked(packed)
+    assert scales.shape == (integers.shape[0], integers.shape[1] // size)
+    return integers.to(scales.dtype) * scales.repeat_interleave(size, dim=1)
+
+
+def test_stock_backend_ignores_zero_points() -> None:
+    case = CASES["4 bits, asymmetric"]()
+    ((call, args),) = lowered(case.program, _Stock()).calls
+    wanted = _dequantized(case.program)
+    stored = _weight_in(call, args)
+    assert float((stored - wanted).norm() / wanted.norm()) > 0.5
+
+
+@pytest.mark.parametrize("name", ["8 bits per row", "5 bits", "dynamic activations, 8 bits"])
+def test_stock_backend_writes_operators_that_the_runtime_lacks(name: str) -> None:
+    assert "torchao.dequantize_affine.default" in lowered(CASES[name]().program, _Stock()).names
+
+
+@pytest.mark.parametrize("name", ["4 bits, K 36"])
+def test_stock_backend_pads_k_of_the_weight_alone(name: str) -> None:
+    ((_, args),) = lowered(CASES[name]().program, _Stock()).calls
+    assert unpacked(args[1]).shape == (64, 40)
+
+
+class Tied(nn.Module):
+    """An embedding and a linear of one quantized weight, as in a language model; or two linears."""
+
+    def __init__(self, embedding: bool) -> None:
+        super().__init__()
+        self.last, self.first = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.table, self.embedding = nn.Embedding(64, 64), embedding
+        quantize_(self, int4(), filter_fn=lambda module, name: name == "last")
+        self.table.weight = self.first.weight = self.last.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.table(x) if self.embedding else self.first(x))
+
+
+@pytest.mark.parametrize("embedding", [True, False], ids=["embedding", "linears"])
+def test_tied_weight_is_copied_for_its_second_reader(embedding: bool) -> None:
+    model = Tied(embedding).eval()
+    x = torch.tensor([1, 5]) if embedding else torch.randn(4, 64)
+    program = torch.export.export(model, (x,))
+    with pytest.raises(Exception, match="FusePatternsPass"):
+        lowered(program, _Stock())
+    partitioner = VulkanPartitioner(expect={"kept": 2, "copy_tied_weight": 1})
+    found = lowered(program, partitioner)
+    wanted = model.last.weight.dequantize()
+    assert found.names == [KERNELS[2] if embedding else KERNELS[0], KERNELS[0]]
+    assert all(torch.equal(_weight_in(call, args), wanted) for call, args in found.calls)
+
+
+def test_callers_program_is_not_changed() -> None:
+    case = CASES["4 bits in groups"]()
+    before = {name: tensor.clone() for name, tensor in case.program.state_dict.items()}
+    wanted = case.program.module()(case.x)
+    lowered(case.program, VulkanPartitioner())
+    assert torch.equal(case.program.module()(case.x), wanted)
+    assert before.keys() == case.program.state_dict.keys()
+
+
+@pytest.mark.parametrize(
+    "passes", [None, [rule for rule in ecp.default_passes("vulkan") if not isinstance(rule, Keep)]]
+)
+def test_partitioner_takes_passes(passes: list[ecp.Rule] | None) -> None:
+    partitioner = VulkanPartitioner(passes=passes)
+    found = lowered(export(Quantized(64, 256, dtype=torch.float32), torch.randn(4, 256)), partitioner)
+    assert found.names == (["aten.linear.default"] if passes else [KERNELS[0]]) or "prepack" in found.names[0]
+    assert partitioner.report.counts()["kept" if passes is None else "rewritten"] == 1
+
+
+def test_dynamic_sizes_limit_the_delegate_to_operators_that_can_be_resized() -> None:
+    fixed, resized = VulkanPartitioner(), VulkanPartitioner()
+    lowered(CASES["4 bits in groups"]().program, fixed)
+    lowered(CASES["4 bits, dynamic length"]().program, resized)
+    assert fixed.options == {} and resized.options == {"require_dynamic_shapes": True}
+
+
+def test_import_leaves_the_level_of_the_root_logger() -> None:
+    code = "import logging; import et_cuda_passes.executorch.vulkan; print(logging.getLogger().level)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == str(logging.WARNING)
+
+
+def test_mapping_type_of_torchao_decides_about_the_kernel() -> None:
+    case = linear(int4(mapping_type=MappingType.ASYMMETRIC), 64, 256, (4,))
+    assert _predicted(case)[0] == "" and "zero points that are all 0" in _reasons(_predicted(case)[1])

@@ -1,0 +1,80 @@
+"""Lowers for Vulkan and reads the delegate's graph back, with its constants; shared by tests of several rooms."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from executorch.backends.vulkan.serialization.vulkan_graph_schema import VkDataType, VkTensor
+from executorch.backends.vulkan.serialization.vulkan_graph_serialize import (
+    extract_vk_flatbuffer,
+    flatbuffer_to_vk_graph,
+)
+from executorch.exir import to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import Partitioner
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from et_cuda_passes.executorch.vulkan import VulkanPartitioner, _Stock
+
+__all__ = ["Lowered", "VulkanPartitioner", "_Stock", "lowered", "unpacked"]
+
+_DTYPES = {
+    VkDataType.UINT8: torch.uint8,
+    VkDataType.INT8: torch.int8,
+    VkDataType.INT32: torch.int32,
+    VkDataType.FLOAT32: torch.float32,
+    VkDataType.FLOAT16: torch.float16,
+}
+
+
+@dataclass
+class Lowered:
+    """The contents of a lowered program.
+
+    Attributes:
+        outside: names of the operators beside the delegate.
+        calls: the operators of the delegate with their arguments: tensors of constants, numbers, or the name of a
+            type for everything else.
+    """
+
+    outside: list[str]
+    calls: list[tuple[str, list[Any]]]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the delegate's operators."""
+        return [name for name, _ in self.calls]
+
+
+def lowered(program: ExportedProgram, partitioner: Partitioner) -> Lowered:
+    """Lower ``program`` and read the delegates' graphs back."""
+    edge = to_edge_transform_and_lower(program, partitioner=[partitioner]).exported_program()
+    outside, calls = [], []
+    for node in edge.graph.nodes:
+        if node.op == "call_function" and node.target is not torch.ops.higher_order.executorch_call_delegate:
+            outside.append(getattr(node.target, "__name__", str(node.target)))
+        if node.op == "get_attr":
+            calls += _calls(getattr(edge.graph_module, node.target))
+    return Lowered([name for name in outside if name != "getitem"], calls)
+
+
+def _calls(delegate: Any) -> list[tuple[str, list[Any]]]:
+    graph = flatbuffer_to_vk_graph(bytes(extract_vk_flatbuffer(delegate.processed_bytes)))
+    data = delegate.named_data_store_output
+
+    def value(index: int) -> Any:
+        held = graph.values[index].value
+        if isinstance(held, VkTensor) and held.constant_id >= 0:
+            key = graph.constants[held.constant_id].named_key
+            content = data.buffers[data.pte_data[key].buffer_index]
+            return torch.frombuffer(bytearray(content), dtype=_DTYPES[held.datatype]).reshape(held.dims)
+        numbers = [getattr(held, name) for name in ("int_val", "bool_val", "double_val") if hasattr(held, name)]
+        return numbers[0] if numbers else type(held).__name__
+
+    return [(call.name, [value(index) for index in call.args]) for call in graph.chain]
+
+
+def unpacked(packed: Tensor) -> Tensor:
+    """The integers [N, K] of a packed weight: each byte holds an even k in its low half, as value + 8."""
+    assert packed.dtype is torch.uint8
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(torch.int8) - 8
