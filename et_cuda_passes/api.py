@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
     from et_cuda_passes.hf.schemes import QuantizationOptions, QuantizationReport, quantize_model_
     from et_cuda_passes.hf.suggestion import suggest_recipe
+    from et_cuda_passes.packed_cache import PackedCache
 
 __all__ = [
     "DEQUANTIZE",
@@ -77,6 +78,7 @@ __all__ = [
     "ModelError",
     "Notes",
     "Outcome",
+    "PackedCache",
     "Pattern",
     "QuantizationOptions",
     "QuantizationReport",
@@ -121,6 +123,7 @@ _LAZY = {
     "MetalPartitioner": "executorch.metal",
     "RewritingPartitioner": "executorch.partitioner",
     "XnnpackPartitioner": "executorch.xnnpack",
+    "PackedCache": "packed_cache",
     "ModelError": "executorch.packed",
     "load": "executorch.packed",
     "QuantizationOptions": "hf.schemes",

@@ -12,7 +12,8 @@ from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,13 +34,16 @@ from et_cuda_passes.cli.console import (
 )
 from et_cuda_passes.cli.diagnosing import doctor
 from et_cuda_passes.cli.documents import Explain, Lower, ReportData, files_of
-from et_cuda_passes.cli.exporting import export, finish, is_export
+from et_cuda_passes.cli.exporting import cache_of, compile_specs_of, export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
 from et_cuda_passes.cli.matching import match
 from et_cuda_passes.cli.new_rule import new_rule
 from et_cuda_passes.cli.options import (
     TARGETS,
+    Cache,
+    CacheLimit,
+    CompileSpecs,
     ComponentName,
     Debug,
     Device,
@@ -49,6 +53,7 @@ from et_cuda_passes.cli.options import (
     Json,
     ModelPath,
     RandomSeed,
+    Stream,
     TargetName,
     TargetNames,
     TargetOfExport,
@@ -107,6 +112,10 @@ def lower(
     ] = None,
     as_json: Json = False,
     gpu: Gpu = None,
+    stream: Stream = None,
+    cache: Cache = None,
+    cache_limit: CacheLimit = None,
+    compile_spec: CompileSpecs = None,
     trust: Trust = False,
     debug: Debug = False,
 ) -> None:
@@ -127,12 +136,16 @@ def lower(
 
         chosen = _check_target(target, gpu)
         if is_export(model):
-            if output_dir not in (Path(), model) or stop_after or expect or gpu:
-                raise UsageError(f"{model} is an export, which is finished in its folder: give --target alone")
-            finish(model, target, as_json)
+            if output_dir not in (Path(), model) or stop_after or expect or gpu or stream:
+                raise UsageError(
+                    f"{model} is an export, which is finished in its folder: give --target and --compile-spec alone"
+                )
+            finish(model, target, as_json, compile_spec or [])
             return
         if not stop_after and (problem := no_lowering(chosen)):
             raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
+        specs = compile_specs_of(compile_spec or [], [chosen.name])
+        packing = {"stream": stream, "cache": cache_of(cache, cache_limit)}
         demanded = _expectations(expect or [], target)
         check_writable(output_dir)
         names = "|".join(map(re.escape, (*TARGETS, chosen.name)))
@@ -141,12 +154,12 @@ def lower(
         steps = Steps(2 + (1 if stop_after else lowering_steps(chosen, 1)))
         with steps as step:
             step(f"loading {model}")
-            given = load_model(model, target, trust)
+            given = load_model(model, target, trust, mapped=stream is not None)
             if stop_after and packed.resolve() == model.resolve():
                 raise UsageError(
                     f"the output {packed} would replace {model}; it is packed already, or give another --output-dir"
                 )
-            program, report = _rewritten(given, target, gpu, step)
+            program, report = _rewritten(given, target, gpu, step, packing)
             with atomic_output(output_dir) as staging:
                 (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
                 (staging / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
@@ -171,7 +184,7 @@ def lower(
         with steps as step:
             if not stop_after and not lacking:
                 try:
-                    files += lower_program(program, target, output_dir, stem, step)
+                    files += lower_program(program, target, output_dir, stem, step, specs)
                 except Exception as error:
                     problem = f"{model} could not be lowered for {target}: {one_line(error)}"
                     print_result(problem)
@@ -421,13 +434,18 @@ def _expectations(texts: list[str], target: str) -> dict[str, int]:
     return demanded
 
 
-def _rewritten(given: "Model", target: str, gpu: str | None, step: Steps) -> tuple["ExportedProgram", "ecp.Report"]:
-    """The program for ``target``, and the report of its rewrite, now or at the time of packing."""
+def _rewritten(
+    given: "Model", target: str, gpu: str | None, step: Steps, packing: Mapping[str, Any] = MappingProxyType({})
+) -> tuple["ExportedProgram", "ecp.Report"]:
+    """The program for ``target``, and the report of its rewrite, now or at the time of packing.
+
+    ``packing`` are options of :func:`et_cuda_passes.rewrite`.
+    """
     if given.report is not None and gpu is None:
         return given.program, given.report
     step(f"rewriting for {target}")
     if given.report is None:
-        return ecp.rewrite(given.program, target, gpu=gpu, progress=step.part)
+        return ecp.rewrite(given.program, target, gpu=gpu, progress=step.part, **packing)
     program, report = ecp.rewrite(given.program, target, passes=[], gpu=gpu)
     # Explanations describe the tilings for the GPU that was named before.
     outcomes = [replace(outcome, explanation="") for outcome in given.report.outcomes]

@@ -3,7 +3,7 @@
 import errno
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import gettempdir
@@ -22,7 +22,19 @@ from et_cuda_passes.cli.console import (
     print_json,
 )
 from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
-from et_cuda_passes.cli.options import EMBEDDING_SCHEMES, SCHEMES, Debug, Gpu, Json, TargetNames, completes
+from et_cuda_passes.cli.options import (
+    EMBEDDING_SCHEMES,
+    SCHEMES,
+    Cache,
+    CacheLimit,
+    CompileSpecs,
+    Debug,
+    Gpu,
+    Json,
+    Stream,
+    TargetNames,
+    completes,
+)
 from et_cuda_passes.hf.report import QuantizationReport
 
 if TYPE_CHECKING:
@@ -115,6 +127,10 @@ def export(
         ),
     ] = None,
     gpu: Gpu = None,
+    stream: Stream = None,
+    cache: Cache = None,
+    cache_limit: CacheLimit = None,
+    compile_spec: CompileSpecs = None,
     cast_to_bf16: Annotated[
         bool,
         _option("cast-to-bf16", help="cuda and cpu compute a float32 model's quantized layers in bf16; the rest not."),
@@ -179,6 +195,10 @@ def export(
             if gpu is not None:
                 check_gpu(gpu, get_target("cuda" if "cuda" in quantization.targets else quantization.targets[0]))
             check_weight_only(xnnpack_weight_only, quantization.targets)
+            specs = compile_specs_of(compile_spec or [], quantization.targets)
+            if stream is not None and len(quantization.targets) > 1:
+                raise UsageError("--stream: give one --target at a time; the traced program is given up for it")
+            packed_cache = cache_of(cache, cache_limit)
             _check_output(output_dir, overwrite, model)
             _check_dtype(dtype, quantization)
             checkpoint = Checkpoint.find(model, gguf)
@@ -188,7 +208,8 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
             dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
         with Steps() as step:
-            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only}
+            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only, "compile_specs": specs}
+            options |= {"stream": None if stream is None else str(stream), "cache": packed_cache}
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, refused)
             # ``verify`` loads the model again.
             exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
@@ -263,13 +284,41 @@ def is_export(path: Path) -> bool:
     return path.is_dir() and (path / _MANIFEST).is_file()
 
 
-def finish(folder: Path, target: str, as_json: bool = False) -> None:
+def compile_specs_of(texts: list[str], targets: Iterable[str]) -> dict[str, str]:
+    """The compile specs of ``--compile-spec``, which concern target cuda."""
+    from et_cuda_passes.executorch.compile_specs import parse_compile_specs
+    from et_cuda_passes.graph.errors import UsageError as WrongUse
+
+    if texts and "cuda" not in (names := list(targets)):
+        raise UsageError(f"--compile-spec is an option of cuda, and the target is {', '.join(names)}: leave it out")
+    try:
+        return parse_compile_specs(texts)
+    except WrongUse as error:
+        raise UsageError(f"--compile-spec: {error}") from None
+
+
+def cache_of(place: str | None, gigabytes: float | None) -> Any:
+    """The cache of ``--cache`` with the limit of ``--cache-limit``."""
+    if place is None:
+        if gigabytes is not None:
+            raise UsageError("--cache-limit limits the folder of --cache: give that too")
+        return None
+    from et_cuda_passes.packed_cache import PackedCache
+
+    try:
+        return PackedCache(place, None if gigabytes is None else gigabytes * 1e9)
+    except (ImportError, OSError, ValueError) as error:
+        raise UsageError(f"--cache: {error}") from None
+
+
+def finish(folder: Path, target: str, as_json: bool = False, compile_spec: Sequence[str] = ()) -> None:
     """Lower what the machine that wrote an export saved packed for a target."""
     from et_cuda_passes.executorch.lower import missing_requirement
     from et_cuda_passes.hf.checkpoint import check_extra
 
     with _refusals():
         check_extra("finishing an export")
+    specs = compile_specs_of(list(compile_spec), [target])
     if lacking := missing_requirement(target):
         raise LoweringError(f"lowering to {target} needs {lacking}: go on with {folder} on a machine that has it")
     with Steps() as step:
@@ -277,7 +326,7 @@ def finish(folder: Path, target: str, as_json: bool = False) -> None:
         from et_cuda_passes.hf.finish import finish_export
 
         with _stage(step, (target,)):
-            files = finish_export(folder, step, target)
+            files = finish_export(folder, step, target, specs)
     if as_json:
         print_json(Lower(target, None, files_of(files)))
     elif files:

@@ -26,6 +26,15 @@ STATUSES = ("rewritten", "kept", "missed")
 """``et_cuda_passes.graph.report.STATUSES``"""
 
 
+_SWITCHES = (
+    "low_memory_mode",
+    "max_autotune",
+    "autotune_at_compile_time",
+    "emulate_precision_casts",
+    "triton_kernel_mode",
+)
+
+
 def completes(*words: str) -> Callable[[str], list[str]]:
     """Completes an option that has one of ``words``."""
 
@@ -107,6 +116,46 @@ Gpu = Annotated[
         "--gpu",
         help=f"For cuda, the GPU that will run it: {', '.join(GPUS)}, or as in sm_90:114.",
         autocompletion=completes(*GPUS),
+    ),
+]
+Stream = Annotated[
+    Path | None,
+    typer.Option(
+        "--stream",
+        metavar="DIR",
+        help="Keep packed weights in files of a folder instead of memory, for a model larger than half of it.",
+        show_default=False,
+    ),
+]
+Cache = Annotated[
+    str | None,
+    typer.Option(
+        "--cache",
+        metavar="DIR|URL",
+        envvar="ETCP_CACHE",
+        help="Packed weights of earlier runs: a folder, or a URL of fsspec (s3://, gs://).",
+        show_default=False,
+    ),
+]
+CacheLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--cache-limit",
+        metavar="GB",
+        min=0.001,
+        help="Size of the --cache folder, beyond which the least recently used weights are removed.",
+        show_default=False,
+    ),
+]
+CompileSpecs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compile-spec",
+        metavar="KEY=VALUE",
+        help="For cuda, an option of ExecuTorch's backend, such as low_memory_mode=ON; may be repeated.",
+        autocompletion=completes(
+            *(f"{name}={value}" for name in _SWITCHES for value in ("ON", "OFF")), "platform=linux", "platform=windows"
+        ),
     ),
 ]
 InputsPath = Annotated[

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
 from et_cuda_passes._versions import version_problem
+from et_cuda_passes.executorch.compile_specs import check_compile_specs
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
@@ -39,6 +41,7 @@ def lower(
     folder: Path,
     stem: str,
     progress: Progress = lambda step: None,
+    compile_specs: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Path]:
     """Lower a program to the files that ``target`` runs.
 
@@ -53,6 +56,8 @@ def lower(
         stem: the files' name: ``<stem>.pte`` and, where the backend keeps its weights outside, ``<stem>.ptd``;
             ``<stem>.pt2`` for cpu.
         progress: called as each step begins.
+        compile_specs: for target cuda, those of ExecuTorch's backend, by key;
+            :data:`~et_cuda_passes.executorch.compile_specs.CUDA_COMPILE_SPECS` lists them.
 
     Returns:
         The files written. None of them appears before all are complete.
@@ -63,11 +68,14 @@ def lower(
         Exception: any error of ExecuTorch, the backend or AOTInductor; then no file is written.
     """
     chosen = get_target(target)
+    check_compile_specs(compile_specs, chosen.lowering if chosen.partitioner is None else chosen.name)
     make: Callable[[Methods, Path, str, Progress], None]
     if chosen.partitioner is not None:
         make = partial(_own, chosen.partitioner)
     elif chosen.lowering in _LOWERINGS:
         make = _LOWERINGS[chosen.lowering]
+        if compile_specs:
+            make = partial(make, compile_specs=compile_specs)
     else:
         raise ValueError(no_lowering(chosen))
     methods = {"forward": program} if isinstance(program, ExportedProgram) else program
@@ -247,10 +255,19 @@ def _has_torchao_mps() -> bool:
     return True
 
 
-def _cuda(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
+def _cuda(
+    methods: Methods,
+    folder: Path,
+    stem: str,
+    progress: Progress,
+    compile_specs: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    from executorch.exir.backend.compile_spec_schema import CompileSpec
+
     from et_cuda_passes.executorch.cuda import CudaPartitioner
 
-    partitioners = {name: CudaPartitioner(_method_name(name), passes=[]) for name in methods}
+    specs = [CompileSpec(key, value.encode()) for key, value in compile_specs.items()]
+    partitioners = {name: CudaPartitioner(_method_name(name) + specs, passes=[]) for name in methods}
     _executorch(methods, partitioners, folder, stem, progress)
 
 

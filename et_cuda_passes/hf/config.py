@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.exporters.configs import DynamoConfig
 
+from et_cuda_passes.executorch.compile_specs import check_compile_specs
 from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only, split_targets
 from et_cuda_passes.kernels.gpus import gpu_arch
@@ -26,6 +27,12 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
             for which activations are quantized to 8 bits while the program runs: this changes the numbers. A weight
             that these kernels do not support is folded, and the report says so.
         gpu: for cuda, the GPU whose tilings the kernels get; see :func:`et_cuda_passes.rewrite`.
+        stream: a folder for the packed constants while they are lowered; with one target only, because the traced
+            program is given up. See :func:`et_cuda_passes.rewrite`.
+        cache: a folder or an fsspec URL with packed constants of earlier exports, or a
+            :class:`~et_cuda_passes.PackedCache`; see :func:`et_cuda_passes.rewrite`.
+        compile_specs: for cuda, those of ExecuTorch's backend, by key; see
+            :func:`et_cuda_passes.executorch.lower.lower`.
 
     The others are those of :class:`~et_cuda_passes.hf.schemes.QuantizationOptions`.
 
@@ -53,6 +60,9 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
     max_length: int | None = None
     xnnpack_weight_only: str = "fold"
     gpu: str | None = None
+    stream: str | None = None
+    cache: Any = None
+    compile_specs: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         if not self.targets:
@@ -65,6 +75,13 @@ class EtConfig(DynamoConfig):  # type: ignore[misc]  # transformers is not follo
                     "cuda to the target, or leave the option out"
                 )
             gpu_arch(self.gpu)
+        if self.stream is not None and len(self.targets) > 1:
+            raise ExportError(
+                f"stream={self.stream!r} gives up the traced program for one target, and the targets are "
+                f"{', '.join(self.targets)}: export them one by one, or leave the option out"
+            )
+        if self.compile_specs:
+            check_compile_specs(self.compile_specs, "cuda" if "cuda" in self.targets else self.targets[0])
         check_schemes(self.options)
 
     @property

@@ -39,7 +39,6 @@ from et_cuda_passes.executorch.lower import (
     uninterrupted,
 )
 from et_cuda_passes.executorch.packed import read_report, save_packed
-from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.hf.artifact import (
@@ -72,7 +71,7 @@ from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, pass
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.hf.support import casts_to_bf16
-from et_cuda_passes.rewrite import rewrite
+from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
@@ -403,7 +402,8 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         targets = dict.fromkeys(target for name in programs for target in configs[name].targets)
         for target in targets:
             # One for the target: components pack a weight that they share once, under one name.
-            pool = ConstantCache()
+            config = next(configs[name] for name in programs if target in configs[name].targets)
+            pool = constant_pool(config.stream, config.cache)
             rewritten: dict[str, ExportedProgram] = {}
             reports: dict[str, Report] = {}
             for name, program in programs.items():
@@ -424,7 +424,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                     )
                     if target == "cuda":
                         _check_attention(name, rewritten[name])
-            builds = self._build(rewritten, reports, target, Path(folder.name), alone)
+            builds = self._build(rewritten, reports, config, target, Path(folder.name), alone)
             for name in rewritten:
                 components[name].builds[target] = builds[name]
                 components[name].report[target] = reports[name].to_dict()
@@ -434,6 +434,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         self,
         programs: Mapping[str, ExportedProgram],
         reports: Mapping[str, Report],
+        config: EtConfig,
         target: str,
         folder: Path,
         alone: bool,
@@ -448,7 +449,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                 builds[name] = Build((path,), lacking)
             return builds
         methods = {"forward": programs["model"]} if alone and "model" in programs else programs
-        files = lower(methods, target, folder, f"model.{target}", partial(with_target, self._progress, target))
+        specs = (config.compile_specs or {}) if target == "cuda" else {}
+        progress = partial(with_target, self._progress, target)
+        files = lower(methods, target, folder, f"model.{target}", progress, specs)
         return dict.fromkeys(programs, Build(tuple(files)))
 
     @classmethod

@@ -1,8 +1,10 @@
 """An export that is read again: its components, and the targets that another machine could not finish."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
@@ -18,13 +20,19 @@ def with_target(progress: Progress, target: str, step: str) -> None:
     progress(f"{target}: {step}")
 
 
-def finish_export(folder: str | Path, progress: Progress = lambda step: None, only: str | None = None) -> list[Path]:
+def finish_export(
+    folder: str | Path,
+    progress: Progress = lambda step: None,
+    only: str | None = None,
+    compile_specs: Mapping[str, str] = MappingProxyType({}),
+) -> list[Path]:
     """Lower what another machine saved packed because it lacked something, such as a GPU; ``folder`` is changed.
 
     Args:
         folder: from :meth:`ExportedModel.save_pretrained`.
         progress: called with the name of each step as it begins.
         only: the target to finish; None for each that is not finished.
+        compile_specs: see :func:`et_cuda_passes.executorch.lower.lower`.
 
     Returns:
         The files that were added; empty if nothing was left to do.
@@ -54,7 +62,9 @@ def finish_export(folder: str | Path, progress: Progress = lambda step: None, on
             raise ExportError(f"lowering to {target} needs {lacking}: finish {folder} on a machine that has it")
         packed = [component.builds[target].files[0] for component in unfinished.values()]
         # These come first: until the components name them, nothing reads them.
-        files = lower(programs, target, folder, f"model.{target}", partial(with_target, progress, target))
+        files = lower(
+            programs, target, folder, f"model.{target}", partial(with_target, progress, target), compile_specs
+        )
         build = Build(tuple(files))
         with atomic_output(folder) as staging:
             for name, component in unfinished.items():
