@@ -30,9 +30,9 @@ CUDA_COMPILE_SPECS: Mapping[str, CompileSpecForm] = {
     "low_memory_mode": CompileSpecForm(
         _ON_OFF,
         "OFF",
-        "ON saves a host copy of all constants for each method, the GPU copy of each mutated buffer during the compile, "
-        "and the GPU memory of caches whose names contain kv_cache; the weights are serialized from files. ExecuTorch "
-        "replaces functions of torch while it compiles.",
+        "ON saves a host copy of all constants for each method, the GPU copy of each mutated buffer during the "
+        "compile, and the GPU memory of caches whose names contain kv_cache; the weights are serialized from files. "
+        "ExecuTorch replaces functions of torch while it compiles.",
     ),
     "max_autotune": CompileSpecForm(
         _ON_OFF,
