@@ -23,7 +23,12 @@ from et_cuda_passes.packed_cache import PACKER_VERSION, content_key
 from et_cuda_passes.rewrite import constant_pool
 from et_cuda_passes.testing import Quantized, export, floats
 
-CONSTANTS = ("layers.0.data.packed", "layers.0.data.scale_and_zero", "layers.1.data.packed", "layers.1.data.scale_and_zero")
+CONSTANTS = (
+    "layers.0.data.packed",
+    "layers.0.data.scale_and_zero",
+    "layers.1.data.packed",
+    "layers.1.data.scale_and_zero",
+)
 
 
 def program(seed: int = 0) -> ExportedProgram:
@@ -169,7 +174,9 @@ def test_file_url_is_a_folder(tmp_path: Path) -> None:
 def test_wrong_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the cache memory://x has a limit, .* give the bucket a rule"):
         PackedCache("memory://x", limit=1e9)
-    with pytest.raises(ValueError, match=r"the cache nothing://x: .*; give a folder, or a URL with a protocol of fsspec"):
+    with pytest.raises(
+        ValueError, match=r"the cache nothing://x: .*; give a folder, or a URL with a protocol of fsspec"
+    ):
         PackedCache("nothing://x")
     with pytest.raises(ValueError, match="must be at least 1 byte, got 0"):
         PackedCache(tmp_path, limit=0)

@@ -1,6 +1,5 @@
 """Streamed rewrites: the same bytes in mapped files, sources that are freed, and no memory of a weight's size."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
