@@ -174,9 +174,7 @@ def test_file_url_is_a_folder(tmp_path: Path) -> None:
 def test_wrong_places_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the cache memory://x has a limit, .* give the bucket a rule"):
         PackedCache("memory://x", limit=1e9)
-    with pytest.raises(
-        ValueError, match=r"the cache nothing://x: .*; give a folder, or a URL with a protocol of fsspec"
-    ):
+    with pytest.raises(ValueError, match=r"the cache nothing://x: .*; give a folder, or a URL with"):
         PackedCache("nothing://x")
     with pytest.raises(ValueError, match="must be at least 1 byte, got 0"):
         PackedCache(tmp_path, limit=0)
