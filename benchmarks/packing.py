@@ -4,9 +4,9 @@ Every line is measured in a separate process with one thread: weights a second o
 several runs), and the peak memory of the process above input and output. MB are 10^6 bytes of int8 weights, the form
 that quantization writes. The memory column is read from /proc and needs Linux.
 
-**Of a copy** is the rate over that of ``torch.Tensor.clone`` of the same weights. Both write to fresh memory, as a rewrite
-does: all results stay alive, so that no run gets the memory of an earlier one. They are measured in turns. The system
-clears a page before it is written first, and that costs more than the copy itself.
+**Of a copy** is the rate over that of ``torch.Tensor.clone`` of the same weights. Both write to fresh memory, as a
+rewrite does: all results stay alive, so that no run gets the memory of an earlier one. They are measured in turns. The
+system clears a page before it is written first, and that costs more than the copy itself.
 """
 
 import argparse
