@@ -224,7 +224,7 @@ def packed_bytes() -> dict[str, str]:
         found[f"{name}, scales"] = layout.pack_scales(scale, zero, torch.bfloat16, 256)
         found[f"{name}, scales without zeros"] = layout.pack_scales(scale, None, torch.float32, 256)
     for bits in embedding_table.BITS:
-        found[f"embedding_table, {bits} bits"] = embedding_table.pack(q % (1 << bits), bits)
+        found[f"embedding_table, {bits} bits"] = embedding_table.pack(q.to(torch.int16) % (1 << bits), bits)
     return {
         name: hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in found.items()
