@@ -102,7 +102,8 @@ def digest(tensor: torch.Tensor) -> str:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return memoryview(flat.numpy())
+    array: Any = flat.numpy()  # a buffer, which older type stubs of numpy do not say
+    return memoryview(array)
 
 
 def _form(tensor: torch.Tensor) -> list[Any]:
@@ -125,7 +126,7 @@ class _Store(ABC):
 def _open(place: str, limit: float | None) -> _Store:
     if "://" not in place and not place.startswith("file:"):
         return _Folder(Path(place), limit)
-    from fsspec.core import url_to_fs  # torch needs it too, but not for its import
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # torch depends on it
 
     try:
         system, path = url_to_fs(place)

@@ -73,9 +73,7 @@ def lower(
     if chosen.partitioner is not None:
         make = partial(_own, chosen.partitioner)
     elif chosen.lowering in _LOWERINGS:
-        make = _LOWERINGS[chosen.lowering]
-        if compile_specs:
-            make = partial(make, compile_specs=compile_specs)
+        make = partial(_cuda, compile_specs=compile_specs) if compile_specs else _LOWERINGS[chosen.lowering]
     else:
         raise ValueError(no_lowering(chosen))
     methods = {"forward": program} if isinstance(program, ExportedProgram) else program

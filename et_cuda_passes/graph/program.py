@@ -269,15 +269,14 @@ class Program:
         return name if name in self.added else self.constant(node)
 
     def _placeholder_of(self, name: str, value: torch.Tensor | Planned, source: Node) -> Node:
-        held_already = self.state_dict.get(name)
-        made = isinstance(value, torch.Tensor)
-        if made and held_already is not None and held_already.data_ptr() == value.data_ptr():
+        held_already, tensor = self.state_dict.get(name), value if isinstance(value, torch.Tensor) else None
+        if tensor is not None and held_already is not None and held_already.data_ptr() == tensor.data_ptr():
             # An earlier rewrite with the same cache added it.
             there = (node for node in self.graph.find_nodes(op="placeholder") if self.fqn_key(node) == name)
             return cast(Node, next(there))
         if name in self.state_dict or name in self.constants:
             raise NameTaken(f"the program already has a constant named {name!r}; rename it before the rewrite")
-        if made:
+        if isinstance(value, torch.Tensor):
             return self.insert_parameter(name, value, self._owner(source))
         self._planned.add(name)
         tensor = torch.empty(value.shape, dtype=value.dtype, device="meta")

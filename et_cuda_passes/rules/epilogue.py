@@ -242,9 +242,9 @@ def _interleaved(b: Builder, name: str, gate: Node | None, up: Node | None) -> N
         return None
     axis = 1 if name == "scale_and_zero" else 0
 
-    plans = [plan_of(b.program, node, axis) for node in (gate, up)]
+    first, second = (plan_of(b.program, node, axis) for node in (gate, up))
     fqn = f"{b.program.fqn_key(b.program.resolve(gate))}_gated"
-    return b.constant(fqn, [gate, up], ("gated", name), interleaved(*plans, block=8, form=("gated", name)))
+    return b.constant(fqn, [gate, up], ("gated", name), interleaved(first, second, block=8, form=("gated", name)))
 
 
 @dataclass(frozen=True)
