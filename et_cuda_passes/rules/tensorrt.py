@@ -1,7 +1,7 @@
 """Quantized weights that torch-tensorrt reads are kept for it.
 
-Predicted, from notes on torch-tensorrt, and neither run nor read in its source: versions after 2.14 read ``dequantize_affine`` of
-symmetric weights, int4 in groups and int8 per axis. 2.14 itself reads the forms of NVIDIA's ModelOpt.
+Predicted, not run: versions after 2.14 are expected to read ``dequantize_affine`` of symmetric weights, int4 in
+groups and int8 per axis. 2.14 itself reads the forms of NVIDIA's ModelOpt.
 """
 
 from dataclasses import dataclass
