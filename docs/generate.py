@@ -281,7 +281,7 @@ _BACKENDS = {
     "coreml": ("executorch 1.5.1, coremltools 9.0", "lowered, and its constants read back"),
     "openvino": ("executorch 1.5.1, openvino 2025.4", "run"),
     "mlx": ("executorch 1.5.1", "its source read"),
-    "tensorrt": ("torch-tensorrt after 2.14", "its documentation read"),
+    "tensorrt": ("torch-tensorrt after 2.14", "predicted only"),
 }
 """The backend of each target with the version that was tested, and how the row of the table was tested."""
 _WORDS = {Status.IMPOSSIBLE: "refused"}

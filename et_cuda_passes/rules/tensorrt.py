@@ -1,7 +1,7 @@
 """Quantized weights that torch-tensorrt reads are kept for it.
 
-Source: the documentation of torch-tensorrt, read and not run: versions after 2.14 read ``dequantize_affine`` of
-symmetric weights, int4 in groups and int8 per axis. 2.14 itself reads the forms of NVIDIA's ModelOpt.
+Predicted, not run: versions after 2.14 are expected to read ``dequantize_affine`` of symmetric weights, int4 in
+groups and int8 per axis. 2.14 itself reads the forms of NVIDIA's ModelOpt.
 """
 
 from dataclasses import dataclass
@@ -61,4 +61,4 @@ class KeepTensorrtWeight(Keep):
 
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept, and that it was not run."""
-        return Notes("torch-tensorrt after 2.14 reads it, as its documentation says; this was not run")
+        return Notes("torch-tensorrt after 2.14 is expected to read it; this was predicted and not run")

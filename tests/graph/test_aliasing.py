@@ -254,7 +254,10 @@ def test_mutation_that_no_result_depends_on_is_kept(body: Body, target: str) -> 
     inputs = (torch.randn(3, 64).bfloat16(), torch.randn(3, 64).bfloat16())
     program = torch.export.export(Model(body), inputs)
     _, report = assert_rewrites(program, target, expect={})
-    assert report.counts()["missed"] == 0 and len(report.outcomes) >= 1
+    assert len(report.outcomes) >= 1
+    # These have no kernel for bf16, so that every weight is missed.
+    misses = len(report.outcomes) if target in ("vulkan", "coreml", "openvino") else 0
+    assert report.counts()["missed"] == misses
 
 
 def test_running_statistics_that_no_result_depends_on_are_updated() -> None:

@@ -281,7 +281,7 @@ def test_support_of_a_scheme_is_as_documented(
 def test_model_fares_as_the_support_table_says(name: str, target: str) -> None:
     scheme = SCHEMES[name]
     status = usual_support(scheme, target).status
-    model = Mlp().to(FP32 if target == "xnnpack" else BF16)
+    model = Mlp().to(FP32 if target in ("xnnpack", "vulkan", "coreml", "openvino") else BF16)
     if status is IMPOSSIBLE or scheme.only_for not in (None, target):
         unchanged(model, lambda: ecp.quantize_model_(model, qlinear=name, target=target), "has kernels for|promises")
         return
