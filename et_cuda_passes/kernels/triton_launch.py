@@ -75,7 +75,7 @@ class _KnownWrites(TracingTritonHOPifier):
         )
 
 
-class _Declared(JITFunction):  # type: ignore[type-arg]
+class _Declared(JITFunction):  # type: ignore[misc]
     """A kernel that torch analyses in place of ``kernel``: it reads all tensors and writes the declared ones.
 
     It has the function and the source of ``kernel``, which Inductor writes into its program and compiles there. Only
