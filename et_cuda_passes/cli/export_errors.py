@@ -133,17 +133,17 @@ class Unwritten:
 
 def check_dtype(dtype: str | None, options: "QuantizationOptions") -> None:
     """Check the option --dtype."""
-    known = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in known:
-        raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
-    if dtype == "bfloat16" and "xnnpack" in options.targets:
-        from et_cuda_passes.hf.support import casts_to_bf16
+    import torch
 
-        others = [] if options.cast_to_bf16 else [name for name in options.targets if casts_to_bf16(name)]
-        cast = f" and --cast-to-bf16, by which {' and '.join(others)} cast to bfloat16" if others else ""
-        raise UsageError(
-            f"--dtype bfloat16: xnnpack computes in float32; give --dtype float32{cast}, or leave xnnpack out"
-        )
+    from et_cuda_passes.hf.options import dtype_problem
+
+    known = ("float32", "bfloat16", "float16")
+    if dtype is None:
+        return
+    if dtype not in known:
+        raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
+    if problem := dtype_problem(getattr(torch, dtype), options.targets, options.cast_to_bf16):
+        raise UsageError(f"--dtype {dtype}: {in_options(problem)}")
 
 
 def refused_targets_of(options: "QuantizationOptions", strict: bool) -> dict[str, str]:

@@ -182,9 +182,12 @@ def export(
     }
     with handle_errors(debug):
         # These import torch, which --help does not need.
+        from torch import bfloat16
+
         from et_cuda_passes.executorch.lower import missing_requirement
         from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
         from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only
+        from et_cuda_passes.hf.support import takes_dtype
         from et_cuda_passes.targets import get_target
         from et_cuda_passes.targets.gpu import check_gpu
 
@@ -209,8 +212,8 @@ def export(
             if keep_gguf and checkpoint.gguf is None:
                 raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
         if dtype is None and checkpoint.gguf is not None and checkpoint.gguf.is_quantized:
-            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
-            dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
+            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and some backends not in bfloat16.
+            dtype = "bfloat16" if all(takes_dtype(name, bfloat16) for name in quantization.targets) else "float32"
         with Steps() as step:
             options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only, "compile_specs": specs}
             options |= {"stream": None if stream is None else str(stream), "cache": packed_cache}

@@ -68,10 +68,9 @@ from et_cuda_passes.hf.components import (
 )
 from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
 from et_cuda_passes.hf.finish import with_target
-from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
+from et_cuda_passes.hf.options import QuantizationOptions, dtype_problem, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
-from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
@@ -573,15 +572,10 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
 
 
 def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
-    """Refuse before any work what XNNPACK refuses at the end of a lowering."""
-    dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
-    if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
-        others = [] if config.cast_to_bf16 else [target for target in config.targets if casts_to_bf16(target)]
-        cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
-        raise ExportError(
-            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32{cast}, "
-            "or leave xnnpack out of the targets"
-        )
+    """Refuse before any work what a backend refuses at the end of a lowering."""
+    for dtype in dict.fromkeys(each.dtype for each in module.parameters() if each.is_floating_point()):
+        if problem := dtype_problem(dtype, config.targets, config.cast_to_bf16):
+            raise ExportError(f"{name} is in {str(dtype).removeprefix('torch.')}, and {problem}")
 
 
 def _check_attention(name: str, program: ExportedProgram) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.hf.recipe import Entry, Recipe, check_group_size
@@ -24,6 +26,7 @@ from et_cuda_passes.hf.support import (
     parse_scheme,
     passes_with,
     support,
+    takes_dtype,
     usual_support,
 )
 from et_cuda_passes.rules.fold import FoldDequantize
@@ -255,6 +258,20 @@ def check_weight_only(choice: str, names: Sequence[str]) -> None:
             f"xnnpack_weight_only={choice!r} changes programs for xnnpack, and the target is {', '.join(names)}: add "
             "xnnpack to the target, or leave the option out"
         )
+
+
+def dtype_problem(dtype: torch.dtype, names: Sequence[str], cast_to_bf16: bool) -> str:
+    """Why the targets ``names`` cannot run a model in ``dtype``, with the fix; empty if they can."""
+    refusing = [name for name in names if not takes_dtype(name, dtype)]
+    if not refusing:
+        return ""
+    others = [] if cast_to_bf16 else [name for name in names if casts_to_bf16(name)]
+    cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
+    lacking = " and ".join(refusing)
+    return (
+        f"{lacking} compute{'s' if len(refusing) == 1 else ''} in float32: load the model with "
+        f"dtype=torch.float32{cast}, or leave {lacking} out of the targets"
+    )
 
 
 def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | None = None) -> None:

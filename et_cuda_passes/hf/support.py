@@ -315,6 +315,14 @@ def casts_to_bf16(target: str) -> bool:
     return any(hasattr(rule, "cast_to_bf16") for rule in default_passes(target))
 
 
+def takes_dtype(target: str, dtype: torch.dtype) -> bool:
+    """Whether a target runs a model in ``dtype``. XNNPACK fails for bfloat16 at the end of a lowering."""
+    if target == "xnnpack":
+        return dtype is not torch.bfloat16
+    dtypes = get_target(target).dtypes
+    return not dtypes or dtype in dtypes
+
+
 def support(
     scheme: Scheme,
     group_size: int,
