@@ -30,7 +30,7 @@ from et_cuda_passes.hf.support import (
     usual_support,
 )
 from et_cuda_passes.rules.fold import FoldDequantize
-from et_cuda_passes.targets import own_targets
+from et_cuda_passes.targets import own_targets, targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 """The ways to treat a 4-bit weight for xnnpack whose scheme does not quantize activations."""
@@ -168,14 +168,15 @@ class QuantizationOptions:
             return {}
         if not isinstance(text, str):
             raise UsageError(f"{option} is the name of a packing format; got {text!r}")
-        known = [AUTO, *dict.fromkeys(name for each in own_targets() for name in formats(each))]
+        owners = dict.fromkeys((*own_targets(), *self.targets))
+        known = [AUTO, *dict.fromkeys(name for each in owners for name in formats(each))]
         found: dict[str | None, str] = {}
         for part in (part.strip() for part in text.split(",")):
             target, colon, name = part.rpartition(":")
             if name not in known:
                 raise UsageError(f"{option}={part!r}: there is no packing format {name!r}; {nearest(name, known)}")
-            if colon and target not in own_targets():
-                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, own_targets())}")
+            if colon and target not in owners:
+                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, owners)}")
             if colon:
                 _check_format(option, name, target)
             found[target if colon else None] = name
@@ -204,7 +205,7 @@ def _check_format(option: str, name: str, target: str) -> None:
 
 
 def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names in "cuda,xnnpack", or in a sequence of names.
+    """The names in "cuda,xnnpack", or in a sequence of names: of this package, or of entry points of others.
 
     Raises:
         ValueError: a target is unknown.
@@ -214,8 +215,14 @@ def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     names = target.split(",") if isinstance(target, str) else list(target)
     names = [name.strip() if isinstance(name, str) else name for name in names]
     for name in names:
-        if name not in own_targets():
-            raise UsageError(f"there is no target {name!r}; {nearest(str(name), own_targets())}")
+        if name in targets():
+            continue
+        if ":" in str(name):
+            raise UsageError(
+                f"target {name!r}: models are quantized and exported for targets that have a name: give this one an "
+                "entry point in the group et_cuda_passes.targets"
+            )
+        raise UsageError(f"there is no target {name!r}; {nearest(str(name), targets())}")
     return tuple(dict.fromkeys(names))
 
 

@@ -33,7 +33,7 @@ from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
 from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.linear import int4_kernel
-from et_cuda_passes.targets import default_passes, get_target, own_targets
+from et_cuda_passes.targets import default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_layouts
 
 PER_AXIS = 0
@@ -229,8 +229,8 @@ def _parse_one(text: str, option: str, embedding: bool) -> Scheme:
     scheme = SCHEMES[name]
     if not colon:
         return scheme
-    if promised not in own_targets():
-        raise UsageError(f"{option}={text!r}: there is no target {promised!r}; {nearest(promised, own_targets())}")
+    if promised not in targets():
+        raise UsageError(f"{option}={text!r}: there is no target {promised!r}; {nearest(promised, targets())}")
     if scheme.only_for not in (None, promised):
         raise UsageError(f"{option}={text!r}: {name} is for {scheme.only_for} alone; {instead(scheme, promised)}")
     return replace(scheme, promised=promised)

@@ -1,6 +1,7 @@
 """`export` for several targets of which one cannot take the schemes or the model, and for the keep targets."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch._inductor.utils import fresh_cache
 
 from tests.cli.command import Run, names
 from tests.hf import checkpoints
+from tests.plugins import install
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +77,8 @@ def test_strict_refuses_a_target_that_folds(tmp_path: Path, command: Run) -> Non
 
 def test_strict_refuses_a_model_with_dynamic_sizes_for_openvino(model: Path, tmp_path: Path, command: Run) -> None:
     result = command(
-        "export", "--model", model, "--target", "xnnpack,openvino", "--qlinear", "8da4w", "--dtype", "float32", "--strict",
-        "--output-dir", tmp_path / "out",
+        "export", "--model", model, "--target", "xnnpack,openvino", "--qlinear", "8da4w", "--dtype", "float32",
+        "--strict", "--output-dir", tmp_path / "out",
     )  # fmt: skip
     assert result.code == 2 and not (tmp_path / "out" / "export.json").exists()
     assert result.error.startswith("error: --strict: openvino: it takes inputs of fixed sizes")
@@ -177,3 +179,66 @@ def test_export_for_keep_targets_writes_a_program_for_each(model: Path, tmp_path
     assert result.code == 0, result.err
     assert {"model.vulkan.pte", "model.coreml.pte"} <= set(names(output))
     assert "keep_vulkan_linear" in result.out and "keep_coreml_weight" in result.out
+
+
+# Targets of other packages --------------------------------------------------------------------------------------------
+
+NPU = """
+import et_cuda_passes as ecp
+from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
+
+
+def npu(name, **options):
+    return ecp.Target(name, "an accelerator", {}, lambda: list(ecp.default_passes("xnnpack")), **options)
+
+
+lowered = npu("my_npu", partitioner=lambda method: XnnpackPartitioner())
+unlowered = npu("other_npu")
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The targets my_npu, other_npu, which has no lowering, and bad_npu, whose package cannot be imported."""
+    for package, source, entry in (
+        ("my-npu", NPU, "lowered"),
+        ("other-npu", NPU, "unlowered"),
+        ("bad-npu", "import nowhere_at_all", "npu"),
+    ):
+        install(tmp_path / "plugins", package, source, entry, "targets")
+    monkeypatch.syspath_prepend(tmp_path / "plugins")
+    monkeypatch.setenv("ETCP_PLUGINS", "1")
+    yield
+    for module in ("my_npu", "other_npu"):
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_export_writes_a_program_for_a_target_of_another_package(tmp_path: Path, command: Run) -> None:
+    model, output = checkpoints.image_classifier(tmp_path / "model"), tmp_path / "out"
+    result = command(
+        "export", "--model", model, "--target", "my_npu", "--qlinear", "my_npu:8da4w", "--output-dir", output
+    )
+    assert result.code == 0, result.err
+    assert "model.my_npu.pte" in names(output) and "7 x keep_dynamic_int4" in result.out
+    result = command("verify", output, "--model", model, "--target", "my_npu", "--trust")
+    assert result.code == 1 and "programs for my_npu do not run in Python" in result.error
+
+
+@pytest.mark.usefixtures("plugins")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("other_npu", "target other_npu has no lowering: give its Target a partitioner="),
+        ("bad_npu", "target 'bad_npu' cannot be imported from bad_npu:npu (ModuleNotFoundError"),
+        ("my_npu:lowered", "targets that have a name: give this one an entry point"),
+        ("no_npu", "there is no target 'no_npu'; the nearest are other_npu, my_npu, bad_npu"),
+    ],
+)
+def test_target_of_another_package_without_a_lowering_is_refused_before_work(
+    target: str, message: str, tmp_path: Path, command: Run
+) -> None:
+    result = command(
+        "export", "--model", tmp_path / "none", "--target", target, "--qlinear", "4w", "--output-dir", tmp_path / "out"
+    )
+    assert result.code == 2 and message in result.error
