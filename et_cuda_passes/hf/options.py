@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.hf.recipe import Entry, Recipe, check_group_size
@@ -24,10 +26,11 @@ from et_cuda_passes.hf.support import (
     parse_scheme,
     passes_with,
     support,
+    takes_dtype,
     usual_support,
 )
 from et_cuda_passes.rules.fold import FoldDequantize
-from et_cuda_passes.targets import own_targets
+from et_cuda_passes.targets import own_targets, targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 """The ways to treat a 4-bit weight for xnnpack whose scheme does not quantize activations."""
@@ -165,14 +168,15 @@ class QuantizationOptions:
             return {}
         if not isinstance(text, str):
             raise UsageError(f"{option} is the name of a packing format; got {text!r}")
-        known = [AUTO, *dict.fromkeys(name for each in own_targets() for name in formats(each))]
+        owners = dict.fromkeys((*own_targets(), *self.targets))
+        known = [AUTO, *dict.fromkeys(name for each in owners for name in formats(each))]
         found: dict[str | None, str] = {}
         for part in (part.strip() for part in text.split(",")):
             target, colon, name = part.rpartition(":")
             if name not in known:
                 raise UsageError(f"{option}={part!r}: there is no packing format {name!r}; {nearest(name, known)}")
-            if colon and target not in own_targets():
-                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, own_targets())}")
+            if colon and target not in owners:
+                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, owners)}")
             if colon:
                 _check_format(option, name, target)
             found[target if colon else None] = name
@@ -201,7 +205,7 @@ def _check_format(option: str, name: str, target: str) -> None:
 
 
 def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names in "cuda,xnnpack", or in a sequence of names.
+    """The names in "cuda,xnnpack", or in a sequence of names: of this package, or of entry points of others.
 
     Raises:
         ValueError: a target is unknown.
@@ -211,8 +215,14 @@ def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     names = target.split(",") if isinstance(target, str) else list(target)
     names = [name.strip() if isinstance(name, str) else name for name in names]
     for name in names:
-        if name not in own_targets():
-            raise UsageError(f"there is no target {name!r}; {nearest(str(name), own_targets())}")
+        if name in targets():
+            continue
+        if ":" in str(name):
+            raise UsageError(
+                f"target {name!r}: models are quantized and exported for targets that have a name: give this one an "
+                "entry point in the group et_cuda_passes.targets"
+            )
+        raise UsageError(f"there is no target {name!r}; {nearest(str(name), targets())}")
     return tuple(dict.fromkeys(names))
 
 
@@ -255,6 +265,20 @@ def check_weight_only(choice: str, names: Sequence[str]) -> None:
             f"xnnpack_weight_only={choice!r} changes programs for xnnpack, and the target is {', '.join(names)}: add "
             "xnnpack to the target, or leave the option out"
         )
+
+
+def dtype_problem(dtype: torch.dtype, names: Sequence[str], cast_to_bf16: bool) -> str:
+    """Why the targets ``names`` cannot run a model in ``dtype``, with the fix; empty if they can."""
+    refusing = [name for name in names if not takes_dtype(name, dtype)]
+    if not refusing:
+        return ""
+    others = [] if cast_to_bf16 else [name for name in names if casts_to_bf16(name)]
+    cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
+    lacking = " and ".join(refusing)
+    return (
+        f"{lacking} compute{'s' if len(refusing) == 1 else ''} in float32: load the model with "
+        f"dtype=torch.float32{cast}, or leave {lacking} out of the targets"
+    )
 
 
 def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | None = None) -> None:

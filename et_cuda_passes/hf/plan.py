@@ -29,6 +29,7 @@ from et_cuda_passes.hf.support import (
     support,
     usual_support,
 )
+from et_cuda_passes.targets import get_target
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -340,7 +341,7 @@ class Plan:
         found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=True)
         if found.status is not Status.IMPOSSIBLE:
             text += ", or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
-        if target == scheme.promised or layout != AUTO:
+        if target == scheme.promised or layout != AUTO or get_target(target).refuses_misses:
             raise UsageError(text)
         self.warnings.append(text)
 

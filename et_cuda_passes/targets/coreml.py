@@ -13,5 +13,6 @@ COREML = Target(
     kernels={},
     advised=SuggestedSchemes(),
     dtypes=(torch.float32, torch.float16),
+    refuses_misses=True,
     passes=lambda: [DropActivationQuantization(), KeepCoremlWeight(), FoldDequantize()],
 )

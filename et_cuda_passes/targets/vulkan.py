@@ -15,6 +15,7 @@ VULKAN = Target(
     kernels={},
     advised=SuggestedSchemes(four_bits=_INT4, eight_bits=_INT4),
     dtypes=(torch.float32, torch.float16),
+    refuses_misses=True,
     passes=lambda: [
         CopyTiedWeight(),
         KeepVulkanDynamicLinear(),

@@ -392,6 +392,15 @@ def test_dtype_without_a_kernel_is_a_warning_where_nothing_is_promised() -> None
     ]
 
 
+def test_dtype_without_a_kernel_is_refused_for_a_target_that_refuses_misses() -> None:
+    model = Mlp().half()
+    unchanged(
+        model,
+        lambda: ecp.quantize_model_(model, qlinear="8da8w", target="xnnpack"),
+        r"xnnpack has no kernel of 8da8w for a model in float16; convert it with model\.to\(torch\.float32\)",
+    )
+
+
 @pytest.mark.parametrize("qlinear", ["4w", "cuda:4w", "8w", "8da4w"])
 def test_cast_to_bf16_gives_a_float32_model_the_kernels_of_all_targets(qlinear: str) -> None:
     model = Mlp()
