@@ -2,8 +2,8 @@
 
     python -m benchmarks.voxtral.rewriting [--layers 10] [--busy 14]
 
-Packing, checks and graph work; no lowering. The weights are random, on the GPU while the model is built if there is one,
-and on the CPU when it is rewritten. With a GPU, a rewrite that packs there is timed too.
+Packing, checks and graph work; no lowering. The weights are random, made on the GPU if there is one,
+and on the CPU when they are rewritten. With a GPU, a rewrite that packs there is timed too.
 """
 
 import argparse
