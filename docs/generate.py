@@ -24,7 +24,7 @@ from et_cuda_passes import testing
 from et_cuda_passes.cli import app
 from et_cuda_passes.cli.documents import DOCUMENTS, Decibels, Document, QuantizationData, ReportData
 from et_cuda_passes.cli.listing import describe_rule
-from et_cuda_passes.graph.report import LayerAccuracy, Report
+from et_cuda_passes.graph.report import LayerAccuracy, OutputAccuracy, Report
 from et_cuda_passes.hf.report import QuantizationReport
 from et_cuda_passes.hf.support import (
     FOR_EMBEDDINGS,
@@ -327,7 +327,7 @@ def record_fields(cls: type) -> dict[str, tuple[Any, str]]:
     if cls is Report:  # to_dict() has the applied rules among the counts
         del found["applied"]
         found["counts"] = (dict[str, int], _COUNTS)
-    if cls is LayerAccuracy:  # JSON has no infinite numbers
+    if cls in (LayerAccuracy, OutputAccuracy):  # JSON has no infinite numbers
         found = {name: (Decibels if name.endswith("_db") else each, text) for name, (each, text) in found.items()}
     return found
 

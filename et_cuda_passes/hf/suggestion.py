@@ -84,8 +84,8 @@ class Suggestion:
         """A short text: the ratios, the bytes, and the layers."""
         size = f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         lines = [
-            f"suggestion: {len(self.moves)} layers to 8 bits, weights {size}; whole output {self.before_db:.1f} dB, "
-            f"predicted {self.predicted_db:.1f} dB"
+            f"suggestion: {len(self.moves)} layer{'s' if len(self.moves) != 1 else ''} to 8 bits, weights {size}; "
+            f"whole output {self.before_db:.1f} dB, predicted {self.predicted_db:.1f} dB"
         ]
         if self.moves:
             lines.append("the layers were chosen greedily, by dB per byte:")
