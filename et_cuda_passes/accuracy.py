@@ -286,8 +286,8 @@ def _unrelated(layers: Sequence[MeasuredLayer]) -> list[str]:
         return []
     names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
     return [
-        f"{len(found)} quantized layer{'s differ' if len(found) > 1 else ' differs'} from the float one by more than its "
-        f"signal ({names}): give the float program of the same checkpoint, from before its quantization"
+        f"{len(found)} quantized layer{'s differ' if len(found) > 1 else ' differs'} from the float one by more than "
+        f"its signal ({names}): give the float program of the same checkpoint, from before its quantization"
     ]
 
 

@@ -233,7 +233,7 @@ def write_reports(
 def handle_errors(debug: bool) -> Iterator[None]:
     """Turn errors into one line and an exit code, and hide deprecation warnings of the libraries."""
     try:
-        with quiet_import(debug):
+        with quiet_import(debug), _quiet_environment(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
             from et_cuda_passes.executorch.errors import ModelError
     except ImportError as error:  # a version that does not fit: the message says which
@@ -241,7 +241,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with _short_warnings_of_plugins(), _quiet_loggers(debug), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), _quiet_environment(debug), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -250,7 +250,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
         _fail(str(error), 2, debug)
     except LoweringError as error:
         _fail(str(error), 1, debug)
-    except (typer.Exit, typer.Abort, BrokenPipeError):  # Typer ends quietly if nobody reads stdout any more
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # a reader of stdout left: Typer ends quietly
         raise
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, debug)
@@ -310,8 +310,8 @@ def quiet_import(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_loggers(debug: bool) -> Iterator[None]:
-    """Hide what torchao's modules log as they are imported, which a command does when it needs them."""
-    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    """Hide what modules of torchao and coremltools log as they are imported, when a command needs them."""
+    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "coremltools")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -320,6 +320,22 @@ def _quiet_loggers(debug: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _quiet_environment(debug: bool) -> Iterator[None]:
+    """Hide the progress bars of coremltools, and what ExecuTorch's Core ML backend logs about iOS versions.
+
+    tqdm and the backend read these variables when they are imported.
+    """
+    quiet = {} if debug else {"TQDM_DISABLE": "1", "ET_COREML_LOG_LEVEL": "ERROR"}
+    added = {name: value for name, value in quiet.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def start_runtime() -> None:

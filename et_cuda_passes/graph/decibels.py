@@ -12,7 +12,7 @@ def decibels_to_json(value: Any) -> Any:
     """``value``, or a text for a float without a JSON number.
 
     "exact" is infinity: there is no noise. "no signal" is minus infinity: there is noise and no signal. "not finite" is
-    NaN: a value is infinite or NaN in only one of the two outputs.
+    NaN: a value is infinite or NaN in only one of the two outputs, or all values are in both.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return _UNUSUAL.get(value, _NOT_FINITE)

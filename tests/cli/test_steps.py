@@ -100,7 +100,7 @@ def test_lowering_reports_each_method(methods: tuple[str, ...], tmp_path: Path) 
 
 
 def shown_in_terminal(step: str, columns: int) -> str:
-    """What a terminal gets while half of a step runs, and then the other half."""
+    """The output in a terminal while half of a step runs, and then the other half."""
     code = (
         "import time\nfrom et_cuda_passes.cli.console import Steps\n"
         f"with Steps(2) as step:\n    step({step!r})\n    time.sleep(0.5)\n    step.part(1, 2)\n    time.sleep(0.5)\n"
