@@ -421,7 +421,8 @@ def json_page() -> str:
         "print(r.files('et_cuda_passes.cli') / 'schemas.json')\"\n```",
         "## Errors",
         "stdout is empty if the command has no result: bad usage (exit code 2), a file that cannot be read, or an "
-        "error on the way (1). stderr then has one line that begins with `error: `.",
+        "error on the way (1). stderr then has one line that begins with `error: `, or with `Error: ` for an unknown "
+        "option.",
         "A command that has a result prints it also when it exits with 1. `verify` prints the outputs that are wrong, "
         "`doctor` the checks that are wrong. `lower` and `export` print what they wrote, and the key `error` says "
         "what this machine lacks for the rest. stderr has the same error.",
@@ -455,10 +456,10 @@ def command_page() -> str:
                 (130, "interrupted with Ctrl-C; 143 by SIGTERM. No file is half written"),
             ],
         ),
-        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback. An unknown "
-        "option or command, or a missing one, is an error of the parser: the usage, and a line `Error: ...`. A reader of "
-        "stdout that leaves early, such as `head`, is no error, and nothing is printed about it; the code is then 0, or 1 "
-        "if the output was cut off.",
+        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback. An "
+        "unknown option or command, or a missing one, is an error of the parser: the usage, and a line `Error: ...`. "
+        "A reader of stdout that leaves early, such as `head`, is no error, and nothing is printed about it; the code "
+        "is then 0, or 1 if the output was cut off.",
         "## Completion",
         "`et-cuda-passes --install-completion` installs completion for the shell that runs: bash, zsh, fish or "
         "PowerShell. `--show-completion` prints its script. Names of targets, GPUs, schemes and rules are completed "
@@ -472,8 +473,8 @@ def command_page() -> str:
         "percentage as long as the number of steps is not known: `export` has to load and split the model first.",
         "## What other libraries print",
         "torchao logs a line `Failed to load ...so` for each of its libraries that does not fit the machine, and torch "
-        "logs deprecations. The command line disables Python's logging while it imports them, and the progress bars and "
-        "warnings of coremltools. Your own program can do "
+        "logs deprecations. The command line disables Python's logging while it imports them, and the progress bars "
+        "and warnings of coremltools. Your own program can do "
         'the same before the import: `logging.getLogger("torchao").setLevel(logging.ERROR)`. torchao\'s environment '
         "variable `TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1` is no help: it logs another line, and also leaves out the "
         "libraries that would load. With `--debug` all lines appear.",

@@ -125,7 +125,8 @@ def accuracy(
 
         sets = [tuple(read_inputs(path)) for path in inputs] if inputs else None
         suggestion, unreached = None, None
-        with Steps() as step:
+        # A suggestion has three steps of its own.
+        with Steps(2 + (float_model is not None) + 3 * suggests) as step:
             step(f"loading {model}")
             program = _load(model, target, trust)
             floats = None
@@ -149,6 +150,7 @@ def accuracy(
                         random_seed,
                         algorithm=algorithm,
                         progress=step,
+                        part=step.part,
                     )
                 except ValueError as error:
                     # The ratios are a result all the same.

@@ -49,7 +49,7 @@ def match(
             found_rule = _find_rule(rule, target)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        with Steps() as step:
+        with Steps(2) as step:
             step(f"loading {model}")
             program = load_model(model, target, trust).program
             step(f"matching {found_rule.name} for {target}")

@@ -48,9 +48,9 @@ def test_accuracy_prints_the_ratios_of_layers_and_output(files: dict[str, Path],
     assert "signal-to-noise ratios in dB, 1 input set" in result.out
     assert "2 of 2 layers, worst first" in result.out
     assert [line.partition(":")[0] for line in result.err.splitlines()] == [
-        f"loading {files['narrow']}",
-        f"loading {files['float']}",
-        "measuring the layers",
+        f" 33 %  loading {files['narrow']}",
+        f" 66 %  loading {files['float']}",
+        "100 %  measuring the layers",
     ]
 
 
@@ -147,6 +147,11 @@ def test_suggestion_is_printed_and_written_as_a_recipe(files: dict[str, Path], c
     result = command(*suggest, "--target-snr", 25)
     assert result.code == 0, result.err
     assert "suggestion: 2 layers to 8 bits" in result.out
+    assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == [
+        " 66 %  measuring the whole output",
+        " 83 %  measuring 2 layers one by one",
+        "100 %  choosing layers",
+    ]
     assert str(recipe) in result.out
     entries = Recipe.load(recipe).entries
     assert {entry.pattern for entry in entries} == {"up", "down"}
