@@ -17,8 +17,9 @@ NaN if only one of the two values is finite somewhere, or nothing is ("not finit
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -213,6 +214,7 @@ def accuracy(
     seed: int | None = None,
     *,
     passes: Iterable[Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
     """Measure the error of each quantized layer, by its quantization and by its rewrite for ``target``.
 
@@ -226,6 +228,7 @@ def accuracy(
         seed: use random inputs of the shapes of the example inputs: normally distributed floats, and integers between
             the least and the largest of the example.
         passes: the pass list of the rewrite; None for the default.
+        progress: is called with the number of comparisons of layers that are done, and of all.
 
     Returns:
         The ratios of every layer, the worst first, and of the outputs.
@@ -247,16 +250,28 @@ def accuracy(
     kinds = [spec.arg.name for spec in _user_outputs(quantized.exported)]
     of_outputs = [(Ratio(), Ratio()) for _ in kinds]
     reference = _OwnRun(floats, sets) if floats else None
+    points = sum(len(rewritten.comparisons[candidate].points) for candidate in by_rewrite) if rewritten else 0
+    total, done = len(sets) * (len(by_quantization) + points), count(1)
+
+    def tap(node: Node, region: Region, ratio: Ratio) -> Tap:
+        """Compares the value of ``node`` with that of ``region``."""
+
+        def see(value: Tensor, read: Any) -> Tensor:
+            ratio.add(value, region.compute(read))
+            progress(next(done), total)
+            return value
+
+        return Tap(node, tuple(region.reads.values()), see)
+
     for values in sets:
         wanted = None
         if floats and reference:
-            taps = [_tap(each.node, floats.layers[each], ratio) for each, ratio in by_quantization.items()]
+            taps = [tap(each.node, floats.layers[each], ratio) for each, ratio in by_quantization.items()]
             wanted = reference.outputs(floats.run(values, taps, seed or 0), values, seed or 0)
         taps = []
         if rewritten:
             for candidate, ratio in by_rewrite.items():
-                points = rewritten.comparisons[candidate].points
-                taps += [_tap(point, region, ratio) for point, region in points]
+                taps += [tap(point, region, ratio) for point, region in rewritten.comparisons[candidate].points]
         got = quantized.runner.run(values, taps, seed=seed or 0)
         after = rewritten.runner.run(values, seed=seed or 0) if rewritten else None
         for index, (first, second) in enumerate(of_outputs):
@@ -293,16 +308,6 @@ def _unrelated(layers: Sequence[MeasuredLayer]) -> list[str]:
 
 def _user_outputs(program: ExportedProgram) -> list[Any]:
     return [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-
-
-def _tap(node: Node, region: Region, ratio: Ratio) -> Tap:
-    """Compares the value of ``node`` with that of ``region``."""
-
-    def see(value: Tensor, read: Any) -> Tensor:
-        ratio.add(value, region.compute(read))
-        return value
-
-    return Tap(node, tuple(region.reads.values()), see)
 
 
 def _add_output(ratio: Ratio, wanted: Any, got: Any) -> None:

@@ -135,7 +135,7 @@ def accuracy(
                 floats = _float_weights(float_model, trust)
             step("measuring the layers")
             try:
-                result = ecp.accuracy(program, target, floats, sets, random_seed)
+                result = ecp.accuracy(program, target, floats, sets, random_seed, progress=step.part)
             except ValueError as error:
                 raise UsageError(_in_options(str(error))) from error
             if suggests:

@@ -34,6 +34,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.archive_expression import check_expression, check_guard
 from et_cuda_passes.executorch.archive_texts import OBJECTS, rule_of
+from et_cuda_passes.executorch.archive_tree import check_tree
 from et_cuda_passes.executorch.archive_zip import Refused
 from et_cuda_passes.executorch.packed import ModelError, load_model, quiet_load, save_packed
 from et_cuda_passes.graph.report import Report
@@ -1041,3 +1042,14 @@ def test_weights_stay_in_the_file_until_they_are_read(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 << 20, f"{peak:,} bytes for 67 MB of weights"
+
+
+def test_type_that_is_not_registered_names_the_module_to_import() -> None:
+    def said(kind: str) -> str:
+        with pytest.raises(Refused) as error:
+            check_tree(json.dumps([1, {"type": kind, "context": "", "children_spec": []}]), "in_spec")
+        return str(error.value)
+
+    assert said("models.outputs.Logits").endswith("import first what registers it (--import models.outputs)")
+    assert said("models.cache:Cache").endswith("in this process")
+    assert said("os.system('x').Y").endswith("in this process")

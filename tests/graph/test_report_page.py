@@ -180,6 +180,14 @@ def test_notes_on_layers_are_on_top() -> None:
     assert "2 x linear_int4: folded to float32" in header and "1 x linear_int4: a scale of 3 is rounded" in header
 
 
+def test_sizes_that_an_older_report_lacks_stay_empty() -> None:
+    given = report_on(1)
+    given.outcomes[0] = replace(given.outcomes[0], bytes_before=0, bytes_after=0)
+    rows = page_of(given).all("tr")
+    assert [" kB → " in row for row in rows[1:3]] == [False, True]
+    assert "0 B" not in rows[1]
+
+
 def test_two_rules_with_one_fix_state_it_once() -> None:
     reasons = [Reason(rule, "values", "finite scales", "1 NaN", "quantize the weight again") for rule in ("a", "b")]
     missed = replace(report_on(1).outcomes[0], rule=None, status="missed", reasons=reasons)
