@@ -409,7 +409,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda program: program["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
             parameter_name='a"), print("b'
         ),
-        "no name of a module or tensor",
+        "no name of a module or tensor: 'a\"), print(\"b'; rename it before the export",
     ),
     "a parameter's name of Python's": (
         lambda program: program["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
@@ -511,7 +511,8 @@ def with_drawing(before: list[Any]) -> dict[str, Any]:
 
 
 def test_record_with_a_drawing_and_accuracy_is_read(tmp_path: Path, content: hostile.Members) -> None:
-    report = {**with_drawing([NODE]), "accuracy": [ACCURACY]}
+    output = {"name": "logits", "quantized_db": 12.5, "rewritten_db": "exact"}
+    report = {**with_drawing([NODE]), "accuracy": [{**ACCURACY, "limit_db": 42.1}], "output_accuracy": [output]}
     record = json.dumps({"target": "cpu", "report": report}).encode()
     path = written(tmp_path / "new.pt2", {**content, "extra/et_cuda_passes.json": record})
     read = load_model(path, "cpu").report
@@ -541,6 +542,7 @@ def test_record_with_a_drawing_and_accuracy_is_read(tmp_path: Path, content: hos
         {"report": with_drawing([{**NODE, "inputs": ["0"]}])},
         {"report": with_drawing([{**NODE, "label": 1}])},
         {"report": {**Report("cpu").to_dict(), "accuracy": [{"layer": "w"}]}},
+        {"report": {**Report("cpu").to_dict(), "output_accuracy": [{"name": 1, "quantized_db": 1, "rewritten_db": 1}]}},
         {"report": {**Report("cpu").to_dict(), "accuracy": [{**ACCURACY, "quantized_db": "20"}]}},
     ],
 )
