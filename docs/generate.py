@@ -297,9 +297,13 @@ def command_page() -> str:
                 (0, "success"),
                 (1, "the command failed, or its answer is no: each command says what that is"),
                 (2, "bad usage: an unknown option or value, or a MODEL that is not what the command takes"),
+                (130, "interrupted with Ctrl-C; 143 by SIGTERM. No file is half written"),
             ],
         ),
-        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback.",
+        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback. An "
+        "unknown option or command, or a missing one, is an error of the parser: the usage, and a line `Error: ...`. "
+        "A reader of stdout that leaves early, such as `head`, is no error, and nothing is printed about it; the code "
+        "is then 0, or 1 if the output was cut off.",
         "## Completion",
         "`et-cuda-passes --install-completion` installs completion for the shell that runs: bash, zsh, fish or "
         "PowerShell. `--show-completion` prints its script. Names of targets, GPUs, schemes and rules are completed "
@@ -313,7 +317,8 @@ def command_page() -> str:
         "percentage as long as the number of steps is not known: `export` has to load and split the model first.",
         "## What other libraries print",
         "torchao logs a line `Failed to load ...so` for each of its libraries that does not fit the machine, and torch "
-        "logs deprecations. The command line disables Python's logging while it imports them. Your own program can do "
+        "logs deprecations. The command line disables Python's logging while it imports them, and the progress bars "
+        "and warnings of coremltools. Your own program can do "
         'the same before the import: `logging.getLogger("torchao").setLevel(logging.ERROR)`. torchao\'s environment '
         "variable `TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1` is no help: it logs another line, and also leaves out the "
         "libraries that would load. With `--debug` all lines appear.",

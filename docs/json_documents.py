@@ -8,7 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from docs.markdown import described, docstring, table
 from et_cuda_passes.cli.documents import DOCUMENTS, Decibels, Document, QuantizationData, ReportData
-from et_cuda_passes.graph.report import LayerAccuracy, Report
+from et_cuda_passes.graph.report import LayerAccuracy, OutputAccuracy, Report
 from et_cuda_passes.hf.report import QuantizationReport
 
 _DATA = {ReportData: Report, QuantizationData: QuantizationReport}
@@ -23,7 +23,7 @@ def record_fields(cls: type) -> dict[str, tuple[Any, str]]:
     if cls is Report:  # to_dict() has the applied rules among the counts
         del found["applied"]
         found["counts"] = (dict[str, int], _COUNTS)
-    if cls is LayerAccuracy:  # JSON has no infinite numbers
+    if cls in (LayerAccuracy, OutputAccuracy):  # JSON has no infinite numbers
         found = {name: (Decibels if name.endswith("_db") else each, text) for name, (each, text) in found.items()}
     return found
 
@@ -117,7 +117,8 @@ def json_page() -> str:
         "print(r.files('et_cuda_passes.cli') / 'schemas.json')\"\n```",
         "## Errors",
         "stdout is empty if the command has no result: bad usage (exit code 2), a file that cannot be read, or an "
-        "error on the way (1). stderr then has one line that begins with `error: `.",
+        "error on the way (1). stderr then has one line that begins with `error: `, or with `Error: ` for an unknown "
+        "option.",
         "A command that has a result prints it also when it exits with 1. `verify` prints the outputs that are wrong, "
         "`doctor` the checks that are wrong. `lower` and `export` print what they wrote, and the key `error` says "
         "what this machine lacks for the rest. stderr has the same error.",

@@ -116,7 +116,7 @@ def _form(tensor: torch.Tensor) -> list[Any]:
 class _Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytearray | None:
-        """The content of an entry, None if there is none."""
+        """The content of an entry, or None."""
 
     @abstractmethod
     def write(self, key: str, header: bytes, data: memoryview) -> None:

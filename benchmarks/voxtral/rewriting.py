@@ -2,7 +2,7 @@
 
     python -m benchmarks.voxtral.rewriting [--layers 10] [--busy 14]
 
-Packing, checks and graph work; no lowering. The weights are random, made on the GPU if there is one,
+Packing, checks and graph work; no lowering. The weights are random, created on the GPU if there is one,
 and on the CPU when they are rewritten. With a GPU, a rewrite that packs there is timed too.
 """
 

@@ -304,7 +304,8 @@ class Accuracy(Document):
         layers: the worst first.
         outputs: the floating-point outputs, in order.
         notes: remarks on the whole.
-        suggestion: with ``--target-snr`` or ``--max-bytes``; else null.
+        suggestion: with ``--target-snr`` or ``--max-bytes``; null without them, or if the ratio or the bytes are out of
+            reach.
     """
 
     name: ClassVar[str] = "accuracy"

@@ -313,11 +313,15 @@ def refused_targets(options: QuantizationOptions) -> dict[str, str]:
 
 def folded_targets(options: QuantizationOptions) -> dict[str, str]:
     """The targets of the options that compute with floating-point weights for a scheme, each with the reason."""
-    folded = {}
+    found: dict[str, list[tuple[str, Scheme]]] = {}
     for place, (scheme, embedding) in options.schemes().items():
         for name in options.targets:
             if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
-                folded[name] = f"{place}={scheme}: it computes with floating-point weights; {instead(scheme, name)}"
+                found.setdefault(name, []).append((place, scheme))
+    folded = {}
+    for name, ((place, scheme), *others) in found.items():
+        more = f" and {len(others)} more" if others else ""
+        folded[name] = f"{place}={scheme}{more}: it computes with floating-point weights; {instead(scheme, name)}"
     return folded
 
 

@@ -311,3 +311,15 @@ def test_import_leaves_the_level_of_the_root_logger() -> None:
 def test_mapping_type_of_torchao_decides_about_the_kernel() -> None:
     case = linear(int4(mapping_type=MappingType.ASYMMETRIC), 64, 256, (4,))
     assert _predicted(case)[0] == "" and "zero points that are all 0" in _reasons(_predicted(case)[1])
+
+
+def test_refused_weights_with_similar_reasons_share_one_text() -> None:
+    model = nn.Sequential(*(Quantized(64, 64) for _ in range(5)))
+    program = torch.export.export(model, (torch.zeros(1, 64, dtype=torch.bfloat16),))
+    with pytest.raises(ValueError, match="cannot compute") as error:
+        VulkanPartitioner().transform_for_pre_decomposition(program)
+    message = str(error.value)
+    # The first linear reads the input of the program, and each of the others a linear.
+    assert message.count("(aten.linear)") == 2
+    assert "correctly: 0.data (aten.linear): keep_vulkan_dynamic_linear wanted" in message
+    assert "; 1.data, 2.data, 3.data and 1 more (aten.linear): keep_vulkan_dynamic_linear wanted" in message
