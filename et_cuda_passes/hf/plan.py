@@ -345,7 +345,8 @@ class Plan:
             found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=cast)
             return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
 
-        if support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED:
+        folds = support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED
+        if folds and not self.options.quantizes_activations_of(scheme, target):
             self.warnings.append(
                 f"{target} has no kernel for {scheme.name} and computes with floating-point weights; "
                 f"{instead(scheme, target)}"
