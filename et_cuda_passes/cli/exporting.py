@@ -179,6 +179,7 @@ def export(
         "recipe": recipe,
         "group_size_fallback": group_size_fallback,
         "cast_to_bf16": cast_to_bf16,
+        "xnnpack_weight_only": xnnpack_weight_only,
     }
     with handle_errors(debug):
         # These import torch, which --help does not need.
@@ -215,7 +216,7 @@ def export(
             # Blocks have no dtype. The kernels of cuda compute in 16 bits, and some backends not in bfloat16.
             dtype = "bfloat16" if all(takes_dtype(name, bfloat16) for name in quantization.targets) else "float32"
         with Steps() as step:
-            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only, "compile_specs": specs}
+            options |= {"gpu": gpu, "compile_specs": specs}
             options |= {"stream": None if stream is None else str(stream), "cache": packed_cache}
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, unwritten)
             # ``verify`` loads the model again.

@@ -73,7 +73,6 @@ from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
-from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -438,8 +437,6 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             self._progress(f"rewriting {name} for {target}")
             options = configs[name].options
             passes = passes_for(options, target, encoder=name.endswith("_encoder"))
-            if target == "xnnpack" and configs[name].xnnpack_weight_only == "dynamic-activation":
-                passes = passes.insert_before("share_activation", QuantizeActivation())
             rewritten[name], reports[name] = rewrite(
                 program,
                 target,

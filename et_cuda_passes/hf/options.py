@@ -30,6 +30,7 @@ from et_cuda_passes.hf.support import (
     usual_support,
 )
 from et_cuda_passes.rules.fold import FoldDequantize
+from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
 from et_cuda_passes.targets import own_targets, targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
@@ -71,6 +72,7 @@ class QuantizationOptions:
             for these kernels and their results back, with the precision of bf16. cuda also casts attention. It is for
             a model in float32 that is exported for xnnpack and for other targets at once, and does not change the
             quantization.
+        xnnpack_weight_only: see :class:`~et_cuda_passes.hf.EtConfig`; it does not change the quantization.
 
     Raises:
         ValueError: an option has a value that no target accepts.
@@ -91,6 +93,7 @@ class QuantizationOptions:
     target: str | Sequence[str] | None = None
     group_size_fallback: str = "adjust"
     cast_to_bf16: bool = False
+    xnnpack_weight_only: str = "fold"
 
     def __post_init__(self) -> None:
         for suffix in ("", "_encoder"):
@@ -100,7 +103,12 @@ class QuantizationOptions:
             check_group_size(getattr(self, f"qlinear_group_size{suffix}"), f"qlinear_group_size{suffix}", 16)
             check_group_size(getattr(self, f"qembedding_group_size{suffix}"), f"qembedding_group_size{suffix}")
             self.packing_formats(encoder=bool(suffix))
-        for name, known in (("algorithm", ALGORITHMS), ("group_size_fallback", FALLBACKS)):
+        checked = {
+            "algorithm": ALGORITHMS,
+            "group_size_fallback": FALLBACKS,
+            "xnnpack_weight_only": XNNPACK_WEIGHT_ONLY,
+        }
+        for name, known in checked.items():
             if getattr(self, name) not in known:
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is unknown; {nearest(str(getattr(self, name)), known)}"
@@ -141,6 +149,11 @@ class QuantizationOptions:
         name = ("qembedding" if embedding else "qlinear") + "_group_size" + ("_encoder" if encoder else "")
         size: int = getattr(self, name)
         return size
+
+    def quantizes_activations_of(self, scheme: Scheme, target: str) -> bool:
+        """Whether ``xnnpack_weight_only`` gives linears of the scheme kernels that quantize activations."""
+        dynamic = target == "xnnpack" and self.xnnpack_weight_only == "dynamic-activation"
+        return dynamic and scheme.bits == 4 and not scheme.dynamic
 
     def schemes(self) -> dict[str, tuple[Scheme, bool | None]]:
         """Every scheme that the options name, by where it stands, and whether it is for embeddings; None for either."""
@@ -244,22 +257,23 @@ def expected_counts(options: QuantizationOptions, target: str) -> dict[str, int]
 
 
 def passes_for(options: QuantizationOptions, target: str, encoder: bool = False) -> PassList:
-    """The target's pass list with the options' packing format and ``cast_to_bf16``.
+    """The target's pass list with the options' packing format, ``cast_to_bf16`` and ``xnnpack_weight_only``.
 
     Raises:
         ValueError: the packing format is not one of the target's.
     """
-    return passes_with(target, options.packing_format(target, encoder), options.cast_to_bf16)
+    passes = passes_with(target, options.packing_format(target, encoder), options.cast_to_bf16)
+    if target == "xnnpack" and options.xnnpack_weight_only == "dynamic-activation":
+        passes = passes.insert_before(ShareActivation.name, QuantizeActivation())
+    return passes
 
 
 def check_weight_only(choice: str, names: Sequence[str]) -> None:
     """Check the option ``xnnpack_weight_only`` of an export for the targets ``names``.
 
     Raises:
-        ValueError: it is unknown, or xnnpack is none of the targets.
+        ValueError: it has another value than the default, and xnnpack is none of the targets.
     """
-    if choice not in XNNPACK_WEIGHT_ONLY:
-        raise UsageError(f"xnnpack_weight_only={choice!r} is unknown; choose {' or '.join(XNNPACK_WEIGHT_ONLY)}")
     if choice != "fold" and "xnnpack" not in names:
         raise UsageError(
             f"xnnpack_weight_only={choice!r} changes programs for xnnpack, and the target is {', '.join(names)}: add "
@@ -316,6 +330,8 @@ def folded_targets(options: QuantizationOptions) -> dict[str, str]:
     found: dict[str, list[tuple[str, Scheme]]] = {}
     for place, (scheme, embedding) in options.schemes().items():
         for name in options.targets:
+            if not embedding and options.quantizes_activations_of(scheme, name):
+                continue
             if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
                 found.setdefault(name, []).append((place, scheme))
     folded = {}

@@ -401,7 +401,7 @@ def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embed
     """
     sizes = (PER_AXIS,) if scheme.per_row or embedding else (32, PER_AXIS)
     found = [support(scheme, size, 256, target, packing_format, embedding) for size in sizes]
-    return next((each for each in found if each.status is not Status.IMPOSSIBLE), found[0])
+    return min(found, key=lambda each: (not each.status.has_kernel, each.status is Status.IMPOSSIBLE))
 
 
 def instead(scheme: Scheme, target: str) -> str:
