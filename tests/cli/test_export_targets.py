@@ -161,6 +161,7 @@ def test_text_model_for_openvino_is_refused_before_it_is_traced(model: Path, tmp
     assert not (tmp_path / "out" / "export.json").exists()
 
 
+@pytest.mark.slow
 def test_export_for_keep_targets_writes_a_program_for_each(model: Path, tmp_path: Path, command: Run) -> None:
     output = tmp_path / "out"
     result = command(
