@@ -80,7 +80,12 @@ def get_target(name: str | Target) -> Target:
     if isinstance(name, str) and name in found:
         plugin = found[name]
         target = _load(plugin)
-        for rule in target.passes():
+        if target.name != name:
+            raise ValueError(
+                f"target {name!r}: {plugin.value} has the name {target.name!r}, which reports and files would show; give "
+                "the Target and its entry point the same name"
+            )
+        for rule in target.rules():
             remember_origin(rule, plugin)
         return target
     if isinstance(name, str) and re.fullmatch(r"[\w.]+:[\w.]+", name):
@@ -152,7 +157,7 @@ def default_passes(target: str | Target) -> PassList:
     """
     chosen = get_target(target)
     own = {name: each.passes() for name, each in _TARGETS.items()}
-    return _DefaultPasses(with_plugins(chosen.name, chosen.passes(), own, _installed_targets(), RENAMED_PASSES))
+    return _DefaultPasses(with_plugins(chosen.name, chosen.rules(), own, _installed_targets(), RENAMED_PASSES))
 
 
 def known_passes() -> set[str]:

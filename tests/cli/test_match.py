@@ -88,10 +88,10 @@ def test_match_at_a_node_prints_the_places_that_contain_it(command: Run, model: 
         ),
         (
             "linear",
-            "linear is et_cuda_passes.int4_linear_mma_tiled, which is no call of the pattern; linear_int4, which",
+            "linear is et_cuda_passes.int4_linear_mma_tiled, which no attempt reaches; linear_int4, which",
         ),
         ("dequantize_affine", "no node 'dequantize_affine' when it is the turn of the rule; the nearest names are"),
-        ("x", "x is a placeholder, which is no call of the pattern"),
+        ("x", "x is a placeholder, which no attempt reaches"),
     ],
 )
 def test_match_at_a_node_that_is_not_there_is_an_error(at: str, error: str, command: Run, model: Path) -> None:
