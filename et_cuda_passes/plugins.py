@@ -117,7 +117,13 @@ def import_fix(error: BaseException | None) -> str:
     return REINSTALL if isinstance(error, ImportError) else CORRECT
 
 
-_reported: set[str] = set()
+_reported: dict[str, Plugin] = {}
+"""The text of each warning, with its plugin."""
+
+
+def has_fault(plugin: Plugin) -> bool:
+    """Whether a warning about the plugin was given."""
+    return plugin in _reported.values()
 
 
 def report_fault(plugin: Plugin, fault: str, fix: str, unused: str = "the plugin") -> None:
@@ -131,6 +137,6 @@ def report_fault(plugin: Plugin, fault: str, fix: str, unused: str = "the plugin
     if mode() == "strict":
         raise PluginError(text)
     if text not in _reported:
-        _reported.add(text)
+        _reported[text] = plugin
         fallback = f"{unused[:1].upper()}{unused[1:]} is not used ({SWITCH}=0 or --no-plugins uses no plugins at all)"
         warnings.warn(f"{text}. {fallback}", PluginWarning, stacklevel=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from et_cuda_passes.cli.console import quiet_import
 from et_cuda_passes.cli.documents import Pass, Requirement, Rules, TargetPasses
-from et_cuda_passes.plugins import RULES, TARGETS, PluginError, import_fix, installed, report_fault
+from et_cuda_passes.plugins import RULES, TARGETS, PluginError, has_fault, import_fix, installed, report_fault
 
 About = dict[str, dict[str, Any]]
 """For each target its summary and its passes, as data."""
@@ -105,7 +105,8 @@ def as_text(about: About) -> str:
         lines += ["", "plugins"]
         for plugin in plugins:
             kind = "target" if plugin.group == TARGETS else "rules"
-            lines.append(f"  {plugin.origin}: {kind} {plugin.name} = {plugin.value}")
+            fault = " (has a fault)" if has_fault(plugin) else ""
+            lines.append(f"  {plugin.origin}: {kind} {plugin.name} = {plugin.value}{fault}")
     return "\n".join(lines)
 
 

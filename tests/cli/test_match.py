@@ -164,3 +164,14 @@ def test_match_of_an_unknown_rule_is_an_error_with_the_fix(
 ) -> None:
     result = command("match", rule.replace("own:", f"{own}:"), model)
     assert result.code == 2 and error in result.error
+
+
+def test_rule_of_another_target_names_that_target(command: Run, model: Path) -> None:
+    result = command("match", "keep_dynamic_int4", model)
+    assert result.code == 2
+    assert "target cuda has no rule 'keep_dynamic_int4'; xnnpack has it: --target xnnpack" in result.error
+
+
+def test_module_without_the_rule_gives_no_advice_on_folders(command: Run, model: Path) -> None:
+    result = command("match", "et_cuda_passes:NoSuchRule", model)
+    assert result.code == 2 and "AttributeError" in result.error and "PYTHONPATH" not in result.error

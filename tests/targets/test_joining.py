@@ -1,6 +1,7 @@
 """Rules and targets of installed packages: where they join, and the warning for each fault."""
 
 import dataclasses
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of installed packages, with plugins switched on. Their modules are forgotten after the test."""
     monkeypatch.setenv("ETCP_PLUGINS", "1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(plugins, "_reported", set())
+    monkeypatch.setattr(plugins, "_reported", {})
     # The packages of two tests have the same names and other contents.
     joining._joining.cache_clear()
     before = set(sys.modules)
@@ -227,3 +228,23 @@ def test_target_of_this_package_for_another_gpu_is_accepted() -> None:
 def test_place_of_a_target_without_both_parts_is_an_error_with_the_form(name: str) -> None:
     with pytest.raises(ValueError, match="is not of the form MODULE:NAME: write the module, a colon, and the name"):
         ecp.get_target(name)
+
+
+def test_name_of_an_entry_point_is_that_of_its_target(folder: Path) -> None:
+    source = "import et_cuda_passes as ecp\nnpu = ecp.Target('other', 'd', kernels={}, passes=list)"
+    install(folder, "my-npu", source, "npu", "targets")
+    with pytest.raises(ValueError, match="target 'my_npu': my_npu:npu has the name 'other'.* the same name"):
+        ecp.get_target("my_npu")
+
+
+def test_import_of_a_plugin_prints_nothing_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(folder, "my-rules", "print('loading')\n" + RULE)
+    assert names() == [*OWN, "write_silu"]
+    assert capsys.readouterr() == ("", "loading\n")
+
+
+def test_package_of_a_rule_is_named_before_its_plugin_is_loaded(folder: Path) -> None:
+    install(folder, "my-rules")
+    rule = importlib.import_module("my_rules").WriteSilu()
+    _, report = ecp.rewrite(exported(), "cpu", passes=[rule])
+    assert report.packages == {"write_silu": "my-rules 1.0"}
