@@ -55,7 +55,7 @@ class Plugin:
         return f"{self.package} {self.version}".strip()
 
     def load(self) -> Any:
-        """Import what the entry point points to; raises any :class:`Exception`. What the import prints goes to stderr."""
+        """Import what the entry point points to; raises any Exception. What the import prints goes to stderr."""
         if EntryPoint.pattern.match(self.value) is None:
             raise ValueError("it is not of the form MODULE:NAME")
         try:
@@ -101,7 +101,9 @@ def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
     """The plugins of a group in the packages on ``path``, which is ``sys.path``. To find them takes milliseconds."""
     found = {
         # A package without metadata has neither a name nor a version.
-        Plugin(entry.name, entry.value, group, entry.dist.name or "a package without metadata", entry.dist.version or "")
+        Plugin(
+            entry.name, entry.value, group, entry.dist.name or "a package without metadata", entry.dist.version or ""
+        )
         for entry in entry_points(group=group)
         if entry.dist is not None
     }

@@ -114,7 +114,9 @@ def _find_rule(name: str, target: str) -> Any:
         if name not in listed:
             others = [each for each in targets() if each != target and name in _names(each)]
             if others:
-                raise UsageError(f"target {target} has no rule {name!r}; {', '.join(others)} has it: --target {others[0]}")
+                raise UsageError(
+                    f"target {target} has no rule {name!r}; {', '.join(others)} has it: --target {others[0]}"
+                )
             nearest = nearest_names(name, listed, RENAMED_PASSES)
             raise UsageError(f"target {target} has no rule {name!r}; {nearest}; MODULE:NAME is one of your own package")
         return listed[name]

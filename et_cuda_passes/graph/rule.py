@@ -292,5 +292,7 @@ def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callabl
         ) from error
     except Exception as error:
         # The texts of Python's own errors need the type: that of a KeyError is the key alone.
-        text = str(error) if type(error) in (RuntimeError, ValueError, TypeError) else f"{type(error).__name__}: {error}"
+        text = (
+            str(error) if type(error) in (RuntimeError, ValueError, TypeError) else f"{type(error).__name__}: {error}"
+        )
         raise RuleError(f"rule {rule.name}: at {root.name} its {hook} failed: {text}") from error

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from et_cuda_passes.graph.passes import PassList
-from et_cuda_passes.plugins import RULES, TARGETS, Plugin, installed, report_fault
+from et_cuda_passes.plugins import RULES, TARGETS, Plugin, installed, mode, report_fault
 from et_cuda_passes.targets.coreml import COREML
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
@@ -82,8 +82,8 @@ def get_target(name: str | Target) -> Target:
         target = _load(plugin)
         if target.name != name:
             raise ValueError(
-                f"target {name!r}: {plugin.value} has the name {target.name!r}, which reports and files would show; give "
-                "the Target and its entry point the same name"
+                f"target {name!r}: {plugin.value} has the name {target.name!r}, which reports and files would show; "
+                "give the Target and its entry point the same name"
             )
         for rule in target.rules():
             remember_origin(rule, plugin)
@@ -96,7 +96,10 @@ def get_target(name: str | Target) -> Target:
             "it, as in my_npu:npu"
         )
     known = ", ".join(targets())
-    raise ValueError(f"unknown target {name!r}; known targets are {known}, and MODULE:NAME is one of your own package")
+    off = "; plugins are switched off" if mode() == "0" else ""
+    raise ValueError(
+        f"unknown target {name!r}; known targets are {known}, and MODULE:NAME is one of your own package{off}"
+    )
 
 
 def _check_name(target: Target) -> Target:

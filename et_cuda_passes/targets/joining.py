@@ -94,10 +94,20 @@ def _joining(
         for target, rule in _rules_of(plugin, targets):
             first = owner.setdefault(rule.name, plugin)
             if rule.name in reserved:
-                report_fault(plugin, f"the name of its rule {rule.name} is that of a rule of this package", _RENAME, f"rule {rule.name}")
+                report_fault(
+                    plugin,
+                    f"the name of its rule {rule.name} is that of a rule of this package",
+                    _RENAME,
+                    f"rule {rule.name}",
+                )
             elif first is not plugin:
                 where = f"{first.origin} (plugin {first.name})"
-                report_fault(plugin, f"the name of its rule {rule.name} is that of a rule of {where}", _RENAME, f"rule {rule.name}")
+                report_fault(
+                    plugin,
+                    f"the name of its rule {rule.name} is that of a rule of {where}",
+                    _RENAME,
+                    f"rule {rule.name}",
+                )
             else:
                 remember_origin(rule, plugin)
                 found.append(_Joining(rule, target, plugin))
@@ -124,7 +134,9 @@ def _rules_of(plugin: Plugin, targets: Iterable[str]) -> list[tuple[str, Rule]]:
             fault = f"there is no target {target!r}; {nearest_names(str(target), sorted(targets))}"
             report_fault(plugin, fault, _FORM, f"its entry {target!r}")
         elif not isinstance(rules, (list, tuple)):
-            report_fault(plugin, f"the value of {target!r} is {rules!r}, not a list of rules", _FORM, f"its entry {target!r}")
+            report_fault(
+                plugin, f"the value of {target!r} is {rules!r}, not a list of rules", _FORM, f"its entry {target!r}"
+            )
         else:
             for rule in rules:
                 if isinstance(rule, Rule):

@@ -67,7 +67,9 @@ def test_rewrite_that_raises_is_an_error_that_names_its_rule() -> None:
         raise KeyError("no such thing")
 
     before = relu_program()
-    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its rewrite failed: KeyError: 'no such thing'") as error:
+    with pytest.raises(
+        RuleError, match=r"rule faulty: at relu_default its rewrite failed: KeyError: 'no such thing'"
+    ) as error:
         apply(before, [rewriting(rewrite)])
     assert isinstance(error.value.__cause__, KeyError)
     assert names(before) == ["aten.relu"]

@@ -112,14 +112,20 @@ def test_partitioner_runs_the_rules_of_plugins(folder: Path) -> None:
 FIX = " is not used (ETCP_PLUGINS=0 or --no-plugins uses no plugins at all)"
 FAULTS: dict[str, tuple[str, list[str]]] = {
     "import": ("import nowhere_at_all", ["my_rules:RULES cannot be imported (ModuleNotFoundError", "install it again"]),
-    "error": ("1 / 0", ["cannot be imported (ZeroDivisionError: division by zero); correct the package", "The plugin is"]),
+    "error": (
+        "1 / 0",
+        ["cannot be imported (ZeroDivisionError: division by zero); correct the package", "The plugin is"],
+    ),
     "end of the program": ("raise SystemExit(7)", ["cannot be imported (RuntimeError: the import ends the program"]),
     "no such object": (RULE.replace("RULES =", "OTHERS ="), ["AttributeError", "correct the package"]),
     "no mapping": (RULE + "RULES = WriteSilu()", ["my_rules:RULES is WriteSilu(); an entry point in the group"]),
     "no list": (RULE + 'RULES = {"cpu": WriteSilu()}', ["the value of 'cpu' is WriteSilu(), not a list of rules"]),
     "class": (RULE + 'RULES = {"cpu": [WriteSilu]}', ["it contains the class WriteSilu; write WriteSilu()"]),
     "no rule": (RULE + 'RULES = {"cpu": [len]}', ["it contains <built-in function len>, which is not a Rule"]),
-    "target": (RULE.replace('"cpu":', '"cqu":'), ["there is no target 'cqu'; the nearest names are cpu", "Its entry 'cqu' is not used"]),
+    "target": (
+        RULE.replace('"cpu":', '"cqu":'),
+        ["there is no target 'cqu'; the nearest names are cpu", "Its entry 'cqu' is not used"],
+    ),
     "name of a built-in rule": (
         RULE.replace("WriteSilu", "LinearInt4"),
         ["the name of its rule linear_int4 is that of a rule of this package", "rename the class"],
@@ -133,7 +139,10 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
         ["rule write_silu cannot join the list of cpu: before and after of the passes form a cycle"],
     ),
     "no pattern": (RULE.replace("def pattern", "def patern"), ["rule write_silu has no pattern method"]),
-    "pattern that fails": (RULE.replace("aten.sigmoid", "aten.sigmund"), ["rule write_silu: its pattern failed: AttributeError"]),
+    "pattern that fails": (
+        RULE.replace("aten.sigmoid", "aten.sigmund"),
+        ["rule write_silu: its pattern failed: AttributeError"],
+    ),
     "options without a dataclass": (
         RULE.replace("@dataclasses.dataclass(frozen=True)", "@dataclasses.dataclass"),
         ["write_silu has options, or state, and WriteSilu is no frozen dataclass"],
