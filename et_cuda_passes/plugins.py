@@ -55,7 +55,7 @@ class Plugin:
         return f"{self.package} {self.version}".strip()
 
     def load(self) -> Any:
-        """Import what the entry point points to; raises any Exception. What the import prints goes to stderr."""
+        """Import what the entry point points to; raises any Exception. Its output goes to stderr."""
         if EntryPoint.pattern.match(self.value) is None:
             raise ValueError("it is not of the form MODULE:NAME")
         try:
@@ -115,7 +115,7 @@ CORRECT = "correct the package, or install a version of it without the fault"
 
 
 def import_fix(error: BaseException | None) -> str:
-    """What to do about a package whose import raised ``error``."""
+    """The fix for a package whose import raised ``error``."""
     return REINSTALL if isinstance(error, ImportError) else CORRECT
 
 

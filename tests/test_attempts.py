@@ -1,4 +1,4 @@
-"""attempts: which place is the nearest, what its tree marks, and which node it can be asked for."""
+"""attempts: which place is the nearest, what its tree marks, and the node that selects it."""
 
 import dataclasses
 from typing import Any
@@ -51,7 +51,7 @@ def test_argument_that_the_pattern_leaves_out_has_a_mark_if_it_is_the_reason() -
     ]
 
 
-def test_node_with_another_reader_is_the_nearest_place_and_can_be_asked_for() -> None:
+def test_node_with_another_reader_is_the_nearest_place_and_can_be_selected() -> None:
     first = tried(lambda gate, up: (gate * up, gate))[0]
     assert (first.node, first.stopped_at) == ("mul", "silu")
     assert "aten.silu (silu, 2 users); it is read by mul, output" in str(first.reason)

@@ -50,8 +50,8 @@ def assert_near_misses(
 
     Raises:
         AssertionError: two requirements have one name, a requirement has no near miss, a name is that of no
-            requirement, or a program is rejected by other requirements than the one that it is for; the message says what the rule
-            found.
+            requirement, or a program is rejected by other requirements than the one that it is for; the message says
+            what the rule found.
     """
     names = [requirement.name for requirement in rule.requirements]
     twice = sorted({name for name in names if names.count(name) > 1})
