@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from et_cuda_passes.graph.driver import apply_passes, check_match, gc_disabled, roots
 from et_cuda_passes.graph.matcher import MatchResult, Miss, match, match_inner
@@ -32,11 +33,13 @@ class Attempt:
         node: the name of the node at which the attempt starts; in control flow its path.
         op: the operator of that node.
         source: the user's line, "file:line: code".
-        progress: the number of calls of the pattern that fit.
+        progress: the number of calls of the pattern that fit, with the one at which the attempt stopped if its operator
+            fits.
         reason: where the pattern does not fit, and why; None if it fits.
         failures: a reason for each requirement that does not hold. Requirements that read values are checked only if
             all others hold.
         nodes: the names of the nodes that fit.
+        stopped_at: the name of the node that does not fit; empty if that is no node.
         tree: the lines of the pattern as a tree, with a mark at each part.
         requirements: the lines of the requirements, with a mark at each; empty if the pattern does not fit.
     """
@@ -48,6 +51,7 @@ class Attempt:
     reason: Reason | None
     failures: tuple[Reason, ...]
     nodes: frozenset[str]
+    stopped_at: str
     tree: tuple[str, ...]
     requirements: tuple[str, ...]
 
@@ -122,7 +126,7 @@ def _no_part(name: str, program: Program, report: Report) -> str:
         return f"the program has no node {name!r} when it is the turn of the rule{rewritten}{nearest}"
     node = nodes[name]
     called = op_name(node.target) if node.op == "call_function" else f"a {node.op}"
-    return f"{name} is {called}, which is no call of the pattern{rewritten}"
+    return f"{name} is {called}, which no attempt reaches{rewritten}"
 
 
 def _attempts(compiled: CompiledRule, program: Program, target: Target, at: str | None) -> list[Attempt]:
@@ -147,7 +151,7 @@ def _attempts(compiled: CompiledRule, program: Program, target: Target, at: str 
     # Two inner calls of one place stop at the same reader.
     places = {attempt.tree: attempt for attempt in reversed(tried)}
     unique = [attempt for attempt in tried if places[attempt.tree] is attempt]
-    return unique if at is None else [each for each in unique if at == each.node or at in each.nodes]
+    return unique if at is None else [each for each in unique if at in (each.node, each.stopped_at, *each.nodes)]
 
 
 def _attempt(compiled: CompiledRule, result: MatchResult | Miss, reasons: list[Reason], program: Program) -> Attempt:
@@ -159,21 +163,22 @@ def _attempt(compiled: CompiledRule, result: MatchResult | Miss, reasons: list[R
         node=path(result.root),
         op=op_name(result.root.target),
         source=user_source_line(result.root),
-        progress=len(result.calls),
+        progress=result.progress + result.operator_fits if isinstance(result, Miss) else len(result.calls),
         reason=reason,
         failures=tuple(reasons),
         nodes=frozenset(path(node) for _, node in result.calls),
+        stopped_at=path(result.node) if isinstance(result, Miss) and isinstance(result.node, Node) else "",
         tree=tuple(draw(compiled.pattern, result)),
         requirements=() if reason else tuple(_requirement_lines(compiled.rule.requirements, reasons)),
     )
 
 
 def _requirement_lines(requirements: Iterable[Requirement], reasons: list[Reason]) -> Iterable[str]:
-    failed = {reason.requirement: reason for reason in reasons if reason.requirement}
+    failed = {(reason.requirement, reason.wanted): reason for reason in reasons if reason.requirement}
     stopped = any(reason.stage != "values" for reason in reasons)
     for each in requirements:
-        if each.name in failed:
-            yield f"{STOPPED} {each.name}: {replace(failed[each.name], rule=None, found=_text(failed[each.name]))}"
+        if (reason := failed.get((each.name, each.wanted))) is not None:
+            yield f"{STOPPED} {each.name}: {replace(reason, rule=None, found=_text(reason))}"
         elif each.stage == "values" and stopped:
             yield f"{NOT_REACHED} {each.name}: {each.wanted}"
         else:

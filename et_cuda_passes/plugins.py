@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -52,11 +52,17 @@ class Plugin:
     @property
     def origin(self) -> str:
         """The package and its version, as in "my-rules 0.1.0"."""
-        return f"{self.package} {self.version}"
+        return f"{self.package} {self.version}".strip()
 
     def load(self) -> Any:
-        """Import what the entry point points to; raises anything."""
-        return EntryPoint(self.name, self.value, self.group).load()
+        """Import what the entry point points to; raises any Exception. Its output goes to stderr."""
+        if EntryPoint.pattern.match(self.value) is None:
+            raise ValueError("it is not of the form MODULE:NAME")
+        try:
+            with redirect_stdout(sys.stderr):
+                return EntryPoint(self.name, self.value, self.group).load()
+        except SystemExit as error:
+            raise RuntimeError(f"the import ends the program: sys.exit({error.code!r})") from error
 
 
 def mode() -> Mode:
@@ -94,18 +100,36 @@ def installed(group: str) -> list[Plugin]:
 def _installed(group: str, path: tuple[str, ...]) -> tuple[Plugin, ...]:
     """The plugins of a group in the packages on ``path``, which is ``sys.path``. To find them takes milliseconds."""
     found = {
-        Plugin(entry.name, entry.value, group, entry.dist.name, entry.dist.version)
+        # A package without metadata has neither a name nor a version.
+        Plugin(
+            entry.name, entry.value, group, entry.dist.name or "a package without metadata", entry.dist.version or ""
+        )
         for entry in entry_points(group=group)
         if entry.dist is not None
     }
     return tuple(sorted(found, key=lambda each: (each.name, each.package, each.version, each.value)))
 
 
-_reported: set[str] = set()
+REINSTALL = "install it again with its dependencies, or uninstall it"
+CORRECT = "correct the package, or install a version of it without the fault"
 
 
-def report_fault(plugin: Plugin, fault: str, fix: str) -> None:
-    """Warn once that a plugin, or one rule of it, is not used.
+def import_fix(error: BaseException | None) -> str:
+    """The fix for a package whose import raised ``error``."""
+    return REINSTALL if isinstance(error, ImportError) else CORRECT
+
+
+_reported: dict[str, Plugin] = {}
+"""The text of each warning, with its plugin."""
+
+
+def has_fault(plugin: Plugin) -> bool:
+    """Whether a warning about the plugin was given."""
+    return plugin in _reported.values()
+
+
+def report_fault(plugin: Plugin, fault: str, fix: str, unused: str = "the plugin") -> None:
+    """Warn once that a plugin, or the part of it that ``unused`` names, is not used.
 
     Raises:
         PluginError: instead of the warning, if :data:`SWITCH` is "strict".
@@ -115,6 +139,6 @@ def report_fault(plugin: Plugin, fault: str, fix: str) -> None:
     if mode() == "strict":
         raise PluginError(text)
     if text not in _reported:
-        _reported.add(text)
-        fallback = f"it is not used ({SWITCH}=0 or --no-plugins uses no plugins at all)"
+        _reported[text] = plugin
+        fallback = f"{unused[:1].upper()}{unused[1:]} is not used ({SWITCH}=0 or --no-plugins uses no plugins at all)"
         warnings.warn(f"{text}. {fallback}", PluginWarning, stacklevel=2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from et_cuda_passes.cli.console import quiet_import
 from et_cuda_passes.cli.documents import Pass, Requirement, Rules, TargetPasses
-from et_cuda_passes.plugins import RULES, TARGETS, PluginError, installed, report_fault
+from et_cuda_passes.plugins import RULES, TARGETS, PluginError, has_fault, import_fix, installed, report_fault
 
 About = dict[str, dict[str, Any]]
 """For each target its summary and its passes, as data."""
@@ -54,7 +54,7 @@ def all_rules() -> About:
         except ValueError as error:
             if isinstance(error, PluginError) or name not in packages:
                 raise
-            report_fault(packages[name], str(error), "install it again with its dependencies, or uninstall it")
+            report_fault(packages[name], str(error), import_fix(error.__cause__))
             continue
         known = {entry["name"]: entry for entry in about.get(name, {}).get("passes", ())}
         passes = []
@@ -105,7 +105,8 @@ def as_text(about: About) -> str:
         lines += ["", "plugins"]
         for plugin in plugins:
             kind = "target" if plugin.group == TARGETS else "rules"
-            lines.append(f"  {plugin.origin}: {kind} {plugin.name} = {plugin.value}")
+            fault = " (has a fault)" if has_fault(plugin) else ""
+            lines.append(f"  {plugin.origin}: {kind} {plugin.name} = {plugin.value}{fault}")
     return "\n".join(lines)
 
 

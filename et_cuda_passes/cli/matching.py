@@ -97,15 +97,30 @@ def _pattern(rule: Any) -> str:
     return "\n".join(f"  {line}" for line in draw_unmatched(compile_rule(rule).pattern))
 
 
+def _names(target: str) -> list[str]:
+    """The names of the rules in the list of a target; none if the target is that of a plugin with a fault."""
+    from et_cuda_passes.targets import default_passes
+
+    try:
+        return [each.name for each in default_passes(target)]
+    except ValueError:
+        return []
+
+
 def _find_rule(name: str, target: str) -> Any:
     """The rule with that name in the target's list, or at the place ``MODULE:NAME``."""
     from et_cuda_passes.graph.passes import nearest_names
     from et_cuda_passes.graph.rule import Rule
-    from et_cuda_passes.targets import RENAMED_PASSES, default_passes
+    from et_cuda_passes.targets import RENAMED_PASSES, default_passes, targets
 
     if ":" not in name:
         listed = {each.name: each for each in default_passes(target)}
         if name not in listed:
+            others = [each for each in targets() if each != target and name in _names(each)]
+            if others:
+                raise UsageError(
+                    f"target {target} has no rule {name!r}; {', '.join(others)} has it: --target {others[0]}"
+                )
             nearest = nearest_names(name, listed, RENAMED_PASSES)
             raise UsageError(f"target {target} has no rule {name!r}; {nearest}; MODULE:NAME is one of your own package")
         return listed[name]
@@ -116,7 +131,8 @@ def _find_rule(name: str, target: str) -> Any:
         value = getattr(import_module(module), attribute)
         value = value() if isinstance(value, type) and issubclass(value, Rule) else value
     except Exception as error:  # the import of another package raises anything
-        raise UsageError(f"RULE {name} cannot be imported ({one_line(error)}): put its folder on PYTHONPATH") from error
+        fix = ": put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise UsageError(f"RULE {name} cannot be imported ({one_line(error)}){fix}") from error
     if not isinstance(value, Rule):
         raise UsageError(f"RULE {name} is {value!r}, not an et_cuda_passes.Rule")
     return value

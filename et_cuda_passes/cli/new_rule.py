@@ -2,6 +2,7 @@
 
 import keyword
 import re
+import shlex
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -54,18 +55,21 @@ def new_rule(
                 f"test it with: python -m pytest {next(path for path in files if path.stem.startswith('test_'))}"
             )
         else:
-            typer.echo(f"install it with: python -m pip install -e {package}")
+            typer.echo(f"install it with: python -m pip install -e {shlex.quote(str(package))}")
 
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name):
         words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+", name)
-        proposed = "_".join(words).lower() if words and not words[0][0].isdigit() else "write_silu"
+        usable = words and not words[0][0].isdigit() and name.isascii()
+        proposed = "_".join(words).lower() if usable else "write_silu"
         raise UsageError(f"NAME {name!r} is not in snake case: write lower-case words and underscores, as {proposed}")
     if keyword.iskeyword(name) or name in ("missed", "kept", "rewritten"):
         kind = "a keyword of Python" if keyword.iskeyword(name) else "a status in reports"
         raise UsageError(f"NAME {name} is {kind}: give the rule another name, such as {name}_rule")
-    if name.startswith("test_") or name in ("torch", "et_cuda_passes", "example", "tests"):
+    if name.startswith("test_"):
+        raise UsageError(f"NAME {name}: pytest takes a file of this name for a test: name the rule {name[5:]}")
+    if name in ("torch", "et_cuda_passes", "example", "tests"):
         raise UsageError(f"NAME {name} is the name of another module: give the rule another name, such as my_{name}")
     if any(entry["name"] == name for each in own_rules().values() for entry in each["passes"]):
         raise UsageError(f"NAME {name} is the name of a rule of et_cuda_passes: give the rule another name")

@@ -24,7 +24,7 @@ from et_cuda_passes.graph.errors import RuleError, Unmet
 from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.matcher import MatchResult, Miss, match, match_inner
-from et_cuda_passes.graph.operators import Target
+from et_cuda_passes.graph.operators import Target, op_name
 from et_cuda_passes.graph.outcomes import Candidate, OutcomeTracker, Texts
 from et_cuda_passes.graph.passes import Pass
 from et_cuda_passes.graph.pattern import root_ops
@@ -388,7 +388,7 @@ def _check_replacement(rule: Rule, old: Node, new: Node) -> None:
         raise RuleError(f"rule {rule.name} replaced {old.name}, a tensor, by {new.name}, which is not a tensor; {fix}")
     same = (
         len(before.shape) == len(after.shape)
-        and not any(statically_known_true(a != b) for a, b in zip(before.shape, after.shape, strict=True))
+        and all(map(_may_be_equal, before.shape, after.shape))
         and before.dtype == after.dtype
         and before.device == after.device
     )
@@ -399,9 +399,26 @@ def _check_replacement(rule: Rule, old: Node, new: Node) -> None:
         )
 
 
+def _may_be_equal(before: int | torch.SymInt, after: int | torch.SymInt) -> bool:
+    """Whether two sizes of one axis are equal. Two symbolic sizes count as equal unless they are known to differ."""
+    if isinstance(before, int) != isinstance(after, int):
+        # A size that `rewrite` read as a number is the one of the example inputs, and wrong for all others.
+        return statically_known_true(before == after)
+    return not statically_known_true(before != after)
+
+
 def _check_mutations(rule: Rule, old: Node, b: Builder) -> None:
-    """Check that the replacement mutates the same memory as the operator that it replaces."""
+    """Check that the replacement mutates the same memory as the operator that it replaces, and no other."""
     views = b.program.subgraphs.views
+    mutated = {alias_root(operand, views) for operand in mutated_operands(old)}
+    for node in b.created:
+        for operand in mutated_operands(node):
+            owner = alias_root(operand, views)
+            if owner not in b.created and owner not in mutated:
+                raise RuleError(
+                    f"rule {rule.name} replaced {old.name} by nodes of which {node.name} ({op_name(node.target)}) "
+                    f"mutates {operand.name}, which {old.name} does not mutate; build an operator without the mutation"
+                )
     kept = {alias_root(operand, views) for node in b.created for operand in mutated_operands(node)}
     lost = [operand.name for operand in mutated_operands(old) if alias_root(operand, views) not in kept]
     if lost:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.graph.operators import op_name
 from et_cuda_passes.graph.program import Program
 
 Read = Callable[[Node], Any]
@@ -43,6 +44,9 @@ class Region:
         Args:
             read: returns the values of the run.
             replaced: values to use instead of those that nodes of the region compute.
+
+        Raises:
+            UsageError: an operator of another package has no implementation for the device.
         """
         values: dict[Node, Any] = {}
         last = {operand: node for node in self.nodes for operand in node.all_input_nodes}
@@ -57,7 +61,13 @@ class Region:
                 values[node] = replaced[node]
                 continue
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            try:
+                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            except NotImplementedError as error:
+                raise UsageError(
+                    f"the operator {op_name(node.target)} has no implementation for the device of its arguments: "
+                    "register a reference in plain torch with torch.library.impl"
+                ) from error
             del args, kwargs
             for operand in node.all_input_nodes:
                 if last[operand] is node:

@@ -1,10 +1,11 @@
 """Match a pattern at a node. The matcher changes nothing and reads no tensor."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
+import torch
 from torch.fx import Node
 
 from et_cuda_passes.graph.aliasing import alias_source, mutated_operands
@@ -18,6 +19,8 @@ from et_cuda_passes.graph.operators import (
     schema_of,
 )
 from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, ListOf, Literal, Pattern, Wildcard
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Miss:
         root: the node where the attempt started.
         node: the node or constant that does not fit.
         pattern: the part of the pattern that it does not fit.
-        progress: the number of nodes that fit.
+        progress: the number of nodes that fit, or that would with the operands in the other order.
         why: what was wanted, where the pattern alone does not say it.
         calls: the calls of the pattern that fit with their nodes, in the order in which they matched.
         reader_of: the node whose reader ``node`` is, if a reader does not fit.
@@ -69,6 +72,12 @@ class Miss:
         return _owned(self.calls)
 
     @property
+    def operator_fits(self) -> bool:
+        """Whether ``node`` is a call of an operator that the pattern has in its place, and another thing is wrong."""
+        node, pattern = self.node, self.pattern
+        return isinstance(node, Node) and isinstance(pattern, Call) and op_of(node) in pattern.targets
+
+    @property
     def wanted_ops(self) -> tuple[Target, ...]:
         """The operators that would fit; empty if the attempt did not end at an operator."""
         return self.pattern.targets if isinstance(self.pattern, Call) and not self.why else ()
@@ -85,6 +94,8 @@ class Miss:
     @property
     def found(self) -> str:
         """Text: the node or constant in its place."""
+        if self.node is None and self.reader_of is not None:
+            return "no reader"
         if not isinstance(self.node, Node):
             return repr(self.node)
         if self.node.op == "output":
@@ -108,6 +119,9 @@ class Miss:
 Calls: TypeAlias = tuple[tuple[Call, Node], ...]
 Fix: TypeAlias = Callable[[Any], str]
 
+_COMMUTATIVE = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.maximum.default, aten.minimum.default))
+"""Operators whose two operands may be swapped. The matcher does not swap them; a miss says where that is the reason."""
+
 
 def _owned(calls: Calls) -> tuple[Node, ...]:
     return tuple(node for call, node in calls if not call.shared)
@@ -126,6 +140,10 @@ def _functional_hint(pattern: Call, node: Any) -> str:
 
 def _out_of_place(node: Any) -> str:
     return "write the mutation out of place in the model, or call run_decompositions({}) on the program first"
+
+
+def _any_of_both_orders(node: Any) -> str:
+    return "it fits with its two operands swapped: write both orders in the pattern, with any_of"
 
 
 def _other_readers(node: Any) -> str:
@@ -153,9 +171,12 @@ class _Matcher:
         self.root = root
         self.mutated = mutated
         self.miss: Miss | None = None
+        self.swapping = False
 
-    def fail(self, node: Any, pattern: Pattern, state: _State, why: str = "", fix: Fix | None = None) -> None:
-        progress = len(state.calls)
+    def fail(
+        self, node: Any, pattern: Pattern, state: _State, why: str = "", fix: Fix | None = None, progress: int = 0
+    ) -> None:
+        progress = max(progress, len(state.calls))
         if self.miss is None or progress > self.miss.progress:
             self.miss = Miss(self.root, node, pattern, progress, why, state.calls, fix=fix)
 
@@ -209,7 +230,7 @@ class _Matcher:
             if isinstance(child, Wildcard):
                 continue
             if not states:
-                return
+                break
             if isinstance(child, Literal) and (isinstance(value, Node) or value != child.value):
                 argument = "" if name.isdigit() else f"{pattern}({name}={child})"
                 return self.fail(value, child, states[0], argument, partial(_argument_hint, name, child))
@@ -218,12 +239,26 @@ class _Matcher:
                     # A rewrite reads the capture at the root, possibly after the mutation.
                     return self.fail(item, part, bound, f"{part}, which is not mutated", _out_of_place)
             states = [after for before in states for after in self.match(child, value, before)]
-        if node is not self.root and not pattern.shared:
+        if not states:
+            self.try_swapped(pattern, node, state)
+        elif node is not self.root and not pattern.shared:
             # A rewrite reads inputs without a name in the pattern at the root too; for a shared node, constants.
             for source in node.all_input_nodes:
                 if source in self.mutated:
                     return self.fail(source, pattern, bound, f"{pattern} of inputs that are not mutated", _out_of_place)
         yield from states
+
+    def try_swapped(self, pattern: Call, node: Node, state: _State) -> None:
+        """Say that a sum or a product fits with its operands in the other order, if that is the reason of the miss."""
+        if self.swapping or len(pattern.args) < 2 or not _COMMUTATIVE.issuperset(pattern.targets):
+            return
+        first, second, *others = pattern.args
+        before, self.swapping = self.miss, True
+        swapped = next(self.match_call(replace(pattern, args=(second, first, *others)), node, state), None)
+        self.miss, self.swapping = before, False
+        if swapped is not None:
+            why = f"{pattern} with its operands in the order of the pattern"
+            self.fail(node, pattern, state, why, _any_of_both_orders, len(swapped.calls))
 
 
 def _argument_hint(name: str, pattern: Literal, value: Any) -> str:
@@ -306,7 +341,9 @@ def _match_outwards(chain: Sequence[Call], node: Node, mutated: Container[Node])
     progress = len(found.calls)
     readers = [reader for reader in node.users if op_of(reader) in chain[1].targets]
     if not readers:
-        return Miss(node, next(iter(node.users), None), chain[1], progress, calls=found.calls, reader_of=node)
+        # An assertion on the value reads it too, and has no reader itself. Name another reader if there is one.
+        reader = next((user for user in node.users if user.users or user.op == "output"), next(iter(node.users), None))
+        return Miss(node, reader, chain[1], progress, calls=found.calls, reader_of=node)
     misses = [_match_outwards(chain[1:], reader, mutated) for reader in readers]
     if None in misses:
         return None

@@ -157,7 +157,7 @@ def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Ma
     for entry in entries:
         for name in (*entry.before, *entry.after):
             if name not in position and name not in known_names:
-                nearest = nearest_names(name, [*position, *known_names], renamed)
+                nearest = nearest_names(name, [*position, *sorted(known_names)], renamed)
                 raise ValueError(f"pass {entry.name} names {name!r} in before or after; {nearest}")
         demanded.update((entry.name, later) for later in entry.before if later in position)
         demanded.update((earlier, entry.name) for earlier in entry.after if earlier in position)

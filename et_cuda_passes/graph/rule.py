@@ -226,6 +226,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
     Raises:
         TypeError: the rule has no pattern or no rewrite, the pattern is not rooted in a call, or a name in the pattern
             cannot work.
+        RuleError: ``pattern`` failed.
     """
     function = getattr(rule, "pattern", None)
     if function is None:
@@ -234,7 +235,12 @@ def compile_rule(rule: Rule) -> CompiledRule:
     if not isinstance(rule, (GroupRule, Keep)) and getattr(rule, "rewrite", None) is None:
         raise TypeError(f"rule {rule.name} has no rewrite method; a rule that leaves its matches derives from Keep")
     captures = parse_captures(function)
-    pattern = function(**captures)
+    try:
+        pattern = function(**captures)
+    except (TypeError, ValueError):
+        raise
+    except Exception as error:
+        raise RuleError(f"rule {rule.name}: its pattern failed: {type(error).__name__}: {error}") from error
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
     bound, sure = set(bound_names(pattern)), always_bound(pattern)
@@ -285,5 +291,8 @@ def call_hook(rule: Rule, hook: str, root: Node, program: Program, call: Callabl
             "raises Unmet does not hold, and the match is not rewritten"
         ) from error
     except Exception as error:
-        text = str(error) or type(error).__name__
+        # The texts of Python's own errors need the type: that of a KeyError is the key alone.
+        text = (
+            str(error) if type(error) in (RuntimeError, ValueError, TypeError) else f"{type(error).__name__}: {error}"
+        )
         raise RuleError(f"rule {rule.name}: at {root.name} its {hook} failed: {text}") from error

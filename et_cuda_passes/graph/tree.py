@@ -112,8 +112,12 @@ class _Drawing:
             for name, child, argument in pair(pattern, node):
                 # An argument that the pattern leaves out is shown only where its value is the reason.
                 omitted = name not in written and isinstance(child, Literal)
-                if not isinstance(child, Wildcard) and not (omitted and not self._stops(child, argument)):
+                if not isinstance(child, Wildcard) and not (omitted and not self._is_reason(child, argument)):
                     yield name, child, argument
+
+    def _is_reason(self, pattern: Pattern, value: Any) -> bool:
+        """Whether the attempt stopped at the argument ``value``."""
+        return self._miss is not None and value is self._miss.node and pattern == self._miss.pattern
 
 
 def _arguments(pattern: Call) -> list[tuple[str, Pattern]]:

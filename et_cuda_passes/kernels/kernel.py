@@ -23,6 +23,10 @@ class Kernel:
         per_row: whether the kernel also supports one scale per row.
         slow_dtypes: those of ``dtypes`` in which a linear with float weights is faster.
         host_notes: what a report says of the kernel on a host with a certain ``get_cpu_capability()``.
+
+    Raises:
+        TypeError: dtypes or group sizes are no tuple of such.
+        ValueError: a group size or a multiple is no positive number.
     """
 
     name: str
@@ -37,6 +41,20 @@ class Kernel:
     per_row: bool = False
     slow_dtypes: tuple[torch.dtype, ...] = ()
     host_notes: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        dtypes, sizes = self.dtypes, self.group_sizes
+        if not isinstance(dtypes, tuple) or not all(isinstance(each, torch.dtype) for each in dtypes):
+            raise TypeError(f"kernel {self.name!r}: dtypes must be a tuple such as (torch.float16,), not {dtypes!r}")
+        if not isinstance(sizes, tuple) or not all(isinstance(each, int) for each in sizes):
+            raise TypeError(f"kernel {self.name!r}: group_sizes must be a tuple such as (32, 64), not {sizes!r}")
+        for field_name, number in (
+            *(("group_sizes", size) for size in sizes),
+            ("in_multiple", self.in_multiple),
+            ("out_multiple", self.out_multiple),
+        ):
+            if number < 1:
+                raise ValueError(f"kernel {self.name!r}: {field_name} has {number}; write a number of at least 1")
 
     def native_group_size(self, group_size: int, in_features: int) -> int | None:
         """The group size that the kernel computes with for a weight with groups of ``group_size``.

@@ -44,6 +44,7 @@ class Layout:
             ``(q - 8) * scale + zero``; zero is None if all zeros are 0. Axis 1 of the result is N.
         unpack_scales: ``(scale_and_zero, groups) -> scale, zero``, each [N, groups], of
             ``(q - zero_offset) * scale + zero``.
+        row_multiple, column_multiple: the numbers that N, with its padding, and K must be multiples of.
         check: ``(count, scale_shape, group_size, in_features) -> K`` for ``count`` packed weights and the shape of
             scale_and_zero, or None if these do not fit each other. ``in_features`` decides where K is padded.
         zero_offset: the number that the layout's kernels subtract from q.
@@ -66,6 +67,8 @@ class Layout:
     pack_scales: Callable[[Tensor, Tensor | None, dtype, int], Tensor]
     unpack_scales: Callable[[Tensor, int], tuple[Tensor, Tensor]]
     check: Callable[[int, tuple[int, ...], int, int], int | None]
+    row_multiple: int = 1
+    column_multiple: int = 1
     block_rows: Callable[[], int | None] = lambda: 1
     zero_offset: int = ZERO_OFFSET
     shift: Callable[[int, int], int | None] = unsigned_shift

@@ -130,6 +130,7 @@ LAYOUT = Layout(
     unpack=unpack,
     pack_scales=_pack_scales,
     unpack_scales=unpack_planes,
+    column_multiple=8,
     check=_check,
     zero_offset=0,
     shift=_shift,

@@ -147,6 +147,7 @@ LAYOUT = Layout(
     unpack=unpack,
     pack_scales=_planes,
     unpack_scales=unpack_planes,
+    column_multiple=32,
     check=_check,
     rows=lambda ids, packed: unpack_words(F.embedding(ids, packed)),
     row_scales=planes_of_rows,

@@ -65,11 +65,13 @@ def embedding(ids: Pattern) -> Pattern:
 # Operators of this package -------------------------------------------------------------------------------------------
 
 
-@requirement("a result in a dtype that the kernel has", hint="export the model in bfloat16")
+@requirement("a result in a dtype that the kernel has")
 def kernel_has_result_dtype(m: Match) -> Failure | None:
     """Scales of less precision than the result lose accuracy, which the option ``cast_to_bf16`` accepts."""
     dtype = m.val(m.root).dtype
-    return None if kernel_dtype(m, dtype) is not None else Failure(dtype_names([dtype]))
+    if kernel_dtype(m, dtype) is not None:
+        return None
+    return Failure(dtype_names([dtype]), f"export the model in one of {dtype_names(kernel_of(m).dtypes)}")
 
 
 def result_scale_dtype(m: Match) -> torch.dtype:

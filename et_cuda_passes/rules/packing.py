@@ -49,12 +49,13 @@ def packed_weight(m: Match) -> QuantizedWeight:
 def kernel_dtype(m: Match, dtype: torch.dtype) -> torch.dtype | None:
     """The dtype in which the kernel computes for tensors in ``dtype``: the same, or None if the kernel lacks it.
 
-    With the rule's option ``cast_to_bf16`` it is bf16 for a dtype that the kernel lacks, or in which it is slow.
+    With the rule's option ``cast_to_bf16`` it is bf16 for a dtype that the kernel lacks, or in which it is slow, if the
+    kernel has bf16.
     """
     kernel, cast = kernel_of(m), getattr(m.rule, "cast_to_bf16", False)
     if dtype in kernel.dtypes and not (cast and dtype in kernel.slow_dtypes):
         return dtype
-    return torch.bfloat16 if cast and dtype.is_floating_point else None
+    return torch.bfloat16 if cast and dtype.is_floating_point and torch.bfloat16 in kernel.dtypes else None
 
 
 def compute_dtype(m: Match) -> torch.dtype | None:

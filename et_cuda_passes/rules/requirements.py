@@ -164,7 +164,8 @@ def kernel_has_activation_dtype(m: Match) -> Failure | None:
     hint = f"{kernel.name} has {dtype_names(kernel.dtypes)}: export the model in one of these"
     # A 4-bit weight is the matter of a rule for 4 bits.
     narrow = int4_shift(packed_weight(m)) is not None
-    if getattr(m.rule, "cast_to_bf16", None) is False and narrow == (weight_fits_4_bits in m.rule.requirements):
+    can_cast = torch.bfloat16 in kernel.dtypes and getattr(m.rule, "cast_to_bf16", None) is False
+    if can_cast and narrow == (weight_fits_4_bits in m.rule.requirements):
         option = f"{type(m.rule).__name__}(cast_to_bf16=True)"
         hint += f", or accept bf16 arithmetic with {option} in place of the default {m.rule.name}"
     return Failure(dtype_names([dtype]), hint)

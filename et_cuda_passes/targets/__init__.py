@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 
 from et_cuda_passes.graph.passes import PassList
-from et_cuda_passes.plugins import RULES, TARGETS, Plugin, installed, report_fault
+from et_cuda_passes.plugins import RULES, TARGETS, Plugin, installed, mode, report_fault
 from et_cuda_passes.targets.coreml import COREML
 from et_cuda_passes.targets.cpu import CPU
 from et_cuda_passes.targets.cuda import CUDA
@@ -80,7 +80,12 @@ def get_target(name: str | Target) -> Target:
     if isinstance(name, str) and name in found:
         plugin = found[name]
         target = _load(plugin)
-        for rule in target.passes():
+        if target.name != name:
+            raise ValueError(
+                f"target {name!r}: {plugin.value} has the name {target.name!r}, which reports and files would show; "
+                "give the Target and its entry point the same name"
+            )
+        for rule in target.rules():
             remember_origin(rule, plugin)
         return target
     if isinstance(name, str) and re.fullmatch(r"[\w.]+:[\w.]+", name):
@@ -91,7 +96,10 @@ def get_target(name: str | Target) -> Target:
             "it, as in my_npu:npu"
         )
     known = ", ".join(targets())
-    raise ValueError(f"unknown target {name!r}; known targets are {known}, and MODULE:NAME is one of your own package")
+    off = "; plugins are switched off" if mode() == "0" else ""
+    raise ValueError(
+        f"unknown target {name!r}; known targets are {known}, and MODULE:NAME is one of your own package{off}"
+    )
 
 
 def _check_name(target: Target) -> Target:
@@ -152,7 +160,7 @@ def default_passes(target: str | Target) -> PassList:
     """
     chosen = get_target(target)
     own = {name: each.passes() for name, each in _TARGETS.items()}
-    return _DefaultPasses(with_plugins(chosen.name, chosen.passes(), own, _installed_targets(), RENAMED_PASSES))
+    return _DefaultPasses(with_plugins(chosen.name, chosen.rules(), own, _installed_targets(), RENAMED_PASSES))
 
 
 def known_passes() -> set[str]:

@@ -1,5 +1,6 @@
 """The rules of other packages that join the default lists of the targets."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +8,7 @@ from typing import Any
 
 from et_cuda_passes.graph.passes import nearest_names, parse
 from et_cuda_passes.graph.rule import Rule
-from et_cuda_passes.plugins import RULES, Mode, Plugin, installed, mode, report_fault
+from et_cuda_passes.plugins import CORRECT, RULES, TARGETS, Mode, Plugin, import_fix, installed, mode, report_fault
 
 _FORM = 'an entry point in the group et_cuda_passes.rules is a mapping such as {"cuda": [MyRule()]}'
 
@@ -26,8 +27,15 @@ _origins: dict[type, str] = {}
 
 
 def origin_of(rule: Any) -> str:
-    """The package and version that brought a rule, as in "my-rules 0.1.0"; empty for a rule of no plugin."""
-    return _origins.get(type(rule), "")
+    """The package and version that brought a rule, as in "my-rules 0.1.0"; empty for a rule of no plugin.
+
+    A rule that was imported without its plugin belongs to the plugin in the same top-level module.
+    """
+    if type(rule) in _origins:
+        return _origins[type(rule)]
+    module = type(rule).__module__.partition(".")[0]
+    plugins = (*installed(RULES), *installed(TARGETS))
+    return next((each.origin for each in plugins if re.split("[.:]", each.value)[0] == module), "")
 
 
 def remember_origin(rule: Rule, plugin: Plugin) -> None:
@@ -67,17 +75,12 @@ def with_plugins(
         if each.target == target:
             try:
                 entries = parse([*result, each.rule], lambda _: False, known, renamed)
-            except (TypeError, ValueError) as error:
-                report_fault(each.plugin, f"rule {each.rule.name} cannot join the list of {target}: {error}", _CORRECT)
             except Exception as error:  # pattern() of another package raises anything
-                text = f"{type(error).__name__}: {error}"
-                report_fault(each.plugin, f"the pattern of rule {each.rule.name} fails: {text}", _CORRECT)
+                fault = f"rule {each.rule.name} cannot join the list of {target}: {error}"
+                report_fault(each.plugin, fault, CORRECT, f"rule {each.rule.name}")
             else:
                 result = [entry.value for entry in entries]
     return result
-
-
-_CORRECT = "correct the rule, or install a version of the package without the fault"
 
 
 @cache
@@ -91,10 +94,20 @@ def _joining(
         for target, rule in _rules_of(plugin, targets):
             first = owner.setdefault(rule.name, plugin)
             if rule.name in reserved:
-                report_fault(plugin, f"the name of its rule {rule.name} is that of a rule of this package", _RENAME)
+                report_fault(
+                    plugin,
+                    f"the name of its rule {rule.name} is that of a rule of this package",
+                    _RENAME,
+                    f"rule {rule.name}",
+                )
             elif first is not plugin:
                 where = f"{first.origin} (plugin {first.name})"
-                report_fault(plugin, f"the name of its rule {rule.name} is that of a rule of {where}", _RENAME)
+                report_fault(
+                    plugin,
+                    f"the name of its rule {rule.name} is that of a rule of {where}",
+                    _RENAME,
+                    f"rule {rule.name}",
+                )
             else:
                 remember_origin(rule, plugin)
                 found.append(_Joining(rule, target, plugin))
@@ -109,8 +122,8 @@ def _rules_of(plugin: Plugin, targets: Iterable[str]) -> list[tuple[str, Rule]]:
     try:
         value = plugin.load()
     except Exception as error:  # the import of another package raises anything
-        fix = "install it again with its dependencies, or uninstall it"
-        report_fault(plugin, f"{plugin.value} cannot be imported ({type(error).__name__}: {error})", fix)
+        fault = f"{plugin.value} cannot be imported ({type(error).__name__}: {error})"
+        report_fault(plugin, fault, import_fix(error))
         return []
     if not isinstance(value, Mapping):
         report_fault(plugin, f"{plugin.value} is {value!r}", _FORM)
@@ -118,15 +131,19 @@ def _rules_of(plugin: Plugin, targets: Iterable[str]) -> list[tuple[str, Rule]]:
     found: list[tuple[str, Rule]] = []
     for target, rules in value.items():
         if target not in targets:
-            report_fault(plugin, f"there is no target {target!r}; {nearest_names(str(target), sorted(targets))}", _FORM)
+            fault = f"there is no target {target!r}; {nearest_names(str(target), sorted(targets))}"
+            report_fault(plugin, fault, _FORM, f"its entry {target!r}")
         elif not isinstance(rules, (list, tuple)):
-            report_fault(plugin, f"the value of {target!r} is {rules!r}, not a list of rules", _FORM)
+            report_fault(
+                plugin, f"the value of {target!r} is {rules!r}, not a list of rules", _FORM, f"its entry {target!r}"
+            )
         else:
             for rule in rules:
                 if isinstance(rule, Rule):
                     found.append((target, rule))
                 elif isinstance(rule, type) and issubclass(rule, Rule):
-                    report_fault(plugin, f"it contains the class {rule.__name__}", f"write {rule.__name__}()")
+                    fault, fix = f"it contains the class {rule.__name__}", f"write {rule.__name__}()"
+                    report_fault(plugin, fault, fix, rule.__name__)
                 else:
-                    report_fault(plugin, f"it contains {rule!r}, which is not a Rule", _FORM)
+                    report_fault(plugin, f"it contains {rule!r}, which is not a Rule", _FORM, repr(rule))
     return found

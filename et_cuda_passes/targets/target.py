@@ -1,5 +1,6 @@
 """The type of a target. The abilities of its kernels and its list of rules are data, so no rule depends on a target."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.kernels.gpus import GpuArch
 from et_cuda_passes.kernels.kernel import Kernel
+from et_cuda_passes.layouts import LAYOUTS, Layout
 from et_cuda_passes.ops import INT4_EMBEDDINGS, INT4_EXPERTS, INT4_LINEARS
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 
@@ -42,6 +44,22 @@ PLAIN = Kernel(
 """The implementation of ``int8_linear`` without a kernel. A compiled program dequantizes the weight at every call."""
 
 
+_KERNELS = 'from families to tuples of Kernel, such as {"int4_linear": (kernel,)}'
+
+
+def _check_multiples(kernel: Kernel, layout: Layout) -> None:
+    """Check that every weight that the kernel supports can be packed."""
+    for name, number, multiple in (
+        ("out_multiple", kernel.out_multiple, layout.row_multiple),
+        ("in_multiple", kernel.in_multiple, layout.column_multiple),
+    ):
+        if number % multiple:
+            raise ValueError(
+                f"kernel {kernel.name!r} has {name}={number}, and the layout {layout.name} needs a multiple of "
+                f"{multiple}: write {name}={-(-number // multiple) * multiple}"
+            )
+
+
 @dataclass(frozen=True)
 class Target:
     """A backend: its kernels by family, and its ordered list of rules.
@@ -62,7 +80,9 @@ class Target:
         lowered_as: the name of the target of this package as which this one is lowered, if it is not its own name.
 
     Raises:
-        ValueError: a family is unknown, or no operator of a kernel's family reads the kernel's layout.
+        TypeError: ``kernels`` is no such mapping, or ``passes`` no function.
+        ValueError: the name cannot be one; a family is unknown; two kernels of a family have one name; no operator of a
+            kernel's family reads the kernel's layout; or the layout cannot store each weight that the kernel supports.
     """
 
     name: str
@@ -83,15 +103,43 @@ class Target:
                 f"target {self.name!r}: passes must be a function that returns the list, not the list itself: write "
                 "passes=lambda: [...]"
             )
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", self.name):
+            raise ValueError(
+                f"a target cannot be named {self.name!r}, since --target and names of files contain the name: write "
+                "letters, digits, _ and -"
+            )
+        if not isinstance(self.kernels, Mapping):
+            raise TypeError(f"target {self.name!r}: kernels must be a mapping {_KERNELS}, not {self.kernels!r}")
         for family, kernels in self.kernels.items():
             if family not in FAMILIES:
                 raise ValueError(f"there is no family of kernels {family!r}; known are {', '.join(FAMILIES)}")
+            if not isinstance(kernels, tuple) or not all(isinstance(each, Kernel) for each in kernels):
+                raise TypeError(f"target {self.name!r}: kernels must be a mapping {_KERNELS}, not {self.kernels!r}")
+            names = [kernel.name for kernel in kernels]
+            if len(set(names)) != len(names):
+                raise ValueError(f"target {self.name!r}: two {family} kernels have one name ({', '.join(names)})")
             for kernel in kernels:
                 if kernel.layout not in FAMILIES[family]:
                     raise ValueError(
                         f"kernel {kernel.name!r} reads the layout {kernel.layout!r}, and no {family} operator does; "
                         f"known are {', '.join(FAMILIES[family])}"
                     )
+                if kernel.layout in LAYOUTS:
+                    _check_multiples(kernel, LAYOUTS[kernel.layout])
+
+    def rules(self) -> list[Rule]:
+        """A new list of the rules, which ``passes`` returns.
+
+        Raises:
+            UsageError: ``passes`` raises, or returns no list.
+        """
+        try:
+            listed = self.passes()
+        except Exception as error:  # a function of another package raises anything
+            raise UsageError(f"target {self.name!r}: its passes failed: {type(error).__name__}: {error}") from error
+        if not isinstance(listed, (list, tuple)):
+            raise UsageError(f"target {self.name!r}: passes must return a list of rules; it returned {listed!r}")
+        return list(listed)
 
     @property
     def lowering(self) -> str:

@@ -163,8 +163,8 @@ def assert_golden(before: ExportedProgram, after: ExportedProgram, report: Repor
         before: the program that was rewritten.
         after: the program that the rewrite returned.
         report: its report.
-        golden: the text itself, or the path of a file with it. With ``ETCP_UPDATE_GOLDEN=1`` the file is written. Read
-            the difference before you commit it.
+        golden: a ``str`` is the text itself; a ``pathlib.Path`` is the file with it, which is written with
+            ``ETCP_UPDATE_GOLDEN=1``. Read the difference before you commit it.
 
     Raises:
         AssertionError: the text differs, with the difference; or the file does not exist.

@@ -49,10 +49,16 @@ def assert_near_misses(
         passes: the pass list; None for the target's own. The passes before ``rule`` run first.
 
     Raises:
-        AssertionError: a requirement has no near miss, a name is that of no requirement, or a program is rejected by
-            other requirements than the one that it is for; the message says what the rule found.
+        AssertionError: two requirements have one name, a requirement has no near miss, a name is that of no
+            requirement, or a program is rejected by other requirements than the one that it is for; the message says
+            what the rule found.
     """
     names = [requirement.name for requirement in rule.requirements]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice, (
+        f"rule {rule.name} has two requirements named {', '.join(twice)}, and a near miss is of one of them: rename a "
+        "function, or write dataclasses.replace(requirement, name=...)"
+    )
     missing = [name for name in names if name not in near_misses]
     unknown = [name for name in near_misses if name not in names]
     assert not missing, f"rule {rule.name} has no near miss of {', '.join(missing)}: add a program that each rejects"

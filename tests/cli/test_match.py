@@ -88,10 +88,10 @@ def test_match_at_a_node_prints_the_places_that_contain_it(command: Run, model: 
         ),
         (
             "linear",
-            "linear is et_cuda_passes.int4_linear_mma_tiled, which is no call of the pattern; linear_int4, which",
+            "linear is et_cuda_passes.int4_linear_mma_tiled, which no attempt reaches; linear_int4, which",
         ),
         ("dequantize_affine", "no node 'dequantize_affine' when it is the turn of the rule; the nearest names are"),
-        ("x", "x is a placeholder, which is no call of the pattern"),
+        ("x", "x is a placeholder, which no attempt reaches"),
     ],
 )
 def test_match_at_a_node_that_is_not_there_is_an_error(at: str, error: str, command: Run, model: Path) -> None:
@@ -164,3 +164,14 @@ def test_match_of_an_unknown_rule_is_an_error_with_the_fix(
 ) -> None:
     result = command("match", rule.replace("own:", f"{own}:"), model)
     assert result.code == 2 and error in result.error
+
+
+def test_rule_of_another_target_names_that_target(command: Run, model: Path) -> None:
+    result = command("match", "keep_dynamic_int4", model)
+    assert result.code == 2
+    assert "target cuda has no rule 'keep_dynamic_int4'; xnnpack has it: --target xnnpack" in result.error
+
+
+def test_module_without_the_rule_gives_no_advice_on_folders(command: Run, model: Path) -> None:
+    result = command("match", "et_cuda_passes:NoSuchRule", model)
+    assert result.code == 2 and "AttributeError" in result.error and "PYTHONPATH" not in result.error

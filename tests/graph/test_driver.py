@@ -67,7 +67,9 @@ def test_rewrite_that_raises_is_an_error_that_names_its_rule() -> None:
         raise KeyError("no such thing")
 
     before = relu_program()
-    with pytest.raises(RuleError, match=r"rule faulty: at relu_default its rewrite failed: 'no such thing'") as error:
+    with pytest.raises(
+        RuleError, match=r"rule faulty: at relu_default its rewrite failed: KeyError: 'no such thing'"
+    ) as error:
         apply(before, [rewriting(rewrite)])
     assert isinstance(error.value.__cause__, KeyError)
     assert names(before) == ["aten.relu"]
@@ -89,6 +91,25 @@ def test_replacement_with_another_shape_dtype_or_device_is_refused(rewrite: Any,
         apply(relu_program(), [rewriting(rewrite)])
     assert "rule faulty replaced relu_default" in str(error.value)
     assert found in str(error.value)
+
+
+def test_replacement_with_the_size_of_the_example_is_refused() -> None:
+    class Relu(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.relu()
+
+    program = torch.export.export(Relu(), (torch.ones(3, 4),), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    with pytest.raises(RuleError, match=r"rule faulty replaced relu \(torch.float32 \[s\d+, 4\] .*\[3, 4\]"):
+        apply(program, [rewriting(lambda b, m: b.call(aten.new_zeros.default, m.x, [3, 4]))])
+    rows = rewriting(lambda b, m: b.call(aten.new_zeros.default, m.x, [b.size(m.x, 0), 4]))
+    assert names(apply(program, [rows])[0]) == ["aten.sym_size", "aten.new_zeros"]
+
+
+def test_replacement_that_mutates_a_value_of_the_program_is_refused() -> None:
+    with pytest.raises(RuleError, match=r"relu__default \(aten.relu_\) mutates x, which relu_default does not mutate"):
+        apply(relu_program(), [rewriting(lambda b, m: b.call(aten.relu_.default, m.x))])
+    own = rewriting(lambda b, m: b.call(aten.neg_.default, b.call(aten.clone.default, m.x)))
+    assert names(apply(relu_program(), [own])[0]) == ["aten.clone", "aten.neg_"]
 
 
 @pytest.mark.parametrize("value", [None, 3, "neg"])

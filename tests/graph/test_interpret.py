@@ -146,3 +146,15 @@ def test_mutated_input_of_the_caller_is_unchanged() -> None:
     x = X.clone()
     assert torch.equal(runner.run(runner.bind((x,)))[0], 2 * X)
     assert torch.equal(x, X)
+
+
+def test_region_with_an_operator_without_a_kernel_names_it() -> None:
+    with torch.library._scoped_library("et_test_region", "DEF") as library:
+        library.define("f(Tensor x) -> Tensor")
+        torch.library.register_fake("et_test_region::f", torch.empty_like, lib=library)
+        sketch = Sketch()
+        x = sketch.input("x", 3)
+        y = sketch.call(torch.ops.et_test_region.f.default, x)
+        region = Region((y,), {x: x})
+        with pytest.raises(UsageError, match=r"the operator et_test_region\.f has no implementation for the device"):
+            region.compute(lambda node: torch.ones(3))

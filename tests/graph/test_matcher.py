@@ -10,7 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph import matcher as engine
 from et_cuda_passes.graph.aliasing import mutated_nodes
 from et_cuda_passes.graph.matcher import MatchResult, Miss, match
-from et_cuda_passes.graph.pattern import Capture, any_of, op
+from et_cuda_passes.graph.pattern import Capture, any_of, inner_calls, op
 from et_cuda_passes.testing import Sketch
 
 aten = torch.ops.aten
@@ -251,3 +251,36 @@ def test_mutation_of_one_result_reaches_the_others_only_through_views(sketch: Sk
         written = mutated_nodes(sketch.graph.nodes)
         assert first in written
         assert (second not in written) == apart
+
+
+def test_operands_in_the_other_order_are_the_reason_of_a_miss(sketch: Sketch) -> None:
+    x = sketch.input("x", 4)
+    product = sketch.call(aten.mul.Tensor, x, sketch.call(aten.relu.default, x))
+    pattern = mul(relu(X), X)
+    miss = match(pattern, product)
+    assert isinstance(miss, Miss)
+    assert miss.wanted == "aten.mul with its operands in the order of the pattern"
+    assert "write both orders in the pattern, with any_of" in miss.hint
+    found(any_of(pattern, mul(X, relu(X))), product)
+
+
+def test_operands_in_the_other_order_are_no_reason_if_they_do_not_fit_either(sketch: Sketch) -> None:
+    x, y = sketch.input("x", 4), sketch.input("y", 4)
+    product = sketch.call(aten.mul.Tensor, x, sketch.call(aten.relu.default, y))
+    assert missed(mul(relu(X), X), product) == ("aten.relu", "placeholder x")
+    difference = sketch.call(aten.sub.Tensor, x, sketch.call(aten.relu.default, x))
+    assert missed(op(aten.sub.Tensor)(relu(X), X), difference) == ("aten.relu", "placeholder x")
+
+
+def test_reader_of_a_dead_node_is_reported_as_none(sketch: Sketch) -> None:
+    x = sketch.input("x", 4)
+    miss = engine.match_inner(inner_calls(neg(relu(X))), sketch.call(aten.relu.default, x))
+    assert miss is not None and miss.found == "no reader"
+
+
+def test_assertion_is_not_named_as_the_reader_that_does_not_fit(sketch: Sketch) -> None:
+    y = sketch.call(aten.relu.default, sketch.input("x", 4))
+    sketch.call(aten._assert_tensor_metadata.default, y, dtype=torch.float32)
+    sketch.program(sketch.call(aten.abs.default, y))
+    miss = engine.match_inner(inner_calls(neg(relu(X))), y)
+    assert miss is not None and miss.found.startswith("aten.abs")

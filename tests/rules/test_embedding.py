@@ -270,7 +270,10 @@ MISSES = {
     ),
     "int4, K of 48": Miss(INT4, "kernel_tiles_divide_k", table(48, 48), "found K = 48; K must be a multiple of 32"),
     "int4, float32": Miss(
-        INT4, "kernel_has_result_dtype", table(dtype=FP32), "found float32; export the model in bfloat16"
+        INT4,
+        "kernel_has_result_dtype",
+        table(dtype=FP32),
+        "found float32; export the model in one of bfloat16, float16",
     ),
     "int4, infinite scale": Miss(
         INT4, "scales_are_finite", table(change=infinite), "found 2 that are NaN or infinite; quantize the weight again"

@@ -1,6 +1,7 @@
 """Rules and targets of installed packages: where they join, and the warning for each fault."""
 
 import dataclasses
+import importlib
 import sys
 import warnings
 from pathlib import Path
@@ -25,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of installed packages, with plugins switched on. Their modules are forgotten after the test."""
     monkeypatch.setenv("ETCP_PLUGINS", "1")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(plugins, "_reported", set())
+    monkeypatch.setattr(plugins, "_reported", {})
     # The packages of two tests have the same names and other contents.
     joining._joining.cache_clear()
     before = set(sys.modules)
@@ -108,16 +109,23 @@ def test_partitioner_runs_the_rules_of_plugins(folder: Path) -> None:
     assert partitioner.report.packages == {"write_silu": "my-rules 1.0"}
 
 
-FIX = "it is not used (ETCP_PLUGINS=0 or --no-plugins uses no plugins at all)"
+FIX = " is not used (ETCP_PLUGINS=0 or --no-plugins uses no plugins at all)"
 FAULTS: dict[str, tuple[str, list[str]]] = {
     "import": ("import nowhere_at_all", ["my_rules:RULES cannot be imported (ModuleNotFoundError", "install it again"]),
-    "error": ("1 / 0", ["cannot be imported (ZeroDivisionError: division by zero)"]),
-    "no such object": (RULE.replace("RULES =", "OTHERS ="), ["AttributeError"]),
+    "error": (
+        "1 / 0",
+        ["cannot be imported (ZeroDivisionError: division by zero); correct the package", "The plugin is"],
+    ),
+    "end of the program": ("raise SystemExit(7)", ["cannot be imported (RuntimeError: the import ends the program"]),
+    "no such object": (RULE.replace("RULES =", "OTHERS ="), ["AttributeError", "correct the package"]),
     "no mapping": (RULE + "RULES = WriteSilu()", ["my_rules:RULES is WriteSilu(); an entry point in the group"]),
     "no list": (RULE + 'RULES = {"cpu": WriteSilu()}', ["the value of 'cpu' is WriteSilu(), not a list of rules"]),
     "class": (RULE + 'RULES = {"cpu": [WriteSilu]}', ["it contains the class WriteSilu; write WriteSilu()"]),
     "no rule": (RULE + 'RULES = {"cpu": [len]}', ["it contains <built-in function len>, which is not a Rule"]),
-    "target": (RULE.replace('"cpu":', '"cqu":'), ["there is no target 'cqu'; the nearest names are cpu"]),
+    "target": (
+        RULE.replace('"cpu":', '"cqu":'),
+        ["there is no target 'cqu'; the nearest names are cpu", "Its entry 'cqu' is not used"],
+    ),
     "name of a built-in rule": (
         RULE.replace("WriteSilu", "LinearInt4"),
         ["the name of its rule linear_int4 is that of a rule of this package", "rename the class"],
@@ -131,7 +139,10 @@ FAULTS: dict[str, tuple[str, list[str]]] = {
         ["rule write_silu cannot join the list of cpu: before and after of the passes form a cycle"],
     ),
     "no pattern": (RULE.replace("def pattern", "def patern"), ["rule write_silu has no pattern method"]),
-    "pattern that fails": (RULE.replace("aten.sigmoid", "aten.sigmund"), ["the pattern of rule write_silu fails"]),
+    "pattern that fails": (
+        RULE.replace("aten.sigmoid", "aten.sigmund"),
+        ["rule write_silu: its pattern failed: AttributeError"],
+    ),
     "options without a dataclass": (
         RULE.replace("@dataclasses.dataclass(frozen=True)", "@dataclasses.dataclass"),
         ["write_silu has options, or state, and WriteSilu is no frozen dataclass"],
@@ -226,3 +237,23 @@ def test_target_of_this_package_for_another_gpu_is_accepted() -> None:
 def test_place_of_a_target_without_both_parts_is_an_error_with_the_form(name: str) -> None:
     with pytest.raises(ValueError, match="is not of the form MODULE:NAME: write the module, a colon, and the name"):
         ecp.get_target(name)
+
+
+def test_name_of_an_entry_point_is_that_of_its_target(folder: Path) -> None:
+    source = "import et_cuda_passes as ecp\nnpu = ecp.Target('other', 'd', kernels={}, passes=list)"
+    install(folder, "my-npu", source, "npu", "targets")
+    with pytest.raises(ValueError, match="target 'my_npu': my_npu:npu has the name 'other'.* the same name"):
+        ecp.get_target("my_npu")
+
+
+def test_import_of_a_plugin_prints_nothing_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(folder, "my-rules", "print('loading')\n" + RULE)
+    assert names() == [*OWN, "write_silu"]
+    assert capsys.readouterr() == ("", "loading\n")
+
+
+def test_package_of_a_rule_is_named_before_its_plugin_is_loaded(folder: Path) -> None:
+    install(folder, "my-rules")
+    rule = importlib.import_module("my_rules").WriteSilu()
+    _, report = ecp.rewrite(exported(), "cpu", passes=[rule])
+    assert report.packages == {"write_silu": "my-rules 1.0"}

@@ -145,3 +145,62 @@ def test_target_rejects_unknown_family() -> None:
 def test_passes_that_are_no_function_are_refused() -> None:
     with pytest.raises(TypeError, match=r"passes must be a function .* write passes=lambda: \[\.\.\.\]"):
         ecp.Target("npu", "An accelerator", kernels={}, passes=[])  # type: ignore[arg-type]
+
+
+KERNEL = ecp.Kernel("mine", "mps", (torch.float32,), (32,), in_multiple=32, out_multiple=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"group_sizes": 32}, r"group_sizes must be a tuple such as \(32, 64\), not 32"),
+        ({"group_sizes": ("32",)}, "group_sizes must be a tuple"),
+        ({"group_sizes": (0,)}, "group_sizes has 0; write a number of at least 1"),
+        ({"in_multiple": 0}, "in_multiple has 0"),
+        ({"dtypes": ("float32",)}, r"dtypes must be a tuple such as \(torch.float16,\)"),
+    ],
+)
+def test_kernel_with_impossible_abilities_is_refused(options: dict[str, object], error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"kernel 'mine': {error}"):
+        dataclasses.replace(KERNEL, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "error"),
+    [
+        ([KERNEL], "kernels must be a mapping from families to tuples of Kernel"),
+        ({"int4_linear": KERNEL}, "kernels must be a mapping from families to tuples of Kernel"),
+        ({"int4_linear": (KERNEL, KERNEL)}, r"two int4_linear kernels have one name \(mine, mine\)"),
+        ({"int4_table": (dataclasses.replace(KERNEL, out_multiple=1),)}, "multiple of 8: write out_multiple=8"),
+        ({"int4_table": (dataclasses.replace(KERNEL, in_multiple=48),)}, "multiple of 32: write in_multiple=64"),
+    ],
+)
+def test_target_with_impossible_kernels_is_refused(kernels: object, error: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=error):
+        ecp.Target("npu", "An accelerator", kernels=kernels, passes=list)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["my npu", "a,b", "../npu", "", "my:npu", "1npu"])
+def test_name_of_a_target_that_no_command_line_accepts_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="a target cannot be named"):
+        ecp.Target(name, "An accelerator", kernels={}, passes=list)
+
+
+def test_passes_of_a_target_that_fail_name_the_target() -> None:
+    for passes, error in ((lambda: 1 / 0, "ZeroDivisionError"), (lambda: None, "it returned None")):
+        npu = ecp.Target("npu", "An accelerator", kernels={}, passes=passes)  # type: ignore[arg-type, return-value]
+        with pytest.raises(ValueError, match=f"target 'npu': .*{error}"):
+            ecp.default_passes(npu)
+
+
+def test_hint_names_bf16_only_if_the_kernel_has_it() -> None:
+    from et_cuda_passes.testing import embedding, linear
+
+    kernels = {"int4_linear": (KERNEL,), "int4_table": (KERNEL,)}
+    npu = ecp.Target("npu", "An accelerator", kernels, lambda: [ecp.LinearInt4(), ecp.EmbeddingInt4()])
+    for program in (linear(), embedding("4w", 32)):
+        _, report = ecp.rewrite(program, npu, expect={"missed": 1})
+        assert "found bfloat16" in str(report) and "export the model in" in str(report)
+        assert "cast_to_bf16" not in str(report) and "in bfloat16" not in str(report)
+    cast = [ecp.LinearInt4(cast_to_bf16=True)]
+    ecp.rewrite(linear(), npu, passes=cast, expect={"missed": 1})

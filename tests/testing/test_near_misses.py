@@ -117,3 +117,12 @@ def test_attempts_are_sorted_by_how_far_they_fit() -> None:
     ]
     assert [each.progress for each in found] == [2, 2, 1]
     assert found[1].failures[0].requirement == "few_columns"
+
+
+def test_near_misses_of_two_requirements_with_one_name_are_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Twice(Small):
+        requirements = (few_rows, dataclasses.replace(few_columns, name="few_rows"))
+
+    with pytest.raises(AssertionError, match=r"rule twice has two requirements named few_rows, .*dataclasses\.replace"):
+        assert_near_misses(Twice(), {"few_rows": program(rows=5)}, "cpu")
