@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 import et_cuda_passes as ecp
-from docs import generate
+from docs import json_documents
 from et_cuda_passes.cli import app, documents
 from et_cuda_passes.cli.compare import compare
 from et_cuda_passes.cli.documents import DOCUMENTS
@@ -93,12 +93,12 @@ def test_command_that_reports_has_a_document() -> None:
 
 
 def test_keys_of_all_documents_have_a_meaning() -> None:
-    records = {cls for each in DOCUMENTS for cls in generate.records_in(each)}
+    records = {cls for each in DOCUMENTS for cls in json_documents.records_in(each)}
     assert len(records) > len(DOCUMENTS)
     assert [
         f"{cls.__name__}.{name}"
         for cls in records
-        for name, (_, meaning) in generate.record_fields(cls).items()
+        for name, (_, meaning) in json_documents.record_fields(cls).items()
         if not meaning
     ] == []
 
