@@ -20,7 +20,8 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
-from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
+from et_cuda_passes.quant.unsupported import decomposed_weights
+from et_cuda_passes.rules.restore import normalised
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, known_passes
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu, unnamed_gpu_text
@@ -102,11 +103,11 @@ def rewrite(
     chosen = replace(chosen, gpu=described or chosen.gpu)
 
     # 1. Normalise: weights that are still wrapped in tensor subclasses are unwrapped.
-    normalised, still_wrapped = unwrapped(exported_program)
+    before, still_wrapped = normalised(exported_program)
     find = partial(find_candidates, schemes=chosen.advised, wrapped=still_wrapped)
     with gc_disabled():
         # 2. Copy: only the copy is changed.
-        program = Program(normalised, pool)
+        program = Program(before, pool)
         # 3. Find candidates: the operators that read a quantized weight.
         tracker = OutcomeTracker(find(program), group_rules(entries), progress)
     # 4. Apply the pass list.
@@ -117,8 +118,8 @@ def rewrite(
         sys.stderr.writelines(f"{chosen.name}: {each}\n" for each in trace)
     record_weight_bytes(program, tracker)
     # 5. Report: what was found. With ``stream`` the program is given up after this.
-    report = _report(tracker, chosen, entries, normalised)
-    if pool.stream is not None and normalised is not exported_program:
+    report = _report(tracker, chosen, entries, before)
+    if pool.stream is not None and before is not exported_program:
         program.release(exported_program)
     with gc_disabled():
         # 6. Finish: compute the packed constants, repair strides and names, verify.

@@ -15,7 +15,7 @@ from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program, constants_read
 from et_cuda_passes.graph.subgraphs import Subgraphs
 from et_cuda_passes.quant.activations import is_quantize
-from et_cuda_passes.quant.decoders import decode, dequantized_data, is_dequantize
+from et_cuda_passes.quant.decoders import decode, decode_product, dequantized_data, is_dequantize, is_product
 from et_cuda_passes.quant.unsupported import (
     PRODUCTS,
     SuggestedSchemes,
@@ -109,7 +109,11 @@ def _with_form(program: Program, candidate: Candidate) -> Candidate:
         operand = _operand(program, candidate.node, weight)
         shape = _shape(operand)
         try:
-            decoded = program.memoize(decode, weight)
+            if is_product(candidate.node):
+                decoded = program.memoize(decode_product, candidate.node)
+                shape, size = decoded.shape, tensor_bytes(map(program.constant, decoded.sources))
+            else:
+                decoded = program.memoize(decode, weight)
             forms[decoded.scheme], whole = None, decoded.shape
         except (Unmet, TypeError):  # a form that no decoder reads
             forms.update(dict.fromkeys(_dtypes(program, constants[:1])))
@@ -184,6 +188,7 @@ def _reachable(program: Program, schemes: SuggestedSchemes, wrapped: str) -> Ite
         for source in _read(node, subgraphs):
             read.update(weights.get(source, {}))
         if not read:
+            yield from _packed(program, node)
             yield from _converted(program, node, constant, converted, schemes)
             yield from _wrapped(program, node, whole, schemes, wrapped)
             continue
@@ -210,6 +215,19 @@ def _read(node: Node, subgraphs: Subgraphs) -> list[Node]:
     """The inputs that ``node`` reads itself. A call of control flow only passes captured operands to its subgraphs."""
     captured = subgraphs.captured_operands(node)
     return [source for source in node.all_input_nodes if source not in captured]
+
+
+def _packed(program: Program, node: Node) -> Iterator[Candidate]:
+    """``node``, if it multiplies with a constant that is packed for it."""
+    if not is_product(node):
+        return
+    try:
+        weight = program.memoize(decode_product, node).data
+    except Unmet:  # computed, or in another form: the rule that unpacks it says why
+        weight = next(source for source in node.all_input_nodes[1:])
+    fqn = program.fqn(weight)
+    if fqn is not None:
+        yield Candidate(node, (weight,), fqn, program.subgraphs.path(node))
 
 
 def _converted(

@@ -10,6 +10,7 @@ from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseGate, Fus
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import INT8, Target
 
 _TRITON = Kernel(
@@ -52,6 +53,7 @@ CUDA = Target(
         ),
     },
     passes=lambda: [
+        *restoring(),
         FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
         # LinearInt4 rewrites the linears that are not fused. int4 is before int8: its constants are half as large.
         LinearInt4(),

@@ -5,6 +5,7 @@ import torch
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
 from et_cuda_passes.rules.openvino import DecompressInt4, DecompressInt8
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import Target
 
 OPENVINO = Target(
@@ -15,5 +16,5 @@ OPENVINO = Target(
     dtypes=(torch.float32, torch.float16),
     # ExecuTorch 1.5.1's runtime returns outputs of the largest size for every input.
     dynamic_sizes=False,
-    passes=lambda: [DropActivationQuantization(), DecompressInt4(), DecompressInt8(), FoldDequantize()],
+    passes=lambda: [*restoring(), DropActivationQuantization(), DecompressInt4(), DecompressInt8(), FoldDequantize()],
 )
