@@ -22,7 +22,7 @@ from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiling import Tiling
 
-INT4_GROUP_SIZES = (32, 64, 128)
+INT4_GROUP_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,17 @@ class Epilogue:
 
 
 def int4_linear(
-    x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue, gpu_name: str = ""
+    x: Tensor,
+    packed: Tensor,
+    qparams: Tensor,
+    group_size: int,
+    epilogue: Epilogue,
+    gpu_name: str = "",
+    float4: bool = False,
 ) -> Tensor:
     """``x [..., K] @ weight.T`` and its epilogue on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
-    All are contiguous. The weight has the mma_tiled layout.
+    All are contiguous. The weight has the mma_tiled layout; with ``float4`` its nibbles are numbers in float4_e2m1fn.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
     gpu = gpu_for(x, gpu_name)
@@ -59,7 +65,7 @@ def int4_linear(
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
         return launch_int4(
-            x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors
+            x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors, float4
         )
 
     return launch_buckets(x, n // 2 if epilogue.gated else n, buckets_for(m, weight, gpu), gpu.processors, one)
@@ -78,6 +84,7 @@ def launch_int4(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
+    float4: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is the fp32 buffer for split tiles.
 
@@ -92,12 +99,13 @@ def launch_int4(
     common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
     common |= {"GATED": epilogue.gated}
-    common |= {"M": m, "N": n, "K32": k // 32}
+    common |= {"M": m, "N": n}
     common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
     described = tma_descriptor(x, tiling, tiling.block_m)
     extra = tma_descriptor(x, tiling, tiling.extra_m) if tiling.extra_m else None
     arguments = {
         **common,
+        "K_UNITS": k // (16 if group_size == 16 else 32),
         "x_ptr": described or x,
         "extra_ptr": extra or x,
         "BLOCK_M": tiling.block_m,
@@ -110,9 +118,11 @@ def launch_int4(
         # Words and scales are padded to whole steps of a bulk copy, and a descriptor reads zeros beyond x.
         "EVEN_K": described is not None or k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,
+        "FLOAT4": float4,
         "WGMMA": wgmma,
     }
-    return launch_matmul(int4_matmul, y, parts, tiling, programs, flag, arguments, common, f"{m} {n} {k}")
+    adding = {**common, "K32": -(-k // 32)}
+    return launch_matmul(int4_matmul, y, parts, tiling, programs, flag, arguments, adding, f"{m} {n} {k}")
 
 
 INT8_GROUP_SIZES = (16, 32, 64, 128, 256)
