@@ -20,7 +20,6 @@ from benchmarks.compiling import side_by_side
 from benchmarks.int4 import copies, int4_pair, microseconds, random_weight
 from et_cuda_passes.kernels.linear_launch import INT4_GROUP_SIZES
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.rules.epilogue import interleave_rows
 
 LAYERS = {"Voxtral": (8192, 3072), "Llama": (14336, 4096), "Qwen": (9728, 2560), "SmolLM2": (1536, 576)}
 """N of each of the two weights, and K."""
@@ -49,8 +48,13 @@ def together(x: Tensor, both: Packed, group: int) -> Tensor:
 
 
 def joined(gate: Packed, up: Packed) -> Packed:
-    """The alternating rows of both weights."""
-    return interleave_rows(gate[0], up[0], 0), interleave_rows(gate[1], up[1], 1)
+    """Both weights in one: eight rows of ``gate``, eight of ``up``, and so on."""
+
+    def alternate(first: Tensor, second: Tensor, dim: int) -> Tensor:
+        eights = [part.unflatten(dim, (-1, 8)) for part in (first, second)]
+        return torch.stack(eights, dim + 1).flatten(dim, dim + 2).contiguous()
+
+    return alternate(gate[0], up[0], 0), alternate(gate[1], up[1], 1)
 
 
 def warm(job: tuple[int, int, int, int]) -> None:

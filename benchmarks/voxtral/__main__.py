@@ -98,7 +98,7 @@ class Environment:
 
     def __call__(self, step: Step, jobs: int) -> Mapping[str, str]:
         """The threads of ``step``, which shares the processors with ``jobs`` - 1 others."""
-        cores = os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
         path = os.environ.get("PYTHONPATH")
         return {
             **os.environ,

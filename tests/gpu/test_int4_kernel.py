@@ -11,7 +11,6 @@ from et_cuda_passes.kernels.linear_launch import Epilogue, launch_int4
 from et_cuda_passes.kernels.tiling import Tiling
 from et_cuda_passes.layouts import mma_tiled, scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.ops import INT4_LINEARS
-from et_cuda_passes.rules.epilogue import interleave_rows
 
 pytestmark = pytest.mark.gpu
 LINEAR = INT4_LINEARS["mma_tiled"].op
@@ -145,6 +144,12 @@ GATES = [(8192, 3072, 32, False, False, "silu"), (1000, 1536, 128, True, True, "
 """N, K, group size, zeros, bias, activation"""
 
 
+def alternating_rows(gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    """Eight rows of ``gate``, eight of ``up``, and so on along ``dim``."""
+    eights = [part.unflatten(dim, (-1, 8)) for part in (gate, up)]
+    return torch.stack(eights, dim + 1).flatten(dim, dim + 2).contiguous()
+
+
 @pytest.mark.parametrize("case", GATES, ids=str)
 def test_gate_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tuple) -> None:
     n, k, group, zeros, has_bias, activation = case
@@ -157,7 +162,7 @@ def test_gate_agrees_with_fp64_at_every_bound_and_repeats_bit_for_bit(case: tupl
         s, z = (part.bfloat16().double().repeat_interleave(group, dim=1).cuda() for part in (scale, zero))
         weight = ((q.cuda().double() - 8) * s + z).bfloat16().double()
         parts.append((mma_tiled.pack(q).cuda(), pair.cuda(), torch.randn(n, device="cuda").bfloat16(), weight))
-    packed, qparams, bias = (interleave_rows(parts[0][i], parts[1][i], dim) for i, dim in ((0, 0), (1, 1), (2, 0)))
+    packed, qparams, bias = (alternating_rows(parts[0][i], parts[1][i], dim) for i, dim in ((0, 0), (1, 1), (2, 0)))
     for m in EDGES:
         x, addend = (torch.randn(m, size, device="cuda").bfloat16() for size in (k, n))
         given = (x, packed, qparams, bias if has_bias else None, group, n, activation, None, addend, True)
