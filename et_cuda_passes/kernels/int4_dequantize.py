@@ -11,7 +11,6 @@ scales of its own with a GROUP_SIZE of 16; with others the steps of half a word 
 import triton
 import triton.language as tl
 
-
 _SCALES = ("$6", "$6")
 """The operand that holds the scale of nibbles 0 and 1, and that of nibbles 2 and 3; as for zeros."""
 _ZEROS = ("$7", "$7")

@@ -74,7 +74,8 @@ def int4_matmul(
 ):
     """One tile [BLOCK_M + EXTRA_M, BLOCK_N] of y, or one part of it along K.
 
-    FLOAT4: whether a nibble is a number in float4_e2m1fn; then HAS_ZERO is false. SALT is any positive number; see :func:`et_cuda_passes.kernels.triton_launch.launch`.
+    FLOAT4: whether a nibble is a number in float4_e2m1fn; then HAS_ZERO is false. SALT is any positive number; see
+    :func:`et_cuda_passes.kernels.triton_launch.launch`.
     """
     if -SALT == M:
         return

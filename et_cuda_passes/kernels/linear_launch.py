@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor
 
 from et_cuda_passes.kernels.buckets import (
@@ -131,6 +132,13 @@ INT8_IN_MULTIPLE = 16
 INT8_MAX_UNIT = 4096
 
 
+def has_int8(x: Tensor, scale: Tensor, group_size: int) -> bool:
+    """Whether the kernel has these dtypes and this group size."""
+    k, floats = x.shape[-1], (torch.bfloat16, torch.float16)
+    native = group_size == k or group_size in INT8_GROUP_SIZES
+    return x.dtype in floats and scale.dtype is x.dtype and native and k % INT8_IN_MULTIPLE == 0
+
+
 def int8_linear(
     x: Tensor,
     packed: Tensor,
@@ -139,11 +147,12 @@ def int8_linear(
     bias: Tensor | None,
     group_size: int,
     gpu_name: str = "",
+    float8: int = 0,
 ) -> Tensor:
     """``x [..., K] @ (packed * scale + zero).T + bias`` on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
-    All are contiguous. packed is int8 [N, K]. scale has x's dtype, zero is fp32, both [N, K / group_size]. The group
-    size is one of INT8_GROUP_SIZES, or K.
+    All are contiguous. packed is int8 [N, K]; ``float8`` as in ``dequantize_bytes``. scale has x's dtype, zero is fp32,
+    both [N, K / group_size]. The group size is one of INT8_GROUP_SIZES, or K.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
     gpu = gpu_for(x, gpu_name)
@@ -151,7 +160,7 @@ def int8_linear(
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
         return launch_int8(
-            x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors
+            x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors, float8
         )
 
     return launch_buckets(x, n, buckets_for(m, weight, gpu), gpu.processors, one)
@@ -171,6 +180,7 @@ def launch_int8(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
+    float8: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is the fp32 buffer for split tiles.
 
@@ -199,6 +209,7 @@ def launch_int8(
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "PAIRS": grouped > 0 and k // group_size % 2 == 0,
         "HAS_ZERO": zero is not None,
+        "FLOAT8": float8,
         "WGMMA": wgmma,
     }
     adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}

@@ -24,7 +24,7 @@ from et_cuda_passes.layouts import tile_packed_to_4d
 from et_cuda_passes.layouts.layout import ZERO_OFFSET
 from et_cuda_passes.ops.int4_linear import packed_count
 from et_cuda_passes.ops.registry import define
-from et_cuda_passes.quant.float_forms import FLOAT8, TWICE_FLOAT4
+from et_cuda_passes.quant.float_forms import FLOAT8, float4_numbers
 
 
 def _fits(name: str, fits: bool, given: str) -> None:
@@ -131,11 +131,10 @@ def _check_float4(q: Tensor, scale: Tensor, whole: Tensor | None, block_size: in
 
 
 def _float4(q: Tensor, scale: Tensor, whole: Tensor | None, block_size: int, dtype: torch.dtype) -> Tensor:
-    codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(1).int()
-    table = torch.tensor(TWICE_FLOAT4, dtype=torch.float32, device=q.device) * 0.5
+    codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
     scales = scale.view(q.shape[0], -1, 1).float()
     scales = scales if whole is None else whole.float() * scales
-    return (table[codes].unflatten(1, (-1, block_size)) * scales).flatten(1).to(dtype)
+    return (float4_numbers(codes).unflatten(1, (-1, block_size)) * scales).flatten(1).to(dtype)
 
 
 DEQUANTIZE_FLOAT4 = define(

@@ -9,6 +9,7 @@ Sources: ``executorch.extension.llm.export.mx`` and ``.nvfp4``, which register `
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,8 +32,6 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOAT4 = "float4_e2m1fn"
 TWICE_FLOAT4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Twice the number of each code: the sign is bit 3."""
-FLOAT4_CODES = {twice: code for code, twice in reversed([*enumerate(TWICE_FLOAT4)])}
-"""The code of each number, times two; 0 has code 0."""
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -154,13 +153,13 @@ def _read_float4(program: Program, weight: QuantizedWeight) -> RowReader:
     table = torch.tensor(TWICE_FLOAT4, dtype=torch.int8)
 
     def read(rows: slice) -> WeightValues:
-        data = packed[rows].contiguous().view(torch.uint8)
+        data = packed[rows]
         scales = scale.reshape(weight.shape[0], -1)[rows].float()
         # In the order in which the operators multiply; halving is exact.
         scales = (whole[0].float() * scales if whole else scales) * 0.5
 
         def load() -> Tensor:
-            codes = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+            codes = _codes(data)
             return table.to(codes.device)[codes.int()]
 
         return WeightValues(load, scales, None)
@@ -168,12 +167,37 @@ def _read_float4(program: Program, weight: QuantizedWeight) -> RowReader:
     return read
 
 
-def float4_codes(twice: Tensor) -> Tensor:
-    """The codes 0..15 of twice the numbers, as uint8."""
-    table = torch.zeros(25, dtype=torch.uint8)
-    for number, code in FLOAT4_CODES.items():
-        table[number + 12] = code
-    return table.to(twice.device)[twice.int() + 12]
+def float4_numbers(codes: Tensor) -> Tensor:
+    """The numbers of codes 0..15, in fp32."""
+    return torch.tensor(TWICE_FLOAT4, dtype=torch.float32, device=codes.device)[codes.int()] * 0.5
+
+
+def as_codes(weight: QuantizedWeight) -> QuantizedWeight:
+    """A weight in float4_e2m1fn with its codes 0..15 as integers, and its scales whole.
+
+    Its zero points are those of a packed int4 weight without zeros: 8.
+    """
+    return replace(weight, quant_min=0, quant_max=15, loader=_read_codes, encoding="float4_codes")
+
+
+def _read_codes(program: Program, weight: QuantizedWeight) -> RowReader:
+    read_numbers = _read_float4(program, weight)
+    packed = program.constant(weight.data)
+    assert packed is not None
+    data = packed.detach()
+
+    def read(rows: slice) -> WeightValues:
+        scale = read_numbers(rows).scale * 2
+        points = torch.full(scale.shape, 8, dtype=torch.int8, device=scale.device)
+        return WeightValues(lambda: _codes(data[rows]), scale, points)
+
+    return read
+
+
+def _codes(packed: Tensor) -> Tensor:
+    """The codes [N, K] of two a byte, the low nibble first."""
+    data = packed.contiguous().view(torch.uint8)
+    return torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
 
 
 def _output_dtype(dtype: object) -> torch.dtype:

@@ -228,6 +228,12 @@ GATES = [
 ]
 
 
+def alternating_rows(gate: torch.Tensor, up: torch.Tensor, dim: int) -> torch.Tensor:
+    """Eight rows of ``gate``, eight of ``up``, and so on along ``dim``."""
+    eights = [part.unflatten(dim, (-1, 8)) for part in (gate, up)]
+    return torch.stack(eights, dim + 1).flatten(dim, dim + 2).contiguous()
+
+
 def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Sequence[str], _: str) -> list[Any]:
     """``triton_launch.launch`` in the interpreter."""
     off = {name: False for name in ("USE_ASM", "WGMMA") if name in given}
@@ -242,7 +248,6 @@ def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeyp
     from et_cuda_passes.kernels import linear_launch, triton_launch
     from et_cuda_passes.kernels.tiling import Tiling
     from et_cuda_passes.layouts import mma_tiled
-    from et_cuda_passes.rules.epilogue import interleave_rows
 
     m, n, block_m, extra_m, block_n, segments, waves, zeros, has_bias, activation, has_addend = case
     k, group = 256, 64
@@ -252,16 +257,16 @@ def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeyp
     zero = [torch.randn(n, k // group, generator=random) * 0.05 * zeros for _ in range(2)]
     bias = [torch.randn(n, generator=random).to(dtype) for _ in range(2)]
     x, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((m, k), (m, n)))
-    packed = interleave_rows(*(mma_tiled.pack(part) for part in q), 0)
+    packed = alternating_rows(*(mma_tiled.pack(part) for part in q), 0)
     pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
-    both = interleave_rows(*bias, 0) if has_bias else None
+    both = alternating_rows(*bias, 0) if has_bias else None
     epilogue = linear_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
     y = torch.full((m, n), float("nan"), dtype=dtype)
     tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3, extra_m=extra_m)
     parts = torch.full((max(waves, 1) * tiling.tile_m * block_n,), float("nan"))
     monkeypatch.setattr(triton_launch, "launch", in_interpreter)
     # A GPU with one multiprocessor runs ``waves`` programs at once.
-    linear_launch.launch_int4(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+    linear_launch.launch_int4(x, m, packed, alternating_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
 
     def exact(which: int) -> torch.Tensor:
         s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
