@@ -12,7 +12,8 @@ rules that follow replace them; what is left of them, Inductor decomposes into p
 - ``dequantize_float8(data, scale, output_dtype)``: [N, K] from float8_e4m3fn or float8_e5m2, with scales [N / n, K / k]
   for blocks of n x k, or one scale;
 - ``dequantize_float4(qdata, scale, per_tensor_scale, block_size, output_dtype)``: [N, K] from two float4_e2m1fn a byte,
-  with scales [N, K / block_size] in float8_e4m3fn (nvfp4) or float8_e8m0fnu (mxfp4), and one scale for all or None.
+  the bytes as uint8 or uint32, with scales [N, K / block_size] in float8_e4m3fn (nvfp4), also given as uint8, or in
+  float8_e8m0fnu (mxfp4), and one scale for all or None.
 
 All compute in fp32 and round once.
 """
@@ -125,14 +126,16 @@ DEQUANTIZE_FLOAT8 = define(
 
 
 def _check_float4(q: Tensor, scale: Tensor, whole: Tensor | None, block_size: int, dtype: torch.dtype) -> None:
-    fits = q.dtype is torch.uint8 and q.dim() == 2 and (whole is None or whole.numel() == 1)
-    fits = fits and scale.numel() * block_size == 2 * q.numel()
+    fits = q.dtype in (torch.uint8, torch.uint32) and q.dim() == 2 and (whole is None or whole.numel() == 1)
+    fits = fits and scale.numel() * block_size == 2 * q.numel() * q.element_size()
     _fits("dequantize_float4", fits, f"qdata {q.dtype} {tuple(q.shape)}, scale {tuple(scale.shape)}, {block_size}")
 
 
 def _float4(q: Tensor, scale: Tensor, whole: Tensor | None, block_size: int, dtype: torch.dtype) -> Tensor:
-    codes = torch.stack((q & 15, q >> 4), dim=-1).flatten(1)
-    scales = scale.view(q.shape[0], -1, 1).float()
+    data = q.view(torch.uint8)
+    codes = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+    scale = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
+    scales = scale.reshape(q.shape[0], -1, 1).float()
     scales = scales if whole is None else whole.float() * scales
     return (float4_numbers(codes).unflatten(1, (-1, block_size)) * scales).flatten(1).to(dtype)
 
@@ -142,5 +145,7 @@ DEQUANTIZE_FLOAT4 = define(
     "(Tensor qdata, Tensor scale, Tensor? per_tensor_scale, int block_size, ScalarType output_dtype) -> Tensor",
     check=_check_float4,
     compute=_float4,
-    fake=lambda q, scale, whole, block_size, dtype: q.new_empty((q.shape[0], 2 * q.shape[1]), dtype=dtype),
+    fake=lambda q, scale, whole, block_size, dtype: q.new_empty(
+        (q.shape[0], 2 * q.element_size() * q.shape[1]), dtype=dtype
+    ),
 )

@@ -202,14 +202,7 @@ _DECODERS: Mapping[str, Decode] = {
     "et_cuda_passes::dequantize_int4_nested": decode_int4_nested,
     **FLOAT_DECODERS,
 }
-_PYTHON_KERNELS = frozenset(
-    {
-        "torchao::dequantize_int4_tensor",
-        "torchao::dequantize_gguf",
-        "torchao::dequantize_mx",
-        "torchao::dequantize_nvfp4",
-    }
-)
+_PYTHON_KERNELS = frozenset({"torchao::dequantize_int4_tensor", "torchao::dequantize_gguf"})
 
 
 def decoder_for(target: Any) -> Decode | None:

@@ -41,6 +41,13 @@ def readers_have_float_activations(m: Match) -> Failure | None:
     return Failure(text) if text else None
 
 
+@requirement("a weight of floating-point numbers, where only these are folded", "use another rule for integers")
+def weight_may_be_folded(m: Match) -> Failure | None:
+    """The rule's option."""
+    weight = weight_of(m)
+    return None if weight.numbers or not m.rule.only_floats else Failure(weight.scheme)
+
+
 @dataclass(frozen=True)
 class FoldDequantize(Rule):
     """dequantize(constant) -> a float constant, computed at compile time
@@ -48,9 +55,15 @@ class FoldDequantize(Rule):
     It is for a target that has no kernel for a quantized weight and would compute something else without an error, or
     fail. The weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids
     it.
+
+    Attributes:
+        only_floats: leave integers as they are: the target compiles their dequantize, and has kernels for most.
     """
 
+    only_floats: bool = False
+
     requirements = (
+        weight_may_be_folded,
         weight_has_data,
         backend_has_dtype,
         readers_have_float_activations,

@@ -16,7 +16,7 @@ from et_cuda_passes.graph.constants import strip_parametrization
 from et_cuda_passes.graph.finish import finish_program
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments, op_of
-from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
+from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.ops import (
@@ -25,7 +25,7 @@ from et_cuda_passes.ops import (
     DEQUANTIZE_INT4_NESTED,
     DEQUANTIZE_INT4_TILES,
 )
-from et_cuda_passes.quant.decoders import DEQUANTIZE, decode_product
+from et_cuda_passes.quant.decoders import DEQUANTIZE, decode_product, weight_of
 from et_cuda_passes.quant.float_forms import FLOAT8
 from et_cuda_passes.quant.unsupported import unwrapped
 from et_cuda_passes.quant.weight import QuantizedWeight, has_data, weight_values
@@ -290,9 +290,42 @@ class RestoreInt8(Rule):
         return _dequantize_int8(b, m.integers, m.scale, m.zero_point, int(size), m.val(m.root).dtype)
 
 
+@requirement("a weight that is decoded")
+def weight_is_decoded(m: Match) -> Failure | None:
+    """The decoder raises for values that are no constants or contradict each other."""
+    weight_of(m)
+    return None
+
+
+@dataclass(frozen=True)
+class CompileFloatDequantize(Rule):
+    """dequantize_mx(...) -> dequantize_float8(...); dequantize_nvfp4(...) -> dequantize_float4(...)
+
+    ``executorch.extension.llm.export`` registers these operators with a kernel in Python, which no compiled program
+    has. Inductor decomposes those of this package.
+    """
+
+    reports_misses: ClassVar[bool] = False
+
+    requirements = (weight_is_decoded,)
+
+    def pattern(self) -> Pattern:
+        """The operators that are registered now, which may be none."""
+        found = (_registered("torchao", f"dequantize_{kind}") for kind in ("mx", "nvfp4"))
+        return Call(tuple(each for each in found if each is not None), name="weight", open=True, label="a dequantize")
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The same weight from the same constants."""
+        given, dtype = arguments(m.root), m.val(m.root).dtype
+        if "per_tensor_scale" in given:
+            parts = [given[name] for name in ("qdata", "scale", "per_tensor_scale", "block_size")]
+            return b.call(DEQUANTIZE_FLOAT4, *parts, dtype)
+        return b.call(DEQUANTIZE_FLOAT8, given["qdata"], given["scale"], dtype)
+
+
 def restoring() -> list[Rule]:
     """The rules of this file, which a target lists before all others."""
-    return [UnpackLinear(), RestoreFloat8(), RestoreInt4Nested(), RestoreInt8()]
+    return [UnpackLinear(), RestoreFloat8(), RestoreInt4Nested(), RestoreInt8(), CompileFloatDequantize()]
 
 
 # Tensor subclasses ----------------------------------------------------------------------------------------------------
