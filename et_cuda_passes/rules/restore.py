@@ -13,9 +13,9 @@ from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.constants import strip_parametrization
-from et_cuda_passes.graph.finish import finish_program
+from et_cuda_passes.graph.finish import eliminate_dead_nodes, finish_program
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.operators import ACCESS_SUBCLASS_TENSOR, arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
@@ -340,12 +340,14 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
     """The program with a dequantize of each wrapped weight of torchao's ``NVFP4Tensor``, which has the parts as inputs.
 
     ``run_decompositions({})`` fails for them before torch 2.14, and traces the arithmetic of the dequantize after it. A
-    weight with quantized activations, of several experts, or transposed stays wrapped.
+    weight with quantized activations, of several experts, or transposed stays wrapped, and so does one whose parts the
+    program reads.
     """
     program: Program | None = None
     for original in exported.graph.find_nodes(op="placeholder"):
         held = _held(exported, original.name)
-        if not original.users or not _is_plain_nvfp4(held):
+        whole = original.users and not any(op_of(user) is ACCESS_SUBCLASS_TENSOR for user in original.users)
+        if not whole or not _is_plain_nvfp4(held):
             continue
         program = program or Program(exported)
         node = next(each for each in program.graph.find_nodes(op="placeholder") if each.name == original.name)
@@ -358,11 +360,20 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
             None if part is None else program.insert_parameter(f"{stem}.original{index}", part, node)
             for index, part in enumerate(parts)
         ]
-        b = Builder(program, [next(iter(node.users))], "unwrap_nvfp4")
-        weight = b.call(DEQUANTIZE_FLOAT4, *inner, held.block_size, held.dtype)
-        node.replace_all_uses_with(weight)
-        program.remove_constant(node)
-        program.graph.erase_node(node)
+        # A branch that reads the weight gets a dequantize of its own, so that rules find it beside the reader.
+        inputs = [each for each in program.order if each.op == "placeholder" and program.resolve(each) is node]
+        for each in reversed(inputs):
+            readers = [user for user in each.users if each not in program.subgraphs.captured_operands(user)]
+            if not readers:
+                continue
+            first = min(readers, key=program.order.__getitem__)
+            b = Builder(program, [first], "unwrap_nvfp4")
+            here = [part and program.subgraphs.thread_through(part, each.graph) for part in inner]
+            weight = b.call(DEQUANTIZE_FLOAT4, *here, held.block_size, held.dtype)
+            for reader in readers:
+                reader.replace_input_with(each, weight)
+        program.mark_dead(inputs)
+        eliminate_dead_nodes(program)
         program.refresh()
     return exported if program is None else finish_program(program)
 
@@ -370,7 +381,7 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
 def _held(exported: ExportedProgram, name: str) -> Any:
     signature = exported.graph_signature
     target = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(name, "")
-    return exported.state_dict.get(target)
+    return {**exported.constants, **exported.state_dict}.get(target)
 
 
 def _is_plain_nvfp4(weight: Any) -> bool:
