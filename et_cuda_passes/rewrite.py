@@ -19,7 +19,7 @@ from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.ops.registry import OPERATORS
-from et_cuda_passes.quant.candidates import find_candidates
+from et_cuda_passes.quant.candidates import find_candidates, quantized_caches
 from et_cuda_passes.quant.unsupported import decomposed_weights
 from et_cuda_passes.rules.restore import normalised
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, known_passes
@@ -110,6 +110,7 @@ def rewrite(
         program = Program(before, pool)
         # 3. Find candidates: the operators that read a quantized weight.
         tracker = OutcomeTracker(find(program), group_rules(entries), progress)
+        caches = quantized_caches(program)
     # 4. Apply the pass list.
     trace: list[RuleTrace] = []
     with single_threaded_operators():
@@ -128,12 +129,19 @@ def rewrite(
             name_gpu(result, gpu)
     report.bytes_after = constant_bytes(result)
     report.notes = gpu_notes(result, described) if described else []
+    if caches:
+        report.notes.append(f"left as they are: caches of quantized numbers that the program mutates ({_some(caches)})")
     if pool.storage is not None:
         packed, loaded = pool.packed - packed_before, pool.loaded - loaded_before
         report.notes.append(f"packed {packed} constants, {loaded} from the cache {pool.storage.place}")
     report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def constant_pool(

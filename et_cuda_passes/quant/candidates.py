@@ -17,6 +17,7 @@ from et_cuda_passes.graph.subgraphs import Subgraphs
 from et_cuda_passes.quant.activations import is_quantize
 from et_cuda_passes.quant.decoders import decode, decode_product, dequantized_data, is_dequantize, is_product
 from et_cuda_passes.quant.unsupported import (
+    NARROW,
     PRODUCTS,
     SuggestedSchemes,
     converted_weight,
@@ -68,6 +69,9 @@ _SELECT_OPS = frozenset(
 )
 _STACK = 3
 """Dimensions of a stack of matrices."""
+
+# Operators whose operand is a weight, even if the program mutates it. Others may read a cache.
+_WEIGHT_READERS = frozenset({*PRODUCTS, aten.embedding.default}) - {aten.matmul.default, aten.mm.default}
 
 # Operators that read the size or the dtype of a weight, which is no use of its values.
 _METADATA_OPS = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
@@ -195,8 +199,26 @@ def _reachable(program: Program, schemes: SuggestedSchemes, wrapped: str) -> Ite
         if forwards_weight(node):
             weights[node] = read
         elif op_of(node) not in _METADATA_OPS:
+            if op_of(node) not in _WEIGHT_READERS and all(_is_cache(program, weight) for weight in read):
+                continue
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn, subgraphs.path(node))
+
+
+def _is_cache(program: Program, dequantize: Node) -> bool:
+    """Whether ``dequantize`` reads a buffer that the program mutates, such as the keys of earlier tokens."""
+    data = dequantized_data(dequantize)
+    return data is not None and program.held(data) is not None and program.is_mutated(data)
+
+
+def quantized_caches(program: Program) -> list[str]:
+    """The names of buffers and inputs of narrow numbers that the program mutates, in graph order."""
+    found = []
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node in program.mutated and isinstance(value, torch.Tensor) and value.dtype in NARROW and value.dim() > 1:
+            found.append(program.fqn(node) or node.name)
+    return found
 
 
 def forwards_weight(node: Node) -> bool:
