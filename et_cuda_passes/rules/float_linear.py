@@ -215,7 +215,6 @@ class LinearFloat4(Rule):
     requirements = (
         weight_has_data,
         same_dtype("x", "bias"),
-        weight_is_grouped_along_k,
         kernel_has_group_size,
         kernel_tiles_divide_k,
         kernel_has_activation_dtype,

@@ -13,6 +13,7 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
+from et_cuda_passes.ops import DEQUANTIZE_FLOAT4, DEQUANTIZE_FLOAT8
 from et_cuda_passes.quant.activations import QUANTIZE, decode_dynamic, quantized_activation_of
 from et_cuda_passes.quant.candidates import consumers
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
@@ -41,13 +42,6 @@ def readers_have_float_activations(m: Match) -> Failure | None:
     return Failure(text) if text else None
 
 
-@requirement("a weight of floating-point numbers, where only these are folded", "use another rule for integers")
-def weight_may_be_folded(m: Match) -> Failure | None:
-    """The rule's option."""
-    weight = weight_of(m)
-    return None if weight.numbers or not m.rule.only_floats else Failure(weight.scheme)
-
-
 @dataclass(frozen=True)
 class FoldDequantize(Rule):
     """dequantize(constant) -> a float constant, computed at compile time
@@ -55,15 +49,9 @@ class FoldDequantize(Rule):
     It is for a target that has no kernel for a quantized weight and would compute something else without an error, or
     fail. The weight becomes as large as before it was quantized. The report says so, and names the scheme that avoids
     it.
-
-    Attributes:
-        only_floats: leave integers as they are: the target compiles their dequantize, and has kernels for most.
     """
 
-    only_floats: bool = False
-
     requirements = (
-        weight_may_be_folded,
         weight_has_data,
         backend_has_dtype,
         readers_have_float_activations,
@@ -110,6 +98,19 @@ class FoldDequantize(Rule):
         # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
         given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
         return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
+
+
+@dataclass(frozen=True)
+class FoldFloats(FoldDequantize):
+    """dequantize(constant of 8-bit or 4-bit floats) -> a float constant, computed at compile time
+
+    It is for a target that has kernels for integers, and compiles the dequantize of those that they do not support. The
+    dequantize of floats would be computed in every call.
+    """
+
+    def pattern(self) -> Pattern:
+        """A weight in floats, with any readers."""
+        return op(DEQUANTIZE_FLOAT8, DEQUANTIZE_FLOAT4)(..., name="weight")
 
 
 @requirement("an activation that is quantized while the program runs, to the same dtype")

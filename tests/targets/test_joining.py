@@ -59,7 +59,7 @@ def warned(target: str = "cpu") -> list[str]:
 
 RESTORING = ["unpack_linear", "restore_float8", "restore_int4_nested", "restore_int8", "compile_float_dequantize"]
 OWN = ["linear_int4", "linear_int8", "conv_int4", "conv_int8", "bmm_int4", "indexed_bmm_int4", "grouped_mm_int4",
-       "einsum_int4", "embedding_int4", "embedding_int8", "fold_dequantize", "remove_linear_views"]  # fmt: skip
+       "einsum_int4", "embedding_int4", "embedding_int8", "fold_floats", "remove_linear_views"]  # fmt: skip
 
 
 def test_rule_of_a_plugin_joins_the_list_of_its_target(folder: Path) -> None:
