@@ -52,7 +52,8 @@ def _tiles(packed: Tensor, pairs: Tensor, group_size: int, k: int) -> Tensor:
     assert rows is not None
     q = rows(torch.arange(8 * packed.shape[0], device=packed.device), packed)[:, :k]
     scale, zero = (part.t().float().unsqueeze(-1) for part in pairs[: k // group_size].unbind(-1))
-    return ((q - ZERO_OFFSET).unflatten(1, (-1, group_size)) * scale + zero).flatten(1).to(pairs.dtype)
+    weight: Tensor = (q - ZERO_OFFSET).unflatten(1, (-1, group_size)) * scale + zero
+    return weight.flatten(1).to(pairs.dtype)
 
 
 DEQUANTIZE_INT4_TILES = define(
@@ -137,7 +138,8 @@ def _float4(q: Tensor, scale: Tensor, whole: Tensor | None, block_size: int, dty
     scale = scale.view(torch.float8_e4m3fn) if scale.dtype is torch.uint8 else scale
     scales = scale.reshape(q.shape[0], -1, 1).float()
     scales = scales if whole is None else whole.float() * scales
-    return (float4_numbers(codes).unflatten(1, (-1, block_size)) * scales).flatten(1).to(dtype)
+    weight: Tensor = float4_numbers(codes).unflatten(1, (-1, block_size)) * scales
+    return weight.flatten(1).to(dtype)
 
 
 DEQUANTIZE_FLOAT4 = define(

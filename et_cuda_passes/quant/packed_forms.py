@@ -90,7 +90,7 @@ def decode_int4_tiles(program: Program, node: Node) -> QuantizedWeight:
     data, packed = constant(program, bound.get("packed", bound.get("mat2")), "the packed weight")
     qparams = bound.get("scale_and_zero", bound.get("qScaleAndZeros"))
     scale, pairs = constant(program, qparams, "the tensor of scales and zeros")
-    group = int(bound.get("group_size", bound.get("qGroupSize")))
+    group = int(bound["group_size"] if "group_size" in bound else bound["qGroupSize"])
     if packed.dim() != 4 or pairs.dim() != 3 or packed.shape[2] != 32 or packed.dtype is not torch.int32:
         raise Unmet(f"a packed weight {packed.dtype} {list(packed.shape)} with scales {list(pairs.shape)}")
     if packed.device.type == "mps":

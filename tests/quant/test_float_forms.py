@@ -209,12 +209,10 @@ def assert_misses_of_float8(program: ExportedProgram, reason: str) -> None:
     ("scheme", "rule"), [("fp8 per row", "linear_float8"), ("nvfp4", "linear_float4"), ("mx", "linear_float8")]
 )
 def test_float32_model_computes_in_bf16_if_that_is_accepted(scheme: str, rule: str) -> None:
-    from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
-
     model = quantized(CONFIGS[scheme][0], torch.float32)
     program, x = exported(model, torch.float32)
     assert_misses(program, f"accept bf16 arithmetic with {rule.title().replace('_', '')}(cast_to_bf16=True)", rule=rule)
-    casting = {"linear_float8": LinearFloat8, "linear_float4": LinearFloat4}[rule](cast_to_bf16=True)
+    casting = {"linear_float8": ecp.LinearFloat8, "linear_float4": ecp.LinearFloat4}[rule](cast_to_bf16=True)
     passes = [casting if each.name == rule else each for each in ecp.default_passes("cuda")]
     rewritten, _ = ecp.rewrite(program, "cuda", passes, expect={rule: 1, "missed": 0})
     assert off(rewritten, x, model) < 8e-3
