@@ -231,7 +231,7 @@ def test_groups_of_16_and_floats_compile_and_fit(gpu: str, rows: int, form: dict
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
-def test_every_tiling_compiles_with_groups_of_16_and_floats(
+def test_tilings_of_a_gpu_compile_with_groups_of_16_and_floats(
     gpu: GpuArch, form: dict[str, object], tmp_path: Path
 ) -> None:
     for tiling in tilings_of(gpu):

@@ -105,6 +105,6 @@ def test_8_bit_floats_compile_and_fit(gpu: str, form: dict[str, object], tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FLOATS, ids=str)
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
-def test_every_tiling_compiles_with_8_bit_floats(gpu: GpuArch, form: dict[str, object], tmp_path: Path) -> None:
+def test_tilings_of_a_gpu_compile_with_8_bit_floats(gpu: GpuArch, form: dict[str, object], tmp_path: Path) -> None:
     for tiling in tilings_of(gpu, 8):
         check_form(gpu, tiling, form, tmp_path)

@@ -122,7 +122,7 @@ def test_rows_are_read_from_the_tiles_that_hold_them() -> None:
 
 
 @pytest.mark.parametrize("target", ALL)
-def test_every_target_takes_or_reports_a_tile_packed_weight(target: str) -> None:
+def test_tile_packed_weight_is_packed_or_reported_on_every_target(target: str) -> None:
     model, *_, dense = tiles(24, 1024)
     program, x = exported(model, 3, 1024)
     rewritten, report = ecp.rewrite(program, target)
