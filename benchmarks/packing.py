@@ -58,7 +58,7 @@ def measure(
 ) -> tuple[float, float, float]:
     """Weights a second, peak bytes above input and output, and the rate over that of a copy.
 
-    Of `unpack`, or of `pack` if `unpack` is None.
+    Those of `unpack`, or of `pack` if `unpack` is None.
 
     Runs in a fresh process, so `pack` and `unpack` must be importable functions or partials of such.
     """

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import et_cuda_passes as ecp
-from et_cuda_passes import delegate, hf
+from docs.markdown import docstring, table
+from et_cuda_passes import delegate, hf, testing
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues
 
 GROUPS = {
@@ -89,13 +90,30 @@ def api_page() -> str:
     return "\n\n".join(parts)
 
 
+def testing_page() -> str:
+    """The functions for tests of rules."""
+    first, rest = docstring(testing)
+    parts = ["# Testing", "`et_cuda_passes.testing`. " + first + " " + rest]
+    for name in testing.__all__:
+        parts += _entry(name, getattr(testing, name), level=2)
+        if name == "Sketch":
+            public = {each: value for each, value in vars(testing.Sketch).items() if not each.startswith("_")}
+            rows = [(f"`{each}`", docstring(value)[0]) for each, value in public.items()]
+            parts.append(table(["method", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
 def _is_rule(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, ecp.Rule)
 
 
-def _entry(name: str, value: Any) -> Iterator[str]:
+def _entry(name: str, value: Any, level: int = 3) -> Iterator[str]:
     """Heading, signature and docstring of a class or a function, and the members of a class."""
-    yield f"### {name}"
+    heading = "#" * level
+    yield f"{heading} {name}"
+    if not callable(value):
+        yield f"`{value!r}`"
+        return
     yield f"```py\n{_signature(name, value)}\n```"
     yield from _docstring(value)
     if not inspect.isclass(value):
@@ -108,10 +126,10 @@ def _entry(name: str, value: Any) -> Iterator[str]:
         if not text or text.startswith("ExecuTorch's hook"):  # ExecuTorch calls it, not the user
             continue
         if isinstance(held, (property, functools.cached_property)):
-            yield f"#### {name}.{member}"
+            yield f"{heading}# {name}.{member}"
             yield from _sections(text)
         elif inspect.isfunction(function):
-            yield f"#### {name}.{member}"
+            yield f"{heading}# {name}.{member}"
             yield f"```py\n{_signature(f'{name}.{member}', function)}\n```"
             yield from _sections(text)
 
@@ -161,6 +179,8 @@ def _annotation(annotation: Any) -> str:
 def _default(value: Any) -> str:
     if isinstance(value, enum.Enum):
         return f"{type(value).__name__}.{value.name}"
+    if inspect.isroutine(value):
+        return str(value.__name__)
     text = repr(value)
     return "..." if text.startswith("<") else text
 

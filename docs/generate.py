@@ -9,23 +9,19 @@ import inspect
 import json
 import re
 import sys
-import textwrap
-import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 import typer
 
 import et_cuda_passes as ecp
-from docs.api import api_page
-from et_cuda_passes import testing
+from docs.api import api_page, testing_page
+from docs.json_documents import json_page, schemas_json
+from docs.markdown import described, docstring, plain_marks, table
 from et_cuda_passes.cli import app
-from et_cuda_passes.cli.documents import DOCUMENTS, Decibels, Document, QuantizationData, ReportData
 from et_cuda_passes.cli.listing import describe_rule
-from et_cuda_passes.graph.report import LayerAccuracy, Report
-from et_cuda_passes.hf.report import QuantizationReport
 from et_cuda_passes.hf.support import (
     FOR_EMBEDDINGS,
     GROUP_SIZES,
@@ -56,22 +52,6 @@ def rules() -> dict[str, tuple[Any, list[str]]]:
     return dict(sorted(found.items()))
 
 
-def plain_marks(text: str) -> str:
-    """Docstring markup as Markdown: double backticks and roles become code."""
-    return re.sub(r":\w+:`([^`]+)`|``([^`]+)``", lambda found: f"`{found[1] or found[2]}`", text)
-
-
-def docstring(thing: Any) -> tuple[str, str]:
-    """The first line of a docstring, and the rest."""
-    first, _, rest = (inspect.getdoc(thing) or "").partition("\n")
-    return first.strip(), plain_marks(rest.strip())
-
-
-def cell(text: Any) -> str:
-    """Text that fits in one cell of a table."""
-    return plain_marks(" ".join(str(text).split())).replace("|", "\\|")
-
-
 def plain(value: Any) -> str:
     """A value of a target as text for a table."""
     if isinstance(value, torch.dtype):
@@ -83,20 +63,6 @@ def plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(plain(item) for item in value)
     return str(value)
-
-
-def described(cls: type) -> tuple[str, dict[str, str]]:
-    """The prose of a class's docstring after its first line, and the entries of its ``Attributes:`` section."""
-    prose, _, section = docstring(cls)[1].partition("Attributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return prose.strip(), {name: " ".join(text.split()) for name, text in entries}
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table."""
-    head = list(head)
-    lines = [head, ["---"] * len(head), *([cell(item) for item in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def rules_json() -> str:
@@ -315,127 +281,6 @@ def readme() -> str:
 
 # The command line -----------------------------------------------------------------------------------------------------
 
-_DATA = {ReportData: Report, QuantizationData: QuantizationReport}
-"""The classes whose ``to_dict()`` a document contains."""
-_COUNTS = "the number of candidates by status, and how often each rule acted"
-
-
-def record_fields(cls: type) -> dict[str, tuple[Any, str]]:
-    """The type and the meaning of each key of a JSON object."""
-    hints, meanings = get_type_hints(cls), described(cls)[1]
-    found = {field.name: (hints[field.name], meanings.get(field.name, "")) for field in dataclasses.fields(cls)}
-    if cls is Report:  # to_dict() has the applied rules among the counts
-        del found["applied"]
-        found["counts"] = (dict[str, int], _COUNTS)
-    if cls is LayerAccuracy:  # JSON has no infinite numbers
-        found = {name: (Decibels if name.endswith("_db") else each, text) for name, (each, text) in found.items()}
-    return found
-
-
-def records_in(annotation: Any) -> Iterator[type]:
-    """The classes of the JSON objects in a type, each after those that contain it."""
-    cls = _DATA.get(annotation, annotation)
-    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
-        yield cls
-        for inner, _ in record_fields(cls).values():
-            yield from records_in(inner)
-    for argument in get_args(annotation):
-        yield from records_in(argument)
-
-
-def json_schema(annotation: Any) -> dict[str, Any]:
-    """The JSON Schema of a type; that of a class is a reference."""
-    cls = _DATA.get(annotation, annotation)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
-        return {"$ref": f"#/$defs/{cls.__name__}"}
-    if annotation is Any:
-        return {}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin in (Union, types.UnionType):
-        return {"anyOf": [json_schema(each) for each in arguments]}
-    if origin in (list, tuple):
-        return {"type": "array", "items": json_schema(arguments[0])}
-    if origin is dict:
-        return {"type": "object", "additionalProperties": json_schema(arguments[1])}
-    names = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
-    return {"type": names[annotation]}
-
-
-def record_schema(cls: type) -> dict[str, Any]:
-    """The JSON Schema of a class. Later versions of the package may add keys."""
-    properties = {}
-    if issubclass(cls, Document):
-        properties["schema"] = {"const": cls.schema()}
-    for name, (annotation, meaning) in record_fields(cls).items():
-        properties[name] = json_schema(annotation) | ({"description": meaning} if meaning else {})
-    about = docstring(cls)[0]
-    return {"type": "object", "description": about, "properties": properties, "required": list(properties)}
-
-
-def schemas_json() -> str:
-    """The JSON Schema of the documents that commands print with ``--json``."""
-    records = dict.fromkeys(cls for document in DOCUMENTS for cls in records_in(document))
-    schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "The JSON documents of et-cuda-passes",
-        "oneOf": [{"$ref": f"#/$defs/{document.__name__}"} for document in DOCUMENTS],
-        "$defs": {cls.__name__: record_schema(cls) for cls in records},
-    }
-    return json.dumps(schema, indent=2) + "\n"
-
-
-def json_type(annotation: Any) -> str:
-    """A type as a reader of JSON names it."""
-    cls = _DATA.get(annotation, annotation)
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if dataclasses.is_dataclass(cls) and isinstance(cls, type):
-        return f"[{cls.__name__}](#{cls.__name__.lower()})"
-    if annotation is Any:
-        return "any"
-    if origin is Literal:
-        return " or ".join(f'"{each}"' for each in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(json_type(each) for each in arguments)
-    if origin in (list, tuple):
-        return f"array of {json_type(arguments[0])}"
-    if origin is dict:
-        return f"object of {json_type(arguments[1])}"
-    names = {str: "string", bool: "boolean", int: "integer", float: "number", types.NoneType: "null"}
-    return names[annotation]
-
-
-def json_page() -> str:
-    """The documents of ``--json``, key by key."""
-    parts = [
-        "# JSON documents",
-        "With `--json` a command prints one JSON document on stdout, and nothing else there. Progress, warnings and "
-        "errors go to stderr. The exit code is the same as without `--json`.",
-        "```sh\net-cuda-passes explain model.pt2 --target cpu --json | python -m json.tool\n```",
-        "The key `schema` has the name of the document and its version, such as `et-cuda-passes.explain/1`. A later "
-        "release may add keys to a document. It gets a new version if a key is renamed, removed or changes its "
-        "meaning, so check `schema` and ignore keys that you do not know.",
-        "The installed package contains a JSON Schema of all documents:",
-        '```sh\npython -c "import importlib.resources as r; '
-        "print(r.files('et_cuda_passes.cli') / 'schemas.json')\"\n```",
-        "## Errors",
-        "stdout is empty if the command has no result: bad usage (exit code 2), a file that cannot be read, or an "
-        "error on the way (1). stderr then has one line that begins with `error: `.",
-        "A command that has a result prints it also when it exits with 1. `verify` prints the outputs that are wrong, "
-        "`doctor` the checks that are wrong. `lower` and `export` print what they wrote, and the key `error` says "
-        "what this machine lacks for the rest. stderr has the same error.",
-        "Numbers are finite: an infinity or NaN is `null`.",
-        "`report.json`, which `lower` and `export` write, has no key `schema`. That of `lower` is a [Report](#report).",
-    ]
-    records = dict.fromkeys(cls for document in DOCUMENTS for cls in records_in(document))
-    for cls in sorted(records, key=lambda cls: (not issubclass(cls, Document), cls.__name__)):
-        rows = [(f"`{name}`", json_type(each), meaning) for name, (each, meaning) in record_fields(cls).items()]
-        if issubclass(cls, Document):
-            rows.insert(0, ("`schema`", f'"{cls.schema()}"', "name and version"))
-        parts += [f"## {cls.__name__}", docstring(cls)[0], table(["key", "type", "meaning"], rows)]
-    return "\n\n".join(parts)
-
 
 def command_page() -> str:
     """Every command with its arguments and options."""
@@ -452,9 +297,13 @@ def command_page() -> str:
                 (0, "success"),
                 (1, "the command failed, or its answer is no: each command says what that is"),
                 (2, "bad usage: an unknown option or value, or a MODEL that is not what the command takes"),
+                (130, "interrupted with Ctrl-C; 143 by SIGTERM. No file is half written"),
             ],
         ),
-        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback.",
+        "An error is one line on stderr, `error: ...`, with the cause and the fix. `--debug` adds the traceback. An "
+        "unknown option or command, or a missing one, is an error of the parser: the usage, and a line `Error: ...`. "
+        "A reader of stdout that leaves early, such as `head`, is no error, and nothing is printed about it; the code "
+        "is then 0, or 1 if the output was cut off.",
         "## Completion",
         "`et-cuda-passes --install-completion` installs completion for the shell that runs: bash, zsh, fish or "
         "PowerShell. `--show-completion` prints its script. Names of targets, GPUs, schemes and rules are completed "
@@ -468,7 +317,8 @@ def command_page() -> str:
         "percentage as long as the number of steps is not known: `export` has to load and split the model first.",
         "## What other libraries print",
         "torchao logs a line `Failed to load ...so` for each of its libraries that does not fit the machine, and torch "
-        "logs deprecations. The command line disables Python's logging while it imports them. Your own program can do "
+        "logs deprecations. The command line disables Python's logging while it imports them, and the progress bars "
+        "and warnings of coremltools. Your own program can do "
         'the same before the import: `logging.getLogger("torchao").setLevel(logging.ERROR)`. torchao\'s environment '
         "variable `TORCHAO_FORCE_SKIP_LOADING_SO_FILES=1` is no help: it logs another line, and also leaves out the "
         "libraries that would load. With `--debug` all lines appear.",
@@ -498,47 +348,6 @@ def options_table(command: Any) -> str:
             default = f"`{each.default}`"
         rows.append((f"`{names}`", each.help or "", default))
     return table(["option", "meaning", "default"], rows)
-
-
-def reference(name: str, thing: Any) -> str:
-    """The section of a function or class: its signature, and its docstring with the sections as lists."""
-    parts = [f"## {name}"]
-    if not (dataclasses.is_dataclass(thing) or callable(thing)):
-        return "\n\n".join([*parts, f"`{thing!r}`"])
-    if inspect.isclass(thing) and not any("__init__" in vars(base) for base in thing.__mro__[:-1]):
-        signature = ""
-    else:
-        signature = re.sub(r"\b(?:[\w]+\.)+(?=[A-Z])", "", str(inspect.signature(thing)).replace(" -> None", ""))
-        signature = re.sub(r"<function (\w+) at 0x\w+>|<built-in function (\w+)>", r"\1\2", signature)
-    parts.append(f"```text\n{name}{signature}\n```")
-    first, rest = docstring(thing)
-    parts.append(plain_marks(first))
-    for paragraph in filter(None, re.split(r"\n\n+", rest)):
-        heading = re.match(r"(Args|Returns|Raises|Attributes):\n", paragraph)
-        if heading is None:
-            parts.append(paragraph)
-            continue
-        word = {"Args": "Arguments"}.get(heading[1], heading[1])
-        body = textwrap.dedent(paragraph[heading.end() :])
-        entries = re.split(r"\n(?=\S)", body)
-        lines = [" ".join(entry.split()) for entry in entries]
-        if heading[1] != "Returns":
-            lines = [re.sub(r"^([^:`]+): ", lambda found: f"- `{found[1]}`: ", line) for line in lines]
-        parts.append("\n".join([f"{word}:", "", *lines]))
-    return "\n\n".join(parts)
-
-
-def testing_page() -> str:
-    """The functions for tests of rules."""
-    first, rest = docstring(testing)
-    parts = ["# Testing", "`et_cuda_passes.testing`. " + first + " " + rest]
-    for name in testing.__all__:
-        parts.append(reference(name, getattr(testing, name)))
-        if name == "Sketch":
-            public = {each: value for each, value in vars(testing.Sketch).items() if not each.startswith("_")}
-            rows = [(f"`{each}`", docstring(value)[0]) for each, value in public.items()]
-            parts.append(table(["method", "meaning"], rows))
-    return "\n\n".join(parts)
 
 
 def pages() -> dict[Path, str]:

@@ -17,8 +17,9 @@ NaN if only one of the two values is finite somewhere, or nothing is ("not finit
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from et_cuda_passes.comparison import Comparison, FloatRun, FloatWeights, QuantizedProgram, RewrittenProgram
-from et_cuda_passes.graph.decibels import decibels_to_json
+from et_cuda_passes.graph.decibels import decibels_text, decibels_to_json
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.interpret import Region, Runner, Tap
 from et_cuda_passes.graph.operators import op_name
 from et_cuda_passes.graph.outcomes import Candidate
-from et_cuda_passes.graph.report import LayerAccuracy, Report
+from et_cuda_passes.graph.report import LayerAccuracy, OutputAccuracy, Report
 from et_cuda_passes.quant.decoders import is_dequantize
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets.target import Target
@@ -51,6 +52,7 @@ class Ratio:
         self.signal = self.noise = 0.0
         self._compared = False
         self._odd = False
+        self._blank = False
 
     def add(self, wanted: Tensor, got: Tensor) -> None:
         """Add the elements of two tensors of one shape. Elements that are infinite or NaN alike do not count."""
@@ -63,16 +65,21 @@ class Ratio:
             self._odd |= not bool((finite | (a == b) | (a.isnan() & b.isnan())).all())
             a, b = a[finite], b[finite]
         self._compared |= a.numel() > 0
-        self._odd |= a.numel() == 0
+        self._blank |= a.numel() == 0
         self.signal += _power(a)
         self.noise += _power(b - a)
 
     @property
     def decibels(self) -> float | None:
         """The ratio; None if no element was compared."""
-        if self._odd:
+        if self._odd or self._blank:
             return math.nan
         return to_decibels(self.signal, self.noise) if self._compared else None
+
+    @property
+    def lacks_numbers(self) -> bool:
+        """Whether all elements of an input set are infinite or NaN in both tensors alike."""
+        return self._blank and not self._odd
 
 
 def _power(x: Tensor) -> float:
@@ -95,28 +102,17 @@ class MeasuredLayer(LayerAccuracy):
         op: the short name of the operator that reads the weight.
         at: the node at which exported and rewritten program were compared: ``node``, or the end of the operators that
             one rewritten operator replaces; several are joined by ", ".
-        limit_db: the smallest ratio by rounding alone; None where the rewrite was not measured.
         why: why a ratio is missing.
     """
 
     op: str = ""
     at: str = ""
-    limit_db: float | None = None
     why: str = ""
 
     @property
     def is_beyond_rounding(self) -> bool:
         """Whether the rewrite changes the output more than rounding does."""
         return self.limit_db is not None and not is_at_least(self.rewritten_db, self.limit_db)
-
-
-@dataclass(frozen=True)
-class OutputAccuracy:
-    """The ratios of one output of the program, with the accumulated error of all layers."""
-
-    name: str
-    quantized_db: float | None
-    rewritten_db: float | None
 
 
 @dataclass(frozen=True)
@@ -170,20 +166,23 @@ class Accuracy:
             f"signal-to-noise ratios in dB, {count}",
             f"{'quantized':>10} {'rewritten':>10}  whole output, against float and against as exported",
         ]
-        lines += [f"{_text(o.quantized_db):>10} {_text(o.rewritten_db):>10}  {o.name}" for o in self.outputs]
+        lines += [
+            f"{decibels_text(o.quantized_db):>10} {decibels_text(o.rewritten_db):>10}  {o.name}" for o in self.outputs
+        ]
         measured = [layer for layer in self.layers if not (layer.quantized_db is layer.rewritten_db is None)]
         lines.append(f"{'quantized':>10} {'rewritten':>10}  {len(measured)} of {len(self.layers)} layers, worst first")
         for layer in measured[:_SHOWN]:
             where = layer.node if layer.at in ("", layer.node) else f"{layer.node}, rewritten as {layer.at}"
             mark = f"  BEYOND ROUNDING, limit {layer.limit_db:.1f}" if layer.is_beyond_rounding else ""
-            numbers = f"{_text(layer.quantized_db):>10} {_text(layer.rewritten_db):>10}"
+            numbers = f"{decibels_text(layer.quantized_db):>10} {decibels_text(layer.rewritten_db):>10}"
             lines.append(f"{numbers}  {layer.layer} ({where}){mark}")
         hidden = len(measured) - _SHOWN
         lines += [f"{'':>21}  ... and {hidden} more"] if hidden > 0 else []
         reasons: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.why:
-                reasons.setdefault(layer.why, []).append(layer.layer)
+                why = layer.why.replace(f"has no weight {layer.layer}", "has no weight of that name")
+                reasons.setdefault(why, []).append(layer.layer)
         for why, names in reasons.items():
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"  not measured: {', '.join(names[:3])}{more}: {why}")
@@ -193,11 +192,6 @@ class Accuracy:
 def is_at_least(ratio: float | None, limit: float) -> bool:
     """Whether ``ratio`` is a number of at least ``limit``; NaN is not."""
     return ratio is not None and ratio >= limit
-
-
-def _text(decibels: float | None) -> str:
-    shown = decibels_to_json(decibels)
-    return "" if shown is None else f"{shown:.1f}" if isinstance(shown, float) else str(shown)
 
 
 def _badness(layer: MeasuredLayer) -> tuple[Any, ...]:
@@ -220,6 +214,7 @@ def accuracy(
     seed: int | None = None,
     *,
     passes: Iterable[Any] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
     """Measure the error of each quantized layer, by its quantization and by its rewrite for ``target``.
 
@@ -233,6 +228,7 @@ def accuracy(
         seed: use random inputs of the shapes of the example inputs: normally distributed floats, and integers between
             the least and the largest of the example.
         passes: the pass list of the rewrite; None for the default.
+        progress: is called with the number of comparisons of layers that are done, and of all.
 
     Returns:
         The ratios of every layer, the worst first, and of the outputs.
@@ -254,16 +250,28 @@ def accuracy(
     kinds = [spec.arg.name for spec in _user_outputs(quantized.exported)]
     of_outputs = [(Ratio(), Ratio()) for _ in kinds]
     reference = _OwnRun(floats, sets) if floats else None
+    points = sum(len(rewritten.comparisons[candidate].points) for candidate in by_rewrite) if rewritten else 0
+    total, done = len(sets) * (len(by_quantization) + points), count(1)
+
+    def tap(node: Node, region: Region, ratio: Ratio) -> Tap:
+        """Compares the value of ``node`` with that of ``region``."""
+
+        def see(value: Tensor, read: Any) -> Tensor:
+            ratio.add(value, region.compute(read))
+            progress(next(done), total)
+            return value
+
+        return Tap(node, tuple(region.reads.values()), see)
+
     for values in sets:
         wanted = None
         if floats and reference:
-            taps = [_tap(each.node, floats.layers[each], ratio) for each, ratio in by_quantization.items()]
+            taps = [tap(each.node, floats.layers[each], ratio) for each, ratio in by_quantization.items()]
             wanted = reference.outputs(floats.run(values, taps, seed or 0), values, seed or 0)
         taps = []
         if rewritten:
             for candidate, ratio in by_rewrite.items():
-                points = rewritten.comparisons[candidate].points
-                taps += [_tap(point, region, ratio) for point, region in points]
+                taps += [tap(point, region, ratio) for point, region in rewritten.comparisons[candidate].points]
         got = quantized.runner.run(values, taps, seed=seed or 0)
         after = rewritten.runner.run(values, seed=seed or 0) if rewritten else None
         for index, (first, second) in enumerate(of_outputs):
@@ -278,24 +286,28 @@ def accuracy(
     )
     report = None
     if rewritten:
-        plain = (LayerAccuracy(each.layer, each.node, each.quantized_db, each.rewritten_db) for each in layers)
-        report = replace(rewritten.report, accuracy=tuple(plain))
-    notes = tuple(reference.finish()) if reference else ()
+        plain = (
+            LayerAccuracy(each.layer, each.node, each.quantized_db, each.rewritten_db, each.limit_db) for each in layers
+        )
+        report = replace(rewritten.report, accuracy=tuple(plain), output_accuracy=outputs)
+    notes = tuple(reference.finish() + _unrelated(layers)) if reference else ()
     return Accuracy(report.target if report else "", len(sets), tuple(layers), outputs, notes, report)
+
+
+def _unrelated(layers: Sequence[MeasuredLayer]) -> list[str]:
+    """A note about layers whose floating-point weights are hardly those that were quantized."""
+    found = [layer.layer for layer in layers if layer.quantized_db is not None and -math.inf < layer.quantized_db < 0]
+    if not found:
+        return []
+    names = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+    return [
+        f"{len(found)} quantized layer{'s differ' if len(found) > 1 else ' differs'} from the float one by more than "
+        f"its signal ({names}): give the float program of the same checkpoint, from before its quantization"
+    ]
 
 
 def _user_outputs(program: ExportedProgram) -> list[Any]:
     return [spec for spec in program.graph_signature.output_specs if spec.kind.name == "USER_OUTPUT"]
-
-
-def _tap(node: Node, region: Region, ratio: Ratio) -> Tap:
-    """Compares the value of ``node`` with that of ``region``."""
-
-    def see(value: Tensor, read: Any) -> Tensor:
-        ratio.add(value, region.compute(read))
-        return value
-
-    return Tap(node, tuple(region.reads.values()), see)
 
 
 def _add_output(ratio: Ratio, wanted: Any, got: Any) -> None:
@@ -320,6 +332,10 @@ def _measured(
     if rewritten and comparison.why:
         why.append(comparison.why)
     first, second = by_quantization.get(candidate), by_rewrite.get(candidate)
+    measured = bool(comparison.points)
+    if second and second.lacks_numbers:
+        why.append("its output is infinite or NaN everywhere, as exported too")
+        measured = False
     return MeasuredLayer(
         layer=candidate.fqn,
         node=candidate.name or candidate.node.name,
@@ -327,7 +343,7 @@ def _measured(
         rewritten_db=None if second is None else second.decibels,
         op=op_name(candidate.node.target),
         at=", ".join(point.name for point, _ in comparison.points),
-        limit_db=comparison.limit_db if comparison.points else None,
+        limit_db=comparison.limit_db if measured else None,
         why="; ".join(dict.fromkeys(filter(None, why))),
     )
 
@@ -408,8 +424,9 @@ class _OwnRun:
         agreement = self._agreement.decibels
         if agreement is not None and not is_at_least(agreement, _SAME_MODEL):
             self.notes.append(
-                f"with floating-point weights this program differs from the float program by {_text(agreement)} dB: "
-                "more than their quantized weights differs"
+                f"with floating-point weights this program differs from the float program "
+                f"({decibels_text(agreement, ' dB')}): more than their quantized weights "
+                "differs"
             )
         return self.notes
 

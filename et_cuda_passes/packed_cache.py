@@ -70,7 +70,7 @@ class PackedCache:
             if out.nbytes:
                 out.view(-1).view(torch.uint8).copy_(torch.frombuffer(content, dtype=torch.uint8, offset=end))
             # The bytes that are used are those that are checked.
-            fits = header["sha256"] == digest(out)
+            fits = header.get("sha256") == digest(out)
         self.damaged += not fits
         return fits
 
@@ -116,7 +116,7 @@ def _form(tensor: torch.Tensor) -> list[Any]:
 class _Store(ABC):
     @abstractmethod
     def read(self, key: str) -> bytearray | None:
-        """The content of an entry, None if there is none."""
+        """The content of an entry, or None."""
 
     @abstractmethod
     def write(self, key: str, header: bytes, data: memoryview) -> None:

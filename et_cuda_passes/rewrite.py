@@ -67,8 +67,8 @@ def rewrite(
             ``exported_program``**: the constants that the result does not have are removed from it, and each is freed
             as soon as it is packed, unless something else holds it, such as the model. The files have no names and
             vanish with the result. None keeps the constants in memory, and the program as it is.
-        cache: a folder or an fsspec URL with the packed constants of earlier runs, or a :class:`PackedCache`. What is
-            there is not packed again, and what is not is added. The report says how many were.
+        cache: a folder or an fsspec URL with the packed constants of earlier runs, or a :class:`PackedCache`. Constants
+            that are there are not packed again, and others are added. The report says how many were.
         device: packs 4-bit weights on this device ("cuda"); the constants are on the device of the weights all the
             same. None packs where the weights are.
         progress: called after each candidate that gets an outcome, with the number of those that have one and of all.

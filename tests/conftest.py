@@ -3,6 +3,7 @@
 import os
 import random
 import secrets
+import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,10 @@ settings.load_profile("house")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers fill the cores; more threads would compete with them.
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        # ExecuTorch's CUDA backend removes files of Inductor's cache that another worker may be about to link.
+        cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "inductor"))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{cache}-{os.environ['PYTEST_XDIST_WORKER']}"
 
 
 # The seed is in the environment, so that workers and processes that tests start draw the same numbers.

@@ -168,6 +168,40 @@ def test_layers_fused_into_one_operator_are_compared_at_its_result() -> None:
     assert not any(layer.is_beyond_rounding for layer in result.layers)
 
 
+def test_progress_counts_the_comparisons_of_all_input_sets() -> None:
+    model, x = Gated(), torch.randn(3, 64)
+    program = export(quantized(model), x)
+    seen: list[tuple[int, int]] = []
+    inputs = [(x,), (torch.randn(3, 64),)]
+    result = ecp.accuracy(
+        program, "cpu", dict(model.named_parameters()), inputs, progress=lambda *each: seen.append(each)
+    )
+    measured = sum((each.quantized_db is not None) + (each.rewritten_db is not None) for each in result.layers)
+    assert seen == [(done, 2 * measured) for done in range(1, 2 * measured + 1)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_inputs_without_finite_values_are_no_error_of_the_rewrite(value: float) -> None:
+    model, x = Gated(), torch.randn(3, 64)
+    program = export(quantized(model), x)
+    result = ecp.accuracy(program, "cpu", None, [(torch.full((3, 64), value),)])
+    layer = of(result, "up")
+    assert layer.rewritten_db is not None and math.isnan(layer.rewritten_db)
+    assert not layer.is_beyond_rounding
+    assert layer.why == "its output is infinite or NaN everywhere, as exported too"
+    assert layer in result.below(40)  # a check does not pass on it
+    assert "BEYOND ROUNDING" not in str(result)
+
+
+def test_note_on_weights_of_another_checkpoint() -> None:
+    model, other, x = Gated(), Gated(), torch.randn(3, 64)
+    program = export(quantized(model), x)
+    assert ecp.accuracy(program, None, export(model, x)).notes == ()
+    note = ecp.accuracy(program, None, export(other, x)).notes[-1]
+    assert "quantized layers differ from the float one by more than its signal" in note
+    assert "give the float program of the same checkpoint" in note
+
+
 def test_powers_of_several_input_sets_add_up() -> None:
     model = Mlp()
     narrow, x = quantized(model), torch.randn(3, 64)
@@ -363,7 +397,10 @@ def test_layer_without_a_float_weight_is_listed_with_the_reason() -> None:
     text = str(result)
     assert result.notes == ("weights that stay quantized in the float run: q.weight, up.weight, down.weight",)
     for name in ("up", "down", "q"):
-        assert f"not measured: {name}.weight: {of(result, name).why}" in text
+        assert (
+            f"not measured: {name}.weight: {of(result, name).why.replace('weight up.weight', 'weight of that name')}"
+            in text
+        )
 
 
 def test_float_program_of_another_model_is_noticed() -> None:

@@ -24,6 +24,7 @@ ROOT = Path(ecp.__file__).parent.parent
 SCHEMAS = json.loads((ROOT / "et_cuda_passes" / "cli" / "schemas.json").read_text())
 
 
+@pytest.mark.slow  # the next test has all targets in one
 @pytest.mark.parametrize("target", ecp.targets())
 def test_smallest_path_of_a_target_agrees_with_eager(target: str) -> None:
     walked = smallest.walk(target)

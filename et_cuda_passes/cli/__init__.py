@@ -4,7 +4,6 @@ Exit codes: 0 success, 1 the command failed or its answer is no (an expectation 
 installation lacks something), 2 bad usage. The result of a command goes to stdout, progress and errors go to stderr.
 """
 
-import json
 import re
 import shlex
 from collections.abc import Mapping
@@ -25,12 +24,14 @@ from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
     UsageError,
+    check_output_file,
     check_writable,
     handle_errors,
     handle_errors_without_torch,
     list_files,
     one_line,
     print_json,
+    write_reports,
 )
 from et_cuda_passes.cli.diagnosing import doctor
 from et_cuda_passes.cli.documents import Explain, Lower, ReportData, files_of
@@ -243,8 +244,9 @@ def explain(
         from et_cuda_passes.executorch.packed import load_model
 
         names = _target_names(target, gpu)
-        for path in filter(None, (html, model_explorer)):
-            _check_report_path(path, model)
+        for path, option in ((html, "--html"), (model_explorer, "--model-explorer")):
+            if path is not None:
+                check_output_file(path, option, model)
         reports, texts = {}, []
         packed: dict[str, int] = {}
         with Steps(2 * len(names)) as step:
@@ -259,7 +261,7 @@ def explain(
             print_json(Explain(packed, {name: ReportData(report.to_dict()) for name, report in reports.items()}))
         else:
             typer.echo("\n\n".join(texts) if len(names) > 1 or drawings else texts[0])
-        written = _write_reports(reports, html, model_explorer, model.name)
+        written = write_reports(reports, html, model_explorer, model.name)
         if written and not as_json:
             list_files(written)
 
@@ -474,36 +476,6 @@ def _target_names(text: str, gpu: str | None) -> list[str]:
 
 def _has_gpu(target: str) -> bool:
     return _check_target(target, None).gpu is not None
-
-
-def _check_report_path(path: Path, model: Path) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file in it, such as {path / 'report.html'}")
-    if path.resolve() == model.resolve():
-        raise UsageError(f"{path} is MODEL itself, which the report would replace; name another file")
-    check_writable(path.parent)
-
-
-def _write_reports(
-    reports: "Mapping[str, ecp.Report]", html: Path | None, model_explorer: Path | None, title: str
-) -> list[Path]:
-    """Write the files of ``--html`` and ``--model-explorer``."""
-    from et_cuda_passes.executorch.lower import atomic_output
-    from et_cuda_passes.graph.model_explorer import node_data
-    from et_cuda_passes.graph.report_page import render
-
-    data = {name: report.to_dict() for name, report in reports.items()}
-    texts = {} if html is None else {html: render(data, title)}
-    if model_explorer is not None:
-        for each in data.values():
-            path = model_explorer
-            if len(data) > 1:
-                path = path.with_name(f"{path.stem}.{each['target']}{path.suffix}")
-            texts[path] = json.dumps(node_data(each), indent=1) + "\n"
-    for path, text in texts.items():
-        with atomic_output(path.parent) as staging:
-            (staging / path.name).write_text(text, encoding="utf-8")
-    return list(texts)
 
 
 def _version(distribution: str) -> str:

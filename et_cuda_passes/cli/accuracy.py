@@ -1,8 +1,9 @@
 """``accuracy``: the error of each quantized layer, and a recipe that makes it smaller."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,12 +12,15 @@ from et_cuda_passes.cli.console import (
     LoweringError,
     Steps,
     UsageError,
+    check_output_file,
     handle_errors,
     list_files,
     one_line,
     print_json,
+    write_files,
+    write_reports,
 )
-from et_cuda_passes.cli.options import TARGETS, Debug, Json, ModelPath, RandomSeed, Trust
+from et_cuda_passes.cli.options import TARGETS, Debug, Json, ModelPath, RandomSeed, Trust, complete_targets, completes
 
 # The functions below import what they need, so that --help does not import torch.
 if TYPE_CHECKING:
@@ -48,6 +52,7 @@ def accuracy(
             "-t",
             help=f"Compare with the rewrite for one of {', '.join(TARGETS)}, or MODULE:NAME.",
             show_default=False,
+            autocompletion=complete_targets,
         ),
     ] = None,
     inputs: Annotated[
@@ -79,9 +84,23 @@ def accuracy(
         Path | None, typer.Option("--recipe", metavar="TOML", help="Write the suggestion to this file, for export.")
     ] = None,
     algorithm: Annotated[
-        str, typer.Option("--algorithm", help="How the export chooses 8-bit scales: hqq or affine.")
+        str,
+        typer.Option(
+            "--algorithm",
+            help="How the export chooses 8-bit scales: hqq or affine.",
+            autocompletion=completes("hqq", "affine"),
+        ),
     ] = "hqq",
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report page.")] = None,
+    model_explorer: Annotated[
+        Path | None,
+        typer.Option(
+            "--model-explorer",
+            metavar="FILE",
+            help="Write the outcomes and ratios as node data for Model Explorer, which shows them on the graph of "
+            "MODEL.",
+        ),
+    ] = None,
     as_json: Json = False,
     trust: Trust = False,
     debug: Debug = False,
@@ -97,15 +116,17 @@ def accuracy(
     """
     with handle_errors(debug):
         suggests = target_snr is not None or max_bytes is not None
-        _check_options(float_model, target, fail_below, target_snr, suggests, recipe, algorithm, html)
+        files = {"--html": html, "--model-explorer": model_explorer, "--recipe": recipe}
+        _check_options(float_model, target, fail_below, target_snr, suggests, algorithm, files, model)
         import et_cuda_passes as ecp
         from et_cuda_passes.cli.inputs import check_one_source, read_inputs
 
         check_one_source(next(iter(inputs or ()), None), random_seed)
 
         sets = [tuple(read_inputs(path)) for path in inputs] if inputs else None
-        suggestion = None
-        with Steps() as step:
+        suggestion, unreached = None, None
+        # A suggestion has three steps of its own.
+        with Steps(2 + (float_model is not None) + 3 * suggests) as step:
             step(f"loading {model}")
             program = _load(model, target, trust)
             floats = None
@@ -114,7 +135,7 @@ def accuracy(
                 floats = _float_weights(float_model, trust)
             step("measuring the layers")
             try:
-                result = ecp.accuracy(program, target, floats, sets, random_seed)
+                result = ecp.accuracy(program, target, floats, sets, random_seed, progress=step.part)
             except ValueError as error:
                 raise UsageError(_in_options(str(error))) from error
             if suggests:
@@ -129,22 +150,36 @@ def accuracy(
                         random_seed,
                         algorithm=algorithm,
                         progress=step,
+                        part=step.part,
                     )
                 except ValueError as error:
-                    raise AccuracyError(_in_options(str(error))) from error
+                    # The ratios are a result all the same.
+                    unreached = AccuracyError(_in_options(str(error)))
         if as_json:
             print_json(documents.Accuracy(**result.to_dict(), suggestion=_suggestion(suggestion)))
         else:
             typer.echo(str(result))
             if suggestion:
                 typer.echo(str(suggestion))
-        _write(suggestion, recipe, html, result.report, as_json)
+        reports = {result.report.target: result.report} if result.report else {}
+        written = write_reports(reports, html, model_explorer, model.name)
+        if suggestion and recipe and suggestion.moves:
+            from et_cuda_passes.hf.suggestion import recipe_text
+
+            write_files({recipe: recipe_text(suggestion.recipe, str(suggestion).partition("\n")[0])})
+            written.append(recipe)
+        elif suggestion and not as_json:
+            typer.echo(f"no layer needs to be moved, so {recipe} is not written")
+        if written and not as_json:
+            list_files(written)
         if fail_below is not None and (failed := result.below(fail_below)):
             worst = min(failed, key=lambda layer: -math.inf if layer.rewritten_db is None else layer.rewritten_db)
+            count = f"{len(failed)} layer{'s are' if len(failed) > 1 else ' is'}"
             raise AccuracyError(
-                f"{len(failed)} layers are below {fail_below:g} dB after the rewrite; the worst is {worst.layer} "
-                f"({worst.node})"
+                f"{count} below {fail_below:g} dB after the rewrite; the worst is {worst.layer} ({worst.node})"
             )
+        if unreached:
+            raise unreached
 
 
 def _check_options(
@@ -153,27 +188,28 @@ def _check_options(
     fail_below: float | None,
     target_snr: float | None,
     suggests: bool,
-    recipe: Path | None,
     algorithm: str,
-    html: Path | None,
+    files: Mapping[str, Path | None],
+    model: Path,
 ) -> None:
     if target is None and float_model is None:
         raise UsageError("there is nothing to compare with: give --float, --target, or both")
-    if target is None and (fail_below is not None or html is not None):
-        raise UsageError("--fail-below and --html are about the rewrite for a target: give --target")
+    if target is None and (fail_below is not None or files["--html"] or files["--model-explorer"]):
+        raise UsageError("--fail-below, --html and --model-explorer are about the rewrite for a target: give --target")
     for name, value in (("--fail-below", fail_below), ("--target-snr", target_snr)):
         if value is not None and not math.isfinite(value):
             raise UsageError(f"{name} {value}: give a number of dB")
     if suggests and float_model is None:
         raise UsageError("a suggestion compares with floating-point weights: give --float")
-    if suggests != (recipe is not None):
+    if suggests != (files["--recipe"] is not None):
         raise UsageError(
             "--recipe is the file to which a suggestion is written: give it with --target-snr or --max-bytes"
         )
     if algorithm not in ("hqq", "affine"):
         raise UsageError(f"--algorithm {algorithm}: give hqq or affine")
-    if recipe is not None and not recipe.absolute().parent.is_dir():
-        raise UsageError(f"--recipe {recipe}: the folder {recipe.absolute().parent} does not exist")
+    for option, path in files.items():
+        if path is not None:
+            check_output_file(path, option, model)
 
 
 def _load(model: Path, target: str | None, trust: bool) -> "ExportedProgram":
@@ -231,20 +267,3 @@ def _suggestion(suggestion: "Suggestion | None") -> documents.Suggestion | None:
     values = {key: decibels_to_json(value) for key, value in asdict(suggestion).items()}
     moves = [{key: decibels_to_json(value) for key, value in move.items()} for move in values.pop("moves")]
     return documents.Suggestion([documents.Move(**move) for move in moves], **values)
-
-
-def _write(suggestion: "Suggestion | None", recipe: Path | None, html: Path | None, report: Any, silent: bool) -> None:
-    files = []
-    if suggestion and recipe is not None:
-        from et_cuda_passes.hf.suggestion import recipe_text
-
-        if suggestion.moves:
-            recipe.write_text(recipe_text(suggestion.recipe, str(suggestion).partition("\n")[0]), encoding="utf-8")
-            files.append(recipe)
-        elif not silent:
-            typer.echo(f"no layer needs to be moved, so {recipe} is not written")
-    if html is not None:
-        html.write_text(report.to_html(), encoding="utf-8")
-        files.append(html)
-    if files and not silent:
-        list_files(files)

@@ -1,5 +1,6 @@
 """Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
+import json
 import logging
 import os
 import resource
@@ -9,21 +10,25 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from et_cuda_passes._versions import untested_versions
 from et_cuda_passes.cli.documents import Document
 from et_cuda_passes.plugins import PluginError, PluginWarning
+
+# --help does not import torch.
+if TYPE_CHECKING:
+    from et_cuda_passes.graph.report import Report
 
 
 class UsageError(Exception):
@@ -53,7 +58,7 @@ class Steps:
     def __init__(self, count: int = 0) -> None:
         self._count, self._done, self._part = count, 0, 0.0
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), _Memory())
+        columns = (SpinnerColumn(), _Step(), TimeElapsedColumn(), _Memory(Column(no_wrap=True)))
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._step: tuple[str, float] | None = None
         self._stopped = threading.Event()
@@ -123,6 +128,13 @@ class Steps:
             self._console.print(text, markup=False)
 
 
+class _Step(ProgressColumn):
+    """The step that runs; in a narrow terminal its end is cut off, so that the line stays one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
 class _Memory(ProgressColumn):
     """The memory of the process."""
 
@@ -155,28 +167,73 @@ def print_json(document: Document) -> None:
     typer.echo(document.to_json())
 
 
-def check_writable(folder: Path) -> None:
-    """Check that a folder exists or can be created, and that files can be written to it.
+def check_writable(folder: Path, option: str = "--output-dir") -> None:
+    """Check that the folder of an option exists or can be created, and that files can be written to it.
 
     Raises:
         UsageError: not so.
     """
     if folder.is_symlink() and not folder.exists():
-        raise UsageError(f"--output-dir {folder} is a link to {os.readlink(folder)}, which does not exist")
+        raise UsageError(f"{option} {folder} is a link to {os.readlink(folder)}, which does not exist")
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise UsageError(f"--output-dir {folder} cannot be created: {nearest} is a file; name a directory")
+        raise UsageError(f"{option} {folder} cannot be created: {nearest} is a file; name a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UsageError(
-            f"--output-dir {folder} cannot be written: no permission for {nearest}; name another directory"
-        )
+        raise UsageError(f"{option} {folder} cannot be written: no permission for {nearest}; name another directory")
+
+
+def check_output_file(path: Path, option: str, model: Path) -> None:
+    """Check, before a slow step begins, that :func:`write_files` can write the file of an option.
+
+    Raises:
+        UsageError: not so, or it would replace MODEL.
+    """
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is a device or a pipe, which the file would replace; name a file")
+    if path.resolve() == model.resolve():
+        raise UsageError(f"{option} {path} is MODEL itself, which the file would replace; name another file")
+    check_writable(path.parent, option)
+
+
+def write_files(texts: Mapping[Path, str]) -> None:
+    """Write each file whole or not at all. A link stays, and the file that it names is replaced."""
+    from et_cuda_passes.executorch.lower import atomic_output
+
+    for path, text in texts.items():
+        real = path.resolve()
+        try:
+            with atomic_output(real.parent) as staging:
+                (staging / real.name).write_text(text, encoding="utf-8")
+        except OSError as error:  # it names the temporary file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_reports(
+    reports: "Mapping[str, Report]", html: Path | None, model_explorer: Path | None, title: str
+) -> list[Path]:
+    """Write the files of ``--html`` and ``--model-explorer``, and return their paths."""
+    from et_cuda_passes.graph.model_explorer import node_data
+    from et_cuda_passes.graph.report_page import render
+
+    data = {name: report.to_dict() for name, report in reports.items()}
+    texts = {} if html is None else {html: render(data, title)}
+    if model_explorer is not None:
+        for each in data.values():
+            path = model_explorer
+            if len(data) > 1:
+                path = path.with_name(f"{path.stem}.{each['target']}{path.suffix}")
+            texts[path] = json.dumps(node_data(each), indent=1) + "\n"
+    write_files(texts)
+    return list(texts)
 
 
 @contextmanager
 def handle_errors(debug: bool) -> Iterator[None]:
     """Turn errors into one line and an exit code, and hide deprecation warnings of the libraries."""
     try:
-        with quiet_import(debug):
+        with quiet_import(debug), _quiet_environment(debug):
             import et_cuda_passes.api  # noqa: F401  (torch and torchao, for all that follows)
             from et_cuda_passes.executorch.errors import ModelError
     except ImportError as error:  # a version that does not fit: the message says which
@@ -184,7 +241,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with _short_warnings_of_plugins(), _quiet_loggers(debug), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), _quiet_environment(debug), _removed_temporary_files():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -193,10 +250,10 @@ def handle_errors(debug: bool) -> Iterator[None]:
         _fail(str(error), 2, debug)
     except LoweringError as error:
         _fail(str(error), 1, debug)
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # a reader of stdout left: Typer ends quietly
+        raise
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, debug)
-    except (typer.Exit, typer.Abort):
-        raise
     except Exception as error:
         _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
 
@@ -209,6 +266,8 @@ def handle_errors_without_torch() -> Iterator[None]:
             yield
     except (UsageError, PluginError) as error:
         _fail(str(error), 2, False)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
 
@@ -251,8 +310,8 @@ def quiet_import(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_loggers(debug: bool) -> Iterator[None]:
-    """Hide what torchao's modules log as they are imported, which a command does when it needs them."""
-    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    """Hide what modules of torchao and coremltools log as they are imported, when a command needs them."""
+    loggers = [] if debug else [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree", "coremltools")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -261,6 +320,22 @@ def _quiet_loggers(debug: bool) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _quiet_environment(debug: bool) -> Iterator[None]:
+    """Hide the progress bars of coremltools, and what ExecuTorch's Core ML backend logs about iOS versions.
+
+    tqdm and the backend read these variables when they are imported.
+    """
+    quiet = {} if debug else {"TQDM_DISABLE": "1", "ET_COREML_LOG_LEVEL": "ERROR"}
+    added = {name: value for name, value in quiet.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def start_runtime() -> None:

@@ -304,7 +304,8 @@ class Accuracy(Document):
         layers: the worst first.
         outputs: the floating-point outputs, in order.
         notes: remarks on the whole.
-        suggestion: with ``--target-snr`` or ``--max-bytes``; else null.
+        suggestion: with ``--target-snr`` or ``--max-bytes``; null without them, or if the ratio or the bytes are out of
+            reach.
     """
 
     name: ClassVar[str] = "accuracy"
@@ -349,7 +350,8 @@ class Export(Document):
         files: the files that were written.
         unfinished: what this machine lacks for a target, by target. The packed programs are in the folder.
         left_out: why a target cannot take the schemes or the model, by target. Nothing is written for it.
-        error: both as text, with the command that goes on; null if all targets are finished.
+        failed: the error of its rewrite or lowering, by target. Nothing is written for it.
+        error: all three as text, with the command that goes on; null if all targets are finished.
     """
 
     name: ClassVar[str] = "export"
@@ -360,6 +362,7 @@ class Export(Document):
     files: list[File]
     unfinished: dict[str, str]
     left_out: dict[str, str]
+    failed: dict[str, str]
     error: str | None = None
 
 

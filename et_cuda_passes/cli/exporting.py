@@ -1,12 +1,9 @@
 """``export``: a model on disk becomes programs for every target, in one folder."""
 
-import errno
-import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from tempfile import gettempdir
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,10 +15,20 @@ from et_cuda_passes.cli.console import (
     check_writable,
     handle_errors,
     list_files,
-    one_line,
     print_json,
 )
 from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
+from et_cuda_passes.cli.export_errors import (
+    Unwritten,
+    check_dtype,
+    in_options,
+    option_errors,
+    print_targets,
+    problem_of,
+    refused_targets_of,
+    step_errors,
+    with_dynamic_sizes,
+)
 from et_cuda_passes.cli.options import (
     EMBEDDING_SCHEMES,
     SCHEMES,
@@ -39,16 +46,11 @@ from et_cuda_passes.hf.report import QuantizationReport
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
-    from et_cuda_passes.hf.options import QuantizationOptions
 
 _SCHEME = "4w, 8w, 8da4w, 8da8w, '8da4w,8da8w', fpa4w, or one with a target, as cuda:4w."
 _LINEAR, _EMBEDDING = completes(*SCHEMES), completes(*EMBEDDING_SCHEMES)
 _MANIFEST = "export.json"
 _SHORTEST = 8
-# The other names of options are words of the language too.
-_OPTION = re.compile(
-    r"(?<![\w-])(?:q(?:linear|embedding)(?:_\w+)?|group_size_fallback|cast_to_bf16|xnnpack_weight_only)\b|\balgorithm(?==)"
-)
 
 
 def _option(name: str, **options: Any) -> Any:
@@ -147,7 +149,9 @@ def export(
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Refuse the export if one of several targets cannot take the schemes as they are."
+            "--strict",
+            help="Refuse the export if one of several targets cannot take the schemes as they are; if a lowering "
+            "fails, write nothing.",
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in the output folder.")] = False,
@@ -156,8 +160,8 @@ def export(
 ) -> None:
     """Export a model of transformers: quantize it, trace it once, and write what each target runs.
 
-    cuda, metal: .pte and .ptd; cpu: an AOTInductor .pt2; the others: .pte. A target that cannot take the schemes is
-    left out, and the exit code is then 1.
+    cuda, metal: .pte and .ptd; cpu: an AOTInductor .pt2; the others: .pte. A target that cannot take the schemes, or
+    whose lowering fails, is left out, and the exit code is then 1.
     """
     options: dict[str, Any] = {
         "target": target,
@@ -175,21 +179,25 @@ def export(
         "recipe": recipe,
         "group_size_fallback": group_size_fallback,
         "cast_to_bf16": cast_to_bf16,
+        "xnnpack_weight_only": xnnpack_weight_only,
     }
     with handle_errors(debug):
         # These import torch, which --help does not need.
+        from torch import bfloat16
+
         from et_cuda_passes.executorch.lower import missing_requirement
         from et_cuda_passes.hf.checkpoint import Checkpoint, check_extra
         from et_cuda_passes.hf.options import QuantizationOptions, check_schemes, check_weight_only
+        from et_cuda_passes.hf.support import takes_dtype
         from et_cuda_passes.targets import get_target
         from et_cuda_passes.targets.gpu import check_gpu
 
-        with _refusals():
+        with option_errors():
             check_extra("export")
             quantization = QuantizationOptions(**options)
-            refused = _refused(quantization, strict)
-            if refused:
-                options["target"] = ",".join(name for name in quantization.targets if name not in refused)
+            unwritten = Unwritten(strict, debug, refused_targets_of(quantization, strict))
+            if unwritten.refused:
+                options["target"] = ",".join(name for name in quantization.targets if name not in unwritten.refused)
                 quantization = QuantizationOptions(**options)
             check_schemes(quantization)
             if gpu is not None:
@@ -200,25 +208,25 @@ def export(
                 raise UsageError("--stream: give one --target at a time; the traced program is given up for it")
             packed_cache = cache_of(cache, cache_limit)
             _check_output(output_dir, overwrite, model)
-            _check_dtype(dtype, quantization)
+            check_dtype(dtype, quantization)
             checkpoint = Checkpoint.find(model, gguf)
             if keep_gguf and checkpoint.gguf is None:
                 raise UsageError("--keep-gguf keeps the blocks of a GGUF file: give one with --gguf FILE")
         if dtype is None and checkpoint.gguf is not None and checkpoint.gguf.is_quantized:
-            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and XNNPACK in 32.
-            dtype = "float32" if "xnnpack" in quantization.targets else "bfloat16"
+            # Blocks have no dtype. The kernels of cuda compute in 16 bits, and some backends not in bfloat16.
+            dtype = "bfloat16" if all(takes_dtype(name, bfloat16) for name in quantization.targets) else "float32"
         with Steps() as step:
-            options |= {"gpu": gpu, "xnnpack_weight_only": xnnpack_weight_only, "compile_specs": specs}
+            options |= {"gpu": gpu, "compile_specs": specs}
             options |= {"stream": None if stream is None else str(stream), "cache": packed_cache}
-            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, refused)
+            exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, unwritten)
             # ``verify`` loads the model again.
             exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
             step(f"writing {output_dir}")
-            with _stage(step, quantization.targets):
+            with step_errors(step, quantization.targets):
                 exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
-        written = [name for name in quantization.targets if name not in refused]
+        written = list(exported.report["targets"])
         lacking = {name: each for name in written if (each := missing_requirement(name, gpu))}
-        problem = _problem(output_dir, lacking, refused)
+        problem = problem_of(output_dir, lacking, unwritten)
         files = _files(exported, output_dir)
         if as_json:
             reports = {
@@ -227,15 +235,25 @@ def export(
             }
             quantized = [QuantizationData(each) for each in exported.report["quantization"]]
             print_json(
-                Export(str(output_dir), reports, quantized, loaded.kept, files_of(files), lacking, refused, problem)
+                Export(
+                    str(output_dir),
+                    reports,
+                    quantized,
+                    loaded.kept,
+                    files_of(files),
+                    lacking,
+                    unwritten.refused,
+                    unwritten.failed,
+                    problem,
+                )
             )
         else:
             _print_kept(loaded.kept)
             _print_report(exported.report)
             list_files(files)
             finished = [name for name in written if name not in lacking]
-            if refused:
-                _print_targets(finished, lacking, refused)
+            if unwritten.refused or unwritten.failed:
+                print_targets(finished, lacking, unwritten)
             generates = {"prefill", "decode"} == set(exported.components) and loaded.processor is not None
             _print_next(output_dir, finished, model, gguf, generates)
         if problem:
@@ -250,11 +268,11 @@ def _export(
     keep_gguf: bool,
     max_length: int | None,
     options: dict[str, Any],
-    refused: dict[str, str],
+    unwritten: Unwritten,
 ) -> tuple[Any, Any]:
     """The export, and the model.
 
-    ``refused`` gets the targets that cannot take the model, if others can.
+    ``unwritten`` gets the targets that cannot take the model, and those whose rewrite or lowering fails.
     """
     step(f"loading {checkpoint}")
     # These import transformers, which takes seconds.
@@ -262,15 +280,16 @@ def _export(
     from et_cuda_passes.hf.loading import generation_config, load, quiet
 
     names = [name.strip() for name in options["target"].split(",")]
-    with _stage(step, names), quiet():
+    with step_errors(step, names), quiet():
         loaded = load(checkpoint, task, dtype, keep_gguf, max_length)
         dynamic = "input_ids" in loaded.inputs
         if dynamic:
-            names = _with_dynamic_sizes(names, refused)
+            names = with_dynamic_sizes(names, unwritten)
             options["target"] = ",".join(names)
         config = EtConfig(**options, dynamic=dynamic, max_length=loaded.text_length if dynamic else None)
         # Writing is one more step.
-        exporter = EtExporter(step, lambda count: step.expect(count + 1), step.part)
+        failed = None if unwritten.strict else partial(unwritten.fail, step, names)
+        exporter = EtExporter(step, lambda count: step.expect(count + 1), step.part, failed)
         if loaded.generates:
             static = generation_config(loaded.model, loaded.max_length)
             exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
@@ -316,7 +335,7 @@ def finish(folder: Path, target: str, as_json: bool = False, compile_spec: Seque
     from et_cuda_passes.executorch.lower import missing_requirement
     from et_cuda_passes.hf.checkpoint import check_extra
 
-    with _refusals():
+    with option_errors():
         check_extra("finishing an export")
     specs = compile_specs_of(list(compile_spec), [target])
     if lacking := missing_requirement(target):
@@ -325,7 +344,7 @@ def finish(folder: Path, target: str, as_json: bool = False, compile_spec: Seque
         step(f"reading {folder}")
         from et_cuda_passes.hf.finish import finish_export
 
-        with _stage(step, (target,)):
+        with step_errors(step, (target,)):
             files = finish_export(folder, step, target, specs)
     if as_json:
         print_json(Lower(target, None, files_of(files)))
@@ -333,66 +352,6 @@ def finish(folder: Path, target: str, as_json: bool = False, compile_spec: Seque
         list_files(files)
     else:
         typer.echo(f"{folder} has nothing to finish for {target}")
-
-
-# Refusals and errors --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """Errors in the options, before any work."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(_in_options(str(error))) from error
-    except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
-
-
-@contextmanager
-def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
-    """Turn an error of the current step into one line with the name of the step."""
-    from et_cuda_passes.graph import errors
-    from et_cuda_passes.graph.report import ExpectationError
-    from et_cuda_passes.hf.artifact import ExportError
-
-    try:
-        yield
-    except UsageError:
-        raise
-    except FileExistsError as error:
-        raise UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite")) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            problem = "the disk is full" if error.errno != errno.EFBIG else "a file would be larger than the limit"
-            # Programs are lowered into a temporary folder, and then written to the output folder.
-            where = "" if str(step.current).startswith("writing") else f" (temporary files are in {gettempdir()})"
-            raise LoweringError(
-                f"{step.current}: {problem}{where}; free some space and run the command again"
-            ) from error
-        raise
-    except (ExportError, errors.UsageError) as error:
-        text = _in_options(str(error))
-        if "--dtype" in text and "--dtype float32" not in text and "xnnpack" in names:
-            text += "; xnnpack computes in float32, so for both give --dtype float32 and --cast-to-bf16"
-        raise UsageError(text) from error
-    except ExpectationError as error:
-        first = next((each for each in error.report.outcomes if each.status == "missed"), None)
-        where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
-        raise LoweringError(f"{step.current}: {str(error).splitlines()[0]}{where}") from error
-    except Exception as error:
-        text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else one_line(error)
-        raise LoweringError(f"{step.current}: {text} (--debug shows the traceback)") from error
-
-
-def _in_options(text: str) -> str:
-    """A message for Python in terms of the command line, in one line."""
-    first, *others = text.strip().splitlines()
-    more = f" (and {len(others)} more)" if others else ""
-    first = re.sub(r"(?:load the model with|convert it with) (.*torch\.)", r"give \1", first)
-    first = re.sub(r"(?:dtype=torch\.|model\.to\(torch\.)(\w+)\)?", r"--dtype \1", first)
-    first = first.replace("cast_to_bf16=True", "cast_to_bf16")
-    return _OPTION.sub(lambda match: "--" + match[0].replace("_", "-"), first) + more
 
 
 def _check_output(folder: Path, overwrite: bool, model: str) -> None:
@@ -411,20 +370,6 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         raise UsageError(
             f"{folder} has other files ({shown}): name another folder, or give --overwrite, which replaces files "
             "of the same names"
-        )
-
-
-def _check_dtype(dtype: str | None, options: "QuantizationOptions") -> None:
-    known = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in known:
-        raise UsageError(f"--dtype {dtype}: write one of {', '.join(known)}")
-    if dtype == "bfloat16" and "xnnpack" in options.targets:
-        from et_cuda_passes.hf.support import casts_to_bf16
-
-        others = [] if options.cast_to_bf16 else [name for name in options.targets if casts_to_bf16(name)]
-        cast = f" and --cast-to-bf16, by which {' and '.join(others)} cast to bfloat16" if others else ""
-        raise UsageError(
-            f"--dtype bfloat16: xnnpack computes in float32; give --dtype float32{cast}, or leave xnnpack out"
         )
 
 
@@ -450,7 +395,7 @@ def _print_report(report: Any) -> None:
 
     for quantization in report["quantization"]:
         found = QuantizationReport.from_dict(quantization)
-        found.warnings = list(map(_in_options, found.warnings))
+        found.warnings = list(map(in_options, found.warnings))
         typer.echo(str(found))
     for parts in report["targets"].values():
         texts: dict[str, list[str]] = {}
@@ -471,77 +416,6 @@ def _print_next(folder: Path, finished: list[str], model: str, gguf: Path | None
     if generates:
         following = ["et-cuda-passes", "generate", str(folder), *trusted, "--prompt", "Hello"]
         typer.echo(f"next: {shlex.join(following)}")
-
-
-def _refused(options: "QuantizationOptions", strict: bool) -> dict[str, str]:
-    """The targets that are left out, each with the reason, after a line about each of them.
-
-    Raises:
-        UsageError: all are, or one is with ``--strict``.
-    """
-    from et_cuda_passes.executorch.lower import no_lowering
-    from et_cuda_passes.hf.options import folded_targets, refused_targets
-    from et_cuda_passes.targets import get_target
-
-    refused = {name: text for name in options.targets if (text := no_lowering(get_target(name)))}
-    if len(refused) == len(options.targets):
-        raise UsageError("; ".join(refused.values()))
-    refused |= {name: _in_options(text) for name, text in refused_targets(options).items() if name not in refused}
-    folded = {name: _in_options(text) for name, text in folded_targets(options).items() if name not in refused}
-    if strict and (problems := refused | folded):
-        raise UsageError("--strict: " + "; ".join(f"{name}: {text}" for name, text in problems.items()))
-    for name, text in refused.items():
-        typer.echo(f"{name} is left out: {text}", err=True)
-    for name, text in folded.items():
-        typer.echo(f"{name}: {text}", err=True)
-    return refused
-
-
-def _with_dynamic_sizes(names: list[str], refused: dict[str, str]) -> list[str]:
-    """The targets that take dynamic sizes; the others are left out and added to ``refused``.
-
-    Raises:
-        UsageError: none does.
-    """
-    from et_cuda_passes.targets import get_target
-
-    without = [name for name in names if not get_target(name).dynamic_sizes]
-    reason = "it takes inputs of fixed sizes, and those of a model of text are dynamic"
-    if without == names:
-        raise UsageError(f"--target {','.join(names)}: {reason}")
-    for name in without:
-        refused[name] = reason
-        typer.echo(f"{name} is left out: {reason}", err=True)
-    return [name for name in names if name not in without]
-
-
-def _print_targets(finished: list[str], lacking: dict[str, str], refused: dict[str, str]) -> None:
-    """Print a table of the targets: written, written packed, or left out."""
-    rows = [
-        *((name, "written") for name in finished),
-        *((name, f"written packed: lowering needs {text}") for name, text in lacking.items()),
-        *((name, f"left out: {text}") for name, text in refused.items()),
-    ]
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        typer.echo(f"{name:<{width}}  {text}")
-
-
-def _problem(folder: Path, lacking: dict[str, str], refused: dict[str, str]) -> str | None:
-    """The error about targets that are not finished or left out; None without one."""
-    texts = [f"{name} is left out: {text}" for name, text in refused.items()]
-    if lacking:
-        texts.append(_unfinished(folder, lacking))
-    return "; ".join(texts) or None
-
-
-def _unfinished(folder: Path, lacking: dict[str, str]) -> str:
-    """The error about targets that this machine cannot finish, with the command that goes on."""
-    texts = "; ".join(f"lowering to {name} needs {each}" for name, each in lacking.items())
-    commands = (shlex.join(["et-cuda-passes", "lower", str(folder), "--target", name]) for name in lacking)
-    return (
-        f"{texts}. The packed programs are in {folder}; on a machine that has it, go on with: {' && '.join(commands)}"
-    )
 
 
 def _files(exported: Any, folder: Path) -> list[Path]:

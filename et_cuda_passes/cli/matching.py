@@ -8,7 +8,7 @@ import typer
 
 from et_cuda_passes.cli.console import Steps, UsageError, handle_errors, one_line, print_json
 from et_cuda_passes.cli.documents import Failed, MatchDocument, Place
-from et_cuda_passes.cli.options import Debug, Json, ModelPath, TargetWithDefault, Trust
+from et_cuda_passes.cli.options import Debug, Json, ModelPath, TargetWithDefault, Trust, complete_rules
 
 if TYPE_CHECKING:
     from et_cuda_passes.attempts import Attempt
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def match(
     rule: Annotated[
         str,
-        typer.Argument(metavar="RULE", help="A rule of the target's list, or MODULE:NAME, a rule of your own package."),
+        typer.Argument(
+            metavar="RULE",
+            help="A rule of the target's list, or MODULE:NAME, a rule of your own package.",
+            autocompletion=complete_rules,
+        ),
     ],
     model: ModelPath,
     target: TargetWithDefault = "cuda",
@@ -45,7 +49,7 @@ def match(
             found_rule = _find_rule(rule, target)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        with Steps() as step:
+        with Steps(2) as step:
             step(f"loading {model}")
             program = load_model(model, target, trust).program
             step(f"matching {found_rule.name} for {target}")

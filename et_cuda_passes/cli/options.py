@@ -53,11 +53,16 @@ def complete_targets(incomplete: str) -> list[str]:
     return [before + comma + name for name in names if name.startswith(last) and name not in listed]
 
 
-def complete_expectations(incomplete: str) -> list[str]:
-    """The names of ``--expect`` with "=", for the count."""
+def complete_rules(incomplete: str) -> list[str]:
+    """The names of the rules of this package."""
     about = json.loads((Path(__file__).parent / "rules.json").read_text(encoding="utf-8"))
     rules = dict.fromkeys(entry["name"] for target in about.values() for entry in target["passes"])
-    return [f"{name}=" for name in (*STATUSES, *rules) if name.startswith(incomplete)]
+    return [name for name in rules if name.startswith(incomplete)]
+
+
+def complete_expectations(incomplete: str) -> list[str]:
+    """The names of ``--expect`` with "=", for the count."""
+    return [f"{name}=" for name in (*completes(*STATUSES)(incomplete), *complete_rules(incomplete))]
 
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A .pt2 from torch.export.save, or a packed one.")]

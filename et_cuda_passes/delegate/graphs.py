@@ -1,6 +1,7 @@
 """Methods that run as CUDA graphs: one launch for all kernels of a call."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -164,6 +165,7 @@ class GraphMethod(Method):
         try:
             # The outer context restores the stream even if the inner one fails to end the capture.
             with (
+                _random_numbers_kept(),
                 torch.cuda.stream(torch.cuda.current_stream(self.device)),
                 torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             ):
@@ -177,6 +179,21 @@ class GraphMethod(Method):
                 f"for a value of the GPU, as for a condition: {_INSTEAD}"
             ) from error
         return _Captured(graph, buffers, tuple(_alias_or_output(output, in_place) for output in outputs))
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give the current device's random numbers back after a capture that fails.
+
+    torch (2.11) does not end the generator's part of such a capture. The next random number would be an error.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    state = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        generator.graphsafe_set_state(state)
+        raise
 
 
 def _alias_or_output(output: Any, in_place: Mapping[int, Tensor]) -> Any:

@@ -70,7 +70,7 @@ def _fqn(text: str, place: str) -> None:
     if (text and not _FQN.fullmatch(text)) or any(
         part.startswith("__") and part.endswith("__") for part in text.split(".")
     ):
-        raise Refused(f"{place} is no name of a module or tensor: {short(text)}")
+        raise Refused(f"{place} is no name of a module or tensor: {short(text)}; rename it before the export")
 
 
 def _option(text: str, place: str) -> None:

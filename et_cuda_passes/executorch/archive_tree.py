@@ -22,6 +22,9 @@ def read_json(data: bytes) -> Any:
         raise Refused(f"it is no JSON ({error})") from None
 
 
+_MODULE = re.compile(r"\w+(\.\w+)*")
+
+
 def check_literal(text: str, place: str) -> None:
     """A text in quotes of either kind, or in a raw string of C++, must not end them."""
     if re.search(r"[\"'\\()\x00-\x1f\x7f]", text):
@@ -44,9 +47,12 @@ def _node(node: Any, place: str, depth: int) -> None:
         raise Refused(f"{place} is no structure of inputs")
     if kind is not None:
         if not isinstance(kind, str) or kind not in _pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE or "." not in kind:
+            # A name with a colon is one that an exporter of transformers registers, not the import of a module.
+            module = kind.rpartition(".")[0] if isinstance(kind, str) and ":" not in kind else ""
+            hint = f"; import first what registers it (--import {module})" if _MODULE.fullmatch(module) else ""
             raise Refused(
-                f"{place} has inputs of the type {short(kind)}, which is not registered with torch.utils._pytree in "
-                "this process"
+                f"{place} has values of the type {short(kind)}, which is not registered with torch.utils._pytree in "
+                f"this process{hint}"
             )
         # A type with its own function for the context, such as a named tuple, may write other text than JSON.
         _context(read_json(context.encode()) if isinstance(context, str) and _is_json(context) else context, place, 0)

@@ -186,6 +186,11 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         yield Path(name)
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, or that a file would be larger than the limit."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
     """Move the files of one folder, and of its subfolders, into another; the file called ``last`` after all others.
 
@@ -306,8 +311,8 @@ _ELSEWHERE: Mapping[str, str] = {
     "mlx": "on a Mac with Apple silicon and an executorch that is built with MLX (pip install "
     "'executorch>=1.5.1,<1.6'; the package for Linux is built without it), give the rewritten program to ExecuTorch's "
     "MLXPartitioner",
-    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine (pip install "
-    "'torch-tensorrt>2.14'; 2.14 itself reads the forms of ModelOpt)",
+    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine; 2.14 itself "
+    "reads the forms of ModelOpt alone (pip install 'et-cuda-passes[tensorrt]' installs the newest)",
 }
 """How a target is lowered whose lowering was never run."""
 

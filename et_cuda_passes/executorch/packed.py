@@ -23,7 +23,7 @@ from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.errors import ModelError as ModelError
 from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
-from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, Reason, Report
+from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, OutputAccuracy, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
 from et_cuda_passes.plugins import RULES, TARGETS
 from et_cuda_passes.targets import Target, get_target, import_plugins
@@ -37,7 +37,14 @@ from et_cuda_passes.targets.compatibility import (
 _RECORD = "et_cuda_passes.json"
 _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
-_NEW_KEYS: dict[str, Any] = {"notes": [], "drawings": [], "accuracy": [], "tilings": "", "packages": {}}
+_NEW_KEYS: dict[str, Any] = {
+    "notes": [],
+    "drawings": [],
+    "accuracy": [],
+    "output_accuracy": [],
+    "tilings": "",
+    "packages": {},
+}
 """Keys of a report that earlier versions did not write, with their values."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
@@ -270,18 +277,20 @@ def read_report(data: dict[str, Any]) -> Report:
     ]
     applied = {name: count for name, count in data["counts"].items() if name not in STATUSES}
     data = _NEW_KEYS | {_OLD_KEYS.get(name, name): value for name, value in data.items()}
-    accuracy = tuple(
-        LayerAccuracy(**{key: decibels_from_json(value) for key, value in layer.items()}) for layer in data["accuracy"]
-    )
     read: dict[str, Any] = {
         "outcomes": outcomes,
         "applied": applied,
         "drawings": [_drawing(drawing) for drawing in data["drawings"]],
-        "accuracy": accuracy,
+        "accuracy": tuple(LayerAccuracy(**_decibels(layer)) for layer in data["accuracy"]),
+        "output_accuracy": tuple(OutputAccuracy(**_decibels(output)) for output in data["output_accuracy"]),
     }
     report = Report(**read, **{field.name: data[field.name] for field in fields(Report) if field.name not in read})
     _check_types(report)
     return report
+
+
+def _decibels(data: dict[str, Any]) -> dict[str, Any]:
+    return {key: decibels_from_json(value) for key, value in data.items()}
 
 
 def _drawing(data: dict[str, Any]) -> Drawing:

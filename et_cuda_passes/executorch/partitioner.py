@@ -9,6 +9,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
 from torch.export import ExportedProgram
 
+from et_cuda_passes.graph.names import without_numbers
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.rule import Rule
 from et_cuda_passes.rewrite import check_expectations, check_expected, constant_pool, parse_passes, rewrite
@@ -109,10 +110,16 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
 def _refuse_misses(backend: str, report: Report) -> None:
     if report.warnings:
         raise ValueError("; ".join(report.warnings))
-    missed = [outcome for outcome in report.outcomes if outcome.status == "missed"]
+    # Weights with similar reasons share the text of the first.
+    missed: dict[str, tuple[str, list[str]]] = {}
+    for outcome in report.outcomes:
+        if outcome.status == "missed":
+            why = f"({outcome.op}): {', '.join(map(str, outcome.reasons))}"
+            missed.setdefault(without_numbers(why), (why, []))[1].append(outcome.fqn)
     if missed:
         listed = "; ".join(
-            f"{outcome.fqn} ({outcome.op}): {', '.join(map(str, outcome.reasons))}" for outcome in missed
+            f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} {why}"
+            for why, names in missed.values()
         )
         raise ValueError(f"{backend} cannot compute these quantized weights correctly: {listed}")
 

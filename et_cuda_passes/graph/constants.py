@@ -105,7 +105,7 @@ class Storage(Protocol):
 
 @dataclass(eq=False)
 class _Entry:
-    """A constant: its tensor, or its plan until it is computed; and the tensors that it was made from."""
+    """A constant: its tensor, or its plan until it is computed; and the tensors that it was computed from."""
 
     name: str
     made: torch.Tensor | None
@@ -114,7 +114,7 @@ class _Entry:
 
 
 class _Sources:
-    """The tensors that a constant was made from, by which it is found again.
+    """The tensors that a constant was computed from, by which it is found again.
 
     A tensor is known by its address. So it is kept alive, or where it should be freed, its end is noticed.
     """
@@ -125,7 +125,7 @@ class _Sources:
         self._versions = _versions(self._held)
 
     def are_as_before(self) -> bool:
-        """Whether no tensor was freed or mutated since. Of tensors that are not kept, mutations are not noticed."""
+        """Whether no tensor was freed or mutated since. A mutation of a tensor that is not kept is not noticed."""
         return _versions(self._held) == self._versions and not any(each.expired() for each in self._weak)
 
 
@@ -172,7 +172,7 @@ class ConstantCache:
         A second constant with the same FQN (one tensor of integers read with two scales) is ``<fqn>_2``, and so on.
 
         Args:
-            fqn: the name, unless it is taken.
+            fqn: the name, unless another constant has it.
             sources: tensors, and the FQNs of constants of this cache.
             layout: distinguishes constants with the same sources.
             make: computes the tensor, or is its plan.

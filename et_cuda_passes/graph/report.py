@@ -113,10 +113,27 @@ class LayerAccuracy:
         node: the node of the candidate, as in Outcome.
         quantized_db: quantized against float.
         rewritten_db: rewritten against as exported.
+        limit_db: the smallest ``rewritten_db`` by rounding alone; None where the rewrite was not measured.
     """
 
     layer: str
     node: str
+    quantized_db: float | None
+    rewritten_db: float | None
+    limit_db: float | None = None
+
+
+@dataclass(frozen=True)
+class OutputAccuracy:
+    """The ratios of one output of the program, in dB, with the error of all layers; None where not measured.
+
+    Attributes:
+        name: of the output.
+        quantized_db: quantized against float.
+        rewritten_db: rewritten against as exported.
+    """
+
+    name: str
     quantized_db: float | None
     rewritten_db: float | None
 
@@ -139,6 +156,7 @@ class Report:
         notes: remarks on the program as a whole.
         drawings: the operators before and after each distinct rewrite.
         accuracy: of each layer that was measured.
+        output_accuracy: of each floating-point output of the program, if it was measured.
         tilings: where the tilings of the kernels come from, if no note says it.
         packages: for each pass that another package brought, the package and its version: "my-rules 0.1.0".
     """
@@ -155,6 +173,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     drawings: list[Drawing] = field(default_factory=list)
     accuracy: tuple[LayerAccuracy, ...] = ()
+    output_accuracy: tuple[OutputAccuracy, ...] = ()
     tilings: str = ""
     packages: dict[str, str] = field(default_factory=dict)
 
@@ -186,6 +205,7 @@ class Report:
             notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
             drawings=[drawing for part in parts for drawing in part.drawings],
             accuracy=tuple(layer for part in parts for layer in part.accuracy),
+            output_accuracy=tuple(output for part in parts for output in part.output_accuracy),
             tilings=next((part.tilings for part in parts if part.tilings), ""),
             packages={name: origin for part in parts for name, origin in part.packages.items()},
         )
@@ -204,9 +224,8 @@ class Report:
             "warnings": self.warnings,
             "notes": self.notes,
             "drawings": [asdict(drawing) for drawing in self.drawings],
-            "accuracy": [
-                {key: decibels_to_json(value) for key, value in asdict(layer).items()} for layer in self.accuracy
-            ],
+            "accuracy": list(map(_decibels, self.accuracy)),
+            "output_accuracy": list(map(_decibels, self.output_accuracy)),
             "tilings": self.tilings,
             "packages": self.packages,
         }
@@ -277,6 +296,10 @@ class Report:
             lines += [f"            {reason}" for reason in first.reasons]
             lines += [f"            at {first.source}"] if first.source else []
         return lines
+
+
+def _decibels(measured: LayerAccuracy | OutputAccuracy) -> dict[str, Any]:
+    return {key: decibels_to_json(value) for key, value in asdict(measured).items()}
 
 
 def _notes(outcome: Outcome) -> str:

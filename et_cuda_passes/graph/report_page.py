@@ -4,14 +4,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from et_cuda_passes.graph.decibels import decibels_from_json
+from et_cuda_passes.graph.decibels import decibels_from_json, decibels_text, worst_ratio
 from et_cuda_passes.graph.drawing import place_nodes
 from et_cuda_passes.graph.names import fold, form_of, without_numbers
 
@@ -42,7 +42,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "size": size_text,
-        "decibels": decibels_text,
+        "decibels": partial(decibels_text, unit=" dB"),
         "sortable": sortable,
     }
     return environment
@@ -57,18 +57,11 @@ def size_text(count: int) -> str:
     raise AssertionError
 
 
-def decibels_text(value: float | None) -> str:
-    """A ratio in dB, empty for None; without noise the ratio is infinite."""
+def sortable(value: float | None) -> str:
+    """A number for the script of the page; empty for None. NaN is worse than any other ratio."""
     if value is None:
         return ""
-    if math.isfinite(value):
-        return f"{value:.1f} dB"
-    return "not a number" if math.isnan(value) else "no noise" if value > 0 else "no signal"
-
-
-def sortable(value: float | None) -> str:
-    """A number for the script of the page; empty for None and for NaN."""
-    return "" if value is None or math.isnan(value) else str(float(value)).replace("inf", "Infinity")
+    return str(-math.inf if math.isnan(value) else float(value)).replace("inf", "Infinity")
 
 
 # Sections -------------------------------------------------------------------------------------------------------------
@@ -79,7 +72,7 @@ def _section(name: str, heading: str, report: Data) -> dict[str, Any]:
     for measured in report["accuracy"]:
         layer = {key: decibels_from_json(value) for key, value in measured.items()}
         # An operator with several weights has the worst of their ratios.
-        accuracy[layer["node"]] = min(accuracy.get(layer["node"], layer), layer, key=_worst)
+        accuracy[layer["node"]] = min(accuracy.get(layer["node"], layer), layer, key=_badness)
     rows = [_row(outcome, accuracy.get(outcome["node"])) for outcome in report["outcomes"]]
     largest = max((row["before"] for row in rows), default=0) or 1
     for row in rows:
@@ -91,7 +84,13 @@ def _section(name: str, heading: str, report: Data) -> dict[str, Any]:
         "counts": [(status, report["counts"][status]) for status in STATUSES],
         "acted": [(rule, report["counts"][rule]) for rule in report["passes"] if report["counts"].get(rule)],
         "groups": _groups(rows),
+        "notes": _notes(report["outcomes"]),
         "measured": bool(accuracy),
+        "worst_first": _worst_first(rows),
+        "outputs": [
+            {key: decibels_from_json(value) for key, value in output.items()} for output in report["output_accuracy"]
+        ],
+        "beyond": sum(row["beyond"] for row in rows),
         "misses": _misses(report["outcomes"]),
         "drawings": [_drawing(drawing) for drawing in report["drawings"]],
         "explanations": _explanations(report["outcomes"]),
@@ -99,9 +98,16 @@ def _section(name: str, heading: str, report: Data) -> dict[str, Any]:
     }
 
 
-def _worst(layer: Data) -> float:
-    values = [layer[key] for key in ("quantized_db", "rewritten_db") if layer[key] is not None]
-    return min((-math.inf if math.isnan(value) else value for value in values), default=math.inf)
+def _badness(layer: Data) -> float:
+    worst = worst_ratio((layer["quantized_db"], layer["rewritten_db"]))
+    return math.inf if worst is None else -math.inf if math.isnan(worst) else worst
+
+
+def _worst_first(rows: Iterable[Data]) -> str:
+    """The heading of the column by which measured layers are sorted at first; empty if none is measured."""
+    if any(row["beyond"] for row in rows):
+        return _RATIOS[1]
+    return next((name for place, name in enumerate(_RATIOS) if any(row["db"][place] is not None for row in rows)), "")
 
 
 def _percent(part: int, whole: int) -> int:
@@ -110,7 +116,8 @@ def _percent(part: int, whole: int) -> int:
 
 def _row(outcome: Data, accuracy: Data | None) -> dict[str, Any]:
     path, _, code = outcome["source"].partition(": ")
-    measured = accuracy or {"quantized_db": None, "rewritten_db": None}
+    measured = accuracy or {"quantized_db": None, "rewritten_db": None, "limit_db": None}
+    ratio, limit = measured["rewritten_db"], measured["limit_db"]
     return {
         "layer": outcome["fqn"],
         "node": outcome["node"],
@@ -127,11 +134,14 @@ def _row(outcome: Data, accuracy: Data | None) -> dict[str, Any]:
         "where": re.split(r"[/\\]", path)[-1],
         "path": path,
         "code": code,
-        "db": (measured["quantized_db"], measured["rewritten_db"]),
+        "db": (measured["quantized_db"], ratio),
+        "limit": limit,
+        "beyond": limit is not None and not (ratio is not None and ratio >= limit),
     }
 
 
-_COMMON = ("status", "rule", "op", "scheme", "kernel", "layout")
+_RATIOS = ("SNR quantized", "SNR rewritten")
+_COMMON = ("status", "rule", "op", "scheme", "kernel", "layout", "beyond")
 
 
 def _groups(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -158,12 +168,19 @@ def _group(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "after": sum(row["after"] for row in rows),
         "where": first["where"] if len(lines) == 1 else f"{len(lines)} lines",
         "code": first["code"] if len({row["code"] for row in rows}) == 1 else "",
-        "db": [_least(row["db"][place] for row in rows) for place in (0, 1)],
+        "db": [worst_ratio(row["db"][place] for row in rows) for place in (0, 1)],
+        "limit": max((row["limit"] for row in rows if row["limit"] is not None), default=None),
     }
 
 
-def _least(values: Iterable[float | None]) -> float | None:
-    return min((value for value in values if value is not None), default=None)
+def _notes(outcomes: Iterable[Data]) -> list[dict[str, Any]]:
+    """The notes on rewritten and kept layers. Those that differ in numbers alone share the text of the first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for outcome in outcomes:
+        for reason in outcome["reasons"]:
+            if reason["stage"] == "note" and outcome["status"] != "missed":
+                found.setdefault((outcome["rule"] or "", without_numbers(reason["found"])), []).append(reason["found"])
+    return [{"rule": rule, "text": texts[0], "count": len(texts)} for (rule, _), texts in found.items()]
 
 
 def _misses(outcomes: Iterable[Data]) -> list[dict[str, Any]]:
@@ -197,12 +214,13 @@ def _ways(reasons: Iterable[Data]) -> list[dict[str, Any]]:
             found = f"{reason['found']}; {known}" if known else reason["found"]
             by_rule[reason["rule"] or ""].append({"wanted": reason["wanted"], "found": found, "fix": fix})
     order = sorted(by_rule, key=lambda rule: (sum(not each["fix"] for each in by_rule[rule]), len(by_rule[rule])))
-    ways: list[dict[str, Any]] = []
+    ways: dict[str, dict[str, Any]] = {}
     for rule in order:
         fixes = ", and ".join(dict.fromkeys(each["fix"] for each in by_rule[rule] if each["fix"]))
         text = f"Or {fixes}" if ways and fixes else fixes[:1].upper() + fixes[1:]
-        ways.append({"rule": rule, "fix": text, "reasons": by_rule[rule]})
-    return ways
+        way = ways.setdefault(fixes, {"fix": text, "reasons": []})
+        way["reasons"] += [{"rule": rule, **each} for each in by_rule[rule]]
+    return list(ways.values())
 
 
 def _explanations(outcomes: Iterable[Data]) -> list[tuple[str, list[str]]]:

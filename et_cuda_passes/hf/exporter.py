@@ -31,6 +31,7 @@ from transformers.utils.hub import cached_file, cached_files
 from et_cuda_passes.executorch.lower import (
     Progress,
     gpu_of_methods,
+    is_full_disk,
     lower,
     lowering_steps,
     missing_requirement,
@@ -67,13 +68,11 @@ from et_cuda_passes.hf.components import (
 )
 from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
 from et_cuda_passes.hf.finish import with_target
-from et_cuda_passes.hf.options import QuantizationOptions, expected_counts, passes_for
+from et_cuda_passes.hf.options import QuantizationOptions, dtype_problem, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
-from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
-from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -234,6 +233,9 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         progress: called with the name of each step as it begins.
         planned: called with the number of the steps that follow, as soon as it is known.
         part: called during a rewrite with the number of weights that have an outcome, and of all.
+        failed: called with the name of a target and the error of its rewrite or lowering; the export then goes on with
+            the other targets, and has nothing for this one. Without it, the first error ends the export. An error
+            ends it in any case if it leaves a component without a target, or if a disk is full.
     """
 
     export_format = FORMAT
@@ -248,9 +250,10 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         progress: Progress = lambda step: None,
         planned: Callable[[int], None] = lambda count: None,
         part: Callable[[int, int], None] | None = None,
+        failed: Callable[[str, Exception], None] | None = None,
     ) -> None:
         super().__init__()
-        self._progress, self._planned, self._part = progress, planned, part
+        self._progress, self._planned, self._part, self._failed = progress, planned, part, failed
 
     def export_program(
         self, model: PreTrainedModel, sample_inputs: Inputs, config: EtConfig
@@ -399,36 +402,53 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
             for name, program in programs.items()
         }
-        targets = dict.fromkeys(target for name in programs for target in configs[name].targets)
-        for target in targets:
-            # One for the target: components pack a weight that they share once, under one name.
-            config = next(configs[name] for name in programs if target in configs[name].targets)
-            pool = constant_pool(config.stream, config.cache)
-            rewritten: dict[str, ExportedProgram] = {}
-            reports: dict[str, Report] = {}
-            for name, program in programs.items():
-                if target in configs[name].targets:
-                    self._progress(f"rewriting {name} for {target}")
-                    options = configs[name].options
-                    passes = passes_for(options, target, encoder=name.endswith("_encoder"))
-                    if target == "xnnpack" and configs[name].xnnpack_weight_only == "dynamic-activation":
-                        passes = passes.insert_before("share_activation", QuantizeActivation())
-                    rewritten[name], reports[name] = rewrite(
-                        program,
-                        target,
-                        passes,
-                        expected_counts(options, target),
-                        pool=pool,
-                        gpu=configs[name].gpu if target == "cuda" else None,
-                        progress=self._part,
-                    )
-                    if target == "cuda":
-                        _check_attention(name, rewritten[name])
-            builds = self._build(rewritten, reports, config, target, Path(folder.name), alone)
-            for name in rewritten:
+        open_targets = {name: set(configs[name].targets) for name in programs}
+        for target in dict.fromkeys(target for name in programs for target in configs[name].targets):
+            chosen = {name: program for name, program in programs.items() if target in configs[name].targets}
+            try:
+                builds, reports = self._rewrite_and_build(chosen, configs, target, Path(folder.name), alone)
+            except Exception as error:
+                for name in chosen:
+                    open_targets[name].discard(target)
+                if self._failed is None or is_full_disk(error) or not all(open_targets.values()):
+                    raise
+                self._failed(target, error)
+                continue
+            for name in chosen:
                 components[name].builds[target] = builds[name]
                 components[name].report[target] = reports[name].to_dict()
         return components
+
+    def _rewrite_and_build(
+        self,
+        programs: Mapping[str, ExportedProgram],
+        configs: Mapping[str, EtConfig],
+        target: str,
+        folder: Path,
+        alone: bool,
+    ) -> tuple[dict[str, Build], dict[str, Report]]:
+        """Rewrite the programs for one target, and lower them."""
+        # One for the target: components pack a weight that they share once, under one name.
+        config = next(configs[name] for name in programs)
+        pool = constant_pool(config.stream, config.cache)
+        rewritten: dict[str, ExportedProgram] = {}
+        reports: dict[str, Report] = {}
+        for name, program in programs.items():
+            self._progress(f"rewriting {name} for {target}")
+            options = configs[name].options
+            passes = passes_for(options, target, encoder=name.endswith("_encoder"))
+            rewritten[name], reports[name] = rewrite(
+                program,
+                target,
+                passes,
+                expected_counts(options, target),
+                pool=pool,
+                gpu=configs[name].gpu if target == "cuda" else None,
+                progress=self._part,
+            )
+            if target == "cuda":
+                _check_attention(name, rewritten[name])
+        return self._build(rewritten, reports, config, target, folder, alone), reports
 
     def _build(
         self,
@@ -549,15 +569,10 @@ def _steps(parts: Mapping[str, Any], configs: Mapping[str, EtConfig]) -> int:
 
 
 def _check_dtypes(module: nn.Module, config: EtConfig, name: str) -> None:
-    """Refuse before any work what XNNPACK refuses at the end of a lowering."""
-    dtypes = {each.dtype for each in module.parameters() if each.is_floating_point()}
-    if "xnnpack" in config.targets and torch.bfloat16 in dtypes:
-        others = [] if config.cast_to_bf16 else [target for target in config.targets if casts_to_bf16(target)]
-        cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
-        raise ExportError(
-            f"{name} is in bfloat16, and xnnpack computes in float32: load the model with dtype=torch.float32{cast}, "
-            "or leave xnnpack out of the targets"
-        )
+    """Refuse before any work what a backend refuses at the end of a lowering."""
+    for dtype in dict.fromkeys(each.dtype for each in module.parameters() if each.is_floating_point()):
+        if problem := dtype_problem(dtype, config.targets, config.cast_to_bf16):
+            raise ExportError(f"{name} is in {str(dtype).removeprefix('torch.')}, and {problem}")
 
 
 def _check_attention(name: str, program: ExportedProgram) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.hf.recipe import Entry, Recipe, check_group_size
@@ -24,10 +26,12 @@ from et_cuda_passes.hf.support import (
     parse_scheme,
     passes_with,
     support,
+    takes_dtype,
     usual_support,
 )
 from et_cuda_passes.rules.fold import FoldDequantize
-from et_cuda_passes.targets import own_targets
+from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
+from et_cuda_passes.targets import own_targets, targets
 
 XNNPACK_WEIGHT_ONLY = ("fold", "dynamic-activation")
 """The ways to treat a 4-bit weight for xnnpack whose scheme does not quantize activations."""
@@ -68,6 +72,7 @@ class QuantizationOptions:
             for these kernels and their results back, with the precision of bf16. cuda also casts attention. It is for
             a model in float32 that is exported for xnnpack and for other targets at once, and does not change the
             quantization.
+        xnnpack_weight_only: see :class:`~et_cuda_passes.hf.EtConfig`; it does not change the quantization.
 
     Raises:
         ValueError: an option has a value that no target accepts.
@@ -88,6 +93,7 @@ class QuantizationOptions:
     target: str | Sequence[str] | None = None
     group_size_fallback: str = "adjust"
     cast_to_bf16: bool = False
+    xnnpack_weight_only: str = "fold"
 
     def __post_init__(self) -> None:
         for suffix in ("", "_encoder"):
@@ -97,7 +103,12 @@ class QuantizationOptions:
             check_group_size(getattr(self, f"qlinear_group_size{suffix}"), f"qlinear_group_size{suffix}", 16)
             check_group_size(getattr(self, f"qembedding_group_size{suffix}"), f"qembedding_group_size{suffix}")
             self.packing_formats(encoder=bool(suffix))
-        for name, known in (("algorithm", ALGORITHMS), ("group_size_fallback", FALLBACKS)):
+        checked = {
+            "algorithm": ALGORITHMS,
+            "group_size_fallback": FALLBACKS,
+            "xnnpack_weight_only": XNNPACK_WEIGHT_ONLY,
+        }
+        for name, known in checked.items():
             if getattr(self, name) not in known:
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is unknown; {nearest(str(getattr(self, name)), known)}"
@@ -139,6 +150,11 @@ class QuantizationOptions:
         size: int = getattr(self, name)
         return size
 
+    def quantizes_activations_of(self, scheme: Scheme, target: str) -> bool:
+        """Whether ``xnnpack_weight_only`` gives linears of the scheme kernels that quantize activations."""
+        dynamic = target == "xnnpack" and self.xnnpack_weight_only == "dynamic-activation"
+        return dynamic and scheme.bits == 4 and not scheme.dynamic
+
     def schemes(self) -> dict[str, tuple[Scheme, bool | None]]:
         """Every scheme that the options name, by where it stands, and whether it is for embeddings; None for either."""
         found: dict[str, tuple[Scheme, bool | None]] = {}
@@ -165,14 +181,15 @@ class QuantizationOptions:
             return {}
         if not isinstance(text, str):
             raise UsageError(f"{option} is the name of a packing format; got {text!r}")
-        known = [AUTO, *dict.fromkeys(name for each in own_targets() for name in formats(each))]
+        owners = dict.fromkeys((*own_targets(), *self.targets))
+        known = [AUTO, *dict.fromkeys(name for each in owners for name in formats(each))]
         found: dict[str | None, str] = {}
         for part in (part.strip() for part in text.split(",")):
             target, colon, name = part.rpartition(":")
             if name not in known:
                 raise UsageError(f"{option}={part!r}: there is no packing format {name!r}; {nearest(name, known)}")
-            if colon and target not in own_targets():
-                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, own_targets())}")
+            if colon and target not in owners:
+                raise UsageError(f"{option}={part!r}: there is no target {target!r}; {nearest(target, owners)}")
             if colon:
                 _check_format(option, name, target)
             found[target if colon else None] = name
@@ -201,7 +218,7 @@ def _check_format(option: str, name: str, target: str) -> None:
 
 
 def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names in "cuda,xnnpack", or in a sequence of names.
+    """The names in "cuda,xnnpack", or in a sequence of names: of this package, or of entry points of others.
 
     Raises:
         ValueError: a target is unknown.
@@ -211,8 +228,14 @@ def split_targets(target: str | Sequence[str] | None) -> tuple[str, ...]:
     names = target.split(",") if isinstance(target, str) else list(target)
     names = [name.strip() if isinstance(name, str) else name for name in names]
     for name in names:
-        if name not in own_targets():
-            raise UsageError(f"there is no target {name!r}; {nearest(str(name), own_targets())}")
+        if name in targets():
+            continue
+        if ":" in str(name):
+            raise UsageError(
+                f"target {name!r}: models are quantized and exported for targets that have a name: give this one an "
+                "entry point in the group et_cuda_passes.targets"
+            )
+        raise UsageError(f"there is no target {name!r}; {nearest(str(name), targets())}")
     return tuple(dict.fromkeys(names))
 
 
@@ -234,27 +257,42 @@ def expected_counts(options: QuantizationOptions, target: str) -> dict[str, int]
 
 
 def passes_for(options: QuantizationOptions, target: str, encoder: bool = False) -> PassList:
-    """The target's pass list with the options' packing format and ``cast_to_bf16``.
+    """The target's pass list with the options' packing format, ``cast_to_bf16`` and ``xnnpack_weight_only``.
 
     Raises:
         ValueError: the packing format is not one of the target's.
     """
-    return passes_with(target, options.packing_format(target, encoder), options.cast_to_bf16)
+    passes = passes_with(target, options.packing_format(target, encoder), options.cast_to_bf16)
+    if target == "xnnpack" and options.xnnpack_weight_only == "dynamic-activation":
+        passes = passes.insert_before(ShareActivation.name, QuantizeActivation())
+    return passes
 
 
 def check_weight_only(choice: str, names: Sequence[str]) -> None:
     """Check the option ``xnnpack_weight_only`` of an export for the targets ``names``.
 
     Raises:
-        ValueError: it is unknown, or xnnpack is none of the targets.
+        ValueError: it has another value than the default, and xnnpack is none of the targets.
     """
-    if choice not in XNNPACK_WEIGHT_ONLY:
-        raise UsageError(f"xnnpack_weight_only={choice!r} is unknown; choose {' or '.join(XNNPACK_WEIGHT_ONLY)}")
     if choice != "fold" and "xnnpack" not in names:
         raise UsageError(
             f"xnnpack_weight_only={choice!r} changes programs for xnnpack, and the target is {', '.join(names)}: add "
             "xnnpack to the target, or leave the option out"
         )
+
+
+def dtype_problem(dtype: torch.dtype, names: Sequence[str], cast_to_bf16: bool) -> str:
+    """Why the targets ``names`` cannot run a model in ``dtype``, with the fix; empty if they can."""
+    refusing = [name for name in names if not takes_dtype(name, dtype)]
+    if not refusing:
+        return ""
+    others = [] if cast_to_bf16 else [name for name in names if casts_to_bf16(name)]
+    cast = f" and give cast_to_bf16=True, by which {' and '.join(others)} cast to bfloat16" if others else ""
+    lacking = " and ".join(refusing)
+    return (
+        f"{lacking} compute{'s' if len(refusing) == 1 else ''} in float32: load the model with "
+        f"dtype=torch.float32{cast}, or leave {lacking} out of the targets"
+    )
 
 
 def check_schemes(options: QuantizationOptions, target: str | Sequence[str] | None = None) -> None:
@@ -289,11 +327,17 @@ def refused_targets(options: QuantizationOptions) -> dict[str, str]:
 
 def folded_targets(options: QuantizationOptions) -> dict[str, str]:
     """The targets of the options that compute with floating-point weights for a scheme, each with the reason."""
-    folded = {}
+    found: dict[str, list[tuple[str, Scheme]]] = {}
     for place, (scheme, embedding) in options.schemes().items():
         for name in options.targets:
+            if not embedding and options.quantizes_activations_of(scheme, name):
+                continue
             if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
-                folded[name] = f"{place}={scheme}: it computes with floating-point weights; {instead(scheme, name)}"
+                found.setdefault(name, []).append((place, scheme))
+    folded = {}
+    for name, ((place, scheme), *others) in found.items():
+        more = f" and {len(others)} more" if others else ""
+        folded[name] = f"{place}={scheme}{more}: it computes with floating-point weights; {instead(scheme, name)}"
     return folded
 
 

@@ -29,6 +29,7 @@ from et_cuda_passes.hf.support import (
     support,
     usual_support,
 )
+from et_cuda_passes.targets import get_target
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,6 +141,9 @@ def _fit(
 ) -> tuple[Scheme, int, str]:
     """The scheme and the group size of a layer, and the reason if they are not those that are wanted.
 
+    The size is one for which every target has a kernel. If none is, a target that has kernels for other layers of the
+    scheme may compute with floating-point weights.
+
     Args:
         scheme: the scheme that is wanted.
         wanted: the group size that is wanted.
@@ -152,12 +156,26 @@ def _fit(
         _NoFit: nothing fits, or ``fallback`` allows no other group size.
     """
 
-    def lacking(scheme: Scheme, size: int) -> list[str]:
-        def status(name: str) -> Status:
-            layout = goals[name] if scheme.bits == 4 and not embedding else AUTO
-            return support(scheme, size, k, name, layout, embedding).status
+    try:
+        return _fit_with(scheme, wanted, k, embedding, fallback, goals, may_fold=False)
+    except _NoFit:
+        return _fit_with(scheme, wanted, k, embedding, fallback, goals, may_fold=True)
 
-        return [name for name in goals if status(name) is Status.IMPOSSIBLE]
+
+def _fit_with(
+    scheme: Scheme, wanted: int, k: int, embedding: bool, fallback: str, goals: Mapping[str, str], may_fold: bool
+) -> tuple[Scheme, int, str]:
+    """As :func:`_fit`; without ``may_fold``, a target that folds a size lacks it if it has a kernel for another."""
+
+    def lacking(scheme: Scheme, size: int) -> list[str]:
+        def lacks(name: str) -> bool:
+            layout = goals[name] if scheme.bits == 4 and not embedding else AUTO
+            status = support(scheme, size, k, name, layout, embedding).status
+            if status is Status.FOLDED and not may_fold:
+                return usual_support(scheme, name, embedding=embedding).status.has_kernel
+            return status is Status.IMPOSSIBLE
+
+        return [name for name in goals if lacks(name)]
 
     if scheme.per_row or wanted == PER_AXIS:
         without = lacking(scheme, PER_AXIS)
@@ -170,7 +188,7 @@ def _fit(
         if not without:
             return scheme, wanted, ""
         why = f"{' and '.join(without)} has no kernel of {scheme.name} for groups of {wanted}"
-        if any(support(scheme, wanted, 32 * wanted, name).status is not Status.IMPOSSIBLE for name in without):
+        if any(support(scheme, wanted, 32 * wanted, name).status.has_kernel for name in without):
             why += f" and in_features {k}"
     else:
         why = f"in_features {k} is no multiple of {wanted}"
@@ -327,7 +345,8 @@ class Plan:
             found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=cast)
             return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
 
-        if support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED:
+        folds = support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED
+        if folds and not self.options.quantizes_activations_of(scheme, target):
             self.warnings.append(
                 f"{target} has no kernel for {scheme.name} and computes with floating-point weights; "
                 f"{instead(scheme, target)}"
@@ -340,7 +359,7 @@ class Plan:
         found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=True)
         if found.status is not Status.IMPOSSIBLE:
             text += ", or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
-        if target == scheme.promised or layout != AUTO:
+        if target == scheme.promised or layout != AUTO or get_target(target).refuses_misses:
             raise UsageError(text)
         self.warnings.append(text)
 

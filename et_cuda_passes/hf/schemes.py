@@ -59,6 +59,7 @@ def quantize_model_(
     qembedding_encoder: str | None = None,
     qembedding_group_size_encoder: int = PER_AXIS,
     cast_to_bf16: bool = False,
+    xnnpack_weight_only: str = "fold",
 ) -> QuantizationReport:
     """Quantize the linears and the embeddings of ``model`` in place.
 
@@ -96,6 +97,7 @@ def quantize_model_(
             target=target,
             group_size_fallback=group_size_fallback,
             cast_to_bf16=cast_to_bf16,
+            xnnpack_weight_only=xnnpack_weight_only,
         ),
     )
 

@@ -84,8 +84,8 @@ class Suggestion:
         """A short text: the ratios, the bytes, and the layers."""
         size = f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         lines = [
-            f"suggestion: {len(self.moves)} layers to 8 bits, weights {size}; whole output {self.before_db:.1f} dB, "
-            f"predicted {self.predicted_db:.1f} dB"
+            f"suggestion: {len(self.moves)} layer{'s' if len(self.moves) != 1 else ''} to 8 bits, weights {size}; "
+            f"whole output {self.before_db:.1f} dB, predicted {self.predicted_db:.1f} dB"
         ]
         if self.moves:
             lines.append("the layers were chosen greedily, by dB per byte:")
@@ -134,6 +134,7 @@ def suggest_recipe(
     *,
     algorithm: str = "hqq",
     progress: Callable[[str], None] = lambda step: None,
+    part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Suggestion:
     """Suggest the layers to move from 4 to 8 bits with one scale per row.
 
@@ -147,14 +148,15 @@ def suggest_recipe(
         inputs: as for :func:`~et_cuda_passes.accuracy.accuracy`.
         seed: as for it.
         algorithm: how the 8-bit scales are chosen: that of the export.
-        progress: is called with the name of each step.
+        progress: is called with the name of each step: the whole output, the layers, the choice.
+        part: is called after each layer with the number of measured layers, and of all.
 
     Raises:
         ValueError: neither ``target_snr`` nor ``max_bytes`` is given, the inputs do not fit, no weight has a
             floating-point one, or the ratio cannot be reached within the bytes; the message says what can be.
     """
     _check_aim(target_snr, max_bytes)
-    model = NoiseModel(program, float_program, inputs, seed, algorithm=algorithm, progress=progress)
+    model = NoiseModel(program, float_program, inputs, seed, algorithm=algorithm, progress=progress, part=part)
     progress("choosing layers")
     return model.suggest(target_snr, max_bytes)
 
@@ -182,6 +184,7 @@ class NoiseModel:
         *,
         algorithm: str = "hqq",
         progress: Callable[[str], None] = lambda step: None,
+        part: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """The arguments are those of :func:`suggest_recipe`."""
         self._quantized = QuantizedProgram(program)
@@ -195,8 +198,9 @@ class NoiseModel:
         self.layers = _layers(self._quantized, self._floats)
         self.total_bytes = _total_bytes(self._quantized, self.layers)
         progress(f"measuring {len(self.layers)} layers one by one")
-        for layer in self.layers:
+        for done, layer in enumerate(self.layers, 1):
             self._measure(layer, algorithm)
+            part(done, len(self.layers))
 
     def suggest(self, target_snr: float | None = None, max_bytes: int | None = None) -> Suggestion:
         """Choose layers.

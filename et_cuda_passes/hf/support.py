@@ -33,7 +33,7 @@ from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
 from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.linear import int4_kernel
-from et_cuda_passes.targets import default_passes, get_target, own_targets
+from et_cuda_passes.targets import default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_layouts
 
 PER_AXIS = 0
@@ -229,8 +229,8 @@ def _parse_one(text: str, option: str, embedding: bool) -> Scheme:
     scheme = SCHEMES[name]
     if not colon:
         return scheme
-    if promised not in own_targets():
-        raise UsageError(f"{option}={text!r}: there is no target {promised!r}; {nearest(promised, own_targets())}")
+    if promised not in targets():
+        raise UsageError(f"{option}={text!r}: there is no target {promised!r}; {nearest(promised, targets())}")
     if scheme.only_for not in (None, promised):
         raise UsageError(f"{option}={text!r}: {name} is for {scheme.only_for} alone; {instead(scheme, promised)}")
     return replace(scheme, promised=promised)
@@ -315,6 +315,14 @@ def casts_to_bf16(target: str) -> bool:
     return any(hasattr(rule, "cast_to_bf16") for rule in default_passes(target))
 
 
+def takes_dtype(target: str, dtype: torch.dtype) -> bool:
+    """Whether a target runs a model in ``dtype``. XNNPACK fails for bfloat16 at the end of a lowering."""
+    if target == "xnnpack":
+        return dtype is not torch.bfloat16
+    dtypes = get_target(target).dtypes
+    return not dtypes or dtype in dtypes
+
+
 def support(
     scheme: Scheme,
     group_size: int,
@@ -393,7 +401,7 @@ def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embed
     """
     sizes = (PER_AXIS,) if scheme.per_row or embedding else (32, PER_AXIS)
     found = [support(scheme, size, 256, target, packing_format, embedding) for size in sizes]
-    return next((each for each in found if each.status is not Status.IMPOSSIBLE), found[0])
+    return min(found, key=lambda each: (not each.status.has_kernel, each.status is Status.IMPOSSIBLE))
 
 
 def instead(scheme: Scheme, target: str) -> str:

@@ -2,9 +2,14 @@
 
 ``wrap_triton`` determines them itself: it compiles the kernel to Triton's IR and analyses that. This costs a tenth of a
 second for each launch in each of two traces, and a model's linears are a thousand launches. The node in the graph is
-the same. (Inductor repeats the analysis twice later.)
+the same.
+
+Inductor repeats the analysis twice later, at more than half of its time for a model of 30 layers. It therefore gets
+the kernel as a :class:`_Declared`, whose body for the analysis has the declared reads and writes and nothing else.
 """
 
+import ast
+import functools
 import operator
 import zlib
 from collections.abc import Mapping, Sequence
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import SymInt, Tensor
 from torch._higher_order_ops.triton_kernel_wrap import (
     TMADescriptorMetadata,
@@ -23,6 +29,7 @@ from torch._higher_order_ops.triton_kernel_wrap import (
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -68,6 +75,46 @@ class _KnownWrites(TracingTritonHOPifier):
         )
 
 
+class _Declared(JITFunction):  # type: ignore[misc]
+    """A kernel that torch analyses in place of ``kernel``: it reads all tensors and writes the declared ones.
+
+    It has the function and the source of ``kernel``, which Inductor writes into its program and compiles there. Only
+    :meth:`parse`, which torch's analysis calls to compile the kernel to Triton's IR, gives a body of one line a tensor.
+    It is never launched.
+
+    Args:
+        kernel: the kernel.
+        pointers: names of its arguments that are tensors.
+        described: names of those that are tensor descriptors, with their number of dimensions.
+        writes: names of the tensors among ``pointers`` that it writes.
+    """
+
+    def __init__(
+        self, kernel: Any, pointers: Sequence[str], described: Sequence[tuple[str, int]], writes: Sequence[str]
+    ) -> None:
+        super().__init__(kernel.fn)
+        self.launched = kernel
+        lines = [f"tl.store({name}, tl.load({name}))" if name in writes else f"tl.load({name})" for name in pointers]
+        lines += [f"{name}.load({[0] * rank})" for name, rank in described]
+        self._body = f"def {kernel.fn.__name__}({', '.join(self.arg_names)}):\n" + "".join(f"  {x}\n" for x in lines)
+
+    def parse(self) -> ast.Module:
+        """The short body."""
+        return ast.parse(self._body)
+
+    def get_capture_scope(self) -> dict[str, Any]:
+        """The names that the short body uses."""
+        return {"tl": tl}
+
+
+@functools.cache
+def _declared(
+    kernel: Any, pointers: tuple[str, ...], described: tuple[tuple[str, int], ...], writes: tuple[str, ...]
+) -> _Declared:
+    """One for equal arguments, since torch keeps every kernel that it is given."""
+    return _Declared(kernel, pointers, described, writes)
+
+
 def launch(
     kernel: Any, grid: tuple[int | SymInt, ...], arguments: Mapping[str, Any], writes: Sequence[str], sizes: str
 ) -> list[Tensor]:
@@ -78,7 +125,8 @@ def launch(
         grid: number of programs in each dimension.
         arguments: all other arguments by name, with num_warps and num_stages; :class:`TensorDescriptorArg` for a tensor
             descriptor.
-        writes: names of all tensors that the kernel mutates. torch assumes that every other tensor keeps its value.
+        writes: names of all tensors that the kernel mutates, none of them a tensor descriptor. torch assumes that every
+            other tensor keeps its value.
         sizes: text of the numbers that are passed. Inductor compiles a separate kernel for each set of them, and
             AOTInductor (torch 2.11) names the object file after the machine code: two kernels with the same machine
             code cannot be linked into one program. ``SALT``, derived from this text, makes them differ. An eager launch
@@ -95,7 +143,10 @@ def launch(
         kernel[grid](**{**tensors, **descriptors}, SALT=1)
         return [tensors[name] for name in writes]
     salted = {**tensors, "SALT": 1 + zlib.crc32(sizes.encode()) % 2**30}
-    wrapped = TraceableTritonKernelWrapper(kernel, None, grid)
+    pointers = tuple(name for name, value in arguments.items() if isinstance(value, Tensor))
+    ranks = tuple((name, len(each.shape)) for name, each in described.items())
+    declared = _declared(kernel, pointers, ranks, tuple(writes))
+    wrapped = TraceableTritonKernelWrapper(declared, None, grid)
     written: Any = _KnownWrites(writes, described).call_triton_kernel(wrapped, (), salted, None)
     return [written[name] for name in writes]
 

@@ -1,6 +1,6 @@
 """Values of quantized weights that decide whether they can be packed, read in chunks of rows.
 
-A chunk stays in a cache, and no tensor of a weight's size is made.
+A chunk stays in a cache, and no tensor of a weight's size is created.
 """
 
 from collections.abc import Callable

@@ -14,5 +14,6 @@ COREML = Target(
     kernels={},
     advised=SuggestedSchemes(),
     dtypes=(torch.float32, torch.float16),
+    refuses_misses=True,
     passes=lambda: [*restoring(), DropActivationQuantization(), KeepCoremlWeight(), FoldDequantize()],
 )

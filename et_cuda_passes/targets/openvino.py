@@ -16,5 +16,6 @@ OPENVINO = Target(
     dtypes=(torch.float32, torch.float16),
     # ExecuTorch 1.5.1's runtime returns outputs of the largest size for every input.
     dynamic_sizes=False,
+    refuses_misses=True,
     passes=lambda: [*restoring(), DropActivationQuantization(), DecompressInt4(), DecompressInt8(), FoldDequantize()],
 )

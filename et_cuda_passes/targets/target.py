@@ -57,6 +57,8 @@ class Target:
         advised: the quantization to suggest instead of a form that no rule rewrites.
         dtypes: the floating-point dtypes that the backend computes in; empty for any.
         dynamic_sizes: whether the backend's runtime takes inputs of dynamic sizes.
+        refuses_misses: whether its partitioner refuses a program with a quantized weight that no rule rewrote, kept or
+            folded.
         gpu: the GPU whose tilings a report describes; None for a target whose kernels have none.
         partitioner: for the lowering of a target outside of this package: returns the ExecuTorch partitioner of the
             method of that name, which gets the rewritten program.
@@ -73,6 +75,7 @@ class Target:
     advised: SuggestedSchemes = field(default_factory=SuggestedSchemes)
     dtypes: tuple[torch.dtype, ...] = ()
     dynamic_sizes: bool = True
+    refuses_misses: bool = False
     gpu: GpuArch | None = None
     partitioner: Callable[[str], Any] | None = field(default=None, compare=False)
     lowered_as: str = ""

@@ -16,6 +16,7 @@ VULKAN = Target(
     kernels={},
     advised=SuggestedSchemes(four_bits=_INT4, eight_bits=_INT4),
     dtypes=(torch.float32, torch.float16),
+    refuses_misses=True,
     passes=lambda: [
         *restoring(),
         CopyTiedWeight(),

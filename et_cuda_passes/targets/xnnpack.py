@@ -29,6 +29,7 @@ XNNPACK = Target(
         table="IntxWeightOnlyConfig(torch.int4, PerGroup(32)): quantized_embedding takes up to 8 bits in groups along "
         "K",
     ),
+    refuses_misses=True,
     passes=lambda: [
         *restoring(),
         SplitBroadcastBias(),

@@ -48,9 +48,9 @@ def test_accuracy_prints_the_ratios_of_layers_and_output(files: dict[str, Path],
     assert "signal-to-noise ratios in dB, 1 input set" in result.out
     assert "2 of 2 layers, worst first" in result.out
     assert [line.partition(":")[0] for line in result.err.splitlines()] == [
-        f"loading {files['narrow']}",
-        f"loading {files['float']}",
-        "measuring the layers",
+        f" 33 %  loading {files['narrow']}",
+        f" 66 %  loading {files['float']}",
+        "100 %  measuring the layers",
     ]
 
 
@@ -94,14 +94,18 @@ def test_invalid_options_are_errors(files: dict[str, Path], command: Run, tmp_pa
     floats = ("--float", files["float"])
     recipe = ("--recipe", tmp_path / "recipe.toml")
     assert "give --float, --target, or both" in said()
-    assert "--fail-below and --html are about the rewrite for a target" in said(*floats, "--fail-below", 3)
+    assert "--fail-below, --html and --model-explorer are about the rewrite for a target" in said(
+        *floats, "--fail-below", 3
+    )
     assert "--fail-below nan: give a number of dB" in said("-t", "cpu", "--fail-below", "nan")
     assert "a suggestion compares with floating-point weights: give --float" in said(
         "-t", "cpu", "--target-snr", 30, *recipe
     )
     assert "give it with --target-snr or --max-bytes" in said(*floats, *recipe)
     assert "give it with --target-snr or --max-bytes" in said(*floats, "--target-snr", 30)
-    assert "the folder" in said(*floats, "--target-snr", 30, "--recipe", tmp_path / "none" / "recipe.toml")
+    for option in ("--html", "--model-explorer"):
+        assert f"{option} {files['narrow']} is MODEL itself" in said("-t", "cpu", option, files["narrow"])
+    assert f"--recipe {tmp_path} is a folder" in said(*floats, "--target-snr", 30, "--recipe", tmp_path)
     assert "--algorithm gptq: give hqq or affine" in said(*floats, "--algorithm", "gptq")
     assert "give one of them" in said("-t", "cpu", "--inputs", files["x5"], "--random-seed", 1)
     assert "cuda, metal, xnnpack, cpu, vulkan" in said("-t", "tpu")
@@ -112,6 +116,22 @@ def test_invalid_options_are_errors(files: dict[str, Path], command: Run, tmp_pa
     save_file({"x": torch.randn(3, 63).bfloat16()}, bad)
     assert "[3, 63], the program takes torch.bfloat16" in said("-t", "cpu", "--inputs", bad)
     assert "no quantized weight has a floating-point one" in said("--float", bad)
+
+
+def test_page_and_node_data_have_the_ratios(files: dict[str, Path], command: Run, tmp_path: Path) -> None:
+    page, nodes = tmp_path / "page.html", tmp_path / "nodes.json"
+    arguments = ("accuracy", files["narrow"], "--float", files["float"], "-t", "cpu")
+    result = command(*arguments, "--html", page, "--model-explorer", nodes)
+    assert result.code == 0, result.err
+    assert str(page) in result.out and str(nodes) in result.out
+    measured = ecp.accuracy(ecp.load(files["narrow"]), "cpu", ecp.load(files["float"]))
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>narrow.pt2</h1>" in text
+    assert f"{measured.outputs[0].quantized_db:.1f} dB</b> quantized against float" in text
+    values = [each["value"] for each in json.loads(nodes.read_text())["results"].values()]
+    assert sorted(value.rpartition(", ")[2] for value in values) == sorted(
+        f"{layer.quantized_db:.0f} dB" for layer in measured.layers
+    )
 
 
 def test_packed_program_is_refused(files: dict[str, Path], command: Run, tmp_path: Path) -> None:
@@ -127,6 +147,11 @@ def test_suggestion_is_printed_and_written_as_a_recipe(files: dict[str, Path], c
     result = command(*suggest, "--target-snr", 25)
     assert result.code == 0, result.err
     assert "suggestion: 2 layers to 8 bits" in result.out
+    assert [line.partition(":")[0] for line in result.err.splitlines()[-3:]] == [
+        " 66 %  measuring the whole output",
+        " 83 %  measuring 2 layers one by one",
+        "100 %  choosing layers",
+    ]
     assert str(recipe) in result.out
     entries = Recipe.load(recipe).entries
     assert {entry.pattern for entry in entries} == {"up", "down"}
@@ -142,7 +167,12 @@ def test_suggestion_is_printed_and_written_as_a_recipe(files: dict[str, Path], c
 
     result = command(*suggest, "--target-snr", 200)
     assert result.code == 1
+    assert "2 of 2 layers, worst first" in result.out  # what was measured is a result all the same
     assert "--target-snr 200 is out of reach: with 2 layers in 8 bits" in result.error
+    result = command(*suggest, "--target-snr", 200, "--json")
+    document = json.loads(result.out)
+    assert (result.code, len(document["layers"]), document["suggestion"]) == (1, 2, None)
+    assert not recipe.exists()
     result = command(*suggest, "--max-bytes", 10)
     assert result.code == 1
     assert "without any move, more than --max-bytes 10" in result.error

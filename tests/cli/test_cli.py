@@ -21,6 +21,8 @@ from et_cuda_passes.testing import Quantized
 from tests.cli.command import Run, names
 from tests.saved import difference, save
 
+ROOT = Path(ecp.__file__).parent.parent
+
 INPUTS = [torch.randn(rows, 64, generator=torch.Generator().manual_seed(rows)) for rows in (1, 5, 64)]
 
 
@@ -302,6 +304,36 @@ def test_report_over_the_model_or_a_folder_is_bad_usage(option: str, tmp_path: P
         assert result.code == 2
         assert said in result.error
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("option", ["--html", "--model-explorer"])
+def test_report_does_not_replace_a_pipe_or_a_link(option: str, tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    pipe, real, link = tmp_path / "pipe", tmp_path / "real", tmp_path / "link"
+    os.mkfifo(pipe)
+    result = command("explain", path, "--target", "cpu", option, pipe)
+    assert (result.code, result.out) == (2, "")
+    assert f"{option} {pipe} is a device or a pipe, which the file would replace; name a file" in result.error
+    assert pipe.is_fifo()
+    real.write_text("before")
+    link.symlink_to(real)
+    assert command("explain", path, "--target", "cpu", option, link).code == 0
+    assert link.is_symlink() and real.stat().st_size > 100
+
+
+def test_report_that_cannot_be_written_is_named_in_the_error(tmp_path: Path, command: Run) -> None:
+    path, _ = save(tmp_path, "4w")
+    name = "x" * 300
+    result = command("explain", path, "--target", "cpu", "--html", tmp_path / name)
+    assert result.code == 1
+    assert result.error == f"error: {tmp_path / name}: File name too long"
+
+
+def test_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m et_cuda_passes rules --json | true", shell=True, cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_lower_writes_the_page_beside_the_report(tmp_path: Path, command: Run) -> None:

@@ -55,6 +55,9 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
         ("lower model.pt2 --expect linear_", ["linear_int4=", "linear_int8="]),
         ("lower model.pt2 --expect miss", ["missed="]),
         ("verify model.pt2 --target ", list(EXECUTABLE)),
+        ("accuracy model.pt2 -t x", ["xnnpack"]),
+        ("accuracy model.pt2 --algorithm ", ["hqq", "affine"]),
+        ("match linear_", ["linear_int4", "linear_int8"]),
     ],
 )
 def test_last_word_is_completed(line: str, words: list[str], script: Path) -> None:

@@ -522,9 +522,13 @@ def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
         (("--target", "cuda", "--recipe", "nothing.toml"), "nothing.toml: No such file"),
         (("--target", "cuda", "--dtype", "int8"), "--dtype int8: write one of float32, bfloat16, float16"),
         (("--target", "xnnpack", "--dtype", "bfloat16"),
-         "xnnpack computes in float32; give --dtype float32, or leave xnnpack out"),
+         "xnnpack computes in float32: give --dtype float32, or leave xnnpack out"),
+        (("--target", "vulkan,coreml", "--dtype", "bfloat16"),
+         "vulkan and coreml compute in float32: give --dtype float32, or leave vulkan and coreml out"),
+        (("--target", "xnnpack", "--qlinear", "8da8w", "--dtype", "float16"),
+         "xnnpack has no kernel of 8da8w for a model in float16; give --dtype float32"),
         (("--target", "cuda,xnnpack,cpu", "--dtype", "bfloat16"),
-         "give --dtype float32 and --cast-to-bf16, by which cuda and cpu cast to bfloat16, or leave xnnpack out"),
+         "give --dtype float32 and give --cast-to-bf16, by which cuda and cpu cast to bfloat16, or leave xnnpack out"),
         (("--target", "cuda,xnnpack", "--qlinear", "cuda:4w"),
          "--cast-to-bf16, which casts activations to bf16 for such kernels alone; xnnpack computes in float32, so for "
          "both give --dtype float32 and --cast-to-bf16"),
@@ -572,13 +576,14 @@ def test_wrong_recipe_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_bfloat16_checkpoint_for_xnnpack_is_cast_by_the_option_alone(tmp_path: Path, command: Run) -> None:
+@pytest.mark.parametrize("target", ["xnnpack", "vulkan", "coreml"])
+def test_bfloat16_checkpoint_is_cast_by_the_option_alone(target: str, tmp_path: Path, command: Run) -> None:
     model = checkpoints.causal(tmp_path / "model", dtype=torch.bfloat16)
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     weights.save_pretrained(model)
-    result = command("export", "--model", model, "--target", "xnnpack", "--output-dir", tmp_path / "out")
+    result = command("export", "--model", model, "--target", target, "--output-dir", tmp_path / "out")
     assert result.code == 2
-    assert "is in bfloat16, and xnnpack computes in float32: give --dtype float32" in result.error
+    assert f"is in bfloat16, and {target} computes in float32: give --dtype float32" in result.error
 
 
 @pytest.mark.parametrize(

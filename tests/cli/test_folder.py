@@ -59,6 +59,7 @@ def copy(tmp_path: Path) -> Callable[[Path], Path]:
     return lambda folder: Path(shutil.copytree(folder, tmp_path / folder.name))
 
 
+@pytest.mark.slow
 def test_components_are_compared_with_the_model_at_three_lengths(decoder: Path, models: Path, command: Run) -> None:
     result = command("verify", decoder, "--model", models / "causal")
     assert result.code == 0, result.err

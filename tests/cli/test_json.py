@@ -197,6 +197,7 @@ def test_new_rule_prints_a_document(tmp_path: Path, command: Run, monkeypatch: p
     assert all(Path(file["path"]).stat().st_size == file["bytes"] for file in found["files"])
 
 
+@pytest.mark.slow
 def test_lower_and_verify_for_xnnpack_print_documents_alone(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
     result = run("lower", path, "-t", "xnnpack", "-o", tmp_path / "out", "--json")
@@ -301,6 +302,7 @@ def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_export_prints_a_document(exported: tuple[Path, Result]) -> None:
     folder, result = exported
     assert result.code == 1, result.err
@@ -313,6 +315,7 @@ def test_export_prints_a_document(exported: tuple[Path, Result]) -> None:
     assert list(found["unfinished"]) == ["cuda"] and result.error == f"error: {found['error']}"
 
 
+@pytest.mark.slow
 def test_verify_of_an_export_prints_every_comparison(exported: tuple[Path, Result], models: Path, command: Run) -> None:
     folder, _ = exported
     result = command("verify", folder, "-t", "xnnpack", "--model", models / "causal", "--json")

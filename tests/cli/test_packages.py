@@ -63,7 +63,9 @@ def run(folder: Path, *arguments: object, installed: bool = False) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize(("target", "installed"), [("my_npu:npu", False), ("my_npu", True)])
+@pytest.mark.parametrize(
+    ("target", "installed"), [("my_npu:npu", False), pytest.param("my_npu", True, marks=pytest.mark.slow)]
+)
 def test_target_of_another_package_is_explained(target: str, installed: bool, folder: Path) -> None:
     result = run(folder, "explain", "model.pt2", "--target", target, installed=installed)
     assert result.code == 0, result.err
@@ -78,9 +80,13 @@ def test_target_of_another_package_is_explained(target: str, installed: bool, fo
             "my_npu",
             "known targets are cuda, metal, xnnpack, cpu, vulkan",
         ),
-        ("nowhere:npu", "cannot be imported from nowhere:npu (ModuleNotFoundError: No module named 'nowhere')"),
+        pytest.param(
+            "nowhere:npu",
+            "cannot be imported from nowhere:npu (ModuleNotFoundError: No module named 'nowhere')",
+            marks=pytest.mark.slow,
+        ),
         ("my_npu:other", "AttributeError: module 'my_npu' has no attribute 'other'"),
-        ("my_npu:NpuLinear", "not an et_cuda_passes.Target"),
+        pytest.param("my_npu:NpuLinear", "not an et_cuda_passes.Target", marks=pytest.mark.slow),
     ],
 )
 def test_target_that_is_not_found_is_an_error_with_the_fix(target: str, error: str, folder: Path) -> None:
@@ -134,7 +140,11 @@ def test_program_with_an_operator_of_another_package_is_read_only_with_trust(pac
 
 @pytest.mark.parametrize(
     ("options", "target", "installed"),
-    [((), "my_npu:npu", False), (("--import", "my_npu"), "my_npu:npu", False), ((), "my_npu", True)],
+    [
+        pytest.param((), "my_npu:npu", False, marks=pytest.mark.slow),
+        pytest.param(("--import", "my_npu"), "my_npu:npu", False, marks=pytest.mark.slow),
+        ((), "my_npu", True),
+    ],
 )
 def test_program_with_an_operator_of_another_package_is_read_after_its_import(
     options: tuple[str, ...], target: str, installed: bool, packed: Path, folder: Path
@@ -144,7 +154,9 @@ def test_program_with_an_operator_of_another_package_is_read_after_its_import(
     assert "rewritten     1 x npu_linear" in result.out
 
 
-@pytest.mark.parametrize(("options", "installed"), [(("--import", "my_npu"), False), ((), True)])
+@pytest.mark.parametrize(
+    ("options", "installed"), [(("--import", "my_npu"), False), pytest.param((), True, marks=pytest.mark.slow)]
+)
 def test_import_or_entry_point_registers_the_operators_for_any_target(
     options: tuple[str, ...], installed: bool, packed: Path, folder: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_rules_lists_plugins_with_package_and_version(folder: Path) -> None:
     assert lines[-2:] == ["plugins", "  my-rules 1.0: rules my_rules = my_rules:RULES"]
 
 
+@pytest.mark.slow
 def test_rules_as_json_has_the_package_of_a_plugin(folder: Path) -> None:
     about = json.loads(run(folder, "rules", "--json").out)["targets"]
     own = json.loads(run(folder, "rules", "--json", "--no-plugins").out)["targets"]
@@ -85,7 +86,9 @@ def test_plugin_that_cannot_be_imported_is_a_warning_and_the_command_goes_on(fol
     assert "  bad-rules 1.0: rules bad_rules = bad_rules:RULES" in result.out
 
 
-@pytest.mark.parametrize("command", [("explain", "model.pt2", "--target", "cpu"), ("rules",)])
+@pytest.mark.parametrize(
+    "command", [("explain", "model.pt2", "--target", "cpu"), pytest.param(("rules",), marks=pytest.mark.slow)]
+)
 def test_plugin_that_cannot_be_imported_is_an_error_if_strict(command: tuple[str, ...], folder: Path) -> None:
     result = run(folder, *command, "--strict-plugins", bad=True)
     assert result.code == 2 and result.out == ""

@@ -51,12 +51,34 @@ def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, scr
     assert [line for line in done.stderr.splitlines() if not line.startswith("import time:")] == []
 
 
-def test_command_writes_only_its_own_lines_on_stderr(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "target", "steps"),
+    [
+        ("explain", "cpu", [" 50 %  loading", "100 %  rewriting for cpu"]),
+        # coremltools draws progress bars, and logs what it does not find.
+        pytest.param(
+            "lower",
+            "coreml",
+            [
+                " 20 %  loading",
+                " 40 %  rewriting for coreml",
+                " 60 %  decomposing forward",
+                " 80 %  lowering",
+                "100 %  serializing",
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_command_writes_only_its_own_lines_on_stderr(
+    command: str, target: str, steps: list[str], tmp_path: Path
+) -> None:
     path, _ = save(tmp_path, "4w")
-    done = python("-m", "et_cuda_passes", "explain", path, "--target", "cpu")
+    output = ["--output-dir", tmp_path] if command == "lower" else []
+    done = python("-m", "et_cuda_passes", command, path, "--target", target, *output)
     assert done.returncode == 0
-    steps = [line.partition(":")[0] for line in done.stderr.splitlines() if "so far" not in line]
-    assert steps == [f" 50 %  loading {path}", "100 %  rewriting for cpu"]
+    lines = [line.partition(":")[0] for line in done.stderr.splitlines() if "so far" not in line]
+    assert [line.replace(f" {path}", "") for line in lines] == steps
 
 
 def test_help_lists_every_command() -> None:

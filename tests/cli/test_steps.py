@@ -99,15 +99,16 @@ def test_lowering_reports_each_method(methods: tuple[str, ...], tmp_path: Path) 
     assert len(steps) == lowering_steps("xnnpack", len(methods))
 
 
-def test_terminal_shows_the_step_and_its_memory_while_it_runs() -> None:
+def shown_in_terminal(step: str, columns: int) -> str:
+    """The output in a terminal while half of a step runs, and then the other half."""
     code = (
         "import time\nfrom et_cuda_passes.cli.console import Steps\n"
-        "with Steps(2) as step:\n    step('loading')\n    time.sleep(0.5)\n    step.part(1, 2)\n    time.sleep(0.5)\n"
+        f"with Steps(2) as step:\n    step({step!r})\n    time.sleep(0.5)\n    step.part(1, 2)\n    time.sleep(0.5)\n"
     )
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, cwd=ROOT,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
+        env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)},
     )  # fmt: skip
     os.close(slave)
     shown = io.BytesIO()
@@ -121,7 +122,18 @@ def test_terminal_shows_the_step_and_its_memory_while_it_runs() -> None:
         shown.write(part)
     os.close(master)
     assert process.wait() == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
+
+
+def test_terminal_shows_the_step_and_its_memory_while_it_runs() -> None:
+    text = shown_in_terminal("loading", 100)
     assert re.search(r"  0 %  loading \d:\d\d:\d\d memory \d+\.\d\d GB", text)
     assert " 25 %  loading" in text
     assert ended(text.replace("\r", "\n"))[-1][:2] == (50, "loading")
+
+
+def test_narrow_terminal_cuts_off_the_name_of_the_step_that_runs() -> None:
+    text = shown_in_terminal("cpu: compiling prefill with AOTInductor", 60)
+    lines = [line for line in re.split(r"[\r\n]+", text) if "memory" in line and "peak" not in line]
+    assert lines and all(re.search(r"%  cpu: compiling.*… \d:\d\d:\d\d memory \d+\.\d\d GB", line) for line in lines)
+    assert max(map(len, lines)) <= 60

@@ -34,6 +34,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.executorch import archive
 from et_cuda_passes.executorch.archive_expression import check_expression, check_guard
 from et_cuda_passes.executorch.archive_texts import OBJECTS, rule_of
+from et_cuda_passes.executorch.archive_tree import check_tree
 from et_cuda_passes.executorch.archive_zip import Refused
 from et_cuda_passes.executorch.packed import ModelError, load_model, quiet_load, save_packed
 from et_cuda_passes.graph.report import Report
@@ -408,7 +409,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda program: program["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
             parameter_name='a"), print("b'
         ),
-        "no name of a module or tensor",
+        "no name of a module or tensor: 'a\"), print(\"b'; rename it before the export",
     ),
     "a parameter's name of Python's": (
         lambda program: program["graph_module"]["signature"]["input_specs"][0]["parameter"].update(
@@ -510,7 +511,8 @@ def with_drawing(before: list[Any]) -> dict[str, Any]:
 
 
 def test_record_with_a_drawing_and_accuracy_is_read(tmp_path: Path, content: hostile.Members) -> None:
-    report = {**with_drawing([NODE]), "accuracy": [ACCURACY]}
+    output = {"name": "logits", "quantized_db": 12.5, "rewritten_db": "exact"}
+    report = {**with_drawing([NODE]), "accuracy": [{**ACCURACY, "limit_db": 42.1}], "output_accuracy": [output]}
     record = json.dumps({"target": "cpu", "report": report}).encode()
     path = written(tmp_path / "new.pt2", {**content, "extra/et_cuda_passes.json": record})
     read = load_model(path, "cpu").report
@@ -540,6 +542,7 @@ def test_record_with_a_drawing_and_accuracy_is_read(tmp_path: Path, content: hos
         {"report": with_drawing([{**NODE, "inputs": ["0"]}])},
         {"report": with_drawing([{**NODE, "label": 1}])},
         {"report": {**Report("cpu").to_dict(), "accuracy": [{"layer": "w"}]}},
+        {"report": {**Report("cpu").to_dict(), "output_accuracy": [{"name": 1, "quantized_db": 1, "rewritten_db": 1}]}},
         {"report": {**Report("cpu").to_dict(), "accuracy": [{**ACCURACY, "quantized_db": "20"}]}},
     ],
 )
@@ -1041,3 +1044,14 @@ def test_weights_stay_in_the_file_until_they_are_read(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 4 << 20, f"{peak:,} bytes for 67 MB of weights"
+
+
+def test_type_that_is_not_registered_names_the_module_to_import() -> None:
+    def said(kind: str) -> str:
+        with pytest.raises(Refused) as error:
+            check_tree(json.dumps([1, {"type": kind, "context": "", "children_spec": []}]), "in_spec")
+        return str(error.value)
+
+    assert said("models.outputs.Logits").endswith("import first what registers it (--import models.outputs)")
+    assert said("models.cache:Cache").endswith("in this process")
+    assert said("os.system('x').Y").endswith("in this process")

@@ -97,6 +97,12 @@ WRONG: dict[str, tuple[Make, str]] = {
     "scales below float16": (lambda: plain(change=tiny_scales), "positive and normal in float16"),
 }
 
+# The quick suite predicts everything, shows what the stock backend fails on, and lowers only these.
+QUICK = (
+    "4 bits, asymmetric", "4 bits, no zero points", "8 bits per row", "table",
+    "integers beyond 4 bits", "scales below float16", "4 bits in bfloat16",
+)  # fmt: skip
+
 
 def _folded(program: ExportedProgram) -> Tensor:
     """The weight as the program dequantizes it."""
@@ -114,7 +120,7 @@ def _is_right(weights: list[Tensor], wanted: Tensor) -> bool:
     return bool((difference <= wanted.double().abs() * 2**-10).all())
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KEPT])
 def test_kept_weight_stands_compressed_in_the_model(name: str) -> None:
     program = KEPT[name]()
     partitioner = CoreMLPartitioner(expect={"kept": 1})
@@ -123,6 +129,13 @@ def test_kept_weight_stands_compressed_in_the_model(name: str) -> None:
     assert _is_right(decompressed(delegate), _folded(program))
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_rule_keeps_the_weight(name: str) -> None:
+    _, report = ecp.rewrite(KEPT[name](), "coreml")
+    assert report.counts()["kept"] == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KEPT)
 def test_stock_backend_compresses_what_is_kept(name: str) -> None:
     program = KEPT[name]()
@@ -150,7 +163,9 @@ def test_stock_backend_stores_other_weights_without_an_error(name: str) -> None:
     assert not _is_right(decompressed(delegate), _folded(program))
 
 
-@pytest.mark.parametrize("name", [*REFUSED, *WRONG])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*REFUSED, *WRONG)]
+)
 def test_other_weights_are_folded_or_refused(name: str) -> None:
     program = REFUSED[name]() if name in REFUSED else WRONG[name][0]()
     if "in bfloat16" in name and "scales" not in name:

@@ -141,7 +141,7 @@ def many(sizes: list[tuple[int, int]]) -> Many:
     )
 
 
-@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(40, marks=pytest.mark.slow)])
 def test_groups_run_as_in_eager(rows: int) -> None:
     model = many(SIZES)
     inputs = model.inputs(rows)

@@ -192,3 +192,17 @@ def test_method_that_waits_for_the_gpu_is_refused_and_still_runs_without_a_graph
         graph(x)
     torch.cuda.synchronize()
     torch.testing.assert_close(load(path)(x)[0], wanted)
+
+
+def test_random_numbers_go_on_after_a_capture_that_fails(tmp_path: Path) -> None:
+    path = lower_stock(torch.export.export(Condition(), (torch.ones(4, 32),)), tmp_path)
+    graph, x = load(path, cuda_graph=True), torch.ones(4, 32, device="cuda")
+    graph(x)
+    torch.cuda.manual_seed(5)
+    wanted = [torch.randn(7, device="cuda") for _ in range(2)]
+    torch.cuda.manual_seed(5)
+    found = [torch.randn(7, device="cuda")]
+    with pytest.raises(DelegateError, match="cannot be captured"):
+        graph(x)
+    found.append(torch.randn(7, device="cuda"))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

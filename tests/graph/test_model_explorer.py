@@ -1,6 +1,7 @@
 """Node data for Model Explorer: a value for each candidate, under the name of its node in the exported graph."""
 
 import json
+import math
 from dataclasses import replace
 
 import torch
@@ -28,6 +29,10 @@ def test_value_has_status_kernel_and_error() -> None:
     results = node_data(replace(given, accuracy=layers).to_dict())["results"]
     assert results["linear"]["value"] == "missed, 20 dB"
     assert results["linear_1"]["value"] == "rewritten, triton (mma_tiled)"
+    worse = (LayerAccuracy("w", "linear", math.inf, 44.6), LayerAccuracy("w", "linear_1", 30.0, math.nan))
+    worse_results = node_data(replace(given, accuracy=worse).to_dict())["results"]
+    assert worse_results["linear"]["value"] == "missed, 45 dB"
+    assert worse_results["linear_1"]["value"] == "rewritten, triton (mma_tiled), not finite"
     colors = {result["value"].partition(",")[0]: result["bgColor"] for result in results.values()}
     assert len(set(colors.values())) == 2
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.report import LayerAccuracy, Outcome, Reason, Report
-from et_cuda_passes.graph.report_page import decibels_text, render, size_text
+from et_cuda_passes.graph.report import LayerAccuracy, Outcome, OutputAccuracy, Reason, Report
+from et_cuda_passes.graph.report_page import render, size_text
 from et_cuda_passes.testing import Quantized
 from tests.reports import report_on
 
@@ -131,12 +131,69 @@ def test_chart_of_bytes_has_heights_by_square_root_if_one_layer_is_much_larger()
     assert len(set(heights)) > 2
 
 
-@pytest.mark.parametrize("value", [None, math.inf, -math.inf, math.nan, -3.0])
-def test_page_accepts_ratios_without_a_number(value: float | None) -> None:
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, ""), (math.inf, "exact"), (-math.inf, "no signal"), (math.nan, "not finite"), (-3.0, "-3.0 dB")],
+)
+def test_page_has_the_words_of_the_terminal_for_ratios(value: float | None, text: str) -> None:
     given = report_on(1)
     layers = [LayerAccuracy(each.fqn, each.node, value, 40.0) for each in given.outcomes]
     rows = page_of(replace(given, accuracy=tuple(layers))).all("tr")
-    assert f"{decibels_text(value)} 40.0 dB" in rows[1]
+    assert f"{text} 40.0 dB" in rows[1]
+
+
+@pytest.mark.parametrize("values", [(24.0, math.nan), (math.nan, 24.0)])
+def test_group_with_a_ratio_that_is_not_finite_says_so(values: tuple[float, float]) -> None:
+    given = report_on(2)
+    layers = [
+        LayerAccuracy(each.fqn, each.node, value, math.inf)
+        for each, value in zip(given.outcomes[::5], values, strict=True)
+    ]
+    group = page_of(replace(given, accuracy=tuple(layers))).all("tr")[1]
+    assert "not finite exact" in group and "≥" not in group
+
+
+def test_layers_beyond_rounding_and_outputs_are_on_top() -> None:
+    given = report_on(1)
+    layers = [LayerAccuracy(each.fqn, each.node, None, 50.0, 42.1) for each in given.outcomes]
+    page = page_of(replace(given, accuracy=tuple(layers), output_accuracy=(OutputAccuracy("logits", 21.5, math.inf),)))
+    assert "Beyond rounding" not in page.text
+    assert "logits: 21.5 dB quantized against float, exact rewritten against as exported" in page.all("header")[0]
+    layers[1] = replace(layers[1], rewritten_db=12.0)
+    layers[2] = replace(layers[2], rewritten_db=math.nan)
+    page = page_of(replace(given, accuracy=tuple(layers)))
+    assert "Beyond rounding The rewrite changes 2 layers" in page.all("header")[0]
+    assert [("beyond rounding, limit 42.1 dB" in row) for row in page.all("tr")[1:]] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_notes_on_layers_are_on_top() -> None:
+    given = report_on(1)
+    for number, text in ((0, "folded to float32"), (1, "folded to float32"), (2, "a scale of 3 is rounded")):
+        given.outcomes[number].reasons.append(Reason("fold_dequantize", "note", "", text))
+    header = page_of(given).all("header")[0]
+    assert "2 x linear_int4: folded to float32" in header and "1 x linear_int4: a scale of 3 is rounded" in header
+
+
+def test_sizes_that_an_older_report_lacks_stay_empty() -> None:
+    given = report_on(1)
+    given.outcomes[0] = replace(given.outcomes[0], bytes_before=0, bytes_after=0)
+    rows = page_of(given).all("tr")
+    assert [" kB → " in row for row in rows[1:3]] == [False, True]
+    assert "0 B" not in rows[1]
+
+
+def test_two_rules_with_one_fix_state_it_once() -> None:
+    reasons = [Reason(rule, "values", "finite scales", "1 NaN", "quantize the weight again") for rule in ("a", "b")]
+    missed = replace(report_on(1).outcomes[0], rule=None, status="missed", reasons=reasons)
+    text = page_of(Report("cuda", outcomes=[missed])).text
+    assert text.count("uantize the weight again") == 1
+    assert "a wanted finite scales" in text and "b wanted finite scales" in text
 
 
 def test_operator_with_two_weights_has_the_worst_of_their_ratios() -> None:

@@ -392,6 +392,15 @@ def test_dtype_without_a_kernel_is_a_warning_where_nothing_is_promised() -> None
     ]
 
 
+def test_dtype_without_a_kernel_is_refused_for_a_target_that_refuses_misses() -> None:
+    model = Mlp().half()
+    unchanged(
+        model,
+        lambda: ecp.quantize_model_(model, qlinear="8da8w", target="xnnpack"),
+        r"xnnpack has no kernel of 8da8w for a model in float16; convert it with model\.to\(torch\.float32\)",
+    )
+
+
 @pytest.mark.parametrize("qlinear", ["4w", "cuda:4w", "8w", "8da4w"])
 def test_cast_to_bf16_gives_a_float32_model_the_kernels_of_all_targets(qlinear: str) -> None:
     model = Mlp()
@@ -600,6 +609,16 @@ def test_adjusted_group_size_has_a_kernel_on_each_target(target: str, size: int)
         ecp.rewrite(program, name, expect={"rewritten": 2, "missed": 0})
 
 
+def test_layer_that_a_target_folds_in_every_group_size_is_quantized_for_the_others() -> None:
+    model = Mlp(hidden=36).to(FP32)
+    report = ecp.quantize_model_(model, qlinear="4w", target="vulkan,coreml")
+    assert (report["down"].group_size, report["down"].adjusted_from) == (0, 32)
+    program = export(model, torch.randn(6, 64))
+    ecp.rewrite(program, "coreml", expect={"kept": 2, "missed": 0})
+    # Vulkan has no kernel for in_features that 8 does not divide.
+    ecp.rewrite(program, "vulkan", expect={"kept": 1, "fold_dequantize": 1, "missed": 0})
+
+
 def test_layer_without_any_kernel_stays_float_with_the_reason() -> None:
     model = Mlp(hidden=720)
     report = ecp.quantize_model_(model, qlinear="8da4w", target="xnnpack")
@@ -631,12 +650,11 @@ def test_second_scheme_is_for_layers_that_the_group_size_does_not_divide() -> No
 
 
 def test_eight_bits_have_one_scale_per_row_where_a_target_has_only_that() -> None:
-    for target, size in (("cpu", 0), ("cuda", 32), (None, 32)):
+    for target, size in (("cpu", 0), ("tensorrt", 0), ("cuda,tensorrt", 0), ("cuda", 32), (None, 32)):
         report = ecp.quantize_model_(Mlp().to(BF16), qlinear="8w", target=target)
         assert {layer.group_size for layer in report.layers} == {size}
-        assert all(
-            ("cpu has no kernel of 8w for groups of 32" in layer.reason) is (size == 0) for layer in report.layers
-        )
+        reason = f"{target.rpartition(',')[2]} has no kernel of 8w for groups of 32" if target and size == 0 else ""
+        assert {layer.reason for layer in report.layers} == {reason}
 
 
 def test_fallback_skip_leaves_the_layer_and_reports_it() -> None:

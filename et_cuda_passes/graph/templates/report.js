@@ -33,7 +33,7 @@
       if (group.details && open && !group.details.open) group.details.open = group.opened = true;
       if (group.details && !open && group.opened) group.details.open = group.opened = false;
     }
-    shown.textContent = words.length ? `${count} of ${total} layers` : `${total} layers`;
+    shown.textContent = words.length ? `${count} of ${total} rows` : `${total} rows`;
   }
   filter.addEventListener("input", applyFilter);
 
@@ -71,6 +71,9 @@
       table.append(...order.map((group) => group.body));
     }));
   }
+
+  // Measured layers are sorted worst first.
+  for (const button of document.querySelectorAll("[data-first] button")) button.click();
 
   // Older browsers print closed details as closed.
   let closed = [];
