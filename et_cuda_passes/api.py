@@ -19,6 +19,7 @@ from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAtten
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
 from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
@@ -71,6 +72,8 @@ __all__ = [
     "KeepStaticInt8",
     "Kernel",
     "LayerAccuracy",
+    "LinearFloat4",
+    "LinearFloat8",
     "LinearInt4",
     "LinearInt8",
     "Match",

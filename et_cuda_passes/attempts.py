@@ -19,8 +19,8 @@ from et_cuda_passes.graph.rule import CompiledRule, Requirement, Rule, compile_r
 from et_cuda_passes.graph.tree import FITS, NOT_REACHED, STOPPED, draw
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates
-from et_cuda_passes.quant.unsupported import unwrapped
 from et_cuda_passes.rewrite import parse_passes
+from et_cuda_passes.rules.restore import normalised
 from et_cuda_passes.targets import default_passes, get_target
 from et_cuda_passes.targets.target import Target
 
@@ -104,10 +104,10 @@ def attempts(
     entries = parse_passes(listed)
     before = entries[: [entry.name for entry in entries].index(rule.name)]
 
-    normalised, still_wrapped = unwrapped(exported_program)
+    source, still_wrapped = normalised(exported_program)
     find = partial(find_candidates, schemes=chosen.advised, wrapped=still_wrapped)
     with gc_disabled():
-        program = Program(normalised)
+        program = Program(source)
         tracker = OutcomeTracker(find(program), group_rules(entries))
     program = apply_passes(program, before, chosen, tracker, find, OPERATORS)
     found = _attempts(compile_rule(rule), program, chosen, at)

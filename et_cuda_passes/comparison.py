@@ -24,7 +24,7 @@ from et_cuda_passes.graph.report import Report
 from et_cuda_passes.quant.activations import is_quantize
 from et_cuda_passes.quant.candidates import find_candidates, forwards_weight
 from et_cuda_passes.quant.decoders import dequantized_data, is_dequantize
-from et_cuda_passes.quant.unsupported import unwrapped
+from et_cuda_passes.rules.restore import normalised
 
 aten = torch.ops.aten
 
@@ -79,7 +79,7 @@ class QuantizedProgram:
                 f"accuracy needs a torch.export.ExportedProgram, not {type(program).__name__}; export the model with "
                 "torch.export.export(model, args) first"
             )
-        self.exported, why = unwrapped(program)
+        self.exported, why = normalised(program)
         self.runner = Runner(self.exported)
         self.candidates: list[Candidate] = find_candidates(self.program, wrapped=why)
         if not self.candidates:

@@ -19,8 +19,9 @@ from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
 from et_cuda_passes.ops.registry import OPERATORS
-from et_cuda_passes.quant.candidates import find_candidates
-from et_cuda_passes.quant.unsupported import decomposed_weights, unwrapped
+from et_cuda_passes.quant.candidates import find_candidates, quantized_caches
+from et_cuda_passes.quant.unsupported import decomposed_weights
+from et_cuda_passes.rules.restore import normalised
 from et_cuda_passes.targets import RENAMED_PASSES, default_passes, get_target, known_passes
 from et_cuda_passes.targets.compatibility import packed_warnings
 from et_cuda_passes.targets.gpu import check_gpu, described_gpu, gpu_named_in, gpu_notes, name_gpu, unnamed_gpu_text
@@ -102,13 +103,14 @@ def rewrite(
     chosen = replace(chosen, gpu=described or chosen.gpu)
 
     # 1. Normalise: weights that are still wrapped in tensor subclasses are unwrapped.
-    normalised, still_wrapped = unwrapped(exported_program)
+    before, still_wrapped = normalised(exported_program)
     find = partial(find_candidates, schemes=chosen.advised, wrapped=still_wrapped)
     with gc_disabled():
         # 2. Copy: only the copy is changed.
-        program = Program(normalised, pool)
+        program = Program(before, pool)
         # 3. Find candidates: the operators that read a quantized weight.
         tracker = OutcomeTracker(find(program), group_rules(entries), progress)
+        caches = quantized_caches(program)
     # 4. Apply the pass list.
     trace: list[RuleTrace] = []
     with single_threaded_operators():
@@ -117,8 +119,8 @@ def rewrite(
         sys.stderr.writelines(f"{chosen.name}: {each}\n" for each in trace)
     record_weight_bytes(program, tracker)
     # 5. Report: what was found. With ``stream`` the program is given up after this.
-    report = _report(tracker, chosen, entries, normalised)
-    if pool.stream is not None and normalised is not exported_program:
+    report = _report(tracker, chosen, entries, before)
+    if pool.stream is not None and before is not exported_program:
         program.release(exported_program)
     with gc_disabled():
         # 6. Finish: compute the packed constants, repair strides and names, verify.
@@ -127,12 +129,19 @@ def rewrite(
             name_gpu(result, gpu)
     report.bytes_after = constant_bytes(result)
     report.notes = gpu_notes(result, described) if described else []
+    if caches:
+        report.notes.append(f"left as they are: caches of quantized numbers that the program mutates ({_some(caches)})")
     if pool.storage is not None:
         packed, loaded = pool.packed - packed_before, pool.loaded - loaded_before
         report.notes.append(f"packed {packed} constants, {loaded} from the cache {pool.storage.place}")
     report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def constant_pool(

@@ -59,6 +59,8 @@ class Weight:
     zero_points: str | None
     wide_scale: bool
     tied_to: int | None
+    floats: str = ""
+    """"float8" or "float4" for numbers in place of integers."""
 
 
 STACK = 3
@@ -121,6 +123,7 @@ def weights(draw: Callable[[Any], Any], earlier: int) -> Weight:
         zero_points=draw(st.sampled_from(["zero", "random", None])),
         wide_scale=draw(st.booleans()),
         tied_to=draw(st.sampled_from([None, None, *range(earlier)])),
+        floats=draw(st.sampled_from(["", "", "", "", "", "float8", "float4"])),
     )
 
 
@@ -160,6 +163,33 @@ class Log:
         self.reads: list[Read] = []
 
 
+class Floats(nn.Module):
+    """A linear whose weight has 8-bit or 4-bit floats."""
+
+    def __init__(self, weight: Weight, dtype: torch.dtype, seed: int) -> None:
+        super().__init__()
+        random = torch.Generator().manual_seed(seed)
+        self.bits, self.group, self.dtype = 8 if weight.floats == "float8" else 4, weight.group, dtype
+        numbers = torch.randn(weight.n, weight.k, generator=random).to(torch.float8_e4m3fn)
+        codes = torch.randint(0, 256, (weight.n, weight.k // 2), generator=random).to(torch.uint8)
+        self.register_buffer("data", numbers if self.bits == 8 else codes)
+        scale = torch.rand(weight.n, weight.k // weight.group, generator=random) * 0.1 + 0.05
+        self.register_buffer("scale", scale if self.bits == 8 else scale.to(torch.float8_e4m3fn))
+        self.register_buffer("bias", torch.randn(weight.n, generator=random).to(dtype))
+
+    def weight(self) -> Tensor:
+        """The dequantized weight."""
+        ops = torch.ops.et_cuda_passes
+        if self.bits == 8:
+            result: Tensor = ops.dequantize_float8(self.data, self.scale, self.dtype)
+        else:
+            result = ops.dequantize_float4(self.data, self.scale, None, self.group, self.dtype)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(), self.bias)
+
+
 class Generated(nn.Module):
     """The model of a plan."""
 
@@ -173,6 +203,9 @@ class Generated(nn.Module):
         torch.manual_seed(plan.seed)
         self.held = nn.ModuleList()
         for index, weight in enumerate(plan.weights):
+            if weight.floats:
+                self.held.append(Floats(weight, plan.dtype, 10 * plan.seed + index))
+                continue
             scale_dtype = torch.float32 if weight.wide_scale else plan.dtype
             module = Quantized(
                 weight.n,
@@ -186,6 +219,7 @@ class Generated(nn.Module):
                 seed=10 * plan.seed + index,
             )
             tied = None if weight.tied_to is None else self.held[weight.tied_to]
+            tied = None if isinstance(tied, Floats) else tied
             if (
                 tied is not None
                 and tied.data.shape == module.data.shape
@@ -440,6 +474,13 @@ def has_kernel(read: Read, plan: Plan) -> bool | None:
         return True
     if plan.target == "metal" and read.kind in EXPERTS[1:]:
         return False
+    if weight.floats:
+        if plan.target != "cuda":
+            # A fold needs no kernel. The table of an embedding in 4-bit floats is packed as one of int8.
+            return True
+        if read.kind == "lookup" or plan.dtype not in (torch.bfloat16, torch.float16):
+            return None if read.kind == "lookup" else False
+        return None if read.kind == "matmul" and read.vector else True
     int4 = weight.high - weight.low <= 15 and weight.group % 32 == 0
     in_dtype = plan.target != "cuda" or plan.dtype in (torch.bfloat16, torch.float16)
     if read.kind == "lookup":

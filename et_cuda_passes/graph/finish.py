@@ -32,7 +32,8 @@ def eliminate_dead_nodes(program: Program, stays: Callable[[Node], bool] = lambd
     """Erase the dead nodes of ``program`` that nothing reads, and then their inputs that nothing else reads.
 
     A node with an effect (:func:`~et_cuda_passes.graph.aliasing.has_effect`) stays unless a rule replaced it: then the
-    replacement has that effect. The cost is linear in the number of erased nodes.
+    replacement has that effect. An assertion on the metadata of a node that nothing else reads is erased with it. The
+    cost is linear in the number of erased nodes.
 
     Args:
         program: it is changed.
@@ -43,7 +44,13 @@ def eliminate_dead_nodes(program: Program, stays: Callable[[Node], bool] = lambd
     gone: set[Node] = set()
     while work := work or subgraphs.flush():
         node = work.pop()
-        if node in gone or node.users or stays(node):
+        if node in gone:
+            continue
+        if node.users and all(op_of(user) is aten._assert_tensor_metadata.default for user in node.users):
+            for user in list(node.users):
+                gone.add(user)
+                user.graph.erase_node(user)
+        if node.users or stays(node):
             continue
         if subgraphs.is_input(node):
             subgraphs.mark_unused(node)

@@ -63,7 +63,7 @@ def int4_experts(
     """
     if -SALT == M:
         return
-    K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
+    K, words_row, scale_row = row_lengths(K32, GROUP_SIZE, 32)
     pid = tl.program_id(0)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
@@ -130,7 +130,7 @@ def int4_experts(
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest), other=0.0)
-        w = dequantize_tile(words, scale, zero, BLOCK_N, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
+        w = dequantize_tile(words, scale, zero, BLOCK_N, BLOCK_K, GROUP_SIZE, HAS_ZERO, False, USE_ASM, WGMMA)
         sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
         scale_at += GROUPS

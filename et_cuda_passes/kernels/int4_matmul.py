@@ -1,6 +1,7 @@
 """The Triton kernel of the int4 linear: one source, with a :class:`Tiling` for one row or for thousands.
 
-``y[m, n] = sum over k of x[m, k] * ((q[n, k] - 8) * scale + zero)``. The weight is the left operand of the tensor
+``y[m, n] = sum over k of x[m, k] * ((q[n, k] - 8) * scale + zero)``, or with the numbers of float4_e2m1fn in place of
+q - 8 (nvfp4, mxfp4). The weight is the left operand of the tensor
 cores: it is dequantized from packed words in registers and never stored. x is the right operand, so that few rows M
 need few columns of the instruction (8 or 16), not 64 padded rows.
 
@@ -50,7 +51,7 @@ def int4_matmul(
     parts_ptr,  # fp32 [SLOTS, BLOCK_M + EXTRA_M, BLOCK_N], written only if SLOTS
     M,
     N,
-    K32,  # K / 32
+    K_UNITS,  # K / 32, or with a GROUP_SIZE of 16 K / 16
     BLOCK_M: tl.constexpr,
     EXTRA_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -66,17 +67,20 @@ def int4_matmul(
     HAS_FACTOR: tl.constexpr,
     HAS_ADDEND: tl.constexpr,
     GATED: tl.constexpr,
+    FLOAT4: tl.constexpr,
     USE_ASM: tl.constexpr,
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
 ):
     """One tile [BLOCK_M + EXTRA_M, BLOCK_N] of y, or one part of it along K.
 
-    SALT is any positive number; see :func:`et_cuda_passes.kernels.triton_launch.launch`.
+    FLOAT4: whether a nibble is a number in float4_e2m1fn; then HAS_ZERO is false. SALT is any positive number; see
+    :func:`et_cuda_passes.kernels.triton_launch.launch`.
     """
     if -SALT == M:
         return
-    K, words_row, scale_row = row_lengths(K32, GROUP_SIZE)
+    UNIT: tl.constexpr = 16 if GROUP_SIZE == 16 else 32
+    K, words_row, scale_row = row_lengths(K_UNITS, GROUP_SIZE, UNIT)
     pid = tl.program_id(0)
     TILE_M: tl.constexpr = BLOCK_M + EXTRA_M
     tiles_m = tl.cdiv(M, TILE_M)
@@ -151,11 +155,11 @@ def int4_matmul(
                     extra = load_columns(extra_at, in_extra, EXTRA_M)
         else:
             words = tl.load(words_at, mask=(word // 8)[None, :] < blocks[:, None], other=0)
-            end = tl.minimum(K // 32, last * (BLOCK_K // 32)) - step * (BLOCK_K // 32)
-            x = load_ragged(x_at, in_m, end - column_step * (BLOCK_K // 32), BLOCK_K)
+            end = tl.minimum(K // UNIT, last * (BLOCK_K // UNIT)) - step * (BLOCK_K // UNIT)
+            x = load_ragged(x_at, in_m, end - column_step * (BLOCK_K // UNIT), BLOCK_K, UNIT)
             if EXTRA_M > 0:
-                extra = load_ragged(extra_at, in_extra, end - extra_step * (BLOCK_K // 32), BLOCK_K)
-        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, USE_ASM, WGMMA)
+                extra = load_ragged(extra_at, in_extra, end - extra_step * (BLOCK_K // UNIT), BLOCK_K, UNIT)
+        w = dequantize_tile(words, scale, zero, ROWS, BLOCK_K, GROUP_SIZE, HAS_ZERO, FLOAT4, USE_ASM, WGMMA)
         if EXTRA_M > 0:
             # The smaller product is issued first: while the larger one runs, the next step can begin.
             extra_sums = multiply(w, extra, extra_sums, USE_ASM)

@@ -1,8 +1,9 @@
-"""The Triton kernel of the int8 linear: one source, with a :class:`Tiling` for one row or for thousands.
+"""The Triton kernel of the linears with 8-bit weights: one source, with a :class:`Tiling` for any number of rows.
 
 ``y[m, n] = sum over k of x[m, k] * (q[n, k] * scale + zero)``, as in :mod:`et_cuda_passes.kernels.int4_matmul`. The
 weight, row-major in memory as an embedding reads it, is the left operand of the tensor cores and is converted to floats
-in registers. SEGMENTS and SLOTS fill a GPU that has few tiles, with equal bits for equal inputs.
+in registers. A byte is an integer, or a float8_e4m3fn or float8_e5m2. SEGMENTS and SLOTS fill a GPU that has few tiles,
+with equal bits for equal inputs.
 
 With one scale a row and no zeros, the product reads the exact integers, and the sums are multiplied by the scale. With
 groups, the weight is multiplied before the product. Zeros are added there in fp32: a zero of 200 steps, rounded to
@@ -55,6 +56,7 @@ def int8_matmul(
     PAIRS: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FLOAT8: tl.constexpr,
     USE_ASM: tl.constexpr,
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
@@ -62,7 +64,8 @@ def int8_matmul(
     """One tile [BLOCK_M, BLOCK_N] of y, or one part of it along K.
 
     UNIT is a power of two that divides K, a multiple of 16 and of GROUP_SIZE; GROUP_SIZE divides BLOCK_K or is a
-    multiple of it. PAIRS: whether a row has an even number of groups. SALT as for ``int4_matmul``.
+    multiple of it. PAIRS: whether a row has an even number of groups. FLOAT8 as for ``dequantize_bytes``. SALT as for
+    ``int4_matmul``.
     """
     if -SALT == M:
         return
@@ -141,8 +144,8 @@ def int8_matmul(
                 zero = per_weight(z, ROWS, BLOCK_K)
                 s = s.to(tl.float32)
             scale = per_weight(s, ROWS, BLOCK_K)
-        magic = magic_bytes(guard_at, x.dtype == tl.float16, HAS_ZERO, WGMMA)
-        w = dequantize_bytes(q, scale, zero, magic, x, GROUPED or HAS_ZERO, HAS_ZERO, USE_ASM)
+        magic = magic_bytes(guard_at, x.dtype == tl.float16, HAS_ZERO, FLOAT8, WGMMA)
+        w = dequantize_bytes(q, scale, zero, magic, x, GROUPED or HAS_ZERO, HAS_ZERO, FLOAT8, USE_ASM)
         sums = multiply(w, x, sums, USE_ASM)
         q_at += BLOCK_K
         x_at += BLOCK_K

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import SymInt, Tensor
 
 from et_cuda_passes.kernels.buckets import (
@@ -22,7 +23,7 @@ from et_cuda_passes.kernels.int4_matmul import int4_matmul
 from et_cuda_passes.kernels.int8_matmul import int8_matmul
 from et_cuda_passes.kernels.tiling import Tiling
 
-INT4_GROUP_SIZES = (32, 64, 128)
+INT4_GROUP_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,17 @@ class Epilogue:
 
 
 def int4_linear(
-    x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, epilogue: Epilogue, gpu_name: str = ""
+    x: Tensor,
+    packed: Tensor,
+    qparams: Tensor,
+    group_size: int,
+    epilogue: Epilogue,
+    gpu_name: str = "",
+    float4: bool = False,
 ) -> Tensor:
     """``x [..., K] @ weight.T`` and its epilogue on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
-    All are contiguous. The weight has the mma_tiled layout.
+    All are contiguous. The weight has the mma_tiled layout; with ``float4`` its nibbles are numbers in float4_e2m1fn.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
     gpu = gpu_for(x, gpu_name)
@@ -59,7 +66,7 @@ def int4_linear(
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
         return launch_int4(
-            x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors
+            x, m, packed, qparams, epilogue, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors, float4
         )
 
     return launch_buckets(x, n // 2 if epilogue.gated else n, buckets_for(m, weight, gpu), gpu.processors, one)
@@ -78,6 +85,7 @@ def launch_int4(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
+    float4: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is the fp32 buffer for split tiles.
 
@@ -92,12 +100,13 @@ def launch_int4(
     common |= {"HAS_BIAS": epilogue.bias is not None, "HAS_FACTOR": epilogue.factor is not None}
     common |= {"HAS_ADDEND": epilogue.addend is not None, "ACTIVATION": epilogue.activation, "USE_ASM": True}
     common |= {"GATED": epilogue.gated}
-    common |= {"M": m, "N": n, "K32": k // 32}
+    common |= {"M": m, "N": n}
     common |= {"BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k, "SLOTS": programs.slots}
     described = tma_descriptor(x, tiling, tiling.block_m)
     extra = tma_descriptor(x, tiling, tiling.extra_m) if tiling.extra_m else None
     arguments = {
         **common,
+        "K_UNITS": k // (16 if group_size == 16 else 32),
         "x_ptr": described or x,
         "extra_ptr": extra or x,
         "BLOCK_M": tiling.block_m,
@@ -110,15 +119,24 @@ def launch_int4(
         # Words and scales are padded to whole steps of a bulk copy, and a descriptor reads zeros beyond x.
         "EVEN_K": described is not None or k % (tiling.block_k * tiling.segments) == 0,
         "HAS_ZERO": qparams.shape[0] == 2,
+        "FLOAT4": float4,
         "WGMMA": wgmma,
     }
-    return launch_matmul(int4_matmul, y, parts, tiling, programs, flag, arguments, common, f"{m} {n} {k}")
+    adding = {**common, "K32": -(-k // 32)}
+    return launch_matmul(int4_matmul, y, parts, tiling, programs, flag, arguments, adding, f"{m} {n} {k}")
 
 
 INT8_GROUP_SIZES = (16, 32, 64, 128, 256)
 INT8_IN_MULTIPLE = 16
 """K is a multiple of this, so that rows of the weight and of x are aligned."""
 INT8_MAX_UNIT = 4096
+
+
+def has_int8(x: Tensor, scale: Tensor, group_size: int) -> bool:
+    """Whether the kernel has these dtypes and this group size."""
+    k, floats = x.shape[-1], (torch.bfloat16, torch.float16)
+    native = group_size == k or group_size in INT8_GROUP_SIZES
+    return x.dtype in floats and scale.dtype is x.dtype and native and k % INT8_IN_MULTIPLE == 0
 
 
 def int8_linear(
@@ -129,11 +147,12 @@ def int8_linear(
     bias: Tensor | None,
     group_size: int,
     gpu_name: str = "",
+    float8: int = 0,
 ) -> Tensor:
     """``x [..., K] @ (packed * scale + zero).T + bias`` on CUDA, [..., N], in the tilings of the GPU ``gpu_name``.
 
-    All are contiguous. packed is int8 [N, K]. scale has x's dtype, zero is fp32, both [N, K / group_size]. The group
-    size is one of INT8_GROUP_SIZES, or K.
+    All are contiguous. packed is int8 [N, K]; ``float8`` as in ``dequantize_bytes``. scale has x's dtype, zero is fp32,
+    both [N, K / group_size]. The group size is one of INT8_GROUP_SIZES, or K.
     """
     m, k, n = math.prod(x.shape[:-1]), x.shape[-1], packed.shape[0]
     gpu = gpu_for(x, gpu_name)
@@ -141,7 +160,7 @@ def int8_linear(
 
     def one(y: Tensor, parts: Tensor | None, tiling: Tiling, flag: int | SymInt) -> tuple[Tensor, Tensor | None]:
         return launch_int8(
-            x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors
+            x, m, packed, scale, zero, bias, y, parts, group_size, tiling, flag, gpu.wgmma, gpu.processors, float8
         )
 
     return launch_buckets(x, n, buckets_for(m, weight, gpu), gpu.processors, one)
@@ -161,6 +180,7 @@ def launch_int8(
     flag: int | SymInt,
     wgmma: bool,
     processors: int,
+    float8: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch one tiling over a grid multiplied by ``flag``, 0 or 1; ``parts`` is the fp32 buffer for split tiles.
 
@@ -189,6 +209,7 @@ def launch_int8(
         "EVEN_K": k % (tiling.block_k * tiling.segments) == 0,
         "PAIRS": grouped > 0 and k // group_size % 2 == 0,
         "HAS_ZERO": zero is not None,
+        "FLOAT8": float8,
         "WGMMA": wgmma,
     }
     adding = {**common, "K32": -(-k // 32), "factor_ptr": scale, "addend_ptr": scale}

@@ -94,9 +94,9 @@ def load_columns(at, in_m, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def load_ragged(at, in_m, rest, BLOCK_K: tl.constexpr):
-    """A tile of x [BLOCK_K, columns] whose columns have ``rest`` values left along K, in units of 32."""
-    unit = tl.arange(0, BLOCK_K) // 32
+def load_ragged(at, in_m, rest, BLOCK_K: tl.constexpr, UNIT: tl.constexpr):
+    """A tile of x [BLOCK_K, columns] whose columns have ``rest`` values left along K, in units of UNIT."""
+    unit = tl.arange(0, BLOCK_K) // UNIT
     return tl.load(at, mask=in_m[None, :] & (unit[:, None] < rest[None, :]), other=0.0)
 
 

@@ -5,7 +5,7 @@ half = k % 16 // 8, lane = k % 8 // 2 and parity = k % 2, weight q[n][k] is in w
 bits 4 (2 step + half) and up. A thread of ``mma.m16n8k16`` or ``wgmma.m64nNk16`` holds, of each of its rows, the
 columns 2 lane + parity + 8 half of every step of 16 (PTX ISA, "Matrix Fragments for mma.m16n8k16", operand A; wgmma
 has the same). Two neighbouring words are then a thread's share of a row for four steps, and no data moves between
-threads. K is padded to a multiple of 64 with the weight 0.
+threads. K, a multiple of 16, is padded to one of 64 with the weight 0.
 
 Scales and zeros are one tensor [1 or 2, N, S]: the scales, and the zeros unless all of them are 0. A row holds one
 number per group and then zeros. S is padded K / group + 3, rounded up to a multiple of 8, so that rows are aligned to
@@ -30,7 +30,7 @@ def padded(k: int) -> int:
 
 
 def scale_row(k: int, group_size: int) -> int:
-    """The length S of a row of scales, for K and a group size of 32, 64 or 128."""
+    """The length S of a row of scales, for K and a group size of 16, 32, 64 or 128."""
     return -(-(padded(k) // group_size + 3) // 8) * 8
 
 
@@ -40,7 +40,7 @@ def pack(
     """Pack q [N, K] into int32 [N, padded K / 8], on q's device.
 
     q: uint8 or int8, any strides; q + offset must lie in 0..15 (offset=8 takes int8 weights in -8..7 as they are).
-    K must be a multiple of 32.
+    K must be a multiple of 16.
     out_rows: rows of the result; those beyond N hold the weight 0. By default N.
     chunk_bytes: bytes of weights that a thread packs at a time; it uses six times as much in addition to q and the
     result.
@@ -48,7 +48,7 @@ def pack(
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
-    q, n, k = require_weight(q, offset, 1, 32, "mma_tiled", out_rows)
+    q, n, k = require_weight(q, offset, 1, 16, "mma_tiled", out_rows)
     words = torch.empty(n, padded(k) // 8, dtype=torch.int32, device=q.device)
     pack_rows(q, words, n, lambda rows: packer(k, offset, rows, q), chunk_bytes)
     return words

@@ -17,6 +17,7 @@ from torch import Tensor
 from et_cuda_passes.layouts import Layout
 from et_cuda_passes.layouts.layout import Matmul
 from et_cuda_passes.ops.registry import define
+from et_cuda_passes.quant.float_forms import float4_numbers
 
 _SCHEMA = "(Tensor x, Tensor packed, Tensor scale_and_zero, Tensor? bias, int group_size, int out_features) -> Tensor"
 
@@ -83,11 +84,14 @@ def scale_and_shift(q: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> 
     return (grouped * scale.float().unsqueeze(-1) + zero.float().unsqueeze(-1)).view(q.shape)
 
 
-def reference_matmul(layout: Layout, x: Tensor, packed: Tensor, qparams: Tensor, group_size: int) -> Tensor:
+def reference_matmul(
+    layout: Layout, x: Tensor, packed: Tensor, qparams: Tensor, group_size: int, float4: bool = False
+) -> Tensor:
     """x [M, K] times the unpacked weight, rounded once to x's dtype as the fused multiply-add of the kernels does."""
     k = x.shape[-1]
     scale, zero = layout.unpack_scales(qparams, k // group_size)
-    q = layout.unpack(packed)[:, :k].float() - layout.zero_offset
+    codes = layout.unpack(packed)[:, :k]
+    q = float4_numbers(codes) if float4 else codes.float() - layout.zero_offset
     return F.linear(x, scale_and_shift(q, scale, zero, group_size).to(x.dtype))
 
 

@@ -1,11 +1,13 @@
 """``int4_linear_mma_tiled``: the int4 linear of our Triton kernel, with an epilogue in the same kernel.
 
-``int4_linear_mma_tiled(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated)``
-is ``activation(linear(x, (q - 8) * scale + zero, bias)) * factor + addend``. The last four arguments are optional. The
-kernel computes in fp32 and rounds once.
+``int4_linear_mma_tiled(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated,
+float4)`` is ``activation(linear(x, (q - 8) * scale + zero, bias)) * factor + addend``. The last five arguments are
+optional. The kernel computes in fp32 and rounds once.
 
 With ``gated`` the weight has 2 out_features rows: in each 16 rows the first eight belong to a gate and the others to a
 second linear. The result is ``activation(gate) * other * factor + addend``; out_features is a multiple of 8.
+
+With ``float4`` the nibbles are numbers in float4_e2m1fn, in place of q - 8, and there are no zeros.
 
 The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
@@ -44,6 +46,7 @@ def _check(
     factor: Tensor | None = None,
     addend: Tensor | None = None,
     gated: bool = False,
+    float4: bool = False,
 ) -> None:
     check_constants(_LAYOUT, x, packed, qparams, group_size, n)
     check_bias(_NAME, x, bias, 2 * n if gated else n)
@@ -52,6 +55,8 @@ def _check(
             f"{_NAME}: a gated weight has 2 out_features rows, and out_features is a multiple of 8; given "
             f"{packed.shape[0]} rows and out_features {n}"
         )
+    if float4 and qparams.shape[0] != 1:
+        raise ValueError(f"{_NAME}: a weight in float4 has no zeros, given scale_and_zero {tuple(qparams.shape)}")
     if not gated and packed.shape[0] != n:
         raise ValueError(f"{_NAME}: {packed.shape[0]} packed rows for out_features = {n}")
     if activation and activation not in ACTIVATIONS:
@@ -83,12 +88,13 @@ def _int4_linear(
     factor: Tensor | None = None,
     addend: Tensor | None = None,
     gated: bool = False,
+    float4: bool = False,
     *,
     gpu: str = "",
 ) -> Tensor:
-    _check(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated)
+    _check(x, packed, scale_and_zero, bias, group_size, out_features, activation, factor, addend, gated, float4)
     if x.device.type != "cuda":
-        y = reference_matmul(_LAYOUT, x, packed, scale_and_zero, group_size)
+        y = reference_matmul(_LAYOUT, x, packed, scale_and_zero, group_size, float4)
         y = y if bias is None else y + bias
         y, other = split_gate(y) if gated else (y, None)
         y = ACTIVATIONS[activation](y) if activation else y
@@ -107,11 +113,11 @@ def _int4_linear(
         )
     bias, factor, addend = (None if tensor is None else contiguous(tensor) for tensor in (bias, factor, addend))
     epilogue = Epilogue(bias, activation, factor, addend, gated)
-    return int4_linear(contiguous(x), packed, scale_and_zero, group_size, epilogue, gpu)
+    return int4_linear(contiguous(x), packed, scale_and_zero, group_size, epilogue, gpu, float4)
 
 
-def _fake(x: Tensor, *rest: Any) -> Tensor:
-    _check(x, *rest)
+def _fake(x: Tensor, *rest: Any, **keywords: Any) -> Tensor:
+    _check(x, *rest, **keywords)
     return x.new_empty((*x.shape[:-1], rest[4]))
 
 

@@ -64,13 +64,6 @@ def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
     return y
 
 
-def _has_triton(x: Tensor, scale: Tensor, group_size: int) -> bool:
-    """Whether the Triton kernel has these dtypes and this group size."""
-    k, floats = x.shape[-1], (torch.bfloat16, torch.float16)
-    native = group_size == k or group_size in linear_launch.INT8_GROUP_SIZES
-    return x.dtype in floats and scale.dtype is x.dtype and native and k % linear_launch.INT8_IN_MULTIPLE == 0
-
-
 def _int8_linear(
     x: Tensor,
     packed: Tensor,
@@ -82,7 +75,7 @@ def _int8_linear(
     gpu: str = "",
 ) -> Tensor:
     _check(x, packed, scale, zero, bias, group_size)
-    if x.device.type == "cuda" and _has_triton(x, scale, group_size):
+    if x.device.type == "cuda" and linear_launch.has_int8(x, scale, group_size):
         bias = None if bias is None else contiguous(bias)
         return linear_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size, gpu)
     matmul = _int8pack if x.device.type == "cpu" else reference

@@ -15,8 +15,9 @@ from et_cuda_passes.graph.outcomes import Candidate
 from et_cuda_passes.graph.program import Program, constants_read
 from et_cuda_passes.graph.subgraphs import Subgraphs
 from et_cuda_passes.quant.activations import is_quantize
-from et_cuda_passes.quant.decoders import decode, dequantized_data, is_dequantize
+from et_cuda_passes.quant.decoders import decode, decode_product, dequantized_data, is_dequantize, is_product
 from et_cuda_passes.quant.unsupported import (
+    NARROW,
     PRODUCTS,
     SuggestedSchemes,
     converted_weight,
@@ -69,6 +70,9 @@ _SELECT_OPS = frozenset(
 _STACK = 3
 """Dimensions of a stack of matrices."""
 
+# Operators whose operand is a weight, even if the program mutates it. Others may read a cache.
+_WEIGHT_READERS = frozenset({*PRODUCTS, aten.embedding.default}) - {aten.matmul.default, aten.mm.default}
+
 # Operators that read the size or the dtype of a weight, which is no use of its values.
 _METADATA_OPS = frozenset({aten.sym_size.int, aten._assert_tensor_metadata.default})
 
@@ -109,7 +113,11 @@ def _with_form(program: Program, candidate: Candidate) -> Candidate:
         operand = _operand(program, candidate.node, weight)
         shape = _shape(operand)
         try:
-            decoded = program.memoize(decode, weight)
+            if is_product(candidate.node):
+                decoded = program.memoize(decode_product, candidate.node)
+                shape, size = decoded.shape, tensor_bytes(map(program.constant, decoded.sources))
+            else:
+                decoded = program.memoize(decode, weight)
             forms[decoded.scheme], whole = None, decoded.shape
         except (Unmet, TypeError):  # a form that no decoder reads
             forms.update(dict.fromkeys(_dtypes(program, constants[:1])))
@@ -184,14 +192,33 @@ def _reachable(program: Program, schemes: SuggestedSchemes, wrapped: str) -> Ite
         for source in _read(node, subgraphs):
             read.update(weights.get(source, {}))
         if not read:
+            yield from _packed(program, node)
             yield from _converted(program, node, constant, converted, schemes)
             yield from _wrapped(program, node, whole, schemes, wrapped)
             continue
         if forwards_weight(node):
             weights[node] = read
         elif op_of(node) not in _METADATA_OPS:
+            if op_of(node) not in _WEIGHT_READERS and all(_is_cache(program, weight) for weight in read):
+                continue
             fqn = ", ".join(dict.fromkeys(names[weight] for weight in read))
             yield Candidate(node, tuple(read), fqn, subgraphs.path(node))
+
+
+def _is_cache(program: Program, dequantize: Node) -> bool:
+    """Whether ``dequantize`` reads a buffer that the program mutates, such as the keys of earlier tokens."""
+    data = dequantized_data(dequantize)
+    return data is not None and program.held(data) is not None and program.is_mutated(data)
+
+
+def quantized_caches(program: Program) -> list[str]:
+    """The names of buffers and inputs of narrow numbers that the program mutates, in graph order."""
+    found = []
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if node in program.mutated and isinstance(value, torch.Tensor) and value.dtype in NARROW and value.dim() > 1:
+            found.append(program.fqn(node) or node.name)
+    return found
 
 
 def forwards_weight(node: Node) -> bool:
@@ -210,6 +237,19 @@ def _read(node: Node, subgraphs: Subgraphs) -> list[Node]:
     """The inputs that ``node`` reads itself. A call of control flow only passes captured operands to its subgraphs."""
     captured = subgraphs.captured_operands(node)
     return [source for source in node.all_input_nodes if source not in captured]
+
+
+def _packed(program: Program, node: Node) -> Iterator[Candidate]:
+    """``node``, if it multiplies with a constant that is packed for it."""
+    if not is_product(node):
+        return
+    try:
+        weight = program.memoize(decode_product, node).data
+    except Unmet:  # computed, or in another form: the rule that unpacks it says why
+        weight = next(source for source in node.all_input_nodes[1:])
+    fqn = program.fqn(weight)
+    if fqn is not None:
+        yield Candidate(node, (weight,), fqn, program.subgraphs.path(node))
 
 
 def _converted(

@@ -22,7 +22,14 @@ from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Call, any_of, op
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.quant.experts import expert_weight, find_expert, selected_expert
-from et_cuda_passes.quant.packed_forms import decode_gguf, decode_int4_tensor
+from et_cuda_passes.quant.float_forms import FLOAT_DECODERS
+from et_cuda_passes.quant.packed_forms import (
+    PRODUCT_DECODERS,
+    decode_gguf,
+    decode_int4_nested,
+    decode_int4_tensor,
+    decode_int4_tiles,
+)
 from et_cuda_passes.quant.weight import QuantizedWeight, check_blocks, constant, integer_range, optional_constant
 
 DEQUANTIZE = torch.ops.torchao.dequantize_affine.default
@@ -191,6 +198,9 @@ _DECODERS: Mapping[str, Decode] = {
     "quantized_decomposed::dequantize_per_tensor.tensor2": _decode_per_tensor,
     "torchao::dequantize_int4_tensor": decode_int4_tensor,
     "torchao::dequantize_gguf": decode_gguf,
+    "et_cuda_passes::dequantize_int4_tiles": decode_int4_tiles,
+    "et_cuda_passes::dequantize_int4_nested": decode_int4_nested,
+    **FLOAT_DECODERS,
 }
 _PYTHON_KERNELS = frozenset({"torchao::dequantize_int4_tensor", "torchao::dequantize_gguf"})
 
@@ -204,6 +214,26 @@ def decoder_for(target: Any) -> Decode | None:
 def is_dequantize(node: Node) -> bool:
     """Whether ``node`` dequantizes a tensor, in ATen or edge form."""
     return decoder_for(op_of(node)) is not None
+
+
+def is_product(node: Node) -> bool:
+    """Whether ``node`` multiplies with a weight that is packed for its operator."""
+    target = op_of(node)
+    return isinstance(target, torch._ops.OpOverload) and target.name() in PRODUCT_DECODERS
+
+
+def decode_product(program: Program, node: Node) -> QuantizedWeight:
+    """The weight of ``node``, an operator that multiplies with a weight which is packed for it.
+
+    Raises:
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
+        TypeError: ``node`` is no such operator.
+    """
+    target = op_of(node)
+    decoder = PRODUCT_DECODERS.get(target.name()) if isinstance(target, torch._ops.OpOverload) else None
+    if decoder is None:
+        raise TypeError(f"{node.name} multiplies with no packed weight")
+    return decoder(program, node)
 
 
 def needs_python_kernel(node: Node) -> bool:

@@ -1,8 +1,15 @@
-"""Decoders of ExecuTorch's packed weights: ``torchao.dequantize_int4_tensor`` and ``torchao.dequantize_gguf``.
+"""Decoders of packed integers.
 
-Sources: ``executorch.extension.llm.export.int4`` and ``.gguf``, which register the operators; the GGUF blocks are those
-of llama.cpp's ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``, ``block_q6_K``), 256 weights each.
+- ``torchao.dequantize_int4_tensor`` and ``torchao.dequantize_gguf``, which ``executorch.extension.llm.export.int4`` and
+  ``.gguf`` register. The GGUF blocks are those of llama.cpp's ``ggml-common.h`` (``block_q4_K``, ``block_q5_K``,
+  ``block_q6_K``), 256 weights each.
+- Products with a packed weight, and the operators of this package that dequantize their weights:
+  ``aten._weight_int4pack_mm``, which torchao's ``Int4TilePackedTo4dTensor`` calls, and ``int4_plain_mm`` and
+  ``int8_plain_mm`` of ``executorch.backends.cuda.quantize_op_dispatch``. Each scale and zero point of ``int4_plain_mm``
+  is a code of 8 bits times a step, which several groups share.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +18,8 @@ from torch.fx import Node
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.layouts import tile_packed_to_4d
+from et_cuda_passes.layouts.layout import ZERO_OFFSET
 from et_cuda_passes.quant.weight import QuantizedWeight, RowReader, WeightValues, check_blocks, constant
 
 _BLOCK = 256
@@ -56,9 +65,131 @@ def _read_int4_tensor(program: Program, weight: QuantizedWeight) -> RowReader:
         data = packed[rows].view(torch.uint8)
 
         def load() -> Tensor:
-            return torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+            return _two_a_byte(data)
 
         return WeightValues(load, scale.t()[rows], zero_point.t()[rows])
+
+    return read
+
+
+def _two_a_byte(data: Tensor) -> Tensor:
+    """[N, K / 2] -> [N, K], the low nibble first."""
+    return torch.stack((data & 15, data >> 4), dim=-1).flatten(1)
+
+
+def decode_int4_tiles(program: Program, node: Node) -> QuantizedWeight:
+    """A weight in the layout ``tile_packed_to_4d``, with the scale and the zero of each group in one tensor.
+
+    ``node`` is the product or the dequantize. K includes the columns that torchao pads to a multiple of 1024; the
+    dequantize may leave them out.
+
+    Raises:
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
+    """
+    bound = arguments(node)
+    data, packed = constant(program, bound.get("packed", bound.get("mat2")), "the packed weight")
+    qparams = bound.get("scale_and_zero", bound.get("qScaleAndZeros"))
+    scale, pairs = constant(program, qparams, "the tensor of scales and zeros")
+    group = int(bound["group_size"] if "group_size" in bound else bound["qGroupSize"])
+    if packed.dim() != 4 or pairs.dim() != 3 or packed.shape[2] != 32 or packed.dtype is not torch.int32:
+        raise Unmet(f"a packed weight {packed.dtype} {list(packed.shape)} with scales {list(pairs.shape)}")
+    if packed.device.type == "mps":
+        raise Unmet("a weight that is packed for MPS, in another layout")
+    rows, columns = packed.shape[0] * 8, packed.shape[1] * packed.shape[3] * 32
+    k = int(bound.get("in_features", columns))
+    if tuple(pairs.shape) != (columns // group, rows, 2) or k > columns:
+        raise Unmet(f"scales and zeros {list(pairs.shape)} for a weight [{rows}, {columns}] in groups of {group}")
+    weight = QuantizedWeight(
+        fqn=program.fqn(data) or data.name,
+        data=data,
+        scale=scale,
+        zero_point=None,
+        shape=(rows, k),
+        block_size=(1, group),
+        quant_min=0,
+        quant_max=15,
+        storage_dtype=packed.dtype,
+        scale_dtype=pairs.dtype,
+        output_dtype=pairs.dtype,
+        loader=_read_int4_tiles,
+        encoding="int4_tiles",
+        packed_for="_weight_int4pack_mm",
+    )
+    check_blocks(weight, pairs[: k // group, :, 0], None)
+    return weight
+
+
+def _read_int4_tiles(program: Program, weight: QuantizedWeight) -> RowReader:
+    tensors = [program.constant(node) for node in weight.sources]
+    packed, pairs = (tensor.detach() for tensor in tensors if tensor is not None)
+    n, k = weight.shape
+
+    def read(rows: slice) -> WeightValues:
+        first, last, _ = rows.indices(n)
+        some = pairs[: k // weight.group_size, first:last]
+        scale, zero = (some[..., index].t() for index in range(2))
+
+        def load() -> Tensor:
+            begin = first // 8
+            return tile_packed_to_4d.unpack(packed[begin : -(-last // 8)])[first - 8 * begin : last - 8 * begin, :k]
+
+        # (q - 8) * scale + zero
+        points = torch.full(scale.shape, ZERO_OFFSET, dtype=torch.int8, device=scale.device)
+        return WeightValues(load, scale, points, -zero if bool(zero.any()) else None)
+
+    return read
+
+
+def decode_int4_nested(program: Program, node: Node) -> QuantizedWeight:
+    """A weight with two integers a byte [N, K / 2], and scales and zero points that are codes times a step.
+
+    ``node`` is the product or the dequantize.
+
+    Raises:
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
+    """
+    bound = arguments(node)
+    data, packed = constant(program, bound["qdata"], "the quantized data")
+    zero = bound.get("zero_point", bound.get("zero"))
+    given = {"scale": bound["scale"], "scale step": bound["scale_step"]}
+    given |= {"zero point": zero, "zero point step": bound["zero_point_step"]}
+    parts = {name: constant(program, value, f"the {name}") for name, value in given.items()}
+    scale, steps, points, point_steps = (tensor for _, tensor in parts.values())
+    weight = QuantizedWeight(
+        fqn=program.fqn(data) or data.name,
+        data=data,
+        scale=parts["scale"][0],
+        zero_point=None,
+        shape=(packed.shape[0], packed.shape[1] * 2),
+        block_size=(1, int(bound["group_size"])),
+        quant_min=0,
+        quant_max=15,
+        storage_dtype=packed.dtype,
+        scale_dtype=torch.float32,
+        output_dtype=bound.get("output_dtype", node.meta["val"].dtype),
+        loader=_read_int4_nested,
+        encoding="int4_nested",
+        packed_for="int4_plain_mm",
+        others=tuple(part for part, _ in list(parts.values())[1:]),
+    )
+    check_blocks(weight, scale, points)
+    if steps.shape != point_steps.shape or scale.shape[1] % steps.shape[1]:
+        raise Unmet(f"steps {list(steps.shape)} and {list(point_steps.shape)} for scales {list(scale.shape)}")
+    return weight
+
+
+def _read_int4_nested(program: Program, weight: QuantizedWeight) -> RowReader:
+    tensors = [program.constant(node) for node in weight.sources]
+    packed, scale, step, points, point_step = (tensor.detach() for tensor in tensors if tensor is not None)
+
+    def product(codes: Tensor, steps: Tensor) -> Tensor:
+        return codes.float() * steps.float().repeat_interleave(codes.shape[1] // steps.shape[1], dim=1)
+
+    def read(rows: slice) -> WeightValues:
+        data = packed[rows].view(torch.uint8)
+        return WeightValues(
+            lambda: _two_a_byte(data), product(scale[rows], step[rows]), product(points[rows], point_step[rows])
+        )
 
     return read
 
@@ -162,3 +293,39 @@ def _six_bits(blocks: Tensor) -> Tensor:
 def _output_dtype(dtype: object) -> torch.dtype:
     # The schema's default is bfloat16, which the schema spells as a number.
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def decode_int8_product(program: Program, node: Node) -> QuantizedWeight:
+    """The weight of ``int8_plain_mm``: int8 [N, K], with scales and zero points [N, K / group].
+
+    Raises:
+        Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
+    """
+    bound = arguments(node)
+    data, integers = constant(program, bound["qdata"], "the quantized data")
+    scale, scales = constant(program, bound["scale"], "the scale")
+    zero_point, points = constant(program, bound["zero"], "the zero point")
+    weight = QuantizedWeight(
+        fqn=program.fqn(data) or data.name,
+        data=data,
+        scale=scale,
+        zero_point=zero_point,
+        shape=tuple(integers.shape),
+        block_size=(1, int(bound["group_size"])),
+        quant_min=-128,
+        quant_max=127,
+        storage_dtype=integers.dtype,
+        scale_dtype=scales.dtype,
+        output_dtype=node.meta["val"].dtype,
+        packed_for="int8_plain_mm",
+    )
+    check_blocks(weight, scales, points)
+    return weight
+
+
+PRODUCT_DECODERS: dict[str, Callable[[Program, Node], QuantizedWeight]] = {
+    "aten::_weight_int4pack_mm": decode_int4_tiles,
+    "executorch_cuda::int4_plain_mm": decode_int4_nested,
+    "executorch_cuda::int8_plain_mm": decode_int8_product,
+}
+"""The decoders of products with a packed weight, by the names of the operators."""

@@ -115,7 +115,8 @@ def wrapped_reason(weight: Any, why: str, schemes: SuggestedSchemes) -> str:
 # reads the narrow numbers themselves.
 
 _CONVERSIONS = frozenset({aten.to.dtype, aten._to_copy.default})
-_NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float4_e2m1fn_x2)
+NARROW = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2, torch.float4_e2m1fn_x2)
+"""The dtypes of quantized numbers."""
 _MOVE_OPS = frozenset(
     {
         aten.t.default,
@@ -153,7 +154,7 @@ def converted_weight(program: Program, node: Node) -> Node | None:
     value, source = node.meta.get("val"), _unmoved(node.args[0])
     held = program.constant(source) if source is not None else None
     floating = isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dtype.itemsize > 1
-    narrow = held is not None and held.dim() > 1 and held.dtype in _NARROW
+    narrow = held is not None and held.dim() > 1 and held.dtype in NARROW
     if held is not None and held.dtype.itemsize == 1 and not held.dtype.is_floating_point:
         # Integers that are scaled next are a decomposed dequantize: the report warns about it elsewhere.
         narrow = narrow and all(op_of(user) not in _DEQUANTIZE_STEPS for user in node.users)
@@ -166,7 +167,7 @@ def multiplied_weight(program: Program, node: Node) -> Node | None:
         return None
     for source in map(_unmoved, node.args[:2]):
         held = program.constant(source) if source is not None else None
-        if held is not None and held.dtype in _NARROW:
+        if held is not None and held.dtype in NARROW:
             return source
     return None
 

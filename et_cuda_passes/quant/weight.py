@@ -60,6 +60,10 @@ class QuantizedWeight(Decoded):
             :func:`read_plain`.
         encoding: names the form that ``loader`` reads; empty without a loader.
         expert: the index of this expert, if ``data`` holds the weights of several experts; None for all of ``data``.
+        others: nodes of further constants that ``loader`` reads.
+        numbers: the type of the elements if they are floating-point numbers, such as ``float8_e4m3fn``; empty for
+            integers.
+        packed_for: the layout or the operator that the weight is packed for in the program; empty for most.
     """
 
     fqn: str
@@ -77,6 +81,9 @@ class QuantizedWeight(Decoded):
     loader: "Callable[[Program, QuantizedWeight], RowReader] | None" = None
     encoding: str = ""
     expert: int | None = None
+    others: tuple[Node, ...] = ()
+    numbers: str = ""
+    packed_for: str = ""
 
     @property
     def bits(self) -> int:
@@ -86,7 +93,7 @@ class QuantizedWeight(Decoded):
     @property
     def sources(self) -> tuple[Node, ...]:
         """The constants that the weight is computed from."""
-        parts = (self.data, self.scale, self.zero_point)
+        parts = (self.data, self.scale, self.zero_point, *self.others)
         return tuple(part for part in parts if part is not None)
 
     @property
@@ -97,7 +104,7 @@ class QuantizedWeight(Decoded):
     @property
     def values_key(self) -> Hashable:
         """Everything beside :attr:`sources` that determines the tensors, as :meth:`.Builder.constant` needs it."""
-        present = (self.scale is not None, self.zero_point is not None)
+        present = (self.scale is not None, self.zero_point is not None, len(self.others))
         return self.integers_key, self.block_size, self.constant_qparams, present
 
     @property
@@ -124,14 +131,19 @@ class QuantizedWeight(Decoded):
 
     @property
     def scheme(self) -> str:
-        """The scheme in a few words: ``int4 group 32``, ``int8 per-axis``, ``int8 per-tensor``."""
+        """The scheme in a few words: ``int4 group 32``, ``int8 per-axis``, ``float8_e4m3fn per-tensor``."""
+        return f"{self._blocks} packed for {self.packed_for}" if self.packed_for else self._blocks
+
+    @property
+    def _blocks(self) -> str:
+        kind = self.numbers or f"int{self.bits}"
         if self.block_size[:1] == (1,) and self.block_size[1:] == self.shape[1:]:
-            return f"int{self.bits} per-axis"
+            return f"{kind} per-axis"
         if self.block_size == self.shape:
-            return f"int{self.bits} per-tensor"
+            return f"{kind} per-tensor"
         if len(self.block_size) > 1 and (self.block_size[0], *self.block_size[2:]) == (1, *self.shape[2:]):
-            return f"int{self.bits} group {self.block_size[1]}"
-        return f"int{self.bits} blocks of {' x '.join(map(str, self.block_size))}"
+            return f"{kind} group {self.block_size[1]}"
+        return f"{kind} blocks of {' x '.join(map(str, self.block_size))}"
 
 
 def constant(program: Program, value: Any, what: str) -> tuple[Node, Tensor]:

@@ -108,7 +108,7 @@ def only_activation_fused(m: Match) -> Failure | None:
 def weights_can_interleave(m: Match) -> Failure | None:
     """The rows of one weight stand between those of the other."""
     gate, up = map(arguments, _gate_and_up(m))
-    same = all(gate[name] == up[name] for name in ("group_size", "out_features"))
+    same = all(gate[name] == up[name] for name in ("group_size", "out_features", "float4"))
     same &= all(m.val(gate[name]).shape == m.val(up[name]).shape for name in ("packed", "scale_and_zero"))
     if same and up["out_features"] % 8 == 0:
         return None
@@ -161,7 +161,7 @@ class RemoveLinearViews(Rule):
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """The same linear, of the source of the view before it."""
-        return b.call(m.linear.target, _source_with_rows_of_result(m), *m.linear.args[1:])
+        return b.call(m.linear.target, _source_with_rows_of_result(m), *m.linear.args[1:], **m.linear.kwargs)
 
 
 def _source_with_rows_of_result(m: Match) -> Node | None:
@@ -194,7 +194,7 @@ class FuseActivation(Rule):
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """The same linear, with the activation function."""
-        return b.call(_LINEAR, *m.linear.args[:6], activation_of(m.root))
+        return b.call(_LINEAR, *m.linear.args[:6], activation_of(m.root), **m.linear.kwargs)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class FuseGate(Rule):
         gate, up = map(arguments, _gate_and_up(m))
         constants = [_interleaved(b, name, gate[name], up[name]) for name in _CONSTANTS]
         rest = (up["group_size"], up["out_features"], gate["activation"], None, None, True)
-        return b.call(_LINEAR, m.x, *constants, *rest)
+        return b.call(_LINEAR, m.x, *constants, *rest, **m.first.kwargs)
 
 
 def _gate_and_up(m: Match) -> tuple[Node, Node]:
@@ -295,4 +295,4 @@ def _with_operand(b: Builder, m: Match, argument: str) -> Node:
     tail = [given.get("activation", ""), given.get("factor"), given.get("addend")]
     if "gated" in given:
         tail.append(given["gated"])
-    return b.call(_LINEAR, *m.linear.args[:6], *tail)
+    return b.call(_LINEAR, *m.linear.args[:6], *tail, **m.linear.kwargs)

@@ -13,6 +13,7 @@ from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
+from et_cuda_passes.ops import DEQUANTIZE_FLOAT4, DEQUANTIZE_FLOAT8
 from et_cuda_passes.quant.activations import QUANTIZE, decode_dynamic, quantized_activation_of
 from et_cuda_passes.quant.candidates import consumers
 from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, weight_of
@@ -97,6 +98,19 @@ class FoldDequantize(Rule):
         # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
         given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
         return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
+
+
+@dataclass(frozen=True)
+class FoldFloats(FoldDequantize):
+    """dequantize(constant of 8-bit or 4-bit floats) -> a float constant, computed at compile time
+
+    It is for a target that has kernels for integers, and compiles the dequantize of those that they do not support. The
+    dequantize of floats would be computed in every call.
+    """
+
+    def pattern(self) -> Pattern:
+        """A weight in floats, with any readers."""
+        return op(DEQUANTIZE_FLOAT8, DEQUANTIZE_FLOAT4)(..., name="weight")
 
 
 @requirement("an activation that is quantized while the program runs, to the same dtype")

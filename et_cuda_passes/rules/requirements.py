@@ -32,11 +32,11 @@ def is_vector(tensor: Tensor, length: int) -> bool:
 
 
 def stored_scales(m: Match) -> Tensor:
-    """The scales of the weight, as many as it has."""
+    """The scales of the weight, as many as it has; those of a weight with a loader are computed."""
     weight = weight_of(m)
     if weight.constant_qparams is not None:
         return torch.tensor(weight.constant_qparams[0])
-    scale = None if weight.scale is None else m.program.constant(weight.scale)
+    scale = None if weight.scale is None or weight.loader is not None else m.program.constant(weight.scale)
     return weight_values(m.program, weight).scale if scale is None else scale
 
 
@@ -114,7 +114,7 @@ def weight_fits_8_bits(m: Match) -> Failure | None:
 
 
 def _too_wide(weight: QuantizedWeight) -> Failure:
-    return Failure(f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}")
+    return Failure(weight.numbers or f"{weight.bits} bits, {weight.quant_min}..{weight.quant_max}")
 
 
 @requirement("a group size that the kernel has")

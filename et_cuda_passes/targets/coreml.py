@@ -5,6 +5,7 @@ import torch
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.coreml import KeepCoremlWeight
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import Target
 
 COREML = Target(
@@ -14,5 +15,5 @@ COREML = Target(
     advised=SuggestedSchemes(),
     dtypes=(torch.float32, torch.float16),
     refuses_misses=True,
-    passes=lambda: [DropActivationQuantization(), KeepCoremlWeight(), FoldDequantize()],
+    passes=lambda: [*restoring(), DropActivationQuantization(), KeepCoremlWeight(), FoldDequantize()],
 )

@@ -6,7 +6,9 @@ from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fold import FoldFloats
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import INT8, PLAIN, Target
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -58,6 +60,7 @@ CPU = Target(
         "int8_plain": (PLAIN,),
     },
     passes=lambda: [
+        *restoring(),
         # int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
@@ -69,6 +72,7 @@ CPU = Target(
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
+        FoldFloats(),
         RemoveLinearViews(),
     ],
 )

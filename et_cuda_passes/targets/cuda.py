@@ -1,5 +1,7 @@
 """cuda: ExecuTorch's CUDA backend and plain AOTInductor on CUDA."""
 
+from dataclasses import replace
+
 import torch
 
 from et_cuda_passes.kernels.gpus import HOPPER
@@ -8,16 +10,27 @@ from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAtten
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseGate, FuseMultiply, RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import INT8, Target
 
 _TRITON = Kernel(
     "triton",
     layout="mma_tiled",
     dtypes=(torch.bfloat16, torch.float16),
-    group_sizes=(32, 64, 128),
-    in_multiple=32,
+    group_sizes=(16, 32, 64, 128),
+    in_multiple=16,
+)
+_EXPERTS = replace(_TRITON, group_sizes=(32, 64, 128), in_multiple=32)
+_BYTES = Kernel(
+    "triton",
+    layout=INT8,
+    dtypes=(torch.bfloat16, torch.float16),
+    group_sizes=(16, 32, 64, 128, 256),
+    in_multiple=16,
+    per_row=True,
 )
 
 CUDA = Target(
@@ -38,24 +51,21 @@ CUDA = Target(
             ),
         ),
         "int4_table": (_TRITON,),
-        "int4_experts": (_TRITON,),
-        "int4_indexed_experts": (_TRITON,),
-        "int8_linear": (
-            Kernel(
-                "triton",
-                layout=INT8,
-                dtypes=(torch.bfloat16, torch.float16),
-                group_sizes=(16, 32, 64, 128, 256),
-                in_multiple=16,
-                per_row=True,
-            ),
-        ),
+        "int4_experts": (_EXPERTS,),
+        "int4_indexed_experts": (_EXPERTS,),
+        "float4_linear": (_TRITON,),
+        "int8_linear": (_BYTES,),
+        "float8_linear": (_BYTES,),
     },
     passes=lambda: [
+        *restoring(),
         FusedLinearInt4(max_out_features=4096, max_together=4, leave_epilogues=True),
         # LinearInt4 rewrites the linears that are not fused. int4 is before int8: its constants are half as large.
         LinearInt4(),
+        # Before int8, which holds 4-bit floats too.
+        LinearFloat4(),
         LinearInt8(),
+        LinearFloat8(),
         ConvInt4(),
         ConvInt8(),
         BmmInt4(),

@@ -7,7 +7,9 @@ from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import RemoveLinearViews
 from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.fold import FoldFloats
 from et_cuda_passes.rules.linear import ConvInt4, LinearInt4, LinearInt8
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import PLAIN, Target
 
 # torchao's build of the kernel has fp16 and ExecuTorch's has not; a lowered program must run in ExecuTorch.
@@ -41,6 +43,7 @@ METAL = Target(
     },
     advised=SuggestedSchemes(eight_bits=SuggestedSchemes.four_bits),
     passes=lambda: [
+        *restoring(),
         # int4 is before int8: its constants are half as large.
         LinearInt4(),
         LinearInt8(),
@@ -51,6 +54,7 @@ METAL = Target(
         EinsumInt4(),
         EmbeddingInt4(),
         EmbeddingInt8(),
+        FoldFloats(),
         RemoveLinearViews(),
     ],
 )

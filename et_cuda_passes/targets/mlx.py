@@ -4,6 +4,7 @@ import torch
 
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
 from et_cuda_passes.rules.mlx import KeepMlxWeight
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import Target
 
 MLX = Target(
@@ -11,5 +12,5 @@ MLX = Target(
     "ExecuTorch MLX delegate",
     kernels={},
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    passes=lambda: [DropActivationQuantization(), KeepMlxWeight(), FoldDequantize()],
+    passes=lambda: [*restoring(), DropActivationQuantization(), KeepMlxWeight(), FoldDequantize()],
 )

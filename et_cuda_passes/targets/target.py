@@ -23,12 +23,15 @@ FAMILIES: Mapping[str, Iterable[str]] = {
     "int4_table": INT4_EMBEDDINGS,
     "int4_experts": INT4_EXPERTS,
     "int4_indexed_experts": INT4_EXPERTS,
+    "float4_linear": INT4_LINEARS,
     "int8_linear": (INT8,),
+    "float8_linear": (INT8,),
     "int8_plain": (INT8,),
 }
 """The families of kernels, each with the layouts that its operators read.
 
-"int4_linear" and "int8_linear" are linears. "int4_table" is the table of an embedding. "int4_experts" are stacked
+"int4_linear" and "int8_linear" are linears, and "float4_linear" and "float8_linear" those of weights with floats of
+these bits. "int4_table" is the table of an embedding. "int4_experts" are stacked
 weights of experts, all of them or rows sorted by expert; "int4_indexed_experts" are those that a tensor of ids selects.
 "int8_plain" are plain operators instead of a kernel, for a weight whose dequantize operator does not compile.
 """

@@ -3,6 +3,7 @@
 import torch
 
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.rules.tensorrt import KeepTensorrtWeight
 from et_cuda_passes.targets.target import Target
 
@@ -11,5 +12,5 @@ TENSORRT = Target(
     "torch-tensorrt",
     kernels={},
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    passes=lambda: [DropActivationQuantization(), KeepTensorrtWeight(), FoldDequantize()],
+    passes=lambda: [*restoring(), DropActivationQuantization(), KeepTensorrtWeight(), FoldDequantize()],
 )

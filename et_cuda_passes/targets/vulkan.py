@@ -4,6 +4,7 @@ import torch
 
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.rules.vulkan import CopyTiedWeight, KeepVulkanDynamicLinear, KeepVulkanEmbedding, KeepVulkanLinear
 from et_cuda_passes.targets.target import Target
 
@@ -17,6 +18,7 @@ VULKAN = Target(
     dtypes=(torch.float32, torch.float16),
     refuses_misses=True,
     passes=lambda: [
+        *restoring(),
         CopyTiedWeight(),
         KeepVulkanDynamicLinear(),
         # Other layers than the kernel of quantized activations takes are computed with float activations.

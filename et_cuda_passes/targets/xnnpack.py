@@ -6,6 +6,7 @@ XNNPACK has no quantized embedding, so embeddings become operators of ExecuTorch
 from et_cuda_passes.quant.unsupported import SuggestedSchemes
 from et_cuda_passes.rules.embedding import QuantizedEmbedding
 from et_cuda_passes.rules.fold import FoldDequantize
+from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.rules.xnnpack import (
     KeepDynamicInt4,
     KeepDynamicInt8,
@@ -30,6 +31,7 @@ XNNPACK = Target(
     ),
     refuses_misses=True,
     passes=lambda: [
+        *restoring(),
         SplitBroadcastBias(),
         ExpandTanhGelu(),
         LargestAlone(),

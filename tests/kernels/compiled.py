@@ -49,6 +49,8 @@ def shape(tiling: Tiling, group_size: int = 32, processors: int = 132, **others:
         "HAS_FACTOR": False,
         "HAS_ADDEND": False,
         "GATED": False,
+        "FLOAT4": False,
+        "FLOAT8": 0,
         "USE_ASM": True,
         "WGMMA": True,
         "SALT": 1,

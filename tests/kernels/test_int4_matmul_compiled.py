@@ -11,6 +11,7 @@ from et_cuda_passes.kernels.epilogue import ACTIVATIONS
 from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 from et_cuda_passes.kernels.tiling import Tiling
 from tests.kernels.compiled import (
+    SPILLED,
     arch_of,
     check_for_others,
     code_for_hopper,
@@ -203,3 +204,35 @@ def test_check_counts_the_groups_that_a_wait_leaves() -> None:
     code = _loop("WARPGROUP.DEPBAR.LE gsb0, 0x1", "LDS.128 R152, [R3]", "LDS.128 R156, [R3]", PRODUCT, second)
     # The wait retires the first of the two groups of the last iteration, and not the second.
     assert overwritten_operands(code) == [f"LDS.128 R156, [R3] overwrites {second}"]
+
+
+FORMS = [
+    {"group_size": 16},
+    {"group_size": 16, "HAS_ZERO": True, "EVEN_K": False},
+    {"group_size": 16, "FLOAT4": True},
+    {"group_size": 32, "FLOAT4": True, "dtype": "fp16"},
+]
+
+
+def check_form(gpu: GpuArch, tiling: Tiling, form: dict[str, object], folder: Path) -> None:
+    kernel = matmul(tiling, arch_of(gpu), WGMMA=gpu == HOPPER, **(form | {"EVEN_K": True} if tiling.bulk else form))
+    assert kernel.metadata.shared <= gpu.program_memory
+    assert resources(kernel, folder)["STACK"] <= SPILLED
+    assert overwritten_operands(machine_code(kernel, folder)) == []
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize(("gpu", "rows"), [("sm_80", 1), ("sm_90", 1), ("sm_90", 300), ("sm_100", 300)])
+def test_groups_of_16_and_floats_compile_and_fit(gpu: str, rows: int, form: dict[str, object], tmp_path: Path) -> None:
+    arch = GPUS[gpu]
+    check_form(arch, tiling_for(arch, Weight(4096, 4096, 16), rows), form, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+def test_tilings_of_a_gpu_compile_with_groups_of_16_and_floats(
+    gpu: GpuArch, form: dict[str, object], tmp_path: Path
+) -> None:
+    for tiling in tilings_of(gpu):
+        check_form(gpu, tiling, form, tmp_path)

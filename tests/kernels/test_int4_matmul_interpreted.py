@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from et_cuda_passes.quant.float_forms import TWICE_FLOAT4
 from tests.kernels.interpreted import DTYPES, INTERPRETED, check_in_interpreter
 
 if INTERPRETED:
@@ -56,6 +57,12 @@ CASES = [
     (81, 24, 96, 32, 64, 16, 16, 64, 1, 0, False, True, "", False, False),
     (50, 20, 1152, 128, 32, 16, 16, 256, 1, 0, True, False, "gelu_tanh", False, True),
     (385, 16, 64, 32, 256, 128, 16, 64, 1, 0, False, False, "", False, False),
+    # Groups of 16; K is no multiple of 32 in most.
+    (1, 16, 64, 16, 8, 0, 16, 64, 1, 0, False, False, "", False, False),
+    (3, 40, 80, 16, 8, 0, 16, 64, 2, 0, True, True, "silu", False, False),
+    (5, 33, 304, 16, 8, 0, 16, 128, 1, 3, True, False, "", False, True),
+    (70, 24, 112, 16, 64, 16, 16, 64, 1, 0, False, True, "", False, False),
+    (9, 17, 528, 16, 8, 0, 16, 256, 1, 0, True, False, "", True, False),
     # Split tiles with two pieces of rows.
     (200, 24, 256, 32, 128, 64, 16, 64, 1, 3, True, True, "silu", False, True),
     (47, 24, 640, 64, 32, 16, 16, 64, 1, 5, False, False, "", True, False),
@@ -66,13 +73,13 @@ CASES = [
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_int4_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, len(CASES) + 2 * len(GATES) + len(ACTIVATE) - 1)
+    check_in_interpreter(__file__, len(CASES) + len(FLOATS) + 4 + 2 * len(GATES) + len(ACTIVATE) - 1)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_int4_kernel_passes_in_the_interpreter_in_bf16() -> None:
-    check_in_interpreter(__file__, len(CASES), slow=True)
+    check_in_interpreter(__file__, len(CASES) + len(FLOATS), slow=True)
 
 
 ACTIVATE = {
@@ -88,6 +95,54 @@ ACTIVATE = {
 @pytest.mark.parametrize("case", CASES, ids=str)
 @DTYPES
 def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+    check_product(case, dtype, most, float4=False)
+
+
+# Without zeros; nvfp4 has groups of 16, mxfp4 of 32.
+FLOATS = [
+    (1, 16, 64, 16, 8, 0, 16, 64, 1, 0, False, False, "", False, False),
+    (17, 40, 176, 16, 16, 0, 32, 128, 1, 3, False, True, "silu", False, True),
+    (3, 24, 96, 32, 8, 0, 16, 64, 2, 0, False, True, "", True, False),
+    (70, 33, 256, 32, 32, 16, 16, 128, 1, 0, False, False, "gelu", False, False),
+]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("case", FLOATS, ids=str)
+@DTYPES
+def test_float4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+    check_product(case, dtype, most, float4=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=["nvfp4", "mxfp4"])
+def test_float4_weights_are_those_of_the_operator_bit_for_bit(scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """A product with the identity returns the weight."""
+    from et_cuda_passes.kernels import linear_launch, triton_launch
+    from et_cuda_passes.kernels.tiling import Tiling
+    from et_cuda_passes.layouts import mma_tiled
+    from et_cuda_passes.ops import DEQUANTIZE_FLOAT4
+
+    n, k, group = 48, 192, 16 if scale_dtype is torch.float8_e4m3fn else 32
+    random = torch.Generator().manual_seed(0)
+    data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=random)
+    codes = torch.stack((data & 15, data >> 4), dim=-1).view(n, k)
+    exponents = torch.randint(-9, 8, (n, k // group), generator=random).double()
+    scale = (2.0**exponents * (1 + (group == 16) * torch.randint(0, 8, exponents.shape) / 8)).float().to(scale_dtype)
+    wanted = DEQUANTIZE_FLOAT4(data, scale, None, group, dtype)
+    qparams = mma_tiled.scale_and_zero(scale.float(), None, dtype, k)
+    y = torch.full((k, n), float("nan"), dtype=dtype)
+    tiling = Tiling(32, 16, 64, 1, 0, 4, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "launch", in_interpreter)
+        given = (torch.eye(k, dtype=dtype), k, mma_tiled.pack(codes), qparams, linear_launch.Epilogue(), y, None)
+        linear_launch.launch_int4(*given, group, tiling, 1, False, 1, float4=True)
+    assert torch.equal(y.T, wanted)
+
+
+def check_product(case: tuple, dtype: torch.dtype, most: float, float4: bool) -> None:
+    """Compare the kernel in one tiling with fp64, and require equal bits from every way to read x."""
     from et_cuda_passes.kernels.int4_matmul import int4_matmul
     from et_cuda_passes.kernels.tiles import add_parts
     from et_cuda_passes.layouts import mma_tiled
@@ -126,7 +181,6 @@ def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: fl
             TensorDescriptor.from_tensor(x.view(*first, m, k), [*first, rows, block_k]) if bulk and rows else x
             for rows in (block_m, extra_m)
         )
-        last = (m, n, k // 32)
         int4_matmul[(grid,)](
             given,
             extra,
@@ -135,24 +189,28 @@ def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: fl
             *others,
             y,
             parts,
-            *last,
+            m,
+            n,
+            k // (16 if group == 16 else 32),
             **shape,
             **form,
             **finish,
+            FLOAT4=float4,
             EVEN_K=even or bulk > 0,
             BULK=bulk,
             WGMMA=False,
         )
         if rest:
             sums = {**shape, **finish, "TILE_M": tile_m, "BULK": bulk, "HEIGHT": 8}
-            add_parts[(rest, tile_m // 8)](parts, *others, y, *last, **sums)
+            add_parts[(rest, tile_m // 8)](parts, *others, y, m, n, -(-k // 32), **sums)
         results.append(y.clone())
         y.fill_(float("nan"))
     assert all(torch.equal(result, results[0]) for result in results)
     y = results[0]
 
     s, z = (part.to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))
-    weight = (q.double() - 8) * s + z
+    numbers = torch.tensor(TWICE_FLOAT4).double()[q.int()] / 2 if float4 else q.double() - 8
+    weight = numbers * s + z
     wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
     wanted = ACTIVATE[activation](wanted) * (factor.double() if has_f else 1) + (addend.double() if has_a else 0)
     assert ((y.double() - wanted).norm() / wanted.norm()).item() < most
@@ -170,6 +228,12 @@ GATES = [
 ]
 
 
+def alternating_rows(gate: torch.Tensor, up: torch.Tensor, dim: int) -> torch.Tensor:
+    """Eight rows of ``gate``, eight of ``up``, and so on along ``dim``."""
+    eights = [part.unflatten(dim, (-1, 8)) for part in (gate, up)]
+    return torch.stack(eights, dim + 1).flatten(dim, dim + 2).contiguous()
+
+
 def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Sequence[str], _: str) -> list[Any]:
     """``triton_launch.launch`` in the interpreter."""
     off = {name: False for name in ("USE_ASM", "WGMMA") if name in given}
@@ -184,7 +248,6 @@ def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeyp
     from et_cuda_passes.kernels import linear_launch, triton_launch
     from et_cuda_passes.kernels.tiling import Tiling
     from et_cuda_passes.layouts import mma_tiled
-    from et_cuda_passes.rules.epilogue import interleave_rows
 
     m, n, block_m, extra_m, block_n, segments, waves, zeros, has_bias, activation, has_addend = case
     k, group = 256, 64
@@ -194,16 +257,16 @@ def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeyp
     zero = [torch.randn(n, k // group, generator=random) * 0.05 * zeros for _ in range(2)]
     bias = [torch.randn(n, generator=random).to(dtype) for _ in range(2)]
     x, addend = (torch.randn(*shape, generator=random).to(dtype) for shape in ((m, k), (m, n)))
-    packed = interleave_rows(*(mma_tiled.pack(part) for part in q), 0)
+    packed = alternating_rows(*(mma_tiled.pack(part) for part in q), 0)
     pairs = (mma_tiled.scale_and_zero(s, z, dtype, k) for s, z in zip(scale, zero, strict=True))
-    both = interleave_rows(*bias, 0) if has_bias else None
+    both = alternating_rows(*bias, 0) if has_bias else None
     epilogue = linear_launch.Epilogue(both, activation, None, addend if has_addend else None, gated=True)
     y = torch.full((m, n), float("nan"), dtype=dtype)
     tiling = Tiling(block_m, block_n, 64, segments, waves, 4, 3, extra_m=extra_m)
     parts = torch.full((max(waves, 1) * tiling.tile_m * block_n,), float("nan"))
     monkeypatch.setattr(triton_launch, "launch", in_interpreter)
     # A GPU with one multiprocessor runs ``waves`` programs at once.
-    linear_launch.launch_int4(x, m, packed, interleave_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
+    linear_launch.launch_int4(x, m, packed, alternating_rows(*pairs, 1), epilogue, y, parts, group, tiling, 1, False, 1)
 
     def exact(which: int) -> torch.Tensor:
         s, z = (part[which].to(dtype).double().repeat_interleave(group, dim=1) for part in (scale, zero))

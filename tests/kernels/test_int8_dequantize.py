@@ -1,80 +1,13 @@
 """The assembly of the int8 conversions, executed by the rules of the PTX ISA on every pair of bytes."""
 
 import re
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from et_cuda_passes.kernels import int8_dequantize as source
-
-Words = np.ndarray[Any, np.dtype[np.uint32]]
-
-
-def floats(words: Words, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The low and the high float of each word, in fp64."""
-    dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float16
-    halves = torch.from_numpy(words.view(np.int16).copy()).view(dtype).double().numpy()
-    return halves[0::2], halves[1::2]
-
-
-def joined(low: np.ndarray, high: np.ndarray, kind: str) -> Words:
-    """Two floats in a word, each rounded once."""
-    dtype = torch.bfloat16 if kind.startswith("bf16") else torch.float16
-    pairs = torch.from_numpy(np.stack([low, high], axis=1).astype(np.float32)).to(dtype)
-    return pairs.view(torch.int16).numpy().reshape(-1).view(np.uint32)
-
-
-def permuted(a: Words, b: Words, selector: int) -> Words:
-    """``prmt.b32``: byte i of the result is the byte of (a, b) whose number is nibble i of the selector."""
-    both = np.concatenate([a[:, None].view(np.uint8), b[:, None].view(np.uint8)], axis=1)
-    chosen = [both[:, selector >> (4 * place) & 7] for place in range(4)]
-    return np.ascontiguousarray(np.stack(chosen, axis=1)).view(np.uint32)[:, 0]
-
-
-def carried_out(text: str, operands: dict[str, np.ndarray], count: int) -> Words:
-    """The final value of operand 0."""
-    registers: dict[str, np.ndarray] = dict(operands)
-
-    def read(name: str) -> Words:
-        if name in registers:
-            return registers[name].astype(np.uint32)
-        return np.full(count, int(name, 16), np.uint32)
-
-    for line in re.split(r";\s*", text.strip("{} ")):
-        operation, _, rest = line.partition(" ")
-        if not operation or operation == ".reg":
-            continue
-        to, *names = rest.split(", ")
-        given = [read(name) for name in names]
-        if operation in ("mov.b32", "cvt.u32.u16"):
-            result = given[0]
-        elif operation in ("and.b32", "xor.b32"):
-            result = given[0] & given[1] if operation == "and.b32" else given[0] ^ given[1]
-        elif operation == "prmt.b32":
-            result = permuted(given[0], given[1], int(names[2], 16))
-        elif operation in ("add.rn.f32", "fma.rn.f32"):
-            exact = [word.view(np.float32).astype(np.float64) for word in given]
-            total = exact[0] + exact[1] if operation == "add.rn.f32" else exact[0] * exact[1] + exact[2]
-            result = total.astype(np.float32).view(np.uint32)
-        elif found := re.fullmatch(r"cvt\.rn\.(b?f16x2)\.f32", operation):
-            # The first operand goes to the upper half.
-            result = joined(given[1].view(np.float32), given[0].view(np.float32), found[1])
-        elif found := re.fullmatch(r"(add|mul|fma)\.rn\.(b?f16x2)", operation):
-            parts = [floats(word, found[2]) for word in given]
-            if found[1] == "add":
-                halves = [a + b for a, b in zip(*parts, strict=True)]
-            elif found[1] == "mul":
-                halves = [a * b for a, b in zip(*parts, strict=True)]
-            else:
-                halves = [a * b + c for a, b, c in zip(*parts, strict=True)]
-            result = joined(halves[0], halves[1], found[2])
-        else:
-            raise AssertionError(f"no instruction that is known here: {line}")
-        registers[to] = result
-    return registers["$0"]
-
+from tests.kernels.ptx import carried_out, floats, joined
 
 MAGIC = {"bf16": source._WAIT_BF16, "f16": source._WAIT_F16, "f32": source._WAIT_F32}
 CONSTANT = {"bf16": source._BF16, "f16": source._F16, "f32": source._F32}
@@ -124,3 +57,36 @@ def test_check_finds_a_wrong_byte() -> None:
     assert (low[0], high[0]) == (1.0, 2.0)
     low, high = floats(carried_out(source._EXACT.value, {"$1": pairs, "$2": magic}, 1), "bf16")
     assert (low[0], high[0]) == (2.0, 1.0)
+
+
+FLOAT8 = {
+    ("bf16", torch.float8_e4m3fn): (source._E4M3, source._E4M3_SCALED, source._WAIT_E4M3, source._E4M3_FACTOR),
+    ("f16", torch.float8_e4m3fn): (
+        source._E4M3_F16, source._E4M3_F16_SCALED, source._WAIT_E4M3_F16, source._E4M3_F16_FACTOR,
+    ),
+    ("bf16", torch.float8_e5m2): (source._E5M2, source._E5M2_SCALED, source._WAIT_E5M2, source._E5M2_FACTOR),
+    ("f16", torch.float8_e5m2): (
+        source._E5M2_F16, source._E5M2_F16_SCALED, source._WAIT_E5M2_F16, source._E5M2_F16_FACTOR,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("form", FLOAT8, ids=lambda form: f"{form[0]}-{form[1]}".replace("torch.", ""))
+def test_assembly_converts_every_pair_of_8_bit_floats(form: tuple[str, torch.dtype], scaled: bool) -> None:
+    kind, dtype = form
+    exact, product, wait, factor = FLOAT8[form]
+    (constant,) = re.findall(r"mov\.b32 \$0, (0x\w+);", wait.value)
+    assert int(constant, 16) == factor.value
+    pairs = np.arange(2**16, dtype=np.uint32)
+    numbers = torch.arange(2**16).to(torch.uint16).view(torch.uint8).view(dtype).double().numpy().reshape(-1, 2).T
+    scale = [np.abs(part) * 0.01 + 0.001 for part in np.random.default_rng(0).standard_normal((2, 2**16))]
+    scale = list(floats(joined(scale[0], scale[1], kind), kind))
+    operands: dict[str, np.ndarray] = {"$1": pairs, "$4": joined(scale[0], scale[1], kind)}
+    operands["$2"] = operands["$3"] = np.full(2**16, factor.value, np.uint32)
+    got = floats(carried_out((product if scaled else exact).value, operands, 2**16), kind)
+    wanted = joined(*(n * s if scaled else n for n, s in zip(numbers, scale, strict=True)), kind)
+    finite = np.isfinite(numbers).all(axis=0)
+    assert finite.sum() >= 2**16 * 0.9
+    for mine, theirs in zip(got, floats(wanted, kind), strict=True):
+        assert np.array_equal(mine[finite], theirs[finite])

@@ -9,6 +9,7 @@ import pytest
 from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 from et_cuda_passes.kernels.tiling import Tiling
 from tests.kernels.compiled import (
+    SPILLED,
     arch_of,
     check_for_others,
     code_for_hopper,
@@ -79,3 +80,31 @@ def test_kernel_waits_in_every_form(others: dict[str, object], tmp_path: Path) -
 def test_wait_occurs_once_in_every_step(group_size: int) -> None:
     text = int8_product(ONE, 90, group_size=group_size).asm["ptx"]
     assert text.count("wgmma.wait_group.sync.aligned 0; mov.b32") == 1
+
+
+FLOATS = [
+    {"group_size": 0, "FLOAT8": 4, "HAS_BIAS": True},
+    {"group_size": 128, "FLOAT8": 4, "EVEN_K": False},
+    {"group_size": 32, "FLOAT8": 5, "dtype": "fp16"},
+]
+
+
+def check_form(gpu: GpuArch, tiling: Tiling, form: dict[str, object], folder: Path) -> None:
+    kernel = int8_product(tiling, arch_of(gpu), WGMMA=gpu == HOPPER, **form)
+    assert kernel.metadata.shared <= gpu.program_memory
+    assert resources(kernel, folder)["STACK"] <= SPILLED
+    assert overwritten_operands(machine_code(kernel, folder)) == []
+
+
+@pytest.mark.parametrize("form", FLOATS, ids=str)
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90", "sm_100"])
+def test_8_bit_floats_compile_and_fit(gpu: str, form: dict[str, object], tmp_path: Path) -> None:
+    check_form(GPUS[gpu], ONE, form, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FLOATS, ids=str)
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=str)
+def test_tilings_of_a_gpu_compile_with_8_bit_floats(gpu: GpuArch, form: dict[str, object], tmp_path: Path) -> None:
+    for tiling in tilings_of(gpu, 8):
+        check_form(gpu, tiling, form, tmp_path)

@@ -1,4 +1,4 @@
-"""The int8 kernel in Triton's interpreter, on ragged shapes, against fp64; see test_int4_matmul_interpreted.py."""
+"""The 8-bit kernel in Triton's interpreter, on ragged shapes, against fp64; see test_int4_matmul_interpreted.py."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_int8_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, 2 * len(CASES))
+    check_in_interpreter(__file__, 2 * len(CASES) + 4 * len(FLOATS))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
@@ -38,12 +38,38 @@ def test_int8_kernel_passes_in_the_interpreter() -> None:
 # The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
 def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
+    check_product(case, dtype, most)
+
+
+FLOATS = [
+    (3, 40, 96, 96, 8, 16, 64, 2, 0, False, True),
+    (9, 64, 640, 32, 8, 16, 128, 1, 7, False, True),
+    (17, 70, 256, 128, 16, 32, 128, 1, 0, False, False),
+]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@pytest.mark.parametrize("case", FLOATS, ids=str)
+@pytest.mark.parametrize("float8", [4, 5], ids=["e4m3fn", "e5m2"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+def test_float8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float, float8: int) -> None:
+    check_product(case, dtype, most, float8)
+
+
+def check_product(case: tuple, dtype: torch.dtype, most: float, float8: int = 0) -> None:
+    """Compare the kernel in one tiling with fp64."""
     from et_cuda_passes.kernels.int8_matmul import int8_matmul
     from et_cuda_passes.kernels.tiles import add_parts
 
     m, n, k, group, block_m, block_n, block_k, segments, slots, zeros, has_bias = case
     random = torch.Generator().manual_seed(m * n * k)
     q = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=random)
+    kind = {4: torch.float8_e4m3fn, 5: torch.float8_e5m2}.get(float8)
+    if kind is not None:
+        # Every finite number of small size, the subnormals among them: fp16 holds the products.
+        small = torch.arange(256, dtype=torch.uint8).view(kind)
+        small = small[small.float().abs() < 500]
+        q = small[torch.randint(0, len(small), (n, k), generator=random)].view(torch.int8)
     scale = (torch.rand(n, k // group, generator=random) * 0.005 + 0.001).to(dtype)
     zero = torch.randn(n, k // group, generator=random) * 0.05 if zeros else None
     x = torch.randn(m, k, generator=random).to(dtype)
@@ -63,7 +89,7 @@ def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: fl
     offset = scale if zero is None else zero
     int8_matmul[(grid,)](
         x, q, scale, offset, bias, y, parts, m, n, k // unit, **shape, **form, BLOCK_M=block_m, HAS_BIAS=has_bias,
-        USE_ASM=False, WGMMA=False,
+        FLOAT8=float8, USE_ASM=False, WGMMA=False,
     )  # fmt: skip
     if rest:
         finish = {"HAS_BIAS": has_bias, "ACTIVATION": "", "HAS_FACTOR": False, "HAS_ADDEND": False, "USE_ASM": False}
@@ -72,7 +98,8 @@ def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: fl
             parts, bias, scale, scale, y, m, n, -(-k // 32), **shape, **finish, TILE_M=block_m, BULK=0, HEIGHT=8
         )  # fmt: skip
 
-    weight = q.double() * scale.double().repeat_interleave(group, dim=1)
+    numbers = q.double() if kind is None else q.view(kind).double()
+    weight = numbers * scale.double().repeat_interleave(group, dim=1)
     weight = weight if zero is None else weight + zero.double().repeat_interleave(group, dim=1)
     wanted = x.double() @ weight.T + (bias.double() if has_bias else 0)
     assert ((y.double() - wanted).norm() / wanted.norm()).item() < most

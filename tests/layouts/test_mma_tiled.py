@@ -55,9 +55,9 @@ def test_mma_tiled_word_holds_columns_of_one_thread_in_four_steps() -> None:
                 assert mma_tiled.pack(q).tolist() == [wanted]
 
 
-def test_mma_tiled_rejects_k_not_multiple_of_32() -> None:
-    with pytest.raises(ValueError, match="mma_tiled needs K to be a multiple of 32, got K = 48"):
-        mma_tiled.pack(torch.zeros(2, 48, dtype=torch.uint8))
+def test_mma_tiled_rejects_k_not_multiple_of_16() -> None:
+    with pytest.raises(ValueError, match="mma_tiled needs K to be a multiple of 16, got K = 40"):
+        mma_tiled.pack(torch.zeros(2, 40, dtype=torch.uint8))
 
 
 # Scales and zeros ----------------------------------------------------------------------------------------------------

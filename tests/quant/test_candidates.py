@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization import (
     Int8DynamicActivationIntxWeightConfig,
@@ -206,3 +206,35 @@ def test_weight_in_a_form_that_no_decoder_reads_has_its_dtype_and_bytes() -> Non
     x = sketch.input("x", 2, 64, dtype=torch.bfloat16)
     (candidate,) = find_candidates(Program(sketch.program(sketch.call(aten.linear.default, x, weight))))
     assert (candidate.scheme, candidate.shape, candidate.weight_bytes) == ("float8_e4m3fn", (16, 64), 16 * 64)
+
+
+class Cached(nn.Module):
+    """Attention over keys that are kept in int8: appended, dequantized, multiplied."""
+
+    def __init__(self, converts: bool) -> None:
+        super().__init__()
+        self.register_buffer("keys", torch.zeros(1, 8, 32, dtype=torch.int8))
+        self.register_buffer("scale", torch.full((8,), 0.05))
+        self.register_buffer("zero", torch.zeros(8, dtype=torch.int8))
+        self.converts = converts
+
+    def forward(self, x: Tensor, place: Tensor) -> Tensor:
+        self.keys.index_copy_(1, place, (x / 0.05).round().to(torch.int8).view(1, 1, 32))
+        if self.converts:
+            keys = self.keys.to(x.dtype) * self.scale.view(1, 8, 1)
+        else:
+            block = (1, 1, 32)
+            keys = DEQUANTIZE(self.keys, block, self.scale, self.zero, torch.int8, -128, 127, output_dtype=x.dtype)
+        return torch.softmax(x.view(1, 1, 32) @ keys.transpose(1, 2), -1)
+
+
+@pytest.mark.parametrize("converts", [False, True])
+@pytest.mark.parametrize("target", ["cuda", "cpu", "xnnpack"])
+def test_quantized_cache_is_left_and_reported(target: str, converts: bool) -> None:
+    model, given = Cached(converts), (torch.randn(32), torch.tensor([3]))
+    program = torch.export.export(model, given)
+    for form in (program, program.run_decompositions({})):
+        rewritten, report = ecp.rewrite(form, target)
+        assert report.outcomes == [] and report.warnings == []
+        assert "left as they are: caches of quantized numbers that the program mutates (keys)" in report.notes
+        assert torch.equal(rewritten.module()(*given), form.module()(*given))

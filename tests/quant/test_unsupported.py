@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.prototype.mx_formats import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
 from torchao.quantization import (
-    Float8WeightOnlyConfig,
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
@@ -20,12 +19,9 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.quant.unsupported import SuggestedSchemes, unwrapped, wrapped_reason, wrapped_weights
 from et_cuda_passes.testing import Sketch, assert_misses
 
-CONFIGS = {
-    "fp8": (Float8WeightOnlyConfig(), "float8_e4m3fn"),
-    "int8": (Int8WeightOnlyConfig(), "int8"),
-}
 MULTIPLIED = {
     "mx": (MXDynamicActivationMXWeightConfig(), "float8_e4m3fn", "aten._scaled_mm"),
     "int8 of both": (Int8DynamicActivationInt8WeightConfig(), "int8", "aten._int_mm"),
@@ -37,7 +33,6 @@ DYNAMIC = "Int8DynamicActivationIntxWeightConfig"
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 UNWRAPS_NVFP4 = TORCH >= (2, 14)
-exports_nvfp4_in_a_branch = pytest.mark.skipif(TORCH < (2, 13), reason="torch 2.13 is the first that exports it")
 
 
 def exported(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, ExportedProgram, Tensor]:
@@ -49,13 +44,11 @@ def exported(config: Any, dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Modul
 
 
 @pytest.mark.parametrize("decompose", [False, True])
-@pytest.mark.parametrize("scheme", CONFIGS)
 @pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_weight_without_a_dequantize_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
-    config, dtype = CONFIGS[scheme]
-    _, program, _ = exported(config)
+def test_weight_without_a_dequantize_is_missed_with_the_fix(target: str, decompose: bool) -> None:
+    _, program, _ = exported(Int8WeightOnlyConfig())
     program = program.run_decompositions({}) if decompose else program
-    report = assert_misses(program, f"its weight is {dtype}, converted by the program itself", target)
+    report = assert_misses(program, "its weight is int8, converted by the program itself", target)
     (outcome,) = report.outcomes
     assert outcome.fqn == "0.weight"
     assert f"quantize with {NEAREST[target]}, which leaves a dequantize" in str(outcome.reasons[0])
@@ -94,9 +87,8 @@ def test_scales_and_activations_of_fp8_are_no_weights() -> None:
     assert report.outcomes == []
 
 
-@pytest.mark.parametrize("scheme", CONFIGS)
-def test_xnnpack_rejects_a_converted_weight_with_the_fix(scheme: str) -> None:
-    _, program, _ = exported(CONFIGS[scheme][0], torch.float32)
+def test_xnnpack_rejects_a_converted_weight_with_the_fix() -> None:
+    _, program, _ = exported(Int8WeightOnlyConfig(), torch.float32)
     with pytest.raises(ValueError, match=rf"0\.weight.*converted by the program itself.*with {DYNAMIC}\(torch\.int8"):
         to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
 
@@ -107,58 +99,6 @@ def test_stock_partitioner_computes_int8_weight_only_wrongly_without_an_error() 
     buffer = to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch().buffer
     found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
     assert (found - model(x)).norm() / model(x).norm() > 1
-
-
-STAYS = "its weight is NVFP4Tensor, 4 bits an element, and run_decompositions({}) does not unwrap it ("
-PACKED = "its weight is packed in 4 bits an element, with scales in float8_e4m3fn, converted by the program itself"
-
-
-@pytest.mark.parametrize("decompose", [False, True])
-@pytest.mark.parametrize("per_tensor_scale", [False, True])
-@pytest.mark.parametrize("target", ["cuda", "metal", "cpu"])
-def test_weight_of_nvfp4_is_missed_with_the_fix(target: str, per_tensor_scale: bool, decompose: bool) -> None:
-    """torch unwraps the weight from 2.14 on."""
-    _, program, _ = exported(NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=per_tensor_scale))
-    if decompose and UNWRAPS_NVFP4:
-        program = program.run_decompositions({})
-    _, report = ecp.rewrite(program, target)
-    (outcome,) = report.outcomes
-    assert (outcome.op, outcome.fqn, outcome.status) == ("aten.linear", "0.weight", "missed")
-    reason = str(outcome.reasons[0])
-    assert reason.startswith(PACKED if UNWRAPS_NVFP4 else STAYS)
-    assert f": quantize with {INT4}" in reason
-    assert report.warnings == []
-
-
-def test_xnnpack_rejects_a_weight_of_nvfp4() -> None:
-    _, program, _ = exported(NVFP4WeightOnlyConfig(), torch.float32)
-    with pytest.raises(ValueError, match=rf"0\.weight.* 4 bits an element.*with {DYNAMIC}\(torch\.int4"):
-        to_edge_transform_and_lower(program, partitioner=[ecp.XnnpackPartitioner()])
-
-
-class Shared(nn.Module):
-    """One wrapped weight with two readers: a product of its transpose, and a linear in a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        linear = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
-        quantize_(linear, NVFP4WeightOnlyConfig())
-        self.weight = linear[0].weight
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        def yes(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, self.weight)
-
-        weight = self.weight.to(x.dtype)  # exports an assertion on the dtype, which is no reader
-        return x @ weight.t(), torch.cond(x.sum() > 0, yes, torch.sin, (x,))
-
-
-@exports_nvfp4_in_a_branch
-def test_readers_of_a_weight_of_nvfp4_are_all_missed() -> None:
-    program = torch.export.export(Shared(), (torch.randn(3, 64).bfloat16(),))
-    _, report = ecp.rewrite(program, "cuda")
-    assert {outcome.fqn for outcome in report.outcomes} == {"weight"}
-    assert sorted(outcome.op for outcome in report.outcomes) == ["aten.linear", "aten.matmul"]
 
 
 class Dequantized(nn.Module):
@@ -179,7 +119,6 @@ class Dequantized(nn.Module):
     [
         (NVFP4WeightOnlyConfig(), "NVFP4Tensor", INT4),
         (MXDynamicActivationMXWeightConfig(), "float8_e4m3fn", INT8),
-        (Float8WeightOnlyConfig(), "float8_e4m3fn", INT8),
     ],
 )
 def test_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, nearest: str) -> None:
@@ -193,25 +132,16 @@ def test_weight_that_the_model_dequantizes_is_missed(config: Any, kind: str, nea
             assert f"quantize with {nearest}," in reason
 
 
-@exports_nvfp4_in_a_branch
-def test_wrapped_buffer_is_missed_as_a_parameter_is() -> None:
-    model = Shared()
-    weight = model.weight.data
-    del model.weight
-    model.register_buffer("weight", weight, persistent=False)
-    _, report = ecp.rewrite(torch.export.export(model, (torch.randn(3, 64).bfloat16(),)), "cuda")
-    assert [outcome.fqn for outcome in report.outcomes] == ["weight", "weight"]
-    assert all(INT4 in str(o.reasons[0]) and "it ()" not in str(o.reasons[0]) for o in report.outcomes)
-
-
 @pytest.mark.skipif(UNWRAPS_NVFP4, reason="torch 2.14 unwraps NVFP4")
 def test_reason_names_the_other_subclasses_that_stay_wrapped() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).bfloat16()
     quantize_(model[0], NVFP4WeightOnlyConfig())
     quantize_(model[1], MXDynamicActivationMXWeightConfig())
-    _, report = ecp.rewrite(torch.export.export(model, (torch.randn(3, 64).bfloat16(),)), "cuda")
-    first, second = (str(outcome.reasons[0]) for outcome in report.outcomes)
-    assert all("; MXTensor, NVFP4Tensor stand in one program): quantize with" in text for text in (first, second))
+    program = torch.export.export(model, (torch.randn(3, 64).bfloat16(),))
+    same, why = unwrapped(program)
+    assert same is program and why.endswith("; MXTensor, NVFP4Tensor stand in one program")
+    weights = wrapped_weights(program)
+    first, second = (wrapped_reason(weights[name], why, SuggestedSchemes()) for name in ("0.weight", "1.weight"))
     assert first.startswith("its weight is NVFP4Tensor, 4 bits an element") and first.endswith(INT4)
     assert second.startswith("its weight is MXTensor, 8 bits an element") and second.endswith(INT8)
 

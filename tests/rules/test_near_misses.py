@@ -24,7 +24,7 @@ from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
 from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
 from et_cuda_passes.testing import Experts, NearMiss, Quantized, Sketch, assert_near_misses, export, floats
 from tests.experts import IDS, OFFS, E, K, N
-from tests.rules import keep_near_misses
+from tests.rules import form_near_misses, keep_near_misses
 from tests.rules.linear_models import Convolution, EightBitActivations, quantized_to_8_bits
 from tests.rules.xnnpack_models import Decomposed, Dynamic, InBranch, Siblings, WeightOnly
 
@@ -114,8 +114,8 @@ def packed_int4(rule: ecp.Rule, make: Make, x: Callable[..., Tensor], dropped: M
     """Those of the rules for int4."""
     return packed_linear(rule, make, x, dropped) | {
         "weight_fits_4_bits": lambda: export(make(low=-128, high=127), x()),
-        "kernel_has_group_size": lambda: export(make(group=16), x()),
-        "kernel_tiles_divide_k": NearMiss(lambda: export(make(k=48, group=48), x(48)), also=("kernel_has_group_size",)),
+        "kernel_has_group_size": lambda: export(make(group=8), x()),
+        "kernel_tiles_divide_k": NearMiss(lambda: export(make(k=40, group=40), x(40)), also=("kernel_has_group_size",)),
         "kernel_runs_in_control_flow": NearMiss(lambda: export(Branch(make(), x()), x()), "cpu"),
     }
 
@@ -279,8 +279,8 @@ case(
     EMBEDDING_MISSES
     | {
         "weight_fits_4_bits": lambda: export(table(low=-128, high=127), ROW_IDS),
-        "kernel_has_group_size": lambda: export(table(group=16), ROW_IDS),
-        "kernel_tiles_divide_k": NearMiss(lambda: export(table(48, 48), ROW_IDS), also=("kernel_has_group_size",)),
+        "kernel_has_group_size": lambda: export(table(group=8), ROW_IDS),
+        "kernel_tiles_divide_k": NearMiss(lambda: export(table(40, 40), ROW_IDS), also=("kernel_has_group_size",)),
         "kernel_has_result_dtype": lambda: export(table(dtype=FP32), ROW_IDS),
     },
 )
@@ -768,6 +768,9 @@ class LargestPlace(nn.Module):
 case(LargestAlone(), {"indices_are_not_read": lambda: export(LargestPlace(), x_of())}, "xnnpack")
 
 
+# Forms of weights -----------------------------------------------------------------------------------------------------
+
+CASES.update(form_near_misses.CASES)
 CASES.update(keep_near_misses.cases(with_minimums, lambda: with_minimums("q5_k", 176)))
 
 

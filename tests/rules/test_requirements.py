@@ -22,6 +22,7 @@ from torchao.quantization import (
 from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
+from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.quant.decoders import DEQUANTIZE
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites, floats
@@ -66,11 +67,11 @@ def test_weight_has_data_rejects_meta_tensors() -> None:
     [
         (Quantized(16, 64, low=-128, high=127), "a weight of at most 4 bits", "8 bits, -128..127", "torch.int4"),
         (Quantized(16, 64, low=-16, high=15), "a weight of at most 4 bits", "5 bits, -16..15", "torch.int4"),
-        (Quantized(16, 96, group=16), GROUP_SIZE, "group size 16", "PerGroup(32)"),
-        (Quantized(16, 96, group=48), GROUP_SIZE, "group size 48", "PerGroup(32)"),
-        (Quantized(16, 384, group=24), GROUP_SIZE, "group size 24", "PerGroup(32)"),
-        # 128 is nearest, and does not divide 448.
-        (Quantized(16, 448, group=112), GROUP_SIZE, "group size 112", "PerGroup(64)"),
+        (Quantized(16, 96, group=8), GROUP_SIZE, "group size 8", "PerGroup(16)"),
+        (Quantized(16, 160, group=40), GROUP_SIZE, "group size 40", "PerGroup(32)"),
+        (Quantized(16, 384, group=24), GROUP_SIZE, "group size 24", "PerGroup(16)"),
+        # 128 is nearest, and neither it nor 64 divides 416.
+        (Quantized(16, 416, group=104), GROUP_SIZE, "group size 104", "PerGroup(32)"),
     ],
 )
 def test_linear_int4_rejects_schemes_that_no_kernel_has(model: Quantized, wanted: str, found: str, hint: str) -> None:
@@ -134,10 +135,10 @@ def test_kernel_runs_in_control_flow_rejects_kernel_that_does_not() -> None:
 def test_report_names_every_requirement_that_fails() -> None:
     reasons = missed_reasons(
         export_with_rows(
-            Quantized(16, 80, group=16, low=-128, high=127, dtype=torch.float32), 2, 80, dtype=torch.float32
+            Quantized(16, 40, group=40, low=-128, high=127, dtype=torch.float32), 2, 40, dtype=torch.float32
         )
     )
-    assert [reason.found for reason in reasons] == ["8 bits, -128..127", "group size 16", "K = 80", "float32"]
+    assert [reason.found for reason in reasons] == ["8 bits, -128..127", "group size 40", "K = 40", "float32"]
 
 
 @pytest.mark.parametrize("block", [[16, 64], [4, 32], [2, 64]])
@@ -232,7 +233,8 @@ def test_same_dtype_rejects_linear_that_xnnpack_would_keep() -> None:
 def test_hint_advises_no_group_size_if_none_divides_k(target: str, high: int) -> None:
     reasons = reason_texts(Quantized(16, 40, 40, -high - 1, high), rows(40), target)
     assert not any("quantize with Per" in reason or "quantize with Intx" in reason for reason in reasons)
-    assert "K must be a multiple of 32: leave this layer unquantized" in " ".join(reasons)
+    multiple = 16 if target == "cuda" else 32
+    assert f"K must be a multiple of {multiple}: leave this layer unquantized" in " ".join(reasons)
 
 
 def test_hint_without_int8_kernel_names_the_scheme_of_the_target_once() -> None:
@@ -351,14 +353,12 @@ def exact_weight(weight: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("dtype", "bits"), [(INT4, 4), (INT8, 8)])
 @pytest.mark.parametrize("group", [16, 48])
-def test_weight_with_groups_of_multiples_of_16_is_packed_as_int8_on_cuda(
-    dtype: torch.dtype, bits: int, group: int
-) -> None:
-    """The int8 kernel has groups that no int4 kernel has, and int8 holds integers of 4 bits."""
+def test_weight_with_groups_of_multiples_of_16_is_packed_on_cuda(dtype: torch.dtype, bits: int, group: int) -> None:
     linear = quantized(IntxWeightOnlyConfig(dtype, PerGroup(group)))
     program = exported_linear(linear)
-    rewritten, report = ecp.rewrite(program, "cuda", expect={"linear_int8": 1, "missed": 0})
-    assert [(o.fqn, o.detail) for o in report.outcomes] == [("weight", f"int{bits} group {group} -> triton")]
+    rewritten, report = ecp.rewrite(program, "cuda", expect={f"linear_int{bits}": 1, "missed": 0})
+    layout = " (mma_tiled)" if bits == 4 else ""
+    assert [(o.fqn, o.detail) for o in report.outcomes] == [("weight", f"int{bits} group {group} -> triton{layout}")]
     (x,) = program.example_inputs[0]
     rows, weight = x.double().numpy(), exact_weight(linear.weight)
     wanted = rows @ weight.T
@@ -366,7 +366,10 @@ def test_weight_with_groups_of_multiples_of_16_is_packed_as_int8_on_cuda(
     allowed = np.abs(rows) @ np.abs(weight).T * (2.0**-8 + 1e-5) + np.abs(wanted) * 2.0**-8
     assert bool((np.abs(rewritten.module()(x).double().numpy() - wanted) <= allowed).all())
     held = {name: (value.dtype, tuple(value.shape)) for name, value in rewritten.state_dict.items()}
-    assert held == {"weight.packed": (INT8, (N, K)), "weight.scale": (torch.bfloat16, (N, K // 16))}
+    if bits == 8:
+        assert held == {"weight.packed": (INT8, (N, K)), "weight.scale": (torch.bfloat16, (N, K // 16))}
+    else:
+        assert held["weight.packed"] == (torch.int32, (N, mma_tiled.padded(K) // 8))
 
 
 TRITON8 = "linear_int8 wanted a group size that the kernel has, found group size {}; triton has 16, 32, 64, 128, 256"
@@ -378,7 +381,7 @@ MISSED = [
         INT4,
         24,
         "linear_int4",
-        "found group size 24; triton has 32, 64, 128 and their multiples: quantize with PerGroup(32)",
+        "found group size 24; triton has 16, 32, 64, 128 and their multiples: quantize with PerGroup(16)",
     ),
     ("cuda", INT4, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
     ("cuda", INT8, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
@@ -439,7 +442,7 @@ BLOCKS = {
     (8, 2, 96): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, N, K): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "one scale per row"},
-    (4, 2, 16): {"cuda": "linear_int8", "metal": "torchao has 32, 64", "cpu": "int4pack_cpu has 32, 64"},
+    (4, 2, 16): {"cuda": "linear_int4", "metal": "torchao has 32, 64", "cpu": "int4pack_cpu has 32, 64"},
     (4, 2, 24): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 24"),
     (4, 8, 1): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 1"),
 }
@@ -512,23 +515,29 @@ CONFIGS = {
 
 
 REWRITTEN = {
-    "cuda": {"int4_32": 4, "again": 4, "int4_16": 8, "int4_48": 8, "int8": 8},
-    "cpu": {"int4_32": 4, "again": 4, "int8": 8},
-    "metal": {"int4_32": 4, "again": 4},
-}
+    "cuda": {
+        "int4_32": "linear_int4", "again": "linear_int4", "int4_16": "linear_int4", "int4_48": "linear_int4",
+        "int8": "linear_int8", "fp8": "linear_float8", "nvfp4": "linear_float4",
+    },
+    "cpu": {
+        "int4_32": "linear_int4", "again": "linear_int4", "int8": "linear_int8", "fp8": "fold_floats",
+        "nvfp4": "fold_floats",
+    },
+    "metal": {"int4_32": "linear_int4", "again": "linear_int4", "fp8": "fold_floats", "nvfp4": "fold_floats"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", REWRITTEN)
 @pytest.mark.parametrize("without", [("mx",), ("nvfp4",), ()])
 def test_model_of_every_scheme_is_rewritten_at_once(target: str, without: tuple[str, ...]) -> None:
-    """Weights in nvfp4 keep torch from unwrapping any other; MX weights stand wrapped or as their decomposition."""
+    """MX weights under quantized activations are exported wrapped."""
     configs = {name: config for name, config in CONFIGS.items() if name not in without}
     program = exported_linear(EveryScheme(configs))
     if "mx" in without:
         _, report = assert_rewrites(program, target, rtol=2.0**-7)
     else:  # no CPU computes these
         _, report = ecp.rewrite(program, target)
-    rules = {name: f"linear_int{bits}" for name, bits in REWRITTEN[target].items()}
+    rules = {name: rule for name, rule in REWRITTEN[target].items() if name in configs}
     if target == "cuda":  # two of one scheme and input
         rules |= dict.fromkeys(("int4_32", "again"), "fused_linear_int4")
     found = {outcome.fqn.split(".")[1]: outcome.rule for outcome in report.outcomes}
@@ -538,8 +547,8 @@ def test_model_of_every_scheme_is_rewritten_at_once(target: str, without: tuple[
     assert f"  2 x {rules['again']}  int4 group 32 -> " in text
     assert "(layers.int4_32.weight, ...)" in text
     if target == "cuda":
-        assert "  1 x linear_int8  int4 group 16 -> triton  (layers.int4_16.weight)" in text
-        assert "  1 x linear_int8  int4 group 48 -> triton  (layers.int4_48.weight)" in text
+        assert "  1 x linear_int4  int4 group 16 -> triton (mma_tiled)  (layers.int4_16.weight)" in text
+        assert "  1 x linear_int4  int4 group 48 -> triton (mma_tiled)  (layers.int4_48.weight)" in text
     for name in set(configs) - set(rules):
         (line,) = (
             line for line in text.splitlines() if line.startswith("  missed") and f"layers.{name}.weight" in line

@@ -58,13 +58,14 @@ def warned(target: str = "cpu") -> list[str]:
     return [str(each.message) for each in found]
 
 
+RESTORING = ["unpack_linear", "restore_float8", "restore_int4_nested", "restore_int8", "compile_float_dequantize"]
 OWN = ["linear_int4", "linear_int8", "conv_int4", "conv_int8", "bmm_int4", "indexed_bmm_int4", "grouped_mm_int4",
-       "einsum_int4", "embedding_int4", "embedding_int8", "remove_linear_views"]  # fmt: skip
+       "einsum_int4", "embedding_int4", "embedding_int8", "fold_floats", "remove_linear_views"]  # fmt: skip
 
 
 def test_rule_of_a_plugin_joins_the_list_of_its_target(folder: Path) -> None:
     install(folder, "my-rules")
-    assert names() == [*OWN, "write_silu"]
+    assert names() == [*RESTORING, *OWN, "write_silu"]
     assert "write_silu" not in names("cuda")
     program, report = ecp.rewrite(exported(), "cpu", expect={"write_silu": 1})
     assert torch.ops.aten.silu.default in {node.target for node in program.graph.nodes}
@@ -75,7 +76,7 @@ def test_rule_of_a_plugin_joins_the_list_of_its_target(folder: Path) -> None:
 
 def test_rule_of_a_plugin_stands_where_before_and_after_put_it(folder: Path) -> None:
     install(folder, "my-rules", AFTER)
-    assert names() == [*OWN[:2], "write_silu", *OWN[2:]]
+    assert names() == [*RESTORING, *OWN[:2], "write_silu", *OWN[2:]]
 
 
 def test_explicit_pass_list_gets_no_plugin(folder: Path) -> None:
@@ -87,7 +88,7 @@ def test_explicit_pass_list_gets_no_plugin(folder: Path) -> None:
 def test_plugins_are_switched_off_by_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(folder, "my-rules")
     monkeypatch.setenv("ETCP_PLUGINS", "0")
-    assert names() == OWN
+    assert names() == [*RESTORING, *OWN]
     monkeypatch.setenv("ETCP_PLUGINS", "no")
     with pytest.raises(PluginError, match="ETCP_PLUGINS=no: write 0 to use no plugins"):
         ecp.default_passes("cpu")
@@ -99,7 +100,7 @@ def test_order_of_plugins_is_by_name_of_the_rule(first: str, folder: Path) -> No
     packages = {"a-rules": "WriteZ", "b-rules": "WriteA"}
     for package in (first, *(packages.keys() - {first})):
         install(folder, package, RULE.replace("WriteSilu", packages[package]))
-    assert names() == [*OWN, "write_a", "write_z"]
+    assert names() == [*RESTORING, *OWN, "write_a", "write_z"]
 
 
 def test_partitioner_runs_the_rules_of_plugins(folder: Path) -> None:
@@ -158,7 +159,7 @@ def test_plugin_with_a_fault_is_one_warning_and_is_not_used(fault: str, folder: 
     assert text.startswith("plugin my_rules (rules) of my-rules 1.0: ") and text.endswith(FIX)
     assert all(part in text for part in texts), text
     assert warned() == []  # not a second time
-    assert names() == OWN
+    assert names() == [*RESTORING, *OWN]
     _, report = ecp.rewrite(exported(), "cpu")
     assert report.packages == {} and report.warnings == []
 
@@ -178,7 +179,7 @@ def test_one_name_in_two_plugins_is_a_warning_that_names_both(folder: Path) -> N
     (text,) = warned()
     assert text.startswith("plugin b_rules (rules) of b-rules 1.0: the name of its rule write_silu is that of a rule")
     assert "a-rules 1.0 (plugin a_rules)" in text
-    assert names() == [*OWN, "write_silu"]
+    assert names() == [*RESTORING, *OWN, "write_silu"]
     assert ecp.rewrite(exported(), "cpu")[1].packages == {"write_silu": "a-rules 1.0"}
 
 
@@ -188,13 +189,13 @@ def test_rules_of_two_plugins_that_form_a_cycle_lose_the_later_one(folder: Path)
         install(folder, package, source.replace("requirements = (", f'after = ("{after}",)\n    requirements = ('))
     (text,) = warned()
     assert "b-rules 1.0: rule write_z cannot join the list of cpu: before and after of the passes form a cycle" in text
-    assert names() == [*OWN, "write_a"]
+    assert names() == [*RESTORING, *OWN, "write_a"]
 
 
 def test_other_rules_of_a_plugin_with_a_fault_join(folder: Path) -> None:
     install(folder, "my-rules", RULE + 'RULES = {"cpu": [WriteSilu(), len], "nowhere": [WriteSilu()]}')
     assert len(warned()) == 2
-    assert names() == [*OWN, "write_silu"]
+    assert names() == [*RESTORING, *OWN, "write_silu"]
 
 
 TARGET = RULE + 'npu = ecp.Target("my_npu", "an accelerator", kernels={}, passes=lambda: [WriteSilu()])'

@@ -70,7 +70,9 @@ def test_targets_have_expected_kernels() -> None:
             "int4_table": ["triton"],
             "int4_experts": ["triton"],
             "int4_indexed_experts": ["triton"],
+            "float4_linear": ["triton"],
             "int8_linear": ["triton"],
+            "float8_linear": ["triton"],
         },
         "metal": {"int4_linear": ["torchao", "mps"], "int4_table": ["torchao"], "int8_plain": ["plain operators"]},
         "xnnpack": {},
@@ -84,7 +86,7 @@ def test_targets_have_expected_kernels() -> None:
         },
         **{name: {} for name in ("vulkan", "coreml", "openvino", "mlx", "tensorrt")},
     }
-    for name, family in (("cuda", "int4_experts"), ("cpu", "int4_experts"), ("cuda", "int4_table")):
+    for name, family in (("cuda", "float4_linear"), ("cpu", "int4_experts"), ("cuda", "int4_table")):
         assert get_target(name).kernel(family) is get_target(name).kernel("int4_linear")
     # A table tied to a linear is stored once for both.
     assert get_target("metal").kernel("int4_table") is get_target("metal").kernel("int4_linear")
@@ -132,7 +134,7 @@ def test_rewrite_accepts_custom_target() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_target_rejects_layout_without_operator(family: str) -> None:
     odd = ecp.Kernel("mine", "my_layout", (torch.float32,))
-    known = "int8" if family.startswith("int8") else "mma_tiled"
+    known = "mma_tiled" if "4" in family else "int8"
     with pytest.raises(ValueError, match=rf"kernel 'mine' reads the layout 'my_layout', .*; known are .*{known}"):
         dataclasses.replace(get_target("cpu"), kernels={family: (odd,)})
 
