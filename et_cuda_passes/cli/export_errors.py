@@ -108,7 +108,7 @@ class Unwritten:
     failed: dict[str, str] = field(default_factory=dict)
 
     def texts(self) -> dict[str, str]:
-        """What became of each of them."""
+        """A sentence about each of them."""
         refused = {name: f"left out: {text}" for name, text in self.refused.items()}
         return refused | {name: f"failed: {text}" for name, text in self.failed.items()}
 

@@ -534,7 +534,7 @@ def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
          "both give --dtype float32 and --cast-to-bf16"),
         (("--target", "xnnpack", "--cast-to-bf16"), "--cast-to-bf16 is for kernels of cuda or metal or cpu"),
         (("--target", "xnnpack", "--xnnpack-weight-only", "dynamic"),
-         "--xnnpack-weight-only='dynamic' is unknown; choose fold or dynamic-activation"),
+         "--xnnpack-weight-only='dynamic' is unknown; known are fold, dynamic-activation"),
         (("--target", "cpu", "--xnnpack_weight_only", "dynamic-activation"),
          "changes programs for xnnpack, and the target is cpu: add xnnpack to the target, or leave the option out"),
         (("--target", "cuda", "--keep-gguf"), "of a GGUF file: give one with --gguf FILE"),
