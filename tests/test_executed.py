@@ -67,8 +67,9 @@ def program_of(index: int, target: str) -> tuple[Plan, bool, ExportedProgram]:
         after = "" if step.after == "dropout" else step.after
         # executorch 1.5.1 computes other numbers for a buffer that is read, written and read, without a delegate too.
         after = "cache slice" if target in FLOAT32 and after == "read, write, read" else after
-        # OpenVINO does not convert amax over all axes, which selects a branch.
+        # OpenVINO does not convert amax over all axes, which branches, stored values and tanh have.
         kind = "linear" if target == "openvino" and step.kind in BRANCHES else step.kind
+        after = "" if target == "openvino" and after in ("store", "tanh") else after
         return dataclasses.replace(step, kind=kind, after=after)
 
     plan = dataclasses.replace(
@@ -192,7 +193,7 @@ def test_vulkan_computes_the_weights_that_are_kept(index: int) -> None:
         assert any(each.shape == stored.shape and torch.equal(stored.to(each.dtype), each) for each in weights), plan
 
 
-@pytest.mark.parametrize("index", indices(2))
+@pytest.mark.parametrize("index", indices(1))
 def test_core_ml_holds_the_weights_that_are_kept(index: int) -> None:
     pytest.importorskip("coremltools")
     from tests.coreml import CoreMLPartitioner, decompressed, lowered

@@ -482,6 +482,7 @@ def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
     linears = [each for each in report["outcomes"] if each["op"] == "aten.linear"]
     assert linears and {each["status"] for each in linears} == {status}
     assert ("x quantize_activation" in result.out) == (choice != "fold")
+    assert ("computes with floating-point weights" in result.out + result.err) == (choice == "fold")
 
 
 @pytest.mark.slow
