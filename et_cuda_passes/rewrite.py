@@ -182,7 +182,7 @@ def _report(
     report = tracker.report(target.name, names, constant_bytes(before), 0)
     report.packages = {entry.name: origin for entry in entries if (origin := origin_of(entry.value))}
     reported = {fqn for outcome in report.outcomes for fqn in outcome.fqn.split(", ")}
-    decomposed = [fqn for fqn in decomposed_weights(before) if fqn not in reported]
+    decomposed = [fqn for fqn in decomposed_weights(before, known_passes()) if fqn not in reported]
     if decomposed:
         report.warnings.append(
             f"the program converts {len(decomposed)} integer matrices itself ({decomposed[0]}, ...): their dequantize "

@@ -190,15 +190,30 @@ class Floats(nn.Module):
         return F.linear(x, self.weight(), self.bias)
 
 
-class Generated(nn.Module):
-    """The model of a plan."""
+def quantized(x: Tensor) -> Tensor:
+    """``x`` as torchao quantizes activations while a program runs: to 8 bits, with a scale and a zero point a row."""
+    ao, block = torch.ops.torchao, [*(1 for _ in x.shape[:-1]), x.shape[-1]]
+    scale, zero = ao.choose_qparams_affine(
+        x, "ASYMMETRIC", block, torch.int8, -128, 127, None, torch.float32, torch.int8
+    )
+    integers = ao.quantize_affine(x, block, scale, zero, torch.int8, -128, 127)
+    return ao.dequantize_affine(integers, block, scale, zero, torch.int8, -128, 127, output_dtype=x.dtype)
 
-    def __init__(self, plan: Plan) -> None:
+
+class Generated(nn.Module):
+    """The model of a plan.
+
+    Args:
+        plan: the plan.
+        activations: whether the activations of plain linears are quantized while the model runs.
+    """
+
+    def __init__(self, plan: Plan, activations: bool = False) -> None:
         # The plans are drawn in a process without the package: see `draw` in tests/replay.py.
         from et_cuda_passes.testing import Experts, Quantized
 
         super().__init__()
-        self.plan = plan
+        self.plan, self.activations = plan, activations
         self.log = Log()
         torch.manual_seed(plan.seed)
         self.held = nn.ModuleList()
@@ -333,6 +348,8 @@ class Generated(nn.Module):
         def inner(y: Tensor) -> Tensor:
             return torch.cond(large, lambda z: module(z), lambda z: module(z) * 2, (y,))
 
+        if self.activations and kind in ("linear", "no bias"):
+            x = quantized(x)
         match kind:
             case "lookup":
                 return F.embedding(torch.tensor([0, 1]), module.weight())
@@ -450,9 +467,9 @@ def inputs(plan: Plan, seed: int = 0, rows: int | None = None, sign: int = 1) ->
     return example(plan, seed, rows, sign), torch.linspace(-1, 1, 3 * 64).view(OUT).to(plan.dtype)
 
 
-def exported(plan: Plan) -> tuple[ExportedProgram, list[Read]]:
+def exported(plan: Plan, activations: bool = False) -> tuple[ExportedProgram, list[Read]]:
     """The program of ``plan``, and its reads of weights; rejects a plan that torch itself does not export."""
-    model = Generated(plan)
+    model = Generated(plan, activations)
     rows = ({0: Dim("rows", min=2, max=16)}, None) if plan.dynamic else None
     try:
         program = torch.export.export(model, inputs(plan), dynamic_shapes=rows)

@@ -16,7 +16,21 @@ from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.vulkan import VulkanPartitioner, _Stock
 
-__all__ = ["Lowered", "VulkanPartitioner", "_Stock", "lowered", "unpacked"]
+__all__ = [
+    "DYNAMIC",
+    "KERNELS",
+    "LINEAR",
+    "TABLE",
+    "Lowered",
+    "VulkanPartitioner",
+    "_Stock",
+    "lowered",
+    "unpacked",
+    "weight_in",
+]
+
+LINEAR, DYNAMIC, TABLE = "et_vk.linear_q4gsw", "et_vk.linear_dq8ca_q4gsw", "et_vk.embedding_q4gsw"
+KERNELS = tuple(f"{name}.default" for name in (LINEAR, DYNAMIC, TABLE))
 
 _DTYPES = {
     VkDataType.UINT8: torch.uint8,
@@ -78,3 +92,18 @@ def unpacked(packed: Tensor) -> Tensor:
     """The integers [N, K] of a packed weight: each byte holds an even k in its low half, as value + 8."""
     assert packed.dtype is torch.uint8
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).to(torch.int8) - 8
+
+
+def weight_in(call: str, args: list[Any]) -> Tensor:
+    """The weight [N, K] that the operator computes with, from its constants and its group size."""
+    if call.startswith(TABLE):
+        packed, scales, size = args[0], args[1], args[2]
+    elif call.startswith(LINEAR):
+        packed, scales, size = args[1], args[2].T, args[3]
+    else:
+        packed, sums, scales, size = args[3], args[4], args[5].T, args[6]
+        n = packed.shape[0]
+        assert torch.equal(sums[:, :n], unpacked(packed).to(torch.int32).reshape(n, -1, size).sum(-1).T)
+    integers = unpacked(packed)
+    assert scales.shape == (integers.shape[0], integers.shape[1] // size)
+    return integers.to(scales.dtype) * scales.repeat_interleave(size, dim=1)

@@ -39,9 +39,8 @@ from et_cuda_passes.executorch.lower import (
     staging_folder,
     uninterrupted,
 )
-from et_cuda_passes.executorch.packed import read_report, save_packed
+from et_cuda_passes.executorch.packed import save_packed
 from et_cuda_passes.graph.report import Report
-from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.hf.artifact import (
     SUFFIX,
     Build,
@@ -67,15 +66,13 @@ from et_cuda_passes.hf.components import (
     with_fqns_of_root,
 )
 from et_cuda_passes.hf.config import FORMAT, EtConfig, config_of
-from et_cuda_passes.hf.finish import with_target
+from et_cuda_passes.hf.finish import PAGE_FILE, REPORT_FILE, page_of, with_target
 from et_cuda_passes.hf.options import QuantizationOptions, dtype_problem, expected_counts, passes_for
 from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
 
-REPORT_FILE = "report.json"
-PAGE_FILE = "report.html"
 # torchao's message for an operator that its tensors do not implement.
 _UNIMPLEMENTED = re.compile(
     r"dispatch: attempting to run unimplemented operator/function: func=<OpOverload\(op='([\w.]+)'"
@@ -129,7 +126,7 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
             for part in (self.config, self.generation_config, processor):
                 if part is not None:
                     part.save_pretrained(staging)
-            if page := _page(self.report, folder.resolve().name):
+            if page := page_of(self.report, folder.resolve().name):
                 (staging / PAGE_FILE).write_text(page, encoding="utf-8")
             manifest = {
                 "schema_version": EXPORT_SCHEMA_VERSION,
@@ -499,19 +496,6 @@ def _reports_by_target(components: Mapping[str, Component]) -> dict[str, dict[st
         for target, report in component.report.items():
             reports.setdefault(target, {})[name] = report
     return reports
-
-
-def _page(report: Mapping[str, Any], title: str) -> str:
-    """The page of all targets and components of an export; empty if its report has none."""
-    try:
-        reports = {
-            f"{target}, {name}" if len(parts) > 1 else target: read_report(part).to_dict()
-            for target, parts in report.get("targets", {}).items()
-            for name, part in parts.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ExportError("the report of the export is damaged: export the model again") from error
-    return render(reports, title) if reports else ""
 
 
 class QuantizedModel:

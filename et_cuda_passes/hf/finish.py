@@ -5,14 +5,32 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from transformers.exporters.base import EXPORT_MANIFEST_FILE
 from transformers.exporters.metadata import ExportMetadata, register_treespec_types
 
 from et_cuda_passes.executorch.lower import Progress, atomic_output, gpu_of_methods, lower, missing_requirement
-from et_cuda_passes.executorch.packed import load_model
+from et_cuda_passes.executorch.packed import load_model, read_report
+from et_cuda_passes.graph.report_page import render
 from et_cuda_passes.hf.artifact import SUFFIX, Build, Component, ExportError
 from et_cuda_passes.hf.config import FORMAT
+
+REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+
+
+def page_of(report: Mapping[str, Any], title: str) -> str:
+    """The page of all targets and components of an export; empty if its report has none."""
+    try:
+        reports = {
+            f"{target}, {name}" if len(parts) > 1 else target: read_report(part).to_dict()
+            for target, parts in report.get("targets", {}).items()
+            for name, part in parts.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ExportError("the report of the export is damaged: export the model again") from error
+    return render(reports, title) if reports else ""
 
 
 def with_target(progress: Progress, target: str, step: str) -> None:
@@ -73,6 +91,12 @@ def finish_export(
         added += files
         for path in packed:
             path.unlink()
+    report = folder / REPORT_FILE
+    if added and report.is_file():
+        # Another version may have exported the folder, and its page does not show everything that this one's does.
+        with atomic_output(folder) as staging:
+            page = page_of(json.loads(report.read_text(encoding="utf-8")), folder.resolve().name)
+            (staging / PAGE_FILE).write_text(page, encoding="utf-8")
     return added
 
 

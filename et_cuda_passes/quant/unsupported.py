@@ -4,6 +4,7 @@ Three forms occur. A weight stays wrapped in a tensor subclass. The program comp
 no dequantize. The dequantize was decomposed before the rewrite.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -219,8 +220,10 @@ def _largest_part(program: Program, part: Node) -> torch.Tensor:
 _VIEW_OPS = frozenset({aten.view.default, aten.unsqueeze.default})
 
 
-def decomposed_weights(exported: ExportedProgram) -> list[str]:
+def decomposed_weights(exported: ExportedProgram, rules: Collection[str]) -> list[str]:
     """The names of integer matrices that the program itself scales as floating point, in graph order.
+
+    A conversion that one of ``rules`` wrote is that of an earlier rewrite, and is left out.
 
     The default decomposition table replaces ``dequantize_affine`` by a view, a conversion, a subtraction and a
     multiplication by another constant; ``run_decompositions({})`` keeps it. A buffer that the program mutates is no
@@ -242,10 +245,18 @@ def decomposed_weights(exported: ExportedProgram) -> list[str]:
             fixed.add(node)
         if source in names:
             names[node] = names[source]
-            conversions += [node] if op_of(node) in _CONVERSIONS else []
+            conversions += [node] if op_of(node) in _CONVERSIONS and not _is_written_by(node, rules) else []
         elif node in fixed and node.name in targets and _is_integer_matrix(value):
             names[node] = targets[node.name]
     return list(dict.fromkeys(names[node] for node in conversions if _is_scaled_as_float(node, fixed)))
+
+
+def _is_written_by(node: Node, rules: Collection[str]) -> bool:
+    """Whether one of ``rules`` wrote the node, or the node from which a decomposition built it."""
+    sources = list(node.meta.get("from_node", ()))
+    for source in sources:  # grows
+        sources += source.from_node
+    return any(source.pass_name in rules for source in sources)
 
 
 def _is_integer_matrix(value: object) -> bool:

@@ -482,6 +482,7 @@ def test_choice_for_weight_only_linears_on_xnnpack_is_that_of_the_option(
     linears = [each for each in report["outcomes"] if each["op"] == "aten.linear"]
     assert linears and {each["status"] for each in linears} == {status}
     assert ("x quantize_activation" in result.out) == (choice != "fold")
+    assert ("computes with floating-point weights" in result.out + result.err) == (choice == "fold")
 
 
 @pytest.mark.slow
@@ -534,7 +535,7 @@ def test_checkpoint_in_bfloat16_is_exported_for_three_targets_at_once(
          "both give --dtype float32 and --cast-to-bf16"),
         (("--target", "xnnpack", "--cast-to-bf16"), "--cast-to-bf16 is for kernels of cuda or metal or cpu"),
         (("--target", "xnnpack", "--xnnpack-weight-only", "dynamic"),
-         "--xnnpack-weight-only='dynamic' is unknown; choose fold or dynamic-activation"),
+         "--xnnpack-weight-only='dynamic' is unknown; known are fold, dynamic-activation"),
         (("--target", "cpu", "--xnnpack_weight_only", "dynamic-activation"),
          "changes programs for xnnpack, and the target is cpu: add xnnpack to the target, or leave the option out"),
         (("--target", "cuda", "--keep-gguf"), "of a GGUF file: give one with --gguf FILE"),

@@ -21,10 +21,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.graph.rule import Keep
 from et_cuda_passes.rules.fold import DropActivationQuantization
 from et_cuda_passes.testing import Quantized, export
-from tests.vulkan import VulkanPartitioner, _Stock, lowered, unpacked
-
-LINEAR, DYNAMIC, TABLE = "et_vk.linear_q4gsw", "et_vk.linear_dq8ca_q4gsw", "et_vk.embedding_q4gsw"
-KERNELS = tuple(f"{name}.default" for name in (LINEAR, DYNAMIC, TABLE))
+from tests.vulkan import DYNAMIC, KERNELS, LINEAR, TABLE, VulkanPartitioner, _Stock, lowered, unpacked, weight_in
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ def test_lowered_program_has_the_graphs_numbers(name: str) -> None:
     assert [call.removesuffix(".default") for call, _ in kept] == ([predicted] if predicted else [])
     if kept:
         wanted = _dequantized(case.program)
-        assert torch.equal(_weight_in(*kept[0]).to(wanted.dtype), wanted)
+        assert torch.equal(weight_in(*kept[0]).to(wanted.dtype), wanted)
 
 
 def _dequantized(program: ExportedProgram) -> Tensor:
@@ -210,26 +207,11 @@ def _dequantized(program: ExportedProgram) -> Tensor:
     return weight
 
 
-def _weight_in(call: str, args: list[Any]) -> Tensor:
-    """The weight [N, K] that the operator computes with, from its constants and its group size."""
-    if call.startswith(TABLE):
-        packed, scales, size = args[0], args[1], args[2]
-    elif call.startswith(LINEAR):
-        packed, scales, size = args[1], args[2].T, args[3]
-    else:
-        packed, sums, scales, size = args[3], args[4], args[5].T, args[6]
-        n = packed.shape[0]
-        assert torch.equal(sums[:, :n], unpacked(packed).to(torch.int32).reshape(n, -1, size).sum(-1).T)
-    integers = unpacked(packed)
-    assert scales.shape == (integers.shape[0], integers.shape[1] // size)
-    return integers.to(scales.dtype) * scales.repeat_interleave(size, dim=1)
-
-
 def test_stock_backend_ignores_zero_points() -> None:
     case = CASES["4 bits, asymmetric"]()
     ((call, args),) = lowered(case.program, _Stock()).calls
     wanted = _dequantized(case.program)
-    stored = _weight_in(call, args)
+    stored = weight_in(call, args)
     assert float((stored - wanted).norm() / wanted.norm()) > 0.5
 
 
@@ -273,7 +255,7 @@ def test_tied_weight_is_copied_for_its_second_reader(embedding: bool) -> None:
     found = lowered(program, partitioner)
     wanted = model.last.weight.dequantize()
     assert found.names == [KERNELS[2] if embedding else KERNELS[0], KERNELS[0]]
-    assert all(torch.equal(_weight_in(call, args), wanted) for call, args in found.calls)
+    assert all(torch.equal(weight_in(call, args), wanted) for call, args in found.calls)
 
 
 @pytest.mark.slow

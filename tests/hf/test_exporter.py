@@ -282,7 +282,7 @@ def test_weight_only_linears_for_xnnpack_take_4_bit_kernels_on_request() -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target": "xnnpack", "xnnpack_weight_only": "dynamic"}, "choose fold or dynamic-activation"),
+        ({"target": "xnnpack", "xnnpack_weight_only": "dynamic"}, "known are fold, dynamic-activation"),
         ({"target": "cpu", "xnnpack_weight_only": "dynamic-activation"}, "the target is cpu: add xnnpack"),
     ],
 )

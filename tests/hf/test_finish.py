@@ -47,13 +47,15 @@ def test_packed_programs_are_finished_where_nothing_is_missing(tmp_path: Path, m
         config = EtConfig(target="cpu", qlinear="4w")
         exported = EtExporter().export_for_generation(model, inputs, config, generation_config=static_cache())
         exported.save_pretrained(tmp_path / "out")
-    before = names(tmp_path / "out")
+    before, page = names(tmp_path / "out"), (tmp_path / "out" / "report.html").read_text()
+    (tmp_path / "out" / "report.html").write_text("of another version")
     # In another process, in which transformers has registered no cache yet.
     code = f"from et_cuda_passes.hf import finish_export; print(finish_export({str(tmp_path / 'out')!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     packed = {"prefill.cpu.packed.pt2", "decode.cpu.packed.pt2"}
     assert set(names(tmp_path / "out")) == set(before) - packed | {"model.cpu.pt2"}
+    assert (tmp_path / "out" / "report.html").read_text() == page
     assert finish_export(tmp_path / "out") == []
     again = ExportedModel.from_pretrained(tmp_path / "out")
     found = again.runners["prefill"](

@@ -20,7 +20,7 @@ from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.quant.unsupported import SuggestedSchemes, unwrapped, wrapped_reason, wrapped_weights
-from et_cuda_passes.testing import Sketch, assert_misses
+from et_cuda_passes.testing import Quantized, Sketch, assert_misses
 
 MULTIPLIED = {
     "mx": (MXDynamicActivationMXWeightConfig(), "float8_e4m3fn", "aten._scaled_mm"),
@@ -208,3 +208,12 @@ def test_integers_that_are_no_weight_give_no_warning() -> None:
     program = torch.export.export(Bytes(), (torch.randn(4, 4),))
     for form in (program, program.run_decompositions()):
         assert ecp.rewrite(form, "cuda")[1].warnings == []
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_conversion_of_an_earlier_rewrite_gives_no_warning(decomposed: bool) -> None:
+    model = Quantized(64, 128, low=-128, high=127, dtype=torch.float32)
+    rewritten, report = ecp.rewrite(torch.export.export(model, (torch.randn(2, 128),)), "openvino")
+    assert report.counts()["decompress_int8"] == 1
+    again = rewritten.run_decompositions({}) if decomposed else rewritten
+    assert ecp.rewrite(again, "openvino")[1].warnings == []
