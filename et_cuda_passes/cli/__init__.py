@@ -38,6 +38,7 @@ from et_cuda_passes.cli.exporting import cache_of, compile_specs_of, export, fin
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
 from et_cuda_passes.cli.matching import match
+from et_cuda_passes.cli.matrix import MatrixCommand, matrix
 from et_cuda_passes.cli.new_rule import new_rule
 from et_cuda_passes.cli.options import (
     TARGETS,
@@ -281,6 +282,7 @@ app.command(
 app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
 app.command(epilog="Exits with 1 if the export does not run.")(generate)
 app.command()(match)
+app.command(cls=MatrixCommand, epilog="Exits with 1 if a job fails.")(matrix)
 app.command()(new_rule)
 app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 

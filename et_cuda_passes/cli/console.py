@@ -184,7 +184,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with _short_warnings_of_plugins(), _quiet_loggers(debug), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), exits_on_sigterm():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -209,6 +209,8 @@ def handle_errors_without_torch() -> Iterator[None]:
             yield
     except (UsageError, PluginError) as error:
         _fail(str(error), 2, False)
+    except LoweringError as error:
+        _fail(str(error), 1, False)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
 
@@ -285,7 +287,7 @@ def start_runtime() -> None:
 
 
 @contextmanager
-def _removed_temporary_files() -> Iterator[None]:
+def exits_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the process as an exception does, by which temporary folders are removed."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

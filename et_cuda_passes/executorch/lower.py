@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +26,7 @@ from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
 from et_cuda_passes.targets.gpu import gpu_named_in
+from et_cuda_passes.unfinished import TemporaryFolder
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -182,8 +182,8 @@ def atomic_output(folder: Path) -> Iterator[Path]:
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside ``folder``, so that a move from one to the other is a rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-        yield Path(name)
+    with TemporaryFolder(folder) as path:
+        yield path
 
 
 def move_files(staging: Path, folder: Path, last: str | None = None) -> None:

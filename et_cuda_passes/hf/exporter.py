@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -74,6 +73,7 @@ from et_cuda_passes.hf.support import casts_to_bf16
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation
+from et_cuda_passes.unfinished import TemporaryFolder
 
 REPORT_FILE = "report.json"
 PAGE_FILE = "report.html"
@@ -393,7 +393,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
         """Rewrite each program for its targets, and lower those of one target together."""
-        folder = TemporaryDirectory(prefix="et_cuda_passes-")
+        folder = TemporaryFolder()
         alone = len(programs) == 1
         components = {
             name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
@@ -424,7 +424,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
                     )
                     if target == "cuda":
                         _check_attention(name, rewritten[name])
-            builds = self._build(rewritten, reports, config, target, Path(folder.name), alone)
+            builds = self._build(rewritten, reports, config, target, folder.path, alone)
             for name in rewritten:
                 components[name].builds[target] = builds[name]
                 components[name].report[target] = reports[name].to_dict()
