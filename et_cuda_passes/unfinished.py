@@ -36,8 +36,10 @@ class TemporaryFolder:
         around, prefix = (Path(tempfile.gettempdir()), PREFIX_IN_TEMP) if parent is None else (parent, PREFIX)
         remove_unfinished(around, prefix)
         descriptor, name = _locked(lambda: _create_folder(around, prefix))
-        self.path = Path(name)
-        self._remove = weakref.finalize(self, _remove, self.path, descriptor)
+        # The lock is on the folder around it, so that a user of the path can lock that.
+        self.path = Path(name, "files")
+        self._remove = weakref.finalize(self, _remove, Path(name), descriptor)
+        self.path.mkdir()
 
     def __enter__(self) -> Path:
         return self.path
@@ -118,6 +120,6 @@ def _create_folder(folder: Path, prefix: str) -> tuple[int, str]:
             return os.open(name, os.O_RDONLY), name
 
 
-def _remove(path: Path, descriptor: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def _remove(folder: Path, descriptor: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
     os.close(descriptor)

@@ -22,6 +22,7 @@ from torch.utils._sympy.numbers import int_oo
 
 from et_cuda_passes._versions import version_problem
 from et_cuda_passes.executorch.compile_specs import check_compile_specs
+from et_cuda_passes.executorch.checked_output import checked_output
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
@@ -452,11 +453,11 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from torch._inductor import aot_compile, aoti_compile_and_package
     from torch.export.pt2_archive._package import package_pt2
 
-    path = str(folder / f"{stem}.pt2")
+    path = folder / f"{stem}.pt2"
     if len(methods) == 1:
         progress("compiling with AOTInductor")
-        with torch.no_grad(), gc_throttled():
-            aoti_compile_and_package(*methods.values(), package_path=path)
+        with torch.no_grad(), gc_throttled(), checked_output(path) as file:
+            aoti_compile_and_package(*methods.values(), package_path=file)
         return
     # A library that contains its constants cannot share them with another library. These leave them to the package.
     options = {
@@ -474,7 +475,8 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
             files[name] = compiled
         progress("serializing")
         _share_weights(files)
-        package_pt2(path, aoti_files=files)
+        with checked_output(path) as file:
+            package_pt2(file, aoti_files=files)
 
 
 def _own(partitioner: Callable[[str], Any], methods: Methods, folder: Path, stem: str, progress: Progress) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
+from et_cuda_passes.executorch.checked_output import checked_output
 from et_cuda_passes.executorch.errors import ModelError as ModelError
 from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
@@ -125,7 +126,8 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "report": report.to_dict(),
     }
-    torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
+    with checked_output(path) as file:
+        torch.export.save(program, file, extra_files={_RECORD: json.dumps(record)})
 
 
 def _check_kind(path: Path, trust: bool) -> None:
