@@ -1,6 +1,5 @@
 """``export``: a model on disk becomes programs for every target, in one folder."""
 
-import errno
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from et_cuda_passes.cli.console import (
     list_files,
     one_line,
     print_json,
+    shortage_of,
 )
 from et_cuda_passes.cli.documents import Export, Lower, QuantizationData, ReportData, files_of
 from et_cuda_passes.cli.options import (
@@ -36,6 +36,7 @@ from et_cuda_passes.cli.options import (
     completes,
 )
 from et_cuda_passes.hf.report import QuantizationReport
+from et_cuda_passes.unfinished import PREFIX
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
@@ -257,6 +258,7 @@ def _export(
     ``refused`` gets the targets that cannot take the model, if others can.
     """
     step(f"loading {checkpoint}")
+    before = checkpoint.state()
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf import EtConfig, EtExporter
     from et_cuda_passes.hf.loading import generation_config, load, quiet
@@ -276,6 +278,7 @@ def _export(
             exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
         else:
             exported = exporter.export(loaded.model, loaded.inputs, config)
+        checkpoint.check_unchanged(before)
     return exported, loaded
 
 
@@ -363,13 +366,10 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
     except FileExistsError as error:
         raise UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite")) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            problem = "the disk is full" if error.errno != errno.EFBIG else "a file would be larger than the limit"
+        if shortage := shortage_of(error):
             # Programs are lowered into a temporary folder, and then written to the output folder.
-            where = "" if str(step.current).startswith("writing") else f" (temporary files are in {gettempdir()})"
-            raise LoweringError(
-                f"{step.current}: {problem}{where}; free some space and run the command again"
-            ) from error
+            where = "" if str(step.current).startswith("writing") else f"; temporary files are in {gettempdir()}"
+            raise LoweringError(f"{step.current}: {shortage}{where}") from error
         raise
     except (ExportError, errors.UsageError) as error:
         text = _in_options(str(error))
@@ -381,6 +381,8 @@ def _stage(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[None]:
         where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
         raise LoweringError(f"{step.current}: {str(error).splitlines()[0]}{where}") from error
     except Exception as error:
+        if shortage := shortage_of(error):
+            raise LoweringError(f"{step.current}: {shortage}") from error
         text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else one_line(error)
         raise LoweringError(f"{step.current}: {text} (--debug shows the traceback)") from error
 
@@ -405,7 +407,7 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         return
     if (folder / _MANIFEST).exists():
         raise UsageError(f"{folder} has an export already: name another folder, or give --overwrite")
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(PREFIX))
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise UsageError(

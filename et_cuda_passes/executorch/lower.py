@@ -21,8 +21,8 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
 from et_cuda_passes._versions import version_problem
-from et_cuda_passes.executorch.compile_specs import check_compile_specs
 from et_cuda_passes.executorch.checked_output import checked_output
+from et_cuda_passes.executorch.compile_specs import check_compile_specs
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
@@ -198,6 +198,10 @@ def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
     for file in files.values():
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
+    if len(files) > 1:
+        # A process that is killed here leaves some of its files, and none of an earlier run beside them.
+        for file in files.values():
+            file.unlink(missing_ok=True)
     for path, file in files.items():
         file.parent.mkdir(exist_ok=True)
         os.replace(path, file)

@@ -101,6 +101,38 @@ def load_model(path: Path, target: str | Target, trust: bool = False, mapped: bo
 
 def _read(path: Path, trust: bool, mapped: bool = False) -> tuple[ExportedProgram, str]:
     """The program and the text of its record, empty if it has none."""
+    before = file_state(path)
+    try:
+        found = _read_once(path, trust, mapped)
+    except ModelError:
+        check_unchanged(path, before)  # a file that is being written looks damaged
+        raise
+    # Parts of two files would fit together if only the weights differ.
+    check_unchanged(path, before)
+    return found
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of a file, which change when it is replaced or written; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: tuple[int, int, int] | None, replaced: bool = False) -> None:
+    """Check that a file is as it was, or with ``replaced`` that it is, or is another file now.
+
+    Raises:
+        ModelError: it was written.
+    """
+    now = file_state(path)
+    if now != before and not (replaced and (now is None or before is None or now[0] != before[0])):
+        raise ModelError(f"{path} changed while it was read: run the command again when nothing writes to it")
+
+
+def _read_once(path: Path, trust: bool, mapped: bool) -> tuple[ExportedProgram, str]:
     _check_kind(path, trust)
     # torch.export.load reads only the extra files whose names are in this dict.
     extra = {_RECORD: ""}

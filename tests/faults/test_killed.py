@@ -1,0 +1,99 @@
+"""Commands that are killed, or interrupted, at random moments. FAULTS is how many of each (``make faults``)."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from et_cuda_passes.unfinished import PREFIX
+from tests.faults.files import Contents, assert_whole, contents, left_over
+from tests.faults.processes import Command, finished
+
+COUNT = int(os.environ.get("FAULTS", "3"))
+Arguments = Callable[[Path], tuple[object, ...]]
+
+
+def lower(program: Path) -> Arguments:
+    return lambda out: ("lower", program, "-t", "cuda", "--stop-after", "rewrite", "-o", out)
+
+
+def export(checkpoint: Path) -> Arguments:
+    options = ("--target", "cuda", "--qlinear", "4w", "--dtype", "bfloat16", "--gpu", "sm_80", "--overwrite")
+    return lambda out: ("export", "--model", checkpoint, *options, "--output-dir", out)
+
+
+@pytest.fixture(params=["lower", "export"])
+def arguments(request: pytest.FixtureRequest, program: Path, checkpoint: Path) -> Arguments:
+    return lower(program) if request.param == "lower" else export(checkpoint)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export for cuda ends with packed programs everywhere."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def reference(arguments: Arguments, folder: Path) -> tuple[Contents, float]:
+    """The files of a run that ends, and its seconds. The first run imports what a later one does not."""
+    for _ in range(2):
+        command = Command(arguments(folder / "out"), folder)
+        result = command.wait()
+        assert result.code == 0 or "on a machine that has it, go on with" in result.error, result.err
+        seconds = time.monotonic() - command.began
+    return contents(folder / "out"), seconds
+
+
+def wait_for_a_moment(command: Command, out: Path, seconds: float, in_writing: bool) -> None:
+    """Wait for a random moment of the whole run, or one shortly after the first temporary file."""
+    if in_writing:
+        command.until(lambda: any(out.glob(f"{PREFIX}*")))
+        time.sleep(random.uniform(0, 0.1))
+    else:
+        time.sleep(random.uniform(0, seconds))
+
+
+def assert_retry_succeeds(arguments: Arguments, folder: Path, whole: Contents) -> None:
+    finished(*arguments(folder / "out"), folder=folder)
+    assert contents(folder / "out") == whole
+    assert left_over(folder / "out", folder / "temporary") == []
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_killed_command_leaves_whole_files_and_a_retry_succeeds(arguments: Arguments, tmp_path: Path) -> None:
+    whole, seconds = reference(arguments, tmp_path / "reference")
+    folder = tmp_path / "killed"
+    for index in range(COUNT):
+        command = Command(arguments(folder / "out"), folder)
+        wait_for_a_moment(command, folder / "out", seconds, index % 2 == 0)
+        command.kill()
+        found = contents(folder / "out")
+        assert_whole(found, whole)
+        if "export.json" in found:
+            assert found == whole, "a folder with a manifest is a whole export"
+        if index % 10 == 9 or index == COUNT - 1:
+            assert_retry_succeeds(arguments, folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("no_gpu")
+def test_interrupted_command_removes_its_temporary_files(
+    arguments: Arguments, number: signal.Signals, tmp_path: Path
+) -> None:
+    whole, seconds = reference(arguments, tmp_path / "reference")
+    folder = tmp_path / "interrupted"
+    codes = set()
+    for index in range(COUNT):
+        command = Command(arguments(folder / "out"), folder)
+        wait_for_a_moment(command, folder / "out", seconds, index % 2 == 0)
+        command.send(number)
+        codes.add(command.wait().code)
+        assert "Traceback" not in command.err
+        assert left_over(folder / "out", folder / "temporary") == []
+        assert_whole(contents(folder / "out"), whole)
+    # Before the command has a handler of its own, the signal ends the process.
+    assert codes <= {128 + number, -number, 0, 1}
+    assert_retry_succeeds(arguments, folder, whole)
