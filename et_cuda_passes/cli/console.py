@@ -28,8 +28,10 @@ from et_cuda_passes.cli.documents import Document
 from et_cuda_passes.plugins import PluginError, PluginWarning
 from et_cuda_passes.unfinished import PREFIX, PREFIX_IN_TEMP
 
-_NO_MEMORY = re.compile(r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc")
-"""What torch and C++ say."""
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|can't start new thread|failed to map"
+)
+"""Messages of torch, of C++ and of the system."""
 
 
 class UsageError(Exception):
@@ -341,6 +343,8 @@ def shortage_of(error: BaseException) -> str:
     while each is not None and each not in seen:
         seen.append(each)
         number = each.errno if isinstance(each, OSError) else None
+        if isinstance(each, OSError) and number and each.strerror not in (None, os.strerror(number)):
+            return str(each.strerror)  # the cache and the files of --stream say which they are
         # The names of temporary files mean nothing to a user.
         place = re.split(f"/(?:{re.escape(PREFIX)}|{PREFIX_IN_TEMP})", str(getattr(each, "filename", None) or ""))[0]
         where = f" ({place})" if place else ""

@@ -40,6 +40,8 @@ _OLD_KEYS = {"untaken": "rejected"}
 """Keys of a report that earlier versions wrote, with their names of today."""
 _NEW_KEYS: dict[str, Any] = {"notes": [], "drawings": [], "accuracy": [], "tilings": "", "packages": {}}
 """Keys of a report that earlier versions did not write, with their values."""
+_NO_MEMORY = "can't allocate memory"
+"""torch's error."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
 
@@ -136,13 +138,16 @@ def _read_once(path: Path, trust: bool, mapped: bool) -> tuple[ExportedProgram, 
     _check_kind(path, trust)
     # torch.export.load reads only the extra files whose names are in this dict.
     extra = {_RECORD: ""}
+    logged: list[BaseException] = []
     try:
-        with _opened(path, trust, mapped) as (file, left_out), quiet_load():
+        with _opened(path, trust, mapped) as (file, left_out), quiet_load() as logged:
             program = torch.export.load(file, extra_files=extra)
             _map(program, path, left_out)
     except ModelError:
         raise
     except Exception as error:  # a damaged file raises any exception from torch.export.load
+        if any(isinstance(each, MemoryError) or _NO_MEMORY in str(each) for each in (error, *logged)):
+            raise MemoryError(f"{path} cannot be read: there is not enough memory") from error
         text = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
@@ -369,19 +374,37 @@ def _leaf_types(kind: Any) -> set[type]:
     return set().union(*map(_leaf_types, inner)) if inner else {kind}
 
 
+class _Log(logging.Handler):
+    """Keeps the exceptions that are logged, and passes on errors alone."""
+
+    def __init__(self, parent: logging.Logger, exceptions: list[BaseException]) -> None:
+        super().__init__()
+        self._parent, self._exceptions = parent, exceptions
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            self._exceptions.append(record.exc_info[1])
+        if record.levelno >= logging.ERROR:
+            self._parent.handle(record)
+
+
 @contextmanager
-def quiet_load() -> Iterator[None]:
+def quiet_load() -> Iterator[list[BaseException]]:
     """Suppress the log that torch.export.load writes before it raises, unless logging is at level DEBUG.
 
-    Its log message for inputs other than tensors and containers is malformed, and prints a traceback.
+    Its log message for inputs other than tensors and containers is malformed, and prints a traceback. The list has the
+    exceptions that it logs, of which the one that it raises says nothing.
     """
     logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
-    before = [log.level for log in logs]
+    logs = [log for log in logs if log.getEffectiveLevel() > logging.DEBUG]
+    before = [(log.level, log.propagate, log.handlers) for log in logs]
+    exceptions: list[BaseException] = []
     for log in logs:
-        if log.getEffectiveLevel() > logging.DEBUG:
-            log.setLevel(logging.ERROR)
+        log.propagate, log.handlers = False, [_Log(log.parent or logging.getLogger(), exceptions)]
+        log.setLevel(logging.WARNING)
     try:
-        yield
+        yield exceptions
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, (level, propagate, handlers) in zip(logs, before, strict=True):
+            log.propagate, log.handlers = propagate, handlers
             log.setLevel(level)

@@ -8,5 +8,6 @@ from et_cuda_passes.executorch import lower, packed, xnnpack
 from et_cuda_passes.hf import exporter, finish, loading
 
 __all__ = [
-    "app", "et_cuda_passes", "exporter", "finish", "loading", "lower", "packed", "to_edge_transform_and_lower", "xnnpack",
+    "app", "et_cuda_passes", "exporter", "finish", "loading", "lower", "packed", "to_edge_transform_and_lower",
+    "xnnpack",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.cli.command import Result
@@ -52,15 +53,20 @@ class Command:
         while not condition() and self._process.is_alive():
             time.sleep(0.001)
 
-    def send(self, number: signal.Signals) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        return self._process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill it with all that it started."""
         if self._process.is_alive():
-            assert self._process.pid is not None
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has no group of its own yet
+                os.killpg(self.pid, signal.SIGKILL)
+            self.send(signal.SIGKILL)
         self._process.join()
 
     @property
