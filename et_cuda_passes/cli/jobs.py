@@ -162,21 +162,23 @@ class _Reader:
         if output is None:
             raise self._error('output is missing: name the folder of all results, as in output = "build"')
         models, targets = self._tables("model"), self._tables("target")
+        tables = self._tables("scheme")
+        schemes = {name: self._options(each, f"[scheme.{name}]", ("export",)) for name, each in tables.items()}
         if not models or not targets:
             lacking = "model" if not models else "target"
             raise self._error(f"there is no {lacking}: add a table [{lacking}.NAME]")
-        schemes = self._tables("scheme")
         common = self._options(self._table(self.document, "options", ""), "[options]", ("export", "lower"))
         accelerators = self._table(self.document, "accelerators", "")
         excluded = list(self._excluded(models, schemes, targets))
+        sources = {name: self._source(name, table) for name, table in models.items()}
+        if schemes and all(command == "lower" for _, command in sources.values()):
+            raise self._error("a [scheme.NAME] quantizes a model that is exported, and each path is a .pt2: remove it")
         jobs: dict[str, Job] = {}
         for model, model_table in models.items():
-            source, command = self._source(model, model_table)
+            source, command = sources[model]
             own = self._options(_without(model_table, "path"), f"[model.{model}]", (command,))
             for scheme in schemes if command == "export" and schemes else [None]:
-                chosen: Options = {}
-                if scheme is not None:
-                    chosen = self._options(schemes[scheme], f"[scheme.{scheme}]", ("export",))
+                chosen = {} if scheme is None else schemes[scheme]
                 for target, table in targets.items():
                     needs = self._needs(target, table)
                     for gpu in self._gpus(target, table):

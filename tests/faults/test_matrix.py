@@ -21,8 +21,7 @@ def write_jobs(folder: Path, program: Path, gpus: str) -> Path:
     folder.mkdir()
     path = folder / "jobs.toml"
     path.write_text(
-        f'output = "out"\n[model.mlp]\npath = "{program}"\n'
-        f'[target.cuda]\nstop-after = "rewrite"\ngpu = {gpus}\n'
+        f'output = "out"\n[model.mlp]\npath = "{program}"\n[target.cuda]\nstop-after = "rewrite"\ngpu = {gpus}\n'
     )
     return path
 
