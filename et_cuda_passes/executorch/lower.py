@@ -212,16 +212,16 @@ def uninterrupted(folder: Path) -> Iterator[None]:
     """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
     received: list[int] = []
     former: dict[signal.Signals, Any] = {}
-    # A handler runs in the main thread, and only there it can be set.
-    if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) is not None:
-                former[each] = signal.signal(each, lambda number, frame: received.append(number))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # A file system that has no locks has no other process to wait for, as far as this one can know.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # From here on nothing waits. A handler runs in the main thread, and only there it can be set.
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(each) is not None:
+                    former[each] = signal.signal(each, lambda number, frame: received.append(number))
         yield
     finally:
         os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -37,8 +38,10 @@ def farm(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def address() -> Any:
-    """A cluster of one machine with two CPUs."""
+def address(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A cluster of one machine with two CPUs. Its token is also that of the processes that the test starts."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_DISABLE_MEMORY_MONITOR": "1"}
     script = (
         "import ray, sys\n"
