@@ -375,3 +375,15 @@ def test_model_that_vanishes_is_a_failed_job(farm: Path, tmp_path: Path) -> None
     with pytest.raises(FileNotFoundError):
         key_of(job, Digests(tmp_path / "none.json"))
     assert failure(job, "gone").status == "failed"
+
+
+def test_file_of_the_page_is_as_the_page_says(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "build-many.md").read_text()
+    (tmp_path / "models" / "SmolLM2-135M-Instruct").mkdir(parents=True)
+    (tmp_path / "block.pt2").touch()
+    jobs = jobs_of(write(tmp_path, page.split("```toml\n")[1].split("```")[0]))
+    assert list(jobs) == [
+        "smollm-int4-cuda-sm_80", "smollm-int4-cuda-sm_90", "smollm-int4-cpu", "smollm-int8-cpu",
+        "block-cuda-sm_80", "block-cuda-sm_90", "block-cpu",
+    ]  # fmt: skip
+    assert jobs["block-cuda-sm_90"].needs == Needs(8, 1, 64_000_000_000, "H100")

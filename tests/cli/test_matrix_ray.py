@@ -168,6 +168,7 @@ def test_interrupt_ends_the_commands_of_the_cluster(farm: Path, address: str) ->
 
 
 @needs_ray
+@pytest.mark.slow
 def test_address_without_a_cluster_is_an_error(farm: Path) -> None:
     process = start(farm, "--ray", "127.0.0.1:1")
     _, err = process.communicate(timeout=120)

@@ -172,7 +172,7 @@ def repeated(change: object) -> Iterator[None]:
         thread.join()
 
 
-@pytest.mark.parametrize("way", ["replaced", "written"])
+@pytest.mark.parametrize("way", ["replaced", pytest.param("written", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stream", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_program_that_changes_is_lowered_whole_or_not_at_all(way: str, stream: bool, tmp_path: Path) -> None:
     models = []

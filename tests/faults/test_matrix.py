@@ -92,6 +92,7 @@ def test_interrupted_matrix_ends_its_commands_and_says_what_was_not_run(program:
     assert not any((out / name / "job.json").exists() for name in NAMES)
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_file_do_each_job_once(program: Path, tmp_path: Path) -> None:
     jobs = write_jobs(tmp_path / "jobs", program, '"sm_80"')
     commands = [Command(("matrix", jobs, "--json"), tmp_path / str(index)) for index in range(2)]
