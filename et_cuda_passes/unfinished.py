@@ -81,7 +81,7 @@ def flush_names(folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, prefix: str = PREFIX) -> None:
-    """Remove what killed processes left in a folder. What belongs to another user stays."""
+    """Remove what killed processes left in a folder. Those of another user stay."""
     for path in folder.glob(f"{prefix}*"):
         with suppress(OSError):
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -96,7 +96,7 @@ def remove_unfinished(folder: Path, prefix: str = PREFIX) -> None:
 
 
 def _locked(create: Callable[[], tuple[int, str]]) -> tuple[int, str]:
-    """What ``create`` creates, locked, and still there: another run may have removed it before it was locked."""
+    """Create a file or folder and lock it; again if another run removed it before it was locked."""
     while True:
         descriptor, name = create()
         # A file system without locks has no other process to wait for, as far as this one can know.

@@ -374,7 +374,7 @@ class JobResult:
         log: the file with the progress and the errors of the command.
         status: "written" now, "up to date" from an earlier run, "failed", or "not run".
         seconds: the time of the run that wrote the files, or failed.
-        bytes: the size of the files; null if there are none.
+        bytes: the size of the files; null without files.
         rewritten: quantized weights that were rewritten, over all targets and components; null if there is no report.
         kept: those that were kept, likewise.
         missed: those that were missed, likewise.

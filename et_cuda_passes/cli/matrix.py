@@ -222,7 +222,7 @@ def _run_on_ray(jobs: list[Job], address: str, digests: Path, report: Report) ->
         pending = {}
         for job in jobs:
             needs = job.needs
-            options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory}
+            options: dict[str, Any] = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "memory": needs.memory}
             options |= {"accelerator_type": needs.accelerator} if needs.accelerator else {}
             retries = {"max_retries": job.retries, "retry_exceptions": [CommandKilled]}
             pending[remote.options(name=job.name, **options, **retries).remote(job, digests)] = job

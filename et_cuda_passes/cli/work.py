@@ -155,7 +155,7 @@ def _is_same(file: Path, entry: Mapping[str, Any]) -> bool:
     found = file.stat()
     if _form(found) == (entry["size"], entry["mtime_ns"]):
         return True
-    return found.st_size == entry["size"] and _sha256(file) == entry["sha256"]
+    return bool(found.st_size == entry["size"] and _sha256(file) == entry["sha256"])
 
 
 def _read_record(job: Job) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _sha256(path: Path) -> str:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    """What the record says about a file, which is on the disk then."""
+    """The entry of a file in the record. The file is on the disk then."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         size, moment = _form(os.fstat(file.fileno()))
@@ -329,7 +329,9 @@ def _record(job: Job, key: str, document: dict[str, Any], former: Mapping[str, A
         "written",
         seconds,
         sum(entry["size"] for entry in files.values()),
-        *(counts.get(status, 0) for status in ("rewritten", "kept", "missed")),
+        counts.get("rewritten", 0),
+        counts.get("kept", 0),
+        counts.get("missed", 0),
     )
     data = {name: value for name, value in vars(result).items() if name != "status"}
     _write(job.folder / RECORD, {"key": key, "files": files, "result": data})

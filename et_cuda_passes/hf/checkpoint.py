@@ -60,7 +60,8 @@ class Checkpoint:
 
     def state(self) -> dict[Path, tuple[int, int, int]]:
         """Inode, size and time of each local file, which change when it is replaced or written."""
-        paths = [each for each in (self.weights, self.gguf and self.gguf.path) if each is not None]
+        paths = [] if self.weights is None else [self.weights]
+        paths += [] if self.gguf is None else [self.gguf.path]
         if self.is_local:
             kinds = (".json", ".txt", ".model") if paths else (".json", ".txt", ".model", ".safetensors", ".bin")
             paths += [each for each in Path(self.name).iterdir() if each.suffix in kinds]
