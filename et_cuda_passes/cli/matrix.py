@@ -2,10 +2,12 @@
 
 import os
 import shlex
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +36,7 @@ from et_cuda_passes.unfinished import remove_unfinished, replaced_file
 
 RESULTS = "results.json"
 _DIGESTS = "inputs.json"
+_CONNECT_SECONDS = 10
 _ANY = ""
 """The address of ``--ray`` without one."""
 
@@ -114,7 +117,9 @@ def matrix(
                 if ray is None:
                     _run_here(left, count, file.output / _DIGESTS, report)
                 elif left:
-                    _run_on_ray(left, ray, file.output / _DIGESTS, report)
+                    # Ray prints on stdout when it tries a job again.
+                    with redirect_stdout(sys.stderr):
+                        _run_on_ray(left, ray, file.output / _DIGESTS, report)
         finally:
             document = Matrix(str(file.output), list(known.values()))
             with replaced_file(file.output / RESULTS) as stream:
@@ -208,10 +213,24 @@ def _check_ray() -> None:
         raise UsageError("--ray needs ray: pip install 'et-cuda-passes[ray]'") from None
 
 
+def _check_address(address: str) -> None:
+    """Check that something listens at HOST:PORT. Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # "auto", "local", or nothing
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--ray {address}: no connection ({error}); give the address that `ray start --head` prints"
+        ) from None
+
+
 def _run_on_ray(jobs: list[Job], address: str, digests: Path, report: Report) -> None:
     """Give all jobs to Ray, which places each where its resources are, and tries it again after a lost machine."""
     import ray
 
+    _check_address(address)
     try:
         ray.init(address=address or None, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
