@@ -59,7 +59,9 @@ class Command:
         return self._process.pid
 
     def send(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """Send a signal, unless the command has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Kill it with all that it started."""
