@@ -97,3 +97,32 @@ def test_interrupted_command_removes_its_temporary_files(
     # Before the command has a handler of its own, the signal ends the process.
     assert codes <= {128 + number, -number, 0, 1}
     assert_retry_succeeds(arguments, folder, expected)
+
+
+def test_killed_writer_leaves_whole_entries_in_the_cache(program: Path, tmp_path: Path) -> None:
+    def arguments(folder: Path) -> tuple[object, ...]:
+        return (
+            "lower",
+            program,
+            "-t",
+            "cuda",
+            "--stop-after",
+            "rewrite",
+            "--cache",
+            folder / "cache",
+            "-o",
+            folder / "out",
+        )
+
+    assert finished(*arguments(tmp_path / "reference"), folder=tmp_path / "reference").code == 0
+    expected = contents(tmp_path / "reference" / "cache")
+    assert len(expected) == 4
+    folder = tmp_path / "killed"
+    for _ in range(COUNT):
+        command = Command(arguments(folder), folder)
+        command.until(lambda: any((folder / "cache").glob("*")) or any((folder / "cache").glob(f"{PREFIX}*")))
+        time.sleep(random.uniform(0, 0.02))
+        command.kill()
+        assert_whole(contents(folder / "cache"), expected)
+    assert finished(*arguments(folder), folder=folder).code == 0
+    assert contents(folder / "cache") == expected and left_over(folder) == []
