@@ -45,6 +45,10 @@ class TemporaryFolder:
         return self.path
 
     def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the folder now."""
         self._remove()
 
 

@@ -394,6 +394,16 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
         """Rewrite each program for its targets, and lower those of one target together."""
         folder = TemporaryFolder()
+        try:
+            return self._lower_into(folder, programs, configs)
+        except BaseException:
+            # The traceback keeps the folder alive, and the disk may be full.
+            folder.remove()
+            raise
+
+    def _lower_into(
+        self, folder: TemporaryFolder, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]
+    ) -> dict[str, Component]:
         alone = len(programs) == 1
         components = {
             name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
