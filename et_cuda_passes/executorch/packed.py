@@ -374,18 +374,17 @@ def _leaf_types(kind: Any) -> set[type]:
     return set().union(*map(_leaf_types, inner)) if inner else {kind}
 
 
-class _Log(logging.Handler):
-    """Keeps the exceptions that are logged, and passes on errors alone."""
+class _Log(logging.Filter):
+    """Keeps the exceptions that are logged, and drops what is below an error."""
 
-    def __init__(self, parent: logging.Logger, exceptions: list[BaseException]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._parent, self._exceptions = parent, exceptions
+        self.exceptions: list[BaseException] = []
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and record.exc_info[1]:
-            self._exceptions.append(record.exc_info[1])
-        if record.levelno >= logging.ERROR:
-            self._parent.handle(record)
+            self.exceptions.append(record.exc_info[1])
+        return record.levelno >= logging.ERROR
 
 
 @contextmanager
@@ -395,16 +394,22 @@ def quiet_load() -> Iterator[list[BaseException]]:
     Its log message for inputs other than tensors and containers is malformed, and prints a traceback. The list has the
     exceptions that it logs, of which the one that it raises says nothing.
     """
-    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
-    logs = [log for log in logs if log.getEffectiveLevel() > logging.DEBUG]
-    before = [(log.level, log.propagate, log.handlers) for log in logs]
-    exceptions: list[BaseException] = []
-    for log in logs:
-        log.propagate, log.handlers = False, [_Log(log.parent or logging.getLogger(), exceptions)]
-        log.setLevel(logging.WARNING)
+    log, found = logging.getLogger("torch.export"), _Log()
+    levels = {
+        "torch.export": logging.WARNING,
+        "torch.export.pt2_archive": logging.ERROR,
+        "torch._export": logging.ERROR,
+    }
+    logs = [logging.getLogger(name) for name in levels]
+    before = [each.level for each in logs]
+    quiet = log.getEffectiveLevel() > logging.DEBUG
+    if quiet:
+        log.addFilter(found)
+        for each, level in zip(logs, levels.values(), strict=True):
+            each.setLevel(level)
     try:
-        yield exceptions
+        yield found.exceptions
     finally:
-        for log, (level, propagate, handlers) in zip(logs, before, strict=True):
-            log.propagate, log.handlers = propagate, handlers
-            log.setLevel(level)
+        log.removeFilter(found)
+        for each, level in zip(logs, before, strict=True):
+            each.setLevel(level)
