@@ -22,7 +22,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=
 SELECT := $(if $(SLOW),,-m "not slow")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser real zoo nightly limits replay lint types layers golden docs site clean
+.PHONY: help setup demo test browser real zoo nightly faults limits replay lint types layers golden docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000), 200 run 
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels tests/executorch
 	$(ONE_THREAD) EXECUTED=$(or $(EXECUTED),200) $(PY) -m pytest $(ARGS) tests/test_executed.py
 	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py
+
+faults: setup  ## commands killed at random moments (FAULTS=50), full disks, little memory, models that change; needs root
+	$(ONE_THREAD) FAULTS=$(or $(FAULTS),50) $(PY) -m pytest $(ARGS) tests/faults
 
 limits: setup  ## speed and memory of packing and of a rewrite, and its time per linear, against their limits
 	$(ONE_THREAD) $(PY) -m benchmarks.packing --check

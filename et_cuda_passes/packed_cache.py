@@ -9,11 +9,9 @@ an entry, also if a writer is killed, and several may write the same entry. The 
 left: a temporary file that no process has locked.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +21,14 @@ import torch
 
 from et_cuda_passes.graph.constants import Planned
 from et_cuda_passes.threads import for_chunks, ranges
+from et_cuda_passes.unfinished import remove_unfinished, replaced_file
 
 PACKER_VERSION = 1
 """Raise it when the bytes of any packed constant change. A test compares them with those of this version."""
 
 _BLOCK = 4 << 20
 _LONGEST_HEADER = 4096
-_ENTRY, _PART = ".packed", ".part"
+_ENTRY = ".packed"
 
 
 class PackedCache:
@@ -174,7 +173,7 @@ class _Folder(_Store):
         self._folder, self._limit = folder, limit
         self._used: set[str] = set()
         self._size: int | None = None
-        self._remove_parts()
+        remove_unfinished(folder)
 
     def read(self, key: str) -> bytearray | None:
         path = self._folder / f"{key}{_ENTRY}"
@@ -191,37 +190,15 @@ class _Folder(_Store):
 
     def write(self, key: str, header: bytes, data: memoryview) -> None:
         path = self._folder / f"{key}{_ENTRY}"
-        while True:
-            descriptor, part = tempfile.mkstemp(_PART, f"{key[:16]}.", self._folder)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # shows other runs that its writer lives
-            if os.path.exists(part):
-                break
-            os.close(descriptor)  # another run removed it before it was locked
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with replaced_file(path) as file:
                 file.write(header)
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(part, path)
-        except BaseException as error:
-            with suppress(FileNotFoundError):
-                os.unlink(part)
-            if isinstance(error, OSError):
-                text = f"the cache {self._folder} cannot be written: {error.strerror}; free some space, or leave it out"
-                raise OSError(error.errno, text) from error
-            raise
-        self._flush_names()
+        except OSError as error:
+            text = f"the cache {self._folder} cannot be written: {error.strerror}; free some space, or leave it out"
+            raise OSError(error.errno, text) from error
         self._used.add(path.name)
         self._evict(len(header) + len(data))
-
-    def _flush_names(self) -> None:
-        """Write the folder itself to the disk: it holds the new name."""
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
     def _evict(self, added: int) -> None:
         """Remove the least recently used entries beyond the limit."""
@@ -241,10 +218,3 @@ class _Folder(_Store):
             if path.name not in self._used:
                 path.unlink(missing_ok=True)
                 self._size -= size
-
-    def _remove_parts(self) -> None:
-        """Remove the temporary files of killed writers."""
-        for path in self._folder.glob(f"*{_PART}"):
-            with suppress(FileNotFoundError, BlockingIOError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()

@@ -125,7 +125,7 @@ def test_limit_removes_no_entry_of_the_same_run(tmp_path: Path) -> None:
 
 
 def test_part_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_not(tmp_path: Path) -> None:
-    dead, living = tmp_path / "a.x.part", tmp_path / "b.x.part"
+    dead, living = tmp_path / ".unfinished-a", tmp_path / ".unfinished-b"
     dead.write_bytes(b"half")
     with living.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -150,7 +150,7 @@ def test_two_processes_write_the_same_entries(tmp_path: Path) -> None:
     for writer in writers:
         _, errors = writer.communicate()
         assert writer.returncode == 0, errors.decode()
-    assert list(tmp_path.iterdir()) and not list(tmp_path.glob("*.part"))
+    assert list(tmp_path.iterdir()) and not list(tmp_path.glob(".unfinished-*"))
     for seed in range(4):
         _, report = ecp.rewrite(program(seed), "cuda", gpu="sm_90", cache=tmp_path)
         assert counts(report, tmp_path) == ["packed 0 constants, 4 from"]

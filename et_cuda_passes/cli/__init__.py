@@ -39,6 +39,7 @@ from et_cuda_passes.cli.exporting import cache_of, compile_specs_of, export, fin
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
 from et_cuda_passes.cli.matching import match
+from et_cuda_passes.cli.matrix import MatrixCommand, matrix
 from et_cuda_passes.cli.new_rule import new_rule
 from et_cuda_passes.cli.options import (
     TARGETS,
@@ -130,7 +131,7 @@ def lower(
 
         from et_cuda_passes.executorch.lower import atomic_output, lowering_steps, missing_requirement, no_lowering
         from et_cuda_passes.executorch.lower import lower as lower_program
-        from et_cuda_passes.executorch.packed import load_model, save_packed
+        from et_cuda_passes.executorch.packed import check_unchanged, file_state, load_model, save_packed
         from et_cuda_passes.rewrite import check_expectations
         from et_cuda_passes.targets.compatibility import is_host_specific, packed_layouts
         from et_cuda_passes.targets.gpu import gpu_named_in
@@ -155,15 +156,22 @@ def lower(
         steps = Steps(2 + (1 if stop_after else lowering_steps(chosen, 1)))
         with steps as step:
             step(f"loading {model}")
+            before = file_state(model)
             given = load_model(model, target, trust, mapped=stream is not None)
             if stop_after and packed.resolve() == model.resolve():
                 raise UsageError(
                     f"the output {packed} would replace {model}; it is packed already, or give another --output-dir"
                 )
             program, report = _rewritten(given, target, gpu, step, packing)
+            if stream is not None:
+                check_unchanged(model, before, replaced=True)
+
+            def write_report(folder: Path) -> None:
+                (folder / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
+                (folder / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
+
             with atomic_output(output_dir) as staging:
-                (staging / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
-                (staging / "report.html").write_text(report.to_html(model.name), encoding="utf-8")
+                write_report(staging)
         files = [output_dir / "report.json", output_dir / "report.html"]
 
         def print_result(error: str | None = None) -> None:
@@ -185,7 +193,11 @@ def lower(
         with steps as step:
             if not stop_after and not lacking:
                 try:
-                    files += lower_program(program, target, output_dir, stem, step, specs)
+                    with atomic_output(output_dir) as staging:
+                        written = lower_program(program, target, staging, stem, step, specs)
+                        # Again: two runs can write to one folder, which then has the files of one of them.
+                        write_report(staging)
+                    files += [output_dir / path.name for path in written]
                 except Exception as error:
                     problem = f"{model} could not be lowered for {target}: {one_line(error)}"
                     print_result(problem)
@@ -196,6 +208,7 @@ def lower(
                 step(f"saving {packed}")
                 with atomic_output(output_dir) as staging:
                     save_packed(program, report, staging / packed.name)
+                    write_report(staging)
                 files.append(packed)
         if not as_json:
             list_files(files)
@@ -283,6 +296,7 @@ app.command(
 app.command(epilog="Exits with 1 if the export fails, or a target cannot be finished on this machine.")(export)
 app.command(epilog="Exits with 1 if the export does not run.")(generate)
 app.command()(match)
+app.command(cls=MatrixCommand, epilog="Exits with 1 if a job fails.")(matrix)
 app.command()(new_rule)
 app.command(epilog="Exits with 1 if something is wrong.")(doctor)
 

@@ -20,7 +20,7 @@ NoPlugins = Annotated[bool, typer.Option("--no-plugins", help="Use no rules and 
 StrictPlugins = Annotated[
     bool, typer.Option("--strict-plugins", help="A plugin with a fault is an error, not a warning.")
 ]
-_COMMON: dict[str, tuple[Any, Any]] = {
+COMMON: dict[str, tuple[Any, Any]] = {
     "imported_packages": (Imports, None),
     "no_plugins": (NoPlugins, False),
     "strict_plugins": (StrictPlugins, False),
@@ -31,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class App(typer.Typer):
-    """A Typer application that gives each command the options of :data:`_COMMON`."""
+    """A Typer application that gives each command the options of :data:`COMMON`."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[[Function], Function]:
         """As Typer's."""
@@ -47,23 +47,23 @@ class App(typer.Typer):
 def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        common = {name: kwargs.pop(name) for name in _COMMON}
+        common = {name: kwargs.pop(name) for name in COMMON}
         with common_options(**common):
             return function(*args, **kwargs)
 
     signature = inspect.signature(function)
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _COMMON.items()
+        for name, (kind, default) in COMMON.items()
     ]
     call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
-    call.__annotations__ = {**function.__annotations__, **{name: kind for name, (kind, _) in _COMMON.items()}}
+    call.__annotations__ = {**function.__annotations__, **{name: kind for name, (kind, _) in COMMON.items()}}
     return call
 
 
 @contextmanager
 def common_options(imported_packages: Sequence[str] | None, no_plugins: bool, strict_plugins: bool) -> Iterator[None]:
-    """Apply the options of :data:`_COMMON` until the block ends."""
+    """Apply the options of :data:`COMMON` until the block ends."""
     if no_plugins and strict_plugins:
         raise typer.BadParameter("--no-plugins uses none, and --strict-plugins is about those that are used: give one")
     value: Mode | None = "0" if no_plugins else "strict" if strict_plugins else None

@@ -1,8 +1,10 @@
 """Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
+import errno
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -25,6 +27,12 @@ from rich.text import Text
 from et_cuda_passes._versions import untested_versions
 from et_cuda_passes.cli.documents import Document
 from et_cuda_passes.plugins import PluginError, PluginWarning
+from et_cuda_passes.unfinished import PREFIX, PREFIX_IN_TEMP
+
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|can't start new thread|failed to map"
+)
+"""Messages of torch, of C++ and of the system."""
 
 # --help does not import torch.
 if TYPE_CHECKING:
@@ -178,6 +186,8 @@ def check_writable(folder: Path, option: str = "--output-dir") -> None:
     nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
         raise UsageError(f"{option} {folder} cannot be created: {nearest} is a file; name a directory")
+    if os.statvfs(nearest).f_flag & os.ST_RDONLY:
+        raise UsageError(f"{option} {folder} is on a file system that is read-only; name another directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {folder} cannot be written: no permission for {nearest}; name another directory")
 
@@ -241,7 +251,7 @@ def handle_errors(debug: bool) -> Iterator[None]:
     if untested := list(untested_versions()):
         typer.echo(f"warning: {'; '.join(untested)}", err=True)
     try:
-        with _short_warnings_of_plugins(), _quiet_loggers(debug), _quiet_environment(debug), _removed_temporary_files():
+        with _short_warnings_of_plugins(), _quiet_loggers(debug), _quiet_environment(debug), exits_on_sigterm():
             if not debug:
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -253,9 +263,9 @@ def handle_errors(debug: bool) -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):  # a reader of stdout left: Typer ends quietly
         raise
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, debug)
+        _fail(_of_file(error), 1, debug)
     except Exception as error:
-        _fail(f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
+        _fail(shortage_of(error) or f"{one_line(error)} (unexpected; --debug shows the traceback)", 1, debug)
 
 
 @contextmanager
@@ -268,8 +278,10 @@ def handle_errors_without_torch() -> Iterator[None]:
         _fail(str(error), 2, False)
     except BrokenPipeError:
         raise
+    except LoweringError as error:
+        _fail(str(error), 1, False)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else one_line(error), 1, False)
+        _fail(_of_file(error), 1, False)
 
 
 @contextmanager
@@ -360,7 +372,7 @@ def start_runtime() -> None:
 
 
 @contextmanager
-def _removed_temporary_files() -> Iterator[None]:
+def exits_on_sigterm() -> Iterator[None]:
     """Let SIGTERM end the process as an exception does, by which temporary folders are removed."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
@@ -376,6 +388,11 @@ def _removed_temporary_files() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _of_file(error: OSError) -> str:
+    shortage = shortage_of(error)
+    return shortage or (f"{error.filename}: {error.strerror}" if error.filename else one_line(error))
+
+
 def _fail(message: str, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
@@ -384,9 +401,40 @@ def _fail(message: str, code: int, debug: bool) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """The class of an error and the first line of its message."""
+    """The class of an error and the first line of its message; for a shortage the cause and the fix."""
+    if shortage := shortage_of(error):
+        return shortage
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def shortage_of(error: BaseException) -> str:
+    """The disk or the memory that an error, or its cause, is about, with the fix; empty if it is about another thing.
+
+    Libraries turn such errors into others, so the causes are searched too.
+    """
+    seen: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in seen:
+        seen.append(each)
+        number = each.errno if isinstance(each, OSError) else None
+        if isinstance(each, OSError) and number and each.strerror not in (None, os.strerror(number)):
+            return str(each.strerror)  # the cache and the files of --stream say which they are
+        # The names of temporary files mean nothing to a user.
+        place = re.split(f"/(?:{re.escape(PREFIX)}|{PREFIX_IN_TEMP})", str(getattr(each, "filename", None) or ""))[0]
+        where = f" ({place})" if place else ""
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(each):
+            return f"the disk is full{where}; free some space and run the command again"
+        if number == errno.EFBIG:
+            return f"a file would be larger than the limit{where}; raise it with ulimit -f and run the command again"
+        if number == errno.EROFS:
+            return f"the file system is read-only{where}; name another folder"
+        if number == errno.ENOMEM or isinstance(each, MemoryError) or _NO_MEMORY.search(str(each)):
+            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+            limited = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v limits it to {limit / 1e9:.2f} GB)"
+            return f"there is not enough memory{limited}; free some, or need less with --stream DIR"
+        each = each.__cause__ or each.__context__
+    return ""
 
 
 def list_files(paths: Iterable[Path]) -> None:

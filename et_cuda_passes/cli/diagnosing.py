@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import typer
@@ -20,6 +19,7 @@ from et_cuda_passes._versions import RANGES, REASONS, require_version
 from et_cuda_passes.cli.console import Steps, one_line, print_json, quiet_import, start_runtime
 from et_cuda_passes.cli.documents import Check, Doctor
 from et_cuda_passes.cli.options import TARGETS, Json
+from et_cuda_passes.unfinished import TemporaryFolder
 
 Status = Literal["ok", "note", "wrong"]
 _REINSTALL = "pip install --force-reinstall et-cuda-passes"
@@ -237,8 +237,8 @@ def _compiler() -> tuple[Status, str, str, str]:
         compiler = cpp_builder.get_cpp_compiler()
     except Exception as error:  # Inductor finds none that works
         return "wrong", subject, one_line(error), install
-    with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
-        source, library = Path(folder, "answer.cpp"), Path(folder, "answer.so")
+    with TemporaryFolder() as folder:
+        source, library = folder / "answer.cpp", folder / "answer.so"
         source.write_text(_SOURCE)
         done = subprocess.run(
             [compiler, "-shared", "-fPIC", "-o", library, source], capture_output=True, text=True, timeout=60

@@ -367,6 +367,51 @@ class Export(Document):
 
 
 @dataclass
+class JobResult:
+    """The result of a job.
+
+    Attributes:
+        job: its name.
+        command: the command as a shell runs it, in parts.
+        folder: the output folder of the command.
+        log: the file with the progress and the errors of the command.
+        status: "written" now, "up to date" from an earlier run, "failed", or "not run".
+        seconds: the time of the run that wrote the files, or failed.
+        bytes: the size of the files; null without files.
+        rewritten: quantized weights that were rewritten, over all targets and components; null if there is no report.
+        kept: those that were kept, likewise.
+        missed: those that were missed, likewise.
+        error: why the job failed; null if it did not.
+    """
+
+    job: str
+    command: list[str]
+    folder: str
+    log: str
+    status: Literal["written", "up to date", "failed", "not run"]
+    seconds: float
+    bytes: int | None = None
+    rewritten: int | None = None
+    kept: int | None = None
+    missed: int | None = None
+    error: str | None = None
+
+
+@dataclass
+class Matrix(Document):
+    """The results of all jobs.
+
+    Attributes:
+        output: the folder of the file's key ``output``.
+        jobs: in the order of the file.
+    """
+
+    name: ClassVar[str] = "matrix"
+    output: str
+    jobs: list[JobResult]
+
+
+@dataclass
 class Difference:
     """The text of another model.
 
@@ -542,6 +587,7 @@ class Doctor(Document):
 
 
 DOCUMENTS: tuple[type[Document], ...] = (
-    Accuracy, Doctor, Explain, Export, Generate, Lower, MatchDocument, NewRule, Rules, Run, Verify,
+    Accuracy, Doctor, Explain, Export, Generate, Lower, MatchDocument, Matrix, NewRule, Rules, Run,
+    Verify,
 )  # fmt: skip
 """All documents, by name."""

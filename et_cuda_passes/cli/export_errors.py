@@ -1,6 +1,5 @@
 """The errors of ``export``: in the options, in a step, and of single targets while others are written."""
 
-import errno
 import re
 import shlex
 import traceback
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, one_line
+from et_cuda_passes.cli.console import LoweringError, Steps, UsageError, one_line, shortage_of
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.options import QuantizationOptions
@@ -51,7 +50,6 @@ def step_errors(step: Steps, names: tuple[str, ...] | list[str]) -> Iterator[Non
 
 def _in_one_line(error: Exception, step: str, names: Sequence[str]) -> Exception:
     """The error of a step in the terms of the command line; the error itself if it says enough."""
-    from et_cuda_passes.executorch.lower import is_full_disk
     from et_cuda_passes.graph import errors
     from et_cuda_passes.graph.report import ExpectationError
     from et_cuda_passes.hf.artifact import ExportError
@@ -59,12 +57,10 @@ def _in_one_line(error: Exception, step: str, names: Sequence[str]) -> Exception
     if isinstance(error, FileExistsError):
         return UsageError(str(error).replace("overwrite it (overwrite=True)", "give --overwrite"))
     if isinstance(error, OSError):
-        if not is_full_disk(error):
-            return error
-        problem = "the disk is full" if error.errno != errno.EFBIG else "a file would be larger than the limit"
+        shortage = shortage_of(error)
         # Programs are lowered into a temporary folder, and then written to the output folder.
-        where = "" if step.startswith("writing") else f" (temporary files are in {gettempdir()})"
-        return LoweringError(f"{step}: {problem}{where}; free some space and run the command again")
+        where = "" if step.startswith("writing") else f"; temporary files are in {gettempdir()}"
+        return LoweringError(f"{step}: {shortage}{where}") if shortage else error
     if isinstance(error, (ExportError, errors.UsageError)):
         text = in_options(str(error))
         if "--dtype" in text and "--dtype float32" not in text and "xnnpack" in names:
@@ -74,6 +70,8 @@ def _in_one_line(error: Exception, step: str, names: Sequence[str]) -> Exception
         first = next((each for each in error.report.outcomes if each.status == "missed"), None)
         where = f"; {first.fqn}: {first.reasons[0]}" if first and first.reasons else ""
         return LoweringError(f"{step}: {str(error).splitlines()[0]}{where}")
+    if shortage := shortage_of(error):
+        return LoweringError(f"{step}: {shortage}")
     text = str(error).strip().partition("\n")[0] if isinstance(error, RuntimeError) else one_line(error)
     return LoweringError(f"{step}: {text} (--debug shows the traceback)")
 

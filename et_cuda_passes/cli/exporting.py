@@ -43,6 +43,7 @@ from et_cuda_passes.cli.options import (
     completes,
 )
 from et_cuda_passes.hf.report import QuantizationReport
+from et_cuda_passes.unfinished import PREFIX
 
 if TYPE_CHECKING:
     from et_cuda_passes.hf.checkpoint import Checkpoint
@@ -275,6 +276,7 @@ def _export(
     ``unwritten`` gets the targets that cannot take the model, and those whose rewrite or lowering fails.
     """
     step(f"loading {checkpoint}")
+    before = checkpoint.state()
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf import EtConfig, EtExporter
     from et_cuda_passes.hf.loading import generation_config, load, quiet
@@ -295,6 +297,7 @@ def _export(
             exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
         else:
             exported = exporter.export(loaded.model, loaded.inputs, config)
+        checkpoint.check_unchanged(before)
     return exported, loaded
 
 
@@ -364,7 +367,7 @@ def _check_output(folder: Path, overwrite: bool, model: str) -> None:
         return
     if (folder / _MANIFEST).exists():
         raise UsageError(f"{folder} has an export already: name another folder, or give --overwrite")
-    found = sorted(path.name for path in folder.iterdir())
+    found = sorted(path.name for path in folder.iterdir() if not path.name.startswith(PREFIX))
     if found:
         shown = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
         raise UsageError(

@@ -1,8 +1,6 @@
 """The smallest path for a target: a small quantized layer is rewritten, lowered, run and compared."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from et_cuda_passes.executorch.lower import lower, missing_requirement, no_lower
 from et_cuda_passes.executorch.run import EXECUTABLE, execute
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets import get_target
+from et_cuda_passes.unfinished import TemporaryFolder
 
 # The kernels of cuda take bfloat16. The other targets take float32.
 _BF16 = ("cuda", "metal", "cpu", "mlx", "tensorrt")
@@ -74,8 +73,8 @@ def walk(target: str, lowering: bool = True) -> Walked:
         return Walked(rewritten)
     if missing := missing_requirement(target) or no_lowering(get_target(target)):
         return Walked(rewritten, missing=missing)
-    with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
-        files = lower(result, target, Path(folder), "small")
+    with TemporaryFolder() as folder:
+        files = lower(result, target, folder, "small")
         size = sum(path.stat().st_size for path in files)
         if target not in EXECUTABLE or (target == "xnnpack" and runtime_problem()):
             return Walked(rewritten, bytes=size)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from et_cuda_passes.hf.artifact import ExportError
 from et_cuda_passes.hf.checkpoint import Checkpoint
 from et_cuda_passes.quant.activations import quantizes_activations
 from et_cuda_passes.targets import get_target
+from et_cuda_passes.unfinished import TemporaryFolder
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -94,9 +94,9 @@ def _verify_program(
         if report is None:
             step(f"rewriting for {target}")
             program, report = ecp.rewrite(program, target, progress=step.part)
-        with TemporaryDirectory(prefix="et_cuda_passes-") as folder:
+        with TemporaryFolder() as folder:
             try:
-                files = lower(program, target, Path(folder), "model", step)
+                files = lower(program, target, folder, "model", step)
             except Exception as error:
                 raise LoweringError(f"{model} could not be lowered for {target}: {one_line(error)}") from error
             step("running it lowered")

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from et_cuda_passes.delegate.method import Method
 from et_cuda_passes.delegate.operators import OPERATORS, bind
 from et_cuda_passes.delegate.payload import MAX_BYTES, MAX_WEIGHTS, Payload, Weight, read_payload
 from et_cuda_passes.delegate.plan import BACKEND, Call, Kernel, Plan, TensorSpec, read_plans
+from et_cuda_passes.unfinished import TemporaryFolder
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Storages have a multiple of this many bytes, so that every dtype can view them.
@@ -201,8 +201,8 @@ class Program:
                 weight.fqn: (self._view(weight), _CODES[weight.dtype], weight.nbytes) for weight in payload.weights
             }
             # A loaded library stays in memory without its file.
-            with TemporaryDirectory(prefix="et_cuda_passes-", ignore_cleanup_errors=True) as folder:
-                path = Path(folder) / "delegate.so"
+            with TemporaryFolder() as folder:
+                path = folder / "delegate.so"
                 _write_library(self._named_data[payload.library], payload.library, path)
                 self._libraries[payload, capturable] = Library(path, self.device, weights, where, capturable)
         return self._libraries[payload, capturable]

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -22,11 +21,13 @@ from torch.export import ExportedProgram
 from torch.utils._sympy.numbers import int_oo
 
 from et_cuda_passes._versions import version_problem
+from et_cuda_passes.executorch.checked_output import checked_output
 from et_cuda_passes.executorch.compile_specs import check_compile_specs
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.kernels.device import SHARED_MEMORY_LIMIT, compile_problem, gpu_requirement, needed_limit
 from et_cuda_passes.targets import Target, get_target
 from et_cuda_passes.targets.gpu import gpu_named_in
+from et_cuda_passes.unfinished import TemporaryFolder
 
 Progress = Callable[[str], None]
 """Called with the name of each step as it begins."""
@@ -182,8 +183,8 @@ def atomic_output(folder: Path) -> Iterator[Path]:
 def staging_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder inside ``folder``, so that a move from one to the other is a rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=folder) as name:
-        yield Path(name)
+    with TemporaryFolder(folder) as path:
+        yield path
 
 
 def is_full_disk(error: BaseException) -> bool:
@@ -202,6 +203,10 @@ def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
     for file in files.values():
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "the path of an output file is a directory", str(file))
+    if len(files) > 1:
+        # A process that is killed here leaves some of its files, and none of an earlier run beside them.
+        for file in files.values():
+            file.unlink(missing_ok=True)
     for path, file in files.items():
         file.parent.mkdir(exist_ok=True)
         os.replace(path, file)
@@ -212,16 +217,16 @@ def uninterrupted(folder: Path) -> Iterator[None]:
     """Change ``folder`` while no other process does, and before SIGINT or SIGTERM ends this one."""
     received: list[int] = []
     former: dict[signal.Signals, Any] = {}
-    # A handler runs in the main thread, and only there it can be set.
-    if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) is not None:
-                former[each] = signal.signal(each, lambda number, frame: received.append(number))
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         # A file system that has no locks has no other process to wait for, as far as this one can know.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # From here on nothing waits. A handler runs in the main thread, and only there it can be set.
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(each) is not None:
+                    former[each] = signal.signal(each, lambda number, frame: received.append(number))
         yield
     finally:
         os.close(descriptor)
@@ -457,11 +462,11 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
     from torch._inductor import aot_compile, aoti_compile_and_package
     from torch.export.pt2_archive._package import package_pt2
 
-    path = str(folder / f"{stem}.pt2")
+    path = folder / f"{stem}.pt2"
     if len(methods) == 1:
         progress("compiling with AOTInductor")
-        with torch.no_grad(), gc_throttled():
-            aoti_compile_and_package(*methods.values(), package_path=path)
+        with torch.no_grad(), gc_throttled(), checked_output(path) as file:
+            aoti_compile_and_package(*methods.values(), package_path=file)
         return
     # A library that contains its constants cannot share them with another library. These leave them to the package.
     options = {
@@ -479,7 +484,8 @@ def _cpu(methods: Methods, folder: Path, stem: str, progress: Progress) -> None:
             files[name] = compiled
         progress("serializing")
         _share_weights(files)
-        package_pt2(path, aoti_files=files)
+        with checked_output(path) as file:
+            package_pt2(file, aoti_files=files)
 
 
 def _own(partitioner: Callable[[str], Any], methods: Methods, folder: Path, stem: str, progress: Progress) -> None:

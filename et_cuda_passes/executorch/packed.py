@@ -20,6 +20,7 @@ import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch import archive
+from et_cuda_passes.executorch.checked_output import checked_output
 from et_cuda_passes.executorch.errors import ModelError as ModelError
 from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
@@ -46,6 +47,8 @@ _NEW_KEYS: dict[str, Any] = {
     "packages": {},
 }
 """Keys of a report that earlier versions did not write, with their values."""
+_NO_MEMORY = "can't allocate memory"
+"""torch's error."""
 _AGAIN = "export the model again and save it with torch.export.save(program, path)"
 
 
@@ -107,16 +110,51 @@ def load_model(path: Path, target: str | Target, trust: bool = False, mapped: bo
 
 def _read(path: Path, trust: bool, mapped: bool = False) -> tuple[ExportedProgram, str]:
     """The program and the text of its record, empty if it has none."""
+    before = file_state(path)
+    try:
+        found = _read_once(path, trust, mapped)
+    except ModelError:
+        check_unchanged(path, before)  # a file that is being written looks damaged
+        raise
+    # Parts of two files would fit together if only the weights differ.
+    check_unchanged(path, before)
+    return found
+
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of a file, which change when it is replaced or written; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(path: Path, before: tuple[int, int, int] | None, replaced: bool = False) -> None:
+    """Check that a file is as it was, or with ``replaced`` that it is, or is another file now.
+
+    Raises:
+        ModelError: it was written.
+    """
+    now = file_state(path)
+    if now != before and not (replaced and (now is None or before is None or now[0] != before[0])):
+        raise ModelError(f"{path} changed while it was read: run the command again when nothing writes to it")
+
+
+def _read_once(path: Path, trust: bool, mapped: bool) -> tuple[ExportedProgram, str]:
     _check_kind(path, trust)
     # torch.export.load reads only the extra files whose names are in this dict.
     extra = {_RECORD: ""}
+    logged: list[BaseException] = []
     try:
-        with _opened(path, trust, mapped) as (file, left_out), quiet_load():
+        with _opened(path, trust, mapped) as (file, left_out), quiet_load() as logged:
             program = torch.export.load(file, extra_files=extra)
             _map(program, path, left_out)
     except ModelError:
         raise
     except Exception as error:  # a damaged file raises any exception from torch.export.load
+        if any(isinstance(each, MemoryError) or _NO_MEMORY in str(each) for each in (error, *logged)):
+            raise MemoryError(f"{path} cannot be read: there is not enough memory") from error
         text = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"{path} is damaged, or no program that torch {torch.__version__} reads ({type(error).__name__}: {text}): "
@@ -132,7 +170,8 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "report": report.to_dict(),
     }
-    torch.export.save(program, path, extra_files={_RECORD: json.dumps(record)})
+    with checked_output(path) as file:
+        torch.export.save(program, file, extra_files={_RECORD: json.dumps(record)})
 
 
 def _check_kind(path: Path, trust: bool) -> None:
@@ -344,19 +383,42 @@ def _leaf_types(kind: Any) -> set[type]:
     return set().union(*map(_leaf_types, inner)) if inner else {kind}
 
 
+class _Log(logging.Filter):
+    """Keeps the exceptions that are logged, and drops what is below an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exceptions: list[BaseException] = []
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1]:
+            self.exceptions.append(record.exc_info[1])
+        return record.levelno >= logging.ERROR
+
+
 @contextmanager
-def quiet_load() -> Iterator[None]:
+def quiet_load() -> Iterator[list[BaseException]]:
     """Suppress the log that torch.export.load writes before it raises, unless logging is at level DEBUG.
 
-    Its log message for inputs other than tensors and containers is malformed, and prints a traceback.
+    Its log message for inputs other than tensors and containers is malformed, and prints a traceback. The list has the
+    exceptions that it logs, of which the one that it raises says nothing.
     """
-    logs = [logging.getLogger(name) for name in ("torch.export", "torch._export")]
-    before = [log.level for log in logs]
-    for log in logs:
-        if log.getEffectiveLevel() > logging.DEBUG:
-            log.setLevel(logging.ERROR)
+    log, found = logging.getLogger("torch.export"), _Log()
+    levels = {
+        "torch.export": logging.WARNING,
+        "torch.export.pt2_archive": logging.ERROR,
+        "torch._export": logging.ERROR,
+    }
+    logs = [logging.getLogger(name) for name in levels]
+    before = [each.level for each in logs]
+    quiet = log.getEffectiveLevel() > logging.DEBUG
+    if quiet:
+        log.addFilter(found)
+        for each, level in zip(logs, levels.values(), strict=True):
+            each.setLevel(level)
     try:
-        yield
+        yield found.exceptions
     finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
+        log.removeFilter(found)
+        for each, level in zip(logs, before, strict=True):
+            each.setLevel(level)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils._sympy.numbers import int_oo
+
+from et_cuda_passes.unfinished import TemporaryFolder
 
 if TYPE_CHECKING:
     from transformers.exporters.metadata import ExportMetadata
@@ -219,7 +220,7 @@ class Component:
     builds: dict[str, Build]
     report: dict[str, Any] = field(default_factory=dict)
     interface: str | None = None
-    folder: TemporaryDirectory[str] | None = None
+    folder: TemporaryFolder | None = None
 
     def save(self, path: Path) -> None:
         """Write the JSON file ``path``, and the files that it names beside it."""

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from et_cuda_passes.executorch.packed import file_state
 from et_cuda_passes.hf.artifact import ExportError
 
 CONFIG = "config.json"
@@ -56,6 +57,27 @@ class Checkpoint:
     def is_local(self) -> bool:
         """Whether nothing has to be downloaded."""
         return Path(self.name).is_dir()
+
+    def state(self) -> dict[Path, tuple[int, int, int]]:
+        """Inode, size and time of each local file, which change when it is replaced or written."""
+        paths = [] if self.weights is None else [self.weights]
+        paths += [] if self.gguf is None else [self.gguf.path]
+        if self.is_local:
+            kinds = (".json", ".txt", ".model") if paths else (".json", ".txt", ".model", ".safetensors", ".bin")
+            paths += [each for each in Path(self.name).iterdir() if each.suffix in kinds]
+        return {path: state for path in paths if (state := file_state(path)) is not None}
+
+    def check_unchanged(self, before: dict[Path, tuple[int, int, int]]) -> None:
+        """Check that the files of :meth:`state` are as they were: weights are read until the last program is written.
+
+        Raises:
+            CheckpointError: one was replaced, written or removed.
+        """
+        for path, state in before.items():
+            if file_state(path) != state:
+                raise CheckpointError(
+                    f"{path} changed while it was read: run the command again when nothing writes to it"
+                )
 
     @staticmethod
     def find(model: str, gguf: Path | None = None) -> "Checkpoint":

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +71,7 @@ from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
+from et_cuda_passes.unfinished import TemporaryFolder
 
 # torchao's message for an operator that its tensors do not implement.
 _UNIMPLEMENTED = re.compile(
@@ -393,7 +393,17 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
 
     def _lower(self, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]) -> dict[str, Component]:
         """Rewrite each program for its targets, and lower those of one target together."""
-        folder = TemporaryDirectory(prefix="et_cuda_passes-")
+        folder = TemporaryFolder()
+        try:
+            return self._lower_into(folder, programs, configs)
+        except BaseException:
+            # The traceback keeps the folder alive, and the disk may be full.
+            folder.remove()
+            raise
+
+    def _lower_into(
+        self, folder: TemporaryFolder, programs: Mapping[str, ExportedProgram], configs: Mapping[str, EtConfig]
+    ) -> dict[str, Component]:
         alone = len(programs) == 1
         components = {
             name: Component(name, "forward" if alone else name, Signature.of(program), {}, folder=folder)
@@ -403,7 +413,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         for target in dict.fromkeys(target for name in programs for target in configs[name].targets):
             chosen = {name: program for name, program in programs.items() if target in configs[name].targets}
             try:
-                builds, reports = self._rewrite_and_build(chosen, configs, target, Path(folder.name), alone)
+                builds, reports = self._rewrite_and_build(chosen, configs, target, folder.path, alone)
             except Exception as error:
                 for name in chosen:
                     open_targets[name].discard(target)

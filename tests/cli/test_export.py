@@ -310,7 +310,8 @@ def test_full_disk_of_temporary_files_names_their_folder(
     options = ("--target", "cuda", "--dtype", "bfloat16", "--output-dir", tmp_path / "out")
     result = command("export", "--model", models / "masked", *options)
     assert result.code == 1
-    assert result.error.startswith(f"error: saving model packed for cuda: {problem} (temporary files are in ")
+    assert result.error.startswith(f"error: saving model packed for cuda: {problem}; ")
+    assert "run the command again; temporary files are in " in result.error
     assert not (tmp_path / "out").exists()
 
 

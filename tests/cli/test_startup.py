@@ -34,7 +34,8 @@ def script(tmp_path: Path) -> Path:
 
 
 COMMANDS = [
-    "lower", "explain", "rules", "accuracy", "match", "new-rule", "export", "generate", "run", "verify", "doctor",
+    "lower", "explain", "rules", "accuracy", "match", "matrix", "new-rule", "export", "generate", "run", "verify",
+    "doctor",
 ]  # fmt: skip
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
