@@ -52,7 +52,7 @@ def test_match_prints_the_tree_of_each_place(command: Run, model: Path) -> None:
     failed = [line for line in second if line.startswith("  ✗ ")]
     assert failed == [
         "  ✗ kernel_has_group_size: wanted a group size that the kernel has, found group size 8; triton has 16, 32, "
-        "128 and their multiples: quantize with PerGroup(32)"
+        "64, 128 and their multiples: quantize with PerGroup(16)"
     ]
     assert "  · scales_are_finite: scales and zeros that are finite where they are stored" in second
     assert third[1:] == [
