@@ -42,6 +42,50 @@ def readers_have_float_activations(m: Match) -> Failure | None:
     return Failure(text) if text else None
 
 
+_REQUIREMENTS = (
+    weight_has_data,
+    backend_has_dtype,
+    readers_have_float_activations,
+    scales_are_finite(lambda m: nonfinite(stored_scales(m))),
+)
+
+
+def _folded(m: Match) -> str:
+    return f"{weight_of(m).scheme} -> float weight"
+
+
+def _notes(m: Match) -> Notes:
+    advised = m.target.advised
+    readers = (op_of(reader) for reader in consumers(m.weight))
+    table = advised.table and all(read is aten.embedding.default for read in readers)
+    instead = (
+        f"for a quantized embedding quantize with {advised.table}"
+        if table
+        else f"for a 4-bit kernel quantize with {advised.four_bits}"
+    )
+    return Notes(
+        f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "
+        f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
+    )
+
+
+def _fold(b: Builder, m: Match) -> Node:
+    weight, node = weight_of(m), m.root
+    operator: Callable[..., Tensor] = cast(Any, op_of(node))
+
+    def value(argument: Node) -> Tensor:
+        tensor = b.program.constant(argument)
+        assert tensor is not None
+        return tensor.detach()
+
+    def fold() -> Tensor:
+        return operator(*map_arg(node.args, value), **map_arg(node.kwargs, value))
+
+    # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
+    given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
+    return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
+
+
 @dataclass(frozen=True)
 class FoldDequantize(Rule):
     """dequantize(constant) -> a float constant, computed at compile time
@@ -51,12 +95,7 @@ class FoldDequantize(Rule):
     it.
     """
 
-    requirements = (
-        weight_has_data,
-        backend_has_dtype,
-        readers_have_float_activations,
-        scales_are_finite(lambda m: nonfinite(stored_scales(m))),
-    )
+    requirements = _REQUIREMENTS
 
     def pattern(self) -> Pattern:
         """Any dequantized weight, with any readers."""
@@ -64,53 +103,42 @@ class FoldDequantize(Rule):
 
     def summary(self, m: Match) -> str:
         """The scheme that is given up."""
-        return f"{weight_of(m).scheme} -> float weight"
+        return _folded(m)
 
     def notes(self, *ms: Match) -> Notes:
         """The cost of the fold, and the scheme that avoids it."""
-        m = ms[0]
-        advised = m.target.advised
-        readers = (op_of(reader) for reader in consumers(m.weight))
-        table = advised.table and all(read is aten.embedding.default for read in readers)
-        instead = (
-            f"for a quantized embedding quantize with {advised.table}"
-            if table
-            else f"for a 4-bit kernel quantize with {advised.four_bits}"
-        )
-        return Notes(
-            f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "
-            f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
-        )
+        return _notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Run the dequantize operator itself on the constants, so that it rounds as before."""
-        weight, node = weight_of(m), m.root
-        operator: Callable[..., Tensor] = cast(Any, op_of(node))
-
-        def value(argument: Node) -> Tensor:
-            tensor = b.program.constant(argument)
-            assert tensor is not None
-            return tensor.detach()
-
-        def fold() -> Tensor:
-            return operator(*map_arg(node.args, value), **map_arg(node.kwargs, value))
-
-        # The arguments that are not constants, by name: two dequantize nodes with equal ones share the result.
-        given = [(name, "" if isinstance(each, Node) else repr(each)) for name, each in arguments(node).items()]
-        return b.constant(f"{weight.fqn}.dequantized", weight.sources, ("dequantized", operator, tuple(given)), fold)
+        return _fold(b, m)
 
 
 @dataclass(frozen=True)
-class FoldFloats(FoldDequantize):
+class FoldFloats(Rule):
     """dequantize(constant of 8-bit or 4-bit floats) -> a float constant, computed at compile time
 
     It is for a target that has kernels for integers, and compiles the dequantize of those that they do not support. The
     dequantize of floats would be computed in every call.
     """
 
+    requirements = _REQUIREMENTS
+
     def pattern(self) -> Pattern:
         """A weight in floats, with any readers."""
         return op(DEQUANTIZE_FLOAT8, DEQUANTIZE_FLOAT4)(..., name="weight")
+
+    def summary(self, m: Match) -> str:
+        """The scheme that is given up."""
+        return _folded(m)
+
+    def notes(self, *ms: Match) -> Notes:
+        """The cost of the fold, and the scheme that avoids it."""
+        return _notes(ms[0])
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """Run the dequantize operator itself on the constants, so that it rounds as before."""
+        return _fold(b, m)
 
 
 @requirement("an activation that is quantized while the program runs, to the same dtype")

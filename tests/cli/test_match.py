@@ -13,11 +13,11 @@ from tests.cli.command import Run
 
 
 class Net(nn.Module):
-    """An int4 linear with a gelu, another in groups of 16, a float one, and an in-place relu."""
+    """An int4 linear with a gelu, another in groups of 8, a float one, and an in-place relu."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = Quantized(64, 64), Quantized(64, 64, group=16)
+        self.a, self.b = Quantized(64, 64), Quantized(64, 64, group=8)
         self.c = nn.Linear(64, 64).bfloat16()
 
     def forward(self, x: Tensor) -> Any:
@@ -51,8 +51,8 @@ def test_match_prints_the_tree_of_each_place(command: Run, model: Path) -> None:
     assert all(line.startswith("  ✓ ") for line in first[6:])
     failed = [line for line in second if line.startswith("  ✗ ")]
     assert failed == [
-        "  ✗ kernel_has_group_size: wanted a group size that the kernel has, found group size 16; triton has 32, 64, "
-        "128 and their multiples: quantize with PerGroup(32)"
+        "  ✗ kernel_has_group_size: wanted a group size that the kernel has, found group size 8; triton has 16, 32, "
+        "64, 128 and their multiples: quantize with PerGroup(16)"
     ]
     assert "  · scales_are_finite: scales and zeros that are finite where they are stored" in second
     assert third[1:] == [

@@ -317,7 +317,7 @@ def test_dead_linears_are_decided_before_they_are_removed() -> None:
     class Chain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = Quantized(64, 32, group=16), Quantized(32, 64)
+            self.first, self.second = Quantized(64, 32, group=16, low=-128, high=127), Quantized(32, 64)
 
         def forward(self, x: Tensor) -> Tensor:
             self.second(self.first(x))
