@@ -70,7 +70,9 @@ def program_of(index: int, target: str) -> tuple[Plan, bool, ExportedProgram]:
         # OpenVINO does not convert amax over all axes, which branches, stored values and tanh have.
         kind = "linear" if target == "openvino" and step.kind in BRANCHES else step.kind
         after = "" if target == "openvino" and after in ("store", "tanh") else after
-        return dataclasses.replace(step, kind=kind, after=after)
+        # A lowering removes a layer whose result nothing reads.
+        unused = step.unused and target not in ("vulkan", "coreml")
+        return dataclasses.replace(step, kind=kind, after=after, unused=unused)
 
     plan = dataclasses.replace(
         plan,
