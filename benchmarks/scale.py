@@ -1,6 +1,7 @@
 """Rewriting decoders of 0.1 to 32 billion weights: seconds of each stage, peak memory, bytes.
 
     python -m benchmarks.scale [--shapes SmolLM2-135M Llama-3.1-8B] [--forms streamed] [--target cuda] [--folder DIR]
+    python -m benchmarks.scale --shapes Qwen3-32B --forms "mapped, streamed" --sparse  # 35 GB of weights
     python -m benchmarks.scale --check    # the limits of memory on small shapes, and that time is linear in nodes
 
 Each line is a process of its own: it builds the decoder of a shape without its embedding, exports it, fills the int8
@@ -225,7 +226,7 @@ class Row:
         return weights + SLACK
 
 
-def measure(name: str, shape: Shape, form: str, target: str, folder: str | None) -> Row:
+def measure(name: str, shape: Shape, form: str, target: str, folder: str | None, sparse: bool = False) -> Row:
     """Build, export, fill and rewrite, in this process."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         sources, packed = Path(temporary) / "sources", Path(temporary) / "packed"
@@ -235,7 +236,8 @@ def measure(name: str, shape: Shape, form: str, target: str, folder: str | None)
         weights = Weights(sources if "mapped" in form else None)
         program = exported(shape, weights)
         times.append(time.perf_counter())
-        weights.fill()
+        if not (sparse and "mapped" in form):
+            weights.fill()
         times.append(time.perf_counter())
         before, nodes = constant_bytes(program), len(program.graph.nodes)
         peaks = Peaks()
@@ -322,6 +324,9 @@ def main() -> None:
     parser.add_argument("--nodes", nargs="*", type=int, default=NODES, help="numbers of nodes to time; none: no table")
     parser.add_argument("--target", default="cuda", choices=ecp.targets())
     parser.add_argument("--folder", help="for weights and packed constants in files")
+    parser.add_argument(
+        "--sparse", action="store_true", help="leave weights in mapped files 0, in files that take no space on the disk"
+    )
     parser.add_argument("--check", action="store_true", help="fail where a rewrite needs more memory, or time grows")
     options = parser.parse_args()
     if options.check:
@@ -332,7 +337,8 @@ def main() -> None:
         print(HEADER, f"|{'---|' * (HEADER.count('|') - 1)}", sep="\n", flush=True)
     for name in options.shapes:
         for form in options.forms:
-            print(table_line(in_process(measure, name, SHAPES[name], form, options.target, options.folder)), flush=True)
+            arguments = (name, SHAPES[name], form, options.target, options.folder, options.sparse)
+            print(table_line(in_process(measure, *arguments)), flush=True)
     points = [in_process(time_of_nodes, count, options.target) for count in options.nodes]
     for nodes, seconds in points:
         print(f"{nodes} nodes: {seconds:.2f} s of the processor, {1e6 * seconds / nodes:.0f} us a node", flush=True)

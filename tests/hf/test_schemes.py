@@ -541,7 +541,12 @@ def test_scheme_of_the_second_part_has_the_promise_of_the_first() -> None:
             r"holds 4-bit weights, and 8w has 8 bits; use one of 4w, 4w_hqq, 8da4w",
         ),
         (
-            {"qlinear": "4w", "qlinear_group_size": 16, "qlinear_packing_format": "mma_tiled", "target": "cuda"},
+            {
+                "qlinear": "4w",
+                "qlinear_group_size": 16,
+                "qlinear_packing_format": "tile_packed_to_4d",
+                "target": "cuda",
+            },
             r"no kernel for groups of 16; it has one for groups of 256, 128, 64, 32",
         ),
         ({"qlinear": "4w", "qlinear_encoder": "8w"}, r"the model has no encoder beside other parts; use qlinear"),
