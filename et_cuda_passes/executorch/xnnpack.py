@@ -143,7 +143,9 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
     def _constants_copied(self, group: list[Node], ep: ExportedProgram) -> set[Node]:
         """The constants that the configurations of the group's operators claim; another group may hold them."""
         configs = self.target_partitioner_configs
-        names = {node: format_target_name(node.target.__name__) for node in group if node.op == "call_function"}
+        names = {
+            node: format_target_name(cast(Any, node.target).__name__) for node in group if node.op == "call_function"
+        }
         return {
             each for node, name in names.items() if name in configs for each in configs[name].get_partition(node, ep)
         }
