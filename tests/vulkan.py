@@ -1,15 +1,20 @@
 """Lowers for Vulkan and reads the delegate's graph back, with its constants; shared by tests of several rooms."""
 
+import json
+import re
 from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from executorch.backends.vulkan.serialization.vulkan_graph_schema import VkDataType, VkTensor
-from executorch.backends.vulkan.serialization.vulkan_graph_serialize import (
-    extract_vk_flatbuffer,
-    flatbuffer_to_vk_graph,
-)
+from executorch.backends.vulkan import serialization
+from executorch.backends.vulkan.serialization.vulkan_graph_schema import VkDataType, VkGraph, VkTensor
+from executorch.backends.vulkan.serialization.vulkan_graph_serialize import extract_vk_flatbuffer
 from executorch.exir import to_edge_transform_and_lower
+from executorch.exir._serialize._dataclass import _json_to_dataclass
+from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir.backend.partitioner import Partitioner
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -72,8 +77,24 @@ def lowered(program: ExportedProgram, partitioner: Partitioner) -> Lowered:
     return Lowered([name for name in outside if name != "getitem"], calls)
 
 
+def _graph(content: bytes) -> VkGraph:
+    """As ``flatbuffer_to_vk_graph``, which raises a JSONDecodeError for infinite numbers (executorch 1.5.1).
+
+    Attention has one. flatc writes ``-inf``, and Python reads ``-Infinity``.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        schema, binary = folder / "schema.fbs", folder / "schema.bin"
+        schema.write_bytes((files(serialization) / "schema.fbs").read_bytes())
+        binary.write_bytes(content)
+        _flatc_decompile(name, str(schema), str(binary), ["--raw-binary"])
+        text = (folder / "schema.json").read_text()
+    graph: VkGraph = _json_to_dataclass(json.loads(re.sub(r"(?<=: )(-?)inf\b", r"\1Infinity", text)), VkGraph)
+    return graph
+
+
 def _calls(delegate: Any) -> list[tuple[str, list[Any]]]:
-    graph = flatbuffer_to_vk_graph(bytes(extract_vk_flatbuffer(delegate.processed_bytes)))
+    graph = _graph(bytes(extract_vk_flatbuffer(delegate.processed_bytes)))
     data = delegate.named_data_store_output
 
     def value(index: int) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as _Stock
+from executorch.exir.backend.canonical_partitioners.config_partitioner import format_target_name
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import DelegationSpec, PartitionResult
 from executorch.exir.dialects._ops import ops as exir_ops
@@ -123,6 +124,31 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         if all(len(each) == 1 for each in answers.values()):
             return [found for found, answer in answers.items() if answer == {True}], None
         return operators, supported
+
+    def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[Node]]:
+        """ExecuTorch's hook, without the groups that would read freed memory.
+
+        When a program is loaded, a linear copies its weight and bias into its own layout, and executorch 1.5.1 then
+        frees both. An operator such as an addition does not copy. In the delegate it would read freed memory, which
+        ends the process if the file is mapped into memory.
+        """
+        groups: list[list[Node]] = super().get_matched_nodes_from_configs(ep)
+        claimed = {node for group in groups for node in group if _is_constant(ep, node)}
+        shared = {node for node in claimed if len(node.users) > 1}
+        return [group for group in groups if self._constants_read(group, shared) <= self._constants_copied(group, ep)]
+
+    def _constants_read(self, group: list[Node], shared: set[Node]) -> set[Node]:
+        return {each for node in group for each in node.all_input_nodes if each in shared}
+
+    def _constants_copied(self, group: list[Node], ep: ExportedProgram) -> set[Node]:
+        """The constants that the configurations of the group's operators claim; another group may hold them."""
+        configs = self.target_partitioner_configs
+        names = {
+            node: format_target_name(cast(Any, node.target).__name__) for node in group if node.op == "call_function"
+        }
+        return {
+            each for node, name in names.items() if name in configs for each in configs[name].get_partition(node, ep)
+        }
 
     def generate_partitions(self, ep: ExportedProgram) -> list[Partition]:
         """ExecuTorch's hook: a partition holds all that the delegate can compute before it needs a value from outside.

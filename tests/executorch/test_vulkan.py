@@ -305,3 +305,12 @@ def test_refused_weights_with_similar_reasons_share_one_text() -> None:
     assert message.count("(aten.linear)") == 2
     assert "correctly: 0.data (aten.linear): keep_vulkan_dynamic_linear wanted" in message
     assert "; 1.data, 2.data, 3.data and 1 more (aten.linear): keep_vulkan_dynamic_linear wanted" in message
+
+
+def test_infinite_number_of_a_lowered_program_is_read_back() -> None:
+    class Limited(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.clamp(x, min=float("-inf"), max=1.0) * x
+
+    ((name, args), _) = lowered(torch.export.export(Limited(), (torch.ones(2, 3),)), VulkanPartitioner()).calls
+    assert name == "aten.clamp.default" and args[1:3] == [float("-inf"), 1.0]
