@@ -42,6 +42,7 @@ def test_lower_for_xnnpack_writes_a_program_that_runs(tmp_path: Path, command: R
         assert difference(method.execute([x])[0], module(x)) < 1e-6
 
 
+@pytest.mark.slow
 def test_packed_embedding_for_xnnpack_is_lowered_in_a_new_process(tmp_path: Path, command: Run) -> None:
     """torch does not know ExecuTorch's operators until ExecuTorch is imported."""
     table = Quantized(13, 64, dtype=torch.float32, form=lambda ids, weight, bias: F.embedding(ids, weight))

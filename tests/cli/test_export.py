@@ -315,6 +315,7 @@ def test_full_disk_of_temporary_files_names_their_folder(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_export_leaves_no_files(number: signal.Signals, models: Path, tmp_path: Path) -> None:
     out, temporary = tmp_path / "out", tmp_path / "temporary"
@@ -467,6 +468,7 @@ def test_recipe_is_in_the_manifest(models: Path, tmp_path: Path, command: Run, w
     assert report["model"] == {"task": None, "keep_gguf": False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("choice", "status"), [pytest.param("fold", "rewritten", marks=pytest.mark.slow), ("dynamic-activation", "kept")]
 )
@@ -639,6 +641,7 @@ def test_missing_extra_is_an_error_with_the_command_that_installs_it(
     assert result.error == "error: export needs transformers: pip install 'et-cuda-passes[hf]'"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_export(models: Path, tmp_path: Path, command: Run, without_gpu: None) -> None:
     out = tmp_path / "out"
     packed(command, out, "--model", models / "causal", "--max-length", 16, "--dtype", "bfloat16")

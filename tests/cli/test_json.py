@@ -247,6 +247,7 @@ def test_unmet_expectation_prints_the_report(tmp_path: Path, command: Run) -> No
     assert found["report"]["counts"]["kept"] == 0 and "kept: expected 1, got 0" in found["error"]
 
 
+@pytest.mark.slow
 def test_run_prints_outputs_and_times(tmp_path: Path, command: Run) -> None:
     model = write(tmp_path, {"forward": single_call(counting())})
     save_file({"x": torch.full((3, K), torch.nan)}, tmp_path / "x.safetensors")
@@ -353,6 +354,7 @@ def test_generate_prints_the_text_only_in_the_document(exported: tuple[Path, Res
     assert found["compared"]["model"] == str(models / "causal")
 
 
+@pytest.mark.slow
 def test_finishing_an_export_with_nothing_to_do_prints_a_document(exported: tuple[Path, Result], command: Run) -> None:
     folder, _ = exported
     found = document(command("lower", folder, "-t", "xnnpack", "--json").out, "lower")

@@ -179,6 +179,7 @@ def test_target_without_a_lowering_is_an_error_before_the_rewrite(folder: Path) 
     assert not (folder / "none").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["folded", pytest.param("as_xnnpack", marks=pytest.mark.slow)])
 def test_target_of_another_package_is_lowered(name: str, folder: Path, tmp_path: Path) -> None:
     from executorch.runtime import Runtime

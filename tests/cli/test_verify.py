@@ -42,6 +42,7 @@ def test_correct_lowering_passes_with_the_tolerance_of_its_activations(
     assert names(tmp_path) == ["model.pt2"], "verify left files behind"
 
 
+@pytest.mark.slow
 def test_packed_bf16_program_for_the_cpu_passes(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w", torch.bfloat16)
     assert command("lower", path, "-t", "cpu", "--stop-after", "rewrite", "-o", tmp_path).code == 0

@@ -242,6 +242,7 @@ class Tied(nn.Module):
         return self.last(self.table(x) if self.embedding else self.first(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "embedding", [pytest.param(True, id="embedding"), pytest.param(False, id="linears", marks=pytest.mark.slow)]
 )
@@ -284,6 +285,7 @@ def test_dynamic_sizes_limit_the_delegate_to_operators_that_can_be_resized() -> 
     assert fixed.options == {} and resized.options == {"require_dynamic_shapes": True}
 
 
+@pytest.mark.slow
 def test_import_leaves_the_level_of_the_root_logger() -> None:
     code = "import logging; import et_cuda_passes.executorch.vulkan; print(logging.getLogger().level)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -70,7 +70,7 @@ def delegates(program: ExportedProgram, partitioner: XnnpackPartitioner) -> list
 @pytest.mark.parametrize(
     ("rows", "quantized"),
     [
-        (Dim("rows", min=2, max=32), True),
+        pytest.param(Dim("rows", min=2, max=32), True, marks=pytest.mark.slow),
         (None, False),
         pytest.param(Dim("rows", min=2, max=32), False, marks=pytest.mark.slow),
         pytest.param(None, True, marks=pytest.mark.slow),
@@ -157,6 +157,7 @@ def test_attention_of_a_dynamic_length_is_right_for_every_length(tmp_path: Any) 
         assert error(output(path.read_bytes(), x), model(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_quantized_activation_is_shared_and_the_result_is_that_of_the_stock_partitions(tmp_path: Any) -> None:
     program = exported(Attention())
     rewritten, _ = ecp.rewrite(program, "xnnpack", expect={"keep_dynamic_int4": 6, "missed": 0})

@@ -89,7 +89,10 @@ def _run(arguments: list[str], out: Path, err: Path, temporary: Path, memory: in
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     from tests.faults.preload import app
 
-    app(arguments, prog_name="et-cuda-passes")
+    try:
+        app(arguments, prog_name="et-cuda-passes")
+    except KeyboardInterrupt:  # it came before the command handles signals, or after
+        raise SystemExit(130) from None
 
 
 def finished(*arguments: object, folder: Path, memory: int | None = None) -> Result:

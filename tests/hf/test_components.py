@@ -206,6 +206,7 @@ def test_weight_that_is_read_other_than_by_a_linear_stays_float_or_is_an_error_w
         EtExporter().export(model, tokens(), EtConfig(target="cuda"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="packs for another machine")
 def test_gpu_of_the_config_is_named_in_the_packed_program_of_cuda_alone() -> None:
     config = EtConfig(target="cuda,cpu", qlinear="4w", gpu="sm_89")

@@ -119,6 +119,7 @@ def three_targets(causal: Any) -> Any:
     return exported
 
 
+@pytest.mark.slow
 def test_three_targets_have_one_outcome_for_each_weight(three_targets: Any) -> None:
     fqns = {}
     for target, parts in three_targets.report["targets"].items():
@@ -258,6 +259,7 @@ def test_device_of_a_cache_does_not_matter(two_targets: Any) -> None:
     assert int(filled.layers[0].cumulative_length) == 6
 
 
+@pytest.mark.slow
 def test_weight_only_linears_for_xnnpack_take_4_bit_kernels_on_request() -> None:
     model, inputs = bert(), tokens()
     results, sizes = {}, {}

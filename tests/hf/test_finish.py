@@ -38,6 +38,7 @@ def test_cuda_without_a_gpu_gives_packed_programs_and_says_how_to_go_on(tmp_path
         finish_export(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_packed_programs_are_finished_where_nothing_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = qwen(num_hidden_layers=1), tokens()
     with monkeypatch.context() as patched:

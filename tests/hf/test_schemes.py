@@ -212,6 +212,7 @@ def test_program_rewritten_for_the_cpu_equals_the_quantized_model(name: str, dty
     assert error(program.module()(x), eager) < rtol
 
 
+@pytest.mark.slow
 def test_compiled_program_equals_the_quantized_model(tmp_path: Path) -> None:
     model = Mlp().to(BF16)
     ecp.quantize_model_(model, qlinear="4w", target="cpu")
