@@ -363,7 +363,8 @@ def _executorch(
     progress: Progress,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    from executorch.exir import to_edge_transform_and_lower
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
     with torch.no_grad(), gc_throttled():
         _report_phases(partitioners, progress)
@@ -375,7 +376,9 @@ def _executorch(
         for name, program in methods.items():
             _check_sizes_stay_dynamic(name, program, edge.exported_program(name))
         progress("serializing")
-        lowered = edge.to_executorch()
+        stored = [name for method in methods for name in _states_with_values(edge.exported_program(method))]
+        config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(stored)] if stored else [])
+        lowered = edge.to_executorch(config)
     with open(folder / f"{stem}.pte", "wb") as file:
         lowered.write_to_file(file)
     lowered.write_tensor_data_to_file(str(folder))
@@ -384,6 +387,21 @@ def _executorch(
     data = sorted(folder.glob("*.ptd"))
     for path in data:
         path.rename(folder / (f"{stem}.ptd" if len(data) == 1 else f"{stem}.{path.name}"))
+
+
+def _states_with_values(program: ExportedProgram) -> list[str]:
+    """The placeholders of the buffers that the program writes to and whose first values are not all 0.
+
+    ExecuTorch stores the first values of such a buffer only where a pass asks for it. Without, the first call would
+    compute with zeros.
+    """
+    signature, values = program.graph_signature, {**program.constants, **program.state_dict}
+    written = set(signature.buffers_to_mutate.values())
+    return [
+        name
+        for name, fqn in signature.inputs_to_buffers.items()
+        if fqn in written and isinstance(values.get(fqn), torch.Tensor) and bool(values[fqn].any())
+    ]
 
 
 def _report_phases(partitioners: Mapping[str, Any], progress: Progress) -> None:

@@ -325,3 +325,29 @@ def test_methods_of_one_pte_share_weights_and_compute_the_same(tmp_path: Path) -
         x = torch.randn(rows, 256)
         with torch.no_grad():
             torch.testing.assert_close(program.load_method(name).execute([x])[0], model(x), rtol=1e-3, atol=2e-2)
+
+
+class Counting(torch.nn.Module):
+    """A linear and two states that each call writes: one begins with numbers, the other with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("state", torch.arange(4.0) + 1)
+        self.register_buffer("zeros", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x) + self.state + self.zeros
+        self.state.add_(1)
+        self.zeros.add_(2)
+        return y
+
+
+def test_first_values_of_a_state_are_stored(tmp_path: Path) -> None:
+    model, x = Counting().eval(), torch.randn(2, 4)
+    program, _ = ecp.rewrite(torch.export.export(model, (x,)), "xnnpack")
+    (file,) = lower(program, "xnnpack", tmp_path, "model")
+    method = Runtime.get().load_program(file).load_method("forward")
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(method.execute([x])[0], model(x))
