@@ -33,6 +33,7 @@ _NO_MEMORY = re.compile(
     r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|can't start new thread|failed to map"
 )
 """Messages of torch, of C++ and of the system."""
+_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOMEM)
 
 # --help does not import torch.
 if TYPE_CHECKING:
@@ -418,7 +419,7 @@ def shortage_of(error: BaseException) -> str:
     while each is not None and each not in seen:
         seen.append(each)
         number = each.errno if isinstance(each, OSError) else None
-        if isinstance(each, OSError) and number and each.strerror not in (None, os.strerror(number)):
+        if isinstance(each, OSError) and number in _SHORTAGES and each.strerror not in (None, os.strerror(number)):
             return str(each.strerror)  # the cache and the files of --stream say which they are
         # The names of temporary files mean nothing to a user.
         place = re.split(f"/(?:{re.escape(PREFIX)}|{PREFIX_IN_TEMP})", str(getattr(each, "filename", None) or ""))[0]

@@ -39,6 +39,9 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
     return done.stdout.split()
 
 
+LINEARS = ["linear_int4", "linear_float4", "linear_int8", "linear_float8"]
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
@@ -52,12 +55,12 @@ def completed(script: Path, line: str, shell: str = "bash") -> list[str]:
         ("export --qlinear 8d", ["8da4w", "8da8w", "8da4w,8da8w"]),
         ("export --qembedding ", ["4w", "8w", "4w_hqq"]),
         ("explain model.pt2 --gpu sm_1", ["sm_100", "sm_120"]),
-        ("lower model.pt2 --expect linear_", ["linear_int4=", "linear_int8="]),
+        ("lower model.pt2 --expect linear_", [f"{name}=" for name in LINEARS]),
         ("lower model.pt2 --expect miss", ["missed="]),
         ("verify model.pt2 --target ", list(EXECUTABLE)),
         ("accuracy model.pt2 -t x", ["xnnpack"]),
         ("accuracy model.pt2 --algorithm ", ["hqq", "affine"]),
-        ("match linear_", ["linear_int4", "linear_int8"]),
+        ("match linear_", LINEARS),
     ],
 )
 def test_last_word_is_completed(line: str, words: list[str], script: Path) -> None:
