@@ -149,6 +149,8 @@ def _converted(x: Pattern, shared: bool = True) -> AnyOf:
 @requirement("constants of 8-bit floats and of scales for blocks of them")
 def float8_parts_fit(m: Match) -> Failure | None:
     """One scale, or as many axes as the weight has."""
+    if not isinstance(m.data, Node) or not isinstance(m.scale, Node):
+        return Failure(f"{m.data} and {m.scale}")
     data, scale = m.program.constant(m.data), m.program.constant(m.scale)
     if data is None or scale is None or m.program.is_mutated(m.data) or m.program.is_mutated(m.scale):
         return Failure(f"{m.data.name} and {m.scale.name}")
@@ -201,6 +203,8 @@ def nested_parts_fit(m: Match) -> Failure | None:
     """Their shapes are those of ``dequantize_int4_nested``."""
     names = ("qdata", "scale", "scale_step", "zero_point", "zero_point_step")
     nodes = [getattr(m, name) for name in names]
+    if not all(isinstance(node, Node) for node in nodes):
+        return Failure(", ".join(map(str, nodes)))
     parts = [m.program.constant(node) for node in nodes]
     if any(part is None or m.program.is_mutated(node) for part, node in zip(parts, nodes, strict=True)):
         return Failure(", ".join(node.name for node in nodes))
@@ -255,6 +259,8 @@ class RestoreInt4Nested(Rule):
 def int8_parts_fit(m: Match) -> Failure | None:
     """Scales and zero points for each row and group."""
     nodes = (m.integers, m.scale, m.zero_point)
+    if not all(isinstance(node, Node) for node in nodes):
+        return Failure(", ".join(map(str, nodes)))
     parts = [m.program.constant(node) for node in nodes]
     if any(part is None or m.program.is_mutated(node) for part, node in zip(parts, nodes, strict=True)):
         return Failure(", ".join(node.name for node in nodes))

@@ -330,3 +330,24 @@ def test_operators_reject_parts_that_do_not_fit() -> None:
         FLOAT8_LINEAR(x, packed, torch.ones(8, 2), None, 32, 3)
     with pytest.raises(ValueError, match="for a weight of K = 64"):
         FLOAT8_LINEAR(x[:, :32], packed, torch.ones(8, 2), None, 32, 4)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu", "xnnpack"])
+def test_products_with_numbers_are_no_weights(target: str) -> None:
+    class Numbers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(8, 8).to(torch.float8_e4m3fn))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (
+                (self.weight.float() * 0.5) @ x.float(),
+                (x.float() * 3).to(x.dtype),
+                (x.to(torch.int8) - 2).to(x.dtype),
+            )
+
+    x = torch.randn(8, 2, dtype=torch.bfloat16)
+    program, report = ecp.rewrite(torch.export.export(Numbers(), (x,)), target)
+    assert report.counts()["rewritten"] == 0
+    for found, wanted in zip(program.module()(x), Numbers()(x), strict=True):
+        torch.testing.assert_close(found, wanted)
