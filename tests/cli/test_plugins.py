@@ -108,7 +108,7 @@ def test_trace_has_a_line_for_each_rule(folder: Path) -> None:
     traced = [line for line in done.stderr.splitlines() if line.startswith("cpu: ")]
     assert len(traced) == len(ecp.default_passes("cpu")) + 1
     assert traced[-1].startswith("cpu: write_silu: 1 tried, 1 matched, 1 applied, 0.")
-    assert traced[0].startswith("cpu: linear_int4: 0 tried, 0 matched, 0 applied")
+    assert traced[0].startswith("cpu: unpack_linear: 0 tried, 0 matched, 0 applied")
 
 
 OPERATOR = """
