@@ -249,7 +249,7 @@ def test_name_of_an_entry_point_is_that_of_its_target(folder: Path) -> None:
 
 def test_import_of_a_plugin_prints_nothing_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     install(folder, "my-rules", "print('loading')\n" + RULE)
-    assert names() == [*OWN, "write_silu"]
+    assert names()[-1] == "write_silu"
     assert capsys.readouterr() == ("", "loading\n")
 
 
