@@ -78,6 +78,8 @@ class Command:
 
 def _run(arguments: list[str], out: Path, err: Path, temporary: Path, memory: int | None) -> None:
     os.setpgid(0, 0)
+    # A test run in the background of a shell ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, stream.fileno())
