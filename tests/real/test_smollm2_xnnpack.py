@@ -59,7 +59,8 @@ def logits(decoder: Any, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([first.logits, last.logits], 1)[0].float()
 
 
-@pytest.mark.parametrize("scheme", ["8da4w", pytest.param("4w", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["8da4w", "4w"])
 def test_first_two_layers_of_smollm2_have_the_logits_of_eager(smollm: Loaded, scheme: str, tmp_path: Path) -> None:
     model = copy.deepcopy(smollm.model)
     model.model.layers = model.model.layers[:2]
