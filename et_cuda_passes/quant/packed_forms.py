@@ -10,6 +10,7 @@
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,24 +35,42 @@ def decode_int4_tensor(program: Program, node: Node) -> QuantizedWeight:
     Raises:
         Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
     """
+    dtype = _output_dtype(arguments(node)["output_dtype"])
+    return _grouped(
+        program, node, "zero_point", 2, 0, 15, output_dtype=dtype, loader=_read_int4_tensor, encoding="int4_tensor"
+    )
+
+
+def _grouped(
+    program: Program, node: Node, zero_name: str, in_a_byte: int, low: int, high: int, **others: Any
+) -> QuantizedWeight:
+    """A weight in groups along K, whose integers, scales, zero points and group size are arguments of ``node``.
+
+    Args:
+        program: has the constants.
+        node: with the arguments ``qdata``, ``scale`` and ``group_size``.
+        zero_name: name of the argument with the zero points.
+        in_a_byte: number of integers in an element of ``qdata``.
+        low: smallest integer.
+        high: largest integer.
+        others: further fields of the weight.
+    """
     bound = arguments(node)
-    data, packed = constant(program, bound["qdata"], "the quantized data")
+    data, integers = constant(program, bound["qdata"], "the quantized data")
     scale, scales = constant(program, bound["scale"], "the scale")
-    zero_point, points = constant(program, bound["zero_point"], "the zero point")
+    zero_point, points = constant(program, bound[zero_name], "the zero point")
     weight = QuantizedWeight(
         fqn=program.fqn(data) or data.name,
         data=data,
         scale=scale,
         zero_point=zero_point,
-        shape=(packed.shape[0], packed.shape[1] * 2),
+        shape=(integers.shape[0], integers.shape[1] * in_a_byte),
         block_size=(1, int(bound["group_size"])),
-        quant_min=0,
-        quant_max=15,
-        storage_dtype=packed.dtype,
+        quant_min=low,
+        quant_max=high,
+        storage_dtype=integers.dtype,
         scale_dtype=scales.dtype,
-        output_dtype=_output_dtype(bound["output_dtype"]),
-        loader=_read_int4_tensor,
-        encoding="int4_tensor",
+        **others,
     )
     check_blocks(weight, scales, points)
     return weight
@@ -301,26 +320,8 @@ def decode_int8_product(program: Program, node: Node) -> QuantizedWeight:
     Raises:
         Unmet: ``node`` reads values that are not constants, or its arguments contradict each other.
     """
-    bound = arguments(node)
-    data, integers = constant(program, bound["qdata"], "the quantized data")
-    scale, scales = constant(program, bound["scale"], "the scale")
-    zero_point, points = constant(program, bound["zero"], "the zero point")
-    weight = QuantizedWeight(
-        fqn=program.fqn(data) or data.name,
-        data=data,
-        scale=scale,
-        zero_point=zero_point,
-        shape=tuple(integers.shape),
-        block_size=(1, int(bound["group_size"])),
-        quant_min=-128,
-        quant_max=127,
-        storage_dtype=integers.dtype,
-        scale_dtype=scales.dtype,
-        output_dtype=node.meta["val"].dtype,
-        packed_for="int8_plain_mm",
-    )
-    check_blocks(weight, scales, points)
-    return weight
+    dtype = node.meta["val"].dtype
+    return _grouped(program, node, "zero", 1, -128, 127, output_dtype=dtype, packed_for="int8_plain_mm")
 
 
 PRODUCT_DECODERS: dict[str, Callable[[Program, Node], QuantizedWeight]] = {
