@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +99,10 @@ class Weights:
         self.created.clear()
 
 
+Linear = Callable[[int, int], nn.Linear]
+"""Makes a linear without bias from its out_features and in_features."""
+
+
 def linear(weights: Weights, n: int, k: int) -> nn.Linear:
     """A linear with an int4 weight in the form that torchao's ``IntxWeightOnlyConfig`` makes."""
     scale = torch.full((n, k // GROUP_SIZE), 0.01, dtype=torch.bfloat16)
@@ -113,18 +118,18 @@ def linear(weights: Weights, n: int, k: int) -> nn.Linear:
 class Layer(nn.Module):
     """Attention and a gated feed-forward network."""
 
-    def __init__(self, shape: Shape, weights: Weights) -> None:
+    def __init__(self, shape: Shape, linear: Linear) -> None:
         super().__init__()
         self.shape = shape
         wide, narrow = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
         self.norms = nn.ModuleList(nn.RMSNorm(shape.hidden, dtype=torch.bfloat16) for _ in range(2))
-        self.q = linear(weights, wide, shape.hidden)
-        self.k = linear(weights, narrow, shape.hidden)
-        self.v = linear(weights, narrow, shape.hidden)
-        self.o = linear(weights, shape.hidden, wide)
-        self.gate = linear(weights, shape.intermediate, shape.hidden)
-        self.up = linear(weights, shape.intermediate, shape.hidden)
-        self.down = linear(weights, shape.hidden, shape.intermediate)
+        self.q = linear(wide, shape.hidden)
+        self.k = linear(narrow, shape.hidden)
+        self.v = linear(narrow, shape.hidden)
+        self.o = linear(shape.hidden, wide)
+        self.gate = linear(shape.intermediate, shape.hidden)
+        self.up = linear(shape.intermediate, shape.hidden)
+        self.down = linear(shape.hidden, shape.intermediate)
 
     def forward(self, x: Tensor) -> Tensor:
         """One block with residual connections."""
@@ -143,11 +148,11 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """All layers and the linear to the vocabulary; the input is embedded already."""
 
-    def __init__(self, shape: Shape, weights: Weights) -> None:
+    def __init__(self, shape: Shape, linear: Linear) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(shape, weights) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape, linear) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden, dtype=torch.bfloat16)
-        self.head = linear(weights, shape.vocabulary, shape.hidden)
+        self.head = linear(shape.vocabulary, shape.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """The logits."""
@@ -157,11 +162,11 @@ class Decoder(nn.Module):
         return logits
 
 
-def exported(shape: Shape, weights: Weights) -> torch.export.ExportedProgram:
+def exported(shape: Shape, linear: Linear) -> torch.export.ExportedProgram:
     """The program of a decoder for any number of tokens; the model itself is gone."""
     with torch.no_grad():
         return torch.export.export(
-            Decoder(shape, weights).eval(),
+            Decoder(shape, linear).eval(),
             (torch.zeros(1, 16, shape.hidden, dtype=torch.bfloat16),),
             dynamic_shapes=({1: torch.export.Dim("tokens", min=2, max=2048)},),
         )
@@ -234,7 +239,7 @@ def measure(name: str, shape: Shape, form: str, target: str, folder: str | None,
             each.mkdir()
         times = [time.perf_counter()]
         weights = Weights(sources if "mapped" in form else None)
-        program = exported(shape, weights)
+        program = exported(shape, partial(linear, weights))
         times.append(time.perf_counter())
         if not (sparse and "mapped" in form):
             weights.fill()
