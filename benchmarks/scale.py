@@ -137,9 +137,7 @@ class Layer(nn.Module):
         q, k, v = (
             part(y).unflatten(-1, (-1, self.shape.head_size)).transpose(1, 2) for part in (self.q, self.k, self.v)
         )
-        repeats = self.shape.heads // self.shape.kv_heads
-        k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(attended.transpose(1, 2).flatten(2))
         y = self.norms[1](x)
         return x + self.down(F.silu(self.gate(y)) * self.up(y))

@@ -350,8 +350,9 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
     program reads.
     """
     program: Program | None = None
+    held_by = _held(exported)
     for original in exported.graph.find_nodes(op="placeholder"):
-        held = _held(exported, original.name)
+        held = held_by.get(original.name)
         whole = original.users and not any(op_of(user) is ACCESS_SUBCLASS_TENSOR for user in original.users)
         if not whole or not _is_plain_nvfp4(held):
             continue
@@ -384,10 +385,12 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
     return exported if program is None else finish_program(program)
 
 
-def _held(exported: ExportedProgram, name: str) -> Any:
-    signature = exported.graph_signature
-    target = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}.get(name, "")
-    return {**exported.constants, **exported.state_dict}.get(target)
+def _held(exported: ExportedProgram) -> dict[str, Any]:
+    """Parameters and buffers by the name of their placeholder."""
+    signature = exported.graph_signature  # it builds each of its dictionaries anew
+    values = {**exported.constants, **exported.state_dict}
+    targets = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {name: values[target] for name, target in targets.items() if target in values}
 
 
 def _is_plain_nvfp4(weight: Any) -> bool:
