@@ -12,7 +12,7 @@ from et_cuda_passes._versions import is_at_least
 EXECUTABLE = ("cuda", "xnnpack", "cpu", "openvino")
 """The targets whose runtime is available in Python."""
 _RUNTIME_TORCH = "2.13"
-"""The first torch whose tensors executorch 1.5.1's runtime for Python reads. With 2.11: "tensor does not have a device"."""
+"""The first torch whose tensors the runtime of executorch 1.5.1 reads. With 2.11: "tensor does not have a device"."""
 
 
 def runtime_problem() -> str:
