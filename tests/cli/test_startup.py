@@ -1,5 +1,6 @@
 """The start of the command line: no torch for help, versions and rules, and only its own lines on stderr."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -71,13 +72,16 @@ def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, scr
         ),
     ],
 )
-def test_command_writes_only_its_own_lines_on_stderr(
+def test_new_interpreter_writes_only_the_document_and_its_steps(
     command: str, target: str, steps: list[str], tmp_path: Path
 ) -> None:
     path, _ = save(tmp_path, "4w")
     output = ["--output-dir", tmp_path] if command == "lower" else []
-    done = python("-m", "et_cuda_passes", command, path, "--target", target, *output)
+    done = python("-m", "et_cuda_passes", command, path, "--target", target, *output, "--json")
     assert done.returncode == 0
+    found = json.loads(done.stdout)
+    (report,) = [found["report"]] if command == "lower" else found["reports"].values()
+    assert report["counts"]["rewritten"] + report["counts"]["kept"] == 2
     lines = [line.partition(":")[0] for line in done.stderr.splitlines() if "so far" not in line]
     assert [line.replace(f" {path}", "") for line in lines] == steps
 
