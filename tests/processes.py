@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import chdir, suppress
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from tests.cli.command import Result
 
@@ -23,6 +25,15 @@ ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.preload"])
 PATIENCE = 120.0
+
+
+def process(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """A process that calls ``function``, which it imports from its module."""
+    with chdir(ROOT):  # where the server finds what it is to import
+        forkserver.ensure_running()
+    started = _CONTEXT.Process(target=function, args=arguments)
+    started.start()
+    return started
 
 
 class Command:
@@ -51,12 +62,7 @@ class Command:
         texts = [str(each) for each in arguments]
         environment = {**(os.environ if variables is None else variables), "TMPDIR": str(self.temporary)}
         where = (cwd or Path.cwd()).absolute()
-        with chdir(ROOT):  # where the server finds what it is to import
-            forkserver.ensure_running()
-        self._process = _CONTEXT.Process(
-            target=_run, args=(texts, self._out.absolute(), self._err.absolute(), where, environment, memory)
-        )
-        self._process.start()
+        self._process = process(_run, texts, self._out.absolute(), self._err.absolute(), where, environment, memory)
         self.began = time.monotonic()
 
     def wait(self) -> Result:

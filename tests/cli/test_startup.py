@@ -41,9 +41,11 @@ COMMANDS = [
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 
-@pytest.mark.parametrize("arguments", QUICK)
-@pytest.mark.parametrize("start", ["module", "script"])
-def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, script: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [*(("script", each) for each in QUICK), *(("module", each) for each in ("--help", "rules", "lower --help"))],
+)
+def test_help_versions_and_rules_import_no_torch(start: str, arguments: str, script: Path) -> None:
     program = ["-m", "et_cuda_passes"] if start == "module" else [script]
     done = python("-X", "importtime", *program, *arguments.split())
     assert done.returncode == 0
@@ -103,7 +105,7 @@ def test_completion_knows_the_schemes_and_statuses() -> None:
     assert STATUSES == report.STATUSES
 
 
-@pytest.mark.parametrize("start", ["import", "package"])
+@pytest.mark.parametrize("start", [pytest.param("import", marks=pytest.mark.slow), "package"])
 def test_import_in_any_other_program_registers_the_operators(start: str, tmp_path: Path) -> None:
     """Also in a package that runs by -m and imports et_cuda_passes before its module is found."""
     check = "import torch\nprint(torch.ops.et_cuda_passes.int4_linear_cpu.default)\n"

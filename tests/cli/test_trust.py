@@ -35,7 +35,7 @@ def evil(tmp_path: Path) -> Path:
 COMMANDS = (
     ("explain", "--target", "cuda"),
     ("lower", "--target", "cpu", "--stop-after", "rewrite", "--output-dir"),
-    ("verify", "--target", "cpu"),
+    ("verify", "--target", "xnnpack"),
 )
 
 
