@@ -158,7 +158,7 @@ def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Ma
                 raise ValueError(f"pass {entry.name} names {name!r} in before or after; {nearest}")
         demanded.update((entry.name, later) for later in entry.before if later in position)
         demanded.update((earlier, entry.name) for earlier in entry.after if earlier in position)
-    sorter = TopologicalSorter({name: () for name in position})
+    sorter = TopologicalSorter(dict.fromkeys(position, ()))
     for earlier, later in (*itertools.pairwise(fixed), *sorted(demanded)):
         sorter.add(later, earlier)
     try:
