@@ -402,7 +402,7 @@ def one_line(error: BaseException) -> str:
 
 
 def shortage_of(error: BaseException) -> str:
-    """The disk or the memory that an error, or its cause, is about, with the fix; empty if it is about another thing."""
+    """The disk or memory that an error, or its cause, is about, with the fix; empty if it is about another thing."""
     found = find_shortage(error)
     if found is None or found.text:
         return found.text if found else ""
