@@ -25,7 +25,7 @@ _KINDS: dict[int, Kind] = {
 
 @dataclass(frozen=True)
 class Shortage:
-    """What is short.
+    """A disk that cannot be written any more, or memory that is missing.
 
     Attributes:
         kind: of the shortage.

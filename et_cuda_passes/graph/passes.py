@@ -177,7 +177,7 @@ def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Ma
     while sorter.is_active():
         for name in sorter.get_ready():
             heapq.heappush(ready, position[name])
-        # Of the passes that may be next, the first of the list is.
+        # The earliest of the passes that may be next, as they are written.
         ordered.append(entries[heapq.heappop(ready)])
         sorter.done(ordered[-1].name)
     return ordered
