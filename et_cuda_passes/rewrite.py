@@ -1,5 +1,6 @@
 """``rewrite``: an exported program, rewritten for a target, and the report."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
+from et_cuda_passes.mapped import trim_heap
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates, quantized_caches
 from et_cuda_passes.quant.unsupported import decomposed_weights
@@ -120,8 +122,12 @@ def rewrite(
     record_weight_bytes(program, tracker)
     # 5. Report: what was found. With ``stream`` the program is given up after this.
     report = _report(tracker, chosen, entries, before)
-    if pool.stream is not None and before is not exported_program:
-        program.release(exported_program)
+    if pool.stream is not None:
+        if before is not exported_program:
+            program.release(exported_program)
+        # torch.export leaves cycles of functions that hold the model, and with it each source.
+        gc.collect()
+        trim_heap()
     with gc_disabled():
         # 6. Finish: compute the packed constants, repair strides and names, verify.
         result = finish_program(program)

@@ -35,11 +35,17 @@ class TemporaryFolder:
     def __init__(self, parent: Path | None = None) -> None:
         around, prefix = (Path(tempfile.gettempdir()), PREFIX_IN_TEMP) if parent is None else (parent, PREFIX)
         remove_unfinished(around, prefix)
-        descriptor, name = _locked(lambda: _create_folder(around, prefix))
-        # The lock is on the folder around it, so that a user of the path can lock that.
-        self.path = Path(name, "files")
-        self._remove = weakref.finalize(self, _remove, Path(name), descriptor)
-        self.path.mkdir()
+        name = _new_name(around, prefix)
+        # The handler of a signal can raise an exception after each step.
+        try:
+            descriptor = _locked(name, _create_folder)
+            # The lock is on the folder around it, so that a user of the path can lock that.
+            self.path = Path(name, "files")
+            self._remove = weakref.finalize(self, _remove, name, descriptor)
+            self.path.mkdir()
+        except BaseException:
+            shutil.rmtree(name, ignore_errors=True)
+            raise
 
     def __enter__(self) -> Path:
         return self.path
@@ -49,7 +55,11 @@ class TemporaryFolder:
 
     def remove(self) -> None:
         """Remove the folder now."""
-        self._remove()
+        try:
+            self._remove()
+        finally:
+            # A signal can have ended the removal.
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
 @contextmanager
@@ -58,9 +68,9 @@ def replaced_file(path: Path) -> Iterator[IO[bytes]]:
 
     A reader, also after a loss of power, sees the former content or all of the new one.
     """
-    descriptor, part = _locked(lambda: _create(path.parent))
+    part = _new_name(path.parent, PREFIX)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(_locked(part, _create_file), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -99,31 +109,35 @@ def remove_unfinished(folder: Path, prefix: str = PREFIX) -> None:
                 os.close(descriptor)
 
 
-def _locked(create: Callable[[], tuple[int, str]]) -> tuple[int, str]:
+def _new_name(folder: Path, prefix: str) -> str:
+    """A name for a new file or folder. It is known before that exists, so that an error at any moment can remove it."""
+    return os.path.join(folder, f"{prefix}{secrets.token_hex(8)}")
+
+
+def _locked(name: str, create: Callable[[str], int]) -> int:
     """Create a file or folder and lock it; again if another run removed it before it was locked."""
     while True:
-        descriptor, name = create()
+        descriptor = create(name)
         # A file system without locks has no other process to wait for, as far as this one can know.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.path.exists(name):
-            return descriptor, name
+            return descriptor
         os.close(descriptor)
 
 
-def _create(folder: Path) -> tuple[int, str]:
+def _create_file(name: str) -> int:
     """A new file with the permissions of any other; tempfile's are for the user alone."""
-    name = os.path.join(folder, f"{PREFIX}{secrets.token_hex(8)}")
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), name
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
-def _create_folder(folder: Path, prefix: str) -> tuple[int, str]:
+def _create_folder(name: str) -> int:
     while True:
-        name = tempfile.mkdtemp(prefix=prefix, dir=folder)
+        os.mkdir(name, 0o700)
         with suppress(FileNotFoundError):  # another run removed it
-            return os.open(name, os.O_RDONLY), name
+            return os.open(name, os.O_RDONLY)
 
 
-def _remove(folder: Path, descriptor: int) -> None:
+def _remove(folder: str, descriptor: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(descriptor)

@@ -1,10 +1,8 @@
 """Output of the commands beside their results: progress and errors on stderr, and the list of written files."""
 
-import errno
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import sys
@@ -27,13 +25,7 @@ from rich.text import Text
 from et_cuda_passes._versions import untested_versions
 from et_cuda_passes.cli.documents import Document
 from et_cuda_passes.plugins import PluginError, PluginWarning
-from et_cuda_passes.unfinished import PREFIX, PREFIX_IN_TEMP
-
-_NO_MEMORY = re.compile(
-    r"can't allocate memory|[Cc]annot allocate memory|std::bad_alloc|can't start new thread|failed to map"
-)
-"""Messages of torch, of C++ and of the system."""
-_SHORTAGES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOMEM)
+from et_cuda_passes.shortage import find_shortage
 
 # --help does not import torch.
 if TYPE_CHECKING:
@@ -410,32 +402,20 @@ def one_line(error: BaseException) -> str:
 
 
 def shortage_of(error: BaseException) -> str:
-    """The disk or the memory that an error, or its cause, is about, with the fix; empty if it is about another thing.
-
-    Libraries turn such errors into others, so the causes are searched too.
-    """
-    seen: list[BaseException] = []
-    each: BaseException | None = error
-    while each is not None and each not in seen:
-        seen.append(each)
-        number = each.errno if isinstance(each, OSError) else None
-        if isinstance(each, OSError) and number in _SHORTAGES and each.strerror not in (None, os.strerror(number)):
-            return str(each.strerror)  # the cache and the files of --stream say which they are
-        # The names of temporary files mean nothing to a user.
-        place = re.split(f"/(?:{re.escape(PREFIX)}|{PREFIX_IN_TEMP})", str(getattr(each, "filename", None) or ""))[0]
-        where = f" ({place})" if place else ""
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(each):
-            return f"the disk is full{where}; free some space and run the command again"
-        if number == errno.EFBIG:
-            return f"a file would be larger than the limit{where}; raise it with ulimit -f and run the command again"
-        if number == errno.EROFS:
-            return f"the file system is read-only{where}; name another folder"
-        if number == errno.ENOMEM or isinstance(each, MemoryError) or _NO_MEMORY.search(str(each)):
-            limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-            limited = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v limits it to {limit / 1e9:.2f} GB)"
-            return f"there is not enough memory{limited}; free some, or need less with --stream DIR"
-        each = each.__cause__ or each.__context__
-    return ""
+    """The disk or memory that an error, or its cause, is about, with the fix; empty if it is about another thing."""
+    found = find_shortage(error)
+    if found is None or found.text:
+        return found.text if found else ""
+    where = f" ({found.place})" if found.place else ""
+    if found.kind == "full disk":
+        return f"the disk is full{where}; free some space and run the command again"
+    if found.kind == "file limit":
+        return f"a file would be larger than the limit{where}; raise it with ulimit -f and run the command again"
+    if found.kind == "read-only":
+        return f"the file system is read-only{where}; name another folder"
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limited = "" if limit == resource.RLIM_INFINITY else f" (ulimit -v limits it to {limit / 1e9:.2f} GB)"
+    return f"there is not enough memory{limited}; free some, or need less with --stream DIR"
 
 
 def list_files(paths: Iterable[Path]) -> None:

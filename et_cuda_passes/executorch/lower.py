@@ -187,11 +187,6 @@ def staging_folder(folder: Path) -> Iterator[Path]:
         yield path
 
 
-def is_full_disk(error: BaseException) -> bool:
-    """Whether an error says that a disk is full, or that a file would be larger than the limit."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def move_files(staging: Path, folder: Path, last: str | None = None) -> None:
     """Move the files of one folder, and of its subfolders, into another; the file called ``last`` after all others.
 

@@ -1,13 +1,13 @@
 """Pass lists: the values that one may contain, their names, and their order."""
 
 import difflib
+import heapq
 import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from types import MappingProxyType
 from typing import Any
-
-import networkx as nx
 
 from et_cuda_passes.graph.report import STATUSES
 from et_cuda_passes.graph.rule import CompiledRule, GroupRule, Rule, compile_rule
@@ -148,11 +148,8 @@ def _entry(value: Any, is_program_pass: Callable[[Any], bool]) -> Pass:
 
 def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Mapping[str, str]) -> list[Pass]:
     position = {entry.name: index for index, entry in enumerate(entries)}
-    order = nx.DiGraph()
-    order.add_nodes_from(position)
     # Passes without constraints stay in the order in which they are written.
     fixed = [entry.name for entry in entries if not entry.before and not entry.after]
-    order.add_edges_from(itertools.pairwise(fixed))
     demanded: set[tuple[str, str]] = set()
     for entry in entries:
         for name in (*entry.before, *entry.after):
@@ -161,19 +158,29 @@ def _in_order(entries: Sequence[Pass], known_names: Collection[str], renamed: Ma
                 raise ValueError(f"pass {entry.name} names {name!r} in before or after; {nearest}")
         demanded.update((entry.name, later) for later in entry.before if later in position)
         demanded.update((earlier, entry.name) for earlier in entry.after if earlier in position)
-    order.add_edges_from(sorted(demanded))
+    sorter = TopologicalSorter(dict.fromkeys(position, ()))
+    for earlier, later in (*itertools.pairwise(fixed), *sorted(demanded)):
+        sorter.add(later, earlier)
     try:
-        names = list(nx.lexicographical_topological_sort(order, key=position.__getitem__))
-    except nx.NetworkXUnfeasible:
-        cycle = list(nx.find_cycle(order))
+        sorter.prepare()
+    except CycleError as error:
+        cycle: list[str] = error.args[1]
         # The message leaves out passes that only their places in the list make members of the cycle.
-        ends = {name for edge in cycle if edge in demanded for name in edge}
-        members = [edge[0] for edge in cycle if edge[0] in ends]
+        ends = {name for edge in itertools.pairwise(cycle) if edge in demanded for name in edge}
+        members = [name for name in cycle[1:] if name in ends]
         raise ValueError(
             f"before and after of the passes form a cycle: {' -> '.join([*members, members[0]])}; remove one of them, "
             "or change the order of the list"
         ) from None
-    return [entries[position[name]] for name in names]
+    ordered: list[Pass] = []
+    ready: list[int] = []
+    while sorter.is_active():
+        for name in sorter.get_ready():
+            heapq.heappush(ready, position[name])
+        # The earliest of the passes that may be next, as they are written.
+        ordered.append(entries[heapq.heappop(ready)])
+        sorter.done(ordered[-1].name)
+    return ordered
 
 
 def group_rules(entries: Iterable[Pass]) -> set[str]:

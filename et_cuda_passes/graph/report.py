@@ -12,7 +12,6 @@ from torch.fx import Node
 from et_cuda_passes.graph.decibels import decibels_to_json
 from et_cuda_passes.graph.drawing import Drawing, drawing_text
 from et_cuda_passes.graph.names import without_numbers
-from et_cuda_passes.graph.report_page import render
 
 Status = Literal["rewritten", "kept", "missed"]
 STATUSES: tuple[Status, ...] = ("rewritten", "kept", "missed")
@@ -236,6 +235,9 @@ class Report:
 
     def to_html(self, title: str = "") -> str:
         """The report as one HTML file, which needs no network: see :func:`.report_page.render`."""
+        # A rewrite does without the libraries of the page.
+        from et_cuda_passes.graph.report_page import render
+
         return render({self.target: self.to_dict()}, title)
 
     def drawn(self) -> str:

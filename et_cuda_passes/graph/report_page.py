@@ -4,15 +4,16 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import networkx as nx
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from et_cuda_passes.graph.decibels import decibels_from_json, decibels_text, worst_ratio
-from et_cuda_passes.graph.drawing import place_nodes
 from et_cuda_passes.graph.names import fold, form_of, without_numbers
 
 STATUSES = ("rewritten", "kept", "missed")
@@ -305,3 +306,46 @@ def _picture(nodes: Sequence[Data]) -> dict[str, Any]:
             edges.append((start["x"] + start["width"], start["y"] + _BOX / 2, box["x"], end))
     width, height = lefts[-1] + widths[-1], layout.rows * (_BOX + _GAPS[1]) - _GAPS[1]
     return {"boxes": boxes, "edges": edges, "width": width, "height": height}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The place of each node: its column, from the inputs to the results, and its row; with their numbers."""
+
+    places: list[tuple[float, float]]
+    columns: int
+    rows: int
+
+
+def place_nodes(inputs: Sequence[Sequence[int]]) -> Layout:
+    """Place nodes, of which each list has the positions of its inputs, in columns by their distance to the results."""
+    distance = [0] * len(inputs)
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(inputs)))
+    graph.add_edges_from((source, node) for node, sources in enumerate(inputs) for source in sources)
+    for node in reversed(list(nx.topological_sort(graph))):
+        distance[node] = max((distance[reader] + 1 for reader in graph.successors(node)), default=0)
+    last = max(distance, default=0)
+    columns: dict[int, list[int]] = {column: [] for column in range(last + 1)}
+    for node in _depth_first(inputs):
+        columns[last - distance[node]].append(node)
+    tallest = max(map(len, columns.values()))
+    places = nx.multipartite_layout(graph, subset_key=columns)
+    xs, ys = ([float(places[node][axis]) for node in graph] for axis in (0, 1))
+    # networkx scales the places; with this unit neighbours are 1 apart.
+    unit = (max(xs) - min(xs)) / last if last else (max(ys) - min(ys)) / max(tallest - 1, 1) or 1.0
+    found = [(round((x - min(xs)) / unit, 2), round((y - min(ys)) / unit, 2)) for x, y in zip(xs, ys, strict=True)]
+    return Layout(found, last + 1, tallest)
+
+
+def _depth_first(inputs: Sequence[Sequence[int]]) -> list[int]:
+    """All nodes, the inputs of each after it in their order."""
+    order: dict[int, None] = {}
+    read = {source for sources in inputs for source in sources}
+    work = [node for node in reversed(range(len(inputs))) if node not in read]
+    while work:
+        node = work.pop()
+        if node not in order:
+            order[node] = None
+            work += reversed(inputs[node])
+    return list(order)

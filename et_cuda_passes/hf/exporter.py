@@ -4,6 +4,7 @@ transformers traces the model and splits it into the components that generation 
 rewritten and lowered per target afterwards.
 """
 
+import gc
 import json
 import re
 import sys
@@ -30,7 +31,6 @@ from transformers.utils.hub import cached_file, cached_files
 from et_cuda_passes.executorch.lower import (
     Progress,
     gpu_of_methods,
-    is_full_disk,
     lower,
     lowering_steps,
     missing_requirement,
@@ -71,6 +71,7 @@ from et_cuda_passes.hf.runner import EtModelRunner
 from et_cuda_passes.hf.schemes import quantize_model_
 from et_cuda_passes.rewrite import constant_pool, rewrite
 from et_cuda_passes.rules.attention import SDPA
+from et_cuda_passes.shortage import find_shortage
 from et_cuda_passes.unfinished import TemporaryFolder
 
 # torchao's message for an operator that its tensors do not implement.
@@ -232,7 +233,7 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
         part: called during a rewrite with the number of weights that have an outcome, and of all.
         failed: called with the name of a target and the error of its rewrite or lowering; the export then goes on with
             the other targets, and has nothing for this one. Without it, the first error ends the export. An error
-            ends it in any case if it leaves a component without a target, or if a disk is full.
+            ends it in any case if it leaves a component without a target, or if a disk is full or read-only.
     """
 
     export_format = FORMAT
@@ -417,13 +418,19 @@ class EtExporter(DynamoExporter):  # type: ignore[misc]  # transformers is not f
             except Exception as error:
                 for name in chosen:
                     open_targets[name].discard(target)
-                if self._failed is None or is_full_disk(error) or not all(open_targets.values()):
+                shortage = find_shortage(error)
+                # The targets share a disk. The memory that one lacks may be enough for another.
+                disk_is_short = shortage is not None and shortage.kind != "memory"
+                if self._failed is None or disk_is_short or not all(open_targets.values()):
                     raise
                 self._failed(target, error)
+            else:
+                for name in chosen:
+                    components[name].builds[target] = builds[name]
+                    components[name].report[target] = reports[name].to_dict()
                 continue
-            for name in chosen:
-                components[name].builds[target] = builds[name]
-                components[name].report[target] = reports[name].to_dict()
+            # The traceback is in cycles with the programs of the failed target. The next target needs their memory.
+            gc.collect()
         return components
 
     def _rewrite_and_build(

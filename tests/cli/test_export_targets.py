@@ -189,6 +189,8 @@ def test_export_for_keep_targets_writes_a_program_for_each(model: Path, tmp_path
 # Targets of other packages --------------------------------------------------------------------------------------------
 
 NPU = """
+import torch
+
 import et_cuda_passes as ecp
 from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
 
@@ -199,22 +201,44 @@ def npu(name, **options):
 
 lowered = npu("my_npu", partitioner=lambda method: XnnpackPartitioner())
 unlowered = npu("other_npu")
+
+
+def too_large(method):
+    return torch.empty(1 << 60)
+
+
+def on_a_full_disk(method):
+    try:
+        with open("/dev/full", "wb") as file:
+            file.write(b"program")
+    except OSError as error:
+        raise RuntimeError("the partitioner failed") from error
+
+
+without_memory = npu("hungry_npu", partitioner=too_large)
+without_disk = npu("writing_npu", partitioner=on_a_full_disk)
 """
 
 
 @pytest.fixture
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The targets my_npu, other_npu, which has no lowering, and bad_npu, whose package cannot be imported."""
+    """Targets of other packages.
+
+    my_npu is lowered; other_npu has no lowering; the lowerings of hungry_npu and writing_npu need more memory and more
+    disk than there is; the package of bad_npu cannot be imported.
+    """
     for package, source, entry in (
         ("my-npu", NPU, "lowered"),
         ("other-npu", NPU, "unlowered"),
+        ("hungry-npu", NPU, "without_memory"),
+        ("writing-npu", NPU, "without_disk"),
         ("bad-npu", "import nowhere_at_all", "npu"),
     ):
         install(tmp_path / "plugins", package, source, entry, "targets")
     monkeypatch.syspath_prepend(tmp_path / "plugins")
     monkeypatch.setenv("ETCP_PLUGINS", "1")
     yield
-    for module in ("my_npu", "other_npu"):
+    for module in ("my_npu", "other_npu", "hungry_npu", "writing_npu"):
         sys.modules.pop(module, None)
 
 
@@ -230,6 +254,23 @@ def test_export_writes_a_program_for_a_target_of_another_package(tmp_path: Path,
     assert result.code == 1 and "programs for my_npu do not run in Python" in result.error
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("plugins")
+def test_target_that_lacks_memory_fails_alone_and_one_on_a_full_disk_ends_the_export(
+    tmp_path: Path, command: Run
+) -> None:
+    model, output = checkpoints.image_classifier(tmp_path / "model"), tmp_path / "out"
+    arguments = ("export", "--model", model, "--qlinear", "8da4w", "--output-dir", output, "--target")
+    result = command(*arguments, "writing_npu,my_npu")
+    assert result.code == 1 and "writing_npu failed" not in result.err
+    assert "the disk is full; free some space and run the command again" in result.error
+    assert not output.exists() or names(output) == []
+    result = command(*arguments, "hungry_npu,my_npu")
+    assert result.code == 1
+    assert result.error.startswith("error: hungry_npu failed: ") and "there is not enough memory" in result.error
+    assert "model.my_npu.pte" in names(output) and "model.hungry_npu.pte" not in names(output)
+
+
 @pytest.mark.usefixtures("plugins")
 @pytest.mark.parametrize(
     ("target", "message"),
@@ -237,7 +278,7 @@ def test_export_writes_a_program_for_a_target_of_another_package(tmp_path: Path,
         ("other_npu", "target other_npu has no lowering: give its Target a partitioner="),
         ("bad_npu", "target 'bad_npu' cannot be imported from bad_npu:npu (ModuleNotFoundError"),
         ("my_npu:lowered", "targets that have a name: give this one an entry point"),
-        ("no_npu", "there is no target 'no_npu'; the nearest are other_npu, my_npu, bad_npu"),
+        ("no_npu", "there is no target 'no_npu'; the nearest are other_npu, my_npu, hungry_npu"),
     ],
 )
 def test_target_of_another_package_without_a_lowering_is_refused_before_work(

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -271,3 +274,49 @@ def test_replaced_file_keeps_its_content_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no more"):
         fail()
     assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+def interrupted(work: Callable[[], None], step: int) -> bool:
+    """Whether ``KeyboardInterrupt``, as by Ctrl-C, ended ``work`` at a step: a line of ours, or a call in a library."""
+    left = [step]
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        file = Path(frame.f_code.co_filename).name
+        ours = event == "line" and file == "unfinished.py"
+        if ours or (event == "call" and file in ("weakref.py", "shutil.py", "contextlib.py")):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(trace)
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_interrupt_at_any_step_leaves_no_temporary_file(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "file"
+
+    def work() -> None:
+        if kind == "folder":
+            with TemporaryFolder(tmp_path) as folder:
+                (folder / "part").write_text("half")
+        else:
+            with replaced_file(target) as file:
+                file.write(b"whole")
+
+    step = 0
+    while interrupted(work, step):
+        assert left_over(tmp_path) == [], f"step {step}"
+        assert not target.exists() or target.read_bytes() == b"whole"
+        target.unlink(missing_ok=True)
+        step += 1
+    assert step > 20
+    assert left_over(tmp_path) == []

@@ -5,7 +5,8 @@ from itertools import pairwise
 import torch
 
 import et_cuda_passes as ecp
-from et_cuda_passes.graph.drawing import DrawnNode, drawing_text, place_nodes
+from et_cuda_passes.graph.drawing import DrawnNode, drawing_text
+from et_cuda_passes.graph.report_page import place_nodes
 from et_cuda_passes.testing import Quantized
 
 
