@@ -157,7 +157,7 @@ def int4_kernel(m: Match) -> Kernel:
 def int8_kernel(m: Match) -> Kernel:
     """The int8 kernel that the rule's option ``kernel`` names.
 
-    The default is plain operators for a weight that the target's kernel does not support. On a target without a kernel
+    The default is plain operators for integers that the target's kernel does not support. On a target without a kernel
     they are only for a weight whose dequantize operator does not compile.
 
     Raises:
@@ -167,30 +167,32 @@ def int8_kernel(m: Match) -> Kernel:
     kernel: Kernel | None = m.target.kernel("int8_linear", m.rule.kernel)
     plain: Kernel | None = m.target.kernel("int8_plain")
     if plain is not None and m.rule.kernel is None:
-        supported = not needs_python_kernel(m.weight) if kernel is None else _supports_int8(kernel, m)
-        kernel = kernel if supported else plain
+        other = needs_python_kernel(m.weight) if kernel is None else _lacks_form(kernel, m)
+        kernel = plain if other else kernel
     if kernel is None:
         raise Unmet(f"target {m.target.name}, which has no int8 kernel")
     return kernel
 
 
-def _supports_int8(kernel: Kernel, m: Match) -> bool:
-    """Whether ``kernel`` has the dtype of x, K, the group size and the zeros of the weight."""
+def _lacks_form(kernel: Kernel, m: Match) -> bool:
+    """Whether the weight is a matrix of integers, and ``kernel`` lacks its group size, K, zeros, or the dtype of x.
+
+    A weight of floats is folded on these targets, so that no call converts it.
+    """
     weight, dtype = weight_of(m), m.val(m.x).dtype
-    casts = m.rule.cast_to_bf16 and torch.bfloat16 in kernel.dtypes
-    try:
-        native = kernel.native_group_size(weight.group_size, weight.in_features)
-    except Unmet:
-        return True  # no kernel supports it, and a requirement says so
-    if native is None or weight.in_features % kernel.in_multiple or not (casts or dtype in kernel.dtypes):
+    if weight.numbers or weight_is_grouped_along_k.check(m):
         return False
-    return kernel.zeros or m.memoize(_lacks_zeros, "weight")
+    has_dtype = dtype in kernel.dtypes or (m.rule.cast_to_bf16 and torch.bfloat16 in kernel.dtypes)
+    native = kernel.native_group_size(weight.group_size, weight.in_features)
+    if native is None or weight.in_features % kernel.in_multiple or not has_dtype:
+        return True
+    return not kernel.zeros and m.memoize(_needs_zeros, "weight")
 
 
-def _lacks_zeros(program: Program, node: Node) -> bool:
-    """Whether the weight needs no zeros as int8. One without values, or of more bits, does not: it is not packed."""
+def _needs_zeros(program: Program, node: Node) -> bool:
+    """Whether the weight has zeros as int8. Without values, or with more bits, it is not packed."""
     weight = decode(program, node)
-    return not has_data(program, weight) or int8_shift(weight) is None or is_symmetric(program, weight)
+    return has_data(program, weight) and int8_shift(weight) is not None and not is_symmetric(program, weight)
 
 
 # Texts of the report --------------------------------------------------------------------------------------------------
