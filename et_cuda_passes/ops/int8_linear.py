@@ -25,6 +25,11 @@ from et_cuda_passes.ops.int4_linear import check_bias, contiguous
 from et_cuda_passes.ops.registry import define_triton
 
 _NAME = "int8_linear"
+_PIECE_BYTES = 16 << 20
+"""The most bytes of a dequantized weight that a product on the CPU reads at a time.
+
+glibc takes an allocation of more than 32 MB from the system in every call, and each new page costs time.
+"""
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
@@ -59,6 +64,16 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
     return F.linear(x, _dense(packed, scale, zero, group_size).to(x.dtype))
 
 
+def _in_pieces(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """:func:`reference` of ranges of the weight's rows, one after another."""
+    rows, k = packed.shape
+    count = -(-rows * k * x.element_size() // _PIECE_BYTES)
+    if count <= 1:
+        return reference(x, packed, scale, zero, group_size)
+    tables = [table.tensor_split(count) if table is not None else (None,) * count for table in (packed, scale, zero)]
+    return torch.cat([reference(x, *piece, group_size) for piece in zip(*tables, strict=True)], dim=1)
+
+
 def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """torch's kernel where it applies, and plain operators elsewhere.
 
@@ -73,7 +88,7 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
         return y
     if statically_known_true(x.shape[0] == 1):
         return torch.mv(_dense(packed, scale, zero, group_size), x[0].float()).to(x.dtype).unsqueeze(0)
-    return reference(x, packed, scale, zero, group_size)
+    return _in_pieces(x, packed, scale, zero, group_size)
 
 
 def _int8_linear(
