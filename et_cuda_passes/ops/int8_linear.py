@@ -25,10 +25,11 @@ from et_cuda_passes.ops.int4_linear import check_bias, contiguous
 from et_cuda_passes.ops.registry import define_triton
 
 _NAME = "int8_linear"
-_PIECE_BYTES = 16 << 20
-"""The most bytes of a dequantized weight that a product on the CPU reads at a time.
+_PIECE_BYTES, _MOST_PIECES = 4 << 20, 16
+"""A product on the CPU dequantizes pieces of a weight, of so many bytes unless they would be more pieces than that.
 
-glibc takes an allocation of more than 32 MB from the system in every call, and each new page costs time.
+A piece stays in a cache. glibc takes an allocation of more than 32 MB from the system in every call, and each new page
+costs time. Each piece is compiled, so their number is limited.
 """
 
 
@@ -67,7 +68,7 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
 def _in_pieces(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """:func:`reference` of ranges of the weight's rows, one after another."""
     rows, k = packed.shape
-    count = -(-rows * k * x.element_size() // _PIECE_BYTES)
+    count = min(-(-rows * k * x.element_size() // _PIECE_BYTES), _MOST_PIECES)
     if count <= 1:
         return reference(x, packed, scale, zero, group_size)
     tables = [table.tensor_split(count) if table is not None else (None,) * count for table in (packed, scale, zero)]

@@ -124,7 +124,7 @@ def test_int8_linear_decomposes_into_cpu_kernel_if_supported() -> None:
 
 
 def test_int8_linear_of_large_weight_is_computed_in_ranges_of_rows() -> None:
-    """The weight in fp32 has 33 MB, and no range more than 16."""
+    """The weight in fp32 has 33 MB: nine pieces of different sizes."""
     n, k, group = 2051, 4096, 32
     random = torch.Generator().manual_seed(0)
     packed = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=random)
