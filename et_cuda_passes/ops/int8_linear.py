@@ -88,7 +88,9 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
         return y
     if statically_known_true(x.shape[0] == 1):
-        return torch.mv(_dense(packed, scale, zero, group_size), x[0].float()).to(x.dtype).unsqueeze(0)
+        # Inductor stores the input of as_strided. Otherwise its loop converts x once for each row of the weight.
+        row = torch.as_strided(x.float(), (x.shape[1],), (1,))
+        return torch.mv(_dense(packed, scale, zero, group_size), row).to(x.dtype).unsqueeze(0)
     return _in_pieces(x, packed, scale, zero, group_size)
 
 
