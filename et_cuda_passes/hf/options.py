@@ -417,9 +417,14 @@ def _check_group_size(options: QuantizationOptions, names: Sequence[str], encode
         raise UsageError(f"{option}={size}: {scheme.name} has one scale per row; leave the group size out, or write 0")
     if scheme is None or size == PER_AXIS or scheme.bits > 4:
         return
+
+    def lacks(size: int, k: int, name: str) -> bool:
+        found = support(scheme, size, k, name)
+        return found.plain or found.status is Status.IMPOSSIBLE
+
     for name in names:
-        if support(scheme, size, 32 * size, name).status is Status.IMPOSSIBLE:
-            usable = [each for each in _SUGGESTED if support(scheme, each, 1024, name).status is not Status.IMPOSSIBLE]
+        if lacks(size, 32 * size, name):
+            usable = [each for each in _SUGGESTED if not lacks(each, 1024, name)]
             usable.sort(key=lambda each: abs(each - size))
             raise UsageError(
                 f"{option}={size}: {name} has no kernel of {scheme.name} for groups of {size}; the nearest that it has "

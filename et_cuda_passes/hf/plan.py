@@ -165,15 +165,18 @@ def _fit(
 def _fit_with(
     scheme: Scheme, wanted: int, k: int, embedding: bool, fallback: str, goals: Mapping[str, str], may_fold: bool
 ) -> tuple[Scheme, int, str]:
-    """As :func:`_fit`; without ``may_fold``, a target that folds a size lacks it if it has a kernel for another."""
+    """As :func:`_fit`; without ``may_fold``, a target lacks a size without a kernel if it has a kernel for another.
+
+    Such a target would fold the weight, or compute with plain operators.
+    """
 
     def lacking(scheme: Scheme, size: int) -> list[str]:
         def lacks(name: str) -> bool:
             layout = goals[name] if scheme.bits == 4 and not embedding else AUTO
-            status = support(scheme, size, k, name, layout, embedding).status
-            if status is Status.FOLDED and not may_fold:
-                return usual_support(scheme, name, embedding=embedding).status.has_kernel
-            return status is Status.IMPOSSIBLE
+            found = support(scheme, size, k, name, layout, embedding)
+            if (found.plain or found.status is Status.FOLDED) and not may_fold:
+                return usual_support(scheme, name, embedding=embedding).has_kernel
+            return found.status is Status.IMPOSSIBLE
 
         return [name for name in goals if lacks(name)]
 
@@ -188,7 +191,7 @@ def _fit_with(
         if not without:
             return scheme, wanted, ""
         why = f"{' and '.join(without)} has no kernel of {scheme.name} for groups of {wanted}"
-        if any(support(scheme, wanted, 32 * wanted, name).status.has_kernel for name in without):
+        if any(support(scheme, wanted, 32 * wanted, name).has_kernel for name in without):
             why += f" and in_features {k}"
     else:
         why = f"in_features {k} is no multiple of {wanted}"

@@ -35,6 +35,7 @@ from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.linear import int4_kernel
 from et_cuda_passes.targets import default_passes, get_target, targets
 from et_cuda_passes.targets.compatibility import packed_layouts
+from et_cuda_passes.targets.target import PLAIN
 
 PER_AXIS = 0
 """The group size that stands for one scale per row."""
@@ -265,13 +266,20 @@ class Support:
         status: the outcome.
         detail: the kernel and layout, in the words of the report.
         layouts: the layouts of the packed int4 constants.
+        plain: whether plain operators compute with the packed weight, in place of a kernel.
         reasons: why it is impossible.
     """
 
     status: Status
     detail: str = ""
     layouts: tuple[str, ...] = ()
+    plain: bool = False
     reasons: tuple[Reason, ...] = field(default=(), compare=False)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a kernel computes with the quantized weight."""
+        return self.status.has_kernel and not self.plain
 
 
 _FOLD = FoldDequantize().name
@@ -373,7 +381,7 @@ def _support(
     if outcome.status == "kept":
         return Support(Status.KEPT, outcome.detail)
     status = Status.FOLDED if outcome.rule == _FOLD else Status.PACKED
-    return Support(status, outcome.detail, tuple(packed_layouts(rewritten)))
+    return Support(status, outcome.detail, tuple(packed_layouts(rewritten)), outcome.kernel == PLAIN.name)
 
 
 @lru_cache(maxsize=64)
@@ -401,7 +409,7 @@ def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embed
     """
     sizes = (PER_AXIS,) if scheme.per_row or embedding else (32, PER_AXIS)
     found = [support(scheme, size, 256, target, packing_format, embedding) for size in sizes]
-    return min(found, key=lambda each: (not each.status.has_kernel, each.status is Status.IMPOSSIBLE))
+    return min(found, key=lambda each: (not each.status.has_kernel, each.plain, each.status is Status.IMPOSSIBLE))
 
 
 def instead(scheme: Scheme, target: str) -> str:

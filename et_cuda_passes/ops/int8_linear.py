@@ -25,6 +25,12 @@ from et_cuda_passes.ops.int4_linear import check_bias, contiguous
 from et_cuda_passes.ops.registry import define_triton
 
 _NAME = "int8_linear"
+_PIECE_BYTES, _MOST_PIECES = 4 << 20, 16
+"""A product on the CPU dequantizes pieces of a weight, of so many bytes unless they would be more pieces than that.
+
+A piece stays in a cache. glibc takes an allocation of more than 32 MB from the system in every call, and each new page
+costs time. Each piece is compiled, so their number is limited.
+"""
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
@@ -59,6 +65,16 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
     return F.linear(x, _dense(packed, scale, zero, group_size).to(x.dtype))
 
 
+def _in_pieces(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """:func:`reference` of ranges of the weight's rows, one after another."""
+    rows, k = packed.shape
+    count = min(-(-rows * k * x.element_size() // _PIECE_BYTES), _MOST_PIECES)
+    if count <= 1:
+        return reference(x, packed, scale, zero, group_size)
+    tables = [table.tensor_split(count) if table is not None else (None,) * count for table in (packed, scale, zero)]
+    return torch.cat([reference(x, *piece, group_size) for piece in zip(*tables, strict=True)], dim=1)
+
+
 def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """torch's kernel where it applies, and plain operators elsewhere.
 
@@ -72,8 +88,10 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
         return y
     if statically_known_true(x.shape[0] == 1):
-        return torch.mv(_dense(packed, scale, zero, group_size), x[0].float()).to(x.dtype).unsqueeze(0)
-    return reference(x, packed, scale, zero, group_size)
+        # Inductor stores the input of as_strided. Otherwise its loop converts x once for each row of the weight.
+        row = torch.as_strided(x.float(), (x.shape[1],), (1,))
+        return torch.mv(_dense(packed, scale, zero, group_size), row).to(x.dtype).unsqueeze(0)
+    return _in_pieces(x, packed, scale, zero, group_size)
 
 
 def _int8_linear(

@@ -101,9 +101,11 @@ class Linear(torch.nn.Module):
         return (INT8_LINEAR(x, self.packed, self.scale, self.zero, None, self.group),)
 
 
-def given_to_inductor(device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16) -> list[object]:
+def given_to_inductor(
+    device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16, rows: int = 6
+) -> list[object]:
     with FakeTensorMode():
-        x = torch.empty(2, 3, K, dtype=torch.bfloat16, device=device)
+        x = torch.empty(rows, K, dtype=torch.bfloat16, device=device)
         module = Linear(device, group, zeros, scales)
     graph_module, _ = aot_export_module(module, (x,), trace_joint=False)
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
@@ -113,9 +115,25 @@ def test_int8_linear_decomposes_into_cpu_kernel_if_supported() -> None:
     kernel = aten._weight_int8pack_mm.default
     assert kernel in given_to_inductor("cpu", K, False)
     for form in (("cpu", 32, False), ("cpu", K, True), ("cpu", K, False, torch.float32)):
-        other = given_to_inductor(*form)
-        assert kernel not in other
-        assert INT8_LINEAR not in other
+        # Inductor fuses the product of one row with the dequantization.
+        for rows, product in ((1, aten.mv.default), (6, aten.mm.default)):
+            other = given_to_inductor(*form, rows=rows)
+            assert product in other
+            assert kernel not in other
+            assert INT8_LINEAR not in other
+
+
+def test_int8_linear_of_large_weight_is_computed_in_ranges_of_rows() -> None:
+    """The weight in fp32 has 33 MB: nine pieces of different sizes."""
+    n, k, group = 2051, 4096, 32
+    random = torch.Generator().manual_seed(0)
+    packed = torch.randint(-128, 128, (n, k), dtype=torch.int8, generator=random)
+    scale, zero = torch.rand(n, k // group, generator=random), torch.randn(n, k // group, generator=random)
+    x = torch.randn(2, k, generator=random)
+    for tables in ((scale, zero), (scale, None)):
+        y = INT8_LINEAR(x, packed, *tables, None, group)
+        wanted = x.double().numpy() @ dense(packed, *tables, group).T
+        np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=np.abs(wanted).max() * 1e-5)
 
 
 def test_int8_linear_decomposes_into_plain_operators_without_kernel() -> None:
