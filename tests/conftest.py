@@ -76,7 +76,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_unconfigure() -> None:
-    # Otherwise nanobind reports objects that nobody freed.
+    # Otherwise nanobind reports the frozen objects as leaks.
     gc.unfreeze()
 
 

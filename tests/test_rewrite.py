@@ -341,7 +341,7 @@ def test_report_says_that_no_gpu_is_named(program: ExportedProgram) -> None:
 
 @pytest.mark.parametrize("target", ["cuda", "cpu", "xnnpack"])
 def test_work_of_a_rewrite_is_linear_in_the_linears(target: str) -> None:
-    """Function calls are counted: they are the same on every machine, and a lookup that reads all weights makes many."""
+    """Function calls are counted, which are the same on every machine. A lookup that reads all weights makes many."""
 
     def calls(linears: int) -> int:
         program, profile = chain(linears), cProfile.Profile()

@@ -180,7 +180,7 @@ def _children(pattern: Pattern) -> Iterable[Pattern]:
 
 
 def _parts(patterns: Iterable[Pattern]) -> Iterable[Pattern]:
-    """``patterns`` and all that they contain. What stands in several places, as a weight does, comes once."""
+    """``patterns`` and all that they contain. A part in several places, such as a weight, comes once."""
     found: dict[int, Pattern] = {}
     rest = list(patterns)
     while rest:

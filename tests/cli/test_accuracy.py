@@ -179,7 +179,7 @@ def test_suggestion_is_printed_and_written_as_a_recipe(files: dict[str, Path], c
 
 
 def test_export_follows_the_recipe(tmp_path: Path, command: Run, no_gpu: None) -> None:
-    checkpoint = checkpoints.causal(tmp_path / "model")
+    checkpoint = checkpoints.causal(tmp_path / "model", num_hidden_layers=1)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     model.config.use_cache = False
     ids = torch.arange(12)[None]
@@ -204,4 +204,4 @@ def test_export_follows_the_recipe(tmp_path: Path, command: Run, no_gpu: None) -
     layers = json.loads((out / "report.json").read_text())["quantization"][0]["layers"]
     assert {layer["fqn"] for layer in layers if layer["scheme"] == "8w"} == moved
     assert {layer["scheme"] for layer in layers if layer["fqn"] not in moved} <= {"4w", None}
-    assert 0 < len(moved) < 15
+    assert 0 < len(moved) < 8

@@ -34,7 +34,7 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    checkpoints.causal(folder / "causal")
+    checkpoints.causal(folder / "causal", num_hidden_layers=1)
     checkpoints.masked(folder / "masked")
     return folder
 
@@ -87,7 +87,7 @@ def test_folder_has_programs_tokenizer_configs_and_report(result: Result, output
 
 
 def test_output_has_reports_files_and_the_next_command(result: Result, output: Path) -> None:
-    assert "quantized 16 of 16 layers" in result.out
+    assert "quantized 9 of 9 layers" in result.out
     assert "prefill, decode for cpu: " in result.out and "prefill, decode for cuda: " in result.out
     size = (output / "model.cpu.pt2").stat().st_size
     assert f"{size:,}" in result.out

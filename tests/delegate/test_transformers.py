@@ -13,6 +13,7 @@ from et_cuda_passes.delegate import Program
 pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[demo]'")
 
 from transformers import GenerationConfig
+from transformers.exporters import ExportedModel
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from tests.static_cache import export, greedy, least_margin, qwen3, steps
@@ -20,12 +21,22 @@ from tests.static_cache import export, greedy, least_margin, qwen3, steps
 COUNT = 8
 
 
-def test_static_cache_is_updated_and_tokens_are_those_of_eager(tmp_path: Path) -> None:
-    model = qwen3(seed=15)
-    exported = export(model)
+@pytest.fixture(scope="module")
+def exported() -> ExportedModel:
+    return export(qwen3(seed=15))
+
+
+@pytest.fixture(scope="module")
+def path(exported: ExportedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file with the methods of ``exported``."""
+    path = tmp_path_factory.mktemp("lowered") / "model.pte"
     programs = {name: component.program for name, component in exported.components.items()}
-    path = tmp_path / "model.pte"
     path.write_bytes(to_edge_transform_and_lower(programs).to_executorch().buffer)
+    return path
+
+
+def test_static_cache_is_updated_and_tokens_are_those_of_eager(exported: ExportedModel, path: Path) -> None:
+    model = qwen3(seed=15)
     prompt = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(15))
     tokens, logits = greedy(model, prompt, COUNT)
     assert least_margin(logits) > 1e-3
@@ -40,16 +51,12 @@ def test_static_cache_is_updated_and_tokens_are_those_of_eager(tmp_path: Path) -
             assert int((layer.keys[0].abs().sum((0, 2)) > 0).sum()) == prompt.shape[1] + step
 
 
-def test_outputs_are_those_of_executorch(tmp_path: Path) -> None:
-    exported = export(qwen3())
-    program = exported.components["prefill"].program
-    path = tmp_path / "model.pte"
-    path.write_bytes(to_edge_transform_and_lower(program).to_executorch().buffer)
-    ours, file = Program(path, device="cpu").method(), Runtime.get().load_program(path)
+def test_outputs_are_those_of_executorch(path: Path) -> None:
+    ours, file = Program(path, device="cpu").method("prefill"), Runtime.get().load_program(path)
     for length in (2, 7, 31):
         ids = torch.randint(0, 64, (1, length))
         inputs = [ids, None, torch.arange(length)[None], torch.tensor(0), torch.tensor(0)]
-        theirs = file.load_method("forward").execute(inputs)
+        theirs = file.load_method("prefill").execute(inputs)
         inputs = [ids, None, torch.arange(length)[None], torch.tensor(0), torch.tensor(0)]
         torch.testing.assert_close(ours(*inputs), list(theirs), rtol=1e-4, atol=1e-5)
 

@@ -81,7 +81,9 @@ def test_4_bit_weight_per_channel_is_packed_for_an_int4_kernel() -> None:
     assert [outcome.rule for outcome in report.outcomes] == ["linear_int4", "linear_int8"]
 
 
-@pytest.mark.parametrize("case", ["mlp per channel", "mlp per tensor", "convolutions"])
+@pytest.mark.parametrize(
+    "case", ["mlp per channel", pytest.param("mlp per tensor", marks=pytest.mark.slow), "convolutions"]
+)
 def test_calibrated_model_is_kept_and_correct_to_a_step(case: str) -> None:
     make, x = (convs, example(2, 16, 6, 6)) if case == "convolutions" else (mlp, example(4, 64))
     model, program = quantized(make(), x, is_per_channel=case != "mlp per tensor")

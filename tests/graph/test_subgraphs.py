@@ -70,7 +70,7 @@ FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["exported", "decomposed", pytest.param("reloaded", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_linears_in_subgraphs_are_rewritten_and_packed_once(use: Any, form: str) -> None:
     before = FORMS[form](exported(use))

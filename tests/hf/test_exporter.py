@@ -13,6 +13,7 @@ from et_cuda_passes.hf.artifact import ExportError
 from tests.hf.models import CACHE, bert, quantized, qwen, static_cache, tokens
 
 
+@pytest.mark.slow
 def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
     model, inputs = bert(), tokens(rows=2)
     with torch.no_grad():
@@ -26,6 +27,37 @@ def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
     # 4 bits are seen in the numbers, so that the comparison above can tell the two models apart.
     assert (found.last_hidden_state - unquantized.last_hidden_state).abs().max() > 1e-2
     assert exported.report["targets"]["cpu"]["model"]["counts"]["missed"] == 0
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
+
+
+def test_three_targets_of_an_encoder_give_the_numbers_of_the_quantized_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model, inputs = bert(), tokens(rows=2)
+    with torch.no_grad():
+        unquantized = model(**inputs)
+        expected = quantized(model, qlinear="4w")(**inputs)
+    config = EtConfig(target="cuda,xnnpack,cpu", qlinear="4w", cast_to_bf16=True)
+    exported = EtExporter().export(model, dict(inputs), config)
+    assert [report["model"]["counts"]["missed"] for report in exported.report["targets"].values()] == [0, 0, 0]
+
+    def error(found: Any) -> float:
+        names = ("last_hidden_state", "pooler_output")
+        return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in names)
+
+    errors = {}
+    for target in ("xnnpack", "cpu"):
+        exported.to(target=target)
+        found = exported(**inputs)
+        assert type(found) is type(expected) and found.last_hidden_state.dtype is torch.float32
+        errors[target] = error(found)
+    # The packed program of cuda computes here by plain operators.
+    build = exported.components["model"].program.builds["cuda"]
+    errors["cuda"] = error(load_model(build.files[0], "cuda").program.module()(**inputs))
+    assert errors["xnnpack"] < 1e-4
+    # The roundings of two layers to bf16; 4 bits are far more.
+    assert 1e-4 < errors["cpu"] < 3e-2 and 1e-4 < errors["cuda"] < 3e-2
+    assert error(unquantized) > 2 * max(errors.values())
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
 
@@ -139,6 +171,7 @@ def first_logits(exported: Any, ids: torch.Tensor) -> torch.Tensor:
     return exported.runners["prefill"](**arguments).logits[0, -1]
 
 
+@pytest.mark.slow
 def test_three_targets_give_the_numbers_of_the_quantized_model(causal: Any, three_targets: Any) -> None:
     torch.manual_seed(2)
     ids = torch.randint(1, 90, (1, 6))

@@ -181,7 +181,7 @@ def test_kernels_read_a_contiguous_bias(stride: int) -> None:
     assert all(bias.shape == (1024,) and bias.is_contiguous() for bias in biases)
 
 
-@pytest.mark.parametrize("rows", [None, 700])
+@pytest.mark.parametrize("rows", [None, pytest.param(700, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", Sources.ways)
 def test_possible_view_has_no_descriptor(way: str, rows: int | None) -> None:
     _, nodes = launches(rows, block=lambda n, k: Sources(n, k, way), batch=1)

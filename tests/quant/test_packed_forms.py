@@ -199,8 +199,14 @@ def test_xnnpack_folds_packed_forms_and_is_right(form: str) -> None:
         to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [*TYPES, "int4_tensor"])
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, torch.float32) for form in (*TYPES, "int4_tensor")),
+        ("int4_tensor", torch.bfloat16),
+        *(pytest.param(form, torch.bfloat16, marks=pytest.mark.slow) for form in TYPES),
+    ],
+)
 def test_embedding_of_packed_forms_on_xnnpack_is_exact(form: str, dtype: torch.dtype) -> None:
     if form == "int4_tensor":
         table = int4_tensor(MappingType.ASYMMETRIC, dtype)[1][0].weight

@@ -94,7 +94,13 @@ BIASES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize(
     ("target", "group", "dynamic"),
-    [("cuda", 32, False), ("cuda", 32, True), ("cuda", 64, False), ("cpu", 64, True), ("metal", 32, False)],
+    [
+        ("cuda", 32, False),
+        pytest.param("cuda", 32, True, marks=pytest.mark.slow),
+        ("cuda", 64, False),
+        ("cpu", 64, True),
+        ("metal", 32, False),
+    ],
 )
 @pytest.mark.parametrize("form", BIASES)
 def test_bias_of_every_form_is_added(form: str, target: str, group: int, dynamic: bool) -> None:
