@@ -72,7 +72,7 @@ def _in_pieces(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gr
     if count <= 1:
         return reference(x, packed, scale, zero, group_size)
     tables = [table.tensor_split(count) if table is not None else (None,) * count for table in (packed, scale, zero)]
-    return torch.cat([reference(x, *piece, group_size) for piece in zip(*tables, strict=True)], dim=1)
+    return torch.cat([reference(x, p, s, z, group_size) for p, s, z in zip(*tables, strict=True)], dim=1)
 
 
 def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
