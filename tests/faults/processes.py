@@ -3,7 +3,6 @@
 So a command takes as long as its work, and fifty of them can be killed in a minute or two.
 """
 
-import atexit
 import multiprocessing
 import os
 import resource
@@ -96,9 +95,6 @@ def _run(arguments: list[str], out: Path, err: Path, temporary: Path, memory: in
         app(arguments, prog_name="et-cuda-passes")
     except KeyboardInterrupt:  # it came before the command handles signals, or after
         raise SystemExit(130) from None
-    finally:
-        # As at the end of a command; a process of multiprocessing leaves it out.
-        atexit._run_exitfuncs()
 
 
 def finished(*arguments: object, folder: Path, memory: int | None = None) -> Result:
