@@ -61,7 +61,7 @@ real: setup  ## real models by name, SmolLM2 among them: outcomes, numbers, repo
 zoo: setup  ## architectures of transformers in small, for every target; writes docs/reference/zoo.md (ARGS=--fresh)
 	$(ONE_THREAD) $(PY) -m tests.zoo $(ARGS)
 
-nightly: setup  ## 2,000 random models instead of 200 (GENERATED=2000), 200 run (EXECUTED=200); every tiling and lowering
+nightly: setup  ## 2,000 random models instead of 60 (GENERATED=2000), 200 run (EXECUTED=200); every tiling and lowering
 	$(ONE_THREAD) $(PY) -m pytest -m slow $(ARGS) tests/kernels tests/executorch
 	$(ONE_THREAD) EXECUTED=$(or $(EXECUTED),200) $(PY) -m pytest $(ARGS) tests/test_executed.py
 	$(ONE_THREAD) GENERATED=$(or $(GENERATED),2000) $(PY) -m pytest $(ARGS) tests/test_generated.py

@@ -89,9 +89,13 @@ class Weights:
         return data
 
     def fill(self) -> None:
-        """Write -8..7, the same 16 MB again and again: random numbers for 32 billion weights would take minutes."""
+        """Write -8..7, the same 16 MB again and again: random numbers for 32 billion weights would take minutes.
+
+        Each weight begins at another of them, since a constant that equals another one is stored once.
+        """
         block = torch.randint(-8, 8, (16 << 20,), dtype=torch.int8)
-        for data in self.created:
+        for number, data in enumerate(self.created):
+            block = block.roll(number)
             for part in data.view(-1).split(len(block)):
                 part.copy_(block[: len(part)])
             if self._folder is not None:

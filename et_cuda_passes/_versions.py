@@ -73,6 +73,11 @@ def require_version(distribution: str) -> None:
     warnings.warn(_untested(distribution, found), stacklevel=2)
 
 
+def is_at_least(distribution: str, lowest: str) -> bool:
+    """Whether the installed version of a distribution is this one or a later one."""
+    return _parts(version(distribution)) >= _parts(lowest)
+
+
 def untested_versions() -> Iterator[str]:
     """A text for each installed distribution that is beyond its tested range, and works with a warning."""
     for distribution in REASONS:

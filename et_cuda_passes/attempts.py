@@ -142,9 +142,8 @@ def _attempts(compiled: CompiledRule, program: Program, target: Target, at: str 
         tried.append(_attempt(compiled, result, reasons, program))
     seen = {name for attempt in tried for name in (attempt.node, *attempt.nodes)}
     # The operators of inner calls without an attempt from a root: their reader is not the one of the pattern.
-    inner = {operator for chain in compiled.inner_calls for operator in chain[0].targets}
     for node in program.subgraphs.nodes():
-        if op_of(node) in inner and program.subgraphs.path(node) not in seen:
+        if op_of(node) in compiled.inner_operators and program.subgraphs.path(node) not in seen:
             miss = match_inner(compiled.inner_calls, node, program.mutated)
             if miss is not None:
                 tried.append(_attempt(compiled, miss, [], program))

@@ -17,8 +17,9 @@ from torch._inductor import config as inductor
 
 import et_cuda_passes as ecp
 from et_cuda_passes.cli import diagnosing, smallest
+from et_cuda_passes.executorch import run as running
 from et_cuda_passes.executorch.lower import missing_requirement, no_lowering
-from et_cuda_passes.executorch.run import EXECUTABLE
+from et_cuda_passes.executorch.run import EXECUTABLE, runtime_problem
 
 ROOT = Path(ecp.__file__).parent.parent
 SCHEMAS = json.loads((ROOT / "et_cuda_passes" / "cli" / "schemas.json").read_text())
@@ -31,7 +32,8 @@ def test_smallest_path_of_a_target_agrees_with_eager(target: str) -> None:
     assert walked.rewritten.holds, str(walked.rewritten)
     assert walked.missing == (missing_requirement(target) or no_lowering(ecp.get_target(target)) or None)
     assert (walked.bytes > 0) == (walked.missing is None)
-    if walked.missing is None and target in EXECUTABLE and not (target == "xnnpack" and smallest.runtime_problem()):
+    runs = target in EXECUTABLE and not (target in ("xnnpack", "openvino") and runtime_problem())
+    if walked.missing is None and runs:
         assert walked.lowered is not None
         assert walked.lowered.holds, str(walked.lowered)
 
@@ -130,3 +132,11 @@ def test_path_that_fails_is_wrong_with_the_error(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(smallest, "lower", lower)
     found = {target: (status, text) for status, target, text, _ in diagnosing._targets(True)}
     assert found["xnnpack"] == ("wrong", "RuntimeError: missing fallback kernels")
+
+
+def test_doctor_notes_a_torch_whose_tensors_the_runtime_cannot_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "_RUNTIME_TORCH", "99.0")
+    (note,) = (each for each in diagnosing._machine(True) if each[1] == "ExecuTorch's runtime for Python")
+    assert note[0] == "note" and note[2].startswith("it reads tensors of torch 99.0 and later, and this is torch ")
+    walked = smallest.walk("xnnpack")
+    assert walked.bytes and walked.lowered is None

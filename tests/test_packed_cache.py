@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from et_cuda_passes.layouts import LAYOUTS, cpu, embedding_table
 from et_cuda_passes.packed_cache import PACKER_VERSION, content_key
 from et_cuda_passes.rewrite import constant_pool
 from et_cuda_passes.testing import Quantized, export, floats
+from tests.processes import process
 
 CONSTANTS = (
     "layers.0.data.packed",
@@ -133,23 +133,16 @@ def test_part_of_a_killed_writer_is_removed_and_that_of_a_living_one_is_not(tmp_
         assert not dead.exists() and living.exists()
 
 
-WRITER = """
-import sys
-import et_cuda_passes as ecp
-from tests.test_packed_cache import program
-for seed in range(4):
-    ecp.rewrite(program(seed), "cuda", gpu="sm_90", cache=sys.argv[1])
-"""
+def write(folder: Path) -> None:
+    for seed in range(4):
+        ecp.rewrite(program(seed), "cuda", gpu="sm_90", cache=folder)
 
 
 def test_two_processes_write_the_same_entries(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    writers = [
-        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], env=env, stderr=subprocess.PIPE) for _ in range(2)
-    ]
+    writers = [process(write, tmp_path) for _ in range(2)]
     for writer in writers:
-        _, errors = writer.communicate()
-        assert writer.returncode == 0, errors.decode()
+        writer.join()
+        assert writer.exitcode == 0
     assert list(tmp_path.iterdir()) and not list(tmp_path.glob(".unfinished-*"))
     for seed in range(4):
         _, report = ecp.rewrite(program(seed), "cuda", gpu="sm_90", cache=tmp_path)

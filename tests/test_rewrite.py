@@ -1,5 +1,6 @@
 """ecp.rewrite: arguments, results, errors and an unchanged input; and the assertions for authors of rules."""
 
+import cProfile
 import json
 from typing import Any
 
@@ -336,3 +337,19 @@ def test_report_says_that_no_gpu_is_named(program: ExportedProgram) -> None:
     _, report = ecp.rewrite(program, "cuda")
     assert report.tilings.startswith("tilings: no GPU is named, so they are shown for sm_90")
     assert report.tilings not in str(report)
+
+
+@pytest.mark.parametrize("target", ["cuda", "cpu", "xnnpack"])
+def test_work_of_a_rewrite_is_linear_in_the_linears(target: str) -> None:
+    """Function calls are counted: they are the same on every machine, and a lookup that reads all weights makes many."""
+
+    def calls(linears: int) -> int:
+        program, profile = chain(linears), cProfile.Profile()
+        _, report = profile.runcall(ecp.rewrite, program, target)
+        assert len(report.outcomes) == linears
+        return sum(entry.callcount for entry in profile.getstats())
+
+    calls(2)  # imports, and what is computed once for a process
+    few, some, many = map(calls, (10, 40, 160))
+    # Four times as many linears are added, to what is done once for a rewrite.
+    assert many - some < 4 * 1.1 * (some - few)

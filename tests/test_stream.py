@@ -1,7 +1,7 @@
 """Streamed rewrites: the same bytes in mapped files, sources that are freed, and no memory of a weight's size."""
 
 import gc
-import subprocess
+import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +21,7 @@ from et_cuda_passes.graph.constants import constant_bytes
 from et_cuda_passes.mapped import MappedFiles, mapped_empty
 from et_cuda_passes.rewrite import constant_pool
 from et_cuda_passes.testing import Quantized, export, floats
+from tests.processes import process
 
 N, K = 1024, 1024
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -115,25 +116,23 @@ def test_methods_share_streamed_constants_and_the_last_one_frees_the_sources(tmp
     assert all(packed(one)[name].data_ptr() == packed(two)[name].data_ptr() for name in packed(one))
 
 
-FULL = """
-import resource, sys
-import et_cuda_passes as ecp
-from tests.test_stream import program
-given = program()
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, resource.RLIM_INFINITY))
-try:
-    ecp.rewrite(given, "cuda", gpu="sm_90", stream=sys.argv[1])
-except OSError as error:
-    print(error)
-"""
+def write_too_much(folder: Path, said: Path) -> None:
+    given = program()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, resource.RLIM_INFINITY))
+    try:
+        ecp.rewrite(given, "cuda", gpu="sm_90", stream=folder)
+    except OSError as error:
+        said.write_text(str(error))
 
 
 @linux
 def test_full_disk_is_an_error_with_the_folder_and_leaves_no_file(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"bytes in {tmp_path} for a packed constant: File too large; free some space" in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    folder, said = tmp_path / "folder", tmp_path / "error.txt"
+    limited = process(write_too_much, folder, said)
+    limited.join()
+    assert limited.exitcode == 0
+    assert f"bytes in {folder} for a packed constant: File too large; free some space" in said.read_text()
+    assert list(folder.iterdir()) == []
 
 
 @linux

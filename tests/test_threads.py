@@ -1,6 +1,9 @@
 """Threads of packing: the same bytes with any number, and torch's number of threads as before."""
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -91,3 +94,49 @@ def test_number_of_threads_is_restored_after_nested_and_overlapping_blocks() -> 
     late.start()
     late.join()
     assert found == [3] and torch.get_num_threads() == 3
+
+
+def test_chunks_inside_a_chunk_run_in_its_thread() -> None:
+    threads = []
+
+    def inner() -> Callable[[tuple[int, int]], None]:
+        return lambda piece: threads.append(threading.get_ident())
+
+    def outer() -> Callable[[tuple[int, int]], None]:
+        def work(piece: tuple[int, int]) -> None:
+            before = len(threads)
+            for_chunks(ranges(4, 1), inner, CPU)
+            assert threads.count(threading.get_ident()) >= 4 and len(threads) > before
+
+        return work
+
+    for_chunks(ranges(12, 1), outer, CPU)
+    assert len(threads) == 48
+
+
+def test_first_failure_is_raised_after_all_threads_have_ended() -> None:
+    ended = []
+
+    def worker() -> Callable[[tuple[int, int]], None]:
+        def work(piece: tuple[int, int]) -> None:
+            if piece == (0, 1):
+                raise ValueError("the first")
+            time.sleep(0.1)
+            ended.append(piece)
+
+        return work
+
+    with pytest.raises(ValueError, match="the first"):
+        for_chunks(ranges(3, 1), worker, CPU)
+    assert sorted(ended) == [(1, 2), (2, 3)]
+
+
+def test_fork_of_a_process_with_threads_gets_threads_of_its_own() -> None:
+    for_chunks(ranges(9, 1), lambda: lambda piece: None, CPU)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends a child that waits for threads of its parent
+        done: list[tuple[int, int]] = []
+        for_chunks(ranges(9, 1), lambda: done.append, CPU)
+        os._exit(len(done))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -191,7 +191,7 @@ def _machine(quick: bool) -> Found:
     """The GPU, the compiler, ExecuTorch's runtime, and the cache of Inductor."""
     yield _gpu()
     yield _compiler()
-    from et_cuda_passes.cli.smallest import runtime_problem
+    from et_cuda_passes.executorch.run import runtime_problem
 
     if problem := runtime_problem():
         fix = "lowering works without it; executorch 1.5.1's needs torch 2.13"

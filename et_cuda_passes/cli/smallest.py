@@ -12,7 +12,7 @@ from torchao.quantization.granularity import PerGroup
 
 from et_cuda_passes.cli.compare import Comparison, compare
 from et_cuda_passes.executorch.lower import lower, missing_requirement, no_lowering
-from et_cuda_passes.executorch.run import EXECUTABLE, execute
+from et_cuda_passes.executorch.run import EXECUTABLE, execute, runtime_problem
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.unfinished import TemporaryFolder
@@ -76,19 +76,8 @@ def walk(target: str, lowering: bool = True) -> Walked:
     with TemporaryFolder() as folder:
         files = lower(result, target, folder, "small")
         size = sum(path.stat().st_size for path in files)
-        if target not in EXECUTABLE or (target == "xnnpack" and runtime_problem()):
+        if target not in EXECUTABLE or (target in ("xnnpack", "openvino") and runtime_problem()):
             return Walked(rewritten, bytes=size)
         (output,) = execute(target, files, args, kwargs)
     # OpenVINO computes in bfloat16 on a CPU that has instructions for it.
     return Walked(rewritten, compare("lowered", output, wanted, None, target == "openvino"), size)
-
-
-def runtime_problem() -> str:
-    """Why ExecuTorch's runtime for Python cannot be used; empty if it can."""
-    try:
-        from executorch.runtime import Runtime
-
-        backends = Runtime.get().backend_registry.registered_backend_names
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return "" if "XnnpackBackend" in backends else f"it has the backends {', '.join(sorted(backends))} alone"

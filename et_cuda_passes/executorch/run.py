@@ -7,8 +7,25 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from et_cuda_passes._versions import is_at_least
+
 EXECUTABLE = ("cuda", "xnnpack", "cpu", "openvino")
 """The targets whose runtime is available in Python."""
+_RUNTIME_TORCH = "2.13"
+"""The first torch whose tensors the runtime of executorch 1.5.1 reads. With 2.11: "tensor does not have a device"."""
+
+
+def runtime_problem() -> str:
+    """Why ExecuTorch's runtime for Python cannot run programs for XNNPACK; empty if it can."""
+    if not is_at_least("torch", _RUNTIME_TORCH):
+        return f"it reads tensors of torch {_RUNTIME_TORCH} and later, and this is torch {torch.__version__}"
+    try:
+        from executorch.runtime import Runtime
+
+        backends = Runtime.get().backend_registry.registered_backend_names
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return "" if "XnnpackBackend" in backends else f"it has the backends {', '.join(sorted(backends))} alone"
 
 
 def execute(target: str, files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -44,6 +61,8 @@ def _cuda(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def _executorch(files: list[Path], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    if problem := runtime_problem():
+        raise RuntimeError(f"ExecuTorch's runtime for Python cannot be used: {problem}")
     import executorch.kernels.quantized  # noqa: F401  (the kernels of quantized_embedding)
     from executorch.runtime import Runtime
 

@@ -266,8 +266,7 @@ def _find_matches(
         else:
             matches.append(m)
     # A pattern may contain a candidate below its root, and then no root need be there.
-    inner = {operator for chain in compiled.inner_calls for operator in chain[0].targets}
-    for node in tracker.undecided(inner) if rule.reports_misses else ():
+    for node in tracker.undecided(compiled.inner_operators) if rule.reports_misses else ():
         miss = None if node in tried else match_inner(compiled.inner_calls, node, program.mutated)
         if miss is not None and _is_reported(rule, miss, created_ops):
             tried.add(node)

@@ -7,7 +7,7 @@ A pattern is written like the model code that it matches::
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypeAlias
@@ -169,33 +169,46 @@ def parse_captures(function: Callable[..., Any]) -> dict[str, Capture]:
     return captures
 
 
-def bound_names(pattern: Pattern) -> Iterator[str]:
+def _children(pattern: Pattern) -> Iterable[Pattern]:
+    if isinstance(pattern, AnyOf):
+        return pattern.alternatives
+    if isinstance(pattern, ListOf):
+        return pattern.patterns
+    if isinstance(pattern, Call):
+        return (*pattern.args, *(child for _, child in pattern.kwargs))
+    return ()
+
+
+def _parts(patterns: Iterable[Pattern]) -> Iterable[Pattern]:
+    """``patterns`` and all that they contain. What stands in several places, as a weight does, comes once."""
+    found: dict[int, Pattern] = {}
+    rest = list(patterns)
+    while rest:
+        part = rest.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            rest.extend(_children(part))
+    return found.values()
+
+
+def bound_names(pattern: Pattern) -> set[str]:
     """Every name that a match of ``pattern`` may bind."""
-    if isinstance(pattern, Capture):
-        yield pattern.name
-    elif isinstance(pattern, (AnyOf, ListOf)):
-        for part in pattern.alternatives if isinstance(pattern, AnyOf) else pattern.patterns:
-            yield from bound_names(part)
-    elif isinstance(pattern, Call):
-        if pattern.name is not None:
-            yield pattern.name
-        for _, child in (*enumerate(pattern.args), *pattern.kwargs):
-            yield from bound_names(child)
+    return {part.name for part in _parts([pattern]) if isinstance(part, (Capture, Call)) and part.name is not None}
 
 
 def always_bound(pattern: Pattern) -> set[str]:
     """The names that every match of ``pattern`` binds, whichever alternatives match."""
-    if isinstance(pattern, Capture):
-        return {pattern.name}
-    if isinstance(pattern, AnyOf):
-        return set.intersection(*map(always_bound, pattern.alternatives))
-    children: list[Pattern] = []
-    if isinstance(pattern, Call):
-        children = [*pattern.args, *(child for _, child in pattern.kwargs)]
-    elif isinstance(pattern, ListOf):
-        children = list(pattern.patterns)
-    named = {pattern.name} if isinstance(pattern, Call) and pattern.name is not None else set()
-    return named.union(*map(always_bound, children))
+    return set(_always_bound(pattern, {}))
+
+
+def _always_bound(pattern: Pattern, known: dict[int, frozenset[str]]) -> frozenset[str]:
+    """``known`` has the names of parts by identity, since an alternative often repeats the parts of another one."""
+    if id(pattern) not in known:
+        parts = [_always_bound(child, known) for child in _children(pattern)]
+        own = pattern.name if isinstance(pattern, (Capture, Call)) else None
+        found = frozenset.intersection(*parts) if isinstance(pattern, AnyOf) else frozenset[str]().union(*parts)
+        known[id(pattern)] = found if own is None else found | {own}
+    return known[id(pattern)]
 
 
 def root_ops(pattern: Pattern) -> Iterator[Target]:
@@ -211,6 +224,14 @@ def root_ops(pattern: Pattern) -> Iterator[Target]:
             yield from root_ops(alternative)
     else:
         raise TypeError(f"a pattern must be rooted in a call of an operator, not in {pattern!r}")
+
+
+def inner_operators(pattern: Pattern) -> set[Target]:
+    """The operators of the calls inside the outermost call of ``pattern``."""
+    if isinstance(pattern, AnyOf):
+        return set().union(*map(inner_operators, pattern.alternatives))
+    inside = _parts(_children(pattern))
+    return {target for part in inside if isinstance(part, Call) for target in part.targets}
 
 
 def inner_calls(pattern: Pattern, around: tuple[Call, ...] = ()) -> Iterator[tuple[Call, ...]]:

@@ -1,6 +1,7 @@
 """A rule: a pattern, the requirements of a match, and the rewrite of a match that meets all of them."""
 
 import dataclasses
+import functools
 import inspect
 import re
 from abc import ABC, abstractmethod
@@ -12,7 +13,17 @@ from torch.fx import Node
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import RuleError, Unmet, UsageError
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.pattern import AnyOf, Call, Pattern, always_bound, bound_names, inner_calls, parse_captures
+from et_cuda_passes.graph.operators import Target
+from et_cuda_passes.graph.pattern import (
+    AnyOf,
+    Call,
+    Pattern,
+    always_bound,
+    bound_names,
+    inner_calls,
+    inner_operators,
+    parse_captures,
+)
 from et_cuda_passes.graph.program import Program, forbid_new_guards
 
 Stage = Literal["metadata", "values"]
@@ -212,12 +223,21 @@ class Keep(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRule:
-    """A rule with its pattern as data, the calls inside the pattern's outermost call, and the names of its captures."""
+    """A rule with its pattern as data, and the names of its captures."""
 
     rule: Rule
     pattern: Pattern
     captures: tuple[str, ...]
-    inner_calls: tuple[tuple[Call, ...], ...] = ()
+
+    @functools.cached_property
+    def inner_operators(self) -> set[Target]:
+        """The operators of the calls inside the pattern's outermost call."""
+        return inner_operators(self.pattern)
+
+    @functools.cached_property
+    def inner_calls(self) -> tuple[tuple[Call, ...], ...]:
+        """These calls with the calls around each: thousands in some rules, and only a miss needs them."""
+        return tuple(inner_calls(self.pattern))
 
 
 def compile_rule(rule: Rule) -> CompiledRule:
@@ -243,7 +263,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
         raise RuleError(f"rule {rule.name}: its pattern failed: {type(error).__name__}: {error}") from error
     if not isinstance(pattern, (Call, AnyOf)):
         raise TypeError(f"rule {rule.name}: pattern() must return op(...)(...) or any_of(...), not {pattern!r}")
-    bound, sure = set(bound_names(pattern)), always_bound(pattern)
+    bound, sure = bound_names(pattern), always_bound(pattern)
     for name in sorted({*captures, *bound} & RESERVED_CAPTURE_NAMES):
         raise TypeError(f"rule {rule.name}: a match has an attribute {name!r}; give the capture another name")
     for name, capture in captures.items():
@@ -255,7 +275,7 @@ def compile_rule(rule: Rule) -> CompiledRule:
             raise TypeError(
                 f"rule {rule.name}: some alternatives of the pattern do not contain {name!r}; give it the default None"
             )
-    return CompiledRule(rule, pattern, tuple(captures), tuple(inner_calls(pattern)))
+    return CompiledRule(rule, pattern, tuple(captures))
 
 
 def _check_options(rule: Rule) -> None:

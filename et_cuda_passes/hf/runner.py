@@ -14,6 +14,7 @@ from transformers.exporters.runners.base import ModelRunner
 
 from et_cuda_passes.delegate.files import read_pte
 from et_cuda_passes.delegate.plan import read_plans
+from et_cuda_passes.executorch.run import runtime_problem
 from et_cuda_passes.hf.artifact import Build, Component, ExportError
 
 RUNNABLE = ("cuda", "cpu", "xnnpack")
@@ -250,6 +251,8 @@ class _Loaded:
 
     @cached_property
     def _runtime_program(self) -> Any:
+        if problem := runtime_problem():
+            raise ExportError(f"ExecuTorch's runtime for Python cannot be used: {problem}")
         import executorch.kernels.quantized  # noqa: F401  (the kernels of quantized_embedding)
         from executorch.runtime import Runtime
 

@@ -10,7 +10,7 @@
 - ``bias`` [N] of x's dtype, or None.
 
 On CUDA it is our Triton kernel. On another device it is the kernel of the device's library if that supports these
-arguments, and plain operators on the same constants if not.
+arguments and is fast, and plain operators on the same constants if not.
 
 The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
@@ -18,6 +18,7 @@ The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_O
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import linear_launch
 from et_cuda_passes.ops.int4_linear import check_bias, contiguous
@@ -45,23 +46,34 @@ def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: 
     check_bias(_NAME, x, bias, rows)
 
 
-def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """The product in plain operators: the weight ``packed * scale + zero`` in fp32, rounded once to x's dtype."""
+def _dense(packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """The weight ``packed * scale + zero``, fp32 [N, K]."""
     grouped = packed.float().view(packed.shape[0], -1, group_size) * scale.float().unsqueeze(-1)
     if zero is not None:
         grouped = grouped + zero.float().unsqueeze(-1)
-    return F.linear(x, grouped.view(packed.shape).to(x.dtype))
+    return grouped.view(packed.shape)
 
 
-def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """torch's kernel, if the weight has one scale per row in x's dtype, no zero, and K a multiple of 16.
+def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """The product in plain operators: the weight in fp32, rounded once to x's dtype."""
+    return F.linear(x, _dense(packed, scale, zero, group_size).to(x.dtype))
 
-    With AVX-512 and bf16 the kernel writes past its result for another K (torch 2.13), without a check.
+
+def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
+    """torch's kernel where it applies, and plain operators elsewhere.
+
+    It applies to a weight with one scale per row in x's dtype, without a zero, if K is a multiple of 16: with AVX-512
+    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code.
+
+    Inductor fuses the product of one row into a loop that reads the weight once, as int8, and sums in fp32.
     """
-    if zero is not None or scale.shape[1] != 1 or scale.dtype is not x.dtype or x.shape[1] % 16:
-        return reference(x, packed, scale, zero, group_size)
-    y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
-    return y
+    per_row = zero is None and scale.shape[1] == 1 and scale.dtype is x.dtype
+    if per_row and x.dtype is not torch.float32 and x.shape[1] % 16 == 0:
+        y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
+        return y
+    if statically_known_true(x.shape[0] == 1):
+        return torch.mv(_dense(packed, scale, zero, group_size), x[0].float()).to(x.dtype).unsqueeze(0)
+    return reference(x, packed, scale, zero, group_size)
 
 
 def _int8_linear(
@@ -78,7 +90,7 @@ def _int8_linear(
     if x.device.type == "cuda" and linear_launch.has_int8(x, scale, group_size):
         bias = None if bias is None else contiguous(bias)
         return linear_launch.int8_linear(contiguous(x), packed, scale, zero, bias, group_size, gpu)
-    matmul = _int8pack if x.device.type == "cpu" else reference
+    matmul = _on_cpu if x.device.type == "cpu" else reference
     y = matmul(x.reshape(-1, x.shape[-1]).contiguous(), packed, scale, zero, group_size)
     y = y.reshape(*x.shape[:-1], packed.shape[0])
     return y if bias is None else y + bias

@@ -47,7 +47,7 @@ from et_cuda_passes.rules.requirements import (
     weight_fits_8_bits,
     weight_has_data,
 )
-from et_cuda_passes.rules.values import always, nonfinite_tables, of_chunks
+from et_cuda_passes.rules.values import always, nonfinite_tables, of_tables
 
 aten = torch.ops.aten
 
@@ -274,7 +274,7 @@ def zero_points_are_exact(m: Match) -> Failure | None:
         points = stored_zero_points(parts, weight)
         return int((points.to(stored_dtype(m)).double() != points).sum())
 
-    rounded = sum(of_chunks(m.program, weight, rounded_points))
+    rounded = sum(of_tables(m.program, weight, rounded_points))
     return Failure(f"{rounded} that are not") if rounded else None
 
 
@@ -350,7 +350,7 @@ class QuantizedEmbedding(Rule):
         )
         scale = table("scale", lambda parts: parts.scale)
         zero_point = None
-        if not all(of_chunks(b.program, weight, lambda parts: always(parts.zero_point, (1 << bits - 1) - offset))):
+        if not all(of_tables(b.program, weight, lambda parts: always(parts.zero_point, (1 << bits - 1) - offset))):
             zero_point = table("zero_point", lambda parts: stored_zero_points(parts, weight))
         # The kernels of 8 bits have int64 only.
         ids = m.ids if m.val(m.ids).dtype is torch.int64 else b.cast(m.ids, torch.int64)

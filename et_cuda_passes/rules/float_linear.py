@@ -45,7 +45,7 @@ from et_cuda_passes.rules.requirements import (
     weight_has_data,
     weight_is_grouped_along_k,
 )
-from et_cuda_passes.rules.values import of_chunks
+from et_cuda_passes.rules.values import of_integers, of_tables
 
 _EXPONENT_BITS = {str(dtype).removeprefix("torch."): bits for bits, dtype in FLOAT8_DTYPES.items()}
 
@@ -55,7 +55,7 @@ _EXPONENT_BITS = {str(dtype).removeprefix("torch."): bits for bits, dtype in FLO
 @requirement("numbers that are finite", "quantize the weight again", "values")
 def numbers_are_finite(m: Match) -> Failure | None:
     """The kernel would read the code of NaN as a number."""
-    bad = sum(of_chunks(m.program, weight_of(m), lambda values: int((~values.data.isfinite()).sum())))
+    bad = sum(of_integers(m.program, weight_of(m), lambda values: int((~values.data.isfinite()).sum())))
     return Failure(f"{bad} that are NaN or infinite") if bad else None
 
 
@@ -71,14 +71,14 @@ def scales_keep_their_precision(m: Match) -> Failure | None:
     def largest(values: WeightValues) -> float:
         return float(values.scale.float().abs().max())
 
-    most = max(of_chunks(m.program, weight_of(m), largest))
+    most = max(of_tables(m.program, weight_of(m), largest))
 
     def lost(values: WeightValues) -> int:
         scale = values.scale.double()
         off = (scale.to(dtype).double() - scale).abs()
         return int((~(off <= torch.clamp(scale.abs() * 2**-8, min=most * 2**-16))).sum())
 
-    bad = sum(of_chunks(m.program, weight_of(m), lost))
+    bad = sum(of_tables(m.program, weight_of(m), lost))
     return Failure(f"{bad} that it does not, in {str(dtype).removeprefix('torch.')}") if bad else None
 
 

@@ -20,17 +20,19 @@ from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.pattern import Capture, Pattern, any_of, op
+from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.kernels.choose import Weight, describe
 from et_cuda_passes.kernels.gpus import HOPPER
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.ops import INT4_LINEARS, INT8_LINEAR, MMA_TILED
 from et_cuda_passes.quant.activations import decode_dynamic, dynamically_quantized
-from et_cuda_passes.quant.decoders import dequantized, dequantized_matrix, needs_python_kernel, weight_of
-from et_cuda_passes.quant.weight import QuantizedWeight
+from et_cuda_passes.quant.decoders import decode, dequantized, dequantized_matrix, needs_python_kernel, weight_of
+from et_cuda_passes.quant.weight import QuantizedWeight, has_data
 from et_cuda_passes.rules.packing import (
     cast_of,
     compute_dtype,
+    int8_shift,
     is_symmetric,
     kernel_notes,
     kernel_of,
@@ -155,19 +157,42 @@ def int4_kernel(m: Match) -> Kernel:
 def int8_kernel(m: Match) -> Kernel:
     """The int8 kernel that the rule's option ``kernel`` names.
 
-    The default is plain operators if the weight's dequantize operator does not compile for the target.
+    The default is plain operators for integers that the target's kernel does not support. On a target without a kernel
+    they are only for a weight whose dequantize operator does not compile.
 
     Raises:
         ValueError: the target has no kernel of that name.
         Unmet: the target has no int8 kernel at all.
     """
-    plain: Kernel | None = m.target.kernel("int8_plain")
-    if plain is not None and m.rule.kernel is None and needs_python_kernel(m.weight):
-        return plain
     kernel: Kernel | None = m.target.kernel("int8_linear", m.rule.kernel)
+    plain: Kernel | None = m.target.kernel("int8_plain")
+    if plain is not None and m.rule.kernel is None:
+        other = needs_python_kernel(m.weight) if kernel is None else _lacks_form(kernel, m)
+        kernel = plain if other else kernel
     if kernel is None:
         raise Unmet(f"target {m.target.name}, which has no int8 kernel")
     return kernel
+
+
+def _lacks_form(kernel: Kernel, m: Match) -> bool:
+    """Whether the weight is a matrix of integers, and ``kernel`` lacks its group size, K, zeros, or the dtype of x.
+
+    A weight of floats is folded on these targets, so that no call converts it.
+    """
+    weight, dtype = weight_of(m), m.val(m.x).dtype
+    if weight.numbers or weight_is_grouped_along_k.check(m):
+        return False
+    has_dtype = dtype in kernel.dtypes or (m.rule.cast_to_bf16 and torch.bfloat16 in kernel.dtypes)
+    native = kernel.native_group_size(weight.group_size, weight.in_features)
+    if native is None or weight.in_features % kernel.in_multiple or not has_dtype:
+        return True
+    return not kernel.zeros and m.memoize(_needs_zeros, "weight")
+
+
+def _needs_zeros(program: Program, node: Node) -> bool:
+    """Whether the weight has zeros as int8. Without values, or with more bits, it is not packed."""
+    weight = decode(program, node)
+    return has_data(program, weight) and int8_shift(weight) is not None and not is_symmetric(program, weight)
 
 
 # Texts of the report --------------------------------------------------------------------------------------------------
@@ -357,7 +382,8 @@ class LinearInt8(Rule):
     is packed as int8 too, which holds its integers.
 
     Attributes:
-        kernel: name of one of the target's int8 kernels; None for its first.
+        kernel: name of one of the target's int8 kernels; None for its first, or plain operators where a weight needs
+            them.
         cast_to_bf16: as for ``LinearInt4``.
         drop_activation_quantization: as for ``LinearInt4``.
     """

@@ -21,7 +21,7 @@ from et_cuda_passes.rules.values import (
     has_zeros,
     nonfinite_int4_scales,
     nonfinite_tables,
-    of_chunks,
+    of_tables,
 )
 
 
@@ -222,7 +222,7 @@ def is_symmetric(program: Program, weight: QuantizedWeight) -> bool:
     """Whether the weight is the shifted int8 integers times their scale, without a zero."""
     shift = int8_shift(weight)
     assert shift is not None
-    symmetric = of_chunks(program, weight, lambda parts: parts.minimum is None and always(parts.zero_point, -shift))
+    symmetric = of_tables(program, weight, lambda parts: parts.minimum is None and always(parts.zero_point, -shift))
     return all(symmetric)
 
 

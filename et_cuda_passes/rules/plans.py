@@ -22,6 +22,8 @@ from et_cuda_passes.threads import ranges
 Write = Callable[[int, int, Tensor], None]
 """``(start, stop, out)``: writes rows start..stop of a constant into ``out``, which is these rows of it."""
 Buffers = dict[Hashable, Any]
+_DEVICE_CHUNK_BYTES = 16 << 20
+"""Bytes of weights that each thread packs at a time on another device, where a call costs more than its arithmetic."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +123,8 @@ def int4_plan(
     if layout.host_specific:
         # This host's operator shows the layout.
         device, form = None, (form, torch.backends.cpu.get_cpu_capability())
-    step = rows.padded if multiple is None else rows_per_chunk(k, CHUNK_BYTES, multiple)
+    size = CHUNK_BYTES if device is None else _DEVICE_CHUNK_BYTES
+    step = rows.padded if multiple is None else rows_per_chunk(k, size, multiple)
 
     def writer(buffers: Buffers) -> Write:
         def write(start: int, stop: int, out: Tensor) -> None:

@@ -352,7 +352,7 @@ def unwrap_nvfp4(exported: ExportedProgram) -> ExportedProgram:
     program: Program | None = None
     held_by = _held(exported)
     for original in exported.graph.find_nodes(op="placeholder"):
-        held = held_by.get(original.name)
+        held: Any = held_by.get(original.name)
         whole = original.users and not any(op_of(user) is ACCESS_SUBCLASS_TENSOR for user in original.users)
         if not whole or not _is_plain_nvfp4(held):
             continue

@@ -13,7 +13,7 @@ from et_cuda_passes.graph.program import Program
 from et_cuda_passes.layouts.layout import ZERO_OFFSET
 from et_cuda_passes.layouts.rows import CHUNK_BYTES, rows_per_chunk
 from et_cuda_passes.quant.weight import QuantizedWeight, WeightValues, weight_rows
-from et_cuda_passes.threads import for_chunks, ranges
+from et_cuda_passes.threads import for_chunks, ranges, single_threaded_operators
 
 _T = TypeVar("_T")
 
@@ -29,26 +29,35 @@ def scale_and_zero_of(parts: WeightValues, shift: int) -> tuple[Tensor, Tensor]:
     return scale, zero if parts.minimum is None else zero - parts.minimum.float()
 
 
-def chunks(weight: QuantizedWeight) -> list[tuple[int, int]]:
-    """Ranges of rows, with ``CHUNK_BYTES`` integers each."""
-    return ranges(weight.shape[0], rows_per_chunk(weight.in_features, CHUNK_BYTES, 1))
+def chunks(weight: QuantizedWeight, numbers: int) -> list[tuple[int, int]]:
+    """Ranges of rows with ``CHUNK_BYTES`` numbers each, where a row has so many numbers."""
+    return ranges(weight.shape[0], rows_per_chunk(numbers, CHUNK_BYTES, 1))
 
 
-def of_chunks(program: Program, weight: QuantizedWeight, value: Callable[[WeightValues], _T]) -> list[_T]:
+def of_integers(program: Program, weight: QuantizedWeight, value: Callable[[WeightValues], _T]) -> list[_T]:
     """``value`` of each chunk of rows, in any order."""
     read, found = weight_rows(program, weight), []
 
     def work(piece: tuple[int, int]) -> None:
         found.append(value(read(slice(*piece))))
 
-    for_chunks(chunks(weight), lambda: work, torch.device("cpu"))
+    for_chunks(chunks(weight, weight.in_features), lambda: work, torch.device("cpu"))
+    program.pool.page_out(map(program.constant, weight.sources))
+    return found
+
+
+def of_tables(program: Program, weight: QuantizedWeight, value: Callable[[WeightValues], _T]) -> list[_T]:
+    """``value`` of each chunk of rows, in their order, for one that reads scales, zero points and minimums alone."""
+    read = weight_rows(program, weight)
+    with single_threaded_operators():
+        found = [value(read(slice(*piece))) for piece in chunks(weight, weight.in_features // weight.group_size)]
     program.pool.page_out(map(program.constant, weight.sources))
     return found
 
 
 def integer_ends(program: Program, weight: QuantizedWeight) -> tuple[int, int]:
     """The smallest and the largest integer."""
-    ends = of_chunks(program, weight, lambda parts: torch.aminmax(parts.data))
+    ends = of_integers(program, weight, lambda parts: torch.aminmax(parts.data))
     return min(int(low) for low, _ in ends), max(int(high) for _, high in ends)
 
 
@@ -70,7 +79,7 @@ def nonfinite_int4_scales(program: Program, weight: QuantizedWeight, shift: int,
             return 0
         return sum(nonfinite(part.to(dtype)) for part in scale_and_zero_of(parts, shift))
 
-    return sum(of_chunks(program, weight, count))
+    return sum(of_tables(program, weight, count))
 
 
 def _bound(parts: WeightValues, shift: int) -> Tensor:
@@ -94,7 +103,7 @@ def nonfinite_tables(program: Program, weight: QuantizedWeight, dtype: torch.dty
         scale = parts.scale if dtype is None else parts.scale.to(dtype)
         return sum(map(nonfinite, (scale, parts.zero_point, parts.minimum)))
 
-    return sum(of_chunks(program, weight, count))
+    return sum(of_tables(program, weight, count))
 
 
 def always(table: Tensor | None, value: int) -> bool:
@@ -105,7 +114,7 @@ def always(table: Tensor | None, value: int) -> bool:
 def has_zeros(program: Program, weight: QuantizedWeight, shift: int) -> bool:
     """Whether any zero of :func:`scale_and_zero_of` is not 0."""
     read = weight_rows(program, weight)
-    for piece in chunks(weight):
+    for piece in chunks(weight, weight.in_features // weight.group_size):
         parts = read(slice(*piece))
         if parts.minimum is None and always(parts.zero_point, ZERO_OFFSET - shift):
             continue

@@ -33,7 +33,8 @@ FAMILIES: Mapping[str, Iterable[str]] = {
 "int4_linear" and "int8_linear" are linears, and "float4_linear" and "float8_linear" those of weights with floats of
 these bits. "int4_table" is the table of an embedding. "int4_experts" are stacked
 weights of experts, all of them or rows sorted by expert; "int4_indexed_experts" are those that a tensor of ids selects.
-"int8_plain" are plain operators instead of a kernel, for a weight whose dequantize operator does not compile.
+"int8_plain" are plain operators instead of a kernel: for integers that the target's int8 kernel does not support, or on
+a target without one for a weight whose dequantize operator does not compile.
 """
 
 PLAIN = Kernel(
@@ -44,7 +45,10 @@ PLAIN = Kernel(
     scale_dtype=torch.float32,
     per_row=True,
 )
-"""The implementation of ``int8_linear`` without a kernel. A compiled program dequantizes the weight at every call."""
+"""The implementation of ``int8_linear`` without a kernel.
+
+A compiled program dequantizes the weight at every call. On the CPU a product of one row does so while it sums.
+"""
 
 
 _KERNELS = 'from families to tuples of Kernel, such as {"int4_linear": (kernel,)}'

@@ -472,11 +472,3 @@ def test_version_prints_the_versions(command: Run) -> None:
     result = command("--version")
     assert result.code == 0
     assert f"torch {version('torch')}" in result.out
-
-
-def test_module_prints_only_json_on_stdout(tmp_path: Path) -> None:
-    path, _ = save(tmp_path, "4w")
-    command = [sys.executable, "-m", "et_cuda_passes", "explain", str(path), "--target", "cpu", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["reports"]["cpu"]["counts"]["linear_int4"] == 2
-    assert f"loading {path}" in done.stderr

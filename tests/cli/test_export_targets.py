@@ -28,7 +28,7 @@ def test_target_that_cannot_take_a_scheme_is_left_out_with_a_table(model: Path, 
         "--model",
         model,
         "--target",
-        "cpu,metal",
+        "xnnpack,metal",
         "--qlinear",
         "8w",
         "--dtype",
@@ -39,10 +39,10 @@ def test_target_that_cannot_take_a_scheme_is_left_out_with_a_table(model: Path, 
     assert result.code == 1
     first = result.err.splitlines()[0]
     assert first.startswith("metal is left out: --qlinear=8w: metal has no kernel for 8w; metal has kernels for 4w")
-    assert "model.cpu.pt2" in names(output) and not [name for name in names(output) if "metal" in name]
-    rows = [line for line in result.out.splitlines() if line.startswith(("cpu  ", "metal  "))]
-    assert rows[0] == "cpu    written"
-    assert rows[1].startswith("metal  left out: --qlinear=8w: metal has no kernel for 8w")
+    assert "model.xnnpack.pte" in names(output) and not [name for name in names(output) if "metal" in name]
+    rows = [line for line in result.out.splitlines() if line.startswith(("xnnpack  ", "metal  "))]
+    assert rows[0] == "xnnpack  written"
+    assert rows[1].startswith("metal    left out: --qlinear=8w: metal has no kernel for 8w")
     assert "metal is left out" in result.error
 
 
@@ -118,7 +118,11 @@ def test_error_in_the_lowering_of_one_target_leaves_the_others(model: Path, tmp_
 
 
 @pytest.mark.usefixtures("no_compiler")
-@pytest.mark.parametrize("options", [("--target", "metal,cpu", "--strict"), ("--target", "cpu")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [("--target", "metal,cpu", "--strict"), pytest.param(("--target", "cpu"), marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_strict_export_or_the_last_target_writes_nothing_after_an_error(
     options: tuple[str, ...], model: Path, tmp_path: Path, command: Run
 ) -> None:

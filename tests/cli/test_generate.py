@@ -18,8 +18,8 @@ PROMPT = "w5 w9 w33 w12"
 ASK = ("--prompt", PROMPT, "--trust")
 
 
-SLOW = {"xnnpack"}
-"""Its lowering takes half a minute."""
+SLOW = {"cpu", "xnnpack"}
+"""Lowered in a quarter to half a minute. The tests of ``export`` have a decoder of ours, and generate with it."""
 
 
 @pytest.fixture(

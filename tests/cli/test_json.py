@@ -23,6 +23,7 @@ from et_cuda_passes.cli.documents import DOCUMENTS
 from tests.cli.command import Result, Run
 from tests.delegate.delegated import K, counting, single_call, write
 from tests.hf import checkpoints
+from tests.processes import finished
 from tests.saved import save
 
 ROOT = Path(ecp.__file__).parent.parent
@@ -52,18 +53,6 @@ def document(text: str, command: str) -> dict[str, Any]:
     VALIDATOR.validate(found)
     assert found["schema"] == f"et-cuda-passes.{command}/1"
     return dict(found)
-
-
-def run(*arguments: object, **variables: str) -> Result:
-    """Run the command line in a new process, where also C++ code prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "et_cuda_passes", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 OURS = re.compile(r"( *\d+ %  )?[^\[\]]+: \d+(\.\d s, peak memory| s so far, memory) \d+\.\d\d GB|(error|warning): .*")
@@ -136,7 +125,7 @@ def test_infinity_and_nan_become_null() -> None:
 
 def test_explain_prints_a_document_and_its_steps(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
-    result = run("explain", path, "-t", "cpu", "--json")
+    result = finished("explain", path, "-t", "cpu", "--json", folder=tmp_path)  # where also C++ code prints
     assert result.code == 0
     assert_only_ours(result)
     found = document(result.out, "explain")
@@ -173,8 +162,8 @@ def test_accuracy_prints_a_document(tmp_path: Path, command: Run) -> None:
     assert not any(layer["beyond_rounding"] for layer in found["layers"])
 
 
-def test_rules_prints_a_document() -> None:
-    result = run("rules", "--json")
+def test_rules_prints_a_document(tmp_path: Path) -> None:
+    result = finished("rules", "--json", folder=tmp_path)
     assert (result.code, result.err) == (0, "")
     assert list(document(result.out, "rules")["targets"]) == list(ecp.targets())
 
@@ -200,7 +189,7 @@ def test_new_rule_prints_a_document(tmp_path: Path, command: Run, monkeypatch: p
 @pytest.mark.slow
 def test_lower_and_verify_for_xnnpack_print_documents_alone(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "4w")
-    result = run("lower", path, "-t", "xnnpack", "-o", tmp_path / "out", "--json")
+    result = finished("lower", path, "-t", "xnnpack", "-o", tmp_path / "out", "--json", folder=tmp_path)
     assert result.code == 0, result.err
     assert_only_ours(result)
     lowered = document(result.out, "lower")
@@ -212,7 +201,7 @@ def test_lower_and_verify_for_xnnpack_print_documents_alone(tmp_path: Path) -> N
     percents = [int(line.split("%")[0]) for line in result.err.splitlines() if "so far" not in line]
     assert percents == [20, 40, 60, 80, 100]
 
-    result = run("verify", path, "-t", "xnnpack", "--json")
+    result = finished("verify", path, "-t", "xnnpack", "--json", folder=tmp_path)
     assert result.code == 0, result.err
     assert_only_ours(result)
     verified = document(result.out, "verify")
@@ -297,9 +286,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exported(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """A decoder for two targets; a machine without a GPU finishes one of them."""
     folder = tmp_path_factory.mktemp("exports") / "causal"
-    return folder, run(
+    return folder, finished(
         "export", "--model", models / "causal", "--target", "xnnpack,cuda", "--qlinear", "8da4w", "--max-length", "32",
-        "--dtype", "float32", "--cast-to-bf16", "--output-dir", folder, "--json", CUDA_VISIBLE_DEVICES="",
+        "--dtype", "float32", "--cast-to-bf16", "--output-dir", folder, "--json", folder=folder.parent,
+        variables=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
 
@@ -340,15 +330,17 @@ def test_run_of_a_component_prints_a_document(exported: tuple[Path, Result], com
 
 
 @pytest.mark.slow
-def test_generate_prints_the_text_only_in_the_document(exported: tuple[Path, Result], models: Path) -> None:
+def test_generate_prints_the_text_only_in_the_document(
+    exported: tuple[Path, Result], models: Path, tmp_path: Path
+) -> None:
     folder, _ = exported
     asked = ("--prompt", "lazy brown", "--max-new-tokens", "6", "--target", "xnnpack")
-    result = run("generate", folder, *asked, "--compare", models / "causal", "--json")
+    result = finished("generate", folder, *asked, "--compare", models / "causal", "--json", folder=tmp_path)
     assert result.code == 0, result.err
     assert_only_ours(result)
     found = document(result.out, "generate")
     assert found["tokens"] == 6 and found["first_token_seconds"] > 0
-    plain = run("generate", folder, *asked)
+    plain = finished("generate", folder, *asked, folder=tmp_path)
     assert plain.out.splitlines()[0].strip() == found["text"].strip() != ""
     assert_only_ours(plain)
     assert found["compared"]["model"] == str(models / "causal")

@@ -14,6 +14,7 @@ from torchao.quantization.granularity import PerAxis
 
 import et_cuda_passes as ecp
 from tests.cli.command import Result
+from tests.processes import finished
 
 ROOT = Path(ecp.__file__).parent.parent
 LOWERED = """
@@ -45,22 +46,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *arguments: object, installed: bool = False) -> Result:
-    """Run the command line in a new process, where the packages of ``folder`` can be imported."""
-    path = [str(folder), str(ROOT)]
+    """Run the command line in a process of its own, where the packages of ``folder`` can be imported."""
+    path = [str(folder)]
     if installed:
         info = folder / "installed" / "my_npu-1.0.dist-info"
         info.mkdir(parents=True, exist_ok=True)
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my_npu\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[et_cuda_passes.targets]\nmy_npu = my_npu:npu\n")
         path.append(str(info.parent))
-    done = subprocess.run(
-        [sys.executable, "-m", "et_cuda_passes", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "ETCP_PLUGINS": "1"},
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(path), "ETCP_PLUGINS": "1"}
+    return finished(*arguments, folder=folder / "work", cwd=folder, variables=variables)
 
 
 @pytest.mark.parametrize(

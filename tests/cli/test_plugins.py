@@ -1,9 +1,8 @@
 """Rules of installed packages on the command line: listed, used, switched off, and reported if they have a fault."""
 
+import importlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 import et_cuda_passes as ecp
 from tests.cli.command import Result
 from tests.plugins import install
-
-ROOT = Path(ecp.__file__).parent.parent
+from tests.processes import finished
 
 
 class Gate(nn.Module):
@@ -32,14 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(folder: Path, *arguments: object, bad: bool = False) -> Result:
-    """Run the command line in a new process."""
-    path = [str(folder), str(ROOT)] + ([str(folder / "bad")] if bad else [])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-    env.pop("ETCP_PLUGINS", None)
-    command = [sys.executable, "-m", "et_cuda_passes", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
-    return Result(done.returncode, done.stdout, done.stderr)
+def run(folder: Path, *arguments: object, bad: bool = False, **variables: str) -> Result:
+    """Run the command line in a process of its own, without the switch of the tests."""
+    environment = os.environ | {"PYTHONPATH": str(folder / "bad") if bad else ""} | variables
+    if "ETCP_PLUGINS" not in variables:
+        del environment["ETCP_PLUGINS"]
+    return finished(*arguments, folder=folder / "work", cwd=folder, variables=environment)
 
 
 def test_rules_lists_plugins_with_package_and_version(folder: Path) -> None:
@@ -102,10 +98,8 @@ def test_both_options_about_plugins_are_bad_usage(folder: Path) -> None:
 
 
 def test_trace_has_a_line_for_each_rule(folder: Path) -> None:
-    env = {**os.environ, "ETCP_TRACE": "1", "ETCP_PLUGINS": "1", "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "et_cuda_passes", "explain", "model.pt2", "--target", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
-    traced = [line for line in done.stderr.splitlines() if line.startswith("cpu: ")]
+    result = run(folder, "explain", "model.pt2", "--target", "cpu", ETCP_TRACE="1")
+    traced = [line for line in result.err.splitlines() if line.startswith("cpu: ")]
     assert len(traced) == len(ecp.default_passes("cpu")) + 1
     assert traced[-1].startswith("cpu: write_silu: 1 tried, 1 matched, 1 applied, 0.")
     assert traced[0].startswith("cpu: unpack_linear: 0 tried, 0 matched, 0 applied")
@@ -132,22 +126,16 @@ class Twice(torch.nn.Module):
 
 RULES = {}
 """
-SAVE = """
-import my_operators, torch
-torch.export.save(torch.export.export(my_operators.Twice(), (torch.ones(2),)), "twice.pt2")
-"""
 
 
-def test_program_with_an_operator_of_a_plugin_of_rules_is_read(tmp_path: Path) -> None:
+def test_program_with_an_operator_of_a_plugin_of_rules_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "my-operators", OPERATOR)
-
-    def process(switch: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "ETCP_PLUGINS": switch}
-        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True)
-
-    assert process("0", "-c", SAVE).returncode == 0
-    explain = ("-m", "et_cuda_passes", "explain", "twice.pt2", "--target", "cpu", "--trust")
-    assert process("1", *explain).returncode == 0
-    done = process("0", *explain)
-    assert done.returncode == 2
-    assert "calls my_rules::twice, which no imported package registers" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    twice = importlib.import_module("my_operators").Twice()
+    torch.export.save(torch.export.export(twice, (torch.ones(2),)), tmp_path / "twice.pt2")
+    # In processes that do not import the operator themselves.
+    explain = ("explain", "twice.pt2", "--target", "cpu", "--trust")
+    assert run(tmp_path, *explain, ETCP_PLUGINS="1").code == 0
+    result = run(tmp_path, *explain, ETCP_PLUGINS="0")
+    assert result.code == 2
+    assert "calls my_rules::twice, which no imported package registers" in result.err

@@ -1,5 +1,6 @@
 """The start of the command line: no torch for help, versions and rules, and only its own lines on stderr."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -40,9 +41,11 @@ COMMANDS = [
 QUICK = ["--help", "--version", "rules", "rules --json", *(f"{name} --help" for name in COMMANDS)]
 
 
-@pytest.mark.parametrize("arguments", QUICK)
-@pytest.mark.parametrize("start", ["module", "script"])
-def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, script: Path) -> None:
+@pytest.mark.parametrize(
+    ("start", "arguments"),
+    [*(("script", each) for each in QUICK), *(("module", each) for each in ("--help", "rules", "lower --help"))],
+)
+def test_help_versions_and_rules_import_no_torch(start: str, arguments: str, script: Path) -> None:
     program = ["-m", "et_cuda_passes"] if start == "module" else [script]
     done = python("-X", "importtime", *program, *arguments.split())
     assert done.returncode == 0
@@ -71,13 +74,16 @@ def test_help_versions_and_rules_import_no_torch(arguments: str, start: str, scr
         ),
     ],
 )
-def test_command_writes_only_its_own_lines_on_stderr(
+def test_new_interpreter_writes_only_the_document_and_its_steps(
     command: str, target: str, steps: list[str], tmp_path: Path
 ) -> None:
     path, _ = save(tmp_path, "4w")
     output = ["--output-dir", tmp_path] if command == "lower" else []
-    done = python("-m", "et_cuda_passes", command, path, "--target", target, *output)
+    done = python("-m", "et_cuda_passes", command, path, "--target", target, *output, "--json")
     assert done.returncode == 0
+    found = json.loads(done.stdout)
+    (report,) = [found["report"]] if command == "lower" else found["reports"].values()
+    assert report["counts"]["rewritten"] + report["counts"]["kept"] == 2
     lines = [line.partition(":")[0] for line in done.stderr.splitlines() if "so far" not in line]
     assert [line.replace(f" {path}", "") for line in lines] == steps
 
@@ -99,7 +105,7 @@ def test_completion_knows_the_schemes_and_statuses() -> None:
     assert STATUSES == report.STATUSES
 
 
-@pytest.mark.parametrize("start", ["import", "package"])
+@pytest.mark.parametrize("start", [pytest.param("import", marks=pytest.mark.slow), "package"])
 def test_import_in_any_other_program_registers_the_operators(start: str, tmp_path: Path) -> None:
     """Also in a package that runs by -m and imports et_cuda_passes before its module is found."""
     check = "import torch\nprint(torch.ops.et_cuda_passes.int4_linear_cpu.default)\n"

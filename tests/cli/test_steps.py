@@ -4,9 +4,10 @@ import io
 import os
 import pty
 import re
-import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from et_cuda_passes.cli.console import Steps
 from et_cuda_passes.executorch.lower import lower, lowering_steps
 from tests.saved import save
 
-ROOT = Path(ecp.__file__).parent.parent
 END = re.compile(r"(?:( *\d+) %  )?(.+): (\d+\.\d) s, peak memory (\d+\.\d\d) GB")
 
 
@@ -99,41 +99,41 @@ def test_lowering_reports_each_method(methods: tuple[str, ...], tmp_path: Path) 
     assert len(steps) == lowering_steps("xnnpack", len(methods))
 
 
-def shown_in_terminal(step: str, columns: int) -> str:
+def shown_in_terminal(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """The output in a terminal while half of a step runs, and then the other half."""
-    code = (
-        "import time\nfrom et_cuda_passes.cli.console import Steps\n"
-        f"with Steps(2) as step:\n    step({step!r})\n    time.sleep(0.5)\n    step.part(1, 2)\n    time.sleep(0.5)\n"
-    )
     master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=slave, stdout=subprocess.DEVNULL, stderr=slave, cwd=ROOT,
-        env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)},
-    )  # fmt: skip
-    os.close(slave)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
     shown = io.BytesIO()
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        shown.write(part)
+
+    def read() -> None:
+        with suppress(OSError):  # the other end is closed
+            while part := os.read(master, 4096):
+                shown.write(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", terminal)
+        with Steps(2) as step:
+            step(name)
+            time.sleep(0.5)
+            step.part(1, 2)
+            time.sleep(0.5)
+    reader.join()
     os.close(master)
-    assert process.wait() == 0
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue().decode())
 
 
-def test_terminal_shows_the_step_and_its_memory_while_it_runs() -> None:
-    text = shown_in_terminal("loading", 100)
+def test_terminal_shows_the_step_and_its_memory_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown_in_terminal("loading", 100, monkeypatch)
     assert re.search(r"  0 %  loading \d:\d\d:\d\d memory \d+\.\d\d GB", text)
     assert " 25 %  loading" in text
     assert ended(text.replace("\r", "\n"))[-1][:2] == (50, "loading")
 
 
-def test_narrow_terminal_cuts_off_the_name_of_the_step_that_runs() -> None:
-    text = shown_in_terminal("cpu: compiling prefill with AOTInductor", 60)
+def test_narrow_terminal_cuts_off_the_name_of_the_step_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown_in_terminal("cpu: compiling prefill with AOTInductor", 60, monkeypatch)
     lines = [line for line in re.split(r"[\r\n]+", text) if "memory" in line and "peak" not in line]
     assert lines and all(re.search(r"%  cpu: compiling.*… \d:\d\d:\d\d memory \d+\.\d\d GB", line) for line in lines)
     assert max(map(len, lines)) <= 60

@@ -2,8 +2,6 @@
 
 import json
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from et_cuda_passes.cli.console import UsageError
 from et_cuda_passes.cli.inputs import read_inputs
 from tests.executorch import hostile
 from tests.executorch.hostile import INPUTS, MakesFolder, honest, members, saved, written
+from tests.processes import finished
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -36,7 +35,7 @@ def evil(tmp_path: Path) -> Path:
 COMMANDS = (
     ("explain", "--target", "cuda"),
     ("lower", "--target", "cpu", "--stop-after", "rewrite", "--output-dir"),
-    ("verify", "--target", "cpu"),
+    ("verify", "--target", "xnnpack"),
 )
 
 
@@ -73,14 +72,9 @@ def test_unusual_program_is_accepted_with_trust(
     assert run(capsys, *command(name, path, *arguments), "--trust")[0] == 0
 
 
-def test_program_with_code_runs_nothing_in_a_new_process(evil: Path) -> None:
-    """The command runs in a separate process, as a user starts it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "et_cuda_passes", "explain", str(evil), "--target", "cpu"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "it looks up posix.mkdir" in done.stderr
+def test_program_with_code_runs_nothing_in_a_new_process(evil: Path, tmp_path: Path) -> None:
+    result = finished("explain", evil, "--target", "cpu", folder=tmp_path / "work")
+    assert result.code == 2 and "it looks up posix.mkdir" in result.err
     assert not (evil.parent / "marker").exists()
 
 

@@ -19,8 +19,8 @@ from et_cuda_passes.testing import Quantized, export, floats
 from et_cuda_passes.unfinished import PREFIX, TemporaryFolder, remove_unfinished, replaced_file
 from tests.faults.conftest import Disk
 from tests.faults.files import Contents, assert_whole, contents, left_over
-from tests.faults.processes import Command, finished
 from tests.hf import checkpoints
+from tests.processes import Command, finished
 from tests.saved import save
 
 PACKED = ("-t", "cuda", "--stop-after", "rewrite")

@@ -11,7 +11,7 @@ import pytest
 
 from et_cuda_passes.unfinished import PREFIX
 from tests.faults.files import Contents, assert_whole, contents, left_over
-from tests.faults.processes import Command, finished
+from tests.processes import Command, finished
 
 COUNT = int(os.environ.get("FAULTS", "2"))
 Arguments = Callable[[Path], tuple[object, ...]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.files import Contents, assert_whole, contents, left_over
-from tests.faults.processes import Command, finished
+from tests.processes import Command, finished
 
 COUNT = int(os.environ.get("FAULTS", "1"))
 NAMES = ("mlp-cuda-sm_80", "mlp-cuda-sm_90")

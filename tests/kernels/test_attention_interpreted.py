@@ -1,7 +1,4 @@
-"""The attention kernel in Triton's interpreter, on ragged shapes, against fp64.
-
-Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
-"""
+"""The attention kernel in Triton's interpreter, on ragged shapes, against fp64: see ``interpreted.py``."""
 
 import math
 from itertools import product
@@ -10,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+from tests.kernels.interpreted import HERE, dtypes
 
 BLOCK_M, BLOCK_N = 16, 32
 
@@ -21,11 +18,6 @@ SHAPES += [(3, 4, 1, 33, 40, 32), (2, 2, 2, 3, 0, 16)]
 AXES = [(1, 1, 1, 1), (2, 2, 2, 2), (2, 1, 2, 1), (1, 2, 1, 2)]
 """The axes of the heads of q, k, v and the result."""
 INPUTS = ["random", "large", "rising", "falling", "equal", "negative scale", "no scale"]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_attention_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, len(SHAPES) + len(AXES) + 2 + 2 * len(INPUTS))
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -90,7 +82,7 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return ((y.double() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_attention_agrees_with_fp64(shape: tuple[int, ...]) -> None:
     q, k, v = (t.half() for t in random_qkv(*shape))
@@ -101,7 +93,7 @@ def test_attention_agrees_with_fp64(shape: tuple[int, ...]) -> None:
         assert off(y, exact(q, k, v, shape[-1] ** -0.5)) < 2e-3
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_heads_may_be_on_either_axis(axes: tuple[int, ...]) -> None:
     q, k, v = (t.half() for t in random_qkv(2, 4, 2, 21, 45, 16))
@@ -109,16 +101,15 @@ def test_heads_may_be_on_either_axis(axes: tuple[int, ...]) -> None:
     assert off(computed(q, k, v, 0.25, axes), exact(q, k, v, 0.25)) < 2e-3
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("heads", [1, 4])
 def test_columns_of_wider_tensors_are_read_alone(heads: int) -> None:
     q, k, v = (t.half() for t in random_qkv(2, heads, 1, 21, 45, 16))
     assert torch.equal(computed(q, k, v, 0.25, (2, 2, 2, 2), wider=8), computed(q, k, v, 0.25))
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@HERE
+@dtypes(2e-3)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_scores_of_every_kind_agree_with_fp64(kind: str, dtype: torch.dtype, most: float) -> None:
     q, k, v = random_qkv(1, 2, 2, 18, 100, 64)

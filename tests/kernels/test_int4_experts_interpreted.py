@@ -1,13 +1,10 @@
-"""The experts' kernel in Triton's interpreter, against fp64: in order, indexed and grouped, on ragged shapes.
-
-Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
-"""
+"""The experts' kernel in Triton's interpreter, against fp64: in order, indexed and grouped, on ragged shapes."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreted import DTYPES, INTERPRETED, check_in_interpreter
+from tests.kernels.interpreted import HERE, dtypes
 
 # experts, N, K, group size, block_m, block_n, block_k, zeros
 SHAPES = [
@@ -31,17 +28,6 @@ GROUPS = [
     ([5, 6, 7, 8, 9], 9),
     ([0, 1, 1, 1, 1], 1),
 ]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_experts_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, len(SHAPES) * len(BATCHES) + 2 * len(GROUPS) + 2)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_experts_kernel_passes_in_the_interpreter_in_bf16() -> None:
-    check_in_interpreter(__file__, len(SHAPES) * len(BATCHES), slow=True)
 
 
 class Experts:
@@ -76,13 +62,10 @@ def off(y: Tensor, wanted: Tensor) -> float:
     return float((y.double() - wanted).norm() / wanted.norm())
 
 
-HERE = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-
-
 @HERE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
-@DTYPES
+@dtypes()
 def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype, most: float) -> None:
     experts, (m, share, ids) = Experts(shape, dtype), batch
     # An id that is out of range is replaced by a valid one.
@@ -98,7 +81,7 @@ def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype,
 
 @HERE
 @pytest.mark.parametrize("group", GROUPS, ids=str)
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+@dtypes()
 def test_groups_agree_with_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
     (ends, m), experts = group, Experts((5, 40, 96, 32, 8, 16, 64, True), dtype)
     x = torch.randn(m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)

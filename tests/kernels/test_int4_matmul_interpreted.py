@@ -1,7 +1,4 @@
-"""The kernels in Triton's interpreter, on ragged shapes, against fp64.
-
-Triton selects the interpreter when a kernel is decorated, so these tests run in a separate process.
-"""
+"""The kernels in Triton's interpreter, on ragged shapes, against fp64: see ``interpreted.py``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +9,7 @@ import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from et_cuda_passes.quant.float_forms import TWICE_FLOAT4
-from tests.kernels.interpreted import DTYPES, INTERPRETED, check_in_interpreter
+from tests.kernels.interpreted import HERE, INTERPRETED, dtypes
 
 if INTERPRETED:
     import triton
@@ -71,17 +68,6 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_int4_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, len(CASES) + len(FLOATS) + 4 + 2 * len(GATES) + len(ACTIVATE) - 1)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_int4_kernel_passes_in_the_interpreter_in_bf16() -> None:
-    check_in_interpreter(__file__, len(CASES) + len(FLOATS), slow=True)
-
-
 ACTIVATE = {
     "": lambda y: y,
     "silu": F.silu,
@@ -91,9 +77,9 @@ ACTIVATE = {
 }
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("case", CASES, ids=str)
-@DTYPES
+@dtypes()
 def test_int4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     check_product(case, dtype, most, float4=False)
 
@@ -107,14 +93,14 @@ FLOATS = [
 ]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("case", FLOATS, ids=str)
-@DTYPES
+@dtypes()
 def test_float4_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     check_product(case, dtype, most, float4=True)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu], ids=["nvfp4", "mxfp4"])
 def test_float4_weights_are_those_of_the_operator_bit_for_bit(scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -241,10 +227,12 @@ def in_interpreter(kernel: Any, grid: Any, given: Mapping[str, Any], writes: Seq
     return [given[name] for name in writes]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@HERE
+@dtypes()
 @pytest.mark.parametrize("case", GATES, ids=str)
-def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gated_product_agrees_with_fp64(
+    case: tuple, dtype: torch.dtype, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from et_cuda_passes.kernels import linear_launch, triton_launch
     from et_cuda_passes.kernels.tiling import Tiling
     from et_cuda_passes.layouts import mma_tiled
@@ -274,10 +262,10 @@ def test_gated_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, monkeyp
         return wanted + bias[which].double() if has_bias else wanted
 
     wanted = ACTIVATE[activation](exact(0)) * exact(1) + (addend.double() if has_addend else 0)
-    assert ((y.double() - wanted).norm() / wanted.norm()).item() < (1e-3 if dtype is torch.float16 else 1.6e-2)
+    assert ((y.double() - wanted).norm() / wanted.norm()).item() < most
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("activation", [name for name in ACTIVATE if name])
 def test_activation_agrees_with_fp64_at_every_size(activation: str) -> None:
     x = torch.cat([torch.linspace(-40, 40, 8188), torch.tensor([1e30, -1e30, float("inf"), float("nan")])])

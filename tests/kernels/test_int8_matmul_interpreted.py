@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.interpreted import INTERPRETED, check_in_interpreter
+from tests.kernels.interpreted import HERE, dtypes
 
 # rows, N, K, group size, block_m, block_n, block_k, segments, slots, zeros, bias
 CASES = [
@@ -28,15 +28,9 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_int8_kernel_passes_in_the_interpreter() -> None:
-    check_in_interpreter(__file__, 2 * len(CASES) + 4 * len(FLOATS))
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("case", CASES, ids=str)
-# The interpreter truncates fp32 to bf16, where a GPU rounds: twice the error.
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+@dtypes()
 def test_int8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float) -> None:
     check_product(case, dtype, most)
 
@@ -48,10 +42,10 @@ FLOATS = [
 ]
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own")
+@HERE
 @pytest.mark.parametrize("case", FLOATS, ids=str)
 @pytest.mark.parametrize("float8", [4, 5], ids=["e4m3fn", "e5m2"])
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float16, 1e-3), (torch.bfloat16, 1.6e-2)])
+@dtypes()
 def test_float8_product_agrees_with_fp64(case: tuple, dtype: torch.dtype, most: float, float8: int) -> None:
     check_product(case, dtype, most, float8)
 

@@ -63,7 +63,7 @@ def test_cpu_kernel_computes_q_minus_8_times_scale_plus_zero(
     assert torch.equal(got.double(), x.double() @ weight.t())
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_cpu_pack_and_unpack_agree_on_other_instruction_sets(capability: str) -> None:
     code = """
 import torch

@@ -252,7 +252,7 @@ def test_gate_of_integers_is_not_joined_with_one_of_floats() -> None:
     assert (rewritten.module()(x).float() - wanted).norm() / wanted.norm() < 1e-2
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4", "fp8 per row"])
+@pytest.mark.parametrize("scheme", ["nvfp4", pytest.param("fp8 per row", marks=pytest.mark.slow)])
 def test_dequantize_that_no_rule_replaces_compiles_and_runs(scheme: str, tmp_path: Path) -> None:
     program, x = exported(quantized(CONFIGS[scheme][0]))
     restored, _ = ecp.rewrite(program, "cpu", ecp.default_passes("cpu").without("fold_floats"))

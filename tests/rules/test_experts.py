@@ -25,6 +25,8 @@ TOKENS = "einsum of a token's experts"
 BMM, INDEXED, GROUPED = FORMS["bmm"][1], FORMS["index"][1], FORMS["grouped mm"][1]
 # As exported, and decomposed into core operators. A decomposed einsum is a bmm.
 CASES = [(name, False) for name in FORMS] + [(name, True) for name in FORMS if not name.startswith("einsum")]
+OTHERS = [("cuda", None), ("cpu", "random")]
+"""The packing of zero points does not depend on the form of the product: each target has one of the two cases."""
 
 
 @cache
@@ -37,8 +39,10 @@ def constants(program: ExportedProgram) -> dict[str, Tensor]:
     return {name: value for name, value in program.state_dict.items() if "packed" in name or "scale_and" in name}
 
 
-@pytest.mark.parametrize("target", ["cuda", "cpu"])
-@pytest.mark.parametrize("zero_points", ["random", None])
+@pytest.mark.parametrize(
+    ("target", "zero_points"),
+    [("cuda", "random"), ("cpu", None), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)],
+)
 @pytest.mark.parametrize(("name", "decompose"), CASES)
 def test_product_is_rewritten_and_matches_fp64(
     name: str, zero_points: str | None, decompose: bool, target: str

@@ -48,6 +48,7 @@ GENERAL = dataclasses.replace(
                 per_row=True,
             ),
         ),
+        "int8_plain": (),
     },
     passes=lambda: [ecp.LinearInt8()],
 )
@@ -269,7 +270,9 @@ def test_per_axis_outputs_on_cpu_agree_with_fp64(n: int, k: int, low: int, high:
     program = export_with_rows(model, 3, k, dtype=dtype)
     rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 1, "missed": 0})
     bits = (high - low).bit_length()
-    assert report.outcomes[0].detail == f"int{bits} per-axis -> int8pack_cpu"
+    # In float32 the kernel is scalar code.
+    kernel = "plain operators" if dtype is torch.float32 else "int8pack_cpu"
+    assert report.outcomes[0].detail == f"int{bits} per-axis -> {kernel}"
     (x,) = program.example_inputs[0]
     rows, weight = x.double().numpy(), exact_weight(model)
     wanted = rows @ weight.T
@@ -328,11 +331,71 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("scheme", CONFIGS)
-def test_cpu_kernel_rejects_groups_and_asymmetric_weights(scheme: str) -> None:
+def test_cpu_kernel_named_by_option_rejects_groups_and_asymmetric_weights(scheme: str) -> None:
     config, reason = CONFIGS[scheme]
     model = torch.nn.Sequential(torch.nn.Linear(64, 16)).bfloat16().eval()
     quantize_(model, config)
-    assert_misses(export_with_rows(model, 2, 64), reason, "cpu", rule="linear_int8")
+    passes = [ecp.LinearInt8(kernel="int8pack_cpu")]
+    assert_misses(export_with_rows(model, 2, 64), reason, "cpu", rule="linear_int8", passes=passes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "group"), [(64, 64), (40, 40), (64, 16), (192, 96), (512, 512)])
+@pytest.mark.parametrize("zero_points", ["random", "zero", None])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_groups_and_zero_points_on_cpu_agree_with_fp64(
+    k: int, group: int, zero_points: str | None, rows: int, dtype: torch.dtype
+) -> None:
+    model = Quantized(13, k, group, -128, 127, dtype, None, zero_points, no_bias)
+    program = export_with_rows(model, rows, k, dtype=dtype)
+    rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 1, "missed": 0})
+    kernel = group == k and k % 16 == 0 and zero_points != "random" and dtype is not torch.float32
+    assert report.outcomes[0].kernel == ("int8pack_cpu" if kernel else "plain operators")
+    (x,) = program.example_inputs[0]
+    inputs, weight = x.double().numpy(), exact_weight(model)
+    points = 255 * model.scale.double().numpy().repeat(group, axis=1)
+    wanted, got = inputs @ weight.T, rewritten.module()(x).double().numpy()
+    # The result is rounded once; with several rows each weight is too. Sums and zeros are fp32.
+    rounded = np.abs(weight) * DTYPES[dtype] if rows > 1 else 0
+    allowed = np.abs(inputs) @ (rounded + points * 1e-5).T + np.abs(wanted) * DTYPES[dtype]
+    assert bool((np.abs(got - wanted) <= allowed).all())
+
+
+def test_casting_rule_prefers_the_kernel_to_plain_operators() -> None:
+    program = export_with_rows(Quantized(16, 64, 64, -128, 127, torch.float32), 2, 64, dtype=torch.float32)
+    _, report = ecp.rewrite(program, "cpu", [ecp.LinearInt8(cast_to_bf16=True)])
+    assert report.outcomes[0].detail == "int8 per-axis -> int8pack_cpu, computed in bf16"
+
+
+class ManySchemes(nn.Module):
+    """Linears without bias, one for each weight, on one row and on several."""
+
+    def __init__(self, weights: list[Quantized]) -> None:
+        super().__init__()
+        self.weights = nn.ModuleList(weights)
+
+    def forward(self, one: Tensor, several: Tensor) -> list[Tensor]:
+        return [weight(x) for weight in self.weights for x in (one, several)]
+
+
+def test_groups_and_zero_points_on_cpu_are_executed_by_aotinductor(tmp_path: Path) -> None:
+    """A product of one row is a fused loop, and one of a dynamic number of rows a matrix product."""
+    forms: list[tuple[int, str | None]] = [(32, None), (32, "random"), (128, "random"), (256, "random"), (256, None)]
+    bf16 = torch.bfloat16
+    weights = [Quantized(24, 256, group, -128, 127, bf16, None, points, no_bias) for group, points in forms]
+    inputs = [torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(bf16) for rows in (1, 7)]
+    shapes = {"one": None, "several": {0: Dim("rows", max=64)}}
+    program = torch.export.export(ManySchemes(weights), tuple(inputs), dynamic_shapes=shapes)
+    rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 10, "missed": 0})
+    assert [outcome.kernel for outcome in report.outcomes] == ["plain operators"] * 8 + ["int8pack_cpu"] * 2
+    library = aoti_load_package(aoti_compile_and_package(rewritten, package_path=str(tmp_path / "model.pt2")))
+    found = library(*inputs)
+    for number, got in enumerate(found):
+        rows, weight = inputs[number % 2].double().numpy(), exact_weight(weights[number // 2])
+        wanted = rows @ weight.T
+        # One rounding of the result; with several rows and plain operators each weight is rounded too.
+        allowed = np.abs(wanted) * 2.0**-8 + np.abs(rows) @ np.abs(weight).T * (2.0**-8 if number % 2 else 0)
+        assert bool((np.abs(got.double().numpy() - wanted) <= allowed + 1e-4).all())
 
 
 def test_weight_fits_8_bits_rejects_wider_weight() -> None:
@@ -342,11 +405,11 @@ def test_weight_fits_8_bits_rejects_wider_weight() -> None:
     )
 
 
-@pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_int8_kernel_rejects_k_that_its_tiles_do_not_divide(target: str) -> None:
+@pytest.mark.parametrize(("target", "kernel"), [("cpu", "int8pack_cpu"), ("cuda", None)])
+def test_int8_kernel_rejects_k_that_its_tiles_do_not_divide(target: str, kernel: str | None) -> None:
     """The kernel would write past its result."""
-    odd = Quantized(16, 40, 40, -128, 127)
-    assert_misses(export_with_rows(odd, 2, 40), "found K = 40; K must be a multiple of 16", target, rule="linear_int8")
+    odd, passes = Quantized(16, 40, 40, -128, 127), [ecp.LinearInt8(kernel)]
+    assert_misses(export_with_rows(odd, 2, 40), "found K = 40; K must be a multiple of 16", target, passes=passes)
 
 
 def test_int8_kernel_rejects_dtype_that_it_lacks() -> None:
@@ -491,9 +554,9 @@ def test_conv_int8_is_rewritten_on_cpu_as_written_and_decomposed(dtype: torch.dt
         table.pop(torch.ops.torchao.dequantize_affine.default, None)
         program = program.run_decompositions(table)
         assert "aten.convolution" in [op_name(node.target) for node in program.graph.nodes]
-    rtol = 6e-3 if dtype is torch.bfloat16 else 1e-6
+    rtol, kernel = (6e-3, "int8pack_cpu") if dtype is torch.bfloat16 else (1e-6, "plain operators")
     _, report = assert_rewrites(program, "cpu", expect={"conv_int8": 1, "missed": 0}, rtol=rtol)
-    assert report.outcomes[0].detail == "int8 per-axis -> int8pack_cpu"
+    assert report.outcomes[0].detail == f"int8 per-axis -> {kernel}"
 
 
 def test_convolution_of_dynamic_size_can_be_viewed() -> None:

@@ -228,7 +228,7 @@ def test_same_dtype_rejects_linear_that_xnnpack_would_keep() -> None:
 # Hints ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["cuda", "cpu", "metal"])
+@pytest.mark.parametrize("target", ["cuda", "metal"])
 @pytest.mark.parametrize("high", [7, 127])
 def test_hint_advises_no_group_size_if_none_divides_k(target: str, high: int) -> None:
     reasons = reason_texts(Quantized(16, 40, 40, -high - 1, high), rows(40), target)
@@ -247,8 +247,9 @@ def test_hint_without_int8_kernel_names_the_scheme_of_the_target_once() -> None:
 
 @pytest.mark.parametrize(("k", "group"), [(64, 8), (48, 24)])
 def test_hint_for_int4_weight_does_not_advise_int4(k: int, group: int) -> None:
-    *_, last = reason_texts(Quantized(16, k, group), rows(k), "cpu")
-    assert last.endswith("int8pack_cpu has one scale per row: quantize with PerAxis(0)")
+    program, passes = torch.export.export(Quantized(16, k, group), (rows(k),)), [ecp.LinearInt8(kernel="int8pack_cpu")]
+    report = assert_misses(program, "one scale per row", "cpu", passes=passes)
+    assert report.outcomes[0].reasons[-1].hint == "int8pack_cpu has one scale per row: quantize with PerAxis(0)"
 
 
 class ChangingScales(Quantized):
@@ -373,7 +374,6 @@ def test_weight_with_groups_of_multiples_of_16_is_packed_on_cuda(dtype: torch.dt
 
 
 TRITON8 = "linear_int8 wanted a group size that the kernel has, found group size {}; triton has 16, 32, 64, 128, 256"
-CPU8 = "found group size {}; int8pack_cpu has one scale per row: quantize with PerAxis(0), or in groups with torch.int4"
 INT4_GROUPS = "found group size {}; {} has 32, 64, 128, 256 and their multiples: quantize with PerGroup(32)"
 MISSED = [
     (
@@ -385,8 +385,6 @@ MISSED = [
     ),
     ("cuda", INT4, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
     ("cuda", INT8, 24, "linear_int8", f"{TRITON8.format(24)} and their multiples: quantize with PerGroup(16)"),
-    *(("cpu", INT4, group, "linear_int4", INT4_GROUPS.format(group, "int4pack_cpu")) for group in (16, 24, 48)),
-    *(("cpu", INT8, group, "linear_int8", CPU8.format(group)) for group in (16, 24, 48)),
     *(("metal", INT4, group, "linear_int4", INT4_GROUPS.format(group, "torchao")) for group in (16, 24, 48)),
     *(
         ("metal", INT8, group, "linear_int4", "found 8 bits, -128..127; quantize with weight_dtype=torch.int4")
@@ -441,9 +439,9 @@ BLOCKS = {
     (4, N, K): {"cuda": "linear_int4", "metal": "linear_int4", "cpu": "linear_int4"},
     (8, 2, 96): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, N, K): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
-    (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "one scale per row"},
-    (4, 2, 16): {"cuda": "linear_int4", "metal": "torchao has 32, 64", "cpu": "int4pack_cpu has 32, 64"},
-    (4, 2, 24): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 24"),
+    (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
+    (4, 2, 16): {"cuda": "linear_int4", "metal": "torchao has 32, 64", "cpu": "linear_int8"},
+    (4, 2, 24): {**dict.fromkeys(("cuda", "metal"), "has, found group size 24"), "cpu": "linear_int8"},
     (4, 8, 1): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 1"),
 }
 
@@ -520,7 +518,8 @@ REWRITTEN = {
         "int8": "linear_int8", "fp8": "linear_float8", "nvfp4": "linear_float4",
     },
     "cpu": {
-        "int4_32": "linear_int4", "again": "linear_int4", "int8": "linear_int8", "fp8": "fold_floats",
+        "int4_32": "linear_int4", "again": "linear_int4", "int4_16": "linear_int8", "int4_24": "linear_int8",
+        "int4_48": "linear_int8", "int8": "linear_int8", "int8_24": "linear_int8", "fp8": "fold_floats",
         "nvfp4": "fold_floats",
     },
     "metal": {"int4_32": "linear_int4", "again": "linear_int4", "fp8": "fold_floats", "nvfp4": "fold_floats"},

@@ -82,8 +82,10 @@ def near(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize(
+    ("repeats", "dynamic"),
+    [(1, False), (3, True), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [(1, True), (3, False)])],
+)
 def test_attention_with_a_mask_is_right_in_executorch_for_every_length(
     repeats: int, dynamic: bool, tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
-"""The command line in processes that can be killed. They are forked from one that has imported everything.
+"""The command line in processes of its own, which are forked from one that has imported everything.
 
-So a command takes as long as its work, and fifty of them can be killed in a minute or two.
+So a command takes as long as its work, and fifty of them can be killed in a minute or two. A process has its own
+arguments, variables, working directory, output and signals, and runs the ``main`` of the console script. It is no test
+of imports: those that happen in a new interpreter, and what they print, need ``subprocess``.
 """
 
 import multiprocessing
@@ -10,15 +12,28 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import chdir, suppress
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from tests.cli.command import Result
 
+ROOT = Path(__file__).parent.parent
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.faults.preload"])
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 PATIENCE = 120.0
+
+
+def process(function: Callable[..., None], *arguments: Any) -> ForkServerProcess:
+    """A process that calls ``function``, which it imports from its module."""
+    with chdir(ROOT):  # where the server finds what it is to import
+        forkserver.ensure_running()
+    started = _CONTEXT.Process(target=function, args=arguments)
+    started.start()
+    return started
 
 
 class Command:
@@ -28,15 +43,26 @@ class Command:
         arguments: of ``et-cuda-passes``.
         folder: gets its output, and its temporary files in a folder "temporary".
         memory: the limit of its address space, in bytes beyond what it has at its start.
+        cwd: its working directory; by default that of this process.
+        variables: its environment; by default that of this process.
     """
 
-    def __init__(self, arguments: tuple[object, ...], folder: Path, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: tuple[object, ...],
+        folder: Path,
+        memory: int | None = None,
+        *,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
         self.temporary = folder / "temporary"
         self.temporary.mkdir(parents=True, exist_ok=True)
         self._out, self._err = folder / "out.txt", folder / "err.txt"
         texts = [str(each) for each in arguments]
-        self._process = _CONTEXT.Process(target=_run, args=(texts, self._out, self._err, self.temporary, memory))
-        self._process.start()
+        environment = {**(os.environ if variables is None else variables), "TMPDIR": str(self.temporary)}
+        where = (cwd or Path.cwd()).absolute()
+        self._process = process(_run, texts, self._out.absolute(), self._err.absolute(), where, environment, memory)
         self.began = time.monotonic()
 
     def wait(self) -> Result:
@@ -76,7 +102,9 @@ class Command:
         return self._err.read_text() if self._err.exists() else ""
 
 
-def _run(arguments: list[str], out: Path, err: Path, temporary: Path, memory: int | None) -> None:
+def _run(
+    arguments: list[str], out: Path, err: Path, cwd: Path, environment: dict[str, str], memory: int | None
+) -> None:
     os.setpgid(0, 0)
     # A test run in the background of a shell ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -84,19 +112,34 @@ def _run(arguments: list[str], out: Path, err: Path, temporary: Path, memory: in
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, stream.fileno())
         os.close(file)
-    os.environ["TMPDIR"] = tempfile.tempdir = str(temporary)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    os.chdir(cwd)
+    # The path of a new interpreter that runs the package by -m.
+    roots = (sys.prefix, sys.base_prefix)
+    installed = [path for path in sys.path if any(map(Path(path).is_relative_to, roots))]
+    given = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [str(cwd), *given, *installed, str(ROOT)]
+    sys.argv = ["et-cuda-passes", *arguments]
     if memory is not None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    from tests.faults.preload import app
+    from tests.preload import main
 
     try:
-        app(arguments, prog_name="et-cuda-passes")
+        main()
     except KeyboardInterrupt:  # it came before the command handles signals, or after
         raise SystemExit(130) from None
 
 
-def finished(*arguments: object, folder: Path, memory: int | None = None) -> Result:
+def finished(
+    *arguments: object,
+    folder: Path,
+    memory: int | None = None,
+    cwd: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> Result:
     """The result of a command."""
-    return Command(arguments, folder, memory).wait()
+    return Command(arguments, folder, memory, cwd=cwd, variables=variables).wait()
