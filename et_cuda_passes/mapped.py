@@ -1,5 +1,6 @@
 """Tensors in mapped files, and advice to the system about memory that is not read again soon."""
 
+import bisect
 import ctypes
 import os
 import sys
@@ -46,20 +47,36 @@ def forget_pages(tensor: torch.Tensor) -> None:
     _advise(tensor, _DONTNEED)
 
 
-def page_out(tensor: torch.Tensor) -> None:
-    """Let the system reclaim the pages of a tensor now if it lies in a mapped file; other memory stays as it is."""
-    if sys.platform == "linux" and tensor.device.type == "cpu" and _is_mapped(tensor.data_ptr()):
-        _advise(tensor, _PAGEOUT)
+class MappedFiles:
+    """The memory in which files were mapped when this was created.
 
+    The system's list has a line for each mapping. Reading it for each weight would take time with their square.
+    """
 
-def _is_mapped(address: int) -> bool:
-    """Whether a file is mapped at an address. Other memory could only be moved to a swap area."""
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        first, last = (int(end, 16) for end in span.split("-"))
-        if first <= address < last:
-            return inode != "0"
-    return False
+    def __init__(self) -> None:
+        spans = []
+        if sys.platform == "linux":
+            for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+                span, _, _, _, inode, *_ = line.split(maxsplit=5)
+                if inode != "0":
+                    first, last = span.split("-")
+                    spans.append((int(first, 16), int(last, 16)))
+        self._spans = spans  # in the order of the addresses
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        if tensor.device.type != "cpu":
+            return False
+        address = tensor.data_ptr()
+        place = bisect.bisect_right(self._spans, address, key=lambda span: span[0]) - 1
+        return place >= 0 and address < self._spans[place][1]
+
+    def page_out(self, tensor: torch.Tensor) -> None:
+        """Let the system reclaim the pages of a tensor now if it lies in a file.
+
+        Other memory stays as it is: it could only be moved to a swap area.
+        """
+        if tensor in self:
+            _advise(tensor, _PAGEOUT)
 
 
 def trim_heap() -> None:

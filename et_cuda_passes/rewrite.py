@@ -19,7 +19,7 @@ from et_cuda_passes.graph.outcomes import OutcomeTracker
 from et_cuda_passes.graph.passes import Pass, group_rules, nearest_names, parse
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.report import STATUSES, ExpectationError, Report
-from et_cuda_passes.mapped import trim_heap
+from et_cuda_passes.mapped import MappedFiles, trim_heap
 from et_cuda_passes.ops.registry import OPERATORS
 from et_cuda_passes.quant.candidates import find_candidates, quantized_caches
 from et_cuda_passes.quant.unsupported import decomposed_weights
@@ -100,6 +100,8 @@ def rewrite(
         pool = constant_pool(stream, cache, device)
     elif (stream, cache, device) != (None, None, None):
         raise ValueError("stream, cache and device belong to the pool that is given: make it with constant_pool(...)")
+    if pool.stream is not None:
+        pool.files = MappedFiles()
     packed_before, loaded_before = pool.packed, pool.loaded
     described = None if chosen.gpu is None else described_gpu(gpu)
     chosen = replace(chosen, gpu=described or chosen.gpu)

@@ -5,7 +5,6 @@ arguments, variables, working directory, output and signals, and runs the ``main
 of imports: those that happen in a new interpreter, and what they print, need ``subprocess``.
 """
 
-import atexit
 import multiprocessing
 import os
 import resource
@@ -133,9 +132,6 @@ def _run(
         main()
     except KeyboardInterrupt:  # it came before the command handles signals, or after
         raise SystemExit(130) from None
-    finally:
-        # As at the end of a command; a process of multiprocessing leaves it out.
-        atexit._run_exitfuncs()
 
 
 def finished(

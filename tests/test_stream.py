@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import constant_bytes
-from et_cuda_passes.mapped import _is_mapped, mapped_empty, page_out
+from et_cuda_passes.mapped import MappedFiles, mapped_empty
 from et_cuda_passes.rewrite import constant_pool
 from et_cuda_passes.testing import Quantized, export, floats
 from tests.processes import process
@@ -64,7 +64,8 @@ def test_streamed_rewrite_has_the_same_bytes_and_results(tmp_path: Path, target:
 def test_streamed_constants_lie_in_files_without_names(tmp_path: Path) -> None:
     found, _ = ecp.rewrite(program(), "cuda", gpu="sm_90", stream=tmp_path)
     large = [tensor for tensor in packed(found).values() if tensor.nbytes >= 1 << 16]
-    assert large and all(_is_mapped(tensor.data_ptr()) for tensor in large)
+    files = MappedFiles()
+    assert large and all(tensor in files for tensor in large)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,9 +139,10 @@ def test_full_disk_is_an_error_with_the_folder_and_leaves_no_file(tmp_path: Path
 def test_pages_of_files_leave_memory_and_other_pages_stay(tmp_path: Path) -> None:
     mapped = mapped_empty((1 << 20,), torch.int8, tmp_path).fill_(3)
     other = torch.full((1 << 20,), 5, dtype=torch.int8)
-    assert _is_mapped(mapped.data_ptr()) and not _is_mapped(other.data_ptr())
+    files = MappedFiles()
+    assert mapped in files and mapped[-1:] in files and other not in files
     for tensor in (mapped, other, mapped[100:200], torch.empty(0)):
-        page_out(tensor)
+        files.page_out(tensor)
     assert bool((mapped == 3).all()) and bool((other == 5).all())
 
 

@@ -219,12 +219,17 @@ def export(
         with Steps() as step:
             options |= {"gpu": gpu, "compile_specs": specs}
             options |= {"stream": None if stream is None else str(stream), "cache": packed_cache}
+            before = checkpoint.state()
             exported, loaded = _export(step, checkpoint, task, dtype, keep_gguf, max_length, options, unwritten)
-            # ``verify`` loads the model again.
-            exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
-            step(f"writing {output_dir}")
-            with step_errors(step, quantization.targets):
-                exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
+            try:
+                # ``verify`` loads the model again.
+                exported.report = {**exported.report, "model": {"task": task, "keep_gguf": keep_gguf}}
+                step(f"writing {output_dir}")
+                with step_errors(step, quantization.targets):
+                    checkpoint.check_unchanged(before)
+                    exported.save_pretrained(output_dir, overwrite=overwrite, processor=loaded.processor)
+            finally:
+                exported.discard()
         written = list(exported.report["targets"])
         lacking = {name: each for name in written if (each := missing_requirement(name, gpu))}
         problem = problem_of(output_dir, lacking, unwritten)
@@ -276,7 +281,6 @@ def _export(
     ``unwritten`` gets the targets that cannot take the model, and those whose rewrite or lowering fails.
     """
     step(f"loading {checkpoint}")
-    before = checkpoint.state()
     # These import transformers, which takes seconds.
     from et_cuda_passes.hf import EtConfig, EtExporter
     from et_cuda_passes.hf.loading import generation_config, load, quiet
@@ -297,7 +301,6 @@ def _export(
             exported = exporter.export_for_generation(loaded.model, loaded.inputs, config, generation_config=static)
         else:
             exported = exporter.export(loaded.model, loaded.inputs, config)
-        checkpoint.check_unchanged(before)
     return exported, loaded
 
 

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from et_cuda_passes.mapped import forget_pages, mapped_empty, page_out, trim_heap
+from et_cuda_passes.mapped import MappedFiles, forget_pages, mapped_empty, trim_heap
 from et_cuda_passes.threads import for_chunks
 
 
@@ -150,12 +150,14 @@ class ConstantCache:
     Attributes:
         packed: number of constants that were computed.
         loaded: number of constants from ``storage``.
+        files: with ``stream``, the files that the constants of the program may lie in.
     """
 
     def __init__(
         self, stream: Path | None = None, storage: Storage | None = None, device: torch.device | None = None
     ) -> None:
         self.stream, self.storage, self.device = stream, storage, device
+        self.files: MappedFiles | None = None
         self.packed = self.loaded = 0
         self._entries: dict[Hashable, _Entry] = {}
         self._by_name: dict[str, _Entry] = {}
@@ -260,10 +262,13 @@ class ConstantCache:
         trim_heap()
 
     def page_out(self, tensors: Iterable[torch.Tensor | None]) -> None:
-        """With ``stream``: tensors in mapped files, which were read just now, need no memory for a while."""
-        for tensor in tensors if self.stream is not None else ():
-            if tensor is not None:
-                page_out(tensor)
+        """With ``stream``: tensors in mapped files, which were read just now, need no memory for a while.
+
+        The files are those that were mapped when the rewrite began.
+        """
+        for tensor in tensors if self.files is not None else ():
+            if tensor is not None and self.files is not None:
+                self.files.page_out(tensor)
 
     def _empty(self, plan: Planned) -> torch.Tensor:
         if self.stream is not None and self._is_mapped(plan):

@@ -148,6 +148,12 @@ class ExportedModel(_ExportedModel):  # type: ignore[misc]  # transformers is no
                         stale.unlink()
                 move_files(staging, folder, last=EXPORT_MANIFEST_FILE)
 
+    def discard(self) -> None:
+        """Remove the files of an export that are not saved yet. They otherwise go when nothing refers to it."""
+        for component in self.components.values():
+            if (folder := component.program.folder) is not None:
+                folder.remove()
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> "ExportedModel":
         """As transformers' method. ``target="xnnpack"`` chooses among the targets of the export.
