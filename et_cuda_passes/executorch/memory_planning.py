@@ -1,5 +1,8 @@
 """Memory planning of ExecuTorch that keeps the results of control flow until they are read."""
 
+from itertools import zip_longest
+from typing import Any
+
 import torch
 from executorch.exir.memory_planning import MemoryPlanningAlgorithmSuite
 from executorch.exir.passes import MemoryPlanningPass
@@ -23,7 +26,7 @@ class KeepResultsOfControlFlow(MemoryPlanningPass):  # type: ignore[misc]  # Exe
         graphs = [each.graph for each in graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
         calls = [node for graph in graphs for node in graph.nodes if node.target in CONTROL_FLOW]
         self.memory_planning_algo = _Successive() if len(calls) > 1 else MemoryPlanningAlgorithmSuite()
-        return super().run(graph_module, graph_signature)
+        return super().run(graph_module, graph_signature)  # type: ignore[no-any-return]
 
 
 class _Successive(MemoryPlanningAlgorithmSuite):  # type: ignore[misc]
@@ -33,7 +36,9 @@ class _Successive(MemoryPlanningAlgorithmSuite):  # type: ignore[misc]
         super().__init__()
         self._used: list[int] = []
 
-    def __call__(self, alignment: int, specs: object, graph_module: torch.fx.GraphModule, *rest: object) -> list[int]:
+    def __call__(self, alignment: int, specs: object, graph_module: Any, *rest: object) -> list[int]:
         graph_module.input_mem_buffer_sizes = list(self._used)
-        self._used = list(super().__call__(alignment, specs, graph_module, *rest))
-        return self._used
+        planned = super().__call__(alignment, specs, graph_module, *rest)
+        # A graph without tensors of its own plans nothing, and returns zeros.
+        self._used = [max(sizes) for sizes in zip_longest(self._used, planned, fillvalue=0)]
+        return list(self._used)
