@@ -207,6 +207,10 @@ class Program:
             return None
         return self._fqns.get(target) or strip_parametrization(self._first_name.get(tensor_identity(held), target))
 
+    def drawn_fqn(self, node: Node) -> str | None:
+        """:meth:`fqn`, but a constant that a rule added has its own."""
+        return key if (key := self.fqn_key(node)) in self.added else self.fqn(node)
+
     def is_buffer(self, node: Node) -> bool:
         """Whether constant ``node`` is a buffer, rather than a parameter or a lifted constant."""
         spec = self._specs.get(self.resolve(node).name)
