@@ -361,6 +361,8 @@ def _executorch(
     from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
     from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
+    from et_cuda_passes.executorch.memory_planning import KeepResultsOfControlFlow
+
     with torch.no_grad(), gc_throttled():
         _report_phases(partitioners, progress)
         edge = to_edge_transform_and_lower(
@@ -372,7 +374,10 @@ def _executorch(
             _check_sizes_stay_dynamic(name, program, edge.exported_program(name))
         progress("serializing")
         stored = [name for method in methods for name in _states_with_values(edge.exported_program(method))]
-        config = ExecutorchBackendConfig(passes=[InitializedMutableBufferPass(stored)] if stored else [])
+        config = ExecutorchBackendConfig(
+            passes=[InitializedMutableBufferPass(stored)] if stored else [],
+            memory_planning_pass=KeepResultsOfControlFlow(),
+        )
         lowered = edge.to_executorch(config)
     with open(folder / f"{stem}.pte", "wb") as file:
         lowered.write_to_file(file)

@@ -21,6 +21,9 @@ from torch.fx.passes.infra.partitioner import Partition
 from torch.fx.passes.infra.pass_base import PassResult
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.subgraphs import CONTROL_FLOW
 from et_cuda_passes.rules.xnnpack import KeepDynamicInt4, SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu
 from et_cuda_passes.targets import default_passes
@@ -106,6 +109,10 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         listed = [rule for rule in always if not any(isinstance(each, type(rule)) for each in listed)] + listed
         super().__init__(*args, passes=listed, expect=expect, **kwargs)
 
+    def transform_for_pre_decomposition(self, exported_program: ExportedProgram) -> ExportedProgram:
+        """ExecuTorch's hook: control flow reads its own copies of constants that operators outside of it read too."""
+        return _with_constants_of_control_flow(super().transform_for_pre_decomposition(exported_program), self._pool)
+
     def ops_to_not_decompose(
         self, ep: ExportedProgram
     ) -> tuple[list[torch._ops.OpOverload], Callable[[Node], bool] | None]:
@@ -115,15 +122,20 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
         nodes of an operator have the same answer, no filter is necessary, and one decomposition does.
         """
         operators, supported = super().ops_to_not_decompose(ep)
+
+        def in_delegate(node: Node) -> bool:
+            # No partition contains nodes of a branch, and the lowering fails for a linear that remains there.
+            return node.graph is ep.graph and supported(node)
+
         answers: dict[Any, set[bool]] = {}
         for module in (each for each in ep.graph_module.modules() if isinstance(each, torch.fx.GraphModule)):
             for node in module.graph.nodes:
                 found = node.target._op if isinstance(node.target, EdgeOpOverload) else node.target
                 if node.op == "call_function" and found in operators:
-                    answers.setdefault(found, set()).add(supported(node))
+                    answers.setdefault(found, set()).add(in_delegate(node))
         if all(len(each) == 1 for each in answers.values()):
             return [found for found, answer in answers.items() if answer == {True}], None
-        return operators, supported
+        return operators, in_delegate
 
     def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[Node]]:
         """ExecuTorch's hook, without the groups that would read freed memory.
@@ -178,6 +190,25 @@ class XnnpackPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  #
             if all(_is_unchanged(node, exported_program) for node in members):
                 result.partition_tags[tag] = DelegationSpec(self.delegation_spec.backend_id, _ONE_PASS)
         return result
+
+
+def _with_constants_of_control_flow(exported: ExportedProgram, pool: ConstantCache) -> ExportedProgram:
+    """The program with a copy of each constant that control flow shares with other operators, for the control flow.
+
+    A delegate cannot hold a shared constant. ExecuTorch copies those that are arguments of an operator, and fails for
+    those in a list of arguments.
+    """
+    program = Program(exported, pool)
+    for node in program.graph.find_nodes(op="placeholder"):
+        calls = [user for user in node.users if user.target in CONTROL_FLOW]
+        value = None if program.is_mutated(node) else program.constant(node)
+        if not calls or len(calls) == len(node.users) or value is None:
+            continue
+        name = f"{program.fqn_key(node)}_in_control_flow"
+        copy = program.add_constant(name, [node], "copy", value.clone, program.graph)
+        for call in calls:
+            call.replace_input_with(node, copy)
+    return program.to_exported() if program.added else exported
 
 
 def simplify_views(graph_module: torch.fx.GraphModule) -> PassResult:

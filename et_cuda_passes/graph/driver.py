@@ -342,7 +342,7 @@ def _rewrite(
     """Rewrite ``ms`` together; returns each node that was built, with the roots that it stands for."""
     b = Builder(program, [m.root for m in ms], rule.name)
     matched = {node for m in ms for node in (*m.match.owned, *m.match.shared)}
-    before = drawn_nodes(b.roots, matched, program.fqn)
+    before = drawn_nodes(b.roots, matched, program.drawn_fqn)
     new: Any
     if isinstance(rule, GroupRule):
         new = call_hook(rule, "rewrite_group", ms[0].root, program, partial(rule.rewrite_group, b, ms))
@@ -352,7 +352,7 @@ def _rewrite(
         raise RuleError(f"rule {rule.name} replaced {len(ms)} matches by {new!r}; return one node for each match")
     for m, node in zip(ms, new, strict=True):
         _replace(rule, m, node, b.for_match(m))
-    drawings.add(rule.name, before, drawn_nodes(new, b.created, program.fqn))
+    drawings.add(rule.name, before, drawn_nodes(new, b.created, program.drawn_fqn))
     program.mark_dead(b.created)
     return b.created
 

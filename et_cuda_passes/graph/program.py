@@ -75,6 +75,8 @@ class Program:
         """Nodes to erase unless something still reads them."""
         self.added: dict[str, Node] = {}
         """The placeholders of new constants, by FQN."""
+        self._fqns: dict[str, str | None] = {}
+        """The FQN of the weight to which each of them belongs."""
         self._planned: set[str] = set()
         """The FQNs of constants that are not computed yet."""
         self._modules = module_names([*self.state_dict, *self.constants])
@@ -197,14 +199,17 @@ class Program:
         """The FQN of the weight to which a constant belongs, the same in every form of the weight.
 
         ``l.weight`` for the inner tensors of a subclass parameter ``l.weight``, and for the decomposed
-        ``l.parametrizations.weight.original0``. A tied weight has its first name.
+        ``l.parametrizations.weight.original0``. A tied weight has its first name. A constant that a rule added belongs
+        to the weight of its first source.
         """
         held, target = self.held(node := self._owner(node)), self.fqn_key(node)
-        return (
-            None
-            if held is None or target is None
-            else strip_parametrization(self._first_name.get(tensor_identity(held), target))
-        )
+        if held is None or target is None:
+            return None
+        return self._fqns.get(target) or strip_parametrization(self._first_name.get(tensor_identity(held), target))
+
+    def drawn_fqn(self, node: Node) -> str | None:
+        """:meth:`fqn`, but a constant that a rule added has its own."""
+        return key if (key := self.fqn_key(node)) in self.added else self.fqn(node)
 
     def is_buffer(self, node: Node) -> bool:
         """Whether constant ``node`` is a buffer, rather than a parameter or a lifted constant."""
@@ -259,6 +264,7 @@ class Program:
             check_name(fqn, self._modules, self.added)
         name, value = self.pool.get(fqn, tuple(map(self._source_of, nodes)), layout, make)
         if name not in self.added:
+            self._fqns[name] = self.fqn(nodes[0])
             self.added[name] = self._placeholder_of(name, value, nodes[0])
             self._modules |= module_names([name])
         return self.subgraphs.thread_through(self.added[name], graph)

@@ -26,6 +26,8 @@ _OPERAND_LIST_OPS: dict[Target, tuple[int, int]] = {
     _flow.scan: (1, 3),
     _flow.while_loop: (2, 3),
 }
+CONTROL_FLOW = frozenset(_OPERAND_LIST_OPS)
+"""Operators whose subgraphs stay subgraphs; those of other operators are inlined by a decomposition."""
 # The same for operators whose operands are single arguments. They run one subgraph once and return its results.
 _VARIADIC_OPS: dict[Target, int] = {_flow.wrap_with_set_grad_enabled: 2, _flow.wrap_with_autocast: 5}
 

@@ -45,7 +45,8 @@ _INT4 = (-8, 7)
 
 @requirement(
     "a place outside control flow",
-    hint="executorch 1.5.1 lowers no linear inside it for XNNPACK, a float one neither: move the layer out of it",
+    hint="executorch 1.5.1 delegates nothing inside it to XNNPACK: move the layer out of it, or leave its activations "
+    "float, so that the weight is folded",
 )
 def is_outside_control_flow(m: Match) -> Failure | None:
     """The delegate reads a weight as a constant of the program; in a subgraph the weight is an operand."""

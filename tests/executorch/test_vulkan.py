@@ -259,6 +259,23 @@ def test_tied_weight_is_copied_for_its_second_reader(embedding: bool) -> None:
     assert all(torch.equal(weight_in(call, args), wanted) for call, args in found.calls)
 
 
+def test_copies_of_a_tied_weight_without_a_kernel_are_folded_under_its_name() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+            quantize_(self, int4())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(x))
+
+    # The delegate has no kernel for three axes.
+    model, x = Twice(), torch.randn(2, 3, 64)
+    rewritten, report = ecp.rewrite(torch.export.export(model, (x,)), "vulkan")
+    assert [(each.rule, each.fqn) for each in report.outcomes] == [("fold_dequantize", "layer.weight")] * 2
+    assert torch.equal(rewritten.module()(x), model(x))
+
+
 @pytest.mark.slow
 def test_callers_program_is_not_changed() -> None:
     case = CASES["4 bits in groups"]()

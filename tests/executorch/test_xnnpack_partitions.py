@@ -12,6 +12,7 @@ from executorch.exir.dialects._ops import ops as exir_ops
 from executorch.exir.lowered_backend_module import get_lowered_backend_modules
 from executorch.runtime import Runtime
 from torch import Tensor, nn
+from torch._higher_order_ops.map import map as over
 from torch.export import Dim, ExportedProgram
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -21,6 +22,7 @@ from et_cuda_passes.delegate.files import read_pte
 from et_cuda_passes.delegate.plan import Call, Kernel, read_plans
 from et_cuda_passes.executorch.lower import lower
 from et_cuda_passes.executorch.xnnpack import XnnpackPartitioner
+from et_cuda_passes.testing import Quantized
 from tests.xnnpack import Stock, error, example, lowered, output
 
 ROWS, WIDTH = 6, 64
@@ -232,3 +234,30 @@ def test_two_linears_share_their_weight_in_the_delegate() -> None:
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()]).exported_program()
     assert len(get_lowered_backend_modules(edge.graph_module)) == 1
     assert not edge.graph_module.graph.find_nodes(op="call_function", target=exir_ops.edge.aten.linear.default)
+
+
+class Branches(nn.Module):
+    """A linear outside of all branches, in those of two ``cond``, and in a ``map``. All results are outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Quantized(WIDTH, WIDTH, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        positive = x.sum() > 0
+        first = torch.cond(positive, self.layer, lambda y: y * 3, (x,))
+        second = torch.cond(positive, lambda y: torch.tanh(self.layer(y)), lambda y: self.layer(y + 1), (x,))
+        return self.layer(x), first, second, over(lambda row: self.layer(row), x)
+
+
+def test_linear_in_branches_is_right_and_their_results_survive_the_next_branch(tmp_path: Path) -> None:
+    """executorch 1.5.1 lowers none of these linears, and the results of both conds share memory."""
+    model, x = Branches(), example(ROWS, WIDTH)
+    rewritten, report = ecp.rewrite(torch.export.export(model, (x,)), "xnnpack")
+    assert report.counts()["rewritten"] == len(report.outcomes) == 5
+    (path,) = lower(rewritten, "xnnpack", tmp_path, "model")
+    (plan,) = read_plans(read_pte(path)).values()
+    assert [step for step in plan.steps if isinstance(step, Call)]
+    method = Runtime.get().load_program(path).load_method("forward")
+    for given in (x.abs(), -x.abs()):
+        assert max(map(error, method.execute([given]), model(given))) < 1e-5
