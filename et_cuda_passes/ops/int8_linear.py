@@ -54,11 +54,12 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
 
 
 def _int8pack(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """torch's kernel, if the weight has one scale per row in x's dtype, no zero, and K a multiple of 16.
+    """torch's kernel, if the weight has one scale per row in x's dtype, no zero, several rows, and K a multiple of 16.
 
-    With AVX-512 and bf16 the kernel writes past its result for another K (torch 2.13), without a check.
+    With AVX-512 and bf16 the kernel writes past its result for another K (torch 2.13), without a check. AOTInductor
+    makes a number of the scale of a single row, and does not compile the kernel with it.
     """
-    if zero is not None or scale.shape[1] != 1 or scale.dtype is not x.dtype or x.shape[1] % 16:
+    if zero is not None or scale.shape[1] != 1 or scale.dtype is not x.dtype or x.shape[1] % 16 or len(packed) == 1:
         return reference(x, packed, scale, zero, group_size)
     y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
     return y
