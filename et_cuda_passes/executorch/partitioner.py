@@ -125,11 +125,9 @@ def _copy_views(program: ExportedProgram) -> None:
     }
     for table in tables:
         for name, each in table.items():
-            if (
-                not isinstance(each, torch.Tensor)
-                or is_traceable_wrapper_subclass(each)
-                or isinstance(each, FakeTensor)
-            ):
+            if not isinstance(each, torch.Tensor):  # a script object
+                continue
+            if is_traceable_wrapper_subclass(each) or isinstance(each, FakeTensor):
                 continue
             storage = each.untyped_storage()
             whole = each.storage_offset() == 0 and storage.nbytes() == each.numel() * each.element_size()

@@ -117,8 +117,8 @@ class ByHand(nn.Module):
     """A linear over int8 weights [32, 64] with a scale for each row, or one if ``scale`` is given.
 
     ``activation`` is "static", "dynamic" or None, and ``eps`` is the least scale of a dynamic one. ``result`` quantizes
-    the result; ``point`` is the zero point. ``within``: the integers are a part of a larger tensor. ``reader``: a second
-    linear reads them with another scale.
+    the result; ``point`` is the zero point. ``within``: the integers are a part of a larger tensor. ``reader``: a
+    second linear reads them with another scale.
     """
 
     def __init__(

@@ -684,9 +684,7 @@ case(
     | {
         "result_is_quantized": made_static({}, result=""),
         "weight_has_scales_of_outputs": made_static({}, axis=1),
-        "convolution_bias_is_constant": lambda: export(
-            CalibratedConvolution(F.conv_transpose2d, axis=1, computed=True), x_of(1, OUT)
-        ),
+        "convolution_bias_is_constant": lambda: export(CalibratedConvolution(F.conv2d, computed=True), x_of(1, IN)),
     },
     "xnnpack",
 )

@@ -180,11 +180,10 @@ class CalibratedConvolution(Decomposed):
         self.q = self.q[..., None, None].clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = qd.dequantize_per_tensor(
-            qd.quantize_per_tensor(x[..., None, None], 0.02, 3, *self.ends), 0.02, 3, *self.ends
-        )
-        weight = self.weight()
-        return self.quantized(self.convolution(x, weight, x.mean((0, 2, 3)) if self.computed else None))
+        integers = qd.quantize_per_tensor(x[..., None, None], 0.02, 3, *self.ends)
+        x = qd.dequantize_per_tensor(integers, 0.02, 3, *self.ends)
+        bias = x.mean((0, 2, 3))[:OUT] if self.computed else None
+        return self.quantized(self.convolution(x, self.weight(), bias))
 
 
 class WeightOnly(nn.Module):
