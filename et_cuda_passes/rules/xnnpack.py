@@ -209,7 +209,10 @@ def weight_is_4_bit(m: Match) -> Failure | None:
     return Failure(f"{weight.quant_min}..{weight.quant_max}")
 
 
-@requirement("int8 storage, a zero point tensor, and groups of a multiple of 32")
+@requirement(
+    "int8 storage, a zero point tensor, and groups of a multiple of 32",
+    hint="quantize with Int8DynamicActivationIntxWeightConfig and PerGroup(32), or leave this layer unquantized",
+)
 def int4_storage_is_readable(m: Match) -> Failure | None:
     """The delegate rounds the scales to bf16 itself."""
     weight = weight_of(m)

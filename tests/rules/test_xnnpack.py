@@ -319,7 +319,9 @@ def test_dequantize_is_folded_to_its_own_result(dtype: torch.dtype) -> None:
     assert outcome.detail == "int8 group 16 -> float weight"
     dtype_name = str(dtype).removeprefix("torch.")
     assert f"this int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
-    assert "Int8DynamicActivationIntxWeightConfig" in str(outcome.reasons[0])
+    assert "for an 8-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))" in str(
+        outcome.reasons[0]
+    )
     assert torch.equal(program.state_dict["q.dequantized"], model.weight())
 
 
