@@ -198,7 +198,21 @@ def _report(
         )
     nothing_else = not (report.outcomes or any(report.applied.values()) or decomposed)
     report.warnings += packed_warnings(before, target, nothing_else)
+    if not target.dynamic_sizes and (dynamic := dynamic_size(before)):
+        report.warnings.append(
+            f"{dynamic}, which the lowering to {target.name} refuses: export the model with fixed sizes "
+            "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
+        )
     return report
+
+
+def dynamic_size(exported: ExportedProgram) -> str:
+    """A text about the first input that has a dynamic size; empty if all sizes are fixed."""
+    for node in exported.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
+            return f"{node.name} has a dynamic size, {list(value.shape)}"
+    return ""
 
 
 def parse_passes(passes: Iterable[Any]) -> list[Pass]:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 
 from et_cuda_passes._versions import require_version
@@ -19,6 +18,7 @@ from executorch.exir.backend.compile_spec_schema import CompileSpec  # noqa: E40
 from executorch.exir.backend.partitioner import PartitionResult  # noqa: E402
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner  # noqa: E402
+from et_cuda_passes.rewrite import dynamic_size  # noqa: E402
 
 
 class OpenvinoPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # the class is marked final, and it has no other hook
@@ -52,14 +52,12 @@ class OpenvinoPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  
         Raises:
             ValueError: an input has a dynamic size. The runtime would return outputs of the largest size for all.
         """
-        for node in exported_program.graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in value.shape):
-                raise ValueError(
-                    f"{node.name} has a dynamic size, {list(value.shape)}, and ExecuTorch's OpenVINO runtime (1.5.1) "
-                    "returns outputs of the largest size for every input: export the model with fixed sizes "
-                    "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
-                )
+        if dynamic := dynamic_size(exported_program):
+            raise ValueError(
+                f"{dynamic}, and ExecuTorch's OpenVINO runtime (1.5.1) returns outputs of the largest size for every "
+                "input: export the model with fixed sizes (EtConfig(dynamic=False), or no dynamic_shapes for "
+                "torch.export)"
+            )
         return super().transform_for_pre_decomposition(exported_program)
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:

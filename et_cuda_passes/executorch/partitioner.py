@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from executorch.exir.backend.compile_spec_schema import CompileSpec
 from executorch.exir.backend.partitioner import Partitioner, PartitionResult
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from et_cuda_passes.graph.names import without_numbers
 from et_cuda_passes.graph.report import Report
@@ -99,12 +101,40 @@ class RewritingPartitioner(Partitioner):  # type: ignore[misc]  # ExecuTorch shi
         check_expectations(self._expect, report)
         if self._computes_only_outcomes:
             _refuse_misses(self._computes_only_outcomes, report)
+            _copy_views(program)
         return program
 
     def partition(self, exported_program: ExportedProgram) -> PartitionResult:
         if self.began is not None:
             self.began("partitioning")
         return super().partition(exported_program)
+
+
+def _copy_views(program: ExportedProgram) -> None:
+    """Replace each constant that is a view into a larger tensor by a copy, in place.
+
+    The delegates of executorch 1.5.1 write a constant from the start of its storage, and report no error. A buffer that
+    the program writes shares its memory with its views, so these stay.
+    """
+    tables = (program.state_dict, program.constants)
+    written = {
+        table[fqn].untyped_storage().data_ptr()
+        for fqn in program.graph_signature.buffers_to_mutate.values()
+        for table in tables
+        if fqn in table
+    }
+    for table in tables:
+        for name, each in table.items():
+            if not isinstance(each, torch.Tensor):  # a script object
+                continue
+            if is_traceable_wrapper_subclass(each) or isinstance(each, FakeTensor):
+                continue
+            storage = each.untyped_storage()
+            whole = each.storage_offset() == 0 and storage.nbytes() == each.numel() * each.element_size()
+            if not whole and storage.data_ptr() not in written:
+                copy = each.detach().clone()
+                is_parameter = isinstance(each, torch.nn.Parameter)
+                table[name] = torch.nn.Parameter(copy, each.requires_grad) if is_parameter else copy
 
 
 def _refuse_misses(backend: str, report: Report) -> None:

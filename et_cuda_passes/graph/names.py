@@ -58,5 +58,5 @@ def _ranges(numbers: frozenset[int]) -> str:
 
 
 def without_numbers(text: str) -> str:
-    """``text`` without the numbers at the ends of node names, which differ from layer to layer."""
-    return re.sub(r"(?<=[a-z])_\d+\b", "", text)
+    """``text`` without counts and the numbers at the ends of node names, which differ from layer to layer."""
+    return re.sub(r"(?<=[a-z])_\d+\b|\b\d+ (?=that )", "", text)

@@ -79,12 +79,13 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
     """torch's kernel where it applies, and plain operators elsewhere.
 
     It applies to a weight with one scale per row in x's dtype, without a zero, if K is a multiple of 16: with AVX-512
-    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code.
+    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code. AOTInductor
+    makes a number of the scale of a weight with a single row, and does not compile the kernel with it.
 
     Inductor fuses the product of one row into a loop that reads the weight once, as int8, and sums in fp32.
     """
     per_row = zero is None and scale.shape[1] == 1 and scale.dtype is x.dtype
-    if per_row and x.dtype is not torch.float32 and x.shape[1] % 16 == 0:
+    if per_row and len(packed) > 1 and x.dtype is not torch.float32 and x.shape[1] % 16 == 0:
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
         return y
     if statically_known_true(x.shape[0] == 1):

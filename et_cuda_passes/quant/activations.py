@@ -189,3 +189,13 @@ def static_qparams(program: Program, node: Node) -> tuple[int, int, torch.dtype]
         if arguments(choose)["input"] is not there[0]:
             raise Unmet(f"{node.name}, whose scale is chosen from another tensor")
     return int(back[3]), int(back[4]), back[5]
+
+
+def least_scale(program: Program, node: Node) -> float:
+    """The least scale that is chosen for the activation that ``node`` dequantizes per tensor.
+
+    Raises:
+        Unmet: its scale and zero point are not chosen while the program runs.
+    """
+    given = list(arguments(node).values())
+    return float(arguments(qparams_source((given[1], given[2]), _CHOOSE_PER_TENSOR))["eps"])

@@ -58,10 +58,11 @@ def _notes(m: Match) -> Notes:
     advised = m.target.advised
     readers = (op_of(reader) for reader in consumers(m.weight))
     table = advised.table and all(read is aten.embedding.default for read in readers)
+    scheme = advised.for_bits(weight_of(m).bits)
     instead = (
         f"for a quantized embedding quantize with {advised.table}"
         if table
-        else f"for a 4-bit kernel quantize with {advised.four_bits}"
+        else f"for {'a 4-bit' if scheme == advised.four_bits else 'an 8-bit'} kernel quantize with {scheme}"
     )
     return Notes(
         f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "

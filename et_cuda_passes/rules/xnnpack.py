@@ -7,7 +7,7 @@ than the graph without an error, or failed late without naming the layer.
 
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import Node
@@ -22,12 +22,20 @@ from et_cuda_passes.quant.activations import (
     decode_dynamic,
     dynamically_quantized,
     dynamically_quantized_per_tensor,
+    least_scale,
     static_qparams,
     statically_quantized,
 )
-from et_cuda_passes.quant.decoders import DEQUANTIZE, dequantized, is_dequantize, weight_of
+from et_cuda_passes.quant.decoders import DEQUANTIZE, decode, dequantized, is_dequantize, weight_of
 from et_cuda_passes.quant.weight import QuantizedWeight
-from et_cuda_passes.rules.requirements import dtype_names, is_vector, same_dtype, stored_scales, weight_has_data
+from et_cuda_passes.rules.requirements import (
+    dtype_names,
+    integers_are_in_range,
+    is_vector,
+    same_dtype,
+    stored_scales,
+    weight_has_data,
+)
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -54,7 +62,7 @@ def is_outside_control_flow(m: Match) -> Failure | None:
     return Failure(subgraphs.path(m.root)) if subgraphs.in_control_flow(m.root) else None
 
 
-@requirement("no bias, or a constant one")
+@requirement("no bias, or a constant one", hint="add such a bias behind the linear")
 def bias_is_constant(m: Match) -> Failure | None:
     """The partitioner skips a linear with a computed bias, and the lowering adds such a bias behind the linear."""
     if m.bias is None or m.program.constant(m.bias) is not None:
@@ -76,9 +84,12 @@ def zero_points_are_zero(m: Match) -> Failure | None:
 
 @requirement("scales that are positive, finite and normal", stage="values", hint="quantize the weight again")
 def scales_are_normal(m: Match) -> Failure | None:
-    """The delegate refuses other scales when the method is loaded, without naming the layer."""
+    """The delegate refuses other scales when the method is loaded, without naming the layer.
+
+    It stores those of 4-bit weights in bfloat16, in which the largest float32 numbers are infinite.
+    """
     scale = stored_scales(m).float()
-    good = torch.isfinite(scale) & (scale >= torch.finfo(torch.float32).smallest_normal)
+    good = torch.isfinite(scale.bfloat16()) & (scale >= torch.finfo(torch.float32).smallest_normal)
     return None if bool(good.all()) else Failure(f"{int((~good).sum())} that are not")
 
 
@@ -104,9 +115,10 @@ def activation_is_per_token(m: Match) -> Failure | None:
 )
 def activation_has_no_other_reader(m: Match) -> Failure | None:
     """The delegate replaces the quantization as a whole."""
-    a = m.memoize(decode_dynamic, "activation")
-    for node in a.nodes[:-1]:
-        others = [user for user in node.users if user not in a.nodes]
+    integers, scale, *rest = m.activation.all_input_nodes
+    nodes = (m.activation, integers, scale, *rest, *scale.all_input_nodes)
+    for node in nodes[1:]:
+        others = [user for user in node.users if user not in nodes]
         if others:
             return Failure(f"{others[0].name}, which reads {node.name} too")
     for reader in m.activation.users:
@@ -142,9 +154,12 @@ def activation_is_fp32_fp16_or_enabled_bf16(m: Match) -> Failure | None:
 def integers_have_one_scale(m: Match) -> Failure | None:
     """The delegate identifies a weight by its integers alone."""
     weight = weight_of(m)
+
+    def scales(decoded: QuantizedWeight) -> tuple[Any, ...]:
+        return decoded.scale, decoded.zero_point, decoded.constant_qparams, decoded.block_size
+
     for other in filter(is_dequantize, weight.data.users):
-        given = arguments(other)
-        if (given.get("scale"), given.get("zero_point")) != (weight.scale, weight.zero_point):
+        if scales(m.program.memoize(decode, other)) != scales(weight):
             return Failure(f"{other.name}, which dequantizes the same integers with another scale or zero point")
     return None
 
@@ -195,7 +210,10 @@ def weight_is_4_bit(m: Match) -> Failure | None:
     return Failure(f"{weight.quant_min}..{weight.quant_max}")
 
 
-@requirement("int8 storage, a zero point tensor, and groups of a multiple of 32")
+@requirement(
+    "int8 storage, a zero point tensor, and groups of a multiple of 32",
+    hint="quantize with Int8DynamicActivationIntxWeightConfig and PerGroup(32), or leave this layer unquantized",
+)
 def int4_storage_is_readable(m: Match) -> Failure | None:
     """The delegate rounds the scales to bf16 itself."""
     weight = weight_of(m)
@@ -212,6 +230,7 @@ INT4_KERNEL = (
     zero_points_are_zero,
     scales_are_normal,
     weight_is_4_bit,
+    integers_are_in_range,
 )
 """The requirements of the delegate's 4-bit kernel for a weight."""
 
@@ -336,6 +355,27 @@ def weight_is_int8_and_activation_fp32(m: Match) -> Failure | None:
 
 
 @requirement(
+    "float32 scales with zero points, or a number for the whole weight",
+    hint="quantize with executorch's XNNPACKQuantizer",
+)
+def scales_are_fp32(m: Match) -> Failure | None:
+    """The delegate reads the bytes of the scales as float32."""
+    weight = weight_of(m)
+    if weight.constant_qparams is not None:
+        return None
+    if weight.zero_point is None:
+        return Failure("no zero point tensor")
+    return None if weight.scale_dtype is torch.float32 else Failure(f"{dtype_names([weight.scale_dtype])} scales")
+
+
+@requirement("a least scale of at most 2^-12", hint="quantize with executorch's XNNPACKQuantizer")
+def least_scale_is_small(m: Match) -> Failure | None:
+    """The delegate has none. For activations whose scale would be less, its result is closer to the float one."""
+    eps = m.memoize(least_scale, "activation")
+    return None if eps <= 2**-12 else Failure(f"{eps}")
+
+
+@requirement(
     "activations of one row",
     hint="the delegate quantizes each row by itself; KeepDynamicPerTensor(per_row=True) accepts that, and "
     "Int8DynamicActivationIntxWeightConfig says it in the graph",
@@ -375,7 +415,12 @@ class KeepDynamicPerTensor(Keep):
         weight_has_data,
         is_outside_control_flow,
         activation_is_int8,
+        least_scale_is_small,
+        activation_has_no_other_reader,
         weight_is_int8_and_activation_fp32,
+        scales_are_fp32,
+        integers_have_one_scale,
+        constants_own_their_memory,
         zero_points_are_zero,
         scales_are_normal,
         activation_has_one_row,
@@ -394,6 +439,33 @@ class KeepDynamicPerTensor(Keep):
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept."""
         return _kept(*ms)
+
+
+@requirement(
+    "an int8 weight with one scale for each output, or one for all",
+    hint="quantize with executorch's XNNPACKQuantizer, and a transposed convolution in groups per tensor",
+)
+def weight_has_scales_of_outputs(m: Match) -> Failure | None:
+    """The partitioner skips other weights, or they fail when the method is loaded.
+
+    4 bits of torchao's operator would select the 4-bit kernel, which needs a dynamic activation.
+    """
+    weight = weight_of(m)
+    if weight.constant_qparams is not None:
+        return None
+    transposed = op_of(m.root) is aten.conv_transpose2d.input
+    axis, groups = (1, arguments(m.root)["groups"]) if transposed else (0, 1)
+    wanted = tuple(1 if each == axis else size for each, size in enumerate(weight.shape))
+    is_int4 = op_of(m.weight) is DEQUANTIZE and (weight.quant_min, weight.quant_max) == _INT4
+    if weight.block_size == wanted and groups == 1 and not is_int4:
+        return None
+    return Failure(weight.scheme if groups == 1 else f"{weight.scheme} and {groups} groups")
+
+
+@requirement("no bias, or a constant one, of a convolution", hint="add such a bias behind the convolution")
+def convolution_bias_is_constant(m: Match) -> Failure | None:
+    """The partitioner skips a convolution with a computed bias; the lowering adds that of a linear behind it."""
+    return None if op_of(m.root) is LINEAR else bias_is_constant.check(m)
 
 
 @requirement("a result that is quantized", hint="quantize the output too: XNNPACKQuantizer().set_global(...) does")
@@ -421,6 +493,11 @@ class KeepStaticInt8(Keep):
         is_outside_control_flow,
         activation_is_int8,
         weight_is_int8_and_activation_fp32,
+        weight_has_scales_of_outputs,
+        convolution_bias_is_constant,
+        scales_are_fp32,
+        integers_have_one_scale,
+        constants_own_their_memory,
         zero_points_are_zero,
         scales_are_normal,
         result_is_quantized,

@@ -118,37 +118,56 @@ def test_dynamic_activation_is_kept_for_one_row_and_missed_for_more() -> None:
 class ByHand(nn.Module):
     """A linear over int8 weights [32, 64] with a scale for each row, or one if ``scale`` is given.
 
-    ``activation`` is "static", "dynamic" or None; ``result`` quantizes the result; ``point`` is the zero point.
+    ``activation`` is "static", "dynamic" or None, and ``eps`` is the least scale of a dynamic one. ``result`` quantizes
+    the result; ``point`` is the zero point. ``within``: the integers are a part of a larger tensor. ``reader``: a
+    second linear reads them with another scale.
     """
 
     def __init__(
-        self, activation: str | None = None, result: bool = False, point: int = 0, scale: float | None = None
+        self,
+        activation: str | None = None,
+        result: bool = False,
+        point: int = 0,
+        scale: float | None = None,
+        eps: float = 1e-5,
+        within: bool = False,
+        reader: bool = False,
     ) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(0)
         self.activation, self.result, self.point, self.one = activation, result, point, scale
-        self.register_buffer("q", torch.randint(-127, 128, (32, 64), generator=random).to(torch.int8))
+        self.eps, self.reader = eps, reader
+        integers = torch.randint(-127, 128, (32, 64), generator=random).to(torch.int8)
+        self.register_buffer("q", torch.cat([integers.flip(0), integers])[32:] if within else integers)
         self.register_buffer("scale", torch.rand(32, generator=random) * 0.01 + 0.002)
+        self.register_buffer("other_scale", self.scale * 3)
         self.register_buffer("zero", torch.full((32,), point))
 
-    def weight(self) -> Tensor:
+    def weight(self, scale: Tensor | None = None) -> Tensor:
         if self.one is not None:
             return qd.dequantize_per_tensor(self.q, self.one, self.point, -127, 127, torch.int8)
-        return qd.dequantize_per_channel(self.q, self.scale, self.zero, 0, -127, 127, torch.int8)
+        scale = self.scale if scale is None else scale
+        return qd.dequantize_per_channel(self.q, scale, self.zero, 0, -127, 127, torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
         ends = (-128, 127, torch.int8)
         if self.activation == "static":
             x = qd.dequantize_per_tensor(qd.quantize_per_tensor(x, 0.02, 3, *ends), 0.02, 3, *ends)
         elif self.activation == "dynamic":
-            scale, zero = qd.choose_qparams.tensor(x, -128, 127, 1e-5, torch.int8)
+            scale, zero = qd.choose_qparams.tensor(x, -128, 127, self.eps, torch.int8)
             x = qd.dequantize_per_tensor.tensor(
                 qd.quantize_per_tensor.tensor(x, scale, zero, *ends), scale, zero, *ends
             )
-        y = F.linear(x, self.weight())
-        return (
-            qd.dequantize_per_tensor(qd.quantize_per_tensor(y, STEP, -4, *ends), STEP, -4, *ends) if self.result else y
-        )
+
+        def read(weight: Tensor) -> Tensor:
+            y = F.linear(x, weight)
+            if not self.result:
+                return y
+            z: Tensor = qd.dequantize_per_tensor(qd.quantize_per_tensor(y, STEP, -4, *ends), STEP, -4, *ends)
+            return z
+
+        y = read(self.weight())
+        return y + read(self.weight(self.other_scale)) if self.reader else y
 
 
 @pytest.mark.parametrize("scale", [None, 0.007])
@@ -163,6 +182,11 @@ def test_weight_under_float_activations_is_folded_and_correct(scale: float | Non
 WRONG = {
     "calibrated, with zero points": ({"activation": "static", "result": True, "point": 5}, "found 32 that are not"),
     "on the fly, with zero points": ({"activation": "dynamic", "point": 5}, "found 32 that are not"),
+    "on the fly, with a large least scale": ({"activation": "dynamic", "eps": 0.2}, "at most 2^-12, found 0.2"),
+    "calibrated, part of a tensor": ({"activation": "static", "result": True, "within": True}, "found b_q, a view"),
+    "on the fly, part of a tensor": ({"activation": "dynamic", "within": True}, "found b_q, a view"),
+    "calibrated, two scales": ({"activation": "static", "result": True, "reader": True}, "with another scale"),
+    "on the fly, two scales": ({"activation": "dynamic", "reader": True}, "with another scale"),
 }
 
 

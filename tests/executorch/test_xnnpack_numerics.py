@@ -381,3 +381,29 @@ def test_program_that_the_stock_partitioner_fails_on_is_refused_with_the_cause(c
 
 def test_8da8w_per_axis_is_correct() -> None:
     assert through(ecp.XnnpackPartitioner(), one(dynamic(8, None)), example(5, IN)) < DYNAMIC_ERROR
+
+
+class Within(nn.Module):
+    """Two linears, one quantized, whose weight and biases are buffers inside of a larger tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantized = nn.Linear(IN, OUT)
+        quantize_(self.quantized, dynamic(weight_scale_dtype=EXACT_SCALES))
+        del self.quantized.bias
+        numbers = example(3 * OUT, IN)
+        self.quantized.register_buffer("bias", numbers[0, OUT:])
+        self.register_buffer("weight", numbers[OUT : 2 * OUT])
+        self.register_buffer("bias", numbers[1, OUT:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.quantized(x) + F.linear(x, self.weight, self.bias)
+        return result
+
+
+def test_constants_inside_larger_tensors_are_correct() -> None:
+    model, x = Within(), example(4, IN)
+    # The delegate writes a constant from the start of its storage.
+    assert through(Stock(), model, x) > 0.1
+    assert through(ecp.XnnpackPartitioner(expect={"kept": 1}), model, x) < DYNAMIC_ERROR
+    assert model.weight.storage_offset() and model.bias.storage_offset()

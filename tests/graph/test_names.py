@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from et_cuda_passes.graph.names import fold, form_of
+from et_cuda_passes.graph.names import fold, form_of, without_numbers
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,9 @@ def test_form_is_equal_for_the_same_layer_of_every_block_only() -> None:
     assert form_of("l.0.up.weight") == form_of("l.17.up.weight")
     assert form_of("l.0.up.weight") != form_of("l.0.down.weight")
     assert form_of("fc1.weight") != form_of("fc2.weight")
+
+
+def test_texts_that_differ_in_counts_and_names_of_nodes_are_alike() -> None:
+    one, other = (f"found {count} that are not, read by {node}; K = 40" for count, node in ((65, "add"), (1, "add_12")))
+    assert without_numbers(one) == without_numbers(other)
+    assert without_numbers("found K = 40") != without_numbers("found K = 48")

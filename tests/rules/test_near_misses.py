@@ -26,7 +26,7 @@ from et_cuda_passes.testing import Experts, NearMiss, Quantized, Sketch, assert_
 from tests.experts import IDS, OFFS, E, K, N
 from tests.rules import form_near_misses, keep_near_misses
 from tests.rules.linear_models import Convolution, EightBitActivations, quantized_to_8_bits
-from tests.rules.xnnpack_models import Decomposed, Dynamic, InBranch, Siblings, WeightOnly
+from tests.rules.xnnpack_models import CalibratedConvolution, Decomposed, Dynamic, InBranch, Siblings, WeightOnly
 
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 aten = torch.ops.aten
@@ -632,6 +632,7 @@ case(
         "activation_is_fp32_fp16_or_enabled_bf16": made_dynamic(dtype=BF16),
         "int4_storage_is_readable": made_dynamic(group=16),
         "weight_is_4_bit": made_dynamic(low=-4, high=3),
+        "integers_are_in_range": made_dynamic(integer=8),
     },
     "xnnpack",
 )
@@ -663,6 +664,9 @@ def decomposed(form: dict[str, Any]) -> dict[str, Any]:
         "weight_is_int8_and_activation_fp32": made_static(form, storage=torch.uint8),
         "zero_points_are_zero": made_static(form, zero_point=5),
         "scales_are_normal": made_static(form, scale=0.0),
+        "scales_are_fp32": made_static(form, scale_dtype=torch.float64),
+        "integers_have_one_scale": made_static(form, reader="weight"),
+        "constants_own_their_memory": made_static(form, within=True),
     }
 
 
@@ -673,10 +677,21 @@ case(
     | {
         "activation_has_one_row": made_static(TENSOR_FORM, 4, IN),
         "weight_is_per_axis": made_static(TENSOR_FORM, per_tensor=True),
+        "least_scale_is_small": made_static(TENSOR_FORM, eps=1e-3),
+        "activation_has_no_other_reader": made_static(TENSOR_FORM, reader="activation"),
     },
     "xnnpack",
 )
-case(ecp.KeepStaticInt8(), decomposed({}) | {"result_is_quantized": made_static({}, result="")}, "xnnpack")
+case(
+    ecp.KeepStaticInt8(),
+    decomposed({})
+    | {
+        "result_is_quantized": made_static({}, result=""),
+        "weight_has_scales_of_outputs": made_static({}, axis=1),
+        "convolution_bias_is_constant": lambda: export(CalibratedConvolution(F.conv2d, computed=True), x_of(1, IN)),
+    },
+    "xnnpack",
+)
 case(
     ecp.FoldDequantize(),
     {
@@ -757,6 +772,7 @@ case(
         "zero_points_are_zero": weight_only(zero_point=3),
         "scales_are_normal": weight_only(scale=0.0),
         "weight_is_4_bit": weight_only(low=-4, high=3),
+        "integers_are_in_range": weight_only(integer=8),
     },
     "xnnpack",
 )

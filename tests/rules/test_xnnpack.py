@@ -25,6 +25,7 @@ from tests.rules.xnnpack_models import (
     OUT,
     ROWS,
     UINT8,
+    CalibratedConvolution,
     Decomposed,
     Dynamic,
     InBranch,
@@ -113,6 +114,10 @@ NEAR_MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "zero points": ({"zero_point": 3}, "wanted zero points that are all 0, found 1 that are not"),
     "scale 0": ({"scale": 0.0}, "wanted scales that are positive, finite and normal, found 1 that are not"),
     "infinite scale": ({"scale": float("inf")}, "wanted scales that are positive, finite and normal, found 1"),
+    "scale that is infinite in bfloat16": (
+        {"scale": 3.4e38},
+        "wanted scales that are positive, finite and normal, found 1",
+    ),
     "NaN scale": ({"scale": float("nan")}, "wanted scales that are positive, finite and normal, found 1"),
     "subnormal scale": ({"scale": 1e-39}, "wanted scales that are positive, finite and normal, found 1"),
 }
@@ -267,6 +272,28 @@ def test_result_that_is_not_quantized_is_missed(result: str, reader: str) -> Non
     assert_misses(exported(Decomposed(result=result)), reason, "xnnpack", "keep_static_int8", [STATIC_RULE])
 
 
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({}, "int7 per-axis"), ({"axis": 1, "groups": 4}, "int7 blocks of 32 x 1 x 1 x 1 and 4 groups")],
+    ids=["scales of inputs", "groups"],
+)
+def test_transposed_convolution_without_a_scale_for_each_output_is_missed(options: dict[str, Any], found: str) -> None:
+    groups = options.pop("groups", 1)
+    model = CalibratedConvolution(lambda x, *given: F.conv_transpose2d(x, *given, groups=groups), **options)
+    reason = f"wanted an int8 weight with one scale for each output, or one for all, found {found}; quantize"
+    assert_misses(exported(model, 1, OUT), reason, "xnnpack", passes=[STATIC_RULE])
+
+
+def test_transposed_convolution_with_a_scale_for_each_output_is_kept() -> None:
+    program = exported(CalibratedConvolution(F.conv_transpose2d, axis=1), 1, OUT)
+    assert_kept(program, STATIC_RULE, "8-bit calibrated activation, int7 blocks of 32 x 1 x 1 x 1")
+
+
+def test_integer_beyond_4_bits_is_missed() -> None:
+    reason = "wanted integers within the quantized range, found integers -8..100 for a range of -8..7"
+    assert_misses(exported(Dynamic(integer=100)), reason, "xnnpack", passes=[INT4_RULE])
+
+
 def test_per_tensor_dynamic_linear_of_more_rows_is_missed() -> None:
     reason = "wanted activations of one row, found rows 2 x 4; the delegate quantizes each row by itself"
     assert_misses(exported(Decomposed(**TENSOR_FORM), 2, ROWS, IN), reason, "xnnpack", passes=[TENSOR_RULE])
@@ -292,7 +319,9 @@ def test_dequantize_is_folded_to_its_own_result(dtype: torch.dtype) -> None:
     assert outcome.detail == "int8 group 16 -> float weight"
     dtype_name = str(dtype).removeprefix("torch.")
     assert f"this int8 group 16 weight: folded to {dtype_name}, as large as before" in str(outcome.reasons[0])
-    assert "Int8DynamicActivationIntxWeightConfig" in str(outcome.reasons[0])
+    assert "for an 8-bit kernel quantize with Int8DynamicActivationIntxWeightConfig(torch.int8, PerAxis(0))" in str(
+        outcome.reasons[0]
+    )
     assert torch.equal(program.state_dict["q.dequantized"], model.weight())
 
 
@@ -395,11 +424,16 @@ def test_bias_vector_stays_and_is_not_reported(scheme: str) -> None:
     assert "split_broadcast_bias" not in str(report) + str(report.rejected)
 
 
+NOT_CONSTANT = (
+    "wanted no bias, or a constant one, found mul, which the program computes; add such a bias behind the linear"
+)
+
+
 @pytest.mark.parametrize(
     ("shape", "computed", "reason"),
     [
         ((OUT,), False, "wanted a bias that is no vector [out_features], found p_bias [32]"),
-        ((ROWS, OUT), True, "wanted no bias, or a constant one, found mul, which the program computes"),
+        ((ROWS, OUT), True, NOT_CONSTANT),
     ],
     ids=["vector", "computed"],
 )

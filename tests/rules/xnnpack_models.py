@@ -23,6 +23,7 @@ class Dynamic(nn.Module):
         dtype, scale_dtype, storage: of activations, of scales, and of the integers.
         zero_point: its first zero point; None for no zero points at all.
         scale: its first scale; None for a random one.
+        integer: its first integer; None for a random one.
         within: the scales are a part of a larger tensor.
         activation: changed arguments of choose_qparams, quantize and dequantize: low, high, mapping, eps.
         bias: "constant", "computed" or "none".
@@ -41,6 +42,7 @@ class Dynamic(nn.Module):
         storage: torch.dtype = INT8,
         zero_point: int | None = 0,
         scale: float | None = None,
+        integer: int | None = None,
         within: bool = False,
         activation: dict[str, Any] | None = None,
         bias: str = "constant",
@@ -52,6 +54,8 @@ class Dynamic(nn.Module):
         self.bias_form, self.reader = bias, reader
         self.activation = {"low": -128, "high": 127, "mapping": "ASYMMETRIC", "eps": None, **(activation or {})}
         self.register_buffer("q", torch.randint(low, high + 1, (OUT, IN), generator=random).to(storage))
+        if integer is not None:
+            self.q[0, 0] = integer
         scales = (torch.rand(OUT // rows, IN // group, generator=random) * 0.02 + 0.01).to(scale_dtype)
         if scale is not None:
             scales[0, 0] = scale
@@ -102,6 +106,11 @@ class Decomposed(nn.Module):
         storage: dtype of the weight's integers.
         zero_point, scale: the first of the weight's.
         per_tensor: the weight has one scale, a number in the graph.
+        axis: the weight's axis that has the scales.
+        scale_dtype: dtype of the weight's scales.
+        within: the integers are a part of a larger tensor.
+        eps: the least scale of a dynamic activation.
+        reader: a second reader, of the "activation" or of the "weight" with another scale.
         result: the result is quantized: "" for not, or "quantized", or "relu" for after a clamp, or "read" for
             quantized and read by another operator as well.
     """
@@ -115,35 +124,66 @@ class Decomposed(nn.Module):
         scale: float = 0.01,
         per_tensor: bool = False,
         result: str = "quantized",
+        axis: int = 0,
+        scale_dtype: torch.dtype = FP32,
+        within: bool = False,
+        eps: float = 1e-5,
+        reader: str = "",
     ) -> None:
         super().__init__()
         random = torch.Generator().manual_seed(0)
         self.activation, self.ends, self.result = activation, ends, result
+        self.axis, self.eps, self.reader = axis, eps, reader
         self.one = (scale, zero_point) if per_tensor else None
-        self.register_buffer("q", torch.randint(0, 128, (OUT, IN), generator=random).to(storage))
-        self.register_buffer("scale", torch.tensor([scale, *[0.01] * (OUT - 1)]))
-        self.register_buffer("zero", torch.tensor([zero_point, *[0] * (OUT - 1)]))
+        integers = torch.randint(0, 128, (OUT, IN), generator=random).to(storage)
+        self.register_buffer("q", torch.cat([integers + 1, integers])[OUT:] if within else integers)
+        count = (OUT, IN)[axis]
+        self.register_buffer("scale", torch.tensor([scale, *[0.01] * (count - 1)], dtype=scale_dtype))
+        self.register_buffer("other_scale", self.scale * 2)
+        self.register_buffer("zero", torch.tensor([zero_point, *[0] * (count - 1)]))
 
-    def weight(self) -> Tensor:
+    def weight(self, scale: Tensor | None = None) -> Tensor:
         if self.one is not None:
             return qd.dequantize_per_tensor(self.q, *self.one, 0, 127, self.q.dtype)
-        return qd.dequantize_per_channel(self.q, self.scale, self.zero, 0, 0, 127, self.q.dtype)
+        scale = self.scale if scale is None else scale
+        return qd.dequantize_per_channel(self.q, scale, self.zero, self.axis, 0, 127, self.q.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         low, high, dtype = self.ends
         if self.activation == "static":
             x = qd.dequantize_per_tensor(qd.quantize_per_tensor(x, 0.02, 3, *self.ends), 0.02, 3, *self.ends)
         else:
-            scale, zero = qd.choose_qparams.tensor(x, low, high, 1e-5, dtype)
+            scale, zero = qd.choose_qparams.tensor(x, low, high, self.eps, dtype)
             integers = qd.quantize_per_tensor.tensor(x, scale, zero, *self.ends)
             x = qd.dequantize_per_tensor.tensor(integers, scale, zero, *self.ends)
-        y = F.linear(x, self.weight())
+        z = self.quantized(F.linear(x, self.weight()))
+        if self.reader == "weight":
+            return z + self.quantized(F.linear(x, self.weight(self.other_scale)))
+        return z + x.sum() if self.reader else z
+
+    def quantized(self, y: Tensor) -> Tensor:
+        """The result ``y`` of a linear, in the form of ``result``."""
         if not self.result:
             return y
         ends = (-128, 127, INT8)
         after = y.relu() if self.result == "relu" else y
-        z = qd.dequantize_per_tensor(qd.quantize_per_tensor(after, 0.05, -4, *ends), 0.05, -4, *ends)
+        z: Tensor = qd.dequantize_per_tensor(qd.quantize_per_tensor(after, 0.05, -4, *ends), 0.05, -4, *ends)
         return z + y.sum() if self.result == "read" else z
+
+
+class CalibratedConvolution(Decomposed):
+    """``convolution(x, weight [OUT, IN, 1, 1], bias)`` of a vector x, calibrated."""
+
+    def __init__(self, convolution: Callable[..., Tensor], computed: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.convolution, self.computed = convolution, computed
+        self.q = self.q[..., None, None].clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        integers = qd.quantize_per_tensor(x[..., None, None], 0.02, 3, *self.ends)
+        x = qd.dequantize_per_tensor(integers, 0.02, 3, *self.ends)
+        bias = x.mean((0, 2, 3))[:OUT] if self.computed else None
+        return self.quantized(self.convolution(x, self.weight(), bias))
 
 
 class WeightOnly(nn.Module):

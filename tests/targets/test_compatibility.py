@@ -46,3 +46,13 @@ def test_packed_layouts_counts_tables() -> None:
     program = sketch.program(sketch.call(torch.ops.aten.embedding.default, table, ids))
     packed, _ = ecp.rewrite(program, "cuda", expect={"embedding_int4": 1})
     assert packed_layouts(packed) == {"mma_tiled": 1}
+
+
+def test_dynamic_size_is_reported_for_a_target_of_fixed_sizes() -> None:
+    model = Quantized(16, 64, dtype=torch.float32)
+    example = (torch.randn(2, 64),)
+    program = torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("rows", max=8)},))
+    (warning,) = ecp.rewrite(program, "openvino")[1].warnings
+    assert "has a dynamic size" in warning and "the lowering to openvino refuses: export the model with" in warning
+    for other, given in (("xnnpack", program), ("openvino", torch.export.export(model, example))):
+        assert ecp.rewrite(given, other)[1].warnings == []
