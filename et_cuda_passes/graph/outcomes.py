@@ -128,6 +128,18 @@ class OutcomeTracker:
         """A number to compare overlapping matches by: first the candidates that a match decides, then its nodes."""
         return len(self._decided_by(match)) * 1000 + len(match.owned)
 
+    def unmet(self, match: MatchResult) -> tuple[Reason, ...]:
+        """The unmet requirements of an earlier rule whose pattern fits at a candidate that ``match`` decides.
+
+        Of several such rules it is the one with the fewest, and of these the first.
+        """
+        by_rule: dict[str | None, dict[Reason, None]] = defaultdict(dict)
+        for node in self._decided_by(match):
+            for reason in self._misses.get(node, ()):
+                if reason.stage in ("metadata", "values"):
+                    by_rule[reason.rule][reason] = None
+        return tuple(min(by_rule.values(), key=len, default=()))
+
     # What a rule found or did ----------------------------------------------------------------------------------------
 
     def add_miss(self, node: Node, reason: Reason) -> None:

@@ -55,6 +55,10 @@ def _folded(m: Match) -> str:
 
 
 def _notes(m: Match) -> Notes:
+    effect = f"folded to {dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized"
+    if m.unmet and not weight_of(m).numbers:
+        # The target has a kernel for the scheme, and this layer does not meet its requirements.
+        return Notes(f"{effect}: {'. '.join(map(str, m.unmet))}")
     advised = m.target.advised
     readers = (op_of(reader) for reader in consumers(m.weight))
     table = advised.table and all(read is aten.embedding.default for read in readers)
@@ -64,8 +68,7 @@ def _notes(m: Match) -> Notes:
         else f"for a 4-bit kernel quantize with {advised.four_bits}"
     )
     return Notes(
-        f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "
-        f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
+        f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: {effect}; {instead}"
     )
 
 
@@ -149,6 +152,13 @@ def quantization_can_be_dropped(m: Match) -> Failure | None:
     return None if before is after else Failure(f"{before} quantized and dequantized to {after}")
 
 
+@requirement("a reader that no earlier rule keeps")
+def has_a_reader_that_is_not_kept(m: Match) -> Failure | None:
+    """A linear that is kept reads the quantized activation."""
+    readers = list(m.root.users)
+    return None if any(reader not in m.program.kept for reader in readers) else Failure(", ".join(map(str, readers)))
+
+
 @dataclass(frozen=True)
 class DropActivationQuantization(Rule):
     """dequantize(quantize(x)) -> x, where torchao quantizes x while the program runs
@@ -160,7 +170,7 @@ class DropActivationQuantization(Rule):
 
     reports_misses: ClassVar[bool] = False
 
-    requirements = (quantization_can_be_dropped,)
+    requirements = (quantization_can_be_dropped, has_a_reader_that_is_not_kept)
 
     def pattern(self, x: Capture) -> Pattern:
         """A quantized activation."""

@@ -250,9 +250,10 @@ def zero_points_are_all_zero(m: Match) -> Failure | None:
 
 
 def scales_fit(dtype: torch.dtype, reason: str) -> Requirement:
-    """The scales are positive, finite and normal numbers of ``dtype``.
+    """The scales are positive, finite and normal numbers of ``dtype``; those of blocks of zeros may be smaller.
 
-    A scale below would be rounded to a multiple of the smallest number, or to 0.
+    A scale below would be rounded to a multiple of the smallest number, or to 0. torchao gives a block of zeros, such
+    as the row of an embedding's padding, a scale of 1.2e-7.
     """
 
     @requirement(
@@ -261,9 +262,15 @@ def scales_fit(dtype: torch.dtype, reason: str) -> Requirement:
         stage="values",
     )
     def scales_fit(m: Match) -> Failure | None:
-        scale = stored_scales(m).double()
         info = torch.finfo(dtype)
-        good = (scale >= info.smallest_normal) & (scale <= info.max)
+        stored = stored_scales(m).double()
+        if bool(((stored >= info.smallest_normal) & (stored <= info.max)).all()):
+            return None
+        values = weight_values(m.program, weight_of(m))
+        scale, points = values.scale.double().unsqueeze(-1), values.zero_point
+        groups = values.data.reshape(*values.scale.shape, -1)
+        integers = (groups != (0 if points is None else points.unsqueeze(-1))).any(-1, keepdim=True)
+        good = (scale >= info.smallest_normal * integers) & (scale <= info.max)
         return None if bool(good.all()) else Failure(f"{int((~good).sum())} that are not")
 
     return scales_fit

@@ -56,6 +56,11 @@ def far_zero_points(model: Quantized) -> None:
     model.zero_point += 100
 
 
+def row_of_padding(model: Quantized) -> None:
+    """A row of zeros, with the scale that torchao gives it."""
+    model.data[0], model.scale[0] = 0, 1.2e-7
+
+
 def wide_integers(model: Quantized) -> None:
     model.data[0, 0] = 100
 
@@ -79,6 +84,7 @@ KEPT: dict[str, Make] = {
     "8 bits per row": lambda: plain(group=256, low=-128, high=127),
     "8 bits in groups, asymmetric": lambda: plain(low=-128, high=127, zero_points="random"),
     "table": lambda: table(),
+    "a row of zeros": lambda: plain(change=row_of_padding),
     "table, 8 bits": lambda: table(low=-128, high=127, group=256),
 }
 # Those that the stock backend does not convert, and those that it converts to other weights.

@@ -310,6 +310,7 @@ def cases(
                 "same_dtype": made(inner=Autocast),
                 "bias_is_a_constant_vector": made(form=lambda x, w, b: F.linear(x, w, b * 2)),
                 "rows_are_one_axis": made(2, 3, IN),
+                "view_keeps_rows": made(4, 4, IN // 4, form=lambda x, w, b: F.linear(x.flatten(1), w, b)),
             },
         ),
         (
@@ -374,7 +375,8 @@ def cases(
             {
                 "quantization_can_be_dropped": lambda: export(
                     EightBitActivations(other_scale=True), floats(2, IN, dtype=BF16)
-                )
+                ),
+                "has_a_reader_that_is_not_kept": NearMiss(of_torchao(OUT, IN, 32), target="vulkan"),
             },
         ),
     ]
