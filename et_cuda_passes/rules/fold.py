@@ -10,7 +10,7 @@ from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.operators import arguments, op_name, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.ops import DEQUANTIZE_FLOAT4, DEQUANTIZE_FLOAT8
@@ -27,6 +27,13 @@ from et_cuda_passes.rules.requirements import (
 from et_cuda_passes.rules.values import nonfinite
 
 aten = torch.ops.aten
+_ADVISED_READERS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.embedding.default,
+)
 
 
 @requirement(
@@ -60,16 +67,21 @@ def _notes(m: Match) -> Notes:
         # The target has a kernel for the scheme, and this layer does not meet its requirements.
         return Notes(f"{effect}: {'. '.join(map(str, m.unmet))}")
     advised = m.target.advised
-    readers = (op_of(reader) for reader in consumers(m.weight))
+    readers = [op_of(reader) for reader in consumers(m.weight)]
+    others = sorted({op_name(read) for read in readers if read not in _ADVISED_READERS and read is not None})
+    if others and not weight_of(m).numbers:
+        # The advised scheme is for linears and embeddings.
+        return Notes(
+            f"target {m.target.name} has no kernel for {', '.join(others)} with this {weight_of(m).scheme} weight: "
+            f"{effect}; leave this layer unquantized"
+        )
     table = advised.table and all(read is aten.embedding.default for read in readers)
     instead = (
         f"for a quantized embedding quantize with {advised.table}"
         if table
         else f"for a 4-bit kernel quantize with {advised.four_bits}"
     )
-    return Notes(
-        f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: {effect}; {instead}"
-    )
+    return Notes(f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: {effect}; {instead}")
 
 
 def _fold(b: Builder, m: Match) -> Node:

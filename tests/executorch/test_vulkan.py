@@ -207,6 +207,15 @@ def test_folded_weight_has_the_unmet_requirement_as_its_reason() -> None:
     assert "found N = 66; leave this layer unquantized" in str(report) and "has no kernel" not in str(report)
 
 
+def test_convolution_is_named_where_it_has_no_kernel() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 32, 1)).eval()
+    quantize_(model, int4(), filter_fn=lambda module, name: isinstance(module, nn.Conv2d))
+    program = export(model, torch.randn(1, 64, 3, 3))
+    _, report = ecp.rewrite(program, "vulkan", expect={"fold_dequantize": 1})
+    assert "vulkan has no kernel for aten.conv2d with this int4 group 32 weight" in str(report)
+    assert "leave this layer unquantized" in str(report)
+
+
 def test_kept_linear_drops_no_activation_quantization() -> None:
     _, report = ecp.rewrite(CASES["dynamic activations"]().program, "vulkan")
     assert report.applied == {"keep_vulkan_dynamic_linear": 1}
