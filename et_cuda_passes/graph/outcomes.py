@@ -131,7 +131,7 @@ class OutcomeTracker:
     def unmet(self, match: MatchResult) -> tuple[Reason, ...]:
         """The unmet requirements of an earlier rule whose pattern fits at a candidate that ``match`` decides.
 
-        Of several such rules it is the one with the fewest, and of these the first.
+        If there are several such rules, the reasons are those of the rule with the fewest, or of the first of these.
         """
         by_rule: dict[str | None, dict[Reason, None]] = defaultdict(dict)
         for node in self._decided_by(match):

@@ -86,7 +86,7 @@ def zero_points_are_of_one_weight(m: Match) -> Failure | None:
 
 
 def _kernel(m: Match) -> str:
-    """The kernel that reads the weight quantized; empty if there is none for its readers."""
+    """The kernel that reads the weight quantized; empty if MLX has no such kernel for its readers."""
     readers = [op_of(reader) for reader in m.weight.users]
     name = _KERNELS.get(readers[0], "") if len(readers) == 1 else ""
     small = weight_of(m).group_size % _MATMUL_GROUP_MULTIPLE != 0
