@@ -133,12 +133,12 @@ class OutcomeTracker:
 
         If there are several such rules, the reasons are those of the rule with the fewest, or of the first of these.
         """
-        by_rule: dict[str | None, dict[Reason, None]] = defaultdict(dict)
+        by_rule: dict[str | None, list[Reason]] = defaultdict(list)
         for node in self._decided_by(match):
             for reason in self._misses.get(node, ()):
-                if reason.stage in ("metadata", "values"):
-                    by_rule[reason.rule][reason] = None
-        return tuple(min(by_rule.values(), key=len, default=()))
+                if reason.stage in ("metadata", "values") and reason not in by_rule[reason.rule]:
+                    by_rule[reason.rule].append(reason)
+        return tuple(min(filter(None, by_rule.values()), key=len, default=()))
 
     # What a rule found or did ----------------------------------------------------------------------------------------
 

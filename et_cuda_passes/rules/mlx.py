@@ -5,7 +5,7 @@ package for Linux is built without files that the backend needs.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 _BITS = (2, 4, 5, 6, 8)
 _GROUP_MULTIPLE = 16
 _MATMUL, _MATMUL_GROUP_MULTIPLE = "quantized_matmul", 32
-_KERNELS = {aten.linear.default: _MATMUL, aten.embedding.default: "gather"}
+_KERNELS: dict[Any, str] = {aten.linear.default: _MATMUL, aten.embedding.default: "gather"}
 _NOTE = Notes("MLX has its own kernels for it, as its source says; this was not run")
 _WORD = 32
 """Bits of the words that the integers of a row are packed into."""

@@ -63,6 +63,6 @@ class KeepTensorrtWeight(Keep):
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept, and that it was not run."""
         return Notes(
-            "torch-tensorrt after 2.14 is expected to read it, compiled with immutable_weights=True; this was predicted "
-            "and not run"
+            "torch-tensorrt after 2.14 is expected to read it, compiled with immutable_weights=True; this was "
+            "predicted and not run"
         )
