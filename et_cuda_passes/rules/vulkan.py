@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.operators import arguments, op_name, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Failure, Keep, Notes, Rule, requirement
 from et_cuda_passes.quant.activations import dynamically_quantized
@@ -68,6 +68,10 @@ _VIEWS = frozenset(
     }
 )
 """The operators that become a view in the program that is lowered."""
+_CONTRACTIONS = frozenset(
+    {aten.einsum.default, aten.tensordot.default, aten.inner.default, aten.bilinear.default, aten.matmul.default}
+)
+"""The operators that may become several with a view as the last."""
 
 
 # Requirements ---------------------------------------------------------------------------------------------------------
@@ -161,7 +165,11 @@ def view_keeps_rows(m: Match) -> Failure | None:
     """The delegate removes a view between the activations and a matrix product, and reads its input instead."""
     x: Node = m.x
     shape = m.val(x).shape
-    if len(shape) != _MATRIX or op_of(x) not in _VIEWS:
+    if len(shape) != _MATRIX:
+        return None
+    if op_of(x) in _CONTRACTIONS and any(m.val(operand).dim() != _MATRIX for operand in x.all_input_nodes):
+        return Failure(f"activations {list(shape)} of {op_name(x.target)}, which ends in a view")
+    if op_of(x) not in _VIEWS:
         return None
     before = m.val(x.all_input_nodes[0])
     if before.dim() > 0 and statically_known_true(before.shape[-1] == shape[-1]) and not _is_batch(before):

@@ -130,6 +130,7 @@ FOR_NONE = {
     "4 bits, batches": lambda: plain(ROWS, shape=(2, 1, 3)),
     "4 bits behind flatten": lambda: viewed(lambda x: x.flatten(1), 1, 64, 2, 2),
     "4 bits behind flatten of heads": lambda: viewed(lambda x: x.flatten(1), 4, 2, 128),
+    "4 bits behind einsum": lambda: viewed(lambda x: torch.einsum("shd,hde->se", x, torch.ones(2, 8, 256)), 4, 2, 8),
     "4 bits behind a split": lambda: viewed(lambda x: x.view(-1, 256), 4, 512),
     "4 bits behind a view of a batch": lambda: viewed(lambda x: x.view(-1, 256), 2, 4, 256, excluded_by=VIEW),
     "4 bits, groups of 10": lambda: plain(GROUPS, k=40, group=10),
