@@ -311,8 +311,9 @@ _ELSEWHERE: Mapping[str, str] = {
     "mlx": "on a Mac with Apple silicon and an executorch that is built with MLX (pip install "
     "'executorch>=1.5.1,<1.6'; the package for Linux is built without it), give the rewritten program to ExecuTorch's "
     "MLXPartitioner",
-    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine; 2.14 itself "
-    "reads the forms of ModelOpt alone (pip install 'et-cuda-passes[tensorrt]' installs the newest)",
+    "tensorrt": "give the rewritten program to torch-tensorrt after 2.14, which reads dequantize_affine, and compile "
+    "with immutable_weights=True, which int4 needs; 2.14 itself reads the forms of ModelOpt alone "
+    "(pip install 'et-cuda-passes[tensorrt]' installs the newest)",
 }
 """How a target is lowered whose lowering was never run."""
 

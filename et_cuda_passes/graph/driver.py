@@ -205,6 +205,8 @@ def _apply_rule(
 def _record(rule: Rule, ms: Sequence[Match], tracker: OutcomeTracker) -> None:
     """Record the matches ``ms``, which are rewritten together, with the texts of their rule."""
     program = ms[0].program
+    for m in ms:
+        m.unmet = tracker.unmet(m.match)
     notes = call_hook(rule, "notes", ms[0].root, program, partial(rule.notes, *ms))
     if not isinstance(notes, Notes):
         raise RuleError(f"rule {rule.name}: notes must return Notes(note, explanation); it returned {notes!r}")

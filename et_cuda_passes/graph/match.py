@@ -10,6 +10,7 @@ from torch.fx import Node
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.matcher import MatchResult
 from et_cuda_passes.graph.program import Program
+from et_cuda_passes.graph.report import Reason
 
 _T = TypeVar("_T")
 
@@ -29,6 +30,8 @@ class Match:
         self.program = program
         self.target = target
         self.rule = rule
+        self.unmet: tuple[Reason, ...] = ()
+        """The requirements of an earlier rule that do not hold here, for the texts of a report."""
 
     def __getattr__(self, name: str) -> Any:
         match = self.__dict__.get("match")

@@ -128,6 +128,19 @@ class OutcomeTracker:
         """A number to compare overlapping matches by: first the candidates that a match decides, then its nodes."""
         return len(self._decided_by(match)) * 1000 + len(match.owned)
 
+    def unmet(self, match: MatchResult) -> tuple[Reason, ...]:
+        """The unmet requirements of an earlier rule whose pattern fits at the first candidate that ``match`` decides.
+
+        If there are several such rules, the reasons are those of the rule with the fewest, or of the first of these.
+        """
+        by_rule: dict[str | None, list[Reason]] = defaultdict(list)
+        for node in self._decided_by(match)[:1]:
+            for reason in dict.fromkeys(self._misses.get(node, ())):
+                if reason.stage in ("metadata", "values"):
+                    by_rule[reason.rule].append(reason)
+        fewest: list[Reason] = min(by_rule.values(), key=lambda reasons: len(reasons), default=[])
+        return tuple(fewest)
+
     # What a rule found or did ----------------------------------------------------------------------------------------
 
     def add_miss(self, node: Node, reason: Reason) -> None:

@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 
 # A Match has these attributes itself; a capture of the same name could not be read.
 RESERVED_CAPTURE_NAMES = frozenset(
-    {"match", "captures", "program", "target", "rule", "root", "val", "constant", "memoize"}
+    {"match", "captures", "program", "target", "rule", "unmet", "root", "val", "constant", "memoize"}
 )
 
 

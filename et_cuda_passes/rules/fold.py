@@ -10,7 +10,7 @@ from torch.fx import Node, map_arg
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.operators import arguments, op_name, op_of
 from et_cuda_passes.graph.pattern import Capture, Pattern, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.ops import DEQUANTIZE_FLOAT4, DEQUANTIZE_FLOAT8
@@ -27,6 +27,13 @@ from et_cuda_passes.rules.requirements import (
 from et_cuda_passes.rules.values import nonfinite
 
 aten = torch.ops.aten
+_ADVISED_READERS = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.matmul.default,
+    aten.embedding.default,
+)
 
 
 @requirement(
@@ -55,8 +62,19 @@ def _folded(m: Match) -> str:
 
 
 def _notes(m: Match) -> Notes:
+    effect = f"folded to {dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized"
+    if m.unmet and not weight_of(m).numbers:
+        # The target has a kernel for the scheme, and this layer does not meet its requirements.
+        return Notes(f"{effect}: {'. '.join(map(str, m.unmet))}")
     advised = m.target.advised
-    readers = (op_of(reader) for reader in consumers(m.weight))
+    readers = [op_of(reader) for reader in consumers(m.weight)]
+    others = sorted({op_name(read) for read in readers if read not in _ADVISED_READERS and read is not None})
+    if others and not weight_of(m).numbers:
+        # The advised scheme is for linears and embeddings.
+        return Notes(
+            f"target {m.target.name} has no kernel for {', '.join(others)} with this {weight_of(m).scheme} weight: "
+            f"{effect}; leave this layer unquantized"
+        )
     table = advised.table and all(read is aten.embedding.default for read in readers)
     scheme = advised.for_bits(weight_of(m).bits)
     instead = (
@@ -64,10 +82,7 @@ def _notes(m: Match) -> Notes:
         if table
         else f"for {'a 4-bit' if scheme == advised.four_bits else 'an 8-bit'} kernel quantize with {scheme}"
     )
-    return Notes(
-        f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: folded to "
-        f"{dtype_names([m.val(m.weight).dtype])}, as large as before it was quantized; {instead}"
-    )
+    return Notes(f"target {m.target.name} has no kernel for this {weight_of(m).scheme} weight: {effect}; {instead}")
 
 
 def _fold(b: Builder, m: Match) -> Node:
@@ -150,6 +165,13 @@ def quantization_can_be_dropped(m: Match) -> Failure | None:
     return None if before is after else Failure(f"{before} quantized and dequantized to {after}")
 
 
+@requirement("a reader that no earlier rule keeps")
+def has_a_reader_that_is_not_kept(m: Match) -> Failure | None:
+    """A linear that is kept reads the quantized activation."""
+    readers = list(m.root.users)
+    return None if any(reader not in m.program.kept for reader in readers) else Failure(", ".join(map(str, readers)))
+
+
 @dataclass(frozen=True)
 class DropActivationQuantization(Rule):
     """dequantize(quantize(x)) -> x, where torchao quantizes x while the program runs
@@ -161,7 +183,7 @@ class DropActivationQuantization(Rule):
 
     reports_misses: ClassVar[bool] = False
 
-    requirements = (quantization_can_be_dropped,)
+    requirements = (quantization_can_be_dropped, has_a_reader_that_is_not_kept)
 
     def pattern(self, x: Capture) -> Pattern:
         """A quantized activation."""

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments
 from et_cuda_passes.graph.rule import Failure, Requirement, requirement
 from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.quant.decoders import weight_of
@@ -220,13 +221,24 @@ def zero_points_are_a_tensor(m: Match) -> Failure | None:
     return None if weight_of(m).zero_point is not None else Failure("none")
 
 
+@requirement("a dequantize with its range as arguments", hint="give quant_min and quant_max to dequantize_affine")
+def range_is_given(m: Match) -> Failure | None:
+    """The lowering fails where the operator's defaults stand for it."""
+    given = arguments(m.weight)
+    ends = given.get("quant_min"), given.get("quant_max")
+    return Failure(f"{ends[0]}..{ends[1]}") if None in ends else None
+
+
 @requirement("a matrix with scales for groups along K", hint="quantize with granularity PerGroup or PerAxis(0)")
 def each_row_has_its_scales(m: Match) -> Failure | None:
     """Blocks of [1, group], so that no rows share a scale."""
     weight = weight_of(m)
-    if len(weight.shape) == 2 and weight.block_size[0] == 1:
+    matrix = len(weight.shape) == 2
+    if matrix and weight.block_size[0] == 1:
         return None
-    return Failure(f"a weight {list(weight.shape)} in blocks of {list(weight.block_size)}")
+    # No granularity makes a matrix of a convolution's weight.
+    hint = None if matrix else "leave this layer unquantized"
+    return Failure(f"a weight {list(weight.shape)} in blocks of {list(weight.block_size)}", hint)
 
 
 @requirement("no bias, or a constant vector of out_features", hint="add such a bias behind the linear")
@@ -250,9 +262,10 @@ def zero_points_are_all_zero(m: Match) -> Failure | None:
 
 
 def scales_fit(dtype: torch.dtype, reason: str) -> Requirement:
-    """The scales are positive, finite and normal numbers of ``dtype``.
+    """The scales are positive, finite and normal numbers of ``dtype``; those of blocks of zeros may be smaller.
 
-    A scale below would be rounded to a multiple of the smallest number, or to 0.
+    A scale below would be rounded to a multiple of the smallest number, or to 0. torchao gives a block of zeros, such
+    as the row of an embedding's padding, a scale of 1.2e-7.
     """
 
     @requirement(
@@ -261,9 +274,15 @@ def scales_fit(dtype: torch.dtype, reason: str) -> Requirement:
         stage="values",
     )
     def scales_fit(m: Match) -> Failure | None:
-        scale = stored_scales(m).double()
         info = torch.finfo(dtype)
-        good = (scale >= info.smallest_normal) & (scale <= info.max)
+        stored = stored_scales(m).double()
+        if bool(((stored >= info.smallest_normal) & (stored <= info.max)).all()):
+            return None
+        values = weight_values(m.program, weight_of(m))
+        scale, points = values.scale.double().unsqueeze(-1), values.zero_point
+        groups = values.data.reshape(*values.scale.shape, -1)
+        integers = (groups != (0 if points is None else points.unsqueeze(-1))).any(-1, keepdim=True)
+        good = (scale >= info.smallest_normal * integers) & (scale <= info.max)
         return None if bool(good.all()) else Failure(f"{int((~good).sum())} that are not")
 
     return scales_fit

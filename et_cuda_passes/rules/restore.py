@@ -55,7 +55,7 @@ def packed_scales_are_finite(m: Match) -> Failure | None:
     return Failure(f"{bad} that are NaN or infinite") if bad else None
 
 
-def _registered(namespace: str, name: str) -> torch._ops.OpOverload | None:
+def registered_op(namespace: str, name: str) -> torch._ops.OpOverload | None:
     """An operator that another package registers, if it was imported."""
     packet = getattr(getattr(torch.ops, namespace), name, None)
     return None if packet is None else packet.default
@@ -80,7 +80,7 @@ class UnpackLinear(Rule):
             op(aten.constant_pad_nd.default)(x, ..., name="appended", shared=True),
         )
         products = [tiles(appended, ..., name="product"), tiles(x, ..., name="product")]
-        plain = [_registered("executorch_cuda", f"int{bits}_plain_mm") for bits in (4, 8)]
+        plain = [registered_op("executorch_cuda", f"int{bits}_plain_mm") for bits in (4, 8)]
         products += [op(each)(x, ..., name="product") for each in plain if each is not None]
         return any_of(*products)
 
@@ -317,7 +317,7 @@ class CompileFloatDequantize(Rule):
 
     def pattern(self) -> Pattern:
         """The operators that are registered now, which may be none."""
-        found = (_registered("torchao", f"dequantize_{kind}") for kind in ("mx", "nvfp4"))
+        found = (registered_op("torchao", f"dequantize_{kind}") for kind in ("mx", "nvfp4"))
         return Call(tuple(each for each in found if each is not None), name="weight", open=True, label="a dequantize")
 
     def rewrite(self, b: Builder, m: Match) -> Node:

@@ -1,7 +1,8 @@
 """Quantized weights that torch-tensorrt reads are kept for it.
 
 Predicted, not run: versions after 2.14 are expected to read ``dequantize_affine`` of symmetric weights, int4 in
-groups and int8 per axis. 2.14 itself reads the forms of NVIDIA's ModelOpt.
+groups and int8 per axis. Their user guide says that TensorRT rejects zero points, and that int4 is compiled with
+``immutable_weights=True``. 2.14 itself reads the forms of NVIDIA's ModelOpt.
 """
 
 from dataclasses import dataclass
@@ -61,4 +62,7 @@ class KeepTensorrtWeight(Keep):
 
     def notes(self, *ms: Match) -> Notes:
         """Why it is kept, and that it was not run."""
-        return Notes("torch-tensorrt after 2.14 is expected to read it; this was predicted and not run")
+        return Notes(
+            "torch-tensorrt after 2.14 is expected to read it, compiled with immutable_weights=True; this was "
+            "predicted and not run"
+        )

@@ -13,10 +13,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.match import Match
-from et_cuda_passes.graph.operators import arguments, op_of
+from et_cuda_passes.graph.operators import arguments, op_name, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Failure, Keep, Notes, Rule, requirement
 from et_cuda_passes.quant.activations import dynamically_quantized
@@ -52,7 +53,25 @@ _WEIGHT_MULTIPLE = 8
 _OUT_MULTIPLE = 4
 _GROUP_MULTIPLE = 4
 _TABLE_MULTIPLE = 32
-_VIEWS = frozenset({aten.view.default, aten.view_copy.default, aten.reshape.default, aten._unsafe_view.default})
+_MATRIX = 2
+"""Dimensions of activations that the lowering does not put views around."""
+_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.view_copy.default,
+        aten.view_as.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.reshape_as.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+    }
+)
+"""The operators that become a view in the program that is lowered."""
+_CONTRACTIONS = frozenset(
+    {aten.einsum.default, aten.tensordot.default, aten.inner.default, aten.bilinear.default, aten.matmul.default}
+)
+"""The operators that may become several with a view as the last."""
 
 
 # Requirements ---------------------------------------------------------------------------------------------------------
@@ -134,14 +153,32 @@ def _index_of_dequantize(m: Match) -> int:
 )
 def rows_are_one_axis(m: Match) -> Failure | None:
     """The kernel addresses rows in one axis, and reads those of a batch from outside of the activations."""
+    x = m.val(m.x)
+    return Failure(f"activations {list(x.shape)}") if _is_batch(x) else None
+
+
+@requirement(
+    "activations that are no view of others with another last axis or with a batch",
+    hint="insert an axis behind the view, as in linear(x.flatten(1).unsqueeze(0)).squeeze(0)",
+)
+def view_keeps_rows(m: Match) -> Failure | None:
+    """The delegate removes a view between the activations and a matrix product, and reads its input instead."""
     x: Node = m.x
     shape = m.val(x).shape
-    if len(shape) == 2 and op_of(x) in _VIEWS:
-        # The delegate removes a view between the activations and a matrix product.
-        shape = m.val(x.all_input_nodes[0]).shape
-    if all(isinstance(size, int) and size == 1 for size in shape[:-2]):
+    if len(shape) != _MATRIX:
         return None
-    return Failure(f"activations {list(shape)}")
+    if op_of(x) in _CONTRACTIONS and any(m.val(operand).dim() != _MATRIX for operand in x.all_input_nodes):
+        return Failure(f"activations {list(shape)} of {op_name(x.target)}, which ends in a view")
+    if op_of(x) not in _VIEWS:
+        return None
+    before = m.val(x.all_input_nodes[0])
+    if before.dim() > 0 and statically_known_true(before.shape[-1] == shape[-1]) and not _is_batch(before):
+        return None
+    return Failure(f"activations {list(shape)} that are a view of {list(before.shape)}")
+
+
+def _is_batch(x: Tensor) -> bool:
+    return not all(isinstance(size, int) and size == 1 for size in x.shape[:-2])
 
 
 @requirement("a table with integers declared as -8..7", hint="quantize with weight_dtype=torch.int4")
@@ -200,7 +237,13 @@ class KeepVulkanLinear(Keep):
     The kernel is symmetric: it ignores zero points. It has any group size that 4 divides, one scale for each row too.
     """
 
-    requirements = (*_LINEAR, same_dtype("x", "bias"), bias_is_a_constant_vector, rows_are_one_axis)
+    requirements = (
+        *_LINEAR,
+        same_dtype("x", "bias"),
+        bias_is_a_constant_vector,
+        rows_are_one_axis,
+        view_keeps_rows,
+    )
 
     def pattern(self, x: Capture, bias: Capture | None = None) -> Pattern:
         """A linear."""

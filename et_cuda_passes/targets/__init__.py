@@ -95,6 +95,8 @@ def get_target(name: str | Target) -> Target:
             f"target {name!r} is not of the form MODULE:NAME: write the module, a colon, and the name of the Target in "
             "it, as in my_npu:npu"
         )
+    if isinstance(name, str) and "," in name:
+        raise ValueError(f"target {name!r} names several targets, and one is needed: run this once for each")
     known = ", ".join(targets())
     off = "; plugins are switched off" if mode() == "0" else ""
     raise ValueError(

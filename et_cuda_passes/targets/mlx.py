@@ -3,7 +3,7 @@
 import torch
 
 from et_cuda_passes.rules.fold import DropActivationQuantization, FoldDequantize
-from et_cuda_passes.rules.mlx import KeepMlxWeight
+from et_cuda_passes.rules.mlx import KeepMlxForm, KeepMlxWeight
 from et_cuda_passes.rules.restore import restoring
 from et_cuda_passes.targets.target import Target
 
@@ -12,5 +12,5 @@ MLX = Target(
     "ExecuTorch MLX delegate",
     kernels={},
     dtypes=(torch.bfloat16, torch.float16, torch.float32),
-    passes=lambda: [*restoring(), DropActivationQuantization(), KeepMlxWeight(), FoldDequantize()],
+    passes=lambda: [KeepMlxForm(), *restoring(), DropActivationQuantization(), KeepMlxWeight(), FoldDequantize()],
 )

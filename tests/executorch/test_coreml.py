@@ -56,12 +56,27 @@ def far_zero_points(model: Quantized) -> None:
     model.zero_point += 100
 
 
+def row_of_padding(model: Quantized) -> None:
+    """A row of zeros, with the scale that torchao gives it."""
+    model.data[0], model.scale[0] = 0, 1.2e-7
+
+
 def wide_integers(model: Quantized) -> None:
     model.data[0, 0] = 100
 
 
 def half_zero_points(model: Quantized) -> None:
     model.register_buffer("zero_point", torch.full_like(model.scale, 0.5))
+
+
+class WithoutRange(Quantized):
+    """The range of int8 by the operator's defaults."""
+
+    def weight(self) -> Tensor:
+        weight: Tensor = torch.ops.torchao.dequantize_affine(
+            self.data, self.block, self.scale, self.zero_point, torch.int8
+        )
+        return weight
 
 
 KEPT: dict[str, Make] = {
@@ -79,6 +94,7 @@ KEPT: dict[str, Make] = {
     "8 bits per row": lambda: plain(group=256, low=-128, high=127),
     "8 bits in groups, asymmetric": lambda: plain(low=-128, high=127, zero_points="random"),
     "table": lambda: table(),
+    "a row of zeros": lambda: plain(change=row_of_padding),
     "table, 8 bits": lambda: table(low=-128, high=127, group=256),
 }
 # Those that the stock backend does not convert, and those that it converts to other weights.
@@ -88,6 +104,7 @@ REFUSED: dict[str, Make] = {
     "5 bits": lambda: plain(low=-16, high=15),
     "unsigned 4 bits": lambda: plain(low=0, high=15),
     "4 bits stored as uint8": lambda: plain(low=0, high=7, storage=torch.uint8),
+    "8 bits, no range": lambda: export(WithoutRange(64, 256, dtype=torch.float32), torch.randn(4, 256)),
     "4 bits in bfloat16": lambda: plain(dtype=torch.bfloat16),
     "4 bits, scales in bfloat16": lambda: plain(scale_dtype=torch.bfloat16),
     "zero points beyond 4 bits": lambda: plain(change=far_zero_points),

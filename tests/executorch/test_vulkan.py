@@ -6,6 +6,7 @@ ExecuTorch's Python package has no Vulkan runtime. The tests read the delegate's
 import logging
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,25 @@ def table(excluded_by: str = "", **options: Any) -> Case:
     return Case(torch.export.export(model, (ids,)), ids, excluded_by)
 
 
+def viewed(
+    view: Callable[[Tensor], Tensor], *shape: int, config: Any = None, excluded_by: str = "", k: int = 256
+) -> Case:
+    """A linear behind a view of what an operator computes."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(k, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(view(x * 2))
+
+    torch.manual_seed(0)
+    model, x = Viewed().eval(), torch.randn(*shape)
+    quantize_(model, config or int4())
+    return Case(torch.export.export(model, (x,)), x, excluded_by)
+
+
 def int4(size: int = 32, **options: Any) -> Any:
     return IntxWeightOnlyConfig(torch.int4, PerGroup(size) if size else PerAxis(0), **options)
 
@@ -65,6 +85,7 @@ def dynamic_int4(size: int = 32, **options: Any) -> Any:
 
 
 ZEROS, ROWS = "zero points that are all 0", "activations of which at most the last two axes"
+VIEW = "no view of others with another last axis or with a batch"
 GROUPS, K8 = "a group size that 4 divides", "in_features that 8 divides"
 
 FOR_LINEAR = {
@@ -83,12 +104,16 @@ FOR_LINEAR = {
     "2 bits": lambda: plain(low=-2, high=1),
     "3 bits": lambda: plain(low=-4, high=3),
     "8 bits that fit in 4": lambda: _small_int8(),
+    "4 bits behind a view of a batch of 1": lambda: viewed(lambda x: x.view(-1, 256), 1, 4, 256),
+    "4 bits behind flatten and an axis": lambda: viewed(lambda x: x.flatten(1).unsqueeze(0), 1, 64, 2, 2),
+    "4 bits behind squeeze": lambda: viewed(lambda x: x.squeeze(1), 4, 1, 256),
 }
 FOR_DYNAMIC = {
     "dynamic activations": lambda: linear(dynamic_int4(), 64, 256, (4,)),
     "dynamic activations per row": lambda: linear(dynamic_int4(0), 64, 256, (4,)),
     "dynamic activations, dynamic length": lambda: linear(dynamic_int4(), 64, 256, (4,), dynamic=True),
     "dynamic activations, batch of 1": lambda: linear(dynamic_int4(), 64, 256, (1, 4)),
+    "dynamic activations behind flatten": lambda: viewed(lambda x: x.flatten(1), 4, 2, 128, config=dynamic_int4()),
 }
 FOR_TABLE = {
     "table": lambda: table(),
@@ -103,6 +128,11 @@ FOR_NONE = {
     "4 bits, no zero points": lambda: plain(zero_points=None),
     "4 bits, batch of 2": lambda: plain(ROWS, shape=(2, 3)),
     "4 bits, batches": lambda: plain(ROWS, shape=(2, 1, 3)),
+    "4 bits behind flatten": lambda: viewed(lambda x: x.flatten(1), 1, 64, 2, 2),
+    "4 bits behind flatten of heads": lambda: viewed(lambda x: x.flatten(1), 4, 2, 128),
+    "4 bits behind einsum": lambda: viewed(lambda x: torch.einsum("shd,hde->se", x, torch.ones(2, 8, 256)), 4, 2, 8),
+    "4 bits behind a split": lambda: viewed(lambda x: x.view(-1, 256), 4, 512),
+    "4 bits behind a view of a batch": lambda: viewed(lambda x: x.view(-1, 256), 2, 4, 256, excluded_by=VIEW),
     "4 bits, groups of 10": lambda: plain(GROUPS, k=40, group=10),
     "4 bits, K 36": lambda: plain(K8, k=36, group=12),
     "4 bits, K 30": lambda: plain(k=30, group=10),
@@ -168,6 +198,28 @@ def test_rules_predict_the_operator(name: str) -> None:
     predicted, report = _predicted(case)
     assert predicted == OPERATOR.get(name, "")
     assert case.excluded_by in _reasons(report)
+
+
+def test_folded_weight_has_the_unmet_requirement_as_its_reason() -> None:
+    _, report = ecp.rewrite(CASES["4 bits, N 66"]().program, "vulkan", expect={"fold_dequantize": 1})
+    assert "folded to float32, as large as before it was quantized: keep_vulkan_linear wanted out_features that 4" in (
+        str(report)
+    )
+    assert "found N = 66; leave this layer unquantized" in str(report) and "has no kernel" not in str(report)
+
+
+def test_convolution_is_named_where_it_has_no_kernel() -> None:
+    model = nn.Sequential(nn.Conv2d(64, 32, 1)).eval()
+    quantize_(model, int4(), filter_fn=lambda module, name: isinstance(module, nn.Conv2d))
+    program = export(model, torch.randn(1, 64, 3, 3))
+    _, report = ecp.rewrite(program, "vulkan", expect={"fold_dequantize": 1})
+    assert "vulkan has no kernel for aten.conv2d with this int4 group 32 weight" in str(report)
+    assert "leave this layer unquantized" in str(report)
+
+
+def test_kept_linear_drops_no_activation_quantization() -> None:
+    _, report = ecp.rewrite(CASES["dynamic activations"]().program, "vulkan")
+    assert report.applied == {"keep_vulkan_dynamic_linear": 1}
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ CONFIGS: dict[str, tuple[Any, str, str]] = {
         NVFP4WeightOnlyConfig(use_dynamic_per_tensor_scale=False), "linear_float4", "float4_e2m1fn group 16",
     ),
 }  # fmt: skip
+KEPT_FOR_MLX = ("mx", "nvfp4")
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 exports_nvfp4_in_a_branch = pytest.mark.skipif(TORCH < (2, 13), reason="torch 2.13 is the first that exports it")
 
@@ -79,8 +80,15 @@ def test_floats_are_packed_on_cuda(scheme: str, decomposed: bool) -> None:
     assert report.outcomes[0].bytes_after < N * K * bits / 8 + N * 40
 
 
-@pytest.mark.parametrize("target", ["cpu", "metal", "xnnpack", "mlx", "tensorrt"])
-@pytest.mark.parametrize("scheme", CONFIGS)
+@pytest.mark.parametrize(
+    ("scheme", "target"),
+    [
+        (scheme, target)
+        for scheme in CONFIGS
+        for target in ("cpu", "metal", "xnnpack", "mlx", "tensorrt")
+        if target != "mlx" or scheme not in KEPT_FOR_MLX
+    ],
+)
 def test_floats_are_folded_where_there_is_no_kernel(scheme: str, target: str) -> None:
     config, _, described = CONFIGS[scheme]
     model = quantized(config)
@@ -90,6 +98,14 @@ def test_floats_are_folded_where_there_is_no_kernel(scheme: str, target: str) ->
     assert f"target {target} has no kernel for this {described} weight: folded to bfloat16" in str(report)
     assert torch.equal(rewritten.state_dict["0.weight.dequantized"], model[0].weight.dequantize())
     assert off(rewritten, x, model) < 4e-3
+
+
+@pytest.mark.parametrize("scheme", KEPT_FOR_MLX)
+def test_floats_are_kept_for_mlx_as_executorch_exports_them(scheme: str) -> None:
+    program, x = exported(quantized(CONFIGS[scheme][0]))
+    rewritten, report = ecp.rewrite(program, "mlx", expect={"keep_mlx_form": 1, "kept": 1})
+    assert f"{CONFIGS[scheme][2]} for MLX's quantized_matmul" in str(report)
+    assert torch.equal(rewritten.module()(x), program.module()(x))
 
 
 @pytest.mark.parametrize("target", ["vulkan", "coreml", "openvino"])

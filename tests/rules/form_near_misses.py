@@ -1,6 +1,7 @@
 """Near misses of the rules that restore a dequantize, and of those for weights in floats."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import executorch.extension.llm.export.mx  # noqa: F401  (registers dequantize_mx)
@@ -12,6 +13,7 @@ import et_cuda_passes as ecp
 from et_cuda_passes.layouts import scale_and_zero, tile_packed_to_4d
 from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
 from et_cuda_passes.rules.fold import FoldFloats
+from et_cuda_passes.rules.mlx import KeepMlxForm
 from et_cuda_passes.rules.restore import (
     CompileFloatDequantize,
     RestoreFloat8,
@@ -20,6 +22,7 @@ from et_cuda_passes.rules.restore import (
     UnpackLinear,
 )
 from et_cuda_passes.testing import NearMiss, export, floats
+from tests.rules.keep_near_misses import Branch
 from tests.rules.linear_models import quantized_to_8_bits
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -215,6 +218,21 @@ def with_another_type(x: Tensor, parts: dict[str, Tensor]) -> Tensor:
     return torch.ops.torchao.dequantize_mx(parts["data"], parts["scale"], torch.float8_e5m2, 32, x.dtype)
 
 
+def mx_parts(scale: int = 120, dtype: torch.dtype = E4M3) -> dict[str, Tensor]:
+    data = float8_parts()["data"].to(dtype)
+    return {"data": data, "scale": torch.full((16, 2), scale, dtype=torch.uint8).view(torch.float8_e8m0fnu)}
+
+
+def mx(x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    weight: Tensor = torch.ops.torchao.dequantize_mx(parts["data"], parts["scale"], parts["data"].dtype, 32, x.dtype)
+    return weight
+
+
+def read_twice(x: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    weight = mx(x, parts)
+    return torch.nn.functional.linear(x, weight) + torch.nn.functional.linear(x, weight)
+
+
 FOLDED: NearMisses = {
     "backend_has_dtype": NearMiss(lambda: export(Holding(times(float8), **float8_parts()), rows()), target="vulkan"),
     "readers_have_float_activations": lambda: export(Holding(under_8_bit_activations, **float8_parts()), rows()),
@@ -258,4 +276,19 @@ CASES["fold_floats"] = case(FoldFloats(), FOLDED, "cpu")
 CASES["compile_float_dequantize"] = case(
     CompileFloatDequantize(),
     {"weight_is_decoded": lambda: export(Holding(times(with_another_type), **float8_parts(groups=2)), rows())},
+)
+CASES["keep_mlx_form"] = case(
+    KeepMlxForm(),
+    {
+        "weight_has_data": lambda: on_meta(Holding(times(mx), **mx_parts()), rows()),
+        "stands_in_main_graph": lambda: export(Branch(Holding(times(mx), **mx_parts()), rows()), rows()),
+        "backend_has_dtype": NearMiss(
+            lambda: export(Holding(times(mx), **mx_parts()), rows()),
+            replace(ecp.get_target("mlx"), name="half", dtypes=(FP16,)),
+        ),
+        "weight_has_one_reader": lambda: export(Holding(read_twice, **mx_parts()), rows()),
+        "form_has_a_kernel": lambda: export(Holding(times(mx), **mx_parts(dtype=torch.float8_e5m2)), rows()),
+        "scales_are_finite": lambda: export(Holding(times(mx), **mx_parts(scale=255)), rows()),
+    },
+    "mlx",
 )

@@ -112,6 +112,31 @@ def shared_by_rows(model: Any) -> Any:
     return model
 
 
+class WithoutRange(Quantized):
+    """The range of int8 by the operator's defaults."""
+
+    def weight(self) -> Tensor:
+        weight: Tensor = torch.ops.torchao.dequantize_affine(
+            self.data, self.block, self.scale, self.zero_point, self.data.dtype, output_dtype=self.dtype
+        )
+        return weight
+
+
+class SharedZeroPoints(Quantized):
+    """Two weights with one tensor of zero points, and scales of their own."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("other_scale", self.scale * 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scheme = (self.zero_point, self.data.dtype, self.low, self.high)
+        other = torch.ops.torchao.dequantize_affine(
+            self.data, self.block, self.other_scale, *scheme, output_dtype=self.dtype
+        )
+        return F.linear(x, self.weight()) + F.linear(x, other)
+
+
 def flat_scales(model: Any) -> Any:
     model.scale = model.scale.view(-1)
     return model
@@ -222,6 +247,7 @@ def of_found_twice() -> ExportedProgram:
 
 
 COREML: dict[str, dict[str, Any]] = {
+    "range_is_given": {"cls": WithoutRange, **INT8},
     "stands_in_main_graph": {"inner": Branch},
     "backend_has_dtype": {"dtype": BF16, "scale_dtype": FP32},
     "storage_is_int8_or_int32": {"storage": torch.int16},
@@ -240,6 +266,8 @@ OPENVINO: dict[str, dict[str, Any]] = {
     "scales_are_finite_in_output_dtype": {"dtype": FP16, "scale_dtype": FP32, "change": with_scale(1e6)},
 }
 MLX: dict[str, dict[str, Any]] = {
+    "range_is_given": {"cls": WithoutRange, **INT8},
+    "zero_points_are_of_one_weight": {"cls": SharedZeroPoints},
     "stands_in_main_graph": {"inner": Branch},
     "storage_is_int8": {"storage": torch.int32},
     "zero_points_are_a_tensor": {"zero_points": None},
@@ -310,6 +338,7 @@ def cases(
                 "same_dtype": made(inner=Autocast),
                 "bias_is_a_constant_vector": made(form=lambda x, w, b: F.linear(x, w, b * 2)),
                 "rows_are_one_axis": made(2, 3, IN),
+                "view_keeps_rows": made(4, 4, IN // 4, form=lambda x, w, b: F.linear(x.flatten(1), w, b)),
             },
         ),
         (
@@ -374,7 +403,8 @@ def cases(
             {
                 "quantization_can_be_dropped": lambda: export(
                     EightBitActivations(other_scale=True), floats(2, IN, dtype=BF16)
-                )
+                ),
+                "has_a_reader_that_is_not_kept": NearMiss(of_torchao(OUT, IN, 32), target="vulkan"),
             },
         ),
     ]

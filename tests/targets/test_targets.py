@@ -26,6 +26,11 @@ def test_get_target_lists_known_targets_for_unknown_name(ask: object, unknown: o
         ask(unknown)  # type: ignore[operator]
 
 
+def test_get_target_refuses_several_names() -> None:
+    with pytest.raises(ValueError, match="'vulkan,mlx' names several targets, and one is needed"):
+        get_target("vulkan,mlx")
+
+
 def test_get_target_returns_target_as_it_is() -> None:
     cuda = get_target("cuda")
     assert get_target(cuda) is cuda
