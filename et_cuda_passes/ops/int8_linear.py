@@ -79,8 +79,8 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
     """torch's kernel where it applies, and plain operators elsewhere.
 
     It applies to a weight with one scale per row in x's dtype, without a zero, if K is a multiple of 16: with AVX-512
-    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code. AOTInductor
-    makes a number of the scale of a weight with a single row, and does not compile the kernel with it.
+    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code. For a
+    weight of one row AOTInductor makes a number of the scale, and does not compile the kernel with it.
 
     Inductor fuses the product of one row into a loop that reads the weight once, as int8, and sums in fp32.
     """
