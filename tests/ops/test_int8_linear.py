@@ -101,10 +101,14 @@ class Linear(torch.nn.Module):
         return (INT8_LINEAR(x, self.packed, self.scale, self.zero, None, self.group),)
 
 
-def given_to_inductor(device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16) -> list[object]:
+def given_to_inductor(
+    device: str, group: int, zeros: bool, scales: torch.dtype = torch.bfloat16, rows: int = N
+) -> list[object]:
     with FakeTensorMode():
         x = torch.empty(2, 3, K, dtype=torch.bfloat16, device=device)
         module = Linear(device, group, zeros, scales)
+        if rows != N:
+            module.packed, module.scale = module.packed[:rows], module.scale[:rows]
     graph_module, _ = aot_export_module(module, (x,), trace_joint=False)
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
@@ -112,7 +116,12 @@ def given_to_inductor(device: str, group: int, zeros: bool, scales: torch.dtype 
 def test_int8_linear_decomposes_into_cpu_kernel_if_supported() -> None:
     kernel = aten._weight_int8pack_mm.default
     assert kernel in given_to_inductor("cpu", K, False)
-    for form in (("cpu", 32, False), ("cpu", K, True), ("cpu", K, False, torch.float32)):
+    for form in (
+        ("cpu", 32, False),
+        ("cpu", K, True),
+        ("cpu", K, False, torch.float32),
+        ("cpu", K, False, torch.bfloat16, 1),
+    ):
         other = given_to_inductor(*form)
         assert kernel not in other
         assert INT8_LINEAR not in other
