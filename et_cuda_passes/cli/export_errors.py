@@ -177,7 +177,10 @@ def with_dynamic_sizes(names: list[str], unwritten: Unwritten) -> list[str]:
     from et_cuda_passes.targets import get_target
 
     without = [name for name in names if not get_target(name).dynamic_sizes]
-    reason = "it takes inputs of fixed sizes, and those of a model of text are dynamic"
+    reason = (
+        "it takes inputs of fixed sizes, and those of a model of text are dynamic: export it from Python, with "
+        "EtConfig(dynamic=False)"
+    )
     if without == names:
         raise UsageError(f"--target {','.join(names)}: {reason}")
     for name in without:

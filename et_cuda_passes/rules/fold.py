@@ -177,7 +177,8 @@ class DropActivationQuantization(Rule):
     """dequantize(quantize(x)) -> x, where torchao quantizes x while the program runs
 
     It is for a target that computes linears with float activations. The results are those of the same weights without
-    the rounding of the activations to 8 bits, as on cuda, metal and cpu. A linear that an earlier rule keeps reads
+    the rounding of the activations to 8 bits. On cuda, metal and cpu operators round them, unless a rule's option
+    ``drop_activation_quantization`` is set. A linear that an earlier rule keeps reads
     the quantized activation.
     """
 

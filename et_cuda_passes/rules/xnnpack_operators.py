@@ -65,3 +65,37 @@ class LargestAlone(Rule):
         """The same values. Both operators give NaN if there is one."""
         given = arguments(m.largest)
         return b.call(aten.amax.default, m.x, [given["dim"]], given["keepdim"])
+
+
+@requirement("a constant matrix")
+def matrix_is_constant(m: Match) -> Failure | None:
+    """The delegate has another kernel for the product of two activations."""
+    return None if m.program.constant(m.w) is not None else Failure(f"{m.w.name}, which the program computes")
+
+
+@requirement("activations of two dimensions or more")
+def product_has_rows(m: Match) -> Failure | None:
+    """The product of a vector has no rows."""
+    rank = m.val(m.x).dim()
+    return None if rank >= 2 else Failure(f"{rank} dimension")
+
+
+@dataclass(frozen=True)
+class ProductAsLinear(Rule):
+    """x @ w.t(), where w is constant -> linear(x, w)
+
+    Weights of torchao that are dequantized in the graph leave the first form, with a sum of the bias behind it. With
+    executorch 1.5.1 the delegate makes one linear of both, whose bias is an input. XNNPACK then reads the weight in
+    each call, and the runtime has freed it: the process ends if the file is mapped into memory.
+    """
+
+    reports_misses: ClassVar[bool] = False
+    requirements = (matrix_is_constant, product_has_rows)
+
+    def pattern(self, x: Capture, w: Capture) -> Pattern:
+        """The product."""
+        return op(aten.matmul.default, aten.mm.default)(x, op(aten.t.default)(w))
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The linear."""
+        return b.call(aten.linear.default, m.x, m.w)

@@ -16,7 +16,7 @@ from et_cuda_passes.rules.xnnpack import (
 )
 from et_cuda_passes.rules.xnnpack_activations import ShareActivation
 from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
-from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone, ProductAsLinear
 from et_cuda_passes.targets.target import Target
 
 XNNPACK = Target(
@@ -43,5 +43,6 @@ XNNPACK = Target(
         KeepStaticInt8(),
         QuantizedEmbedding(),
         FoldDequantize(),
+        ProductAsLinear(),
     ],
 )

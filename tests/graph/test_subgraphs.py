@@ -104,9 +104,17 @@ def test_linears_in_subgraphs_are_rewritten_with_a_dynamic_number_of_rows(use: A
 
 
 def test_kernel_that_does_not_run_in_control_flow_is_not_used_there() -> None:
-    report = assert_misses(exported(cond), "a place where the kernel compiles, found control flow at", "cpu")
+    passes = [rule for rule in ecp.default_passes("cpu") if rule.name != "linear_int8"]
+    found = "a place where the kernel compiles, found control flow at"
+    report = assert_misses(exported(cond), found, "cpu", passes=passes)
     assert {"." in o.node: o.status for o in report.outcomes} == {True: "missed", False: "rewritten"}
     assert_rewrites(exported(without_grad), "cpu", expect={"linear_int4": 2})
+
+
+def test_linears_in_control_flow_become_plain_operators_on_cpu() -> None:
+    for x in INPUTS:
+        _, report = assert_rewrites(exported(cond), "cpu", expect={"linear_int8": 3, "linear_int4": 2}, inputs=(x,))
+    assert {"." in o.node: o.rule for o in report.outcomes} == {True: "linear_int8", False: "linear_int4"}
 
 
 @pytest.mark.parametrize("target", ["cuda", "metal", "xnnpack"])

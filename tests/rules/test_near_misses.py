@@ -21,7 +21,7 @@ from et_cuda_passes.rules.split import ReplaceSplit
 from et_cuda_passes.rules.xnnpack import SplitBroadcastBias
 from et_cuda_passes.rules.xnnpack_activations import QuantizeActivation, ShareActivation
 from et_cuda_passes.rules.xnnpack_attention import AttentionOfGroups
-from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone
+from et_cuda_passes.rules.xnnpack_operators import ExpandTanhGelu, LargestAlone, ProductAsLinear
 from et_cuda_passes.testing import Experts, NearMiss, Quantized, Sketch, assert_near_misses, export, floats
 from tests.experts import IDS, OFFS, E, K, N
 from tests.rules import form_near_misses, keep_near_misses
@@ -786,6 +786,25 @@ class LargestPlace(nn.Module):
 
 
 case(LargestAlone(), {"indices_are_not_read": lambda: export(LargestPlace(), x_of())}, "xnnpack")
+
+
+class Product(nn.Module):
+    def __init__(self, computed: bool = False) -> None:
+        super().__init__()
+        self.weight, self.computed = nn.Parameter(floats(OUT, IN, dtype=FP32)), computed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * 2 if self.computed else self.weight).t()
+
+
+case(
+    ProductAsLinear(),
+    {
+        "matrix_is_constant": lambda: export(Product(computed=True), x_of()),
+        "product_has_rows": lambda: export(Product(), x_of(IN)),
+    },
+    "xnnpack",
+)
 
 
 # Forms of weights -----------------------------------------------------------------------------------------------------
