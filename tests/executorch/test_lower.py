@@ -20,6 +20,7 @@ from executorch.exir.backend.canonical_partitioners.all_node_partitioner import 
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 from executorch.runtime import Runtime
 from torch.export.pt2_archive._package import load_pt2
+from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
@@ -34,9 +35,11 @@ from et_cuda_passes.executorch.lower import (
     uninterrupted,
 )
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
+from et_cuda_passes.executorch.run import execute
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.targets.compatibility import packed_layouts
 from et_cuda_passes.testing import Quantized, Sketch
+from tests.graph.subgraph_models import INPUTS, cond, exported, looped, mapped, scanned
 from tests.saved import save
 
 
@@ -312,6 +315,19 @@ def test_methods_of_one_package_share_weights_and_compute_the_same(tmp_path: Pat
         x = torch.randn(rows, 256)
         with torch.no_grad():
             torch.testing.assert_close(models[name](x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use", [cond, mapped, scanned, looped], ids=lambda use: use.__name__)
+def test_linears_in_control_flow_are_executed_by_aotinductor(tmp_path: Path, use: Any) -> None:
+    before = exported(use)
+    program, _ = ecp.rewrite(before, "cpu", expect={"missed": 0})
+    files = lower(program, "cpu", tmp_path, "model")
+    for x in INPUTS:
+        with torch.no_grad():
+            wanted = tree_leaves(before.module()(x))
+        for got, right in zip(execute("cpu", files, (x,), {}), wanted, strict=True):
+            assert (got.double() - right.double()).norm() <= 1e-2 * right.double().norm()
 
 
 def test_methods_of_one_pte_share_weights_and_compute_the_same(tmp_path: Path) -> None:

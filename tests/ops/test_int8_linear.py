@@ -107,7 +107,8 @@ def given_to_inductor(
     with FakeTensorMode():
         x = torch.empty(rows, K, dtype=torch.bfloat16, device=device)
         module = Linear(device, group, zeros, scales)
-        module.packed, module.scale = module.packed[:outputs], module.scale[:outputs]
+        if outputs != N:
+            module.packed, module.scale = module.packed[:outputs], module.scale[:outputs]
     graph_module, _ = aot_export_module(module, (x,), trace_joint=False)
     return [node.target for node in graph_module.graph.nodes if node.op == "call_function"]
 
