@@ -52,7 +52,20 @@ _WEIGHT_MULTIPLE = 8
 _OUT_MULTIPLE = 4
 _GROUP_MULTIPLE = 4
 _TABLE_MULTIPLE = 32
-_VIEWS = frozenset({aten.view.default, aten.view_copy.default, aten.reshape.default, aten._unsafe_view.default})
+_VIEWS = frozenset(
+    {
+        aten.view.default,
+        aten.view_copy.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.flatten.using_ints,
+        aten.unflatten.int,
+        aten.view_as.default,
+        aten.reshape_as.default,
+        aten.ravel.default,
+    }
+)
+"""A decomposition turns each of these into a ``view_copy``."""
 
 
 # Requirements ---------------------------------------------------------------------------------------------------------
@@ -130,16 +143,18 @@ def _index_of_dequantize(m: Match) -> int:
 
 
 @requirement(
-    "activations of which at most the last two axes are longer than 1", hint="export the model for a batch of 1"
+    "activations of which at most the last two axes are longer than 1, before a view too",
+    hint="export the model for a batch of 1, and without a view of two axes before the layer",
 )
 def rows_are_one_axis(m: Match) -> Failure | None:
     """The kernel addresses rows in one axis, and reads those of a batch from outside of the activations."""
     x: Node = m.x
     shape = m.val(x).shape
     if len(shape) == 2 and op_of(x) in _VIEWS:
-        # The delegate removes a view between the activations and a matrix product.
+        # The delegate removes a view between the activations and a matrix product, whatever it does to the last axis.
         shape = m.val(x.all_input_nodes[0]).shape
-    if all(isinstance(size, int) and size == 1 for size in shape[:-2]):
+    in_features = weight_of(m).in_features
+    if all(isinstance(size, int) and size == 1 for size in shape[:-2]) and shape[-1:] == (in_features,):
         return None
     return Failure(f"activations {list(shape)}")
 
