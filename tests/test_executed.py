@@ -5,6 +5,7 @@ others are compared with what their backends write. ``make nightly`` takes 200 m
 import copy
 import dataclasses
 import os
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -242,16 +243,21 @@ def test_random_model_on_the_cpu_runs_as_in_eager(index: int) -> None:
     assert_as_in_eager(model, model.wanted(), found)
 
 
+def folded(program: ExportedProgram, target: str) -> ExportedProgram:
+    """The program in floats."""
+    return ecp.rewrite(program, target, passes=[DropActivationQuantization(), ecp.FoldDequantize()])[0]
+
+
 def weights_of(program: ExportedProgram, target: str) -> dict[str, Tensor]:
     """The quantized weights as the program dequantizes them, by the FQN of the folded weight."""
-    folded, _ = ecp.rewrite(program, target, passes=[DropActivationQuantization(), ecp.FoldDequantize()])
-    held = {**folded.state_dict, **folded.constants}
+    float_program = folded(program, target)
+    held = {**float_program.state_dict, **float_program.constants}
     return {name: each for name, each in held.items() if name.endswith(".dequantized")}
 
 
 @pytest.mark.parametrize("index", indices(1))
 def test_vulkan_computes_the_weights_that_are_kept(index: int) -> None:
-    from tests.vulkan import KERNELS, VulkanPartitioner, lowered, weight_in
+    from tests.vulkan import KERNELS, VulkanPartitioner, _Stock, lowered, weight_in
 
     plan, _, program = program_of(index, "vulkan")
     partitioner = VulkanPartitioner()
@@ -259,7 +265,13 @@ def test_vulkan_computes_the_weights_that_are_kept(index: int) -> None:
         with pytest.raises(ValueError, match="Vulkan cannot compute these quantized weights correctly"):
             lowered(program, partitioner)
         return
-    found = lowered(program, partitioner)
+    try:
+        found = lowered(program, partitioner)
+    except Exception as problem:
+        # Some float models with dynamic sizes fail too.
+        with pytest.raises(type(problem), match=re.escape(str(problem))):
+            lowered(folded(program, "vulkan"), _Stock({"require_dynamic_shapes": plan.dynamic}))
+        pytest.skip(f"ExecuTorch does not lower the float model for Vulkan: {problem}")
     outcomes = partitioner.report.outcomes
     predicted = [f"{each.detail.rpartition(' ')[2]}.default" for each in outcomes if each.status == "kept"]
     calls = [(name, args) for name, args in found.calls if name in KERNELS]

@@ -16,6 +16,7 @@ from executorch.exir import to_edge_transform_and_lower
 from executorch.exir._serialize._dataclass import _json_to_dataclass
 from executorch.exir._serialize._flatbuffer import _flatc_decompile
 from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -69,11 +70,13 @@ def lowered(program: ExportedProgram, partitioner: Partitioner) -> Lowered:
     """Lower ``program`` and read the delegates' graphs back."""
     edge = to_edge_transform_and_lower(program, partitioner=[partitioner]).exported_program()
     outside, calls = [], []
-    for node in edge.graph.nodes:
+    # The branches of control flow are modules too.
+    modules = [each for each in edge.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    for module, node in ((owner, node) for owner in modules for node in owner.graph.nodes):
         if node.op == "call_function" and node.target is not torch.ops.higher_order.executorch_call_delegate:
             outside.append(getattr(node.target, "__name__", str(node.target)))
-        if node.op == "get_attr":
-            calls += _calls(getattr(edge.graph_module, node.target))
+        if node.op == "get_attr" and isinstance(delegate := getattr(module, node.target), LoweredBackendModule):
+            calls += _calls(delegate)
     return Lowered([name for name in outside if name != "getitem"], calls)
 
 

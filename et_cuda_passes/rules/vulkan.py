@@ -60,6 +60,7 @@ _VIEWS = frozenset(
         aten.view.default,
         aten.view_copy.default,
         aten.view_as.default,
+        aten.ravel.default,
         aten._unsafe_view.default,
         aten.reshape.default,
         aten.reshape_as.default,
