@@ -88,6 +88,8 @@ def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group
     if per_row and len(packed) > 1 and x.dtype is not torch.float32 and x.shape[1] % 16 == 0:
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
         return y
+    if len(packed) == 1:
+        return torch.mv(x.float(), _dense(packed, scale, zero, group_size)[0]).to(x.dtype).unsqueeze(1)
     if statically_known_true(x.shape[0] == 1):
         # Inductor stores the input of as_strided. Otherwise its loop converts x once for each row of the weight.
         row = torch.as_strided(x.float(), (x.shape[1],), (1,))
