@@ -140,3 +140,5 @@ def test_doctor_notes_a_torch_whose_tensors_the_runtime_cannot_read(monkeypatch:
     assert note[0] == "note" and note[2].startswith("it reads tensors of torch 99.0 and later, and this is torch ")
     walked = smallest.walk("xnnpack")
     assert walked.bytes and walked.lowered is None
+    with pytest.raises(RuntimeError, match=r"runtime for Python cannot be used: it reads tensors of torch 99\.0"):
+        running.execute("xnnpack", [], (), {})

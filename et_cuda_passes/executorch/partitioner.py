@@ -1,6 +1,6 @@
 """Base classes of our partitioners: ExecuTorch's hook runs a pass list before the decomposition."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from et_cuda_passes.graph.constants import tensor_identity
 from et_cuda_passes.graph.names import without_numbers
 from et_cuda_passes.graph.report import Report
 from et_cuda_passes.graph.rule import Rule
@@ -123,6 +124,7 @@ def _copy_views(program: ExportedProgram) -> None:
         for table in tables
         if fqn in table
     }
+    copies: dict[Hashable, torch.Tensor] = {}  # constants of one tensor get one copy
     for table in tables:
         for name, each in table.items():
             if not isinstance(each, torch.Tensor):  # a script object
@@ -132,7 +134,8 @@ def _copy_views(program: ExportedProgram) -> None:
             storage = each.untyped_storage()
             whole = each.storage_offset() == 0 and storage.nbytes() == each.numel() * each.element_size()
             if not whole and storage.data_ptr() not in written:
-                copy = each.detach().clone()
+                key = tensor_identity(each)
+                copy = copies[key] = copies[key] if key in copies else each.detach().clone()
                 is_parameter = isinstance(each, torch.nn.Parameter)
                 table[name] = torch.nn.Parameter(copy, each.requires_grad) if is_parameter else copy
 
