@@ -152,8 +152,9 @@ class Weight:
         bits: bits of an element.
         outputs: see :class:`~et_cuda_passes.kernels.cost.Work`.
         batch: as in ``Work``; each product is that of one expert.
-        experts: whether the experts' kernel reads it. That kernel has no segments, no split tiles, no bulk copies, no
-            second piece of rows, and no steps shorter than a group.
+        experts: whether the experts' kernel reads it. That kernel has no segments, no split tiles and no second piece
+            of rows.
+        grouped: for experts, whether the rows of x are sorted by expert: only then are there bulk copies.
     """
 
     n: int
@@ -163,18 +164,18 @@ class Weight:
     outputs: float = 1.0
     batch: int = 1
     experts: bool = False
+    grouped: bool = False
 
     def has(self, tiling: Tiling) -> bool:
         """Whether the weight's kernel supports this tiling."""
-        form = (tiling.segments, tiling.waves, tiling.bulk, tiling.extra_m)
-        plain = form == (1, 0, 0, 0) and tiling.block_k >= self.group_size
+        plain = (tiling.segments, tiling.waves, tiling.extra_m) == (1, 0, 0) and tiling.bulk <= self.grouped
         # With four warps the experts' kernel spills registers in a tile of 128 x 128.
         spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
         return (plain and not spills) or not self.experts
 
     def work(self, m: Numbers) -> Work:
         """The product with ``m`` rows of x."""
-        return Work(m, self.n, self.k, self.weight_bytes, self.outputs, self.batch)
+        return Work(m, self.n, self.k, self.weight_bytes, self.outputs, self.batch, self.grouped)
 
     @property
     def weight_bytes(self) -> float:

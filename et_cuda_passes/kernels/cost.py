@@ -80,6 +80,7 @@ class Work:
         outputs: number of tensors [m, n] that the epilogue writes or reads: 1, and 1 for each of a factor and an
             addend.
         batch: number of such products in one launch, each with its own weight.
+        uneven: whether ``m`` is only the mean of the rows of the products.
     """
 
     m: int
@@ -88,6 +89,7 @@ class Work:
     weight_bytes: float
     outputs: float = 1.0
     batch: int = 1
+    uneven: bool = False
 
 
 def stacked(rows: Sequence[Any], *, column: bool = False) -> Any:
@@ -116,7 +118,9 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     """
     sharpness, q = gpu.sharpness, cost.programs
     across = -(-work.n // tiling.block_n)
-    tiles = work.batch * -(-work.m // tiling.tile_m) * across
+    # A product with any number of rows ends in half a tile in the mean.
+    of_rows = np.maximum(1, work.m / tiling.tile_m + 0.5) if work.uneven else -(-work.m // tiling.tile_m)
+    tiles = np.ceil(work.batch * of_rows) * across
     steps = -(-work.k // tiling.block_k)
     slots = tiling.waves * processors
     rest = np.where(slots > 0, tiles % np.maximum(slots, 1), 0)
@@ -146,7 +150,7 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     busy = busy + np.where(last + beside > 0, ending, 0.0)
     read = work.n * work.weight_bytes
     moved = read + 2 * work.m * (work.k + work.outputs * work.n)
-    through = read * -(-work.m // tiling.tile_m) + 2 * work.m * work.k * across
+    through = read * of_rows + 2 * work.m * work.k * across
     bounds = work.batch * moved / gpu.bandwidth, work.batch * through / gpu.cache_bandwidth
     total = gpu.start + rounded_max(sharpness, busy, *bounds)
     used = -(-steps // -(-steps // ways))

@@ -9,7 +9,7 @@ from torch import SymInt, Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import triton_launch
-from et_cuda_passes.kernels.buckets import bucket_flags, buckets_for
+from et_cuda_passes.kernels.buckets import bucket_flags, buckets_for, tma_descriptor
 from et_cuda_passes.kernels.choose import Weight
 from et_cuda_passes.kernels.device import gpu_for
 from et_cuda_passes.kernels.int4_experts import int4_experts
@@ -31,7 +31,7 @@ def bmm(x: Tensor, packed: Tensor, qparams: Tensor, ids: Tensor | None, group_si
     # With empty ids both counts are 0, and 0 must not be a divisor.
     share: Size = 1 if statically_known_true(batches == count) else count // batches
     y = x.new_empty((count, m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count, gpu_name):
+    for flag, tiling, wgmma in _buckets(x, m, packed, group_size, count, False, gpu_name):
         tiles = count * -(-m // tiling.block_m)
         y = _launch(x, packed, qparams, ids, y, m, share, tiles * flag, tiling, group_size, False, wgmma)
     return y
@@ -41,7 +41,7 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
     """``x [M, K]``, in groups of rows that end at ``offs [E]``, each times its expert's matrix: [M, N] on CUDA."""
     m, experts = x.shape[0], packed.shape[0]
     y = x.new_empty((m, packed.shape[1]))
-    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts, gpu_name):
+    for flag, tiling, wgmma in _buckets(x, -(-m // experts), packed, group_size, experts, True, gpu_name):
         # Every group, and the rows without an expert, may end in a tile that is not full.
         tiles = m // tiling.block_m + experts + 1
         y = _launch(x, packed, qparams, offs, y, m, 1, tiles * flag, tiling, group_size, True, wgmma)
@@ -49,12 +49,12 @@ def grouped_mm(x: Tensor, packed: Tensor, qparams: Tensor, offs: Tensor, group_s
 
 
 def _buckets(
-    x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size, gpu_name: str
+    x: Tensor, rows: Size, packed: Tensor, group_size: int, count: Size, grouped: bool, gpu_name: str
 ) -> Iterator[tuple[Size, Tiling, bool]]:
     """For ``rows`` rows of each expert: (1 if within the bucket, else 0; tiling; whether wgmma is used)."""
     gpu = gpu_for(x, gpu_name)
     batch = count if isinstance(count, int) else packed.shape[0]
-    weight = Weight(packed.shape[1], x.shape[-1], group_size, batch=max(1, batch), experts=True)
+    weight = Weight(packed.shape[1], x.shape[-1], group_size, batch=max(1, batch), experts=True, grouped=grouped)
     for flag, tiling in bucket_flags(rows, buckets_for(rows, weight, gpu, MOST_LAUNCHES)):
         yield flag, tiling, gpu.wgmma
 
@@ -76,8 +76,9 @@ def _launch(
     """Launch one tiling over ``tiles`` tiles of rows; returns the mutated y."""
     experts, n, k = packed.shape[0], packed.shape[1], x.shape[-1]
     sizes = f"{m} {share} {experts} {n} {k} {grouped} {chosen is not None}"
+    described = tma_descriptor(x, tiling, tiling.block_m) if grouped else None
     arguments = {
-        "x_ptr": x,
+        "x_ptr": described or x,
         "words_ptr": packed,
         "qparams_ptr": qparams,
         # A pointer that the kernel does not read must still be a tensor.
@@ -92,7 +93,9 @@ def _launch(
         "BLOCK_N": tiling.block_n,
         "BLOCK_K": tiling.block_k,
         "GROUP_SIZE": group_size,
-        "EVEN_K": k % tiling.block_k == 0,
+        # As for the linear, a descriptor reads zeros beyond x.
+        "EVEN_K": described is not None or k % tiling.block_k == 0,
+        "BULK": 0 if described is None else x.dim(),
         "HAS_ZERO": qparams.shape[0] == 2,
         "GROUPED": grouped,
         "HAS_IDS": chosen is not None and not grouped,
@@ -102,5 +105,5 @@ def _launch(
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    (y,) = triton_launch.launch(int4_experts, (tiles, -(-n // tiling.block_n)), arguments, ["y_ptr"], sizes)
+    (y,) = triton_launch.launch(int4_experts, (tiles * -(-n // tiling.block_n),), arguments, ["y_ptr"], sizes)
     return y

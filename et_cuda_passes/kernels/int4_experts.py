@@ -9,31 +9,37 @@ so that equal inputs give equal bits.
 import triton
 import triton.language as tl
 
-from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, row_lengths
-from et_cuda_passes.kernels.tiles import multiply
+from et_cuda_passes.kernels.int4_dequantize import dequantize_tile, load_one, row_lengths
+from et_cuda_passes.kernels.tiles import first_row, load_block, multiply, tile_place
 
 
 @triton.jit
-def _group_of(pid, before, end, M, E, BLOCK_M: tl.constexpr):
-    """The group of row tile ``pid``, the tile's first row and the group's end; group E is the rows without an expert.
+def _group_of(tile, ends_ptr, M, E, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+    """The group of row tile ``tile``, the tile's first row and the group's end; group E is the rows without an expert.
 
-    ``before`` and ``end`` [a power of two above E] are the begins and ends of consecutive groups. Each group has its
-    own tiles.
+    Each group of consecutive rows has its own tiles. torch does not define offsets out of order or beyond x; the clamps
+    keep every access inside of x.
     """
-    group = tl.arange(0, end.shape[0])
-    # torch does not define offsets out of order or beyond x. The clamps keep every access inside of x.
-    end = tl.minimum(tl.maximum(tl.where(group < E, end.to(tl.int32), M), 0), M)
-    start = tl.minimum(tl.maximum(tl.where(group > E, M, before.to(tl.int32)), 0), M)
+    group = tl.arange(0, WIDTH)
+    end = tl.load(ends_ptr + group, mask=group < E, other=0).to(tl.int32)
+    start = tl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= E), other=0).to(tl.int32)
+    end = tl.minimum(tl.maximum(tl.where(group < E, end, M), 0), M)
+    start = tl.minimum(tl.maximum(tl.where(group > E, M, start), 0), M)
     tiles = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
     until = tl.cumsum(tiles, 0)
-    own = tl.sum((until <= pid).to(tl.int32), 0)
-    first = tl.sum(tl.where(group == own, start - (until - tiles) * BLOCK_M, 0), 0)
-    return own, first + pid * BLOCK_M, tl.sum(tl.where(group == own, end, 0), 0)
+    # One sum of two numbers, for every program waits for it: the groups before, and their tiles.
+    before = tl.sum(tl.where(until <= tile, tiles.to(tl.int64) * 65536 + 1, 0), 0)
+    own = (before % 65536).to(tl.int32)
+    first = tl.load(ends_ptr + own - 1, mask=(own > 0) & (own <= E), other=0).to(tl.int32)
+    last = tl.load(ends_ptr + own, mask=own < E, other=2147483647).to(tl.int32)
+    first = tl.minimum(tl.maximum(first, 0), M)
+    row = first + (tile - (before // 65536).to(tl.int32)) * BLOCK_M
+    return own, row, tl.minimum(tl.maximum(last, 0), M)
 
 
 @triton.jit
 def int4_experts(
-    x_ptr,  # [rows, K]
+    x_ptr,  # [rows, K]; if BULK, its tensor descriptor
     words_ptr,  # int32 [E, N, padded K / 8]
     qparams_ptr,  # [1 or 2, E, N, row of scales]: the scales, and the zeros if HAS_ZERO
     expert_ptr,  # GROUPED: the end of each expert's rows [E]; else the expert of each batch, read only if HAS_IDS
@@ -48,6 +54,7 @@ def int4_experts(
     BLOCK_K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
+    BULK: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     GROUPED: tl.constexpr,
     HAS_IDS: tl.constexpr,
@@ -56,33 +63,31 @@ def int4_experts(
     WGMMA: tl.constexpr,
     SALT: tl.constexpr,
 ):
-    """One tile [BLOCK_M, BLOCK_N] of y, over a grid of (tiles of rows, tiles of N). SALT as for ``int4_matmul``.
+    """One tile [BLOCK_M, BLOCK_N] of y. SALT as for ``int4_matmul``, and BULK, which is 2 or 0, needs GROUPED.
 
-    Rows of y without an expert are 0; rows whose expert is out of range are NaN. A negative expert counts from the
-    last, as an index of torch does. WIDTH is a power of two above E.
+    The grid is the tiles of rows times those of N. Rows of y without an expert are 0; rows whose expert is out of range
+    are NaN. A negative expert counts from the last, as an index of torch does. WIDTH is a power of two above E.
     """
     if -SALT == M:
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE, 32)
-    pid = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # All rows of N for one tile of rows after the other would read x from memory again and again.
+    tile_n, tile_m = tile_place(tl.program_id(0), tl.num_programs(0) // tl.cdiv(N, BLOCK_N), N, BLOCK_N)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
-        # Loaded here, since torch assumes that a function mutates every pointer that is passed to it.
-        each = tl.arange(0, WIDTH)
-        ends = tl.load(expert_ptr + each, mask=each < E, other=0)
-        before = tl.load(expert_ptr + each - 1, mask=(each > 0) & (each <= E), other=0)
-        expert, row, end = _group_of(pid, before, ends, M, E, BLOCK_M)
+        expert, row, end = _group_of(tile_m, expert_ptr, M, E, BLOCK_M, WIDTH)
         if expert > E:
             return
-        m = row + columns
-        in_m = m < end
+        from_m = first_row(row, M, BLOCK_M, BULK)
+        m = from_m + columns
+        in_m = (m >= row) & (m < end)
         x_row = m
         y_row = m.to(tl.int64)
     else:
         tiles_m = tl.cdiv(M, BLOCK_M)
-        batch = pid // tiles_m
-        m = pid % tiles_m * BLOCK_M + columns
+        batch = tile_m // tiles_m
+        m = tile_m % tiles_m * BLOCK_M + columns
         in_m = m < M
         x_row = batch // SHARE * M + m
         y_row = batch.to(tl.int64) * M + m
@@ -102,6 +107,7 @@ def int4_experts(
     x_row = tl.where(in_m, x_row, 0).to(tl.int64)
     k = tl.arange(0, BLOCK_K)
     word = tl.arange(0, BLOCK_K // 8)
+    ONE_GROUP: tl.constexpr = BLOCK_K <= GROUP_SIZE
     GROUPS: tl.constexpr = BLOCK_K // GROUP_SIZE
     group = tl.arange(0, GROUPS if GROUPS > 4 else 4)
     # With at least one step for certain, the compiler does not guard the loop. A guard would serialise the tensor
@@ -109,32 +115,52 @@ def int4_experts(
     steps = tl.maximum(tl.cdiv(words_row * 8, BLOCK_K), 1)
     matrix = expert.to(tl.int64) * N
     words_at = words_ptr + matrix * words_row + of_n[:, None] * words_row + word[None, :]
-    scale_offset = of_n[:, None] * scale_row + group[None, :]
-    scale_at = qparams_ptr + matrix * scale_row + scale_offset
-    zero_at = qparams_ptr + (matrix + E * N) * scale_row + scale_offset
-    x_at = x_ptr + x_row[None, :] * K + k[:, None]
+    if ONE_GROUP:
+        DTYPE: tl.constexpr = qparams_ptr.dtype.element_ty
+        pairs_ptr = qparams_ptr.to(tl.pointer_type(tl.int32))
+        scale_at = pairs_ptr + matrix * (scale_row // 2) + of_n[:, None] * (scale_row // 2)
+        zero_at = pairs_ptr + (matrix + E * N) * (scale_row // 2) + of_n[:, None] * (scale_row // 2)
+    else:
+        scale_offset = of_n[:, None] * scale_row + group[None, :]
+        scale_at = qparams_ptr + matrix * scale_row + scale_offset
+        zero_at = qparams_ptr + (matrix + E * N) * scale_row + scale_offset
+    if not BULK:
+        x_at = x_ptr + x_row[None, :] * K + k[:, None]
 
     sums = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(steps):
-        if EVEN_K:
-            words = tl.load(words_at)
+        # In units of 64 and 32, so that a mask never splits the vector of a load. A scale of 0 gives a weight of 0.
+        blocks = words_row // 8 - step * (BLOCK_K // 64)
+        if ONE_GROUP:
+            number = tl.full((1, 1), step * BLOCK_K // GROUP_SIZE, tl.int32)
+            there = number >= 0 if EVEN_K else blocks > 0
+            scale = load_one(scale_at, number, there, DTYPE)
+            zero = load_one(zero_at, number, there, DTYPE) if HAS_ZERO else scale
+        elif EVEN_K:
             scale = tl.load(scale_at)
             zero = tl.load(zero_at) if HAS_ZERO else scale
-            x = tl.load(x_at, mask=in_m[None, :], other=0.0)
         else:
-            # In units of 64 and 32, so that a mask never splits the vector of a load. A scale of 0 gives a weight of 0.
-            blocks = words_row // 8 - step * (BLOCK_K // 64)
-            rest = K32 - step * (BLOCK_K // 32)
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks
-            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks, other=0)
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
+        if EVEN_K:
+            words = tl.load(words_at)
+        else:
+            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks, other=0)
+        if BULK:
+            x = load_block(x_ptr, from_m, step * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
+        elif EVEN_K:
+            x = tl.load(x_at, mask=in_m[None, :], other=0.0)
+        else:
+            rest = K32 - step * (BLOCK_K // 32)
             x = tl.load(x_at, mask=in_m[None, :] & ((k // 32)[:, None] < rest), other=0.0)
         w = dequantize_tile(words, scale, zero, BLOCK_N, BLOCK_K, GROUP_SIZE, HAS_ZERO, False, USE_ASM, WGMMA)
         sums = multiply(w, x, sums, USE_ASM)
         words_at += BLOCK_K // 8
-        scale_at += GROUPS
-        zero_at += GROUPS
-        x_at += BLOCK_K
+        if not ONE_GROUP:
+            scale_at += GROUPS
+            zero_at += GROUPS
+        if not BULK:
+            x_at += BLOCK_K
 
     tl.store(y_ptr + at, sums.to(y_ptr.dtype.element_ty), mask=inside)

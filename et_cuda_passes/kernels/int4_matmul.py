@@ -98,7 +98,7 @@ def int4_matmul(
     # Steps of one segment. With at least one for certain, the compiler does not guard the loop. A guard would serialise
     # the tensor cores' instructions.
     length = tl.maximum(tl.cdiv(last - first, SEGMENTS), 1)
-    first_m = first_row(tile_m, M, TILE_M, BULK)
+    first_m = first_row(tile_m * TILE_M, M, TILE_M, BULK)
     extra_m = first_m + BLOCK_M
     n, row_step = weight_rows(tile_n, first, length, N, BLOCK_N, SEGMENTS)
     m, in_m, column_step = x_rows(first_m, first, length, M, BLOCK_M, SEGMENTS)

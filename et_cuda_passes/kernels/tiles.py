@@ -45,15 +45,14 @@ def tile_part(pid, tiles, steps, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def first_row(tile_m, M, TILE_M: tl.constexpr, BULK: tl.constexpr):
-    """The first row of x that a tile of TILE_M rows reads.
+def first_row(own_m, M, TILE_M: tl.constexpr, BULK: tl.constexpr):
+    """The first row of x that a tile of TILE_M rows reads whose own rows begin at ``own_m``.
 
     A bulk copy needs several nanoseconds for every row beyond M, in sequence: a product of 333 rows in tiles of 256
     took twice as long. So the last tile of bulk copies begins early enough to end at row M. It does not store the rows
     of the previous tile.
     """
-    first = tile_m * TILE_M
-    return tl.minimum(first, tl.maximum(M - TILE_M, 0)) if BULK else first
+    return tl.minimum(own_m, tl.maximum(M - TILE_M, 0)) if BULK else own_m
 
 
 @triton.jit
@@ -227,7 +226,7 @@ def add_parts(
     tile_n, tile_m = tile_place(tile, tiles_m, N, BLOCK_N)
     row = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
     column = tl.arange(0, BLOCK_N)
-    first_m = first_row(tile_m, M, TILE_M, BULK)
+    first_m = first_row(tile_m * TILE_M, M, TILE_M, BULK)
     in_m = first_m + row < M
     if BULK:
         in_m = in_m & (first_m + row >= tile_m * TILE_M)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from et_cuda_passes.layouts import mma_tiled
 from tests.kernels.interpreted import HERE, dtypes
 
 # experts, N, K, group size, block_m, block_n, block_k, zeros
@@ -20,13 +22,15 @@ BATCHES = [
     (9, 3, [0, 2, 2, 1, -1, 0]),
     (1, 1, [2, 2, 0, 1]),
 ]
-# the end of each expert's rows, and the total number of rows
+RAGGED = (5, 40, 96, 32, 8, 16, 64, True)
+# the end of each expert's rows, the total number of rows, and the weights
 GROUPS = [
-    ([3, 3, 20, 21, 21], 21),
-    ([0, 0, 0, 0, 9], 12),
-    ([0, 0, 0, 0, 0], 4),
-    ([5, 6, 7, 8, 9], 9),
-    ([0, 1, 1, 1, 1], 1),
+    ([3, 3, 20, 21, 21], 21, RAGGED),
+    ([0, 0, 0, 0, 9], 12, RAGGED),
+    ([0, 0, 0, 0, 0], 4, RAGGED),
+    ([5, 6, 7, 8, 9], 9, RAGGED),
+    ([0, 1, 1, 1, 1], 1, RAGGED),
+    ([3, 9, 9, 26, 30], 33, (5, 33, 384, 128, 8, 16, 64, True)),
 ]
 
 
@@ -34,8 +38,6 @@ class Experts:
     """Random packed weights, and their values in fp64 [E, N, K]."""
 
     def __init__(self, shape: tuple, dtype: torch.dtype) -> None:
-        from et_cuda_passes.layouts import mma_tiled
-
         self.e, self.n, self.k, self.group, *self.blocks, zeros = shape
         random = torch.Generator().manual_seed(self.n * self.k)
         q = torch.randint(0, 16, (self.e * self.n, self.k), dtype=torch.uint8, generator=random)
@@ -54,8 +56,19 @@ class Experts:
         form = {"EVEN_K": self.k % block_k == 0, "HAS_ZERO": self.qparams.shape[0] == 2, "GROUPED": grouped}
         form |= {"HAS_IDS": chosen is not None and not grouped, "WIDTH": 1 << self.e.bit_length()}
         constants = (self.packed, self.qparams, self.packed if chosen is None else chosen)
-        grid, more = (tiles, -(-self.n // block_n)), (self.e, self.n, self.k // 32)
-        int4_experts[grid](x, *constants, y, *sizes, *more, **shape, **form, USE_ASM=False, WGMMA=False)
+        grid, more = (tiles * -(-self.n // block_n),), (self.e, self.n, self.k // 32)
+        # A descriptor reads zeros beyond K, up to the padding of the words.
+        described = grouped and (form["EVEN_K"] or block_k == mma_tiled.BLOCK)
+        results, before = [], y.clone()
+        for bulk in (0, 2) if described else (0,):
+            given = TensorDescriptor.from_tensor(x, [block_m, block_k]) if bulk else x
+            form |= {"BULK": bulk, "EVEN_K": form["EVEN_K"] or bulk > 0}
+            int4_experts[grid](given, *constants, y, *sizes, *more, **shape, **form, USE_ASM=False, WGMMA=False)
+            results.append(y.clone())
+            y.copy_(before)
+        y.copy_(results[0])
+        for result in results:
+            torch.testing.assert_close(result, y, rtol=0, atol=0, equal_nan=True)
 
 
 def off(y: Tensor, wanted: Tensor) -> float:
@@ -83,7 +96,8 @@ def test_batches_agree_with_fp64(shape: tuple, batch: tuple, dtype: torch.dtype,
 @pytest.mark.parametrize("group", GROUPS, ids=str)
 @dtypes()
 def test_groups_agree_with_fp64(group: tuple, dtype: torch.dtype, most: float) -> None:
-    (ends, m), experts = group, Experts((5, 40, 96, 32, 8, 16, 64, True), dtype)
+    ends, m, shape = group
+    experts = Experts(shape, dtype)
     x = torch.randn(m, experts.k, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = torch.full((m, experts.n), float("nan"), dtype=dtype)
     experts.launch(x, torch.tensor(ends, dtype=torch.int32), y, m, 1, tiles=m // 8 + 6, grouped=True)
