@@ -150,7 +150,8 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     busy = busy + np.where(last + beside > 0, ending, 0.0)
     read = work.n * work.weight_bytes
     moved = read + 2 * work.m * (work.k + work.outputs * work.n)
-    through = read * of_rows + 2 * work.m * work.k * across
+    loaded = np.where(tiling.bulk > 0, of_rows * tiling.tile_m, work.m) if work.uneven else work.m
+    through = read * of_rows + 2 * loaded * work.k * across
     bounds = work.batch * moved / gpu.bandwidth, work.batch * through / gpu.cache_bandwidth
     total = gpu.start + rounded_max(sharpness, busy, *bounds)
     used = -(-steps // -(-steps // ways))
