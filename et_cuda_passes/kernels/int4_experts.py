@@ -14,27 +14,21 @@ from et_cuda_passes.kernels.tiles import first_row, load_block, multiply, tile_p
 
 
 @triton.jit
-def _group_of(tile, ends_ptr, M, E, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
+def _group_of(tile, before, end, M, E, BLOCK_M: tl.constexpr):
     """The group of row tile ``tile``, the tile's first row and the group's end; group E is the rows without an expert.
 
-    Each group of consecutive rows has its own tiles. torch does not define offsets out of order or beyond x; the clamps
-    keep every access inside of x.
+    ``before`` and ``end`` [a power of two above E] are the begins and ends of consecutive groups. Each group has its
+    own tiles.
     """
-    group = tl.arange(0, WIDTH)
-    end = tl.load(ends_ptr + group, mask=group < E, other=0).to(tl.int32)
-    start = tl.load(ends_ptr + group - 1, mask=(group > 0) & (group <= E), other=0).to(tl.int32)
-    end = tl.minimum(tl.maximum(tl.where(group < E, end, M), 0), M)
-    start = tl.minimum(tl.maximum(tl.where(group > E, M, start), 0), M)
+    group = tl.arange(0, end.shape[0])
+    # torch does not define offsets out of order or beyond x. The clamps keep every access inside of x.
+    end = tl.minimum(tl.maximum(tl.where(group < E, end.to(tl.int32), M), 0), M)
+    start = tl.minimum(tl.maximum(tl.where(group > E, M, before.to(tl.int32)), 0), M)
     tiles = tl.maximum(tl.cdiv(end - start, BLOCK_M), 0)
     until = tl.cumsum(tiles, 0)
-    # One sum of two numbers, for every program waits for it: the groups before, and their tiles.
-    before = tl.sum(tl.where(until <= tile, tiles.to(tl.int64) * 65536 + 1, 0), 0)
-    own = (before % 65536).to(tl.int32)
-    first = tl.load(ends_ptr + own - 1, mask=(own > 0) & (own <= E), other=0).to(tl.int32)
-    last = tl.load(ends_ptr + own, mask=own < E, other=2147483647).to(tl.int32)
-    first = tl.minimum(tl.maximum(first, 0), M)
-    row = first + (tile - (before // 65536).to(tl.int32)) * BLOCK_M
-    return own, row, tl.minimum(tl.maximum(last, 0), M)
+    own = tl.sum((until <= tile).to(tl.int32), 0)
+    first = tl.sum(tl.where(group == own, start - (until - tiles) * BLOCK_M, 0), 0)
+    return own, first + tile * BLOCK_M, tl.sum(tl.where(group == own, end, 0), 0)
 
 
 @triton.jit
@@ -71,12 +65,16 @@ def int4_experts(
     if -SALT == M:
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE, 32)
-    # All rows of N for one tile of rows after the other would read x from memory again and again.
-    tile_n, tile_m = tile_place(tl.program_id(0), tl.num_programs(0) // tl.cdiv(N, BLOCK_N), N, BLOCK_N)
+    # One tile of N for all rows of x, then the next, would read x from memory again for each.
+    tile_n, tile_m = tile_place(tl.program_id(0), tl.num_programs(0) // tl.cdiv(N, BLOCK_N), N, BLOCK_N, BAND=16)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
-        expert, row, end = _group_of(tile_m, expert_ptr, M, E, BLOCK_M, WIDTH)
+        # Loaded here, since torch assumes that a function mutates every pointer that is passed to it.
+        each = tl.arange(0, WIDTH)
+        ends = tl.load(expert_ptr + each, mask=each < E, other=0)
+        before = tl.load(expert_ptr + each - 1, mask=(each > 0) & (each <= E), other=0)
+        expert, row, end = _group_of(tile_m, before, ends, M, E, BLOCK_M)
         if expert > E:
             return
         from_m = first_row(row, M, BLOCK_M, BULK)
@@ -143,10 +141,7 @@ def int4_experts(
             in_scale = (group * GROUP_SIZE // 64)[None, :] < blocks
             scale = tl.load(scale_at, mask=in_scale, other=0.0)
             zero = tl.load(zero_at, mask=in_scale, other=0.0) if HAS_ZERO else scale
-        if EVEN_K:
-            words = tl.load(words_at)
-        else:
-            words = tl.load(words_at, mask=(word // 8)[None, :] < blocks, other=0)
+        words = tl.load(words_at) if EVEN_K else tl.load(words_at, mask=(word // 8)[None, :] < blocks, other=0)
         if BULK:
             x = load_block(x_ptr, from_m, step * BLOCK_K, BULK, BLOCK_M, BLOCK_K)
         elif EVEN_K:

@@ -10,14 +10,14 @@ MASKED = tl.constexpr(64)
 
 
 @triton.jit
-def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr):
+def tile_place(tile, tiles_m, N, BLOCK_N: tl.constexpr, BAND: tl.constexpr = 8):
     """Indices (of rows N, of rows M) of a tile, in grouped program order.
 
-    Eight tiles of rows N run through all of M before the next eight, so that their weights stay in the L2 cache.
+    BAND tiles of rows N run through all of M before the next ones, so that their weights stay in the L2 cache.
     """
-    in_band = 8 * tiles_m
-    band = tile // in_band * 8
-    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, 8)
+    in_band = BAND * tiles_m
+    band = tile // in_band * BAND
+    height = tl.minimum(tl.cdiv(N, BLOCK_N) - band, BAND)
     return band + tile % in_band % height, tile % in_band // height
 
 

@@ -152,6 +152,7 @@ def launch(
 
 
 _CONVERSIONS = (aten._to_copy.default, prims.convert_element_type.default)
+_GATHERS = (aten.index.Tensor, aten.index_select.default, aten.gather.default, aten.embedding.default)
 _COPIES = (aten.clone.default, aten.alias.default, aten.copy.default, *_CONVERSIONS)
 
 
@@ -159,7 +160,7 @@ def is_materialized(x: Tensor) -> bool:
     """Whether Inductor will hold ``x`` in a buffer, and not as a view of another tensor.
 
     AOTInductor (torch 2.11) writes a descriptor's tensor into Python code as C++ if it is a view, and fails. Certainly
-    no views are inputs, constants, and the results of Triton kernels and of pointwise operators. A copy may be one:
+    no views are inputs, constants, and results of Triton kernels, gathers and pointwise operators. A copy may be one:
     Inductor removes a copy that changes nothing, which leaves the tensor that was copied.
     """
     if not isinstance(x, FunctionalTensor):
@@ -170,6 +171,8 @@ def is_materialized(x: Tensor) -> bool:
     if node.target is operator.getitem:
         source = node.args[0]
         return isinstance(source, Node) and source.target is triton_kernel_wrapper_functional
+    if node.target in _GATHERS:
+        return True
     if node.target in _CONVERSIONS:
         given = node.args[0]
         return isinstance(given, Node) and given.meta["val"].dtype is not x.dtype

@@ -180,9 +180,9 @@ def arch_of(gpu: GpuArch) -> int:
     return 10 * major + minor
 
 
-def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False) -> list[Tiling]:
+def tilings_of(gpu: GpuArch, bits: int = 4, *, experts: bool = False, grouped: bool = False) -> list[Tiling]:
     """Every tiling that a weight of any size can get on a GPU; one of those that differ only in SLOTS."""
-    weights = [Weight(1024, k, 32, bits, experts=experts) for k in (1024, 1056)]
+    weights = [Weight(1024, k, 32, bits, experts=experts, grouped=grouped) for k in (1024, 1056)]
     found = {tiling for weight in weights for tiling, _ in candidates(costs_of(gpu, bits), weight) if tiling.waves < 2}
     assert found
     return sorted(found, key=astuple)

@@ -40,6 +40,7 @@ WEIGHTS = [
     Weight(45, 96, 32),
     Weight(4096, 11008, 128, outputs=3),
     Weight(1024, 2048, 32, batch=64, experts=True),
+    Weight(1024, 2048, 32, batch=64, experts=True, grouped=True),
     Weight(8192, 3072, 32, bits=8),
     Weight(3072, 8192, 8192, bits=8),
     Weight(1000, 1040, 16, bits=8),

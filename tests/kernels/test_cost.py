@@ -106,3 +106,12 @@ def test_rounded_max_lies_between_the_largest_and_the_sum() -> None:
 @pytest.mark.parametrize(("tiling", "k", "whole"), [(TILING, 96, True), (Tiling(8, 16, 128, 4, 0, 4, 4), 576, False)])
 def test_bulk_copies_need_no_masks(tiling: Tiling, k: int, whole: bool) -> None:
     assert is_whole(tiling, k) == whole
+
+
+def test_products_with_any_number_of_rows_end_in_half_a_tile_in_the_mean() -> None:
+    gpu = replace(SHARP, missing_row=0.1)
+    for rows, tile, tiles in [(64, 64, 6), (64, 128, 4), (30, 64, 4), (150, 64, 12)]:
+        tiling = replace(TILING, block_m=tile)
+        uneven = time(tiling, Work(rows, 64 * 5, 640, 0, batch=4, uneven=True), COST, gpu, PROCESSORS)
+        even = time(tiling, Work(tile, 64 * 5 * tiles, 640, 0), COST, gpu, PROCESSORS)
+        assert uneven == pytest.approx(even), (rows, tile)

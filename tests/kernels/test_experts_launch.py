@@ -18,6 +18,7 @@ from et_cuda_passes.ops import INT4_EXPERTS
 pytestmark = pytest.mark.usefixtures("hopper")
 
 E, N, K = 8, 1536, 2048
+ROWS = 8192
 OPS = INT4_EXPERTS["mma_tiled"]
 
 
@@ -27,12 +28,15 @@ class Layer(nn.Module):
     def __init__(self, form: str) -> None:
         super().__init__()
         self.form = form
+        self.register_buffer("order", torch.empty(ROWS, dtype=torch.int64, device="cuda"))
         self.register_buffer("packed", torch.empty(E, N, K // 8, dtype=torch.int32, device="cuda"))
         row = mma_tiled.scale_row(K, 32)
         self.register_buffer("qparams", torch.empty(1, E, N, row, dtype=torch.bfloat16, device="cuda"))
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor) -> tuple[torch.Tensor]:
-        if self.form == "grouped":
+        if self.form == "gathered":
+            x = torch.ops.aten.index.Tensor(x, [self.order])
+        if self.form in ("grouped", "gathered"):
             return (OPS.grouped_mm(x, self.packed, self.qparams, chosen, 32, N),)
         if self.form == "chosen":
             return (OPS.bmm(x.unsqueeze(1), self.packed, self.qparams, chosen, 32, N),)
@@ -69,16 +73,17 @@ def test_launch_mutates_only_the_output(form: str, rows: int | None) -> None:
 def test_known_number_of_rows_is_one_launch(form: str, rows: int, of_one: int) -> None:
     _, (node,) = launches(form, rows)
     count = 700 if form == "chosen" else E
-    tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=count, experts=True), of_one)
+    tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=count, experts=True, grouped=form == "grouped"), of_one)
     # Every group of rows, and the rows without an expert, may end in a tile that is not full.
     tiles = rows // tiling.block_m + E + 1 if form == "grouped" else count * -(-of_one // tiling.block_m)
-    assert node.kwargs["grid"] == [(tiles, -(-N // tiling.block_n), 1)]
+    assert node.kwargs["grid"] == [(tiles * -(-N // tiling.block_n), 1, 1)]
 
 
 @pytest.mark.parametrize("form", ["all", "grouped"])
 def test_unknown_number_of_rows_is_one_launch_for_each_bucket(form: str) -> None:
     _, nodes = launches(form, None)
-    chosen = buckets(HOPPER, Weight(N, K, 32, batch=E, experts=True), MOST_LAUNCHES).tilings
+    weight = Weight(N, K, 32, batch=E, experts=True, grouped=form == "grouped")
+    chosen = buckets(HOPPER, weight, MOST_LAUNCHES).tilings
     assert 1 < len(nodes) <= MOST_LAUNCHES and len(nodes) == len(chosen)
     assert all(isinstance(node.kwargs["grid"][0][0], torch.fx.Node) for node in nodes)
 
@@ -90,8 +95,20 @@ def test_unknown_number_of_indexed_experts_is_one_launch() -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_tilings_of_experts_have_whole_groups_and_supported_features(group: int) -> None:
-    found = [tiling for tiling, _ in candidates(costs_of(HOPPER, 4), Weight(N, K, group, experts=True))]
-    assert found
-    for tiling in found:
-        assert (tiling.segments, tiling.waves, tiling.bulk) == (1, 0, 0) and tiling.block_k % group == 0
+def test_tilings_of_experts_have_supported_features(group: int) -> None:
+    for grouped in (False, True):
+        weight = Weight(N, K, group, experts=True, grouped=grouped)
+        found = [tiling for tiling, _ in candidates(costs_of(HOPPER, 4), weight)]
+        assert found
+        assert {(tiling.segments, tiling.waves, tiling.extra_m) for tiling in found} == {(1, 0, 0)}
+        assert any(tiling.bulk for tiling in found) == grouped
+
+
+def test_rows_sorted_by_expert_are_copied_in_bulk_and_other_rows_are_not() -> None:
+    """Also if the rows are gathered before the product, as a mixture of experts sorts them."""
+    for form, wanted in (("grouped", True), ("gathered", True), ("all", False)):
+        _, (node,) = launches(form, ROWS)
+        tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=E, experts=True, grouped=wanted), ROWS // E)
+        assert tiling.bulk == wanted
+        block = ((tiling.block_m, 64),)
+        assert node.kwargs["tma_descriptor_metadata"] == ({"x_ptr": ("stable", block)} if wanted else {})

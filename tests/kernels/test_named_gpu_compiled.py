@@ -115,11 +115,12 @@ def test_operators_for_a_named_gpu_compile_and_fit(name: str, rows: int | None, 
 @pytest.mark.parametrize("name", GPUS)
 def test_choice_for_any_number_of_multiprocessors_is_among_the_compiled_tilings(name: str, bits: int) -> None:
     """The slow tests of each kernel compile all of ``tilings_of``."""
-    for experts in (False, True) if bits == 4 else (False,):
-        known = set(tilings_of(GPUS[name], bits, experts=experts))
+    forms = [(False, False), (True, False), (True, True)] if bits == 4 else [(False, False)]
+    for experts, grouped in forms:
+        known = set(tilings_of(GPUS[name], bits, experts=experts, grouped=grouped))
         for processors in (1, 7, GPUS[name].processors // 2, 2 * GPUS[name].processors):
             gpu = gpu_arch(f"{name}:{processors}")
             for n, k in ((512, 576), (4096, 4096), (151936, 1056)):
-                weight = Weight(n, k, 32, bits, experts=experts, batch=8 if experts else 1)
+                weight = Weight(n, k, 32, bits, batch=8 if experts else 1, experts=experts, grouped=grouped)
                 chosen = {*buckets(gpu, weight).tilings.values(), *(tiling_for(gpu, weight, m) for m in (1, 160, 2048))}
                 assert {replace(tiling, waves=min(tiling.waves, 1)) for tiling in chosen} <= known, (processors, n, k)
