@@ -169,8 +169,8 @@ class Weight:
     def has(self, tiling: Tiling) -> bool:
         """Whether the weight's kernel supports this tiling."""
         plain = (tiling.segments, tiling.waves, tiling.extra_m) == (1, 0, 0) and tiling.bulk <= self.grouped
-        # With four warps the experts' kernel spills registers in a tile of 128 x 128.
-        spills = (tiling.block_m, tiling.block_n, tiling.warps) == (128, 128, 4)
+        # In these tiles of 128 x 128 the experts' kernel spills registers, on a Hopper or an A100.
+        spills = (tiling.block_m, tiling.block_n) == (128, 128) and (tiling.warps == 4 or tiling.block_k > 64)
         return (plain and not spills) or not self.experts
 
     def work(self, m: Numbers) -> Work:

@@ -65,11 +65,12 @@ def int4_experts(
     if -SALT == M:
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE, 32)
-    # One tile of N for all rows of x, then the next, would read x from memory again for each.
-    tile_n, tile_m = tile_place(tl.program_id(0), tl.num_programs(0) // tl.cdiv(N, BLOCK_N), N, BLOCK_N, BAND=16)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = tl.program_id(0)
+    tiles = tl.num_programs(0) // tl.cdiv(N, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
+        # One tile of N for all rows of x, then the next, would read x from memory again for each.
+        tile_n, tile_m = tile_place(pid, tiles, N, BLOCK_N, BAND=16)
         # Loaded here, since torch assumes that a function mutates every pointer that is passed to it.
         each = tl.arange(0, WIDTH)
         ends = tl.load(expert_ptr + each, mask=each < E, other=0)
@@ -79,10 +80,12 @@ def int4_experts(
             return
         from_m = first_row(row, M, BLOCK_M, BULK)
         m = from_m + columns
-        in_m = (m >= row) & (m < end)
+        in_m = (m >= row) & (m < end) if BULK else m < end
         x_row = m
         y_row = m.to(tl.int64)
     else:
+        tile_n = pid // tiles
+        tile_m = pid % tiles
         tiles_m = tl.cdiv(M, BLOCK_M)
         batch = tile_m // tiles_m
         m = tile_m % tiles_m * BLOCK_M + columns
@@ -93,6 +96,7 @@ def int4_experts(
         if HAS_IDS:
             expert = tl.load(expert_ptr + batch).to(tl.int32)
             expert = tl.where(expert < 0, expert + E, expert)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     at = y_row[None, :] * N + n[:, None]
     inside = in_m[None, :] & (n < N)[:, None]
     if GROUPED or HAS_IDS:  # noqa: SIM102 (the outer condition is resolved at compile time)
