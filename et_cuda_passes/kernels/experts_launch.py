@@ -105,5 +105,7 @@ def _launch(
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    (y,) = triton_launch.launch(int4_experts, (tiles * -(-n // tiling.block_n),), arguments, ["y_ptr"], sizes)
+    across = -(-n // tiling.block_n)
+    grid = (tiles * across,) if grouped else (tiles, across)
+    (y,) = triton_launch.launch(int4_experts, grid, arguments, ["y_ptr"], sizes)
     return y

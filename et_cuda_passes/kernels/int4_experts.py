@@ -59,18 +59,18 @@ def int4_experts(
 ):
     """One tile [BLOCK_M, BLOCK_N] of y. SALT as for ``int4_matmul``, and BULK, which is 2 or 0, needs GROUPED.
 
-    The grid is the tiles of rows times those of N. Rows of y without an expert are 0; rows whose expert is out of range
-    are NaN. A negative expert counts from the last, as an index of torch does. WIDTH is a power of two above E.
+    The grid is (tiles of rows times tiles of N) if GROUPED, else (tiles of rows, tiles of N). Rows of y without an
+    expert are 0; rows whose expert is out of range are NaN. A negative expert counts from the last, as an index of
+    torch does. WIDTH is a power of two above E.
     """
     if -SALT == M:
         return
     K, words_row, scale_row = row_lengths(K32, GROUP_SIZE, 32)
-    pid = tl.program_id(0)
-    tiles = tl.num_programs(0) // tl.cdiv(N, BLOCK_N)
     columns = tl.arange(0, BLOCK_M)
     if GROUPED:
         # One tile of N for all rows of x, then the next, would read x from memory again for each.
-        tile_n, tile_m = tile_place(pid, tiles, N, BLOCK_N, BAND=16)
+        tiles_m = tl.num_programs(0) // tl.cdiv(N, BLOCK_N)
+        tile_n, tile_m = tile_place(tl.program_id(0), tiles_m, N, BLOCK_N, BAND=16)
         # Loaded here, since torch assumes that a function mutates every pointer that is passed to it.
         each = tl.arange(0, WIDTH)
         ends = tl.load(expert_ptr + each, mask=each < E, other=0)
@@ -84,8 +84,8 @@ def int4_experts(
         x_row = m
         y_row = m.to(tl.int64)
     else:
-        tile_n = pid // tiles
-        tile_m = pid % tiles
+        tile_m = tl.program_id(0)
+        tile_n = tl.program_id(1)
         tiles_m = tl.cdiv(M, BLOCK_M)
         batch = tile_m // tiles_m
         m = tile_m % tiles_m * BLOCK_M + columns

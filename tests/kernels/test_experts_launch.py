@@ -76,7 +76,8 @@ def test_known_number_of_rows_is_one_launch(form: str, rows: int, of_one: int) -
     tiling = tiling_for(HOPPER, Weight(N, K, 32, batch=count, experts=True, grouped=form == "grouped"), of_one)
     # Every group of rows, and the rows without an expert, may end in a tile that is not full.
     tiles = rows // tiling.block_m + E + 1 if form == "grouped" else count * -(-of_one // tiling.block_m)
-    assert node.kwargs["grid"] == [(tiles * -(-N // tiling.block_n), 1, 1)]
+    across = -(-N // tiling.block_n)
+    assert node.kwargs["grid"] == [(tiles * across, 1, 1) if form == "grouped" else (tiles, across, 1)]
 
 
 @pytest.mark.parametrize("form", ["all", "grouped"])

@@ -56,7 +56,8 @@ class Experts:
         form = {"EVEN_K": self.k % block_k == 0, "HAS_ZERO": self.qparams.shape[0] == 2, "GROUPED": grouped}
         form |= {"HAS_IDS": chosen is not None and not grouped, "WIDTH": 1 << self.e.bit_length()}
         constants = (self.packed, self.qparams, self.packed if chosen is None else chosen)
-        grid, more = (tiles * -(-self.n // block_n),), (self.e, self.n, self.k // 32)
+        across, more = -(-self.n // block_n), (self.e, self.n, self.k // 32)
+        grid = (tiles * across,) if grouped else (tiles, across)
         # A descriptor reads zeros beyond K, up to the padding of the words.
         described = grouped and (form["EVEN_K"] or block_k == mma_tiled.BLOCK)
         results, before = [], y.clone()
