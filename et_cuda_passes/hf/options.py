@@ -332,7 +332,7 @@ def folded_targets(options: QuantizationOptions) -> dict[str, str]:
         for name in options.targets:
             if not embedding and options.quantizes_activations_of(scheme, name):
                 continue
-            if usual_support(scheme, name, embedding=bool(embedding)).status is Status.FOLDED:
+            if usual_support(scheme, name, kind="embedding" if embedding else "linear").status is Status.FOLDED:
                 found.setdefault(name, []).append((place, scheme))
     folded = {}
     for name, ((place, scheme), *others) in found.items():
@@ -348,10 +348,11 @@ def _check_targets(options: QuantizationOptions, names: Sequence[str]) -> None:
         UsageError: one of them has not.
     """
     for place, (scheme, embedding) in options.schemes().items():
-        kinds = (False, True) if embedding is None and scheme.name in FOR_EMBEDDINGS else (bool(embedding),)
+        both = embedding is None and scheme.name in FOR_EMBEDDINGS
+        kinds = ("linear", "embedding") if both else ("embedding" if embedding else "linear",)
         _check_promise(place, scheme, names)
         for name in names or ((scheme.promised,) if scheme.promised else ()):
-            statuses = [usual_support(scheme, name, embedding=kind).status for kind in kinds]
+            statuses = [usual_support(scheme, name, kind=kind).status for kind in kinds]
             # A recipe's pattern may match linears and embeddings: the plan knows which.
             _check_status(place, scheme, name, min(statuses, key=list(Status).index))
     for encoder in (False, True):

@@ -13,6 +13,7 @@ from torchao.core.config import AOBaseConfig
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.hf.conv1d import is_conv1d
 from et_cuda_passes.hf.encoders import encoder_fqns
+from et_cuda_passes.hf.experts import is_stack, matrices
 from et_cuda_passes.hf.options import DEFAULT_GROUP_SIZE, QuantizationOptions
 from et_cuda_passes.hf.recipe import Entry, Recipe
 from et_cuda_passes.hf.report import LayerReport, QuantizationReport
@@ -39,7 +40,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass
 class Layer:
-    """A linear or an embedding of the model, or another module with a matrix."""
+    """A linear, a stack of experts or an embedding of the model, or another module with a matrix."""
 
     fqn: str
     module: nn.Module
@@ -70,7 +71,7 @@ class _NoFit(Exception):
 
 
 def _layers(model: nn.Module) -> list[Layer]:
-    """The linears, the embeddings, and the other matrices of modules that are neither, in the model's order."""
+    """The linears, the embeddings, and the parameters of other modules with matrices, in the model's order."""
     encoders = encoder_fqns(model)
     names: dict[nn.Module, list[str]] = {}
     for fqn, module in model.named_modules(remove_duplicate=False):
@@ -85,8 +86,10 @@ def _layers(model: nn.Module) -> list[Layer]:
             found.append(Layer(fqns[0], module, module.get_parameter("weight").t(), "linear", encoder))
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:
-                    fqn = f"{fqns[0]}.{name}" if fqns[0] else name
+                fqn = f"{fqns[0]}.{name}" if fqns[0] else name
+                if is_stack(module, parameter):
+                    found.append(Layer(fqn, module, matrices(module, parameter), "experts", encoder))
+                elif parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:
                     found.append(Layer(fqn, module, parameter, "other", encoder))
     return found
 
@@ -104,13 +107,13 @@ def _unquantizable(layer: Layer) -> str | None:
     weight = layer.weight
     if layer.kind == "other":
         if weight.dim() == 3:
-            return "a parameter of three dimensions, such as a stack of experts, which torchao does not quantize"
+            return f"a parameter of three dimensions of {type(layer.module).__name__}, which is no known stack of experts"
         return f"a matrix of {type(layer.module).__name__}, which is neither a linear nor an embedding"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"quantized before: its weight is a {type(weight).__name__}"
     if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight itself, past the linear"
-    if not is_conv1d(layer.module) and _reads_weight_itself(layer.module):
+    if layer.kind != "experts" and not is_conv1d(layer.module) and _reads_weight_itself(layer.module):
         return f"{type(layer.module).__name__} reads this weight itself, and not as {_article(layer.kind)}"
     if weight.dtype not in _FLOATS:
         return f"a weight in {str(weight.dtype).removeprefix('torch.')}, which torchao does not quantize"
@@ -137,7 +140,7 @@ def _article(kind: str) -> str:
 
 
 def _fit(
-    scheme: Scheme, wanted: int, k: int, embedding: bool, fallback: str, goals: Mapping[str, str]
+    scheme: Scheme, wanted: int, k: int, kind: str, fallback: str, goals: Mapping[str, str]
 ) -> tuple[Scheme, int, str]:
     """The scheme and the group size of a layer, and the reason if they are not those that are wanted.
 
@@ -148,7 +151,7 @@ def _fit(
         scheme: the scheme that is wanted.
         wanted: the group size that is wanted.
         k: in_features.
-        embedding: whether only embeddings read the weight.
+        kind: "embedding" if only embeddings read the weight, else "linear" or "experts".
         fallback: the option ``group_size_fallback``.
         goals: the packing format for each named target.
 
@@ -157,13 +160,13 @@ def _fit(
     """
 
     try:
-        return _fit_with(scheme, wanted, k, embedding, fallback, goals, may_fold=False)
+        return _fit_with(scheme, wanted, k, kind, fallback, goals, may_fold=False)
     except _NoFit:
-        return _fit_with(scheme, wanted, k, embedding, fallback, goals, may_fold=True)
+        return _fit_with(scheme, wanted, k, kind, fallback, goals, may_fold=True)
 
 
 def _fit_with(
-    scheme: Scheme, wanted: int, k: int, embedding: bool, fallback: str, goals: Mapping[str, str], may_fold: bool
+    scheme: Scheme, wanted: int, k: int, kind: str, fallback: str, goals: Mapping[str, str], may_fold: bool
 ) -> tuple[Scheme, int, str]:
     """As :func:`_fit`; without ``may_fold``, a target lacks a size without a kernel if it has a kernel for another.
 
@@ -172,10 +175,10 @@ def _fit_with(
 
     def lacking(scheme: Scheme, size: int) -> list[str]:
         def lacks(name: str) -> bool:
-            layout = goals[name] if scheme.bits == 4 and not embedding else AUTO
-            found = support(scheme, size, k, name, layout, embedding)
+            layout = goals[name] if scheme.bits == 4 and kind == "linear" else AUTO
+            found = support(scheme, size, k, name, layout, kind)
             if (found.plain or found.status is Status.FOLDED) and not may_fold:
-                return usual_support(scheme, name, embedding=embedding).has_kernel
+                return usual_support(scheme, name, kind=kind).has_kernel
             return found.status is Status.IMPOSSIBLE
 
         return [name for name in goals if lacks(name)]
@@ -183,7 +186,8 @@ def _fit_with(
     if scheme.per_row or wanted == PER_AXIS:
         without = lacking(scheme, PER_AXIS)
         if without:
-            raise _NoFit(f"{' and '.join(without)} has no kernel of {scheme.name} for in_features {k}")
+            what = f"{'experts with ' if kind == 'experts' else ''}in_features {k}"
+            raise _NoFit(f"{' and '.join(without)} has no kernel of {scheme.name} for {what}")
         other = wanted not in (DEFAULT_GROUP_SIZE, PER_AXIS)
         return scheme, PER_AXIS, f"{scheme.name} has one scale per row" if other else ""
     if k % wanted == 0:
@@ -191,7 +195,9 @@ def _fit_with(
         if not without:
             return scheme, wanted, ""
         why = f"{' and '.join(without)} has no kernel of {scheme.name} for groups of {wanted}"
-        if any(support(scheme, wanted, 32 * wanted, name).has_kernel for name in without):
+        if kind == "experts":
+            why += " of experts"
+        elif any(support(scheme, wanted, 32 * wanted, name).has_kernel for name in without):
             why += f" and in_features {k}"
     else:
         why = f"in_features {k} is no multiple of {wanted}"
@@ -205,6 +211,17 @@ def _fit_with(
     wider = SCHEMES["8da8w" if scheme.dynamic else "8w"]
     hint = f"; {scheme.name},{wider.name} gives it 8 bits" if scheme.bits == 4 and not lacking(wider, PER_AXIS) else ""
     raise _NoFit(f"{why}, and no smaller group size has a kernel on {' and '.join(lacking(scheme, PER_AXIS))}{hint}")
+
+
+def _no_experts(scheme: Scheme, names: Sequence[str]) -> str:
+    """Why stacks of experts do not have ``scheme`` on the targets ``names``; empty if they do."""
+    if scheme.dynamic:
+        return f"{scheme.name} quantizes the activations of linears; a recipe may give experts another scheme, as 4w"
+    found = {name: usual_support(scheme, name, kind="experts").status for name in names}
+    without = [name for name, status in found.items() if status is Status.IMPOSSIBLE]
+    if names and not any(status.has_kernel for status in found.values()):
+        without = list(names)
+    return f"{' and '.join(without)} has no kernel of {scheme.name} for experts" if without else ""
 
 
 # Plan -----------------------------------------------------------------------------------------------------------------
@@ -260,7 +277,8 @@ class Plan:
                 ("embedding", options.embedding_scheme(encoder)),
             ):
                 size = options.group_size(kind == "embedding", encoder)
-                ks = {layer.in_features for layer in self.layers if (layer.kind, layer.encoder) == (kind, encoder)}
+                kinds = ("linear", "experts") if kind == "linear" else (kind,)
+                ks = {each.in_features for each in self.layers if each.kind in kinds and each.encoder == encoder}
                 if scheme is None or scheme.per_row or scheme.fallback or size in adjusted or not ks:
                     continue
                 if not any(k % size == 0 for k in ks):
@@ -282,8 +300,12 @@ class Plan:
             return Decision(None, reason=unquantizable)
         if len(group) > 1 and any(is_conv1d(layer.module) for layer in group):
             return Decision(None, reason="a weight of Conv1D that other modules share, which torchao does not quantize")
+        if first.kind == "experts" and len(group) > 1:
+            return Decision(None, reason="a stack of experts that several modules share")
         encoder = all(layer.encoder for layer in group)
-        embeddings, linears = (any(layer.kind == kind for layer in group) for kind in ("embedding", "linear"))
+        embeddings, linears = any(each.kind == "embedding" for each in group), first.kind == "experts"
+        linears = linears or any(each.kind == "linear" for each in group)
+        kind = first.kind if first.kind == "experts" else "linear" if linears else "embedding"
         table = options.embedding_scheme(encoder) if embeddings else None
         linear = options.linear_scheme(encoder) if linears else None
         scheme, size = table or linear, options.group_size(table is not None or not linears, encoder)
@@ -299,13 +321,15 @@ class Plan:
             scheme = entry.scheme or scheme
             size = size if entry.group_size is None else entry.group_size
             algorithm = entry.algorithm or algorithm
-            problem = _entry_problem(entry, scheme, first, not linears, options.targets)
+            problem = _entry_problem(entry, scheme, first, kind, options.targets)
             if problem:
                 self.problems.append(f"recipe pattern {entry.pattern}: {problem}")
                 return Decision(None)
         if scheme is None:
             option = ("qlinear" if linears else "qembedding") + ("_encoder" if encoder else "")
             return Decision(None, reason=f"{option} is not given", pattern=pattern)
+        if kind == "experts" and (why := _no_experts(scheme, self._targets(scheme))):
+            return Decision(None, reason=why, pattern=pattern)
         # NaN is the smallest and the largest of whatever contains it; isfinite takes several times as long.
         if first.weight.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(first.weight)):
             self.problems.append(f"{first.fqn}: the weight contains NaN or infinity; repair the checkpoint")
@@ -313,9 +337,10 @@ class Plan:
         k = first.in_features
         goals = {name: options.packing_format(name, encoder) for name in self._targets(scheme)}
         try:
-            fitted, fitted_size, why = _fit(scheme, size, k, not linears, options.group_size_fallback, goals)
+            fitted, fitted_size, why = _fit(scheme, size, k, kind, options.group_size_fallback, goals)
         except _NoFit as no_fit:
-            if options.group_size_fallback == "error" or (scheme.promised and options.group_size_fallback == "adjust"):
+            fallback = options.group_size_fallback
+            if fallback == "error" or (scheme.promised and fallback == "adjust" and kind != "experts"):
                 self.problems.append(f"{first.fqn}: {no_fit}; change the group size, or skip the layer in a recipe")
             return Decision(None, reason=str(no_fit), pattern=pattern)
         chosen = fitted.algorithm or algorithm
@@ -404,16 +429,22 @@ class Plan:
                     reason=decision.reason,
                     pattern=decision.pattern,
                     tied_to=tuple(other.fqn for other in group if other is not layer),
+                    experts=len(layer.weight) if layer.kind == "experts" else 1,
                 )
             )
         return QuantizationReport(found, list(self.warnings))
 
 
-def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding: bool, names: Iterable[str]) -> str:
+def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, kind: str, names: Iterable[str]) -> str:
     """Why a recipe's entry cannot decide about a layer; empty if it can."""
     if scheme is None:
         return f'no scheme is given for {layer.fqn}; add scheme = "4w" to the entry'
-    if embedding and scheme.name not in FOR_EMBEDDINGS:
+    if kind == "experts" and scheme.dynamic and entry.scheme is not None:
+        return (
+            f"{layer.fqn} is a stack of experts, and {scheme.name} quantizes the activations of linears; put an entry "
+            'for it before this one, with scheme = "4w" or skip = true'
+        )
+    if kind == "embedding" and scheme.name not in FOR_EMBEDDINGS:
         return (
             f"{layer.fqn} is an embedding, and {scheme.name} is for linears; put an entry for it before this one, with "
             f"one of {', '.join(FOR_EMBEDDINGS)} or skip = true"
@@ -421,8 +452,10 @@ def _entry_problem(entry: Entry, scheme: Scheme | None, layer: Layer, embedding:
     if scheme.per_row and entry.group_size:
         return f"{scheme.name} has one scale per row; remove group_size"
     for name in names:
-        if usual_support(scheme, name, embedding=embedding).status is Status.IMPOSSIBLE:
-            return f"{name} has no kernel of {scheme.name} for {layer.fqn}; {instead(scheme, name)}"
+        # Experts of the options' scheme stay floating-point where it has no kernel.
+        of_entry = kind != "experts" or entry.scheme is not None
+        if of_entry and usual_support(scheme, name, kind=kind).status is Status.IMPOSSIBLE:
+            return f"{name} has no kernel of {scheme.name} for {layer.fqn}; {instead(scheme, name, kind)}"
     return ""
 
 

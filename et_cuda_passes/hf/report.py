@@ -11,8 +11,9 @@ class LayerReport:
     """How a layer is quantized, or why it is not.
 
     Attributes:
-        fqn: of the module; of the parameter if ``kind`` is "other".
-        kind: "linear", "embedding", or "other" for a matrix of another module, which stays floating-point.
+        fqn: of the module; of the parameter if ``kind`` is "experts" or "other".
+        kind: "linear", "embedding", "experts" for the stacked matrices of a mixture of experts, or "other" for a matrix
+            of another module, which stays floating-point.
         out_features: N, the rows of the weight.
         in_features: K, its columns.
         encoder: whether the layer is a part of an encoder, to which the options with ``_encoder`` apply.
@@ -23,6 +24,7 @@ class LayerReport:
         reason: why the group size is another one, or why the weight is as it was.
         pattern: the pattern of the recipe that decides about the layer.
         tied_to: the other layers that share the weight.
+        experts: the number of matrices in a stack; 1 for a matrix.
     """
 
     fqn: str
@@ -37,6 +39,7 @@ class LayerReport:
     reason: str = ""
     pattern: str | None = None
     tied_to: tuple[str, ...] = ()
+    experts: int = 1
 
     @property
     def form(self) -> str:
@@ -51,7 +54,7 @@ class QuantizationReport:
     """The entries of a quantization, in the model's order.
 
     Attributes:
-        layers: one for each linear, embedding and other matrix.
+        layers: one for each linear, embedding, stack of experts and other matrix.
         warnings: what the user probably did not intend.
     """
 

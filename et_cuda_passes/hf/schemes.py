@@ -1,7 +1,7 @@
-"""``quantize_model_``: quantize the linears and embeddings of a model by the names of schemes.
+"""``quantize_model_``: quantize the linears, experts and embeddings of a model by the names of schemes.
 
-Nothing is quantized before everything is checked. Each linear and each embedding has one entry in the report, with its
-scheme, or with the reason why it stays floating-point.
+Nothing is quantized before everything is checked. Each linear, each stack of experts and each embedding has one entry
+in the report, with its scheme, or with the reason why it stays floating-point.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,7 @@ from torch import nn
 from torchao.quantization import FqnToConfig, quantize_
 
 from et_cuda_passes.hf.conv1d import replace_conv1d
+from et_cuda_passes.hf.experts import quantize_stack
 from et_cuda_passes.hf.options import (
     DEFAULT_GROUP_SIZE,
     QuantizationOptions,
@@ -61,7 +62,7 @@ def quantize_model_(
     cast_to_bf16: bool = False,
     xnnpack_weight_only: str = "fold",
 ) -> QuantizationReport:
-    """Quantize the linears and the embeddings of ``model`` in place.
+    """Quantize the linears, the experts and the embeddings of ``model`` in place.
 
     The options are those of :class:`QuantizationOptions`, which describes them.
 
@@ -70,10 +71,13 @@ def quantize_model_(
 
     A ``Conv1D`` of transformers, the linear of GPT-2, becomes an ``nn.Linear`` under the same FQN if it is quantized.
 
+    The stacked matrices of a mixture of experts of transformers are linears too, and have ``qlinear``'s scheme if it
+    leaves activations as they are. If the targets have no kernel for them, they stay floating-point, with the reason.
+
     Encoders are recognized by the methods and names that transformers gives its models.
 
     Returns:
-        The report, with one entry for each linear and each embedding.
+        The report, with one entry for each linear, stack of experts and embedding.
 
     Raises:
         ValueError: the options do not go together or do not fit the model. The model is then unchanged.
@@ -108,8 +112,12 @@ def quantize_with(model: nn.Module, options: QuantizationOptions) -> Quantizatio
     check_schemes(options)
     plan = Plan(model, options)
     report, configs, shared = plan.report(), plan.configs(), plan.shared()
+    stacks = [layer.fqn for layer in report.layers if layer.kind == "experts" and layer.fqn in configs]
     # The plan holds the floating-point weights. Without it, each is freed when its layer is quantized.
     del plan
+    for fqn in stacks:
+        module, _, name = fqn.rpartition(".")
+        quantize_stack(model.get_submodule(module), name, configs.pop(fqn))
     if configs:
         replace_conv1d(model, configs)
         quantize_(model, FqnToConfig(fqn_to_config=configs), filter_fn=None)

@@ -29,6 +29,7 @@ from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_a
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.graph.passes import PassList
 from et_cuda_passes.graph.report import Reason
+from et_cuda_passes.hf.experts import quantize_stack
 from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import CastAttention, UnmaskedAttention
 from et_cuda_passes.rules.fold import FoldDequantize
@@ -337,7 +338,7 @@ def support(
     in_features: int,
     target: str,
     packing_format: str = AUTO,
-    embedding: bool = False,
+    kind: str = "linear",
     dtype: torch.dtype | None = None,
     cast_to_bf16: bool = False,
 ) -> Support:
@@ -349,14 +350,14 @@ def support(
         in_features: K.
         target: the name of a target.
         packing_format: one of :func:`formats`, or "auto".
-        embedding: whether the layer is an embedding and not a linear.
+        kind: "linear", "embedding" or "experts".
         dtype: of the model; None for the best outcome in bfloat16 and float32.
         cast_to_bf16: whether the rules may cast activations to bf16.
     """
     plain = replace(scheme, promised=None, fallback=None)
     found = []
     for each in _DTYPES if dtype is None else (dtype,):
-        found.append(_support(plain, group_size, in_features, target, packing_format, embedding, each, cast_to_bf16))
+        found.append(_support(plain, group_size, in_features, target, packing_format, kind, each, cast_to_bf16))
         if found[-1].status.has_kernel:
             break
     return min(found, key=lambda each: list(Status).index(each.status))
@@ -369,11 +370,11 @@ def _support(
     in_features: int,
     target: str,
     packing_format: str,
-    embedding: bool,
+    kind: str,
     dtype: torch.dtype,
     cast_to_bf16: bool,
 ) -> Support:
-    program = _layer(scheme, group_size, in_features, embedding, dtype)
+    program = _layer(scheme, group_size, in_features, kind, dtype)
     rewritten, report = rewrite(program, target, passes_with(target, packing_format, cast_to_bf16))
     (outcome,) = report.outcomes
     if outcome.status == "missed":
@@ -385,12 +386,18 @@ def _support(
 
 
 @lru_cache(maxsize=64)
-def _layer(scheme: Scheme, group_size: int, in_features: int, embedding: bool, dtype: torch.dtype) -> ExportedProgram:
-    """An exported linear or embedding with 16 rows, quantized. No random number is drawn."""
+def _layer(scheme: Scheme, group_size: int, in_features: int, kind: str, dtype: torch.dtype) -> ExportedProgram:
+    """An exported linear or embedding with 16 rows, or two experts of 16 rows, quantized. No random number is drawn."""
     values = torch.linspace(-1, 1, _ROWS * in_features).view(_ROWS, in_features).to(dtype)
     model: Any
     x: Tensor
-    if embedding:
+    if kind == "experts":
+        model = _Experts(values.expand(2, -1, -1).clone())
+        quantize_stack(model, "stack", scheme.config(group_size, "hqq"))
+        x, chosen = torch.zeros(2, in_features, dtype=dtype), torch.tensor([0, 1], dtype=torch.int32)
+        with torch.no_grad():
+            return torch.export.export(model.eval(), (x, chosen))
+    if kind == "embedding":
         model = nn.Embedding(_ROWS, in_features, _weight=values)
         x = torch.zeros(1, 2, dtype=torch.int64)
     else:
@@ -402,24 +409,42 @@ def _layer(scheme: Scheme, group_size: int, in_features: int, embedding: bool, d
         return torch.export.export(model.eval(), (x,))
 
 
-def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, embedding: bool = False) -> Support:
+class _Experts(nn.Module):
+    """The product of transformers' experts: with rows sorted by expert, which torch has in bf16 only, or one by one."""
+
+    is_transposed = False
+
+    def __init__(self, stack: Tensor) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(stack, requires_grad=False)
+
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        if x.dtype is torch.bfloat16:
+            return nn.functional.grouped_mm(x, self.stack.transpose(1, 2), offs=chosen)
+        return torch.bmm(self.stack[chosen], x.unsqueeze(-1)).squeeze(-1)
+
+
+def usual_support(scheme: Scheme, target: str, packing_format: str = AUTO, kind: str = "linear") -> Support:
     """The outcome on ``target`` of a layer whose in_features every group size divides.
 
     A linear has groups of 32, or one scale per row if the target has only that. An embedding has one scale per row.
     """
-    sizes = (PER_AXIS,) if scheme.per_row or embedding else (32, PER_AXIS)
-    found = [support(scheme, size, 256, target, packing_format, embedding) for size in sizes]
+    sizes = (PER_AXIS,) if scheme.per_row or kind == "embedding" else (32, PER_AXIS)
+    found = [support(scheme, size, 256, target, packing_format, kind) for size in sizes]
     return min(found, key=lambda each: (not each.status.has_kernel, each.plain, each.status is Status.IMPOSSIBLE))
 
 
-def instead(scheme: Scheme, target: str) -> str:
+def instead(scheme: Scheme, target: str, kind: str = "linear") -> str:
     """The end of an error message: the schemes for which ``target`` has a kernel, those like ``scheme`` first."""
     usable = [
         other
         for other in SCHEMES.values()
         if other.algorithm is None
         and other.only_for in (None, target)
-        and usual_support(other, target).status.has_kernel
+        and not (kind == "experts" and other.dynamic)
+        and usual_support(other, target, kind=kind).status.has_kernel
     ]
+    if not usable:
+        return f"{target} has no kernels for {kind}"
     usable.sort(key=lambda other: (other.bits != scheme.bits, other.dynamic != scheme.dynamic))
     return f"{target} has kernels for {', '.join(str(other) for other in usable)}"
