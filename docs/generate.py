@@ -149,11 +149,11 @@ def operators_page() -> str:
     return "\n\n".join(parts)
 
 
-def supported(scheme: Scheme, target: str, embedding: bool = False) -> str:
+def supported(scheme: Scheme, target: str, kind: str = "linear") -> str:
     """The outcome of a scheme on a target, and that of its fallback."""
     if scheme.only_for not in (None, target):
         return f"{Status.IMPOSSIBLE}: for {scheme.only_for} alone"
-    found = usual_support(scheme, target, embedding=embedding)
+    found = usual_support(scheme, target, kind=kind)
     text = f"{found.status}: {found.detail}" if found.detail else str(found.status)
     # 16 is the only usual group size that divides 272.
     return text if scheme.fallback is None else f"{text}; else {support(scheme.fallback, 0, 272, target).status}"
@@ -182,7 +182,7 @@ def schemes_page() -> str:
     summary = "8da4w, and 8da8w where the group size does not divide in_features"
     linear.append((f"`{both}`", summary, *(supported(both, name) for name in names)))
     tables = [
-        (f"`{name}`", *(supported(SCHEMES[name], each, embedding=True) for each in names)) for name in FOR_EMBEDDINGS
+        (f"`{name}`", *(supported(SCHEMES[name], each, "embedding") for each in names)) for name in FOR_EMBEDDINGS
     ]
     dtypes = [(f"`{each.name}`", *(dtypes_of(each, name) for name in names)) for each in SCHEMES.values()]
     promises = [
@@ -257,19 +257,22 @@ _MARKS = ("<!-- targets and schemes, written by `make docs` -->", "<!-- end of t
 def matrix() -> str:
     """The outcome of a layer of each scheme on each target, in one word."""
 
-    def word(scheme: Scheme, target: str, embedding: bool = False) -> str:
+    def word(scheme: Scheme, target: str, kind: str = "linear") -> str:
         if scheme.only_for not in (None, target):
             return "refused"
-        status = usual_support(scheme, target, embedding=embedding).status
+        status = usual_support(scheme, target, kind=kind).status
+        if kind == "experts" and not status.has_kernel:
+            return "float"
         return _WORDS.get(status, str(status))
 
     rows = []
     for target in ecp.targets():
         linears = (word(scheme, target) for scheme in SCHEMES.values() if scheme.algorithm is None)
-        tables = (word(SCHEMES[name], target, embedding=True) for name in ("4w", "8w"))
-        rows.append((f"`{target}`", *linears, *tables, *_BACKENDS[target]))
+        tables = (word(SCHEMES[name], target, "embedding") for name in ("4w", "8w"))
+        rows.append((f"`{target}`", *linears, word(SCHEMES["4w"], target, "experts"), *tables, *_BACKENDS[target]))
     schemes = (name for name, scheme in SCHEMES.items() if scheme.algorithm is None)
-    return table(["target", *schemes, "embedding 4w", "embedding 8w", "tested with", "and how"], rows)
+    kinds = ("experts 4w", "embedding 4w", "embedding 8w")
+    return table(["target", *schemes, *kinds, "tested with", "and how"], rows)
 
 
 def readme() -> str:

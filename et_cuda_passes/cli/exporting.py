@@ -78,7 +78,7 @@ def export(
         typer.Option("--task", help="As transformers names it: text-generation, fill-mask, ...; default: the model's."),
     ] = None,
     qlinear: Annotated[
-        Text, _option("qlinear", help=f"The scheme of the linears: {_SCHEME}", autocompletion=_LINEAR)
+        Text, _option("qlinear", help=f"The scheme of the linears and experts: {_SCHEME}", autocompletion=_LINEAR)
     ] = None,
     qlinear_group_size: Annotated[int, _option("qlinear-group-size", help="Default 32; 0 is one scale per row.")] = 32,
     qlinear_packing_format: Annotated[

@@ -74,4 +74,4 @@ def quantize_stack(module: nn.Module, name: str, config: AOBaseConfig) -> None:
     """Quantize the stack ``name`` of ``module`` in place, each matrix by torchao's configuration of a linear."""
     getattr(module, name).requires_grad_(False)
     # Unsafe means without a trial run, which would hold the stack twice.
-    parametrize.register_parametrization(module, name, _Dequantize(config, module.is_transposed), unsafe=True)
+    parametrize.register_parametrization(module, name, _Dequantize(config, bool(module.is_transposed)), unsafe=True)

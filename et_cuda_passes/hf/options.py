@@ -50,7 +50,7 @@ class QuantizationOptions:
     """The options of :func:`quantize_model_`. Those that end in ``_encoder`` are for the encoders of a model.
 
     Attributes:
-        qlinear: the scheme of the linears; see :func:`parse_scheme`.
+        qlinear: the scheme of the linears, and of experts unless it quantizes activations; see :func:`parse_scheme`.
         qlinear_group_size: the group size of the linears along in_features; 0 for one scale per row.
         qlinear_packing_format: the layout of the targets' int4 linears: "auto", one of the target's formats, or a
             format for each of several targets, as in "cuda:tile_packed_to_4d,metal:mps". It selects the kernel and

@@ -107,7 +107,9 @@ def _unquantizable(layer: Layer) -> str | None:
     weight = layer.weight
     if layer.kind == "other":
         if weight.dim() == 3:
-            return f"a parameter of three dimensions of {type(layer.module).__name__}, which is no known stack of experts"
+            return (
+                f"a parameter of three dimensions of {type(layer.module).__name__}, which is no known stack of experts"
+            )
         return f"a matrix of {type(layer.module).__name__}, which is neither a linear nor an embedding"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"quantized before: its weight is a {type(weight).__name__}"

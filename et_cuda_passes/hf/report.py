@@ -1,4 +1,4 @@
-"""The report of a quantization: an entry for each linear and each embedding."""
+"""The report of a quantization: an entry for each linear, each stack of experts and each embedding."""
 
 from collections import Counter
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """A decoder that transformers exports with a static cache, lowered for cuda and run by the loader on the GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from executorch.exir import to_edge_transform_and_lower
@@ -7,13 +9,14 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.delegate import Program
-from tests.gpu.lowered import relative, save
+from et_cuda_passes.delegate import Program, load
+from tests.gpu.lowered import lower, relative, save
 
 pytest.importorskip("transformers.exporters", reason="transformers is not installed: pip install '.[demo]'")
 
 from transformers.exporters import ExportedModel
 
+from tests.hf.models import mixtral
 from tests.static_cache import Run, export, greedy, least_margin, qwen3, steps
 
 pytestmark = pytest.mark.gpu
@@ -96,3 +99,21 @@ def test_weights_of_prefill_and_decode_are_on_the_gpu_once(
     for fqn in prefill.keys() & decode.keys():
         assert prefill[fqn].data_ptr() == decode[fqn].data_ptr()
     assert packed == {fqn for fqn in decode if "packed" in fqn}
+
+
+@pytest.mark.parametrize(("form", "rule"), [("grouped_mm", "grouped_mm_int4"), ("batched_mm", "indexed_bmm_int4")])
+def test_quantized_mixture_of_experts_agrees_with_eager(form: str, rule: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = mixtral().bfloat16()
+    for name, each in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            each.data *= 50  # the choice of experts is clear, so that rounding does not change it
+    assert ecp.quantize_model_(model, qlinear="4w", target="cuda").warnings == []
+    model.set_experts_implementation(form)
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        wanted = model(tokens, use_cache=False).logits
+        program = torch.export.export(model, (tokens,), kwargs={"use_cache": False}, strict=False)
+    pte, partitioner = lower(program, tmp_path, expect={rule: 2, "missed": 0})
+    assert {outcome.status for outcome in partitioner.report.outcomes} == {"rewritten"}
+    assert relative(load(pte)(tokens.cuda())[0].cpu(), wanted) < 2e-2

@@ -163,14 +163,6 @@ def test_embedding_that_reads_its_weight_itself_stays_float() -> None:
         assert torch.isfinite(model(input_features=features, decoder_input_ids=tokens).logits).all()
 
 
-def test_matrices_beside_linears_and_embeddings_are_reported() -> None:
-    config = transformers.MixtralConfig(num_local_experts=2, **TEXT)
-    report = ecp.quantize_model_(transformers.MixtralForCausalLM(config).eval(), qlinear="4w")
-    experts = {layer.fqn: layer for layer in report.layers if layer.kind == "other" and "experts" in layer.fqn}
-    assert set(experts) == {"model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"}
-    assert all("such as a stack of experts" in layer.reason and layer.scheme is None for layer in experts.values())
-
-
 def test_tied_model_of_transformers_keeps_its_tie() -> None:
     model = llama()
     report = ecp.quantize_model_(model, qlinear="4w", qembedding="8w")

@@ -809,6 +809,7 @@ def test_report_is_plain_data_and_short_text() -> None:
         "reason": "in_features 720 is no multiple of 32",
         "pattern": None,
         "tied_to": [],
+        "experts": 1,
     }
     assert str(report).splitlines()[0] == "quantized 2 of 2 layers (2 x linear)"
     with pytest.raises(KeyError):
