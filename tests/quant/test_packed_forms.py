@@ -1,7 +1,6 @@
 """Packed forms, int4 tensors and GGUF blocks: they decode as the gguf package does, and every target rewrites them."""
 
 import dataclasses
-from pathlib import Path
 
 import executorch.kernels.quantized  # noqa: F401  (the runtime's kernels)
 import gguf
@@ -14,7 +13,6 @@ from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from executorch.extension.llm.export.int4 import ExportableInt4Tensor
 from executorch.runtime import Runtime
 from torch import Tensor, nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -141,15 +139,6 @@ def test_wider_blocks_on_other_targets_become_plain_operators(kind: str, group: 
     got = rewritten.module()(torch.eye(K).bfloat16()).T.double().numpy()
     # The scales are fp32: each weight is rounded once.
     assert bool((np.abs(got - wanted) <= ROUNDOFF * np.abs(wanted) + 1e-6).all())
-
-
-def test_rewritten_blocks_compile_and_run_on_the_cpu(tmp_path: Path) -> None:
-    exported, _ = from_gguf("q6_k")
-    rewritten, _ = ecp.rewrite(exported, "cpu")
-    with torch.no_grad():
-        library = aoti_load_package(aoti_compile_and_package(rewritten, package_path=str(tmp_path / "model.pt2")))
-    x = torch.randn(K, K, generator=torch.Generator().manual_seed(0)).bfloat16()
-    torch.testing.assert_close(library(x), rewritten.module()(x), rtol=2e-2, atol=2e-2)
 
 
 def test_int8_weight_without_a_kernel_is_missed_rather_than_decomposed() -> None:
