@@ -4,8 +4,6 @@ torchao's PT2E flow with executorch's XNNPACKQuantizer writes most of the graphs
 ExecuTorch's own runtime runs the lowered programs. The results are compared with the quantized model in eager.
 """
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.xnnpack import Stock, error, example, lowered, output
+from tests.processes import outcome
+from tests.xnnpack import Stock, error, example, lower_and_run, lowered, output
 
 qd = torch.ops.quantized_decomposed
 STEP = 0.05
@@ -219,14 +218,8 @@ def test_program_that_would_fail_late_is_refused_with_the_cause(case: str, tmp_p
     assert_misses(program, reason, "xnnpack")
     # The program runs in a new process: another test may have loaded the missing kernels into this one.
     torch.export.save(program, tmp_path / "program.pt2")
-    text = f"""
-import torch
-import torch.ao.quantization.fx._decomposed
-from tests.xnnpack import Stock, example, lowered, output
-output(lowered(torch.export.load({str(tmp_path / "program.pt2")!r}), Stock()), example(1, 64))
-"""
-    result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert result.returncode == 1 and "RuntimeError" in result.stderr.splitlines()[-1], result.stderr
+    code, said = outcome(lower_and_run, tmp_path / "program.pt2", 1, 64, folder=tmp_path)
+    assert code == 1 and "RuntimeError" in said.splitlines()[-1], said
 
 
 def test_quantized_activation_is_no_candidate() -> None:
