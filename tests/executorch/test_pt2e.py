@@ -15,12 +15,14 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     XNNPACKQuantizer,
     get_symmetric_quantization_config,
 )
+from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses, assert_rewrites
+from tests.helpers import Together
 from tests.processes import outcome
 from tests.xnnpack import Stock, error, example, lower_and_run, lowered, output
 
@@ -189,13 +191,21 @@ WRONG = {
 }
 
 
+def test_cases_are_computed_wrongly_by_the_stock_partitioner_without_an_error() -> None:
+    """Otherwise the refusals below have no reason."""
+    models = {case: ByHand(**options) for case, (options, _) in WRONG.items()}
+    given = [(example(1, 64) * (1 + number / 8),) for number in range(len(models))]
+    pte = lowered(torch.export.export(Together(models.values()), (given,)), Stock())
+    found = Runtime.get().load_program(pte).load_method("forward").execute([x for (x,) in given])
+    for (case, model), (x,), got in zip(models.items(), given, found, strict=True):
+        assert error(got, model(x)) > 0.02, case
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> None:
     options, reason = WRONG[case]
-    model, x = ByHand(**options), example(1, 64)
-    program = torch.export.export(model, (x,))
-    # The case is meaningful only if the stock partitioner is wrong without an error.
-    assert error(through(Stock(), program, x), model(x)) > 0.02
+    x = example(1, 64)
+    program = torch.export.export(ByHand(**options), (x,))
     assert_misses(program, reason, "xnnpack")
     with pytest.raises(ValueError, match="XNNPACK cannot compute"):
         through(ecp.XnnpackPartitioner(), program, x)

@@ -26,6 +26,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses
+from tests.helpers import Together
 from tests.xnnpack import Stock, error, example, lowered, output, through
 
 IN, HIDDEN, OUT = 64, 128, 32
@@ -353,13 +354,22 @@ SILENTLY_WRONG: dict[str, tuple[Callable[[], nn.Module], Callable[[ExportedProgr
 }
 
 
+@pytest.mark.parametrize("prepare", [as_exported, decomposed, linear_decomposed])
+def test_cases_are_computed_wrongly_by_the_stock_partitioner_without_an_error(prepare: Any) -> None:
+    """Otherwise the refusals below have no reason."""
+    models = {case: make().eval() for case, (make, how, _) in SILENTLY_WRONG.items() if how is prepare}
+    given = [(example(5, IN) + number,) for number in range(len(models))]
+    program = prepare(torch.export.export(Together(models.values()), (given,)))
+    pte = lowered(program, Stock())
+    found = Runtime.get().load_program(pte).load_method("forward").execute([x for (x,) in given])
+    for (case, model), (x,), got in zip(models.items(), given, found, strict=True):
+        assert error(got, model(x)) > 0.01, case
+
+
 @pytest.mark.parametrize("case", SILENTLY_WRONG)
 def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> None:
     make, prepare, reason = SILENTLY_WRONG[case]
-    model, x = make().eval(), example(5, IN)
-    program = prepare(torch.export.export(model, (x,)))
-    # The case is meaningful only if the stock partitioner is wrong without an error.
-    assert error(output(lowered(program, Stock()), x), model(x)) > 0.01
+    program = prepare(torch.export.export(make().eval(), (example(5, IN),)))
     with pytest.raises(ValueError, match=re.escape(reason)):
         lowered(program, ecp.XnnpackPartitioner())
 
