@@ -1,5 +1,6 @@
 """Weights in 8-bit and 4-bit floats: decoded as torchao dequantizes them, packed on cuda and folded elsewhere."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,6 +55,14 @@ def exported(model: nn.Module, dtype: torch.dtype = torch.bfloat16, k: int = K) 
     return torch.export.export(model, (x,), dynamic_shapes=({0: Dim("rows", min=2, max=512)},)), x
 
 
+@cache
+def with_parts(scheme: str) -> tuple[nn.Module, ExportedProgram, Tensor]:
+    """A model, and its program with the parts of a wrapped weight in the graph: a rewrite for any target begins so."""
+    model = quantized(CONFIGS[scheme][0])
+    program, x = exported(model)
+    return model, normalised(program)[0], x
+
+
 def off(program: ExportedProgram, x: Tensor, model: nn.Module) -> float:
     found = program.module()(x).detach()
     weight, bias = model[0].weight.dequantize().double(), model[0].bias.detach().double()
@@ -88,9 +97,8 @@ def test_floats_are_packed_on_cuda(scheme: str, decomposed: bool) -> None:
     ],
 )
 def test_floats_are_folded_where_there_is_no_kernel(scheme: str, target: str) -> None:
-    config, _, described = CONFIGS[scheme]
-    model = quantized(config)
-    program, x = exported(model)
+    _, _, described = CONFIGS[scheme]
+    model, program, x = with_parts(scheme)
     rule = "fold_floats" if target in ("cpu", "metal") else "fold_dequantize"
     rewritten, report = ecp.rewrite(program, target, expect={rule: 1, "missed": 0})
     assert f"target {target} has no kernel for this {described} weight: folded to bfloat16" in str(report)
