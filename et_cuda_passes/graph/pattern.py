@@ -120,7 +120,7 @@ def op(*targets: Target) -> Callable[..., Call]:
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
-    forms, lengths, known = _forms(targets)
+    forms, lengths, known = _forms(tuple(map(require_overload, targets)))
 
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
@@ -152,7 +152,7 @@ def _forms(targets: tuple[Target, ...]) -> tuple[tuple[Target, ...], dict[Target
 
     The names are None if an operator has no schema, such as that of control flow.
     """
-    forms = tuple(dict.fromkeys(canonical(require_overload(target)) for target in targets))
+    forms = tuple(dict.fromkeys(map(canonical, targets)))
     schemas = {form: schema for form in forms if (schema := getattr(form, "_schema", None)) is not None}
     names = frozenset(name for schema in schemas.values() for name in schema_argument_names(schema))
     lengths = {form: len(schema.arguments) for form, schema in schemas.items()}
