@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -41,6 +41,21 @@ def chain(n: int, size: int = 32) -> ExportedProgram:
         x, val = sketch.graph.call_function(aten.linear.default, (x, weight)), x.meta["val"]
         x.meta["val"] = val
     return sketch.program(x)
+
+
+class Together(nn.Module):
+    """Modules that are exported as one program, each with its own inputs.
+
+    Exporting, decomposing and lowering take most of their time whatever the program contains. The inputs must be
+    distinct tensors: ``torch.export`` makes one input of equal objects.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, given: list[tuple[Tensor, ...]]) -> list[Any]:
+        return [part(*each) for part, each in zip(self.parts, given, strict=True)]
 
 
 def export_with_rows(model: nn.Module, *shape: int, dtype: torch.dtype = torch.bfloat16) -> ExportedProgram:

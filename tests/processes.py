@@ -1,4 +1,4 @@
-"""The command line in processes of its own, which are forked from one that has imported everything.
+"""Commands and functions in processes of their own, which are forked from one that has imported everything.
 
 So a command takes as long as its work, and fifty of them can be killed in a minute or two. A process has its own
 arguments, variables, working directory, output and signals, and runs the ``main`` of the console script. It is no test
@@ -17,7 +17,7 @@ from contextlib import chdir, suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tests.cli.command import Result
 
@@ -34,6 +34,37 @@ def process(function: Callable[..., None], *arguments: Any) -> ForkServerProcess
     started = _CONTEXT.Process(target=function, args=arguments)
     started.start()
     return started
+
+
+def outcome(function: Callable[..., None], *arguments: Any, folder: Path) -> tuple[int, str]:
+    """The exit code and the output of a process that calls ``function``; an exception is 1."""
+    said = folder / "said.txt"
+    started = process(_with_output_in, said.absolute(), function, *arguments)
+    started.join(PATIENCE)
+    if started.exitcode is None:
+        started.kill()
+        raise AssertionError(f"it runs for more than {PATIENCE:.0f} s: {said.read_text()}")
+    return started.exitcode, said.read_text()
+
+
+def _with_output_in(said: Path, function: Callable[..., None], *arguments: Any) -> None:
+    _redirect(said, sys.stdout, sys.stderr)
+    function(*arguments)
+
+
+def _redirect(path: Path, *streams: TextIO) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in streams:
+        os.dup2(file, stream.fileno())
+    os.close(file)
+
+
+def run_pytest(variables: Mapping[str, str], *arguments: str) -> None:
+    """Run tests in this process; ``variables`` are added to its environment."""
+    import pytest
+
+    os.environ.update(variables)
+    raise SystemExit(pytest.main([*arguments]))
 
 
 class Command:
@@ -108,10 +139,8 @@ def _run(
     os.setpgid(0, 0)
     # A test run in the background of a shell ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        os.dup2(file, stream.fileno())
-        os.close(file)
+    _redirect(out, sys.stdout)
+    _redirect(err, sys.stderr)
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None

@@ -1,5 +1,7 @@
 """Lowers for XNNPACK and runs with ExecuTorch's runtime; shared by tests of several rooms."""
 
+from pathlib import Path
+
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner as Stock
 from executorch.exir import to_edge_transform_and_lower
@@ -7,7 +9,7 @@ from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-__all__ = ["Stock", "error", "example", "lowered", "output", "through"]
+__all__ = ["Stock", "error", "example", "lower_and_run", "lowered", "output", "through"]
 
 
 def example(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -25,6 +27,13 @@ def output(pte: bytes, *inputs: Tensor) -> Tensor:
     """The first result of a ``.pte``, run by ExecuTorch's runtime."""
     result: Tensor = Runtime.get().load_program(pte).load_method("forward").execute(list(inputs))[0]
     return result
+
+
+def lower_and_run(path: Path, *shape: int) -> None:
+    """Lower a saved program as ExecuTorch does, and run it on an :func:`example`."""
+    import torch.ao.quantization.fx._decomposed  # registers the operators of PT2E
+
+    output(lowered(torch.export.load(path), Stock()), example(*shape))
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -236,17 +236,20 @@ def gc_throttled() -> Iterator[None]:
     """Cyclic garbage collection at a hundredth of the frequency, and only of objects created inside.
 
     Lowering takes long, and nearly all objects that it creates stay alive. Its garbage can hold tensors, so some
-    collection is needed. Objects from before are excluded until the end.
+    collection is needed. Objects from before are excluded until the end, unless the caller has excluded some itself:
+    ``gc.unfreeze`` would include those too.
     """
-    thresholds = gc.get_threshold()
+    thresholds, excluded = gc.get_threshold(), gc.get_freeze_count()
     gc.collect()
-    gc.freeze()
+    if not excluded:
+        gc.freeze()
     gc.set_threshold(thresholds[0] * 100, *thresholds[1:])
     try:
         yield
     finally:
         gc.set_threshold(*thresholds)
-        gc.unfreeze()
+        if not excluded:
+            gc.unfreeze()
 
 
 def _has_torchao_mps() -> bool:

@@ -9,6 +9,7 @@ A pattern is written like the model code that it matches::
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -119,19 +120,14 @@ def op(*targets: Target) -> Callable[..., Call]:
     """
     if not targets:
         raise ValueError("op() needs at least one operator")
-    forms = tuple(dict.fromkeys(canonical(require_overload(target)) for target in targets))
-    schemas = [schema for form in forms if (schema := getattr(form, "_schema", None)) is not None]
-    known = (
-        {name for schema in schemas for name in schema_argument_names(schema)} if len(schemas) == len(forms) else None
-    )
+    forms, lengths, known = _forms(tuple(map(require_overload, targets)))
 
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
         positional = args[:-1] if rest else args
-        for form in forms:
-            schema = getattr(form, "_schema", None)
-            if schema is not None and len(positional) > len(schema.arguments):
-                raise TypeError(f"{op_name(form)} has {len(schema.arguments)} arguments, not {len(positional)}")
+        for form, length in lengths.items():
+            if len(positional) > length:
+                raise TypeError(f"{op_name(form)} has {length} arguments, not {len(positional)}")
         for key in kwargs:
             if known is not None and key not in known:
                 raise TypeError(
@@ -147,6 +143,20 @@ def op(*targets: Target) -> Callable[..., Call]:
         )
 
     return call
+
+
+# Each rewrite builds its patterns anew, from the same operators.
+@cache
+def _forms(targets: tuple[Target, ...]) -> tuple[tuple[Target, ...], dict[Target, int], frozenset[str] | None]:
+    """The canonical operators, the number of arguments of each with a schema, and the names of all arguments.
+
+    The names are None if an operator has no schema, such as that of control flow.
+    """
+    forms = tuple(dict.fromkeys(map(canonical, targets)))
+    schemas = {form: schema for form in forms if (schema := getattr(form, "_schema", None)) is not None}
+    names = frozenset(name for schema in schemas.values() for name in schema_argument_names(schema))
+    lengths = {form: len(schema.arguments) for form, schema in schemas.items()}
+    return forms, lengths, names if len(schemas) == len(forms) else None
 
 
 def any_of(*alternatives: Pattern) -> AnyOf:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import resource
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +15,26 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from et_cuda_passes.executorch.packed import ModelError, load_model
+
 Members = dict[str, bytes]
 PROGRAM, INPUTS = "models/model.json", "data/sample_inputs/model.pt"
 WEIGHTS, CONSTANTS = "data/weights/model_weights_config.json", "data/constants/model_constants_config.json"
+
+
+def read_within_200_mb(paths: list[str]) -> None:
+    """Load each file and print the seconds, the cause of the error and the error."""
+    # The limit applies to the address space after the imports. Beyond it, Python raises MemoryError.
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)
+    for path in paths:
+        before = time.perf_counter()
+        try:
+            load_model(Path(path), "cpu")
+            print("read")
+        except ModelError as error:
+            seconds = time.perf_counter() - before
+            print(seconds, type(error.__cause__).__name__, str(error).replace("\n", " "))
 
 
 class Small(nn.Module):

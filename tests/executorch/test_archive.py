@@ -4,7 +4,6 @@ import json
 import pickle
 import random
 import struct
-import subprocess
 import sys
 import zipfile
 from collections import OrderedDict, defaultdict, deque, namedtuple
@@ -40,6 +39,7 @@ from et_cuda_passes.executorch.packed import ModelError, load_model, quiet_load,
 from et_cuda_passes.graph.report import Report
 from tests.executorch import hostile
 from tests.executorch.hostile import INPUTS, PROGRAM, WEIGHTS, edited, honest, members, repickled, saved, written
+from tests.processes import outcome
 from tests.saved import save
 
 Attack = Callable[[hostile.Members, Path], hostile.Members]
@@ -713,25 +713,9 @@ def test_file_with_huge_sizes_is_rejected_in_a_second_and_200_mb(tmp_path: Path,
     for make in BOMBS:
         paths.append(str(tmp_path / f"{make.__name__}.pt2"))
         make(Path(paths[-1]), content)
-    # The limit applies to the address space after the imports. Beyond it, Python raises MemoryError.
-    program = (
-        "import resource, sys, time\n"
-        "from pathlib import Path\n"
-        "from et_cuda_passes.executorch.packed import ModelError, load_model\n"
-        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
-        "resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20),) * 2)\n"
-        "for path in sys.argv[1:]:\n"
-        "    before = time.perf_counter()\n"
-        "    try:\n"
-        "        load_model(Path(path), 'cpu')\n"
-        "        print('read')\n"
-        "    except ModelError as error:\n"
-        "        seconds = time.perf_counter() - before\n"
-        "        print(seconds, type(error.__cause__).__name__, str(error).replace(chr(10), ' '))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert len(lines) == len(BOMBS), done.stdout + done.stderr
+    code, said = outcome(hostile.read_within_200_mb, paths, folder=tmp_path)
+    lines = said.splitlines()
+    assert code == 0 and len(lines) == len(BOMBS), said
     for path, line in zip(paths, lines, strict=True):
         seconds, cause, _ = line.split(maxsplit=2)
         assert cause == "NoneType", f"{path}: {line}"

@@ -30,7 +30,9 @@ class OnCpu(AotiBackend):
 
     @classmethod
     def get_aoti_compile_options(cls, compile_specs: list[CompileSpec]) -> dict[str, Any]:
-        return {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+        # Only the C++ is written: the message comes before anything reads a library.
+        options = {"aot_inductor.package": True, "aot_inductor.package_constants_in_so": False}
+        return {**options, "aot_inductor.package_cpp_only": True}
 
     @classmethod
     def get_custom_passes(cls, compile_specs: list[CompileSpec]) -> list[Any]:

@@ -4,8 +4,8 @@ torchao's PT2E flow with executorch's XNNPACKQuantizer writes most of the graphs
 ExecuTorch's own runtime runs the lowered programs. The results are compared with the quantized model in eager.
 """
 
-import subprocess
-import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,25 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     XNNPACKQuantizer,
     get_symmetric_quantization_config,
 )
+from executorch.runtime import Runtime
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import assert_misses, assert_rewrites
-from tests.xnnpack import Stock, error, example, lowered, output
+from tests.helpers import Together
+from tests.processes import outcome
+from tests.xnnpack import Stock, error, example, lower_and_run, lowered, output
 
 qd = torch.ops.quantized_decomposed
 STEP = 0.05
 
 
-def quantized(model: nn.Module, x: Tensor, **options: Any) -> tuple[nn.Module, ExportedProgram]:
-    """The model as the PT2E flow converts it, calibrated on ``x``, and its program."""
+@cache
+def quantized(make: Callable[[], nn.Module], *shape: int, **options: Any) -> tuple[nn.Module, ExportedProgram]:
+    """The model as the PT2E flow converts it, calibrated on an example, and its program."""
+    model, x = make(), example(*shape)
     torch.manual_seed(0)
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(**options))
     prepared = prepare_pt2e(torch.export.export(model.eval(), (x,)).module(), quantizer)
@@ -56,7 +61,7 @@ def through(partitioner: Stock, program: ExportedProgram, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_cpu_packs_weights_and_keeps_quantized_activations(per_channel: bool, dynamic: bool) -> None:
-    model, program = quantized(mlp(), example(4, 64), is_per_channel=per_channel, is_dynamic=dynamic)
+    model, program = quantized(mlp, 4, 64, is_per_channel=per_channel, is_dynamic=dynamic)
     rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 2, "missed": 0})
     scheme = "int8 per-axis" if per_channel else "int8 per-tensor"
     assert [outcome.detail for outcome in report.outcomes] == [f"{scheme} -> plain operators"] * 2
@@ -69,13 +74,13 @@ def test_cpu_packs_weights_and_keeps_quantized_activations(per_channel: bool, dy
 
 
 def test_convolution_of_kernel_size_1_is_packed_and_the_other_missed() -> None:
-    _, program = quantized(convs(), example(2, 16, 6, 6), is_per_channel=True)
+    _, program = quantized(convs, 2, 16, 6, 6, is_per_channel=True, is_dynamic=False)
     _, report = assert_rewrites(program, "cpu", expect={"conv_int8": 1, "missed": 1}, rtol=5e-3)
     assert "kernels of 3 x 3" in str(report)
 
 
 def test_4_bit_weight_per_channel_is_packed_for_an_int4_kernel() -> None:
-    _, program = quantized(mlp(), example(4, 64), is_per_channel=True, weight_qmin=-7, weight_qmax=7)
+    _, program = quantized(mlp, 4, 64, is_per_channel=True, weight_qmin=-7, weight_qmax=7)
     _, report = assert_rewrites(program, "cpu", expect={"linear_int4": 1, "linear_int8": 1}, rtol=5e-3)
     # Tiles of the int4 kernel divide K = 64, and do not divide K = 48.
     assert [outcome.rule for outcome in report.outcomes] == ["linear_int4", "linear_int8"]
@@ -85,8 +90,9 @@ def test_4_bit_weight_per_channel_is_packed_for_an_int4_kernel() -> None:
     "case", ["mlp per channel", pytest.param("mlp per tensor", marks=pytest.mark.slow), "convolutions"]
 )
 def test_calibrated_model_is_kept_and_correct_to_a_step(case: str) -> None:
-    make, x = (convs, example(2, 16, 6, 6)) if case == "convolutions" else (mlp, example(4, 64))
-    model, program = quantized(make(), x, is_per_channel=case != "mlp per tensor")
+    make, shape = (convs, (2, 16, 6, 6)) if case == "convolutions" else (mlp, (4, 64))
+    model, program = quantized(make, *shape, is_per_channel=case != "mlp per tensor", is_dynamic=False)
+    x = example(*shape)
     ours = ecp.XnnpackPartitioner(expect={"keep_static_int8": 2, "missed": 0})
     found, wanted = through(ours, program, x), model(x)
     step = wanted.unique().diff().min()
@@ -95,14 +101,14 @@ def test_calibrated_model_is_kept_and_correct_to_a_step(case: str) -> None:
 
 
 def test_dynamic_activation_is_kept_for_one_row_and_missed_for_more() -> None:
-    model, program = quantized(mlp(), example(1, 64), is_per_channel=True, is_dynamic=True)
+    model, program = quantized(mlp, 1, 64, is_per_channel=True, is_dynamic=True)
     ours = ecp.XnnpackPartitioner(expect={"keep_dynamic_per_tensor": 2, "missed": 0})
     x = example(1, 64)
     found, wanted = through(ours, program, x), model(x)
     assert error(found, wanted) < 1e-5
 
     x = example(4, 64)
-    model, program = quantized(mlp(), x, is_per_channel=True, is_dynamic=True)
+    model, program = quantized(mlp, 4, 64, is_per_channel=True, is_dynamic=True)
     assert_misses(program, "wanted activations of one row, found rows 4", "xnnpack", rule="keep_dynamic_per_tensor")
     with pytest.raises(ValueError, match="per_row=True"):
         through(ecp.XnnpackPartitioner(), program, x)
@@ -190,13 +196,21 @@ WRONG = {
 }
 
 
+def test_cases_are_computed_wrongly_by_the_stock_partitioner_without_an_error() -> None:
+    """Otherwise the refusals below have no reason."""
+    models = {case: ByHand(**options) for case, (options, _) in WRONG.items()}
+    given = [(example(1, 64) * (1 + number / 8),) for number in range(len(models))]
+    pte = lowered(torch.export.export(Together(models.values()), (given,)), Stock())
+    found = Runtime.get().load_program(pte).load_method("forward").execute([x for (x,) in given])
+    for (case, model), (x,), got in zip(models.items(), given, found, strict=True):
+        assert error(got, model(x)) > 0.02, case
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_program_that_the_delegate_computes_wrongly_is_refused(case: str) -> None:
     options, reason = WRONG[case]
-    model, x = ByHand(**options), example(1, 64)
-    program = torch.export.export(model, (x,))
-    # The case is meaningful only if the stock partitioner is wrong without an error.
-    assert error(through(Stock(), program, x), model(x)) > 0.02
+    x = example(1, 64)
+    program = torch.export.export(ByHand(**options), (x,))
     assert_misses(program, reason, "xnnpack")
     with pytest.raises(ValueError, match="XNNPACK cannot compute"):
         through(ecp.XnnpackPartitioner(), program, x)
@@ -219,14 +233,8 @@ def test_program_that_would_fail_late_is_refused_with_the_cause(case: str, tmp_p
     assert_misses(program, reason, "xnnpack")
     # The program runs in a new process: another test may have loaded the missing kernels into this one.
     torch.export.save(program, tmp_path / "program.pt2")
-    text = f"""
-import torch
-import torch.ao.quantization.fx._decomposed
-from tests.xnnpack import Stock, example, lowered, output
-output(lowered(torch.export.load({str(tmp_path / "program.pt2")!r}), Stock()), example(1, 64))
-"""
-    result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True)
-    assert result.returncode == 1 and "RuntimeError" in result.stderr.splitlines()[-1], result.stderr
+    code, said = outcome(lower_and_run, tmp_path / "program.pt2", 1, 64, folder=tmp_path)
+    assert code == 1 and "RuntimeError" in said.splitlines()[-1], said
 
 
 def test_quantized_activation_is_no_candidate() -> None:

@@ -56,49 +56,74 @@ FORMS = {
 IDS = torch.tensor([[0, 7, 12], [5, 5, 1]])
 
 
+def outputs(pte: bytes, *inputs: Tensor) -> list[Tensor]:
+    return [each.clone() for each in Runtime.get().load_program(pte).load_method("forward").execute(list(inputs))]
+
+
+class Together(nn.Module):
+    """Tables that are lowered as one, since each lowering takes half a second; one tensor of ids for each."""
+
+    def __init__(self, tables: list[Quantized]) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(tables)
+
+    def forward(self, *ids: Tensor) -> list[Tensor]:
+        return [table(each) for table, each in zip(self.tables, ids, strict=True)]
+
+
+def separate_ids(tables: list[Quantized]) -> list[Tensor]:
+    """:data:`IDS` for each table. ``torch.export`` would make one input of equal objects."""
+    return [IDS.clone() for _ in tables]
+
+
+def all_rewritten(tables: list[Quantized]) -> dict[str, int]:
+    return {"quantized_embedding": len(tables), "missed": 0}
+
+
 @pytest.mark.parametrize("zero_points", ["random", pytest.param(None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("form", FORMS)
-def test_widths_and_groups_match_fp64(form: str, zero_points: str | None) -> None:
-    low, high, storage, k, group, operator = FORMS[form]
-    model = Quantized(13, k, group, low, high, torch.float32, None, zero_points, look_up, storage)
-    ours = ecp.XnnpackPartitioner(expect=REWRITTEN)
-    found = output(lowered(exported(model, IDS), ours), IDS)
-    assert torch.equal(found, rounded_once(exact(model)[IDS], torch.float32))
-    assert ours.report.outcomes[0].detail.endswith(f" -> {operator}")
+def test_widths_and_groups_match_fp64(zero_points: str | None) -> None:
+    tables = [
+        Quantized(13, k, group, low, high, torch.float32, None, zero_points, look_up, storage)
+        for low, high, storage, k, group, _ in FORMS.values()
+    ]
+    given = separate_ids(tables)
+    ours = ecp.XnnpackPartitioner(expect=all_rewritten(tables))
+    found = outputs(lowered(exported(Together(tables), *given), ours), *given)
+    for form, table, got, outcome in zip(FORMS, tables, found, ours.report.outcomes, strict=True):
+        assert torch.equal(got, rounded_once(exact(table)[IDS], torch.float32)), form
+        assert outcome.detail.endswith(f" -> {FORMS[form][-1]}"), form
 
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("zero_points", ["random", pytest.param(None, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("scales", "dtype"),
-    [
-        pytest.param(scales, dtype, marks=() if torch.float32 in (scales, dtype) else pytest.mark.slow)
-        for scales in DTYPES
-        for dtype in DTYPES
-    ],
-)
 @pytest.mark.parametrize(("low", "high"), [(-8, 7), (-128, 127)])
-def test_dtypes_of_scales_and_result_match_fp64(
-    low: int, high: int, dtype: torch.dtype, scales: torch.dtype, zero_points: str | None
-) -> None:
-    model = Quantized(13, 64, 32, low, high, dtype, scales, zero_points, look_up)
-    program = exported(model, IDS)
-    wanted = rounded_once(exact(model)[IDS], dtype)
-    found = output(lowered(program, ecp.XnnpackPartitioner(expect=REWRITTEN)), IDS)
-    assert found.dtype is dtype and torch.equal(found, wanted)
-    rewritten, _ = ecp.rewrite(program, "xnnpack", expect=REWRITTEN)
-    assert torch.equal(rewritten.module()(IDS), wanted)
+def test_dtypes_of_scales_and_result_match_fp64(low: int, high: int, zero_points: str | None) -> None:
+    tables = [
+        Quantized(13, 64, 32, low, high, dtype, scales, zero_points, look_up) for scales in DTYPES for dtype in DTYPES
+    ]
+    given = separate_ids(tables)
+    program = exported(Together(tables), *given)
+    found = outputs(lowered(program, ecp.XnnpackPartitioner(expect=all_rewritten(tables))), *given)
+    rewritten, _ = ecp.rewrite(program, "xnnpack", expect=all_rewritten(tables))
+    for table, got, before in zip(tables, found, rewritten.module()(*given), strict=True):
+        wanted = rounded_once(exact(table)[IDS], table.dtype)
+        assert got.dtype is table.dtype and torch.equal(got, wanted), (table.scale.dtype, table.dtype)
+        assert torch.equal(before, wanted), (table.scale.dtype, table.dtype)
 
 
-@pytest.mark.parametrize("ids", [IDS.int(), torch.tensor(7), torch.tensor([[[12]]]), IDS.new_empty(2, 0)], ids=str)
 @pytest.mark.parametrize("check_ids", [True, False])
-def test_ids_of_any_shape_and_of_int32_match_fp64(ids: Tensor, check_ids: bool) -> None:
-    model = Quantized(13, 64, 32, -128, 127, torch.float32, zero_points="random", form=look_up)
-    passes = [ecp.QuantizedEmbedding(check_ids)]
-    found = output(lowered(exported(model, ids), ecp.XnnpackPartitioner(passes=passes, expect=REWRITTEN)), ids)
-    assert torch.equal(found, rounded_once(exact(model)[ids.long()], torch.float32))
+def test_ids_of_any_shape_and_of_int32_match_fp64(check_ids: bool) -> None:
+    given = [IDS.int(), torch.tensor(7), torch.tensor([[[12]]]), IDS.new_empty(2, 0)]
+    tables = [
+        Quantized(13, 64, 32, -128, 127, torch.float32, zero_points="random", form=look_up, seed=seed)
+        for seed in range(len(given))
+    ]
+    ours = ecp.XnnpackPartitioner(passes=[ecp.QuantizedEmbedding(check_ids)], expect=all_rewritten(tables))
+    found = outputs(lowered(exported(Together(tables), *given), ours), *given)
+    for ids, table, got in zip(given, tables, found, strict=True):
+        assert torch.equal(got, rounded_once(exact(table)[ids.long()], torch.float32)), ids
 
 
 def test_pt2e_zero_points_match_fp64() -> None:
@@ -120,25 +145,20 @@ def test_pt2e_zero_points_match_fp64() -> None:
     assert torch.equal(found, rounded_once(wanted[IDS], torch.float32))
 
 
-BEYOND = [-1, 13, 10**9]
-WIDTHS = [(-2, 1), (-8, 7), (-128, 127)]
-
-
-@pytest.mark.parametrize(
-    ("ends", "beyond"),
-    [
-        pytest.param(ends, beyond, marks=() if WIDTHS.index(ends) == BEYOND.index(beyond) else pytest.mark.slow)
-        for ends in WIDTHS
-        for beyond in BEYOND
-    ],
-)
-def test_id_outside_of_the_table_is_an_error_of_the_run(ends: tuple[int, int], beyond: int) -> None:
-    low, high = ends
-    model = Quantized(13, 64, 32, low, high, torch.float32, form=look_up)
-    pte = lowered(exported(model, IDS), ecp.XnnpackPartitioner(expect=REWRITTEN))
-    with pytest.raises(RuntimeError, match="0x12"):
-        output(pte, torch.tensor([[0, 7, 12], [5, beyond, 1]]))
-    assert torch.equal(output(pte, IDS), rounded_once(exact(model)[IDS], torch.float32))
+def test_id_outside_of_the_table_is_an_error_of_the_run() -> None:
+    tables = [
+        Quantized(13, 64, 32, low, high, torch.float32, form=look_up) for low, high in ((-2, 1), (-8, 7), (-128, 127))
+    ]
+    given = separate_ids(tables)
+    pte = lowered(exported(Together(tables), *given), ecp.XnnpackPartitioner(expect=all_rewritten(tables)))
+    for number in range(len(tables)):
+        for beyond in (-1, 13, 10**9):
+            wrong = [*given]
+            wrong[number] = torch.tensor([[0, 7, 12], [5, beyond, 1]])
+            with pytest.raises(RuntimeError, match="0x12"):
+                outputs(pte, *wrong)
+    for table, got in zip(tables, outputs(pte, *given), strict=True):
+        assert torch.equal(got, rounded_once(exact(table)[IDS], torch.float32))
 
 
 def test_id_outside_of_the_table_is_no_error_without_check_ids() -> None:

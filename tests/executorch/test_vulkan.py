@@ -155,10 +155,6 @@ CASES = FOR_LINEAR | FOR_DYNAMIC | FOR_TABLE | FOR_NONE
 OPERATOR = dict.fromkeys(FOR_LINEAR, LINEAR) | dict.fromkeys(FOR_DYNAMIC, DYNAMIC) | dict.fromkeys(FOR_TABLE, TABLE)
 """The operator that computes each case; a case that is not here is folded or refused."""
 
-# One lowering takes 4 seconds, nearly all of them in patterns that the stock partitioner makes anew each time. So the
-# quick suite predicts the whole grid, and lowers only these.
-LOWERED_QUICKLY = ("4 bits, N 68", "dynamic activations")
-
 
 def _small_int8() -> Case:
     """Integers of 4 bits in a weight that says int8."""
@@ -230,9 +226,39 @@ def test_stock_partitioner_agrees_with_prediction(name: str) -> None:
     assert bool(taken) if case.excluded_by else taken == OPERATOR.get(name, "")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in LOWERED_QUICKLY else pytest.mark.slow) for name in CASES]
-)
+class OneOfEach(nn.Module):
+    """A table, and two linears that read its rows: a weight for each operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = Quantized(64, 256, dtype=torch.float32, form=lambda x, weight, bias: F.embedding(x, weight))
+        self.four, self.dynamic = nn.Linear(256, 68), nn.Linear(256, 64)
+        for name, config in (("four", int4()), ("dynamic", dynamic_int4())):
+            quantize_(self, config, filter_fn=lambda _, fqn, name=name: fqn == name)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        return self.four(x), self.dynamic(x)
+
+
+# One lowering takes 4 seconds, nearly all of them in patterns that the stock partitioner makes anew each time. So the
+# quick suite predicts the whole grid below, and lowers one program.
+def test_lowered_weight_of_each_operator_has_the_graphs_numbers() -> None:
+    model = OneOfEach().eval()
+    program = torch.export.export(model, (torch.tensor([1, 5, 0, 2]),))
+    found = lowered(program, VulkanPartitioner(expect={"kept": 3, "missed": 0}))
+    assert not [each for each in (*found.names, *found.outside) if "dequantize" in each or ".quantize" in each]
+    kept = {call.removesuffix(".default"): args for call, args in found.calls if call in KERNELS}
+    wanted = {TABLE: model.table.weight(), LINEAR: model.four.weight, DYNAMIC: model.dynamic.weight}
+    assert kept.keys() == wanted.keys()
+    for call, weight in wanted.items():
+        values = weight if call == TABLE else weight.dequantize()
+        assert torch.equal(weight_in(f"{call}.default", kept[call]).to(values.dtype), values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_lowered_program_has_the_graphs_numbers(name: str) -> None:
     case = CASES[name]()
     predicted, report = _predicted(case)

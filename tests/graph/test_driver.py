@@ -497,8 +497,12 @@ def cycles_left(count: int) -> int:
     return sum(each() is not None for each in created)
 
 
-@pytest.mark.parametrize("context", [gc_disabled, gc_throttled])
-def test_collector_state_is_restored_afterwards(context: Callable[[], AbstractContextManager[None]]) -> None:
+@pytest.mark.parametrize(("context", "excluded"), [(gc_disabled, True), (gc_throttled, True), (gc_throttled, False)])
+def test_collector_state_is_restored_afterwards(
+    context: Callable[[], AbstractContextManager[None]], excluded: bool
+) -> None:
+    """``excluded``: the caller has excluded objects from collections, as the tests do."""
+
     def state() -> tuple[object, ...]:
         return gc.isenabled(), gc.get_threshold(), gc.get_freeze_count()
 
@@ -507,10 +511,14 @@ def test_collector_state_is_restored_afterwards(context: Callable[[], AbstractCo
             assert state() != before
             raise KeyError
 
-    before = state()
-    with pytest.raises(KeyError):
-        failing()
-    assert state() == before
+    (gc.freeze if excluded else gc.unfreeze)()
+    try:
+        before = state()
+        with pytest.raises(KeyError):
+            failing()
+        assert state() == before
+    finally:
+        gc.freeze()
 
 
 def test_disabled_collector_frees_nothing_and_throttled_collector_frees_large_piles() -> None:

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch._higher_order_ops.scan import scan
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 from torchao.utils import unwrap_tensor_subclass
@@ -21,6 +23,7 @@ from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.graph.operators import op_of
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
+from et_cuda_passes.testing.assertions import RTOL
 from tests.graph.subgraph_models import (
     INPUTS,
     LINEARS,
@@ -63,6 +66,20 @@ def held(program: ExportedProgram) -> dict[str, torch.Tensor]:
     return {**program.constants, **program.state_dict}
 
 
+@cache
+def rewritten(use: Any) -> ExportedProgram:
+    return ecp.rewrite(exported(use), "cuda")[0]
+
+
+def assert_equal_results(program: ExportedProgram, before: ExportedProgram, rtol: float) -> None:
+    """Compare two programs on inputs that take every branch."""
+    got, wanted = program.module(), before.module()
+    with torch.no_grad():
+        for x in INPUTS:
+            for y, right in zip(tree_leaves(got(x)), tree_leaves(wanted(x)), strict=True):
+                assert (y.double() - right.double()).norm() <= rtol * right.double().norm()
+
+
 FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
     "exported": lambda program: program,
     "decomposed": lambda program: program.run_decompositions({}),
@@ -74,8 +91,8 @@ FORMS: dict[str, Callable[[ExportedProgram], ExportedProgram]] = {
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_linears_in_subgraphs_are_rewritten_and_packed_once(use: Any, form: str) -> None:
     before = FORMS[form](exported(use))
-    for x in INPUTS:
-        program, report = assert_rewrites(before, expect={"linear_int4": LINEARS[use], "missed": 0}, inputs=(x,))
+    program, report = assert_rewrites(before, expect={"linear_int4": LINEARS[use], "missed": 0})
+    assert_equal_results(program, before, RTOL)
     assert not calls(program, DEQUANTIZE, torch.ops.aten.linear.default)
     packed = {f"{name}.data.{part}" for name in USES[use] for part in ("packed", "scale_and_zero")}
     assert {name for name in held(program) if not name.endswith("bias") and "lifted" not in name} == packed
@@ -85,11 +102,10 @@ def test_linears_in_subgraphs_are_rewritten_and_packed_once(use: Any, form: str)
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
 def test_rewritten_subgraphs_survive_decomposition_save_and_load(use: Any) -> None:
-    program, _ = ecp.rewrite(exported(use), "cuda")
-    for after in (program.run_decompositions({}), reloaded(program), reloaded(program.run_decompositions({}))):
-        for x in INPUTS:
-            with torch.no_grad():
-                torch.testing.assert_close(after.module()(x), program.module()(x), rtol=0, atol=0)
+    program = rewritten(use)
+    decomposed = program.run_decompositions({})
+    for after in (decomposed, reloaded(program), reloaded(decomposed)):
+        assert_equal_results(after, program, rtol=0)
 
 
 @pytest.mark.parametrize("use", [cond, mapped, scanned, looped], ids=lambda use: use.__name__)
@@ -112,16 +128,16 @@ def test_kernel_that_does_not_run_in_control_flow_is_not_used_there() -> None:
 
 
 def test_linears_in_control_flow_become_plain_operators_on_cpu() -> None:
-    for x in INPUTS:
-        _, report = assert_rewrites(exported(cond), "cpu", expect={"linear_int8": 3, "linear_int4": 2}, inputs=(x,))
+    program, report = assert_rewrites(exported(cond), "cpu", expect={"linear_int8": 3, "linear_int4": 2})
+    assert_equal_results(program, exported(cond), RTOL)
     assert {"." in o.node: o.rule for o in report.outcomes} == {True: "linear_int8", False: "linear_int4"}
 
 
 @pytest.mark.parametrize("target", ["cuda", "metal", "xnnpack"])
 def test_linears_in_subgraphs_are_rewritten_for_every_other_target(target: str) -> None:
     before = exported(cond)
-    for x in INPUTS:
-        program, _ = assert_rewrites(before, target, expect={"rewritten": 5}, inputs=(x,))
+    program, _ = assert_rewrites(before, target, expect={"rewritten": 5})
+    assert_equal_results(program, before, RTOL)
     assert not calls(program, DEQUANTIZE)
 
 
@@ -130,16 +146,13 @@ def test_linears_in_subgraphs_are_rewritten_for_every_other_target(target: str) 
 )
 def test_edge_program_with_subgraphs_is_rewritten_to_edge_operators(use: Any) -> None:
     config = EdgeCompileConfig(_core_aten_ops_exception_list=[DEQUANTIZE], _skip_dim_order=True)
-    rewritten, _ = ecp.rewrite(exported(use), "cuda")
-    edge = to_edge(rewritten, compile_config=config).exported_program()
+    edge = to_edge(rewritten(use), compile_config=config).exported_program()
     later, _ = assert_rewrites(to_edge(exported(use), compile_config=config).exported_program(), inputs=(X,))
     for program in (edge, later):
         forms = {type(node.target).__name__ for node in calls(program, ecp.ops.INT4_LINEARS["mma_tiled"].op)}
         assert forms == {"EdgeOpOverload"}
         assert not calls(program, DEQUANTIZE)
-        for x in INPUTS:
-            got, wanted = program.module()(x), rewritten.module()(x)
-            assert (got - wanted).norm() <= 2**-7 * wanted.norm()
+        assert_equal_results(program, rewritten(use), 2**-7)
 
 
 def test_xnnpack_keeps_nothing_inside_control_flow() -> None:
@@ -263,10 +276,9 @@ def test_weight_that_a_subgraph_returns_is_folded_without_an_alias_of_an_operand
         return torch.cond(x.sum() > 0, lambda x: view(net.a.weight()), lambda x: view(net.b.weight()) + x.sum(), (x,))
 
     before = torch.export.export(Net(back), (X,))
-    for x in INPUTS:
-        program, _ = assert_rewrites(before, "xnnpack", expect={"fold_dequantize": 2}, inputs=(x,), rtol=0)
-        again = program.run_decompositions({})
-        assert torch.equal(again.module()(x), before.module()(x))
+    program, _ = assert_rewrites(before, "xnnpack", expect={"fold_dequantize": 2}, rtol=0)
+    assert_equal_results(program, before, rtol=0)
+    assert_equal_results(program.run_decompositions({}), before, rtol=0)
 
 
 def test_weight_that_differs_in_each_run_is_missed_with_the_reason() -> None:
@@ -343,8 +355,8 @@ def test_parametrized_weights_in_subgraphs_have_the_fqn_of_the_weight() -> None:
         return torch.cond(x.sum() > 0, lambda y: net.a(y) + net.b(y), lambda y: net.b(y), (x,)) + net.b(x)
 
     before = torch.export.export(Unwrapped(use, unwrap=True), (X,))
-    for x in INPUTS:
-        program, report = assert_rewrites(before, expect={"linear_int4": 4}, inputs=(x,))
+    program, report = assert_rewrites(before, expect={"linear_int4": 4})
+    assert_equal_results(program, before, RTOL)
     assert {o.fqn for o in report.outcomes} == {"a.weight", "b.weight"}
     assert {name for name in program.state_dict if "weight" in name} == {
         f"{name}.weight.{part}" for name in "ab" for part in ("packed", "scale_and_zero")
@@ -468,5 +480,6 @@ def test_int8_linear_in_a_subgraph_is_rewritten() -> None:
 
     net = Net(use)
     net.l = Quantized(64, 64, group=64, low=-128, high=127)
-    for x in INPUTS:
-        assert_rewrites(torch.export.export(net, (X,)), "cpu", expect={"linear_int8": 1, "missed": 0}, inputs=(x,))
+    before = torch.export.export(net, (X,))
+    program, _ = assert_rewrites(before, "cpu", expect={"linear_int8": 1, "missed": 0})
+    assert_equal_results(program, before, RTOL)

@@ -1,5 +1,6 @@
 """Compiles the Triton kernels for a GPU that this machine does not have, and inspects their machine code."""
 
+import hashlib
 import re
 import subprocess
 from dataclasses import astuple
@@ -12,6 +13,7 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 from et_cuda_passes.kernels.choose import Weight, candidates, costs_of
 from et_cuda_passes.kernels.gpus import GpuArch
@@ -102,10 +104,16 @@ def parts_adder(tiling: Tiling, arch: int) -> Any:
 
 def machine_code(kernel: Any, folder: Path) -> list[tuple[int, str]]:
     """Address and text of every instruction."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    dump = subprocess.run([_TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    lines = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", line) for line in dump.splitlines())
+    # Triton's cache has the compiled kernel from an earlier run, and then its text too: cuobjdump takes longer to start
+    # than all other checks of a kernel.
+    kept = get_cache_manager(hashlib.sha256(kernel.asm["cubin"]).hexdigest())
+    path = kept.get_file("kernel.sass")
+    if path is None:
+        cubin = folder / "kernel.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        dump = subprocess.run([_TOOLS / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
+        path = kept.put(dump, "kernel.sass", binary=False)
+    lines = (re.match(r"\s+/\*([0-9a-f]{4,5})\*/\s+(.*?)\s*;", line) for line in Path(path).read_text().splitlines())
     return [(int(found[1], 16), found[2]) for found in lines if found]
 
 

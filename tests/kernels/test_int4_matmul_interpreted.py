@@ -30,9 +30,9 @@ CASES = [
     (17, 70, 256, 64, 16, 0, 32, 128, 1, 0, True, True, "gelu", False, True),
     (5, 33, 384, 128, 8, 0, 16, 128, 1, 4, True, True, "", True, False),
     (9, 64, 640, 32, 8, 0, 16, 128, 1, 7, False, True, "relu", True, True),
-    (9, 64, 576, 64, 8, 0, 16, 64, 1, 5, True, False, "gelu_tanh", False, False),
+    (9, 64, 320, 64, 8, 0, 16, 64, 1, 5, True, False, "gelu_tanh", False, False),
     (2, 24, 1152, 32, 8, 0, 16, 128, 4, 0, True, True, "", False, False),
-    (20, 130, 192, 32, 16, 0, 32, 64, 1, 264, False, False, "", False, True),
+    (20, 66, 192, 32, 16, 0, 32, 64, 1, 264, False, False, "", False, True),
     (7, 17, 448, 64, 8, 0, 16, 64, 4, 0, False, False, "silu", True, True),
     # Tiles of many rows, which are loaded without a mask.
     (70, 24, 128, 32, 128, 0, 16, 64, 1, 0, False, False, "", False, False),
@@ -49,7 +49,7 @@ CASES = [
     (150, 20, 192, 64, 128, 64, 16, 64, 1, 0, True, True, "silu", True, True),
     (100, 20, 128, 32, 128, 64, 16, 64, 1, 0, False, False, "", False, False),
     (333, 24, 128, 32, 128, 32, 16, 64, 1, 0, False, True, "gelu", False, True),
-    (97, 33, 640, 128, 64, 32, 16, 64, 1, 0, True, False, "", True, False),
+    (97, 17, 640, 128, 64, 32, 16, 64, 1, 0, True, False, "", True, False),
     (33, 40, 384, 64, 32, 16, 16, 128, 1, 0, True, True, "relu", False, True),
     (81, 24, 96, 32, 64, 16, 16, 64, 1, 0, False, True, "", False, False),
     (50, 20, 1152, 128, 32, 16, 16, 256, 1, 0, True, False, "gelu_tanh", False, True),
@@ -110,7 +110,7 @@ def test_float4_weights_are_those_of_the_operator_bit_for_bit(scale_dtype: torch
     from et_cuda_passes.layouts import mma_tiled
     from et_cuda_passes.ops import DEQUANTIZE_FLOAT4
 
-    n, k, group = 48, 192, 16 if scale_dtype is torch.float8_e4m3fn else 32
+    n, k, group = 32, 192, 16 if scale_dtype is torch.float8_e4m3fn else 32
     random = torch.Generator().manual_seed(0)
     data = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=random)
     codes = torch.stack((data & 15, data >> 4), dim=-1).view(n, k)
@@ -119,7 +119,7 @@ def test_float4_weights_are_those_of_the_operator_bit_for_bit(scale_dtype: torch
     wanted = DEQUANTIZE_FLOAT4(data, scale, None, group, dtype)
     qparams = mma_tiled.scale_and_zero(scale.float(), None, dtype, k)
     y = torch.full((k, n), float("nan"), dtype=dtype)
-    tiling = Tiling(32, 16, 64, 1, 0, 4, 3)
+    tiling = Tiling(128, 16, 64, 1, 0, 4, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "launch", in_interpreter)
         given = (torch.eye(k, dtype=dtype), k, mma_tiled.pack(codes), qparams, linear_launch.Epilogue(), y, None)
@@ -155,8 +155,10 @@ def check_product(case: tuple, dtype: torch.dtype, most: float, float4: bool) ->
     finish |= {"USE_ASM": False, "GATED": False}
     shape = {"BLOCK_N": block_n, "BLOCK_K": block_k, "SLOTS": slots, "SALT": 1}
     even = k % (block_k * segments) == 0
-    # Tensor descriptors of both ranks give the same bits: they read zeros beyond K, up to the padding of the words.
+    # Tensor descriptors of both ranks give the same bits: they read zeros beyond K, up to the padding of the words. In
+    # fp16 each case has one of them.
     described = (2, 3) if (even or block_k == mma_tiled.BLOCK) and segments == 1 else ()
+    described = described[m % 2 : m % 2 + 1] if dtype is torch.float16 else described
     form = {"HAS_ZERO": qparams.shape[0] == 2, "GROUP_SIZE": group, "SEGMENTS": segments}
     form |= {"BLOCK_M": block_m, "EXTRA_M": extra_m}
     others = (bias, factor, addend)

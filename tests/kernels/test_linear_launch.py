@@ -1,6 +1,7 @@
 """The launches of linears that AOTInductor gets: their grids, and the tensors that they mutate."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 import pytest
@@ -56,7 +57,13 @@ class Int8Block(nn.Module):
         return (INT8_LINEAR(h, self.down_packed, self.down_scale, None, None, self.up_packed.shape[0]),)
 
 
-def launches(
+@cache
+def launches(*arguments: Any, **named: Any) -> tuple[Any, list[torch.fx.Node]]:
+    """:func:`traced`, once for all tests that trace the same block."""
+    return traced(*arguments, **named)
+
+
+def traced(
     rows: int | None, n: int = 8192, k: int = 3072, block: Callable[[int, int], nn.Module] = Block, batch: int = 2
 ) -> tuple[Any, list[torch.fx.Node]]:
     """The graph signature and the launches of a block, for a known number of rows of each batch or an unknown one."""
@@ -92,7 +99,7 @@ def described(node: torch.fx.Node, pointer: str = "x_ptr") -> Any:
 
 
 def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
-    _, nodes = launches(None, batch=1)
+    _, nodes = launches(None, block=Block, batch=1)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
     weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)
     chosen = [tiling for weight in weights for tiling in buckets(HOPPER, weight).tilings.values()]
@@ -102,7 +109,7 @@ def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
     wanted = [("stable", ((1, tiling.extra_m, 64),)) if tiling.bulk and tiling.extra_m else None for tiling in chosen]
     assert [described(node, "extra_ptr") for node in products] == wanted
     # A tile would cross the end of the first batch of two.
-    assert not any(described(node) for node in launches(None, batch=2)[1])
+    assert not any(described(node) for node in launches(None, block=Block, batch=2)[1])
 
 
 @pytest.mark.parametrize("rows", [None, 333])
@@ -110,7 +117,7 @@ def test_batch_of_one_has_a_descriptor_if_its_tiling_has_bulk_copies() -> None:
 def test_pieces_of_rows_have_a_descriptor_each(monkeypatch: pytest.MonkeyPatch, rows: int | None, batch: int) -> None:
     tiling = Tiling(128, 64, 64, 1, 2, 4, 4, 1, 64)
     monkeypatch.setattr(linear_launch, "buckets_for", lambda *_: {UNBOUNDED: tiling})
-    signature, nodes = launches(rows, batch=batch)
+    signature, nodes = traced(rows, batch=batch)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]  # type: ignore[operator]
     assert len(products) == 2 and (signature.buffers_to_mutate, signature.user_inputs_to_mutate) == ({}, {})
     for pointer, height in (("x_ptr", 128), ("extra_ptr", 64)):
@@ -190,7 +197,7 @@ def test_possible_view_has_no_descriptor(way: str, rows: int | None) -> None:
 
 @pytest.mark.parametrize("block", [Block, Int8Block])
 def test_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) -> None:
-    _, nodes = launches(4, block=block)
+    _, nodes = launches(4, block=block, batch=2)
     grids = [node.kwargs["grid"][0] for node in nodes]
     assert len(nodes) == 2
     assert all(isinstance(size, int) and size > 0 for grid in grids for size in grid)
@@ -198,7 +205,7 @@ def test_known_length_is_one_launch_a_linear(block: Callable[..., nn.Module]) ->
 
 @pytest.mark.parametrize("block", [Block, Int8Block])
 def test_unknown_length_is_one_launch_for_each_bucket(block: Callable[..., nn.Module]) -> None:
-    _, nodes = launches(None, block=block)
+    _, nodes = launches(None, block=block, batch=2)
     products = [node for node in nodes if "x_ptr" in node.kwargs["kwargs"]]
     if block is Block:
         weights = Weight(8192, 3072, 32), Weight(3072, 8192, 32, outputs=2)

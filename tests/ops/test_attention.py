@@ -61,7 +61,8 @@ def test_attention_passes_opcheck(axes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_attention_matches_fp64_when_compiled(dynamic: bool) -> None:
     compiled = torch.compile(lambda q, k, v: ATTENTION(q, k, v, 0.2, [1, 1, 1, 2]) * 2, dynamic=dynamic, fullgraph=True)
-    for rows, keys in ((5, 9), (1, 4), (33, 2)):
+    # Without dynamic sizes every shape is compiled anew.
+    for rows, keys in ((5, 9), (1, 4), (33, 2))[: None if dynamic else 1]:
         q, k, v = random_qkv(rows=rows, keys=keys)
         wanted = 2 * exact(q, k, v, 0.2).transpose(1, 2)
         torch.testing.assert_close(compiled(q, k, v).double(), wanted, rtol=1e-5, atol=1e-5)

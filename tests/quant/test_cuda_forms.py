@@ -5,8 +5,6 @@ process of their own.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.ops import DEQUANTIZE_INT4_NESTED
+from tests.processes import outcome, run_pytest
 
 APART = "ETCP_TEST_CUDA_FORMS"
 HERE = os.environ.get(APART) == "1"
@@ -35,13 +34,10 @@ apart = pytest.mark.skipif(not HERE, reason="runs in a process of its own")
 
 
 @pytest.mark.skipif(HERE, reason="this is that process")
-def test_forms_of_the_cuda_backend_pass_in_their_own_process() -> None:
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, APART: "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "27 passed" in done.stdout
+def test_forms_of_the_cuda_backend_pass_in_their_own_process(tmp_path: Path) -> None:
+    code, said = outcome(run_pytest, {APART: "1"}, "-q", "-p", "no:cacheprovider", __file__, folder=tmp_path)
+    assert code == 0, said[-4000:]
+    assert "27 passed" in said
 
 
 def exported(model: nn.Module, *shape: int) -> tuple[ExportedProgram, Tensor]:

@@ -1,7 +1,6 @@
 """Packed forms, int4 tensors and GGUF blocks: they decode as the gguf package does, and every target rewrites them."""
 
 import dataclasses
-from pathlib import Path
 
 import executorch.kernels.quantized  # noqa: F401  (the runtime's kernels)
 import gguf
@@ -14,7 +13,6 @@ from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from executorch.extension.llm.export.int4 import ExportableInt4Tensor
 from executorch.runtime import Runtime
 from torch import Tensor, nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerGroup
@@ -27,7 +25,8 @@ from et_cuda_passes.quant.decoders import decode, is_dequantize
 from et_cuda_passes.quant.unsupported import unwrapped
 from et_cuda_passes.quant.weight import QuantizedWeight, weight_values
 from et_cuda_passes.targets import get_target
-from et_cuda_passes.testing import assert_misses, assert_rewrites
+from et_cuda_passes.testing import assert_misses, assert_rewrites, floats
+from tests.helpers import Together
 
 N, K = 32, 512
 TYPES = {"q4_k": gguf.GGMLQuantizationType.Q4_K, "q5_k": gguf.GGMLQuantizationType.Q5_K}
@@ -143,15 +142,6 @@ def test_wider_blocks_on_other_targets_become_plain_operators(kind: str, group: 
     assert bool((np.abs(got - wanted) <= ROUNDOFF * np.abs(wanted) + 1e-6).all())
 
 
-def test_rewritten_blocks_compile_and_run_on_the_cpu(tmp_path: Path) -> None:
-    exported, _ = from_gguf("q6_k")
-    rewritten, _ = ecp.rewrite(exported, "cpu")
-    with torch.no_grad():
-        library = aoti_load_package(aoti_compile_and_package(rewritten, package_path=str(tmp_path / "model.pt2")))
-    x = torch.randn(K, K, generator=torch.Generator().manual_seed(0)).bfloat16()
-    torch.testing.assert_close(library(x), rewritten.module()(x), rtol=2e-2, atol=2e-2)
-
-
 def test_int8_weight_without_a_kernel_is_missed_rather_than_decomposed() -> None:
     model = nn.Sequential(nn.Linear(K, N, bias=False)).bfloat16().eval()
     quantize_(model, IntxWeightOnlyConfig(torch.int8, PerGroup(32)))
@@ -181,49 +171,56 @@ def test_int4_tensor_becomes_the_same_packed_weight_as_torchaos(mapping: Mapping
         assert torch.equal(rewritten.state_dict[name], tensor), name
 
 
-@pytest.mark.parametrize("form", ["q4_k", "q6_k", "int4_tensor"])
-def test_xnnpack_folds_packed_forms_and_is_right(form: str) -> None:
+FORMS = [*TYPES, "int4_tensor"]
+
+
+def in_form(form: str, dtype: torch.dtype) -> Tensor:
+    """A weight [N, K]."""
     if form == "int4_tensor":
-        model = int4_tensor(MappingType.ASYMMETRIC, torch.float32)[1]
-    else:
-        model = linear(ExportableGGUFTensor.from_raw(blocks(form), form, torch.float32), torch.float32)
-    x = torch.randn(4, K, generator=torch.Generator().manual_seed(0))
-    program = torch.export.export(model, (x,))
-    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 1, "missed": 0})
+        return int4_tensor(MappingType.ASYMMETRIC, dtype)[1][0].weight
+    return ExportableGGUFTensor.from_raw(blocks(form), form, dtype)
+
+
+def run_by_xnnpack(program: ExportedProgram, ours: ecp.XnnpackPartitioner, inputs: list[Tensor]) -> list[Tensor]:
     buffer = to_edge_transform_and_lower(program, partitioner=[ours]).to_executorch().buffer
-    found = Runtime.get().load_program(buffer).load_method("forward").execute([x])[0]
-    wanted = program.module()(x)
-    assert (found - wanted).norm() / wanted.norm() < 1e-5
-    # The stock partitioner treats the packed bytes as the weight.
+    return [each.clone() for each in Runtime.get().load_program(buffer).load_method("forward").execute(inputs)]
+
+
+def test_xnnpack_folds_packed_forms_and_is_right() -> None:
+    model = Together(linear(in_form(form, torch.float32), torch.float32) for form in FORMS)
+    given = [(floats(4, K, dtype=torch.float32, seed=seed),) for seed in range(len(FORMS))]
+    program = torch.export.export(model, (given,))
+    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": len(FORMS), "missed": 0})
+    found = run_by_xnnpack(program, ours, [x for (x,) in given])
+    for form, got, wanted in zip(FORMS, found, program.module()(given), strict=True):
+        assert (got - wanted).norm() / wanted.norm() < 1e-5, form
+
+
+@pytest.mark.parametrize("form", ["q4_k", "int4_tensor"])
+def test_stock_partitioner_of_xnnpack_takes_packed_bytes_for_the_weight(form: str) -> None:
+    """The reason for the fold."""
+    program = torch.export.export(linear(in_form(form, torch.float32), torch.float32), (torch.randn(4, K),))
     with pytest.raises(Exception, match="ConvertToLinearPass"):
         to_edge_transform_and_lower(program, partitioner=[Stock()]).to_executorch()
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype"),
-    [
-        *((form, torch.float32) for form in (*TYPES, "int4_tensor")),
-        ("int4_tensor", torch.bfloat16),
-        *(pytest.param(form, torch.bfloat16, marks=pytest.mark.slow) for form in TYPES),
-    ],
-)
-def test_embedding_of_packed_forms_on_xnnpack_is_exact(form: str, dtype: torch.dtype) -> None:
-    if form == "int4_tensor":
-        table = int4_tensor(MappingType.ASYMMETRIC, dtype)[1][0].weight
-    else:
-        table = ExportableGGUFTensor.from_raw(blocks(form), form, dtype)
-    model, ids = nn.Sequential(nn.Embedding(N, K)), torch.arange(N)
-    model[0].weight = nn.Parameter(table, requires_grad=False)
-    program = torch.export.export(model, (ids,))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding_of_packed_forms_on_xnnpack_is_exact(dtype: torch.dtype) -> None:
+    tables = [nn.Embedding(N, K) for _ in FORMS]
+    for form, table in zip(FORMS, tables, strict=True):
+        table.weight = nn.Parameter(in_form(form, dtype), requires_grad=False)
+    given = [(torch.arange(N),) for _ in FORMS]
+    program = torch.export.export(Together(tables), (given,))
+    ours = ecp.XnnpackPartitioner(expect={"fold_dequantize": 2, "quantized_embedding": 2, "missed": 0})
+    found = run_by_xnnpack(program, ours, [ids for (ids,) in given])
     # q4_k and q5_k have minimums, which are no zero points.
-    rule = "fold_dequantize" if form in ("q4_k", "q5_k") else "quantized_embedding"
-    ours = ecp.XnnpackPartitioner(expect={rule: 1, "missed": 0})
-    buffer = to_edge_transform_and_lower(program, partitioner=[ours]).to_executorch().buffer
-    found = Runtime.get().load_program(buffer).load_method("forward").execute([ids])[0]
-    assert torch.equal(found, program.module()(ids))
-    if form != "int4_tensor":
-        wanted = torch.from_numpy(gguf.dequantize(blocks(form).numpy(), TYPES[form]))
-        assert (found.double() - wanted.double()).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max()
+    rules = {FORMS[int(outcome.fqn.split(".")[1])]: outcome.rule for outcome in ours.report.outcomes}
+    assert {form for form, rule in rules.items() if rule == "fold_dequantize"} == {"q4_k", "q5_k"}
+    for form, got, right in zip(FORMS, found, program.module()(given), strict=True):
+        assert torch.equal(got, right), form
+        if form in TYPES:
+            wanted = torch.from_numpy(gguf.dequantize(blocks(form).numpy(), TYPES[form]))
+            assert (got.double() - wanted.double()).abs().max() <= torch.finfo(dtype).eps * wanted.abs().max(), form
 
 
 def test_blocks_of_another_type_are_rejected() -> None:

@@ -1,5 +1,6 @@
 """Weights in forms that no rule matches: each is reported with the fix."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -54,14 +55,18 @@ def test_weight_without_a_dequantize_is_missed_with_the_fix(target: str, decompo
     assert f"quantize with {NEAREST[target]}, which leaves a dequantize" in str(outcome.reasons[0])
 
 
+@cache
+def multiplied(scheme: str, decompose: bool) -> ExportedProgram:
+    _, program, _ = exported(MULTIPLIED[scheme][0])
+    return program.run_decompositions({}) if decompose else program
+
+
 @pytest.mark.parametrize("decompose", [False, True])
 @pytest.mark.parametrize("scheme", MULTIPLIED)
 @pytest.mark.parametrize("target", NEAREST)
 def test_narrow_weight_of_a_product_is_missed_with_the_fix(scheme: str, target: str, decompose: bool) -> None:
-    config, dtype, op = MULTIPLIED[scheme]
-    _, program, _ = exported(config)
-    program = program.run_decompositions({}) if decompose else program
-    _, report = ecp.rewrite(program, target)
+    _, dtype, op = MULTIPLIED[scheme]
+    _, report = ecp.rewrite(multiplied(scheme, decompose), target)
     (outcome,) = report.outcomes
     assert (outcome.op, outcome.fqn, outcome.status) == (op, "0.weight", "missed")
     assert str(outcome.reasons[0]) == (

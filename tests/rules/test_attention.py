@@ -300,6 +300,8 @@ def test_transpositions_become_head_axes_of_our_operator(form: str, axes: list[i
     for rows, batch in ((1, 1), (2, 3), (127, 2), (128, 1), (300, 2)) if dynamic else ():
         other = torch.randn(batch, rows, 48).bfloat16()
         assert relative_error(program.module()(other), before.module()(other).double()) < 1e-2
+    if dynamic:
+        return
     # In the edge dialect, each transposition that is left is a copy.
     edge = to_edge(program).exported_program()
     copies = [n for n in edge.graph.nodes if "permute_copy" in str(n.target) and "val" in n.meta]

@@ -1,11 +1,10 @@
-"""Embeddings: rows against fp64, tables that are tied to a linear, AOTInductor, and every reason for a miss.
+"""Embeddings: rows against fp64, tables that are tied to a linear, and every reason for a miss.
 
 ``tests/executorch/test_quantized_embedding.py`` runs what ``QuantizedEmbedding`` builds in ExecuTorch's runtime.
 """
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from executorch.extension.llm.export.gguf import ExportableGGUFTensor
 from torch import Tensor, nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
 
@@ -104,32 +102,6 @@ def test_tied_table_stays_for_a_linear_that_is_missed() -> None:
     rewritten, report = assert_rewrites(program, "cuda", expect={"embedding_int8": 1, "missed": 1}, rtol=0)
     assert [outcome.op for outcome in report.outcomes if outcome.status == "missed"] == ["aten.linear"]
     assert {"words.weight.packed", "words.weight.scale", "head.weight"} == set(rewritten.state_dict)
-
-
-def test_dynamic_length_compiles_under_aotinductor(tmp_path: Path) -> None:
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.four, self.eight = nn.Embedding(48, 64), nn.Embedding(48, 64)
-            self.bfloat16()
-            for name, config in (
-                ("four", IntxWeightOnlyConfig(torch.int4, PerGroup(32), mapping_type=MappingType.ASYMMETRIC)),
-                ("eight", IntxWeightOnlyConfig(torch.int8, PerGroup(16), mapping_type=MappingType.ASYMMETRIC)),
-            ):
-                quantize_(self, config, filter_fn=lambda _, fqn, name=name: fqn == name)
-
-        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-            return self.four(ids), self.eight(ids)
-
-    model = Both().eval()
-    program = torch.export.export(model, (torch.tensor([[3, 1, 2]]),), dynamic_shapes=({1: Dim("length", max=64)},))
-    packed, _ = ecp.rewrite(program, "cpu", expect={"embedding_int4": 1, "embedding_int8": 1, "missed": 0})
-    compiled = aoti_load_package(aoti_compile_and_package(packed, package_path=str(tmp_path / "both.pt2")))
-    ids = torch.arange(48).view(1, 48)
-    for got, wanted, eager in zip(compiled(ids), model(ids), packed.module()(ids), strict=True):
-        assert torch.equal(got, eager)
-        assert (got - wanted).norm() / wanted.norm() < 6e-3
 
 
 def target_with(layout: str) -> ecp.Target:

@@ -16,6 +16,7 @@ from et_cuda_passes.graph.constants import ConstantCache
 from et_cuda_passes.rules.experts import PACKED_STACK
 from et_cuda_passes.testing import Experts, Sketch, assert_misses, assert_rewrites, export, floats
 from tests.experts import DEQUANTIZE, FORMS, IDS, OFFS, E, K, N, off
+from tests.helpers import Together
 
 aten = torch.ops.aten
 
@@ -23,16 +24,13 @@ aten = torch.ops.aten
 TOLERANCE = 6e-3
 TOKENS = "einsum of a token's experts"
 BMM, INDEXED, GROUPED = FORMS["bmm"][1], FORMS["index"][1], FORMS["grouped mm"][1]
-# As exported, and decomposed into core operators. A decomposed einsum is a bmm.
-CASES = [(name, False) for name in FORMS] + [(name, True) for name in FORMS if not name.startswith("einsum")]
 OTHERS = [("cuda", None), ("cpu", "random")]
 """The packing of zero points does not depend on the form of the product: each target has one of the two cases."""
 
 
 @cache
-def exported(name: str, zero_points: str | None, decompose: bool) -> tuple[Experts, ExportedProgram]:
-    model = Experts(FORMS[name][1], zero_points=zero_points)
-    return model, export(model, *FORMS[name][3], decompose=decompose)
+def exported(name: str) -> ExportedProgram:
+    return export(Experts(FORMS[name][1]), *FORMS[name][3])
 
 
 def constants(program: ExportedProgram) -> dict[str, Tensor]:
@@ -43,16 +41,20 @@ def constants(program: ExportedProgram) -> dict[str, Tensor]:
     ("target", "zero_points"),
     [("cuda", "random"), ("cpu", None), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHERS)],
 )
-@pytest.mark.parametrize(("name", "decompose"), CASES)
-def test_product_is_rewritten_and_matches_fp64(
-    name: str, zero_points: str | None, decompose: bool, target: str
-) -> None:
-    (model, program), (rule, _, plain, inputs) = exported(name, zero_points, decompose), FORMS[name]
+@pytest.mark.parametrize("decompose", [False, True], ids=["as exported", "decomposed"])
+def test_product_is_rewritten_and_matches_fp64(zero_points: str | None, decompose: bool, target: str) -> None:
+    """A decomposed einsum is a bmm."""
+    names = [name for name in FORMS if not (decompose and name.startswith("einsum"))]
+    models = [Experts(FORMS[name][1], zero_points=zero_points) for name in names]
+    given = [tuple(x.clone() for x in FORMS[name][3]) for name in names]
+    program = export(Together(models), given, decompose=decompose)
     rewritten, report = assert_rewrites(program, target, expect={"missed": 0, "kept": 0})
-    assert {outcome.rule for outcome in report.outcomes} == {rule}
-    assert report.counts()["rewritten"] == len(report.outcomes) > 0
-    wanted = plain(model.exact(), *(x.double() if x.is_floating_point() else x for x in inputs))
-    assert off(rewritten.module()(*inputs), wanted) < TOLERANCE
+    rules = {name: {o.rule for o in report.outcomes if o.fqn.startswith(f"parts.{n}.")} for n, name in enumerate(names)}
+    assert rules == {name: {FORMS[name][0]} for name in names}
+    assert report.counts()["rewritten"] == len(report.outcomes)
+    for name, model, inputs, y in zip(names, models, given, rewritten.module()(given), strict=True):
+        wanted = FORMS[name][2](model.exact(), *(x.double() if x.is_floating_point() else x for x in inputs))
+        assert off(y, wanted) < TOLERANCE, name
     assert not [node for node in rewritten.graph.nodes if "dequantize" in node.name]
     assert set(rewritten.state_dict) == set(constants(rewritten))
 
@@ -241,7 +243,7 @@ def test_two_methods_share_packed_experts() -> None:
 def test_two_rewrites_give_equal_bytes(name: str) -> None:
     def saved() -> bytes:
         buffer = io.BytesIO()
-        torch.export.save(ecp.rewrite(exported(name, "random", False)[1], "cuda")[0], buffer)
+        torch.export.save(ecp.rewrite(exported(name), "cuda")[0], buffer)
         return buffer.getvalue()
 
     assert saved() == saved()
@@ -255,8 +257,7 @@ def test_single_int8_expert_becomes_an_int8_linear() -> None:
 
 @pytest.mark.parametrize("name", ["bmm", "index", "grouped mm"])
 def test_stack_is_folded_for_xnnpack(name: str) -> None:
-    _, program = exported(name, "random", False)
-    _, report = assert_rewrites(program, "xnnpack", expect={"fold_dequantize": 1, "missed": 0}, rtol=0)
+    _, report = assert_rewrites(exported(name), "xnnpack", expect={"fold_dequantize": 1, "missed": 0}, rtol=0)
     assert "as large as before it was quantized" in str(report.outcomes[0].reasons[0])
 
 

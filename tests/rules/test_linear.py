@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor, nn
-from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import Dim
 from torchao.quantization import IntxWeightOnlyConfig, MappingType, quantize_
 from torchao.quantization.granularity import PerAxis, PerGroup
@@ -24,7 +22,7 @@ from et_cuda_passes.ops import INT8_LINEAR
 from et_cuda_passes.targets import get_target
 from et_cuda_passes.testing import Quantized, assert_misses, assert_rewrites
 from tests.helpers import export_with_rows
-from tests.rules.linear_models import EightBitActivations
+from tests.rules.linear_models import SCHEMES, EightBitActivations, exact_weight, five_schemes, no_bias
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 SPACE = (5, 3, 2)
@@ -52,17 +50,6 @@ GENERAL = dataclasses.replace(
     },
     passes=lambda: [ecp.LinearInt8()],
 )
-
-
-def no_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.linear(x, weight)
-
-
-def exact_weight(model: Quantized) -> np.ndarray:
-    """The weight in fp64."""
-    spread = lambda t: t.double().numpy().repeat(model.block[1], axis=1)  # noqa: E731
-    points = 0.0 if model.zero_point is None else spread(model.zero_point)
-    return (model.data.double().numpy() - points) * spread(model.scale)
 
 
 # LinearInt4 -----------------------------------------------------------------------------------------------------------
@@ -373,37 +360,6 @@ def test_casting_rule_prefers_the_kernel_to_plain_operators() -> None:
     assert report.outcomes[0].detail == "int8 per-axis -> int8pack_cpu, computed in bf16"
 
 
-class ManySchemes(nn.Module):
-    """Linears without bias, one for each weight, on one row and on several."""
-
-    def __init__(self, weights: list[Quantized]) -> None:
-        super().__init__()
-        self.weights = nn.ModuleList(weights)
-
-    def forward(self, one: Tensor, several: Tensor) -> list[Tensor]:
-        return [weight(x) for weight in self.weights for x in (one, several)]
-
-
-def test_groups_and_zero_points_on_cpu_are_executed_by_aotinductor(tmp_path: Path) -> None:
-    """A product of one row is a fused loop, and one of a dynamic number of rows a matrix product."""
-    forms: list[tuple[int, str | None]] = [(32, None), (32, "random"), (128, "random"), (256, "random"), (256, None)]
-    bf16 = torch.bfloat16
-    weights = [Quantized(24, 256, group, -128, 127, bf16, None, points, no_bias) for group, points in forms]
-    inputs = [torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)).to(bf16) for rows in (1, 7)]
-    shapes = {"one": None, "several": {0: Dim("rows", max=64)}}
-    program = torch.export.export(ManySchemes(weights), tuple(inputs), dynamic_shapes=shapes)
-    rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 10, "missed": 0})
-    assert [outcome.kernel for outcome in report.outcomes] == ["plain operators"] * 8 + ["int8pack_cpu"] * 2
-    library = aoti_load_package(aoti_compile_and_package(rewritten, package_path=str(tmp_path / "model.pt2")))
-    found = library(*inputs)
-    for number, got in enumerate(found):
-        rows, weight = inputs[number % 2].double().numpy(), exact_weight(weights[number // 2])
-        wanted = rows @ weight.T
-        # One rounding of the result; with several rows and plain operators each weight is rounded too.
-        allowed = np.abs(wanted) * 2.0**-8 + np.abs(rows) @ np.abs(weight).T * (2.0**-8 if number % 2 else 0)
-        assert bool((np.abs(got.double().numpy() - wanted) <= allowed + 1e-4).all())
-
-
 def test_weight_fits_8_bits_rejects_wider_weight() -> None:
     wide = Quantized(16, 64, 64, -1000, 1000, storage=torch.int16)
     assert_misses(
@@ -631,43 +587,9 @@ def test_xnnpack_folds_every_convolution_exactly(kernel: int, config: Any) -> No
 # All rules together ---------------------------------------------------------------------------------------------------
 
 
-class Mixed(nn.Module):
-    """Five layers, each with a scheme of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.four, self.eight = nn.Linear(64, 64), nn.Linear(64, 64)
-        self.two, self.six = nn.Linear(64, 64, bias=False), nn.Linear(64, 64)
-        self.point = nn.Conv2d(64, 32, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.eight(torch.relu(self.four(x))))
-        x = torch.relu(self.six(torch.relu(self.two(x))))
-        result: Tensor = self.point(x.movedim(-1, 1))
-        return result
-
-
-SCHEMES = {
-    "four": (IntxWeightOnlyConfig(torch.int4, PerGroup(32)), "linear_int4", "int4 group 32"),
-    "eight": (IntxWeightOnlyConfig(torch.int8, PerAxis(0)), "linear_int8", "int8 per-axis"),
-    "two": (IntxWeightOnlyConfig(torch.int2, PerGroup(64)), "linear_int4", "int2 per-axis"),
-    "six": (IntxWeightOnlyConfig(torch.int6, PerAxis(0)), "linear_int8", "int6 per-axis"),
-    "point": (IntxWeightOnlyConfig(torch.int4, PerGroup(32)), "conv_int4", "int4 group 32"),
-}
-
-
-def mixed() -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    model = Mixed().bfloat16().eval()
-    for name, (config, _, _) in SCHEMES.items():
-        quantize_(model, config, filter_fn=lambda _, fqn, name=name: fqn == name)
-    return model, torch.randn(2, 3, 5, 64).bfloat16()
-
-
-def test_five_schemes_are_rewritten_in_one_call_and_reported_apart(tmp_path: Path) -> None:
-    model, x = mixed()
-    program = torch.export.export(model, (x,))
-    packed, report = assert_rewrites(program, "cpu", expect={"missed": 0, "rewritten": 5}, rtol=2e-2)
+def test_five_schemes_are_rewritten_in_one_call_and_reported_apart() -> None:
+    program = torch.export.export(five_schemes(), (torch.randn(2, 3, 5, 64).bfloat16(),))
+    _, report = assert_rewrites(program, "cpu", expect={"missed": 0, "rewritten": 5}, rtol=2e-2)
     found = {outcome.fqn.partition(".")[0]: (outcome.rule, outcome.detail) for outcome in report.outcomes}
     for name, (_, rule, scheme) in SCHEMES.items():
         assert found[name][0] == rule
@@ -677,10 +599,3 @@ def test_five_schemes_are_rewritten_in_one_call_and_reported_apart(tmp_path: Pat
     assert report.conflicts == []
     for _, rule, scheme in SCHEMES.values():
         assert sum(f"{rule}  {scheme} ->" in line for line in lines) == 1
-
-    # The same under AOTInductor, which has these kernels.
-    path = aoti_compile_and_package(packed, package_path=str(tmp_path / "mixed.pt2"))
-    got, wanted = aoti_load_package(path)(x), model(x)
-    assert got.shape == wanted.shape
-    assert got.stride() == wanted.stride()
-    assert (got - wanted).norm() / wanted.norm() < 2e-2

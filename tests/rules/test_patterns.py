@@ -11,6 +11,7 @@ from torch.export import Dim
 
 import et_cuda_passes as ecp
 from et_cuda_passes.testing import Quantized
+from tests.helpers import Together
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -32,43 +33,45 @@ MATRIX_FORMS: dict[str, Form] = {
 SHAPES = {1: (64,), 2: (5, 64), 3: (2, 5, 64), 4: (2, 3, 5, 64)}
 
 
-def assert_rewritten(model: torch.nn.Module, x: Tensor, dynamic: Any = None, decompose: bool = False) -> None:
-    program = torch.export.export(model, (x,), dynamic_shapes=dynamic)
+def assert_rewritten(
+    models: list[torch.nn.Module], xs: list[Tensor], dynamic: Any = None, decompose: bool = False
+) -> None:
+    """Rewrite a program of linears, each with its own x of one rank."""
+    together, given = Together(models), [(x,) for x in xs]
+    shapes = None if dynamic is None else ([(dynamic,)] * len(xs),)
+    program = torch.export.export(together, (given,), dynamic_shapes=shapes)
     if decompose:
         # Everything but the dequantize itself, which the default table takes apart too.
         table = torch.export.default_decompositions()
         table.pop(torch.ops.torchao.dequantize_affine.default, None)
         program = program.run_decompositions(table)
         assert torch.ops.aten.linear.default not in [node.target for node in program.graph.nodes]
-    rewritten, report = ecp.rewrite(program, "cuda", expect={"linear_int4": 1, "missed": 0})
+    rewritten, report = ecp.rewrite(program, "cuda", expect={"linear_int4": len(models), "missed": 0})
+    assert sorted(outcome.fqn for outcome in report.outcomes) == [f"parts.{n}.data" for n in range(len(models))]
     called = [node.target for node in rewritten.graph.nodes if node.op == "call_function"]
     assert torch.ops.torchao.dequantize_affine.default not in called
-    assert sum("view" in str(target) for target in called) <= (2 if x.dim() == 1 else 0), report
-    given, wanted = rewritten.module()(x), model(x)
-    assert given.shape == wanted.shape
-    assert given.dtype == wanted.dtype
-    assert (given - wanted).norm() / wanted.norm() < 6e-3
+    assert sum("view" in str(target) for target in called) <= (2 * len(models) if xs[0].dim() == 1 else 0), report
+    for number, (y, right) in enumerate(zip(rewritten.module()(given), together(given), strict=True)):
+        assert (y.shape, y.dtype) == (right.shape, right.dtype), number
+        assert (y - right).norm() / right.norm() < 6e-3, number
 
 
-@pytest.mark.parametrize(
-    ("rank", "decompose"),
-    # A decomposition puts views around the product for every rank but 2; rank 4 repeats rank 3.
-    [
-        *((rank, False) for rank in SHAPES),
-        (1, True),
-        (3, True),
-        *(pytest.param(n, True, marks=pytest.mark.slow) for n in (2, 4)),
-    ],
-)
-@pytest.mark.parametrize("form", FORMS)
-def test_linear_pattern_matches_every_form(form: str, rank: int, decompose: bool) -> None:
-    assert_rewritten(Quantized(48, 64, form=FORMS[form]), torch.randn(SHAPES[rank]).bfloat16(), decompose=decompose)
+def rows(rank: int, count: int) -> list[Tensor]:
+    return [torch.randn(SHAPES[rank]).bfloat16() for _ in range(count)]
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
-@pytest.mark.parametrize("form", MATRIX_FORMS)
-def test_linear_pattern_matches_every_matrix_product(form: str, decompose: bool) -> None:
-    assert_rewritten(Quantized(48, 64, form=MATRIX_FORMS[form]), torch.randn(5, 64).bfloat16(), decompose=decompose)
+@pytest.mark.parametrize("rank", SHAPES)
+def test_linear_pattern_matches_every_form(rank: int, decompose: bool) -> None:
+    """A decomposition puts views around the product for every rank but 2."""
+    models = [Quantized(48, 64, form=form, seed=seed) for seed, form in enumerate(FORMS.values())]
+    assert_rewritten(models, rows(rank, len(models)), decompose=decompose)
+
+
+@pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
+def test_linear_pattern_matches_every_matrix_product(decompose: bool) -> None:
+    models = [Quantized(48, 64, form=form, seed=seed) for seed, form in enumerate(MATRIX_FORMS.values())]
+    assert_rewritten(models, rows(2, len(models)), decompose=decompose)
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["as written", "decomposed"])
@@ -77,7 +80,7 @@ def test_linear_pattern_matches_dynamic_lengths(rank: int, decompose: bool) -> N
     model = Quantized(48, 64)
     dims = {rank - 2: Dim("length", min=1, max=512)} | ({0: Dim("batch", min=1, max=8)} if rank > 2 else {})
     x = torch.randn(SHAPES[rank]).bfloat16()
-    assert_rewritten(model, x, dynamic=(dims,), decompose=decompose)
+    assert_rewritten([model], [x], dynamic=dims, decompose=decompose)
     program = torch.export.export(model, (x,), dynamic_shapes=(dims,))
     rewritten, _ = ecp.rewrite(program, "cuda")
     for length in (1, 7, 300):
