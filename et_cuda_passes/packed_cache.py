@@ -161,6 +161,8 @@ def _open(place: str, limit: float | None) -> _Store:
         raise ImportError(f"the cache {place}: {error}{f'; pip install {package}' if package else ''}") from error
     except ValueError as error:
         raise ValueError(f"the cache {place}: {error}; give a folder, or a URL with a protocol of fsspec") from error
+    except Exception as error:  # some filesystems connect now, and each has its own errors
+        raise _unusable(place, "opened", error) from error
     if "file" in system.protocol:
         return _Folder(Path(path), limit)
     if limit is not None:
@@ -196,21 +198,22 @@ class _Remote(_Store):
         except FileNotFoundError:
             return None
         except Exception as error:  # each filesystem has its own
-            raise self._error("read", error) from error
+            raise _unusable(self._url, "read", error) from error
 
     def write(self, key: str, header: bytes, data: memoryview) -> None:
         try:
             self._system.makedirs(self._path, exist_ok=True)
             self._system.pipe_file(self._place(key), header + bytes(data))
         except Exception as error:  # each filesystem has its own
-            raise self._error("written", error) from error
+            raise _unusable(self._url, "written", error) from error
 
-    def _error(self, done: str, error: Exception) -> OSError:
-        text = str(error).strip().partition("\n")[0]
-        return OSError(
-            f"the cache {self._url} cannot be {done} ({type(error).__name__}{f': {text}' if text else ''}): check its "
-            "name, the network and the credentials that its filesystem reads, or leave it out"
-        )
+
+def _unusable(url: str, done: str, error: Exception) -> OSError:
+    text = str(error).strip().partition("\n")[0]
+    return OSError(
+        f"the cache {url} cannot be {done} ({type(error).__name__}{f': {text}' if text else ''}): check its name, the "
+        "network and the credentials that its filesystem reads, or leave it out"
+    )
 
 
 class _Folder(_Store):

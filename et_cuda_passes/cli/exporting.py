@@ -334,7 +334,9 @@ def cache_of(place: str | None, gigabytes: float | None) -> Any:
 
     try:
         return PackedCache(place, None if gigabytes is None else gigabytes * 1e9)
-    except (ImportError, OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"--cache: {error.strerror or error}") from None
+    except (ImportError, ValueError) as error:
         raise UsageError(f"--cache: {error}") from None
 
 

@@ -122,16 +122,19 @@ def _read(path: Path, trust: bool, mapped: bool = False) -> tuple[ExportedProgra
     return found
 
 
-def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of a file, which change when it is replaced or written; None if there is no file."""
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Inode, size and times of a file, which change when it is replaced or written; None if there is no file.
+
+    A copy can keep the time of the content, also where all files have the same; the time of the change is the system's.
+    """
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def check_unchanged(path: Path, before: tuple[int, int, int] | None, replaced: bool = False) -> None:
+def check_unchanged(path: Path, before: tuple[int, ...] | None, replaced: bool = False) -> None:
     """Check that a file is as it was, or with ``replaced`` that it is, or is another file now.
 
     Raises:
