@@ -2,10 +2,10 @@
 
     python -m benchmarks.hook [--size 2048] [--layers 24]
 
-Each line is a process of its own: it exports a chain of quantized linears, and gives it to ExecuTorch with a partitioner
-of this package that streams. The memory is the anonymous part of the resident one, sampled every 5 ms, from the end of
-the hook on: that which no file backs. Without a CUDA device the lowering for cuda ends where ExecuTorch moves the program
-to the device, which is after the copies on the host.
+Each line is a process of its own: it exports a chain of quantized linears, and gives it to ExecuTorch with a
+partitioner of this package that streams. The memory is the anonymous part of the resident one, which no file backs,
+sampled every 5 ms from the end of the hook on. Without a CUDA device the lowering for cuda ends where ExecuTorch moves
+the program to the device, which is after the copies on the host.
 """
 
 import argparse

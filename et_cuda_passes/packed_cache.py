@@ -176,7 +176,7 @@ def _open(place: str, limit: float | None) -> _Store:
 def _is_protocol(name: str) -> bool:
     if not name.isalnum():  # a path, such as ./a:b
         return False
-    from fsspec import available_protocols
+    from fsspec import available_protocols  # type: ignore[import-untyped]
 
     return name in available_protocols()
 

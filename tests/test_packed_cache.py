@@ -227,13 +227,12 @@ def test_two_users_share_a_folder() -> None:
             os.seteuid(0)
         assert counts(report, folder) == ["packed 0 constants, 4 from"] and constants(first) == constants(second)
         assert {path: path.read_bytes() for path in before} == before and len(entries(folder)) == 8
-        entries(folder)[0].chmod(0)
-        entries(folder)[1].chmod(0)
+        for path in before:
+            path.chmod(0)
         os.seteuid(_NOBODY)
         try:
             with pytest.raises(OSError, match="of the cache cannot be read: Permission denied; let its users read the"):
-                for seed in (0, 5):
-                    ecp.rewrite(program(seed=seed), "cuda", gpu="sm_90", cache=folder)
+                ecp.rewrite(program(), "cuda", gpu="sm_90", cache=folder)
         finally:
             os.seteuid(0)
 

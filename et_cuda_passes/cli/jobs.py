@@ -177,8 +177,8 @@ class _Reader:
             raise self._error(f"there is no {lacking}: add a table [{lacking}.NAME]")
         common = self._options(self._table(self.document, "options", ""), "[options]", ("export", "lower"))
         accelerators = self._table(self.document, "accelerators", "")
-        for gpu in accelerators:
-            self._check_gpu(gpu, "[accelerators]")
+        for accelerated in accelerators:
+            self._check_gpu(accelerated, "[accelerators]")
         gpus = {name: self._gpus(name, table) for name, table in targets.items()}
         named = [gpu for each in gpus.values() for gpu in each if gpu is not None]
         excluded = list(self._excluded(models, schemes, targets, named))

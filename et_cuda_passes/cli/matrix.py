@@ -124,8 +124,8 @@ def matrix(
         finally:
             document = Matrix(str(file.output), list(known.values()))
             others = {job.name: recorded(job) or _not_run(job) for job in file.jobs if job.name not in known}
-            results = others | _results_of_others(file.output / RESULTS) | known
-            whole = Matrix(str(file.output), [results[job.name] for job in file.jobs])
+            found = others | _results_of_others(file.output / RESULTS) | known
+            whole = Matrix(str(file.output), [found[job.name] for job in file.jobs])
             with replaced_file(file.output / RESULTS) as stream:
                 stream.write((whole.to_json() + "\n").encode())
         if as_json:
