@@ -1,4 +1,4 @@
-"""What ExecuTorch copies after the rewrite in a partitioner's hook.
+"""Memory of ExecuTorch after the rewrite in a partitioner's hook: which constants it copies.
 
     python -m benchmarks.hook [--size 2048] [--layers 24]
 

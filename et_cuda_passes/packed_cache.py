@@ -94,7 +94,7 @@ def counts_note(packed: int, loaded: int, damaged: int, place: str) -> str:
 
 
 def without_counts(notes: Iterable[str]) -> list[str]:
-    """Notes without :func:`counts_note`, which says how a program was made and nothing about the program."""
+    """Notes without :func:`counts_note`, which is about a run and not about the program."""
     pattern = re.compile(_COUNTS.format(r"\d+", r"\d+"))
     return [note for note in notes if not pattern.match(note)]
 

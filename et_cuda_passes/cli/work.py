@@ -124,14 +124,16 @@ def _version(distribution: str) -> str | None:
 
 
 def _state(paths: Iterable[Path]) -> list[tuple[str, list[int]]]:
-    """What changes when one of the files is written or replaced."""
+    """Sizes, times and inodes of all files; one of them changes when a file is written or replaced."""
     files = [each for path in paths for one in _files_of(path) for each in (one.rglob("*") if one.is_dir() else [one])]
     return [(str(each), _identity(each.stat())) for each in sorted(files) if each.is_file()]
 
 
 def _identity(found: os.stat_result) -> list[int]:
-    """What changes with the content of a file. A copy can be given the size and the time of the file that it replaces,
-    and not the time of that change, nor its inode."""
+    """Size, times and inode of a file.
+
+    A copy can have the size and the time of the file that it replaces, and never the time of that change.
+    """
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
