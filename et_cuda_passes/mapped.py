@@ -29,7 +29,7 @@ def mapped_empty(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> to
             _reserve(file.fileno(), tensor.nbytes)
         except OSError as error:
             text = f"{tensor.nbytes} bytes in {folder} for a packed constant: {error.strerror}; free some space"
-            raise OSError(error.errno, text) from error
+            raise OSError(error.errno, f"{text}, or name another folder") from error
         # torch maps a file by its path.
         flat = torch.from_file(f"/dev/fd/{file.fileno()}", shared=True, size=tensor.numel(), dtype=dtype)
     return flat.view(shape)

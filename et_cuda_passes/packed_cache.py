@@ -12,7 +12,9 @@ left: a temporary file that no process has locked.
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ PACKER_VERSION = 1
 _BLOCK = 4 << 20
 _LONGEST_HEADER = 4096
 _ENTRY = ".packed"
+_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
+"""The packages of some protocols of fsspec."""
 
 
 class PackedCache:
@@ -41,9 +45,10 @@ class PackedCache:
             object used. An object store has rules of its own for that.
 
     Raises:
-        ValueError: a limit for a URL that is no folder, or a limit below 1; no filesystem has this protocol.
+        ValueError: a limit for a URL that is no folder, or a limit below 1; no place, a URL without ``//``, or one with
+            a protocol that no filesystem has.
         ImportError: the protocol needs a package that is not installed.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, or the store cannot be read.
     """
 
     def __init__(self, place: str | Path, limit: float | None = None) -> None:
@@ -77,6 +82,21 @@ class PackedCache:
         """Write the constant of ``plan``."""
         header = json.dumps({"form": _form(tensor), "sha256": digest(tensor)}) + "\n"
         self._store.write(content_key(plan), header.encode(), _bytes(tensor))
+
+
+_COUNTS = "packed {} constants, {} from the cache "
+
+
+def counts_note(packed: int, loaded: int, damaged: int, place: str) -> str:
+    """The note of a report about a cache: how many constants were computed, and how many were read."""
+    replaced = f"; {damaged} damaged entr{'y was' if damaged == 1 else 'ies were'} replaced" if damaged else ""
+    return _COUNTS.format(packed, loaded) + place + replaced
+
+
+def without_counts(notes: Iterable[str]) -> list[str]:
+    """Notes without :func:`counts_note`, which is about a run and not about the program."""
+    pattern = re.compile(_COUNTS.format(r"\d+", r"\d+"))
+    return [note for note in notes if not pattern.match(note)]
 
 
 def content_key(plan: Planned) -> str:
@@ -123,16 +143,26 @@ class _Store(ABC):
 
 
 def _open(place: str, limit: float | None) -> _Store:
-    if "://" not in place and not place.startswith("file:"):
+    if not place:
+        raise ValueError("the cache has an empty name: give a folder, or a URL with a protocol of fsspec")
+    protocol, colon, rest = place.partition(":")
+    if not colon or not (rest.startswith("//") or _is_protocol(protocol)):
         return _Folder(Path(place), limit)
+    if not rest.startswith("//") and protocol != "file":
+        raise ValueError(
+            f"the cache {place} lacks two slashes: write {protocol}://{rest}, or ./{place} if it is a folder"
+        )
     from fsspec.core import url_to_fs  # type: ignore[import-untyped]  # torch depends on it
 
     try:
         system, path = url_to_fs(place)
     except ImportError as error:
-        raise ImportError(f"the cache {place}: {error}") from error
+        package = _PACKAGES.get(protocol)
+        raise ImportError(f"the cache {place}: {error}{f'; pip install {package}' if package else ''}") from error
     except ValueError as error:
         raise ValueError(f"the cache {place}: {error}; give a folder, or a URL with a protocol of fsspec") from error
+    except Exception as error:  # some filesystems connect now, and each has its own errors
+        raise _unusable(place, "opened", error) from error
     if "file" in system.protocol:
         return _Folder(Path(path), limit)
     if limit is not None:
@@ -140,14 +170,24 @@ def _open(place: str, limit: float | None) -> _Store:
             f"the cache {place} has a limit, which only a folder can have: leave it out, and give the bucket a rule "
             "that removes old objects"
         )
-    return _Remote(system, path)
+    return _Remote(system, path, place)
+
+
+def _is_protocol(name: str) -> bool:
+    if not name.isalnum():  # a path, such as ./a:b
+        return False
+    from fsspec import available_protocols  # type: ignore[import-untyped]
+
+    return name in available_protocols()
 
 
 class _Remote(_Store):
     """Files of an fsspec filesystem. An object store writes a file whole or not at all."""
 
-    def __init__(self, system: Any, path: str) -> None:
-        self._system, self._path = system, path.rstrip("/")
+    def __init__(self, system: Any, path: str, place: str) -> None:
+        self._system, self._path, self._url = system, path.rstrip("/"), place
+        # Credentials or a host that are missing are found before the work for the first entry.
+        self.read("none")
 
     def _place(self, key: str) -> str:
         return f"{self._path}/{key}{_ENTRY}"
@@ -157,17 +197,34 @@ class _Remote(_Store):
             return bytearray(self._system.cat_file(self._place(key)))
         except FileNotFoundError:
             return None
+        except Exception as error:  # each filesystem has its own
+            raise _unusable(self._url, "read", error) from error
 
     def write(self, key: str, header: bytes, data: memoryview) -> None:
-        self._system.makedirs(self._path, exist_ok=True)
-        self._system.pipe_file(self._place(key), header + bytes(data))
+        try:
+            self._system.makedirs(self._path, exist_ok=True)
+            self._system.pipe_file(self._place(key), header + bytes(data))
+        except Exception as error:  # each filesystem has its own
+            raise _unusable(self._url, "written", error) from error
+
+
+def _unusable(url: str, done: str, error: Exception) -> OSError:
+    text = str(error).strip().partition("\n")[0]
+    return OSError(
+        f"the cache {url} cannot be {done} ({type(error).__name__}{f': {text}' if text else ''}): check its name, the "
+        "network and the credentials that its filesystem reads, or leave it out"
+    )
 
 
 class _Folder(_Store):
     """Files of a folder."""
 
     def __init__(self, folder: Path, limit: float | None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = "is a file" if folder.is_file() else f"cannot be created: {error.strerror}"
+            raise OSError(error.errno, f"the cache {folder} {text}; name another folder, or leave it out") from error
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(f"the cache {folder} cannot be written: name another folder, or leave it out")
         self._folder, self._limit = folder, limit
@@ -182,9 +239,16 @@ class _Folder(_Store):
                 content = bytearray(os.fstat(file.fileno()).st_size)
                 if file.readinto(content) != len(content):
                     return bytearray()  # a damaged entry
-            os.utime(path)  # the time of the last use
+            with suppress(PermissionError):  # an entry of another user, who alone can set its time
+                os.utime(path)  # the time of the last use
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"the entry {path} of the cache cannot be read: {error.strerror}; let its users read the files of each "
+                "other, or remove it",
+            ) from error
         self._used.add(path.name)
         return content
 
@@ -216,5 +280,6 @@ class _Folder(_Store):
             if self._size <= self._limit:
                 return
             if path.name not in self._used:
-                path.unlink(missing_ok=True)
-                self._size -= size
+                with suppress(PermissionError):  # an entry of another user, in a folder in which each removes his own
+                    path.unlink(missing_ok=True)
+                    self._size -= size

@@ -103,6 +103,7 @@ def rewrite(
     if pool.stream is not None:
         pool.files = MappedFiles()
     packed_before, loaded_before = pool.packed, pool.loaded
+    damaged_before = pool.storage.damaged if pool.storage is not None else 0
     described = None if chosen.gpu is None else described_gpu(gpu)
     chosen = replace(chosen, gpu=described or chosen.gpu)
 
@@ -141,7 +142,10 @@ def rewrite(
         report.notes.append(f"left as they are: caches of quantized numbers that the program mutates ({_some(caches)})")
     if pool.storage is not None:
         packed, loaded = pool.packed - packed_before, pool.loaded - loaded_before
-        report.notes.append(f"packed {packed} constants, {loaded} from the cache {pool.storage.place}")
+        from et_cuda_passes.packed_cache import counts_note
+
+        damaged = pool.storage.damaged - damaged_before
+        report.notes.append(counts_note(packed, loaded, damaged, pool.storage.place))
     report.tilings = unnamed_gpu_text(result) if chosen.gpu is not None and described is None else ""
     check_expectations(expect, report)
     return result, report
@@ -168,7 +172,11 @@ def constant_pool(
         cache = cache if isinstance(cache, PackedCache) else PackedCache(cache)
     if stream is not None:
         stream = Path(stream)
-        stream.mkdir(parents=True, exist_ok=True)
+        try:
+            stream.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = "is a file" if stream.is_file() else f"cannot be created: {error.strerror}"
+            raise OSError(error.errno, f"the folder {stream} of stream {text}; name another folder") from error
     return ConstantCache(stream, cache, None if device is None else torch.device(device))
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.export import ExportedProgram
 
 import et_cuda_passes as ecp
 from et_cuda_passes import PackedCache
+from et_cuda_passes.executorch.packed import save_packed
 from et_cuda_passes.layouts import LAYOUTS, cpu, embedding_table
 from et_cuda_passes.packed_cache import PACKER_VERSION, content_key
 from et_cuda_passes.rewrite import constant_pool
@@ -29,6 +31,9 @@ CONSTANTS = (
     "layers.1.data.packed",
     "layers.1.data.scale_and_zero",
 )
+
+
+_NOBODY = 65534
 
 
 def program(seed: int = 0) -> ExportedProgram:
@@ -49,7 +54,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def counts(report: ecp.Report, place: object) -> list[str]:
-    return [note.removesuffix(f" the cache {place}") for note in report.notes if "cache" in note]
+    return [note.replace(f" the cache {place}", "") for note in report.notes if "cache" in note]
 
 
 def test_second_rewrite_packs_nothing_and_has_the_same_bytes(tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_damaged_entry_is_packed_again_and_replaced(tmp_path: Path, damage: str)
     DAMAGE[damage](entries(tmp_path)[0])
     cache = PackedCache(tmp_path)
     second, report = ecp.rewrite(program(), "cuda", gpu="sm_90", cache=cache)
-    assert counts(report, tmp_path) == ["packed 1 constants, 3 from"] and cache.damaged == 1
+    assert counts(report, tmp_path) == ["packed 1 constants, 3 from; 1 damaged entry was replaced"]
     assert constants(first) == constants(second)
     assert [path.read_bytes() for path in entries(tmp_path)] == before
 
@@ -169,6 +174,19 @@ def test_wrong_places_are_refused(tmp_path: Path) -> None:
         PackedCache("memory://x", limit=1e9)
     with pytest.raises(ValueError, match=r"the cache nothing://x: .*; give a folder, or a URL with"):
         PackedCache("nothing://x")
+    for place in ("s3:bucket/folder", "memory:x"):
+        protocol, _, rest = place.partition(":")
+        with pytest.raises(ValueError, match=rf"lacks two slashes: write {protocol}://{rest}, or \./{place}"):
+            PackedCache(place)
+    with pytest.raises(ValueError, match="has an empty name: give a folder"):
+        PackedCache("")
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file is a file; name another folder"):
+        PackedCache(tmp_path / "file")
+    with pytest.raises(
+        OSError, match="closed cannot be opened .*ConnectionRefusedError.*: check its name, the network"
+    ):
+        PackedCache("ftp://127.0.0.1:9/closed")
     with pytest.raises(ValueError, match="must be at least 1 byte, got 0"):
         PackedCache(tmp_path, limit=0)
     with pytest.raises(ValueError, match="belong to the pool"):
@@ -183,6 +201,49 @@ def test_protocol_without_its_package_names_the_package() -> None:
     except ImportError:
         with pytest.raises(ImportError, match=r"the cache s3://bucket: .*s3fs"):
             PackedCache("s3://bucket")
+
+
+def test_folder_with_a_colon_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    PackedCache("./s3:bucket")
+    PackedCache("day:one")
+    assert {path.name for path in tmp_path.iterdir()} == {"s3:bucket", "day:one"}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+def test_two_users_share_a_folder() -> None:
+    """The second can read the entries of the first, and neither change nor remove them."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o1777)
+        first, _ = ecp.rewrite(program(), "cuda", gpu="sm_90", cache=folder)
+        before = {path: path.read_bytes() for path in entries(folder)}
+        os.seteuid(_NOBODY)
+        try:
+            second, report = ecp.rewrite(program(), "cuda", gpu="sm_90", cache=PackedCache(folder))
+            # These go beyond the limit.
+            ecp.rewrite(program(seed=5), "cuda", gpu="sm_90", cache=PackedCache(folder, limit=1))
+        finally:
+            os.seteuid(0)
+        assert counts(report, folder) == ["packed 0 constants, 4 from"] and constants(first) == constants(second)
+        assert {path: path.read_bytes() for path in before} == before and len(entries(folder)) == 8
+        for path in before:
+            path.chmod(0)
+        os.seteuid(_NOBODY)
+        try:
+            with pytest.raises(OSError, match="of the cache cannot be read: Permission denied; let its users read the"):
+                ecp.rewrite(program(), "cuda", gpu="sm_90", cache=folder)
+        finally:
+            os.seteuid(0)
+
+
+def test_packed_program_is_the_same_with_any_cache(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("without.pt2", "first.pt2", "second.pt2")]
+    for path in paths:
+        cache = None if path is paths[0] else tmp_path / "cache"
+        rewritten, report = ecp.rewrite(program(), "cuda", gpu="sm_90", cache=cache)
+        save_packed(rewritten, report, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes() == paths[2].read_bytes()
 
 
 def test_host_specific_layout_has_keys_of_its_instruction_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from et_cuda_passes.cli.console import (
 )
 from et_cuda_passes.cli.diagnosing import doctor
 from et_cuda_passes.cli.documents import Explain, Lower, ReportData, files_of
+from et_cuda_passes.cli.export_errors import spec_arguments
 from et_cuda_passes.cli.exporting import cache_of, compile_specs_of, export, finish, is_export
 from et_cuda_passes.cli.generating import generate
 from et_cuda_passes.cli.listing import all_rules, as_text, rules_document
@@ -147,6 +148,13 @@ def lower(
         if not stop_after and (problem := no_lowering(chosen)):
             raise UsageError(f"{problem}; or write the packed program with --stop-after rewrite")
         specs = compile_specs_of(compile_spec or [], [chosen.name])
+        if specs and stop_after:
+            raise UsageError(
+                "--compile-spec is an option of the lowering, which --stop-after rewrite leaves out: give it to the "
+                "command that lowers the packed program"
+            )
+        if stream is not None:
+            check_writable(stream, "--stream")
         packing = {"stream": stream, "cache": cache_of(cache, cache_limit)}
         demanded = _expectations(expect or [], target)
         check_writable(output_dir)
@@ -218,6 +226,7 @@ def lower(
             )
         if lacking:
             command = ["et-cuda-passes", "lower", str(packed), "--target", target, "--output-dir", str(output_dir)]
+            command += spec_arguments(specs)
             problem = (
                 f"lowering to {target} needs {lacking}. The packed program is {packed}; on a machine that has it, "
                 f"continue with: {shlex.join(command)}"

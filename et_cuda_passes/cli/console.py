@@ -382,8 +382,12 @@ def exits_on_sigterm() -> Iterator[None]:
 
 
 def _of_file(error: OSError) -> str:
-    shortage = shortage_of(error)
-    return shortage or (f"{error.filename}: {error.strerror}" if error.filename else one_line(error))
+    if shortage := shortage_of(error):
+        return shortage
+    if error.filename:
+        return f"{error.filename}: {error.strerror}"
+    own = error.errno is not None and error.strerror != os.strerror(error.errno)
+    return str(error.strerror) if own else one_line(error)  # a text of this package names its cause and its fix
 
 
 def _fail(message: str, code: int, debug: bool) -> NoReturn:

@@ -3,7 +3,7 @@
 import re
 import shlex
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -200,19 +200,29 @@ def print_targets(finished: list[str], lacking: dict[str, str], unwritten: Unwri
         typer.echo(f"{name:<{width}}  {text}")
 
 
-def problem_of(folder: Path, lacking: dict[str, str], unwritten: Unwritten) -> str | None:
+def problem_of(
+    folder: Path, lacking: dict[str, str], unwritten: Unwritten, compile_specs: Mapping[str, str]
+) -> str | None:
     """The error about targets that are not finished, left out, or failed; None without one."""
     texts = [f"{name} is left out: {text}" for name, text in unwritten.refused.items()]
     texts += [f"{name} failed: {text}" for name, text in unwritten.failed.items()]
     if lacking:
-        texts.append(_unfinished(folder, lacking))
+        texts.append(_unfinished(folder, lacking, compile_specs))
     return "; ".join(texts) or None
 
 
-def _unfinished(folder: Path, lacking: dict[str, str]) -> str:
+def spec_arguments(compile_specs: Mapping[str, str]) -> list[str]:
+    """The options of a command that give compile specs."""
+    return [part for key, value in compile_specs.items() for part in ("--compile-spec", f"{key}={value}")]
+
+
+def _unfinished(folder: Path, lacking: dict[str, str], compile_specs: Mapping[str, str]) -> str:
     """The error about targets that this machine cannot finish, with the command that goes on."""
     texts = "; ".join(f"lowering to {name} needs {each}" for name, each in lacking.items())
-    commands = (shlex.join(["et-cuda-passes", "lower", str(folder), "--target", name]) for name in lacking)
+    given = {"cuda": spec_arguments(compile_specs)}
+    commands = (
+        shlex.join(["et-cuda-passes", "lower", str(folder), "--target", name, *given.get(name, [])]) for name in lacking
+    )
     return (
         f"{texts}. The packed programs are in {folder}; on a machine that has it, go on with: {' && '.join(commands)}"
     )

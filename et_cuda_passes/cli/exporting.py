@@ -207,6 +207,8 @@ def export(
             specs = compile_specs_of(compile_spec or [], quantization.targets)
             if stream is not None and len(quantization.targets) > 1:
                 raise UsageError("--stream: give one --target at a time; the traced program is given up for it")
+            if stream is not None:
+                check_writable(stream, "--stream")
             packed_cache = cache_of(cache, cache_limit)
             _check_output(output_dir, overwrite, model)
             check_dtype(dtype, quantization)
@@ -232,7 +234,7 @@ def export(
                 exported.discard()
         written = list(exported.report["targets"])
         lacking = {name: each for name in written if (each := missing_requirement(name, gpu))}
-        problem = problem_of(output_dir, lacking, unwritten)
+        problem = problem_of(output_dir, lacking, unwritten, specs)
         files = _files(exported, output_dir)
         if as_json:
             reports = {
@@ -332,7 +334,9 @@ def cache_of(place: str | None, gigabytes: float | None) -> Any:
 
     try:
         return PackedCache(place, None if gigabytes is None else gigabytes * 1e9)
-    except (ImportError, OSError, ValueError) as error:
+    except OSError as error:
+        raise UsageError(f"--cache: {error.strerror or error}") from None
+    except (ImportError, ValueError) as error:
         raise UsageError(f"--cache: {error}") from None
 
 

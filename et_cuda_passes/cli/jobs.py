@@ -2,10 +2,12 @@
 
 import difflib
 import inspect
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,6 +16,8 @@ from typer.models import OptionInfo
 
 from et_cuda_passes.cli.app import COMMON
 from et_cuda_passes.cli.console import UsageError
+from et_cuda_passes.cli.options import complete_targets
+from et_cuda_passes.kernels.gpus import gpu_arch
 
 Command = Callable[..., None]
 Options = dict[str, Any]
@@ -31,6 +35,8 @@ _FILE_KEYS = (
     "exclude",
 )
 _NEEDS = ("cpus", "gpus", "memory")
+_LEAST_LIMIT = 0.001
+"""As that of ``--cache-limit``."""
 _AXES = ("model", "scheme", "target", "gpu")
 _SET_HERE = {
     "model": "the table [model.NAME] names it with path",
@@ -162,6 +168,8 @@ class _Reader:
         if output is None:
             raise self._error('output is missing: name the folder of all results, as in output = "build"')
         models, targets = self._tables("model"), self._tables("target")
+        for target in targets:
+            self._check_target(target)
         tables = self._tables("scheme")
         schemes = {name: self._options(each, f"[scheme.{name}]", ("export",)) for name, each in tables.items()}
         if not models or not targets:
@@ -169,10 +177,22 @@ class _Reader:
             raise self._error(f"there is no {lacking}: add a table [{lacking}.NAME]")
         common = self._options(self._table(self.document, "options", ""), "[options]", ("export", "lower"))
         accelerators = self._table(self.document, "accelerators", "")
-        excluded = list(self._excluded(models, schemes, targets))
+        for accelerated in accelerators:
+            self._check_gpu(accelerated, "[accelerators]")
+        gpus = {name: self._gpus(name, table) for name, table in targets.items()}
+        named = [gpu for each in gpus.values() for gpu in each if gpu is not None]
+        excluded = list(self._excluded(models, schemes, targets, named))
         sources = {name: self._source(name, table) for name, table in models.items()}
         if schemes and all(command == "lower" for _, command in sources.values()):
             raise self._error("a [scheme.NAME] quantizes a model that is exported, and each path is a .pt2: remove it")
+        of_target = {
+            name: self._options(_without(table, "gpu", "needs"), f"[target.{name}]", ("export", "lower"))
+            for name, table in targets.items()
+        }
+        commands = {command for _, command in sources.values()}
+        self._check_used(common, "[options]", commands)
+        for name, each in of_target.items():
+            self._check_used(each, f"[target.{name}]", commands)
         jobs: dict[str, Job] = {}
         for model, model_table in models.items():
             source, command = sources[model]
@@ -181,12 +201,11 @@ class _Reader:
                 chosen = {} if scheme is None else schemes[scheme]
                 for target, table in targets.items():
                     needs = self._needs(target, table)
-                    for gpu in self._gpus(target, table):
+                    for gpu in gpus[target]:
                         axes = {"model": model, "scheme": scheme, "target": target, "gpu": gpu}
                         if any(_fits(axes, each) for each in excluded):
                             continue
-                        its = self._options(_without(table, "gpu", "needs"), f"[target.{target}]", ("export", "lower"))
-                        options = {**common, **chosen, **its, **own}
+                        options = {**common, **chosen, **of_target[target], **own}
                         options = {name: each for name, each in options.items() if name in self.commands[command]}
                         job = self._job(command, source, axes, options, output, needs, accelerators)
                         if job.name in jobs:
@@ -227,7 +246,9 @@ class _Reader:
         if cache := self._cache():
             places += ["--cache", cache]
             if (limit := self.document.get("cache-limit")) is not None:
-                places += ["--cache-limit", str(self._number(limit, "cache-limit"))]
+                if self._number(limit, "cache-limit") < _LEAST_LIMIT:
+                    raise self._error(f"cache-limit must be at least {_LEAST_LIMIT} GB; got {limit}")
+                places += ["--cache-limit", str(limit)]
         elif "cache-limit" in self.document:
             raise self._error("cache-limit limits the folder of cache: give that too")
         folder = output / name
@@ -235,7 +256,7 @@ class _Reader:
         on_gpu = "cuda" in target.split(",") and options.get("stop-after") != "rewrite"
         needs = {"gpus": 1 if on_gpu else 0, **needs}
         memory = needs.pop("memory", None)
-        accelerator = accelerators.get(gpu) if gpu and needs["gpus"] else None
+        accelerator = accelerators.get(gpu, accelerators.get(gpu.partition(":")[0])) if gpu and needs["gpus"] else None
         if accelerator is not None and not isinstance(accelerator, str):
             raise self._error(f'[accelerators] {gpu} must be a text, such as "H100"; got {accelerator!r}')
         return Job(
@@ -272,16 +293,20 @@ class _Reader:
                 raise self._error(f"{axis}.{name} must be a table: write [{axis}.NAME], and the keys below it")
         return tables
 
-    def _excluded(self, models: Iterable[str], schemes: Iterable[str], targets: Iterable[str]) -> Iterator[Options]:
+    def _excluded(
+        self, models: Iterable[str], schemes: Iterable[str], targets: Iterable[str], gpus: Iterable[str]
+    ) -> Iterator[Options]:
         entries = self.document.get("exclude", [])
         if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
             raise self._error("write each combination that is left out as [[exclude]], in double brackets")
-        names = dict(zip(_AXES, (models, schemes, targets), strict=False))
+        names = dict(zip(_AXES, (models, schemes, targets, gpus), strict=True))
         for each in entries:
+            if not each:
+                raise self._error(f"[[exclude]] is empty and would leave out every job; {_nearest('', _AXES)}")
             self._check_keys(each, _AXES, "[[exclude]]")
             for axis, value in each.items():
                 for name in value if isinstance(value, list) else [value]:
-                    if axis in names and name not in names[axis]:
+                    if name not in names[axis]:
                         raise self._error(f"[[exclude]] names the {axis} {name!r}; {_nearest(name, names[axis])}")
             yield each
 
@@ -305,15 +330,33 @@ class _Reader:
         gpus = gpus if isinstance(gpus, list) else [gpus]
         if not gpus or not all(each is None or isinstance(each, str) for each in gpus):
             raise self._error(f'[target.{target}] gpu must be one name or several, as in ["sm_80", "sm_90"]')
+        for gpu in filter(None, gpus):
+            self._check_gpu(gpu, f"[target.{target}]")
         return gpus
+
+    def _check_gpu(self, name: str, place: str) -> None:
+        try:
+            gpu_arch(name)
+        except ValueError as error:
+            raise self._error(f"{place} {error}") from None
+
+    def _check_target(self, target: str) -> None:
+        known = complete_targets("")
+        for name in target.split(","):
+            if ":" not in name and name.strip() not in known:
+                raise self._error(f"[target.{target}]: there is no target {name.strip()!r}; {_nearest(name, known)}")
 
     def _needs(self, target: str, table: Mapping[str, Any]) -> dict[str, Any]:
         needs = self._table(table, "needs", f"[target.{target}] ")
         self._check_keys(needs, _NEEDS, f"[target.{target}] needs")
-        return {name: self._number(value, f"[target.{target}] needs.{name}") for name, value in needs.items()}
+        found = {name: self._number(value, f"[target.{target}] needs.{name}") for name, value in needs.items()}
+        gpus = found.get("gpus", 0)
+        if gpus > 1 and gpus != int(gpus):  # as Ray demands
+            raise self._error(f"[target.{target}] needs.gpus must be a whole number or less than 1; got {gpus}")
+        return found
 
     def _number(self, value: Any, place: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise self._error(f"{place} must be a number, and not negative; got {value!r}")
         return value
 
@@ -351,6 +394,16 @@ class _Reader:
             found[name] = self._value(value, known[name], f"{place} {key}")
         return found
 
+    def _check_used(self, options: Options, place: str, commands: Iterable[str]) -> None:
+        """Refuse an option that no command of this file has, and that would be without effect."""
+        for name in options:
+            if not any(name in self.commands[command] for command in commands):
+                command = next(each for each in self.commands if name in self.commands[each])
+                models = ".pt2 files, which are lowered" if command == "export" else "models that are exported"
+                raise self._error(
+                    f"{place} has {name}, an option of {command}, and the file has only {models}: remove it"
+                )
+
     def _value(self, value: Any, option: _Option, place: str) -> Any:
         kind = get_origin(option.kind) or option.kind
         if kind is list:
@@ -371,6 +424,8 @@ class _Reader:
             return str(value)
         if not isinstance(value, str):
             raise self._error(f"{place} must be a text; got {value!r}")
+        if issubclass(kind, Enum) and value not in list(kind):
+            raise self._error(f"{place} must be {' or '.join(kind)}; got {value!r}")
         return str(self.path.parent.absolute() / Path(value).expanduser()) if option.is_path else value
 
 

@@ -1,5 +1,6 @@
 """``matrix``: the jobs of a jobs.toml, printed, run in processes of this machine, or run on a Ray cluster."""
 
+import json
 import os
 import shlex
 import socket
@@ -7,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +32,7 @@ from et_cuda_passes.cli.console import (
 from et_cuda_passes.cli.documents import JobResult, Matrix
 from et_cuda_passes.cli.jobs import Job, read_jobs
 from et_cuda_passes.cli.options import Json
-from et_cuda_passes.cli.work import CommandKilled, Digests, failure, finished, key_of, run_job
+from et_cuda_passes.cli.work import CommandKilled, Digests, failure, finished, key_of, recorded, run_job
 from et_cuda_passes.unfinished import remove_unfinished, replaced_file
 
 RESULTS = "results.json"
@@ -122,8 +123,11 @@ def matrix(
                         _run_on_ray(left, ray, file.output / _DIGESTS, report)
         finally:
             document = Matrix(str(file.output), list(known.values()))
+            others = {job.name: recorded(job) or _not_run(job) for job in file.jobs if job.name not in known}
+            found = others | _results_of_others(file.output / RESULTS) | known
+            whole = Matrix(str(file.output), [found[job.name] for job in file.jobs])
             with replaced_file(file.output / RESULTS) as stream:
-                stream.write((document.to_json() + "\n").encode())
+                stream.write((whole.to_json() + "\n").encode())
         if as_json:
             print_json(document)
         else:
@@ -144,6 +148,14 @@ def _chosen(jobs: Iterable[Job], only: list[str] | None) -> list[Job]:
 
 def _not_run(job: Job) -> JobResult:
     return JobResult(job.name, list(job.shell_command), str(job.folder), str(job.log), "not run", 0.0)
+
+
+def _results_of_others(path: Path) -> dict[str, JobResult]:
+    """The results that other runs of a jobs file left, of which each can have run some of the jobs."""
+    with suppress(OSError, ValueError, KeyError, TypeError):  # no results, or those of another version
+        entries = json.loads(path.read_text(encoding="utf-8"))["jobs"]
+        return {each["job"]: JobResult(**each) for each in entries if each["status"] != "not run"}
+    return {}
 
 
 def _unfinished(jobs: list[Job], path: Path, report: Report) -> list[Job]:

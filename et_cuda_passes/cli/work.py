@@ -47,13 +47,13 @@ class Stopped(Exception):
 
 
 class Digests:
-    """SHA-256 of files, remembered in a file: one whose size and time are as before is not read again."""
+    """SHA-256 of files, remembered in a file: one whose size, times and inode are as before is not read again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = threading.Lock()
         self._known: dict[str, list[Any]] = {}
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, AttributeError):  # a file of another form is replaced
             found = json.loads(path.read_text(encoding="utf-8"))
             self._known = {name: value for name, value in found.items() if isinstance(value, list)}
 
@@ -67,13 +67,13 @@ class Digests:
 
     def _of_file(self, path: Path) -> str:
         with path.open("rb") as file:
-            form = _form(os.fstat(file.fileno()))
+            form = _identity(os.fstat(file.fileno()))
             with self._lock:
-                size, moment, digest = self._known.get(str(path), [None, None, None])
-            if (size, moment) == form and isinstance(digest, str):
-                return digest
+                known = self._known.get(str(path))
+            if known and known[:-1] == form and isinstance(known[-1], str):
+                return known[-1]
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if time.time() - form[1] / 1e9 > _RECENT:
+        if time.time() - max(form[1:3]) / 1e9 > _RECENT:
             with self._lock:
                 self._known[str(path)] = [*form, found]
         return found
@@ -123,10 +123,18 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _state(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Sizes and times of all files, which change when one is written or replaced."""
+def _state(paths: Iterable[Path]) -> list[tuple[str, list[int]]]:
+    """Sizes, times and inodes of all files; one of them changes when a file is written or replaced."""
     files = [each for path in paths for one in _files_of(path) for each in (one.rglob("*") if one.is_dir() else [one])]
-    return [(str(each), *_form(each.stat())) for each in sorted(files) if each.is_file()]
+    return [(str(each), _identity(each.stat())) for each in sorted(files) if each.is_file()]
+
+
+def _identity(found: os.stat_result) -> list[int]:
+    """Size, times and inode of a file.
+
+    A copy can have the size and the time of the file that it replaces, and never the time of that change.
+    """
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _form(found: os.stat_result) -> tuple[int, int]:
@@ -148,6 +156,15 @@ def finished(job: Job, key: str) -> JobResult | None:
     except (AttributeError, KeyError, TypeError, ValueError, OSError):
         return None
     return result
+
+
+def recorded(job: Job) -> JobResult | None:
+    """The result in the record of a job, whose inputs can be others by now; None without one."""
+    record = _read_record(job)
+    try:
+        return JobResult(**record["result"], status="written") if record.get("key") else None
+    except (KeyError, TypeError):
+        return None
 
 
 def _is_same(file: Path, entry: Mapping[str, Any]) -> bool:

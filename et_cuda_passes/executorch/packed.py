@@ -12,7 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -26,6 +26,7 @@ from et_cuda_passes.graph.decibels import decibels_from_json
 from et_cuda_passes.graph.drawing import Drawing, DrawnNode, DrawnSizes
 from et_cuda_passes.graph.report import STATUSES, LayerAccuracy, Outcome, OutputAccuracy, Reason, Report
 from et_cuda_passes.ops import quantized_embedding
+from et_cuda_passes.packed_cache import without_counts
 from et_cuda_passes.plugins import RULES, TARGETS
 from et_cuda_passes.targets import Target, get_target, import_plugins
 from et_cuda_passes.targets.compatibility import (
@@ -121,16 +122,19 @@ def _read(path: Path, trust: bool, mapped: bool = False) -> tuple[ExportedProgra
     return found
 
 
-def file_state(path: Path) -> tuple[int, int, int] | None:
-    """Inode, size and time of a file, which change when it is replaced or written; None if there is no file."""
+def file_state(path: Path) -> tuple[int, ...] | None:
+    """Inode, size and times of a file, which change when it is replaced or written; None if there is no file.
+
+    A copy can keep the time of the content, also where all files have the same; the time of the change is the system's.
+    """
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def check_unchanged(path: Path, before: tuple[int, int, int] | None, replaced: bool = False) -> None:
+def check_unchanged(path: Path, before: tuple[int, ...] | None, replaced: bool = False) -> None:
     """Check that a file is as it was, or with ``replaced`` that it is, or is another file now.
 
     Raises:
@@ -168,7 +172,8 @@ def save_packed(program: ExportedProgram, report: Report, path: Path) -> None:
     record = {
         "target": report.target,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "report": report.to_dict(),
+        # The same program is the same file, whatever a cache had.
+        "report": replace(report, notes=without_counts(report.notes)).to_dict(),
     }
     with checked_output(path) as file:
         torch.export.save(program, file, extra_files={_RECORD: json.dumps(record)})

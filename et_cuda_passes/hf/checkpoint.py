@@ -58,7 +58,7 @@ class Checkpoint:
         """Whether nothing has to be downloaded."""
         return Path(self.name).is_dir()
 
-    def state(self) -> dict[Path, tuple[int, int, int]]:
+    def state(self) -> dict[Path, tuple[int, ...]]:
         """Inode, size and time of each local file, which change when it is replaced or written."""
         paths = [] if self.weights is None else [self.weights]
         paths += [] if self.gguf is None else [self.gguf.path]
@@ -67,7 +67,7 @@ class Checkpoint:
             paths += [each for each in Path(self.name).iterdir() if each.suffix in kinds]
         return {path: state for path in paths if (state := file_state(path)) is not None}
 
-    def check_unchanged(self, before: dict[Path, tuple[int, int, int]]) -> None:
+    def check_unchanged(self, before: dict[Path, tuple[int, ...]]) -> None:
         """Check that the files of :meth:`state` are as they were: weights are read until the last program is written.
 
         Raises:

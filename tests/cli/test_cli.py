@@ -87,7 +87,7 @@ def test_lower_for_cpu_works_directly_and_from_a_packed_program(tmp_path: Path, 
 def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, command: Run, no_gpu: None) -> None:
     path, module = save(tmp_path, "4w", torch.bfloat16)
     out = tmp_path / "a folder"
-    result = command("lower", path, "--target", "cuda", "--output-dir", out)
+    result = command("lower", path, "--target", "cuda", "--output-dir", out, "--compile-spec", "low_memory_mode=ON")
     assert result.code == 1
     assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]
     assert "CUDA device" in result.error
@@ -97,7 +97,7 @@ def test_lower_for_cuda_without_a_gpu_writes_the_packed_program(tmp_path: Path, 
 
     # The command in the message is valid: it reads the packed program, and ends here in the same way.
     program, *again = shlex.split(result.error.rpartition("continue with: ")[2])
-    assert program == "et-cuda-passes"
+    assert program == "et-cuda-passes" and again[-2:] == ["--compile-spec", "low_memory_mode=ON"]
     second = command(*again)
     assert (second.code, second.error) == (1, result.error)
     assert names(out) == ["model.cuda.packed.pt2", "report.html", "report.json"]

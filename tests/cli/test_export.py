@@ -59,6 +59,7 @@ def result(models: Path, output: Path, without_gpu: None) -> Result:
     return called(
         "export", "--model", models / "causal", "--target", "cpu,cuda", "--qlinear", "4w", "--qembedding", "8w",
         "--max-length", LENGTH, "--dtype", "bfloat16", "--output-dir", output,
+        "--compile-spec", "low_memory_mode=ON",
     )  # fmt: skip
 
 
@@ -109,7 +110,8 @@ def test_unfinished_target_is_an_error_with_the_command_that_goes_on(
 ) -> None:
     assert result.code == 1
     assert "error: lowering to cuda needs a CUDA device" in result.error
-    assert result.error.endswith(f"go on with: et-cuda-passes lower {output} --target cuda")
+    spec = "--compile-spec low_memory_mode=ON"
+    assert result.error.endswith(f"go on with: et-cuda-passes lower {output} --target cuda {spec}")
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     again = command("lower", output, "--target", "cuda")
     assert again.code == 1 and "lowering to cuda needs a CUDA device" in again.error

@@ -1,5 +1,6 @@
 """``matrix``: what a jobs file may contain, the commands of its jobs, and which jobs run again."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import et_cuda_passes as ecp
+from et_cuda_passes.cli import work
 from et_cuda_passes.cli.app import common_options  # noqa: F401  (the package of the commands is imported before its parts)
 from et_cuda_passes.cli.jobs import Job, Needs, read_jobs
 from et_cuda_passes.cli.work import Digests, failure, finished, key_of
@@ -126,6 +128,11 @@ def test_jobs_are_all_combinations_that_are_not_excluded(models: Path) -> None:
     assert "--max-length" not in jobs["block-cuda-sm_80"].command
 
 
+def test_accelerator_of_a_gpu_holds_for_any_number_of_its_processors(models: Path) -> None:
+    text = f'{BASE.replace("cpu", "cuda")}gpu = ["sm_90", "sm_90:114"]\n[accelerators]\nsm_90 = "H100"\n'
+    assert [job.needs.accelerator for job in jobs_of(write(models, text)).values()] == ["H100", "H100"]
+
+
 def test_job_that_stops_after_the_rewrite_needs_no_gpu(models: Path) -> None:
     text = 'output = "o"\n[model.m]\npath = "block.pt2"\n[target.cuda]\nstop-after = "rewrite"\n'
     assert jobs_of(write(models, text))["m-cuda"].needs.gpus == 0
@@ -168,7 +175,17 @@ BASE = 'output = "o"\n[model.m]\npath = "block.pt2"\n[target.cpu]\n'
         (f"retries = -1\n{BASE}", "retries must be a whole number, and not negative; got -1"),
         (f"cache-limit = 5\n{BASE}", "cache-limit limits the folder of cache: give that too"),
         (f"cache = 5\n{BASE}", "cache must be the path of a folder; got 5"),
-        (f"{BASE}[target.'c:d']\n[target.'c,d']", "two jobs have the name m-c_d: rename a model, scheme or target"),
+        (f"{BASE}[model.'m ']\npath = 'block.pt2'\n[model.m_]\npath = 'block.pt2'", "two jobs have the name m_-cpu"),
+        (f"{BASE}[target.cup]", "[target.cup]: there is no target 'cup'; the nearest is cpu"),
+        (f"{BASE}stop-after = 'export'", "[target.cpu] stop-after must be rewrite; got 'export'"),
+        (f"{BASE}gpu = 'sm_77'", "[target.cpu] 'sm_77' names no known GPU: use one of sm_80"),
+        (f"{BASE}[accelerators]\nsm_99 = 'H100'", "[accelerators] 'sm_99' names no known GPU"),
+        (f"{BASE}needs = {{memory = nan}}", "needs.memory must be a number, and not negative; got nan"),
+        (f"{BASE}needs = {{gpus = 1.5}}", "needs.gpus must be a whole number or less than 1; got 1.5"),
+        (f"{BASE}[[exclude]]", "[[exclude]] is empty and would leave out every job"),
+        (f"{BASE}[[exclude]]\ngpu = 'sm_80'", "[[exclude]] names the gpu 'sm_80'; known are none"),
+        (f"{BASE}dtype = 'float32'", "[target.cpu] has dtype, an option of export, and the file has only .pt2 files"),
+        (f"cache = 'c'\ncache-limit = 0\n{BASE}", "cache-limit must be at least 0.001 GB; got 0"),
     ],
 )  # fmt: skip
 def test_wrong_jobs_file_is_refused_with_the_fix(models: Path, command: Run, text: str, message: str) -> None:
@@ -226,19 +243,46 @@ def test_key_depends_on_command_and_contents_and_not_on_places(models: Path, tmp
     assert key(decoder) != before
 
 
-def test_file_of_the_same_size_and_time_is_not_read_again(tmp_path: Path) -> None:
+def test_digest_of_an_unchanged_file_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "_RECENT", -1)
     model, known = tmp_path / "model", tmp_path / "inputs.json"
     model.write_text("one")
-    os.utime(model, (1, 1))
+    first = Digests(known)
+    first.of(model)
+    first.save()
+    remembered = json.loads(known.read_text())
+    remembered[str(model)][-1] = "as remembered"
+    known.write_text(json.dumps(remembered))
+    assert Digests(known).of(model) == "as remembered"
+
+
+@pytest.mark.parametrize("way", ["written", "moved"])
+def test_file_that_is_replaced_with_the_same_size_and_time_is_read_again(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_RECENT", -1)
+    model, known, other = tmp_path / "model", tmp_path / "inputs.json", tmp_path / "other"
+    model.write_text("one")
+    other.write_text("two")
+    for path in (model, other):
+        os.utime(path, (1, 1))
     digests = Digests(known)
     first = digests.of(model)
     digests.save()
-    model.write_text("two")
-    assert Digests(known).of(model) != first
-    os.utime(model, (1, 1))
-    assert Digests(known).of(model) == first
-    known.write_text("[")  # a damaged memory is none
-    assert Digests(known).of(model) != first
+    if way == "moved":
+        other.replace(model)
+    else:
+        model.write_text("two")
+        os.utime(model, (1, 1))
+    assert Digests(known).of(model) == hashlib.sha256(b"two").hexdigest() != first
+
+
+@pytest.mark.parametrize("text", ["[", "[]", "1", '{"MODEL": [1]}', '{"MODEL": [3, 1, 1, 1, 1, 1]}', '{"MODEL": []}'])
+def test_damaged_memory_of_digests_is_none(text: str, tmp_path: Path) -> None:
+    model, known = tmp_path / "model", tmp_path / "inputs.json"
+    model.write_text("one")
+    known.write_text(text.replace("MODEL", str(model)))
+    assert Digests(known).of(model) == hashlib.sha256(b"one").hexdigest()
 
 
 def test_file_that_was_just_written_is_read_again(tmp_path: Path) -> None:
@@ -275,8 +319,12 @@ def run_matrix(folder: Path, *options: str, code: int = 0) -> list[dict[str, Any
     )  # fmt: skip
     assert done.returncode == code, done.stderr
     found = document(done.stdout, "matrix")
-    assert json.loads((folder / "out" / "results.json").read_text()) == found
     jobs: list[dict[str, Any]] = found["jobs"]
+    results = json.loads((folder / "out" / "results.json").read_text())["jobs"]
+    assert all(each in results for each in jobs)
+    # A run of some jobs leaves the results of the others.
+    assert [each["job"] for each in results] == list(jobs_of(folder / "jobs.toml"))
+    assert "not run" not in {each["status"] for each in results}
     return jobs
 
 

@@ -42,6 +42,7 @@ def test_streamed_program_is_the_same_file(tmp_path: Path, command: Run) -> None
     [
         (["--cache-limit", "2"], "--cache-limit limits the folder of --cache: give that too"),
         (["--cache", "nothing://x"], "--cache: the cache nothing://x"),
+        (["--stream", __file__], f"--stream {__file__} cannot be created: {__file__} is a file; name a directory"),
         (["--compile-spec", "max_autotune=ON"], "--compile-spec is an option of cuda, and the target is cpu"),
     ],
 )
@@ -55,3 +56,6 @@ def test_wrong_compile_spec_is_refused(tmp_path: Path, command: Run) -> None:
     path, _ = save(tmp_path, "4w")
     result = command("lower", path, "-t", "cuda", "-o", tmp_path, "--compile-spec", "low_memory=ON")
     assert result.code == 2 and "--compile-spec: the CUDA backend has no compile spec 'low_memory'" in result.error
+    options = ["--stop-after", "rewrite", "--compile-spec", "low_memory_mode=ON"]
+    result = command("lower", path, "-t", "cuda", "-o", tmp_path, *options)
+    assert result.code == 2 and "--compile-spec is an option of the lowering, which --stop-after" in result.error

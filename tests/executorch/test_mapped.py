@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torchao.quantization import IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
 
 import et_cuda_passes as ecp
-from et_cuda_passes.executorch.packed import ModelError, load
+from et_cuda_passes.executorch.packed import ModelError, check_unchanged, file_state, load
 from et_cuda_passes.mapped import MappedFiles
 
 X = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
@@ -96,3 +97,16 @@ def test_streamed_rewrite_of_a_mapped_program_has_the_same_bytes(tmp_path: Path)
     shutil.rmtree(tmp_path / "packed")
     assert expected.state_dict.keys() == found.state_dict.keys()
     assert all(torch.equal(tensor, found.state_dict[name]) for name, tensor in expected.state_dict.items())
+
+
+def test_file_that_is_overwritten_with_the_same_size_and_time_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"one")
+    os.utime(path, (1, 1))
+    before = file_state(path)
+    check_unchanged(path, before)
+    time.sleep(0.02)  # the resolution of the system's clock
+    path.write_bytes(b"two")
+    os.utime(path, (1, 1))
+    with pytest.raises(ModelError, match="changed while it was read"):
+        check_unchanged(path, before, replaced=True)
