@@ -20,6 +20,10 @@ GOLDEN = Path(__file__).parent / "golden"
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("house")
 
+# The C++ that calls AOTInductor's kernels takes most of the time of a compilation for the CPU, and computes no number: it
+# is not optimized. The kernels are, as always.
+os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers fill the cores; more threads would compete with them.
     torch.set_num_threads(1)

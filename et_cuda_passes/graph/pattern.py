@@ -120,20 +120,17 @@ def op(*targets: Target) -> Callable[..., Call]:
     if not targets:
         raise ValueError("op() needs at least one operator")
     forms = tuple(dict.fromkeys(canonical(require_overload(target)) for target in targets))
-    schemas = [schema for form in forms if (schema := getattr(form, "_schema", None)) is not None]
-    known = (
-        {name for schema in schemas for name in schema_argument_names(schema)} if len(schemas) == len(forms) else None
-    )
+    schemas: list[Any] = [getattr(form, "_schema", None) for form in forms]
 
     def call(*args: Any, name: str | None = None, shared: bool = False, **kwargs: Any) -> Call:
         rest = bool(args) and isinstance(args[-1], EllipsisType)
         positional = args[:-1] if rest else args
-        for form in forms:
-            schema = getattr(form, "_schema", None)
+        for form, schema in zip(forms, schemas, strict=True):
             if schema is not None and len(positional) > len(schema.arguments):
                 raise TypeError(f"{op_name(form)} has {len(schema.arguments)} arguments, not {len(positional)}")
-        for key in kwargs:
-            if known is not None and key not in known:
+        if kwargs and all(schema is not None for schema in schemas):
+            known = {argument for schema in schemas for argument in schema_argument_names(schema)}
+            for key in (key for key in kwargs if key not in known):
                 raise TypeError(
                     f"{op_name(forms[0])} has no argument called {key!r}; it has {', '.join(sorted(known))}"
                 )
@@ -180,12 +177,12 @@ def _children(pattern: Pattern) -> Iterable[Pattern]:
 
 
 def _parts(patterns: Iterable[Pattern]) -> Iterable[Pattern]:
-    """``patterns`` and all that they contain. A part in several places, such as a weight, comes once."""
+    """``patterns`` and all that they contain but literals. A part in several places, such as a weight, comes once."""
     found: dict[int, Pattern] = {}
     rest = list(patterns)
     while rest:
         part = rest.pop()
-        if id(part) not in found:
+        if not isinstance(part, (Literal, Wildcard)) and id(part) not in found:
             found[id(part)] = part
             rest.extend(_children(part))
     return found.values()
@@ -203,6 +200,8 @@ def always_bound(pattern: Pattern) -> set[str]:
 
 def _always_bound(pattern: Pattern, known: dict[int, frozenset[str]]) -> frozenset[str]:
     """``known`` has the names of parts by identity, since an alternative often repeats the parts of another one."""
+    if isinstance(pattern, (Literal, Wildcard)):
+        return frozenset()
     if id(pattern) not in known:
         parts = [_always_bound(child, known) for child in _children(pattern)]
         own = pattern.name if isinstance(pattern, (Capture, Call)) else None
