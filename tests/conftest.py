@@ -1,6 +1,7 @@
 """Shared by all tests: golden files, the skip without a GPU, and reproducible random numbers."""
 
 import gc
+import importlib
 import os
 import random
 import secrets
@@ -19,10 +20,6 @@ GOLDEN = Path(__file__).parent / "golden"
 # A deadline would depend on the load of the machine. In CI the same commit runs the same examples.
 settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("house")
-
-# The C++ that calls AOTInductor's kernels takes most of the time of a compilation for the CPU, and computes no number: it
-# is not optimized. The kernels are, as always.
-os.environ.setdefault("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers fill the cores; more threads would compete with them.
@@ -77,6 +74,12 @@ def pytest_collection_finish() -> None:
     # Torch and the tests are millions of objects, which each full collection would visit: a fifth of the suite's time.
     gc.collect()
     gc.freeze()
+    # The C++ that calls AOTInductor's kernels takes most of the time of a compilation for the CPU, and computes no
+    # number: it is not optimized. The kernels are, as always. Precompiled headers take as long as two programs, and g++
+    # compiles no program faster with them.
+    inductor = importlib.import_module("torch._inductor.config")
+    inductor.aot_inductor.compile_wrapper_opt_level = "O0"
+    inductor.aot_inductor.precompile_headers = False
 
 
 def pytest_unconfigure() -> None:

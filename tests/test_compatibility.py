@@ -50,7 +50,7 @@ DOCTOR = ("doctor", "--quick", "--json")
 
 
 def document(text: str) -> dict[str, Any]:
-    """What ``doctor`` prints, which its schema describes."""
+    """The output of ``doctor``, checked against its schema."""
     found: dict[str, Any] = json.loads(text)
     jsonschema.Draft202012Validator(SCHEMAS).validate(found)
     return found

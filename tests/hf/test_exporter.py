@@ -31,9 +31,7 @@ def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
         torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "targets", ["cuda,xnnpack", pytest.param("cuda,xnnpack,cpu", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("targets", ["cuda,xnnpack", pytest.param("cuda,xnnpack,cpu", marks=pytest.mark.slow)])
 def test_targets_of_an_encoder_give_the_numbers_of_the_quantized_model(
     targets: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
