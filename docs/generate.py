@@ -9,7 +9,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -353,31 +353,32 @@ def options_table(command: Any) -> str:
     return table(["option", "meaning", "default"], rows)
 
 
-def pages() -> dict[Path, str]:
-    """The text of every generated page by its path."""
+_REFERENCE_PAGES: Mapping[str, Callable[[], str]] = {
+    "api.md": api_page,
+    "rules.md": rules_page,
+    "targets.md": targets_page,
+    "operators.md": operators_page,
+    "schemes.md": schemes_page,
+    "command-line.md": command_page,
+    "json.md": json_page,
+    "testing.md": testing_page,
+}
+_OTHERS: Mapping[Path, Callable[[], str]] = {
+    ROOT / "et_cuda_passes" / "cli" / "rules.json": rules_json,
+    ROOT / "et_cuda_passes" / "cli" / "schemas.json": schemas_json,
+    ROOT / "README.md": readme,
+}
+PAGES = (*(REFERENCE / name for name in _REFERENCE_PAGES), *_OTHERS)
+"""The paths of all generated pages."""
+
+
+def page(path: Path) -> str:
+    """The text of a generated page."""
     with switched("0"):
-        return _pages()
-
-
-def _pages() -> dict[Path, str]:
-    texts = {
-        "api.md": api_page(),
-        "rules.md": rules_page(),
-        "targets.md": targets_page(),
-        "operators.md": operators_page(),
-        "schemes.md": schemes_page(),
-        "command-line.md": command_page(),
-        "json.md": json_page(),
-        "testing.md": testing_page(),
-    }
-    # The heading comes first: it is the title of the page on the site.
-    written = {REFERENCE / name: text.replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n" for name, text in texts.items()}
-    data = ROOT / "et_cuda_passes" / "cli"
-    return written | {
-        data / "rules.json": rules_json(),
-        data / "schemas.json": schemas_json(),
-        ROOT / "README.md": readme(),
-    }
+        if path in _OTHERS:
+            return _OTHERS[path]()
+        # The heading comes first: it is the title of the page on the site.
+        return _REFERENCE_PAGES[path.name]().replace("\n\n", f"\n\n{NOTICE}\n\n", 1) + "\n"
 
 
 def anchors(text: str) -> set[str]:
@@ -403,10 +404,9 @@ def broken_links(root: Path = ROOT) -> Iterator[str]:
 
 def main() -> int:
     """Write the pages and check the links; returns 1 if a link is broken."""
-    texts = pages()
     REFERENCE.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8")
+    for path in PAGES:
+        path.write_text(page(path), encoding="utf-8")
         print(path.relative_to(ROOT).as_posix())
     broken = list(broken_links())
     for link in broken:

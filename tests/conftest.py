@@ -1,6 +1,7 @@
 """Shared by all tests: golden files, the skip without a GPU, and reproducible random numbers."""
 
 import gc
+import importlib
 import os
 import random
 import secrets
@@ -73,6 +74,12 @@ def pytest_collection_finish() -> None:
     # Torch and the tests are millions of objects, which each full collection would visit: a fifth of the suite's time.
     gc.collect()
     gc.freeze()
+    # The C++ that calls AOTInductor's kernels takes most of the time of a compilation for the CPU, and computes no
+    # number: it is not optimized. The kernels are, as always. Precompiled headers take as long as two programs, and g++
+    # compiles no program faster with them.
+    inductor = importlib.import_module("torch._inductor.config")
+    inductor.aot_inductor.compile_wrapper_opt_level = "O0"
+    inductor.aot_inductor.precompile_headers = False
 
 
 def pytest_unconfigure() -> None:

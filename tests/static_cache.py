@@ -26,14 +26,14 @@ FORMATS = ("dynamo", "cpu", "xnnpack")
 Run = Callable[..., list[Any]]
 
 
-def qwen3(hidden: int = 64, seed: int = 0) -> Qwen3ForCausalLM:
-    """Two layers with random weights."""
+def qwen3(hidden: int = 64, seed: int = 0, layers: int = 1) -> Qwen3ForCausalLM:
+    """A decoder with random weights."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=64,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,

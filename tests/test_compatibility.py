@@ -20,6 +20,7 @@ from et_cuda_passes.cli import diagnosing, smallest
 from et_cuda_passes.executorch import run as running
 from et_cuda_passes.executorch.lower import missing_requirement, no_lowering
 from et_cuda_passes.executorch.run import EXECUTABLE, runtime_problem
+from tests.processes import finished
 
 ROOT = Path(ecp.__file__).parent.parent
 SCHEMAS = json.loads((ROOT / "et_cuda_passes" / "cli" / "schemas.json").read_text())
@@ -45,26 +46,23 @@ def test_nothing_is_wrong_with_hooks_and_operators(name: str) -> None:
     assert [each for each in found if each[0] == "wrong"] == []
 
 
-def run(*arguments: str, path: Path | None = None, **variables: str) -> tuple[int, dict[str, Any], str]:
-    """The exit code of ``doctor``, its document and stderr."""
-    searched = os.pathsep.join(filter(None, [str(path or ""), str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "et_cuda_passes", "doctor", "--quick", "--json", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": searched} | variables,
-    )
-    found = json.loads(done.stdout)
+DOCTOR = ("doctor", "--quick", "--json")
+
+
+def document(text: str) -> dict[str, Any]:
+    """The output of ``doctor``, checked against its schema."""
+    found: dict[str, Any] = json.loads(text)
     jsonschema.Draft202012Validator(SCHEMAS).validate(found)
-    return done.returncode, found, done.stderr
+    return found
 
 
 def by_subject(found: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {check["subject"]: check for check in found["checks"]}
 
 
-def test_doctor_finds_nothing_wrong_with_the_installation() -> None:
-    code, found, err = run()
+def test_doctor_finds_nothing_wrong_with_the_installation(tmp_path: Path) -> None:
+    code, out, err = finished(*DOCTOR, folder=tmp_path)
+    found = document(out)
     wrong = [check for check in found["checks"] if check["status"] == "wrong"]
     assert (code, found["ok"], wrong) == (0, True, [])
     assert {check["group"] for check in found["checks"]} == {"versions", "hooks", "operators", "machine", "targets"}
@@ -81,8 +79,16 @@ def test_doctor_says_what_to_do_about_a_broken_installation(tmp_path: Path) -> N
     info = tmp_path / "executorch-1.4.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: executorch\nVersion: 1.4.0\n")
-    code, found, _ = run(path=tmp_path, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "a folder"))
-    assert (code, found["ok"]) == (1, False)
+    searched = os.pathsep.join(filter(None, [str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH")]))
+    broken = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "a folder")}
+    done = subprocess.run(
+        [sys.executable, "-m", "et_cuda_passes", *DOCTOR],
+        capture_output=True,
+        text=True,
+        env=os.environ | broken | {"PYTHONPATH": searched},
+    )
+    found = document(done.stdout)
+    assert (done.returncode, found["ok"]) == (1, False)
     checks = by_subject(found)
     old = checks["executorch"]
     assert old["status"] == "wrong" and "1.4.0 is not >=1.5,<1.6" in old["found"]
@@ -116,6 +122,7 @@ def test_cache_folder_that_does_not_work_is_wrong(
 
 def test_path_with_wrong_numbers_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a backend that computes with the raw integers."""
+    monkeypatch.setattr(diagnosing, "TARGETS", ("cuda", "xnnpack"))
     execute = smallest.execute
     monkeypatch.setattr(smallest, "execute", lambda *given: [2 * each for each in execute(*given)])
     found = {target: (status, text) for status, target, text, _ in diagnosing._targets(True)}

@@ -190,12 +190,12 @@ def _children(pattern: Pattern) -> Iterable[Pattern]:
 
 
 def _parts(patterns: Iterable[Pattern]) -> Iterable[Pattern]:
-    """``patterns`` and all that they contain. A part in several places, such as a weight, comes once."""
+    """``patterns`` and all that they contain but literals. A part in several places, such as a weight, comes once."""
     found: dict[int, Pattern] = {}
     rest = list(patterns)
     while rest:
         part = rest.pop()
-        if id(part) not in found:
+        if not isinstance(part, (Literal, Wildcard)) and id(part) not in found:
             found[id(part)] = part
             rest.extend(_children(part))
     return found.values()
@@ -213,6 +213,8 @@ def always_bound(pattern: Pattern) -> set[str]:
 
 def _always_bound(pattern: Pattern, known: dict[int, frozenset[str]]) -> frozenset[str]:
     """``known`` has the names of parts by identity, since an alternative often repeats the parts of another one."""
+    if isinstance(pattern, (Literal, Wildcard)):
+        return frozenset()
     if id(pattern) not in known:
         parts = [_always_bound(child, known) for child in _children(pattern)]
         own = pattern.name if isinstance(pattern, (Capture, Call)) else None

@@ -26,11 +26,12 @@ def linear(x: Pattern, weight: Pattern, bias: Pattern | None) -> AnyOf:
     ``run_decompositions`` puts views around the matrix product of an x of more dimensions. The pattern does not
     contain them: they stay, as views of the new operator's input and output, until ``RemoveLinearViews``.
     """
+    columns = transposed(weight)
     return any_of(
         op(aten.linear.default)(x, weight, bias),
-        op(aten.addmm.default)(bias, x, transposed(weight)),
-        op(aten.mm.default)(x, transposed(weight)),
-        op(aten.matmul.default)(x, transposed(weight)),
+        op(aten.addmm.default)(bias, x, columns),
+        op(aten.mm.default)(x, columns),
+        op(aten.matmul.default)(x, columns),
     )
 
 

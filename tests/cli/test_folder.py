@@ -24,10 +24,10 @@ LENGTH = 32
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    checkpoints.causal(folder / "causal")
+    checkpoints.causal(folder / "causal", num_hidden_layers=1)
     # Other weights of the same shapes.
     torch.manual_seed(2)
-    checkpoints.saved(checkpoints.qwen(), folder / "other", checkpoints.tokenizer())
+    checkpoints.saved(checkpoints.qwen(num_hidden_layers=1), folder / "other", checkpoints.tokenizer())
     return folder
 
 
@@ -90,7 +90,7 @@ def test_another_model_is_refused(decoder: Path, tmp_path: Path, command: Run) -
     assert result.code == 2 and f"--model: there is no file or folder {tmp_path / 'nothing'}" in result.error
 
 
-def test_error_in_one_layer_of_one_component_is_found(
+def test_error_in_the_cache_of_one_component_is_found(
     decoder: Path, models: Path, command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from et_cuda_passes.hf.runner import EtModelRunner
@@ -100,13 +100,13 @@ def test_error_in_one_layer_of_one_component_is_found(
     def wrong(self: Any, leaves: list[Any]) -> Any:
         outputs = run(self, leaves)
         if self.component.name == "decode" and outputs.logits.shape[1] == 1:
-            outputs.past_key_values.layers[1].values.mul_(1.1)
+            outputs.past_key_values.layers[0].values.mul_(1.1)
         return outputs
 
     monkeypatch.setattr(EtModelRunner, "run", wrong)
     result = command("verify", decoder, "--model", models / "causal")
     assert result.code == 1
-    assert "prefill for xnnpack" in result.out and "output past_key_values.4" in result.out
+    assert "prefill for xnnpack" in result.out and "output past_key_values.1" in result.out
     assert not any("WRONG" in line for line in result.out.splitlines() if line.startswith("prefill"))
 
 

@@ -53,7 +53,7 @@ def test_packed_bf16_program_for_the_cpu_passes(tmp_path: Path, command: Run) ->
 
 
 def test_unreachable_tolerance_fails(tmp_path: Path, command: Run) -> None:
-    path, _ = save(tmp_path, "8da4w")
+    path, _ = save(tmp_path, "float")
     result = command("verify", path, "-t", "xnnpack", "--tolerance", "1e-9")
     assert result.code == 1
     assert result.out.rstrip().endswith("tolerance 1.00e-09: WRONG")

@@ -28,7 +28,7 @@ SEED = 15
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedModel, Program]:
     """The exported model, and its methods `prefill` and `decode` in one .pte."""
-    model = qwen3(256, SEED).bfloat16()
+    model = qwen3(256, SEED, layers=2).bfloat16()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
     exported = export(model)
     programs = {name: component.program for name, component in exported.components.items()}
@@ -41,7 +41,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportedModel, Progr
 @pytest.fixture(scope="module")
 def eager() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A prompt, the tokens that eager chooses, and the logits of each choice."""
-    model = qwen3(256, SEED).bfloat16()
+    model = qwen3(256, SEED, layers=2).bfloat16()
     quantize_(model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
     prompt = torch.randint(0, 64, (1, 9), generator=torch.Generator().manual_seed(SEED))
     tokens, logits = greedy(model, prompt, COUNT)

@@ -27,17 +27,15 @@ CACHE = 32
 
 
 def bert(**options: Any) -> Any:
-    return BertModel(
-        BertConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=100,
-            max_position_embeddings=32,
-            **options,
-        )
-    ).eval()
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+    }
+    return BertModel(BertConfig(**(sizes | options))).eval()
 
 
 def qwen_config(**options: Any) -> Any:

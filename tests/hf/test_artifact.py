@@ -71,7 +71,7 @@ def test_saved_folder_has_programs_manifest_config_and_report(folder: Path) -> N
     ]
     report = json.loads((folder / "report.json").read_text())
     assert list(report["targets"]) == ["xnnpack", "cpu"]
-    assert report["targets"]["xnnpack"]["model"]["counts"]["kept"] == 13
+    assert report["targets"]["xnnpack"]["model"]["counts"]["kept"] == 7
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'<section id="\w+" aria-labelledby="\w+">\s*<h2[^>]*>(.*)</h2>', page) == ["xnnpack", "cpu"]
     manifest = json.loads((folder / "export.json").read_text())

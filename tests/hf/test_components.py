@@ -181,7 +181,8 @@ def test_components_have_their_own_configs_and_targets() -> None:
         "prefill": EtConfig(target="xnnpack,cuda", qlinear="8da4w", cast_to_bf16=True),
         "decode": {"target": "cuda", "cast_to_bf16": True},
     }
-    exported = EtExporter().export_for_generation(qwen(num_hidden_layers=1), tokens(), configs)
+    model = qwen(num_hidden_layers=1)
+    exported = EtExporter().export_for_generation(model, tokens(), configs)
     prefill, decode = (exported.components[name].program for name in ("prefill", "decode"))
     assert list(prefill.builds) == ["xnnpack", "cuda"]
     assert list(decode.builds) == ["cuda"]
@@ -190,7 +191,7 @@ def test_components_have_their_own_configs_and_targets() -> None:
     assert list(exported.report["targets"]) == ["xnnpack", "cuda"]
     assert list(exported.report["targets"]["xnnpack"]) == ["prefill"]
     with pytest.raises(ExportError, match="no entry for decode; the components are prefill, decode"):
-        EtExporter().export_for_generation(qwen(), tokens(), {"prefill": configs["prefill"]})
+        EtExporter().export_for_generation(model, tokens(), {"prefill": configs["prefill"]})
 
 
 def test_weight_that_is_read_other_than_by_a_linear_stays_float_or_is_an_error_with_the_line() -> None:

@@ -31,22 +31,25 @@ def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
         torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
 
 
-def test_three_targets_of_an_encoder_give_the_numbers_of_the_quantized_model(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("targets", ["cuda,xnnpack", pytest.param("cuda,xnnpack,cpu", marks=pytest.mark.slow)])
+def test_targets_of_an_encoder_give_the_numbers_of_the_quantized_model(
+    targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model, inputs = bert(), tokens(rows=2)
     with torch.no_grad():
         unquantized = model(**inputs)
         expected = quantized(model, qlinear="4w")(**inputs)
-    config = EtConfig(target="cuda,xnnpack,cpu", qlinear="4w", cast_to_bf16=True)
+    config = EtConfig(target=targets, qlinear="4w", cast_to_bf16=True)
     exported = EtExporter().export(model, dict(inputs), config)
-    assert [report["model"]["counts"]["missed"] for report in exported.report["targets"].values()] == [0, 0, 0]
+    assert {report["model"]["counts"]["missed"] for report in exported.report["targets"].values()} == {0}
 
     def error(found: Any) -> float:
         names = ("last_hidden_state", "pooler_output")
         return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in names)
 
     errors = {}
-    for target in ("xnnpack", "cpu"):
+    for target in targets.split(",")[1:]:
         exported.to(target=target)
         found = exported(**inputs)
         assert type(found) is type(expected) and found.last_hidden_state.dtype is torch.float32
@@ -54,9 +57,9 @@ def test_three_targets_of_an_encoder_give_the_numbers_of_the_quantized_model(mon
     # The packed program of cuda computes here by plain operators.
     build = exported.components["model"].program.builds["cuda"]
     errors["cuda"] = error(load_model(build.files[0], "cuda").program.module()(**inputs))
-    assert errors["xnnpack"] < 1e-4
-    # The roundings of two layers to bf16; 4 bits are far more.
-    assert 1e-4 < errors["cpu"] < 3e-2 and 1e-4 < errors["cuda"] < 3e-2
+    assert errors.pop("xnnpack") < 1e-4
+    # The roundings of a layer to bf16; 4 bits are far more.
+    assert all(1e-4 < each < 3e-2 for each in errors.values())
     assert error(unquantized) > 2 * max(errors.values())
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
@@ -110,7 +113,7 @@ def expected_tokens(model: Any, ids: torch.Tensor) -> list[int]:
 @pytest.fixture(scope="module")
 def causal() -> Any:
     torch.manual_seed(1)
-    return qwen()
+    return qwen(num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +164,7 @@ def test_three_targets_have_one_outcome_for_each_weight(three_targets: Any) -> N
             details = [each["detail"] for each in report["outcomes"]]
             assert all(("computed in bf16" in detail) == (target != "xnnpack") for detail in details)
     expected = fqns["cuda", "prefill"]
-    assert len(expected) == 15
+    assert len(expected) == 8
     assert fqns == {(target, name): expected for target in ("cuda", "xnnpack", "cpu") for name in ("prefill", "decode")}
 
 
@@ -191,7 +194,7 @@ def test_three_targets_give_the_numbers_of_the_quantized_model(causal: Any, thre
     found = program.module()(**arguments)["logits"][0, -1]
     errors["cuda"] = float((found - expected).norm() / expected.norm())
     assert errors["xnnpack"] < 1e-4
-    # The roundings of two layers to bf16; 4 bits are far more.
+    # The roundings of a layer to bf16; 4 bits are far more.
     assert 1e-4 < errors["cpu"] < 3e-2 and 1e-4 < errors["cuda"] < 3e-2
     assert float((unquantized - expected).norm() / expected.norm()) > 1e-1
 
@@ -259,7 +262,7 @@ def test_calls_outside_of_the_export_are_errors(two_targets: Any, target: str) -
     }
     other = StaticCache(config=two_targets.config, max_cache_len=CACHE + 1)
     with torch.no_grad():
-        qwen()(input_ids=torch.tensor([[1, 2]]), past_key_values=other)
+        qwen(num_hidden_layers=1)(input_ids=torch.tensor([[1, 2]]), past_key_values=other)
     with pytest.raises(ExportError, match="past_key_values as a StaticCache of another state or size"):
         decode(**step, past_key_values=other)
     assert decode(**step, past_key_values=filled).logits.shape == (1, 1, 96)
