@@ -226,7 +226,9 @@ def measure(setting: Setting, names: list[str], rounds: int, folder: Path) -> st
     group = str(setting.group) if setting.group else "per axis"
     described = [f"{setting.n} x {setting.k}", group, "yes" if setting.zeros else "no"]
     dtype = str(setting.dtype).removeprefix("torch.")
-    return "| " + " | ".join([*described, dtype, str(setting.rows), *times, *ratios, f"{size:.3f}", f"{error:.1e}"]) + " |"
+    return (
+        "| " + " | ".join([*described, dtype, str(setting.rows), *times, *ratios, f"{size:.3f}", f"{error:.1e}"]) + " |"
+    )
 
 
 def main() -> None:

@@ -330,8 +330,8 @@ class LinearInt4(Rule):
 
     Attributes:
         kernel: name of one of the target's int4 kernels; None for its first.
-        cast_to_bf16: if the kernel lacks the dtype of the activations, compute in bf16 and cast back, with the precision
-            of bf16. Off, plain operators compute such a linear on the CPU, and on other targets it is missed.
+        cast_to_bf16: if the kernel lacks the dtype of the activations, compute in bf16 and cast back, with the
+            precision of bf16. Off, plain operators compute such a linear on the CPU, and on other targets it is missed.
         drop_activation_quantization: if the activations are quantized dynamically, compute with the activations before
             the quantization. It is faster and closer to the unquantized model, but not what the graph computes. Off,
             the quantization stays, and only the weight is packed.
