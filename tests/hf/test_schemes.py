@@ -601,7 +601,7 @@ def test_group_size_is_adjusted_to_the_largest_that_divides(k: int, wanted: int,
     assert entry.reason == ("" if wanted == size else f"in_features {k} is no multiple of {wanted}")
 
 
-@pytest.mark.parametrize(("target", "size"), [("cuda", 16), ("cpu", 0), ("cuda,cpu", 0)])
+@pytest.mark.parametrize(("target", "size"), [("cuda", 16), ("cpu", 16), ("cuda,cpu", 16)])
 def test_adjusted_group_size_has_a_kernel_on_each_target(target: str, size: int) -> None:
     model = Mlp(hidden=720).to(BF16)
     report = ecp.quantize_model_(model, qlinear="4w", target=target)
