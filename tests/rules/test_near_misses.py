@@ -111,7 +111,12 @@ def packed_linear(rule: ecp.Rule, make: Make, x: Callable[..., Tensor], dropped:
 
 
 _CPU = ecp.get_target("cpu")
-KERNEL_ONLY = replace(_CPU, kernels={name: each for name, each in _CPU.kernels.items() if name != "int4_plain"})
+KERNEL_ONLY = replace(
+    _CPU,
+    name="kernel_only",
+    lowered_as="cpu",
+    kernels={name: each for name, each in _CPU.kernels.items() if name != "int4_plain"},
+)
 """The CPU without plain operators for int4, which run in control flow."""
 
 
