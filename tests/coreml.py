@@ -19,6 +19,7 @@ from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.backends.apple.coreml.partition import CoreMLPartitioner as _Stock
 from executorch.exir import to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import Partitioner
+from executorch.exir.lowered_backend_module import LoweredBackendModule
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -46,9 +47,11 @@ def lowered(program: ExportedProgram, partitioner: Partitioner) -> tuple[list[st
         edge = to_edge_transform_and_lower(program, partitioner=[partitioner]).exported_program()
     calls = [node for node in edge.graph.nodes if node.op == "call_function"]
     names = [getattr(node.target, "__name__", str(node.target)) for node in calls]
-    delegates = edge.graph.find_nodes(op="get_attr")
+    # Branches of control flow are modules too.
+    modules = [getattr(edge.graph_module, node.target) for node in edge.graph.find_nodes(op="get_attr")]
+    delegates = [each for each in modules if isinstance(each, LoweredBackendModule)]
     outside = [name for name in names if name not in ("executorch_call_delegate", "getitem")]
-    return outside, [bytes(getattr(edge.graph_module, node.target).processed_bytes) for node in delegates]
+    return outside, [bytes(each.processed_bytes) for each in delegates]
 
 
 def decompressed(delegate: bytes) -> list[Tensor]:

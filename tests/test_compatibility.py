@@ -20,6 +20,8 @@ from et_cuda_passes.cli import diagnosing, smallest
 from et_cuda_passes.executorch import run as running
 from et_cuda_passes.executorch.lower import missing_requirement, no_lowering
 from et_cuda_passes.executorch.run import EXECUTABLE, runtime_problem
+from et_cuda_passes.hf.artifact import ExportError
+from et_cuda_passes.hf.runner import _Loaded
 from tests.processes import finished
 
 ROOT = Path(ecp.__file__).parent.parent
@@ -149,3 +151,6 @@ def test_doctor_notes_a_torch_whose_tensors_the_runtime_cannot_read(monkeypatch:
     assert walked.bytes and walked.lowered is None
     with pytest.raises(RuntimeError, match=r"runtime for Python cannot be used: it reads tensors of torch 99\.0"):
         running.execute("xnnpack", [], (), {})
+    # `generate` loads an exported folder with these.
+    with pytest.raises(ExportError, match=r"runtime for Python cannot be used: it reads tensors of torch 99\.0"):
+        _Loaded("xnnpack", Path("model.pte")).method("forward")

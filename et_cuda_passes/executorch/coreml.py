@@ -8,8 +8,11 @@ from executorch.backends.apple.coreml.compiler import CoreMLBackend
 from executorch.backends.apple.coreml.compiler.coreml_preprocess import COMPILE_SPEC_KEYS
 from executorch.backends.apple.coreml.partition import CoreMLPartitioner as _Stock
 from executorch.exir.backend.compile_spec_schema import CompileSpec
+from executorch.exir.backend.partitioner import PartitionResult
+from torch.export import ExportedProgram
 
 from et_cuda_passes.executorch.partitioner import RewritingPartitioner
+from et_cuda_passes.graph.subgraphs import CONTROL_FLOW
 
 _TARGET = ct.target.iOS18
 """The first deployment target that has compressed weights in groups."""
@@ -50,3 +53,15 @@ class CoreMLPartitioner(RewritingPartitioner, _Stock):  # type: ignore[misc]  # 
                 "give CoreMLBackend.generate_compile_specs(minimum_deployment_target=ct.target.iOS18)"
             )
         super().__init__(compile_specs=specs, passes=passes, expect=expect, **kwargs)
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        """ExecuTorch's hook.
+
+        The stock partitioner claims the branches of control flow, without the call that reads them, and ExecuTorch
+        stops with an assertion.
+        """
+        result = super().partition(exported_program)
+        for node in exported_program.graph.find_nodes(op="get_attr"):
+            if any(user.target in CONTROL_FLOW for user in node.users):
+                node.meta.pop("delegation_tag", None)
+        return result

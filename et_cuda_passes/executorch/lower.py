@@ -376,6 +376,7 @@ def _executorch(
         )
         for name, program in methods.items():
             _check_sizes_stay_dynamic(name, program, edge.exported_program(name))
+            _check_has_no_while_loop(name, edge.exported_program(name))
         progress("serializing")
         stored = [name for method in methods for name in _states_with_values(edge.exported_program(method))]
         config = ExecutorchBackendConfig(
@@ -451,6 +452,21 @@ def _check_sizes_stay_dynamic(method: str, before: ExportedProgram, after: Expor
                 f"{method}: ExecuTorch's lowering limits axis {axis} of {name} to {_largest(now)}, and it was exported "
                 f"for {exported}{_guarded_at(now, after)}: export the model with fixed sizes "
                 "(EtConfig(dynamic=False), or no dynamic_shapes for torch.export)"
+            )
+
+
+def _check_has_no_while_loop(method: str, lowered: ExportedProgram) -> None:
+    """Refuse a loop that no backend took: executorch 1.5.1 has cond, map and scan, and stops with an internal error.
+
+    Raises:
+        UsageError: there is such a loop.
+    """
+    for module in lowered.graph_module.modules():
+        graph = module.graph if isinstance(module, torch.fx.GraphModule) else torch.fx.Graph()
+        for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.while_loop):
+            raise UsageError(
+                f"{method}: ExecuTorch has no while_loop outside a delegate ({node.name}): write the loop with "
+                "torch.scan, or unroll it, or compile the program for the target cpu, whose AOTInductor has one"
             )
 
 

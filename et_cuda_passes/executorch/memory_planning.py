@@ -16,7 +16,8 @@ class KeepResultsOfControlFlow(MemoryPlanningPass):  # type: ignore[misc]  # Exe
     """ExecuTorch's planning, but no two subgraphs share memory if the program has several calls of control flow.
 
     A result of a ``cond`` stays in the memory of its branch. executorch 1.5.1 gives that memory to the branches of the
-    next ``cond`` too, which overwrite the result if it is still needed.
+    next ``cond`` and to the bodies of a ``map`` or ``scan`` too, which overwrite the result if it is still needed. The
+    results of a ``map`` or ``scan`` are copied out of its body.
     """
 
     def run(

@@ -68,10 +68,9 @@ class QuantizationOptions:
         group_size_fallback: what happens to a layer whose in_features the group size does not divide, or for whose
             group size a named target has no kernel. "adjust" uses the largest of 128, 64, 32 and 16 that fits, or else
             one scale per row. "skip" leaves the layer as it is. "error" refuses the model.
-        cast_to_bf16: activations of a dtype that a target's kernels lack, or in which they are slow, are cast to bf16
-            for these kernels and their results back, with the precision of bf16. cuda also casts attention. It is for
-            a model in float32 that is exported for xnnpack and for other targets at once, and does not change the
-            quantization.
+        cast_to_bf16: activations of a dtype that a target's kernels lack are cast to bf16 for these kernels and their
+            results back, with the precision of bf16. cuda also casts attention. It is for a model in float32 that is
+            exported for xnnpack and for other targets at once, and does not change the quantization.
         xnnpack_weight_only: see :class:`~et_cuda_passes.hf.EtConfig`; it does not change the quantization.
 
     Raises:

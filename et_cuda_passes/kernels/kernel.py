@@ -21,7 +21,6 @@ class Kernel:
         in_control_flow: whether the kernel compiles inside the branches of a cond and the bodies of loops.
         zeros: whether the kernel adds a zero per scale; if not, weights must be symmetric.
         per_row: whether the kernel also supports one scale per row.
-        slow_dtypes: those of ``dtypes`` in which a linear with float weights is faster.
         host_notes: what a report says of the kernel on a host with a certain ``get_cpu_capability()``.
 
     Raises:
@@ -39,7 +38,6 @@ class Kernel:
     in_control_flow: bool = True
     zeros: bool = True
     per_row: bool = False
-    slow_dtypes: tuple[torch.dtype, ...] = ()
     host_notes: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:

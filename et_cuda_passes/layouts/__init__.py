@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 
-from . import cpu, embedding_table, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
+from . import by_row, cpu, embedding_table, metal, mma_tiled, mps, scale_and_zero, tile_packed_to_4d
 from .layout import Layout
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -17,6 +17,7 @@ LAYOUTS: Mapping[str, Layout] = {
         mps.LAYOUT,
         metal.LAYOUT,
         cpu.LAYOUT,
+        by_row.LAYOUT,
     )
 }
 """Every layout of int4 weights by its name."""
@@ -24,6 +25,7 @@ LAYOUTS: Mapping[str, Layout] = {
 __all__ = [
     "LAYOUTS",
     "Layout",
+    "by_row",
     "cpu",
     "embedding_table",
     "metal",

@@ -15,22 +15,19 @@ arguments and is fast, and plain operators on the same constants if not.
 The keyword ``gpu`` is explained at :data:`~et_cuda_passes.ops.registry.TRITON_OPERATORS`.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from et_cuda_passes.kernels import linear_launch
+from et_cuda_passes.layouts.plain_products import multiply_in_pieces, stored
 from et_cuda_passes.ops.int4_linear import check_bias, contiguous
 from et_cuda_passes.ops.registry import define_triton
 
 _NAME = "int8_linear"
-_PIECE_BYTES, _MOST_PIECES = 4 << 20, 16
-"""A product on the CPU dequantizes pieces of a weight, of so many bytes unless they would be more pieces than that.
-
-A piece stays in a cache. glibc takes an allocation of more than 32 MB from the system in every call, and each new page
-costs time. Each piece is compiled, so their number is limited.
-"""
 
 
 def _check(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, group_size: int) -> None:
@@ -65,36 +62,20 @@ def reference(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, gro
     return F.linear(x, _dense(packed, scale, zero, group_size).to(x.dtype))
 
 
-def _in_pieces(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
-    """:func:`reference` of ranges of the weight's rows, one after another."""
-    rows, k = packed.shape
-    count = min(-(-rows * k * x.element_size() // _PIECE_BYTES), _MOST_PIECES)
-    if count <= 1:
-        return reference(x, packed, scale, zero, group_size)
-    tables = [table.tensor_split(count) if table is not None else (None,) * count for table in (packed, scale, zero)]
-    return torch.cat([reference(x, p, s, z, group_size) for p, s, z in zip(*tables, strict=True)], dim=1)
-
-
 def _on_cpu(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, group_size: int) -> Tensor:
     """torch's kernel where it applies, and plain operators elsewhere.
 
-    It applies to a weight with one scale per row in x's dtype, without a zero, if K is a multiple of 16: with AVX-512
-    and bf16 it writes past its result for another K (torch 2.13), without a check. In fp32 it is scalar code. For a
-    weight of one row AOTInductor makes a number of the scale, and does not compile the kernel with it.
-
-    Inductor fuses the product of one row into a loop that reads the weight once, as int8, and sums in fp32.
+    It applies to a weight with one scale per row in bf16, without a zero, if K is a multiple of 16: with AVX-512 it
+    writes past its result for another K (torch 2.13), without a check. In fp32 and fp16 it is scalar code. For a weight
+    of one row AOTInductor makes a number of the scale, and does not compile the kernel with it.
     """
     per_row = zero is None and scale.shape[1] == 1 and scale.dtype is x.dtype
-    if per_row and len(packed) > 1 and x.dtype is not torch.float32 and x.shape[1] % 16 == 0:
+    if per_row and len(packed) > 1 and x.dtype is torch.bfloat16 and x.shape[1] % 16 == 0:
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, packed, scale.view(-1))
         return y
-    if len(packed) == 1:
-        return torch.mv(x.float(), _dense(packed, scale, zero, group_size)[0]).to(x.dtype).unsqueeze(1)
-    if statically_known_true(x.shape[0] == 1):
-        # Inductor stores the input of as_strided. Otherwise its loop converts x once for each row of the weight.
-        row = torch.as_strided(x.float(), (x.shape[1],), (1,))
-        return torch.mv(_dense(packed, scale, zero, group_size), row).to(x.dtype).unsqueeze(0)
-    return _in_pieces(x, packed, scale, zero, group_size)
+    if len(packed) > 1 and statically_known_true(x.shape[0] == 1):
+        return torch.mv(_dense(packed, scale, zero, group_size), stored(x[0].float())).to(x.dtype).unsqueeze(0)
+    return multiply_in_pieces(x, [packed, scale, zero], partial(_dense, group_size=group_size))
 
 
 def _int8_linear(

@@ -33,6 +33,7 @@ from et_cuda_passes.rules.packing import (
     kernel_notes,
     kernel_of,
     nonfinite_int4,
+    or_plain,
     pack_experts,
     packed_weight,
     scale_dtype,
@@ -109,7 +110,7 @@ def kernel_for(m: Match, family: str) -> Kernel:
     kernel: Kernel | None = m.target.kernel(family)
     if kernel is None:
         raise Unmet(f"target {m.target.name}, which has none")
-    return kernel
+    return or_plain(m, kernel) if family == "int4_experts" else kernel
 
 
 def rows_of_stack(m: Match) -> QuantizedWeight:
@@ -268,7 +269,7 @@ class BmmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
+        return kernel_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -336,7 +337,7 @@ class IndexedBmmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
+        return kernel_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -393,7 +394,7 @@ class GroupedMmInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
+        return kernel_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights and call the operator."""
@@ -479,7 +480,7 @@ class EinsumInt4(Rule):
 
     def notes(self, *ms: Match) -> Notes:
         """Measurements of the kernel."""
-        return kernel_notes(ms[0], ms[0].val(ms[0].x).dtype)
+        return kernel_notes(ms[0])
 
     def rewrite(self, b: Builder, m: Match) -> Node:
         """Pack the weights, and call the operator between permutations and reshapes of x and of the result."""

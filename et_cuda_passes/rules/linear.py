@@ -38,9 +38,11 @@ from et_cuda_passes.rules.packing import (
     kernel_of,
     nonfinite_int4,
     nonfinite_int8,
+    or_plain,
     pack_int4,
     pack_int8,
     scale_dtype,
+    supports,
 )
 from et_cuda_passes.rules.patterns import convolution, linear
 from et_cuda_passes.rules.requirements import (
@@ -144,6 +146,8 @@ def convolution_is_plain(m: Match) -> Failure | None:
 def int4_kernel(m: Match) -> Kernel:
     """The int4 kernel that the rule's option ``kernel`` names.
 
+    The default is plain operators for a weight that the target's first kernel does not support, if the target has them.
+
     Raises:
         ValueError: the target has no kernel of that name.
         Unmet: the target has no int4 kernel at all.
@@ -151,7 +155,7 @@ def int4_kernel(m: Match) -> Kernel:
     kernel: Kernel | None = m.target.kernel("int4_linear", m.rule.kernel)
     if kernel is None:
         raise Unmet(f"target {m.target.name}, which has no int4 kernel")
-    return kernel
+    return or_plain(m, kernel) if m.rule.kernel is None else kernel
 
 
 def int8_kernel(m: Match) -> Kernel:
@@ -179,14 +183,10 @@ def _lacks_form(kernel: Kernel, m: Match) -> bool:
 
     A weight of floats is folded on these targets, so that no call converts it.
     """
-    weight, dtype = weight_of(m), m.val(m.x).dtype
+    weight = weight_of(m)
     if weight.numbers or weight_is_grouped_along_k.check(m):
         return False
-    has_dtype = dtype in kernel.dtypes or (m.rule.cast_to_bf16 and torch.bfloat16 in kernel.dtypes)
-    native = kernel.native_group_size(weight.group_size, weight.in_features)
-    if native is None or weight.in_features % kernel.in_multiple or not has_dtype:
-        return True
-    return not kernel.zeros and m.memoize(_needs_zeros, "weight")
+    return not supports(m, kernel, weight) or (not kernel.zeros and m.memoize(_needs_zeros, "weight"))
 
 
 def _needs_zeros(program: Program, node: Node) -> bool:
@@ -226,9 +226,9 @@ def int4_notes(*ms: Match) -> Notes:
     first, kernel, weight = ms[0], kernel_of(ms[0]), weight_of(ms[0])
     x, group_size = first.val(first.x), kernel.native_group_size(weight.group_size, weight.in_features)
     if INT4_LINEARS[kernel.layout] is not MMA_TILED or group_size is None:
-        return kernel_notes(first, x.dtype)
+        return kernel_notes(first)
     n = sum(weight_of(m).out_features for m in ms)
-    return kernel_notes(first, x.dtype, describe_tilings(first, x, n, weight.in_features, group_size))
+    return kernel_notes(first, describe_tilings(first, x, n, weight.in_features, group_size))
 
 
 def int8_notes(m: Match) -> Notes:
@@ -236,9 +236,9 @@ def int8_notes(m: Match) -> Notes:
     kernel, weight, x = kernel_of(m), weight_of(m), m.val(m.x)
     group_size = kernel.native_group_size(weight.group_size, weight.in_features)
     if kernel.name != "triton" or group_size is None:
-        return kernel_notes(m, x.dtype)
+        return kernel_notes(m)
     n, k = weight.out_features, weight.in_features
-    return kernel_notes(m, x.dtype, describe_tilings(m, x, n, k, group_size, bits=8))
+    return kernel_notes(m, describe_tilings(m, x, n, k, group_size, bits=8))
 
 
 # Rewrites -------------------------------------------------------------------------------------------------------------
@@ -330,8 +330,8 @@ class LinearInt4(Rule):
 
     Attributes:
         kernel: name of one of the target's int4 kernels; None for its first.
-        cast_to_bf16: if the kernel lacks the dtype of the activations, or is slow in it, compute in bf16 and cast back,
-            with the precision of bf16. Off, a linear is missed where the kernel lacks the dtype.
+        cast_to_bf16: if the kernel lacks the dtype of the activations, compute in bf16 and cast back, with the
+            precision of bf16. Off, plain operators compute such a linear on the CPU, and on other targets it is missed.
         drop_activation_quantization: if the activations are quantized dynamically, compute with the activations before
             the quantization. It is faster and closer to the unquantized model, but not what the graph computes. Off,
             the quantization stays, and only the weight is packed.

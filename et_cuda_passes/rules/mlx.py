@@ -37,6 +37,10 @@ _GROUP_MULTIPLE = 16
 _MATMUL, _MATMUL_GROUP_MULTIPLE = "quantized_matmul", 32
 _KERNELS: dict[Any, str] = {aten.linear.default: _MATMUL, aten.embedding.default: "gather"}
 _NOTE = Notes("MLX has its own kernels for it, as its source says; this was not run")
+_ROUNDED = (
+    ". It stores the zero of each group in bfloat16, which is off by up to one step of the integers: a symmetric "
+    "mapping type, float16 and float32 have no such error"
+)
 _WORD = 32
 """Bits of the words that the integers of a row are packed into."""
 
@@ -93,6 +97,13 @@ def _kernel(m: Match) -> str:
     return "" if small and name == _MATMUL and op_of(m.weight) is DEQUANTIZE else name
 
 
+def _rounds_zeros(m: Match) -> bool:
+    """Whether the zeros ``-scale * (zero_point + 128)``, which the delegate stores in bf16, need more than 8 bits."""
+    weight = weight_of(m)
+    points = None if weight.zero_point is None else m.program.constant(weight.zero_point)
+    return weight.bits == 8 and weight.scale_dtype is torch.bfloat16 and points is not None and bool(points.any())
+
+
 @dataclass(frozen=True)
 class KeepMlxWeight(Keep):
     """dequantize(weight of 2, 4, 5, 6 or 8 bits) -> itself, which MLX computes with its affine kernels
@@ -127,12 +138,13 @@ class KeepMlxWeight(Keep):
         return f"{weight_of(m).scheme} for MLX's {_kernel(m) or 'dequantize, in every call'}"
 
     def notes(self, *ms: Match) -> Notes:
-        """Why it is kept, and that it was not run."""
+        """Why it is kept, that it was not run, and what is rounded."""
+        rounded = _ROUNDED if _rounds_zeros(ms[0]) else ""
         if _kernel(ms[0]):
-            return _NOTE
+            return _NOTE._replace(note=_NOTE.note + rounded)
         return Notes(
             f"MLX dequantizes the weight in every call, as its source says; this was not run. Its {_MATMUL} is for a "
-            f"linear that alone reads its weight, in groups that {_MATMUL_GROUP_MULTIPLE} divides"
+            f"linear that alone reads its weight, in groups that {_MATMUL_GROUP_MULTIPLE} divides{rounded}"
         )
 
 

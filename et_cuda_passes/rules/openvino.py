@@ -58,7 +58,7 @@ def native_group_size(weight: QuantizedWeight) -> int | None:
 
 
 @requirement(
-    "a group size that is a power of two or a multiple of 16, or one scale for each row of an even length",
+    "a group size that is a power of two from 2 on or a multiple of 16, or one scale for each row of an even length",
     hint="quantize with PerGroup(32)",
 )
 def openvino_has_group_size(m: Match) -> Failure | None:

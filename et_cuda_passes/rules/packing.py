@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from et_cuda_passes.graph.builder import Builder
+from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
 from et_cuda_passes.graph.program import Program
 from et_cuda_passes.graph.rule import Notes
@@ -35,6 +36,28 @@ def kernel_of(m: Match) -> Kernel:
     return kernel
 
 
+def supports(m: Match, kernel: Kernel, weight: QuantizedWeight) -> bool:
+    """Whether ``kernel`` has the weight's group size and K and the dtype of x, and compiles where the match stands."""
+    dtype = m.val(m.x).dtype
+    has_dtype = dtype in kernel.dtypes or (m.rule.cast_to_bf16 and torch.bfloat16 in kernel.dtypes)
+    has_group = kernel.native_group_size(weight.group_size, weight.in_features) is not None
+    compiles = kernel.in_control_flow or not m.program.subgraphs.in_control_flow(m.root)
+    return has_dtype and has_group and compiles and weight.in_features % kernel.in_multiple == 0
+
+
+def or_plain(m: Match, kernel: Kernel) -> Kernel:
+    """``kernel``, or the target's plain operators for a 4-bit weight that it does not support and that they do."""
+    plain: Kernel | None = m.target.kernel("int4_plain")
+    if plain is None:
+        return kernel
+    try:
+        weight = packed_weight(m)
+        is_int4 = weight.group_size > 0 and int4_shift(weight) is not None
+    except Unmet:
+        return kernel  # a requirement names the cause
+    return plain if is_int4 and not supports(m, kernel, weight) and supports(m, plain, weight) else kernel
+
+
 def packed_weight(m: Match) -> QuantizedWeight:
     """The weight that the match's rule packs, a matrix: its method ``packed_weight``, or what ``weight`` dequantizes.
 
@@ -49,11 +72,10 @@ def packed_weight(m: Match) -> QuantizedWeight:
 def kernel_dtype(m: Match, dtype: torch.dtype) -> torch.dtype | None:
     """The dtype in which the kernel computes for tensors in ``dtype``: the same, or None if the kernel lacks it.
 
-    With the rule's option ``cast_to_bf16`` it is bf16 for a dtype that the kernel lacks, or in which it is slow, if the
-    kernel has bf16.
+    With the rule's option ``cast_to_bf16`` it is bf16 for a dtype that the kernel lacks, if the kernel has bf16.
     """
     kernel, cast = kernel_of(m), getattr(m.rule, "cast_to_bf16", False)
-    if dtype in kernel.dtypes and not (cast and dtype in kernel.slow_dtypes):
+    if dtype in kernel.dtypes:
         return dtype
     return torch.bfloat16 if cast and dtype.is_floating_point and torch.bfloat16 in kernel.dtypes else None
 
@@ -68,16 +90,10 @@ def cast_of(m: Match, dtype: torch.dtype) -> str:
     return "" if kernel_dtype(m, dtype) is dtype else ", computed in bf16"
 
 
-def kernel_notes(m: Match, dtype: torch.dtype, explanation: str = "") -> Notes:
-    """The kernel and its layout, and what was measured of it with tensors in ``dtype`` on a host such as this one."""
-    kernel, used = kernel_of(m), kernel_dtype(m, dtype)
+def kernel_notes(m: Match, explanation: str = "") -> Notes:
+    """The kernel and its layout, and what was measured of it on a host such as this one."""
+    kernel = kernel_of(m)
     note = kernel.host_notes.get(torch.backends.cpu.get_cpu_capability(), "")
-    if used in kernel.slow_dtypes:
-        name = str(used).removeprefix("torch.")
-        note = (
-            f"{kernel.name} is slower in {name} than float weights: export the model in bfloat16 (--dtype bfloat16), "
-            "or accept bf16 arithmetic (cast_to_bf16)"
-        )
     return Notes(note, explanation, kernel.name, kernel.layout)
 
 

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ FAMILIES: Mapping[str, Iterable[str]] = {
     "int8_linear": (INT8,),
     "float8_linear": (INT8,),
     "int8_plain": (INT8,),
+    "int4_plain": INT4_EXPERTS,
 }
 """The families of kernels, each with the layouts that its operators read.
 
@@ -34,7 +35,8 @@ FAMILIES: Mapping[str, Iterable[str]] = {
 these bits. "int4_table" is the table of an embedding. "int4_experts" are stacked
 weights of experts, all of them or rows sorted by expert; "int4_indexed_experts" are those that a tensor of ids selects.
 "int8_plain" are plain operators instead of a kernel: for integers that the target's int8 kernel does not support, or on
-a target without one for a weight whose dequantize operator does not compile.
+a target without one for a weight whose dequantize operator does not compile. "int4_plain" are those for 4-bit integers,
+in a linear or a product of experts, that the target's int4 kernel does not support.
 """
 
 PLAIN = Kernel(
@@ -49,6 +51,9 @@ PLAIN = Kernel(
 
 A compiled program dequantizes the weight at every call. On the CPU a product of one row does so while it sums.
 """
+
+PLAIN_INT4 = replace(PLAIN, layout="by_row", scale_dtype=None, in_multiple=2)
+"""The implementation of the int4 operators on the CPU without a kernel, and of a table."""
 
 
 _KERNELS = 'from families to tuples of Kernel, such as {"int4_linear": (kernel,)}'

@@ -242,3 +242,27 @@ def test_partitioner_sets_deployment_target_where_it_is_missing(target: str | No
 def test_int8_in_groups_of_torchao_is_kept() -> None:
     _, report = ecp.rewrite(linear(IntxWeightOnlyConfig(torch.int8, PerAxis(0))), "coreml")
     assert report.counts()["keep_coreml_weight"] == 1
+
+
+class Branch(nn.Module):
+    """A linear in a branch, and one outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = (Quantized(64, 64, dtype=torch.float32, seed=seed) for seed in (0, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside: Tensor = torch.cond(x.sum() > 0, self.inner, lambda y: y * 3, (x,))
+        return inside + self.outer(x)
+
+
+def test_branches_stay_outside_the_delegate_with_folded_weights() -> None:
+    """The stock partitioner claims the branches without the call, and ExecuTorch stops with an assertion."""
+    model, x = Branch(), torch.randn(4, 64)
+    program, report = ecp.rewrite(torch.export.export(model, (x,)), "coreml", expect={"missed": 0})
+    assert {each.fqn: each.status for each in report.outcomes} == {"inner.data": "rewritten", "outer.data": "kept"}
+    outside, delegates = lowered(program, CoreMLPartitioner())
+    assert "cond" in outside
+    ((weight,),) = (found for each in delegates if (found := decompressed(each)))
+    scale = model.outer.scale.half().float().repeat_interleave(32, dim=1)
+    torch.testing.assert_close(weight.float(), model.outer.data * scale, rtol=2.0**-10, atol=0)

@@ -19,6 +19,9 @@ from executorch.exir.backend.backend_details import BackendDetails, PreprocessRe
 from executorch.exir.backend.canonical_partitioners.all_node_partitioner import AllNodePartitioner
 from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
 from executorch.runtime import Runtime
+from torch._higher_order_ops.map import map as over
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 from torch.export.pt2_archive._package import load_pt2
 from torch.utils._pytree import tree_leaves
 from torchao.quantization import Int8DynamicActivationIntxWeightConfig, IntxWeightOnlyConfig, quantize_
@@ -37,6 +40,7 @@ from et_cuda_passes.executorch.lower import (
 from et_cuda_passes.executorch.packed import ModelError, load_model, save_packed
 from et_cuda_passes.executorch.run import execute
 from et_cuda_passes.graph.constants import ConstantCache
+from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.targets.compatibility import packed_layouts
 from et_cuda_passes.testing import Quantized, Sketch
 from tests.graph.subgraph_models import INPUTS, cond, exported, looped, mapped, scanned
@@ -328,6 +332,51 @@ def test_linears_in_control_flow_are_executed_by_aotinductor(tmp_path: Path, use
             wanted = tree_leaves(before.module()(x))
         for got, right in zip(execute("cpu", files, (x,), {}), wanted, strict=True):
             assert (got.double() - right.double()).norm() <= 1e-2 * right.double().norm()
+
+
+class Successive(torch.nn.Module):
+    """Results of map, cond and scan, each read after all others have run; two cond in a map, and two map in a cond."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def both(row: torch.Tensor) -> torch.Tensor:
+            first = torch.cond(row.sum() > 0, lambda y: y.cos() * 5, lambda y: y * 3, (row,))
+            return first + 10 * torch.cond(row.sum() > 1, lambda y: y.sin() * 5, lambda y: y * 7, (row,))
+
+        def maps(y: torch.Tensor) -> torch.Tensor:
+            return over(lambda row: row.sin() * 2, y) + 10 * over(lambda row: row.cos() * 3 + row, y)
+
+        rows = over(lambda row: row.sin() * 2, x)
+        first = torch.cond(x.sum() > 0, maps, lambda y: y - 3, (x,))
+        carry, sums = scan(lambda c, row: (c + row.sin(), c * 2 + row), x[0] * 0, x)
+        second = torch.cond(x.sum() > 1, lambda y: y.cos() * 5, lambda y: y * 3, (x,))
+        last, others = scan(lambda c, row: (c * 0.5 + row, c - row), carry + 1, second)
+        return rows, first, carry, sums, second, last, others, over(both, x)
+
+
+def test_results_of_control_flow_survive_later_control_flow_in_each_method(tmp_path: Path) -> None:
+    """executorch 1.5.1 gives the branches of a cond, and the bodies of loops after it, the same memory."""
+    model, sizes = Successive().eval(), {"forward": 4, "wide": 6}
+    programs = {name: torch.export.export(model, (torch.randn(size, 8),)) for name, size in sizes.items()}
+    (path,) = lower(programs, "xnnpack", tmp_path, "model")
+    runtime = Runtime.get().load_program(path)
+    for name, size in sizes.items():
+        method = runtime.load_method(name)
+        for x in (torch.rand(size, 8), -torch.rand(size, 8), torch.randn(size, 8)):
+            for got, right in zip(method.execute([x]), model(x), strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-4)
+
+
+def test_while_loop_is_refused_where_executorch_has_none(tmp_path: Path) -> None:
+    class Loop(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            start = (torch.zeros((), dtype=torch.int64), x)
+            result: torch.Tensor = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, y.sin()), start)[1]
+            return result
+
+    program = torch.export.export(Loop(), (torch.randn(2, 8),))
+    with pytest.raises(UsageError, match=r"forward: ExecuTorch has no while_loop .*: write the loop with torch.scan"):
+        lower(program, "xnnpack", tmp_path, "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_methods_of_one_pte_share_weights_and_compute_the_same(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import et_cuda_passes.layouts as layouts
-from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, tile_packed_to_4d
+from et_cuda_passes.layouts import by_row, cpu, metal, mma_tiled, mps, tile_packed_to_4d
 
 Function = Callable[..., Any]
 
@@ -17,6 +17,7 @@ PACKS = [
     pytest.param(partial(tile_packed_to_4d.pack, inner_k_tiles=2), id="tile_packed_to_4d"),
     pytest.param(partial(mps.pack, inner_k_tiles=2), id="mps"),
     pytest.param(metal.pack, id="metal"),
+    pytest.param(by_row.pack, id="by_row"),
     pytest.param(cpu.pack, id="cpu"),
     pytest.param(mma_tiled.pack, id="mma_tiled"),
 ]
@@ -24,6 +25,7 @@ UNPACKS = [
     pytest.param(tile_packed_to_4d.unpack, torch.zeros(2, 1, 32, 1, dtype=torch.int32), id="tile_packed_to_4d"),
     pytest.param(mps.unpack, torch.zeros(2, 1, 32, 1, dtype=torch.int32), id="mps"),
     pytest.param(metal.unpack, torch.zeros(16, 16, dtype=torch.uint8), id="metal"),
+    pytest.param(by_row.unpack, torch.zeros(16, 16, dtype=torch.uint8), id="by_row"),
     pytest.param(cpu.unpack, torch.zeros(16, 16, dtype=torch.uint8), id="cpu"),
     pytest.param(mma_tiled.unpack, torch.zeros(16, 8, dtype=torch.int32), id="mma_tiled"),
 ]
@@ -37,6 +39,7 @@ def test_layouts_are_all_exported() -> None:
     assert set(layouts.__all__) == {
         "LAYOUTS",
         "Layout",
+        "by_row",
         "cpu",
         "embedding_table",
         "metal",

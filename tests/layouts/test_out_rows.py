@@ -5,16 +5,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from et_cuda_passes.layouts import cpu, metal, mma_tiled, mps, tile_packed_to_4d
+from et_cuda_passes.layouts import by_row, cpu, metal, mma_tiled, mps, tile_packed_to_4d
 
 LAYOUTS = {
     "mma_tiled": (lambda q, rows, chunk: mma_tiled.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 1),
     "tile_packed_to_4d": (lambda q, rows, chunk: tile_packed_to_4d.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
     "mps": (lambda q, rows, chunk: mps.pack(q, 2, 8, out_rows=rows, chunk_bytes=chunk), 8),
     "metal": (lambda q, rows, chunk: metal.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 4),
+    "by_row": (lambda q, rows, chunk: by_row.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 1),
     "cpu": (lambda q, rows, chunk: cpu.pack(q, 8, out_rows=rows, chunk_bytes=chunk), 16),
 }
-UNPACK = {"mma_tiled": mma_tiled, "tile_packed_to_4d": tile_packed_to_4d, "mps": mps, "metal": metal, "cpu": cpu}
+UNPACK = {
+    "mma_tiled": mma_tiled,
+    "tile_packed_to_4d": tile_packed_to_4d,
+    "mps": mps,
+    "metal": metal,
+    "by_row": by_row,
+    "cpu": cpu,
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

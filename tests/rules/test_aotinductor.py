@@ -27,13 +27,21 @@ ROWS = {0: Dim("rows", min=2, max=64)}
 
 
 class Groups(nn.Module):
-    """Linears over int8 weights in groups or with zero points, each on one row and on several."""
+    """Linears over int8 weights in groups or with zero points, then int4 ones, each on one row and on several."""
 
-    forms = ((32, None), (32, "random"), (128, "random"), (256, "random"), (256, None))
+    forms: tuple[tuple[int, str | None], ...] = (
+        (32, None),
+        (32, "random"),
+        (128, "random"),
+        (256, "random"),
+        (256, None),
+    )
+    narrow: tuple[tuple[int, str | None], ...] = ((16, "random"), (8, None))  # plain operators on two integers a byte
 
     def __init__(self) -> None:
         super().__init__()
         weights = [Quantized(24, 256, group, -128, 127, BF16, None, points, no_bias) for group, points in self.forms]
+        weights += [Quantized(24, 256, group, -8, 7, BF16, None, points, no_bias) for group, points in self.narrow]
         self.weights = nn.ModuleList(weights)
 
     def forward(self, one: Tensor, several: Tensor) -> list[Tensor]:
@@ -141,15 +149,19 @@ def off(got: Tensor, wanted: Tensor) -> float:
 def test_groups_and_zero_points_are_executed_by_aotinductor(executed: Executed) -> None:
     """A product of one row is a fused loop, and one of a dynamic number of rows a matrix product."""
     kernels = [outcome.kernel for outcome in executed.report.outcomes if outcome.fqn.startswith("parts.groups.")]
-    assert kernels == ["plain operators"] * 8 + ["int8pack_cpu"] * 2
+    assert kernels == ["plain operators"] * 8 + ["int8pack_cpu"] * 2 + ["plain operators"] * 4
     found = executed.compiled["groups"]
-    assert len(found) == 10
+    assert len(found) == 14
     for number, got in enumerate(found):
         rows = executed.given["groups"][number % 2].double().numpy()
-        weight = exact_weight(executed.model.parts["groups"].weights[number // 2])
+        model = executed.model.parts["groups"].weights[number // 2]
+        weight = exact_weight(model)
         wanted = rows @ weight.T
         # One rounding of the result; with several rows and plain operators each weight is rounded too.
         allowed = np.abs(wanted) * 2.0**-8 + np.abs(rows) @ np.abs(weight).T * (2.0**-8 if number % 2 else 0)
+        if model.high == 7 and model.zero_point is not None:  # int4's zeros, of up to 16 steps, are rounded
+            steps = model.scale.double().numpy().repeat(model.block[1], axis=1)
+            allowed += np.abs(rows) @ steps.T * 16 * 2.0**-8
         assert bool((np.abs(got.double().numpy() - wanted) <= allowed + 1e-4).all())
 
 

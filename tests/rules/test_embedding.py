@@ -106,8 +106,9 @@ def test_tied_table_stays_for_a_linear_that_is_missed() -> None:
 
 def target_with(layout: str) -> ecp.Target:
     """A target that stores int4 tables in ``layout``."""
-    cuda, tables = get_target("cuda"), [get_target(name).kernel("int4_table") for name in ("cpu", "metal")]
-    kernel = next(kernel for kernel in (*cuda.kernels["int4_linear"], *tables) if kernel.layout == layout)
+    cuda = get_target("cuda")
+    kernels = (kernel for name in ("cuda", "cpu", "metal") for kernel in get_target(name).kernels["int4_linear"])
+    kernel = next(kernel for kernel in kernels if kernel.layout == layout)
     return dataclasses.replace(cuda, name="other_table", kernels={**cuda.kernels, "int4_table": (kernel,)})
 
 

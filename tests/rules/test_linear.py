@@ -263,8 +263,8 @@ def test_per_axis_outputs_on_cpu_agree_with_fp64(n: int, k: int, low: int, high:
     program = export_with_rows(model, 3, k, dtype=dtype)
     rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 1, "missed": 0})
     bits = (high - low).bit_length()
-    # In float32 the kernel is scalar code.
-    kernel = "plain operators" if dtype is torch.float32 else "int8pack_cpu"
+    # In float16 and float32 the kernel is scalar code.
+    kernel = "int8pack_cpu" if dtype is torch.bfloat16 else "plain operators"
     assert report.outcomes[0].detail == f"int{bits} per-axis -> {kernel}"
     (x,) = program.example_inputs[0]
     rows, weight = x.double().numpy(), exact_weight(model)
@@ -285,12 +285,36 @@ def test_unsigned_integers_around_128_are_symmetric(storage: torch.dtype) -> Non
     assert not any(name.endswith(".zero") for name in rewritten.state_dict)
 
 
-def test_int4_weight_without_int4_tiles_is_packed_as_int8() -> None:
-    """K = 48 has no int4 tiles, and per-axis int8 holds 4 bits exactly."""
-    _, report = assert_rewrites(
-        export_with_rows(Quantized(16, 48, 48), 3, 48), "cpu", expect={"linear_int8": 1}, rtol=6e-3
-    )
-    assert report.outcomes[0].detail == "int4 per-axis -> int8pack_cpu"
+def test_int4_weight_without_int4_tiles_is_packed_by_row_or_as_int8() -> None:
+    """K = 48 has no int4 tiles, and an odd K no whole bytes; int8 holds 4 bits exactly."""
+    for k, detail in ((48, "plain operators (by_row)"), (45, "plain operators")):
+        program = export_with_rows(Quantized(16, k, k), 3, k)
+        _, report = assert_rewrites(program, "cpu", expect={"rewritten": 1}, rtol=6e-3)
+        assert report.outcomes[0].detail == f"int4 per-axis -> {detail}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "group"), [(1, 64, 32), (13, 48, 8), (40, 512, 128), (24, 10, 10)])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("zero_points", ["random", "zero"])
+def test_plain_int4_outputs_on_cpu_agree_with_fp64(
+    n: int, k: int, group: int, rows: int, zero_points: str, dtype: torch.dtype
+) -> None:
+    model = Quantized(n, k, group, dtype=dtype, zero_points=zero_points, form=no_bias)
+    program = export_with_rows(model, rows, k, dtype=dtype)
+    passes = [ecp.LinearInt4(kernel="plain operators")]
+    rewritten, report = ecp.rewrite(program, "cpu", passes, expect={"linear_int4": 1, "missed": 0})
+    assert report.outcomes[0].detail.endswith("-> plain operators (by_row)")
+    planes = [value for name, value in rewritten.state_dict.items() if name.endswith(".scale_and_zero")]
+    assert [tuple(each.shape) for each in planes] == [(1 + (zero_points == "random"), n, k // group)]
+    (x,) = program.example_inputs[0]
+    values, weight = x.double().numpy(), exact_weight(model)
+    wanted = values @ weight.T
+    # One rounding of the result, sums in fp32, and with zeros and several rows roundings of the zero and the weight.
+    step = model.scale.double().numpy().repeat(group, axis=1) * (16 if zero_points == "random" else 0)
+    inexact = np.abs(weight) + step
+    allowed = np.abs(wanted) * DTYPES[dtype] + np.abs(values) @ inexact.T * (DTYPES[dtype] + 1e-5)
+    assert bool((np.abs(rewritten.module()(x).double().numpy() - wanted) <= allowed).all())
 
 
 @pytest.mark.parametrize("group", [32, 64, 96, 192])
@@ -342,7 +366,7 @@ def test_groups_and_zero_points_on_cpu_agree_with_fp64(
     model = Quantized(13, k, group, -128, 127, dtype, None, zero_points, no_bias)
     program = export_with_rows(model, rows, k, dtype=dtype)
     rewritten, report = ecp.rewrite(program, "cpu", expect={"linear_int8": 1, "missed": 0})
-    kernel = group == k and k % 16 == 0 and zero_points != "random" and dtype is not torch.float32
+    kernel = group == k and k % 16 == 0 and zero_points != "random" and dtype is torch.bfloat16
     assert report.outcomes[0].kernel == ("int8pack_cpu" if kernel else "plain operators")
     (x,) = program.example_inputs[0]
     inputs, weight = x.double().numpy(), exact_weight(model)

@@ -110,13 +110,23 @@ def packed_linear(rule: ecp.Rule, make: Make, x: Callable[..., Tensor], dropped:
     }
 
 
+_CPU = ecp.get_target("cpu")
+KERNEL_ONLY = replace(
+    _CPU,
+    name="kernel_only",
+    lowered_as="cpu",
+    kernels={name: each for name, each in _CPU.kernels.items() if name != "int4_plain"},
+)
+"""The CPU without plain operators for int4, which run in control flow."""
+
+
 def packed_int4(rule: ecp.Rule, make: Make, x: Callable[..., Tensor], dropped: Make) -> dict[str, Any]:
     """Those of the rules for int4."""
     return packed_linear(rule, make, x, dropped) | {
         "weight_fits_4_bits": lambda: export(make(low=-128, high=127), x()),
         "kernel_has_group_size": lambda: export(make(group=8), x()),
         "kernel_tiles_divide_k": NearMiss(lambda: export(make(k=40, group=40), x(40)), also=("kernel_has_group_size",)),
-        "kernel_runs_in_control_flow": NearMiss(lambda: export(Branch(make(), x()), x()), "cpu"),
+        "kernel_runs_in_control_flow": NearMiss(lambda: export(Branch(make(), x()), x()), KERNEL_ONLY),
     }
 
 

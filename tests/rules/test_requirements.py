@@ -128,7 +128,9 @@ def test_kernel_runs_in_control_flow_rejects_kernel_that_does_not() -> None:
             return torch.cond(x.sum() > 0, lambda x: self.inner(x), lambda x: x + 1, (x,))
 
     program = torch.export.export(Branch(), (rows(),))
-    assert_misses(program, "wanted a place where the kernel compiles, found control flow at", "cpu", "linear_int4")
+    named = [ecp.LinearInt4(kernel="int4pack_cpu")]
+    assert_misses(program, "wanted a place where the kernel compiles, found control flow at", "cpu", passes=named)
+    assert_rewrites(program, "cpu", expect={"linear_int4": 1})
     assert_rewrites(program, "cuda", expect={"linear_int4": 1})
 
 
@@ -440,8 +442,8 @@ BLOCKS = {
     (8, 2, 96): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, N, K): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
     (8, 2, 32): {"cuda": "linear_int8", "metal": "at most 4 bits", "cpu": "linear_int8"},
-    (4, 2, 16): {"cuda": "linear_int4", "metal": "torchao has 32, 64", "cpu": "linear_int8"},
-    (4, 2, 24): {**dict.fromkeys(("cuda", "metal"), "has, found group size 24"), "cpu": "linear_int8"},
+    (4, 2, 16): {"cuda": "linear_int4", "metal": "torchao has 32, 64", "cpu": "linear_int4"},
+    (4, 2, 24): {**dict.fromkeys(("cuda", "metal"), "has, found group size 24"), "cpu": "linear_int4"},
     (4, 8, 1): dict.fromkeys(("cuda", "metal", "cpu"), "a group size that the kernel has, found group size 1"),
 }
 
@@ -518,8 +520,8 @@ REWRITTEN = {
         "int8": "linear_int8", "fp8": "linear_float8", "nvfp4": "linear_float4",
     },
     "cpu": {
-        "int4_32": "linear_int4", "again": "linear_int4", "int4_16": "linear_int8", "int4_24": "linear_int8",
-        "int4_48": "linear_int8", "int8": "linear_int8", "int8_24": "linear_int8", "fp8": "fold_floats",
+        "int4_32": "linear_int4", "again": "linear_int4", "int4_16": "linear_int4", "int4_24": "linear_int4",
+        "int4_48": "linear_int4", "int8": "linear_int8", "int8_24": "linear_int8", "fp8": "fold_floats",
         "nvfp4": "fold_floats",
     },
     "metal": {"int4_32": "linear_int4", "again": "linear_int4", "fp8": "fold_floats", "nvfp4": "fold_floats"},

@@ -82,12 +82,13 @@ def test_targets_have_expected_kernels() -> None:
         "metal": {"int4_linear": ["torchao", "mps"], "int4_table": ["torchao"], "int8_plain": ["plain operators"]},
         "xnnpack": {},
         "cpu": {
-            "int4_linear": ["int4pack_cpu"],
+            "int4_linear": ["int4pack_cpu", "plain operators"],
             "int4_table": ["rows"],
             "int4_experts": ["int4pack_cpu"],
             "int4_indexed_experts": ["rows"],
             "int8_linear": ["int8pack_cpu"],
             "int8_plain": ["plain operators"],
+            "int4_plain": ["plain operators"],
         },
         **{name: {} for name in ("vulkan", "coreml", "openvino", "mlx", "tensorrt")},
     }

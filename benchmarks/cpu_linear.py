@@ -1,10 +1,11 @@
-"""Linears with int8 weights on this CPU, compiled with AOTInductor: unrewritten, rewritten, with floats, other forms.
+"""Linears with quantized weights on this CPU, compiled with AOTInductor: unrewritten, rewritten, with floats, others.
 
-python -m benchmarks.int8_cpu [--shapes 2048x2048] [--groups 32 128 0] [--zeros no yes] [--dtypes bfloat16 float32]
-    [--rows 1 8 64] [--forms NAME ...] [--rounds 7]
+python -m benchmarks.cpu_linear [--bits 8] [--shapes 2048x2048] [--groups 32 128 0] [--zeros no yes]
+    [--dtypes bfloat16 float16 float32] [--rows 1 8 64] [--forms NAME ...] [--rounds 7]
 
-One line for each setting, in microseconds of processor time a call, in the fastest round. A group of 0 is one scale per
-row. The forms of a setting are timed in turns in one process and thread, so that other load on the machine meets all.
+One line for each setting, in microseconds of processor time a call, in the fastest round; the last columns are bytes a
+weight and the relative error against fp64 of the rewritten program. A group of 0 is one scale per row. The forms of a
+setting are timed in turns in one process and thread, so that other load on the machine meets all.
 """
 
 import argparse
@@ -32,8 +33,9 @@ ENOUGH = 0.05
 
 @dataclass(frozen=True)
 class Setting:
-    """One linear: N x K, elements that share a scale, whether it has zero points, dtype of the activations, rows."""
+    """One linear: bits, N x K, elements that share a scale, whether it has zero points, dtype of x, rows."""
 
+    bits: int
     n: int
     k: int
     group: int
@@ -112,13 +114,30 @@ class TwoInt4(nn.Module):
         )
 
 
+class Int4Kernel(nn.Module):
+    """torch's int4 kernel, which is scalar code in float16 and float32."""
+
+    def __init__(self, values: WeightValues, dtype: torch.dtype) -> None:
+        super().__init__()
+        scale = values.scale.float()
+        zero = torch.zeros_like(scale) if values.zero_point is None else -values.zero_point.float() * scale
+        self.group = values.data.shape[1] // scale.shape[1]
+        self.register_buffer("data", aten._convert_weight_to_int4pack_for_cpu(values.data.int() + 8, 2))
+        self.register_buffer("tables", torch.stack([scale.t().to(dtype), zero.t().to(dtype)], -1).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear."""
+        return aten._weight_int4pack_mm_for_cpu(x, self.data, self.group, self.tables)
+
+
 OTHERS: dict[str, type[nn.Module]] = {
     "a product a group": Products,
     "columns": Columns,
     "int8 kernel a group": Pack8,
     "two int4 kernels": TwoInt4,
 }
-FORMS = ("unrewritten", "rewritten", "floats", *OTHERS)
+INT4 = {"int4 kernel": Int4Kernel}
+FORMS = ("unrewritten", "rewritten", "floats", "as int8", "by row", *INT4, *OTHERS)
 
 
 def exported(setting: Setting, x: Tensor) -> ExportedProgram:
@@ -127,15 +146,28 @@ def exported(setting: Setting, x: Tensor) -> ExportedProgram:
     model = nn.Sequential(nn.Linear(setting.k, setting.n, bias=False)).to(setting.dtype).eval()
     mapping = MappingType.ASYMMETRIC if setting.zeros else MappingType.SYMMETRIC
     granularity = PerGroup(setting.group) if setting.group else PerAxis(0)
-    quantize_(model, IntxWeightOnlyConfig(torch.int8, granularity, mapping_type=mapping))
+    weight_dtype = torch.int4 if setting.bits == 4 else torch.int8
+    quantize_(model, IntxWeightOnlyConfig(weight_dtype, granularity, mapping_type=mapping))
     return torch.export.export(model, (x,)).run_decompositions({})
 
 
-def programs(setting: Setting, names: list[str], x: Tensor) -> Iterator[tuple[str, ExportedProgram]]:
-    """The setting in each of the forms that it has."""
-    program = exported(setting, x)
+def values_of(setting: Setting, program: ExportedProgram) -> WeightValues:
+    """The weight that torchao quantized."""
     data, scale, zero_point = (value.detach() for _, value in sorted(program.state_dict.items()))
-    values = WeightValues(lambda: data, scale.view(setting.n, -1), zero_point.view(setting.n, -1))
+    return WeightValues(lambda: data, scale.view(setting.n, -1), zero_point.view(setting.n, -1))
+
+
+def exact_product(values: WeightValues, x: Tensor) -> Tensor:
+    """The linear in fp64."""
+    assert values.zero_point is not None
+    groups = values.data.double().view(*values.scale.shape, -1) - values.zero_point.double().unsqueeze(-1)
+    return x.double() @ (groups * values.scale.double().unsqueeze(-1)).flatten(1).T
+
+
+def programs(
+    setting: Setting, names: list[str], program: ExportedProgram, values: WeightValues, x: Tensor
+) -> Iterator[tuple[str, ExportedProgram]]:
+    """The setting in each of the forms that it has."""
     for name in names:
         if name == "unrewritten":
             yield name, program
@@ -144,6 +176,12 @@ def programs(setting: Setting, names: list[str], x: Tensor) -> Iterator[tuple[st
         elif name == "floats":
             linear = nn.Linear(setting.k, setting.n, bias=False).to(setting.dtype)
             yield name, torch.export.export(linear, (x,))
+        elif name == "as int8":
+            yield name, ecp.rewrite(program, "cpu", [ecp.LinearInt8()], expect={"missed": 0})[0]
+        elif name == "by row":
+            yield name, ecp.rewrite(program, "cpu", [ecp.LinearInt4("plain operators")], expect={"missed": 0})[0]
+        elif name in INT4:
+            yield name, torch.export.export(INT4[name](values, setting.dtype), (x,))
         elif name in ("int8 kernel a group", "two int4 kernels") and setting.dtype is torch.float32:
             continue  # scalar code
         elif (name == "int8 kernel a group" and setting.zeros) or (name == "two int4 kernels" and not setting.group):
@@ -152,7 +190,7 @@ def programs(setting: Setting, names: list[str], x: Tensor) -> Iterator[tuple[st
             yield name, torch.export.export(OTHERS[name](values, setting.dtype), (x,))
 
 
-def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def fastest(calls: dict[str, Callable[[], Tensor]], rounds: int) -> dict[str, float]:
     """Microseconds of the fastest round of each call; the rounds of the calls alternate."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
@@ -168,10 +206,17 @@ def fastest(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
 def measure(setting: Setting, names: list[str], rounds: int, folder: Path) -> str:
     """A line of the table: times, and those of the rewritten program relative to others."""
     x = torch.randn(setting.rows, setting.k, generator=torch.Generator().manual_seed(1)).to(setting.dtype)
-    calls: dict[str, Callable[[], object]] = {}
-    for number, (name, program) in enumerate(programs(setting, names, x)):
+    source = exported(setting, x)
+    values = values_of(setting, source)
+    exact = exact_product(values, x)
+    size, error = float("nan"), float("nan")
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for number, (name, program) in enumerate(programs(setting, names, source, values, x)):
         path = aoti_compile_and_package(program, package_path=str(folder / f"{number}.pt2"))
         calls[name] = partial(aoti_load_package(path), x)
+        if name == "rewritten":
+            size = sum(value.nbytes for value in program.state_dict.values()) / (setting.n * setting.k)
+            error = float((calls[name]().double() - exact).norm() / exact.norm())
     best = fastest(calls, rounds)
     times = [f"{best[name]:.0f}" if name in best else "" for name in names]
     ratios = [
@@ -181,12 +226,15 @@ def measure(setting: Setting, names: list[str], rounds: int, folder: Path) -> st
     group = str(setting.group) if setting.group else "per axis"
     described = [f"{setting.n} x {setting.k}", group, "yes" if setting.zeros else "no"]
     dtype = str(setting.dtype).removeprefix("torch.")
-    return "| " + " | ".join([*described, dtype, str(setting.rows), *times, *ratios]) + " |"
+    return (
+        "| " + " | ".join([*described, dtype, str(setting.rows), *times, *ratios, f"{size:.3f}", f"{error:.1e}"]) + " |"
+    )
 
 
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=8)
     parser.add_argument("--shapes", nargs="+", default=["576x1536", "2048x2048", "8192x3072"])
     parser.add_argument("--groups", nargs="+", type=int, default=[32, 128, 0])
     parser.add_argument("--zeros", nargs="+", choices=["no", "yes"], default=["no", "yes"])
@@ -197,11 +245,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     columns = ["N x K", "group", "zeros", "dtype", "rows", *args.forms, "rewritten / unrewritten", "rewritten / floats"]
+    columns += ["bytes a weight", "error"]
     print("| " + " | ".join(columns) + " |\n" + "| --- " * len(columns) + "|")
     grid = itertools.product(args.shapes, args.groups, args.zeros, args.dtypes, args.rows)
     for shape, group, zeros, dtype, rows in grid:
         n, k = map(int, shape.split("x"))
-        setting = Setting(n, k, group, zeros == "yes", getattr(torch, dtype), rows)
+        setting = Setting(args.bits, n, k, group, zeros == "yes", getattr(torch, dtype), rows)
         with tempfile.TemporaryDirectory() as folder:
             print(measure(setting, args.forms, args.rounds, Path(folder)), flush=True)
 
