@@ -89,6 +89,11 @@ class Model:
     generates: bool = False
     cache: str | None = "static"
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        return self.sizes.keys() >= EXPERTS.keys()
+
     def build(self, dtype: torch.dtype) -> Any:
         """The model, with random weights."""
         import transformers

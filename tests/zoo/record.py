@@ -56,9 +56,11 @@ def record(model: Model, progress: Callable[[str], None] = lambda step: None) ->
     """The rows of a model."""
     rows: list[Row] = []
     for dtype, scheme, targets in PLANS:
-        progress(f"{model.model_type} {scheme} {str(dtype).removeprefix('torch.')} for {', '.join(targets)}")
-        rows += _rows(model, dtype, scheme, targets)
-        gc.collect()
+        # Metal has no kernel for experts: quantized for both, they would stay floating-point for cuda too.
+        for group in ([(each,) for each in targets] if model.has_experts else [targets]):
+            progress(f"{model.model_type} {scheme} {str(dtype).removeprefix('torch.')} for {', '.join(group)}")
+            rows += _rows(model, dtype, scheme, group)
+            gc.collect()
     return [asdict(row) for row in rows]
 
 
