@@ -119,7 +119,7 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     sharpness, q = gpu.sharpness, cost.programs
     across = -(-work.n // tiling.block_n)
     # With any number of rows, the last tile of a product is half full in the mean.
-    of_rows = np.maximum(1, work.m / tiling.tile_m + 0.5) if work.uneven else -(-work.m // tiling.tile_m)
+    of_rows = np.where(work.uneven, np.maximum(1, work.m / tiling.tile_m + 0.5), -(-work.m // tiling.tile_m))
     tiles = np.ceil(work.batch * of_rows) * across
     steps = -(-work.k // tiling.block_k)
     slots = tiling.waves * processors
@@ -129,7 +129,8 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     rest, ways = np.where(is_cut, rest, 0), np.where(is_cut, ways, 1)
     parts = rest * np.where(is_cut, ways, 0)
     # Rows beyond M: see ``tiles.first_row``. Those beyond the rows of one product belong to the next.
-    missing = 0 if work.uneven else tiling.bulk * np.maximum(tiling.tile_m - work.m, 0) * gpu.missing_row
+    beyond = np.where(work.uneven, 0, np.maximum(tiling.tile_m - work.m, 0))
+    missing = tiling.bulk * beyond * gpu.missing_row
 
     def stepping(count: Numbers) -> Numbers:
         """Time of a step of ``count`` tiles at once."""
@@ -151,7 +152,7 @@ def time(tiling: Tiling, work: Work, cost: TilingCost, gpu: GpuCost, processors:
     read = work.n * work.weight_bytes
     moved = read + 2 * work.m * (work.k + work.outputs * work.n)
     # A bulk copy also loads the rows of a tile that belong to the next product.
-    loaded = np.where(tiling.bulk > 0, of_rows * tiling.tile_m, work.m) if work.uneven else work.m
+    loaded = np.where(np.logical_and(work.uneven, tiling.bulk > 0), of_rows * tiling.tile_m, work.m)
     through = read * of_rows + 2 * loaded * work.k * across
     bounds = work.batch * moved / gpu.bandwidth, work.batch * through / gpu.cache_bandwidth
     total = gpu.start + rounded_max(sharpness, busy, *bounds)

@@ -135,7 +135,7 @@ def test_explain_prints_a_document_and_its_steps(tmp_path: Path) -> None:
 
 
 def test_explain_of_a_packed_program_counts_its_layouts(tmp_path: Path, command: Run) -> None:
-    path, _ = save(tmp_path, "4w")
+    path, _ = save(tmp_path, "4w", torch.bfloat16)
     packing = command("lower", path, "-t", "cpu", "--stop-after", "rewrite", "-o", tmp_path, "--json")
     lowered = document(packing.out, "lower")
     assert [Path(each["path"]).name for each in lowered["files"]] == [

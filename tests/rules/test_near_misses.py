@@ -321,6 +321,15 @@ case(
 FORM = Callable[..., Tensor]
 
 
+def outside_of_branches() -> ecp.Target:
+    """The CPU, with no kernel in control flow."""
+    cpu = ecp.get_target("cpu")
+    kernels = {
+        family: tuple(replace(kernel, in_control_flow=False) for kernel in each) for family, each in cpu.kernels.items()
+    }
+    return replace(cpu, name="outside_of_branches", kernels=kernels)
+
+
 def stacked(form: FORM, *inputs: Tensor, block: tuple[int, ...] = (1, 8, 1)) -> dict[str, Any]:
     """Near misses of the requirements that all rules of experts share; the first of the inputs is x [..., K]."""
     x, *others = inputs
@@ -328,11 +337,7 @@ def stacked(form: FORM, *inputs: Tensor, block: tuple[int, ...] = (1, 8, 1)) -> 
     def made(**options: Any) -> Callable[[], ExportedProgram]:
         return lambda: export(Experts(form, **options), x.to(options.get("dtype", BF16)), *others)
 
-    narrow, cpu = x[..., :48], ecp.get_target("cpu")
-    kernels = {
-        family: tuple(replace(kernel, in_control_flow=False) for kernel in each) for family, each in cpu.kernels.items()
-    }
-    outside_of_branches = replace(cpu, name="outside_of_branches", kernels=kernels)
+    narrow = x[..., :48]
     return {
         "weight_has_data": lambda: without_data(Experts(form), *inputs),
         "target_multiplies_experts": NearMiss(made(), "metal"),
@@ -344,7 +349,7 @@ def stacked(form: FORM, *inputs: Tensor, block: tuple[int, ...] = (1, 8, 1)) -> 
             also=("kernel_has_group_size",),
         ),
         "kernel_runs_in_control_flow": NearMiss(
-            lambda: export(Branch(Experts(form), *inputs), *inputs), outside_of_branches
+            lambda: export(Branch(Experts(form), *inputs), *inputs), outside_of_branches()
         ),
         "kernel_has_activation_dtype": made(dtype=FP32),
         "same_dtype": lambda: export(Autocast(Experts(form)), x.to(FP16), *others),

@@ -17,8 +17,8 @@ target. `make zoo` writes this page.
 
 Each model is quantized and traced by `EtExporter`, and rewritten for each target: 4w in bfloat16 for cuda and metal,
 4w in float32 for cpu, and 8da4w in float32 for xnnpack. A model that generates text is split into its components first,
-with a static cache where it has one. A mixture of experts is quantized for each target apart: its experts are quantized for
-cuda and cpu, and stay floating-point for metal and xnnpack, which have no kernel for them. Nothing is lowered here.
+with a static cache where it has one. A mixture of experts is quantized for each target apart: its experts are quantized
+for cuda and cpu, and stay floating-point for metal and xnnpack, which have no kernel for them. Nothing is lowered here.
 
 - Weights: operators that read a quantized weight.
 - Rewritten, kept, missed: their outcomes. Kept: the backend reads the weight as it was exported.

@@ -57,7 +57,7 @@ def record(model: Model, progress: Callable[[str], None] = lambda step: None) ->
     rows: list[Row] = []
     for dtype, scheme, targets in PLANS:
         # Metal has no kernel for experts: quantized for both, they would stay floating-point for cuda too.
-        for group in ([(each,) for each in targets] if model.has_experts else [targets]):
+        for group in [(each,) for each in targets] if model.has_experts else [targets]:
             progress(f"{model.model_type} {scheme} {str(dtype).removeprefix('torch.')} for {', '.join(group)}")
             rows += _rows(model, dtype, scheme, group)
             gc.collect()
