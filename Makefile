@@ -19,10 +19,10 @@ STAMP := $(VENV)/.installed
 # One thread a test process: WORKERS of them fill the cores that they were chosen for. A file stays in one process, since
 # its tests share exported models.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
-SELECT := $(if $(SLOW),,-m "not slow")
+SELECT := $(if $(SLOW),,-m "not slow and not compiled")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test browser real zoo nightly faults limits replay lint types layers golden docs site clean
+.PHONY: help setup demo test compiled browser real zoo nightly faults limits replay lint types layers golden docs site clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / && $$1 != "help" {printf "%-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS) $(TESTS)
+
+compiled: setup  ## the tests that build libraries or GPU machine code, which `make test` leaves out (ARGS=, WORKERS=2)
+	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "compiled and not slow" $(ARGS) \
+	  $(shell grep -rl 'mark\.compiled' tests --include='*.py')
 
 # Any of these serves; Playwright's own is downloaded from its site, which not every machine reaches.
 CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)

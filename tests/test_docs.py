@@ -80,6 +80,7 @@ def shown(expected: str, printed: str) -> bool:
     return re.search(pattern, " ".join(printed.split()), re.DOTALL) is not None
 
 
+@pytest.mark.compiled
 def test_commands_of_the_first_export_print_what_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,6 +231,7 @@ def test_random_model_runs_as_in_eager(target: str, index: int, tmp_path: Path) 
     assert_as_in_eager(model, wanted, results(model, path, len(wanted[0]) - 1))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("index", indices(1))
 def test_random_model_on_the_cpu_runs_as_in_eager(index: int) -> None:
     if lacking := missing_requirement("cpu"):

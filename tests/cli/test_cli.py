@@ -58,6 +58,7 @@ def test_packed_embedding_for_xnnpack_is_lowered_in_a_new_process(tmp_path: Path
     assert done.stdout == f"{report}\n", done.stderr
 
 
+@pytest.mark.compiled
 def test_lower_for_cpu_works_directly_and_from_a_packed_program(tmp_path: Path, command: Run) -> None:
     path, module = save(tmp_path, "4w")
     packing = command("lower", path, "--target", "cpu", "--stop-after", "rewrite", "--output-dir", tmp_path)

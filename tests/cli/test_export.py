@@ -63,6 +63,7 @@ def result(models: Path, output: Path, without_gpu: None) -> Result:
     )  # fmt: skip
 
 
+@pytest.mark.compiled
 def test_folder_has_programs_tokenizer_configs_and_report(result: Result, output: Path) -> None:
     assert names(output) == [
         "config.json",

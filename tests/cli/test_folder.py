@@ -158,6 +158,7 @@ def test_one_target_without_the_model_is_compared_with_nothing(decoder: Path, co
     assert "give --model with the model that was exported" in result.out
 
 
+@pytest.mark.compiled
 def test_libraries_are_not_executed_without_trust(encoder: Path, command: Run, tmp_path: Path) -> None:
     for arguments in (("verify", encoder), ("verify", encoder, "--target", "cpu"), ("run", encoder, "--target", "cpu")):
         result = command(*arguments)

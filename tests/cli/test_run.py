@@ -23,6 +23,7 @@ def model(tmp_path: Path) -> Path:
     return write(tmp_path, {"forward": single_call(counting())})
 
 
+@pytest.mark.compiled
 def test_run_prints_a_summary_of_each_output(model: Path, command: Run) -> None:
     result = command("run", model, "--inputs", model.with_name("x.safetensors"), "--trust", *CPU)
     assert result.code == 0, result.err

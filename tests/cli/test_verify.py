@@ -24,7 +24,12 @@ def errors(out: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("scheme", "target", "bound"),
-    [("4w", "xnnpack", 1e-6), ("8da4w", "xnnpack", 1e-2), ("float", "xnnpack", 1e-6), ("4w", "cpu", 1e-6)],
+    [
+        ("4w", "xnnpack", 1e-6),
+        ("8da4w", "xnnpack", 1e-2),
+        ("float", "xnnpack", 1e-6),
+        pytest.param("4w", "cpu", 1e-6, marks=pytest.mark.compiled),
+    ],
 )
 def test_correct_lowering_passes_with_the_tolerance_of_its_activations(
     scheme: str, target: str, bound: float, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch

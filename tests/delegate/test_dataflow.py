@@ -185,6 +185,7 @@ def test_view_without_an_instruction_is_found_by_its_place(tmp_path: Path) -> No
     assert View(1, 2) in analyse(Program(path).plan("forward"), {}, "").steps
 
 
+@pytest.mark.compiled
 def test_delegates_and_operators_use_constants_outside_the_delegate(tmp_path: Path, part: Part) -> None:
     constant, outside = torch.randn(K), torch.randn(3, K)
     values = [

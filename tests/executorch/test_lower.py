@@ -307,6 +307,7 @@ def two_methods(target: str, scheme: Any) -> tuple[dict[str, Any], torch.nn.Modu
     }, model
 
 
+@pytest.mark.compiled
 def test_methods_of_one_package_share_weights_and_compute_the_same(tmp_path: Path) -> None:
     methods, model = two_methods("cpu", IntxWeightOnlyConfig(torch.int4, PerGroup(32)))
     (path,) = lower(methods, "cpu", tmp_path, "model")

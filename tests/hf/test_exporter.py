@@ -129,6 +129,7 @@ def two_targets(causal: Any) -> Any:
     return exported
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", ["cpu", "xnnpack"])
 def test_generation_gives_the_tokens_of_the_quantized_model(causal: Any, two_targets: Any, target: str) -> None:
     torch.manual_seed(2)
@@ -210,6 +211,7 @@ def test_attention_without_a_kernel_on_cuda_is_refused_with_the_fix() -> None:
     assert steps[-1] == "rewriting model for cuda"
 
 
+@pytest.mark.compiled
 def test_components_share_one_file_per_target(two_targets: Any) -> None:
     prefill, decode = (two_targets.components[name].program for name in ("prefill", "decode"))
     for target, name in (("cpu", "model.cpu.pt2"), ("xnnpack", "model.xnnpack.pte")):
@@ -237,6 +239,7 @@ def prefill_arguments(length: int, cache: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", ["cpu", "xnnpack"])
 def test_calls_outside_of_the_export_are_errors(two_targets: Any, target: str) -> None:
     two_targets.to(target=target)

@@ -12,6 +12,8 @@ from et_cuda_passes.kernels.attention_launch import FEW_ROWS, HEAD_DIMS, Blocks,
 from et_cuda_passes.kernels.gpus import GPUS, HOPPER, GpuArch
 from tests.kernels.compiled import arch_of, check_for_others, compiled, machine_code, overwritten_operands, resources
 
+pytestmark = pytest.mark.compiled
+
 
 def built(chosen: Blocks, head_dim: int, arch: int, dtype: str = "bf16", **others: Any) -> Any:
     """The kernel for 20 heads, all tensors as linears write and read them."""

@@ -22,6 +22,8 @@ from tests.kernels.compiled import (
     tilings_of,
 )
 
+pytestmark = pytest.mark.compiled
+
 FORM = {"GROUPED": False, "HAS_IDS": True, "WIDTH": 16, "BULK": 0}
 GROUPED = {"GROUPED": True, "HAS_IDS": False, "WIDTH": 128}
 BULK = GROUPED | {"BULK": 2}

@@ -24,6 +24,8 @@ from tests.kernels.compiled import (
     tilings_of,
 )
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER)))
 def test_tiling_for_hopper_moves_no_weights_between_threads(tiling: Tiling, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from tests.kernels.compiled import (
     tilings_of,
 )
 
+pytestmark = pytest.mark.compiled
+
 
 @pytest.mark.parametrize("group_size", [0, 32, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("tiling", largest_of_each_kind(tilings_of(HOPPER, 8)))

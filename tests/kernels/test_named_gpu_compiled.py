@@ -18,6 +18,8 @@ from et_cuda_passes.layouts import mma_tiled
 from et_cuda_passes.ops import ATTENTION, INT4_EXPERTS, INT4_LINEARS, INT8_LINEAR
 from tests.kernels.compiled import SPILLED, arch_of, compiled, resources, tilings_of
 
+pytestmark = pytest.mark.compiled
+
 FEWER = [f"{gpu.name}:{gpu.processors // 3}" for gpu in GPUS.values()]
 N, K, EXPERTS = 2048, 1024, 8
 

@@ -58,6 +58,7 @@ def test_attention_passes_opcheck(axes: tuple[int, ...]) -> None:
     torch.library.opcheck(ATTENTION, given, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_attention_matches_fp64_when_compiled(dynamic: bool) -> None:
     compiled = torch.compile(lambda q, k, v: ATTENTION(q, k, v, 0.2, [1, 1, 1, 2]) * 2, dynamic=dynamic, fullgraph=True)

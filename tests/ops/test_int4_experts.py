@@ -127,6 +127,7 @@ def test_experts_reject_invalid_ids_and_offs() -> None:
         INT4_EXPERTS["cpu"].bmm(x, words, pair, IDS, GROUP, N)
 
 
+@pytest.mark.compiled
 def test_experts_match_eager_when_compiled() -> None:
     def products(x: Tensor, ids: Tensor, offs: Tensor, *constants: Tensor) -> tuple[Tensor, ...]:
         tiled, own = INT4_EXPERTS["mma_tiled"], INT4_EXPERTS["cpu"]

@@ -22,6 +22,8 @@ from et_cuda_passes.testing import Quantized
 from tests.hf.checkpoints import blocks
 from tests.rules.linear_models import exact_weight, five_schemes, no_bias
 
+pytestmark = pytest.mark.compiled
+
 BF16 = torch.bfloat16
 ROWS = {0: Dim("rows", min=2, max=64)}
 
