@@ -54,7 +54,7 @@ def kept_files() -> list[Path]:
 def test_make_help_lists_the_targets() -> None:
     listed = [line.split()[0] for line in run("make", "--no-print-directory", "help").splitlines()]
     assert listed == [
-        "setup", "demo", "test", "browser", "real", "zoo", "nightly", "faults", "limits", "replay",
+        "setup", "demo", "test", "compiled", "browser", "real", "zoo", "nightly", "faults", "limits", "replay",
         "lint", "types", "layers", "golden", "docs", "site", "clean",
     ]  # fmt: skip
 
