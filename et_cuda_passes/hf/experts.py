@@ -83,6 +83,7 @@ class _Dequantize(nn.Module):
 
 def quantize_stack(module: nn.Module, name: str, config: AOBaseConfig) -> None:
     """Quantize the stack ``name`` of ``module`` in place, each matrix by torchao's configuration of a linear."""
-    getattr(module, name).requires_grad_(False)
+    # A parameter of its own: copies of a model share parameters, and only this one has no gradient.
+    setattr(module, name, nn.Parameter(module.get_parameter(name).detach(), requires_grad=False))
     # Unsafe means without a trial run, which would hold the stack twice.
     parametrize.register_parametrization(module, name, _Dequantize(config, bool(module.is_transposed)), unsafe=True)

@@ -10,6 +10,7 @@ from torchao.quantization import quantize_
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.support import SCHEMES
 from tests.hf.models import mixtral
 
@@ -195,6 +196,16 @@ def test_recipe_with_a_scheme_that_experts_cannot_have_is_refused(scheme: str, t
     recipe = {"layer": [{"pattern": "*experts*", "scheme": scheme}]}
     with pytest.raises(UsageError, match=error):
         ecp.quantize_model_(mixtral().bfloat16(), recipe=recipe, target=target)
+
+
+def test_model_that_shares_parameters_with_the_quantized_one_is_unchanged() -> None:
+    model = mixtral()
+    parameters = dict(model.named_parameters())
+    copy = structural_copy(model)
+    ecp.quantize_model_(copy, qlinear="4w")
+    assert {name: id(each) for name, each in model.named_parameters()} == {n: id(e) for n, e in parameters.items()}
+    assert all(each.requires_grad for each in parameters.values())
+    assert not any(each.requires_grad for name, each in copy.named_parameters() if "experts" in name)
 
 
 def test_biases_of_experts_are_no_layers() -> None:
