@@ -10,6 +10,7 @@ from torchao.quantization import quantize_
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.hf import EtConfig, EtExporter
 from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.support import SCHEMES
 from tests.hf.models import mixtral
@@ -95,6 +96,24 @@ def test_layers_of_experts_are_compared_with_float_ones() -> None:
     found = ecp.accuracy(exported(model), float_program=weights)
     ratios = {layer.layer: layer.quantized_db for layer in found.layers}
     assert {*STACKS} <= {*ratios} and all(10 < ratios[name] < 30 for name in STACKS)
+
+
+@pytest.mark.parametrize(
+    ("targets", "given", "form"),
+    [
+        ("cuda,cpu", "eager", "_grouped_mm"),
+        ("cuda,cpu", "batched_mm", "bmm"),
+        *((target, "grouped_mm", "bmm") for target in ("xnnpack", "vulkan", "cuda,metal")),
+    ],
+)
+def test_experts_are_exported_in_a_form_that_each_target_has(targets: str, given: str, form: str) -> None:
+    model = mixtral() if targets in ("xnnpack", "vulkan") else mixtral().bfloat16()
+    model.set_experts_implementation(given)
+    component = {"model": (model, {"input_ids": TOKENS})}
+    traced = EtExporter().trace(component, {"model": EtConfig(target=targets)}, model)
+    names = [str(node.target) for node in traced.programs["model"].graph.nodes]
+    assert names.count(f"aten.{form}.default") == 2
+    assert model.get_experts_implementation() == {"": given}
 
 
 REASONS = [
