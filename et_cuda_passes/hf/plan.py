@@ -119,6 +119,8 @@ def _unquantizable(layer: Layer) -> str | None:
         return f"quantized before: its weight is a {type(weight).__name__}"
     if layer.kind == "experts" and not weight.is_floating_point():
         return f"quantized before: a parametrization dequantizes {_dtype_name(weight.dtype)}"
+    if layer.kind == "experts" and not weight.numel():
+        return "a stack without values"
     if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight itself, past the linear"
     if layer.kind != "experts" and not is_conv1d(layer.module) and _reads_weight_itself(layer.module):

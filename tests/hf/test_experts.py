@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torchao.quantization import quantize_
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import UsageError
@@ -225,6 +226,13 @@ def test_model_that_shares_parameters_with_the_quantized_one_is_unchanged() -> N
     assert {name: id(each) for name, each in model.named_parameters()} == {n: id(e) for n, e in parameters.items()}
     assert all(each.requires_grad for each in parameters.values())
     assert not any(each.requires_grad for name, each in copy.named_parameters() if "experts" in name)
+
+
+@pytest.mark.parametrize("sizes", [{"num_local_experts": 0}, {"intermediate_size": 0}], ids=str)
+def test_stacks_without_values_stay(sizes: dict[str, int]) -> None:
+    config = transformers.MixtralConfig(**{"hidden_size": 64, "intermediate_size": 64} | sizes)
+    report = ecp.quantize_model_(nn.Sequential(MixtralExperts(config)), qlinear="4w", target="cpu")
+    assert [(layer.scheme, layer.reason) for layer in report.layers] == [(None, "a stack without values")] * 2
 
 
 def test_biases_of_experts_are_no_layers() -> None:
