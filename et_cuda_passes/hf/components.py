@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.exporters.utils import decompose_for_generation, is_multimodal
 from transformers.utils import ModelOutput
 
 from et_cuda_passes.hf.artifact import ExportError
+from et_cuda_passes.targets import get_target
 
 Inputs = MutableMapping[str, Any]
 """The kwargs of a forward."""
@@ -136,6 +137,20 @@ def structural_copy(model: nn.Module) -> Any:
     """A copy of the modules that shares all parameters and buffers."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def choose_experts(model: nn.Module, names: Sequence[str]) -> None:
+    """Choose the form in which the experts of transformers are exported for the targets ``names``.
+
+    Only targets with kernels for experts have a grouped matrix product, which reads each expert once. The others have
+    one for each pair of a row and an expert. A loop over experts cannot be exported.
+    """
+    if not isinstance(model, PreTrainedModel) or not model._can_set_experts_implementation():
+        return
+    if not all("int4_experts" in get_target(name).kernels for name in names):
+        model.set_experts_implementation("batched_mm")
+    elif "eager" in model.get_experts_implementation().values():
+        model.set_experts_implementation("grouped_mm")
 
 
 def with_fqns_of_root(program: ExportedProgram, fqn: str | None, component: str) -> ExportedProgram:

@@ -15,18 +15,29 @@ from torchao.quantization import quantize_
 from torchao.quantization.quant_primitives import _DTYPE_TO_QVALUE_BOUNDS, dequantize_affine
 
 
-def is_stack(module: nn.Module, parameter: Tensor) -> bool:
-    """Whether ``parameter`` of ``module`` has a matrix for each of several experts.
+def is_experts(module: nn.Module) -> bool:
+    """Whether ``module`` has a matrix for each of several experts in parameters of three dimensions.
 
-    transformers marks the classes of such modules (``use_experts_implementation``).
+    transformers marks the classes of such modules (``use_experts_implementation``). Their parameters of two dimensions
+    are biases.
     """
-    marked = isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "_apply_gate")
-    return marked and parameter.dim() == 3
+    return isinstance(getattr(module, "is_transposed", None), bool) and hasattr(module, "_apply_gate")
 
 
 def matrices(module: nn.Module, stack: Tensor) -> Tensor:
     """A view of a stack as [experts, out_features, in_features], as the module's ``is_transposed`` says."""
     return stack.transpose(1, 2) if module.is_transposed else stack
+
+
+def is_quantized_stack(module: nn.Module) -> bool:
+    """Whether ``module`` is the parametrization that holds a stack which is quantized already."""
+    return isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], _Dequantize)
+
+
+def quantized_stacks(module: nn.Module) -> dict[str, Tensor]:
+    """The integers of the stacks of ``module`` that are quantized already, by name, as :func:`matrices` views them."""
+    lists: Any = getattr(module, "parametrizations", nn.ModuleDict())
+    return {name: matrices(module, each.original0) for name, each in lists.items() if is_quantized_stack(each)}
 
 
 class _Dequantize(nn.Module):
@@ -72,6 +83,7 @@ class _Dequantize(nn.Module):
 
 def quantize_stack(module: nn.Module, name: str, config: AOBaseConfig) -> None:
     """Quantize the stack ``name`` of ``module`` in place, each matrix by torchao's configuration of a linear."""
-    getattr(module, name).requires_grad_(False)
+    # A parameter of its own: copies of a model share parameters, and only this one has no gradient.
+    setattr(module, name, nn.Parameter(module.get_parameter(name).detach(), requires_grad=False))
     # Unsafe means without a trial run, which would hold the stack twice.
     parametrize.register_parametrization(module, name, _Dequantize(config, bool(module.is_transposed)), unsafe=True)

@@ -53,6 +53,7 @@ from et_cuda_passes.hf.artifact import (
 from et_cuda_passes.hf.components import (
     Inputs,
     check_rope,
+    choose_experts,
     contiguous,
     dynamic_lengths,
     fqn_in,
@@ -548,13 +549,7 @@ class QuantizedModel:
         model = structural_copy(module)
         model.eval()
         stop_dynamic_rope(model)
-        # XNNPACK's runtime has no grouped matrix product. transformers' own exporter chooses the same form for it.
-        if (
-            "xnnpack" in config.targets
-            and isinstance(model, PreTrainedModel)
-            and model._can_set_experts_implementation()
-        ):
-            model.set_experts_implementation("batched_mm")
+        choose_experts(model, config.targets)
         report = None
         if config.quantizes:
             self._progress("quantizing")

@@ -13,7 +13,7 @@ from torchao.core.config import AOBaseConfig
 from et_cuda_passes.graph.errors import UsageError
 from et_cuda_passes.hf.conv1d import is_conv1d
 from et_cuda_passes.hf.encoders import encoder_fqns
-from et_cuda_passes.hf.experts import is_stack, matrices
+from et_cuda_passes.hf.experts import is_experts, is_quantized_stack, matrices, quantized_stacks
 from et_cuda_passes.hf.options import DEFAULT_GROUP_SIZE, QuantizationOptions
 from et_cuda_passes.hf.recipe import Entry, Recipe
 from et_cuda_passes.hf.report import LayerReport, QuantizationReport
@@ -25,6 +25,7 @@ from et_cuda_passes.hf.support import (
     SCHEMES,
     Scheme,
     Status,
+    Support,
     instead,
     nearest,
     support,
@@ -84,11 +85,14 @@ def _layers(model: nn.Module) -> list[Layer]:
             found.append(Layer(fqns[0], module, module.weight, kind, encoder))
         elif is_conv1d(module) and fqns[0]:
             found.append(Layer(fqns[0], module, module.get_parameter("weight").t(), "linear", encoder))
-        elif not isinstance(module, nn.modules.conv._ConvNd):
+        elif not isinstance(module, nn.modules.conv._ConvNd) and not is_quantized_stack(module):
+            for name, integers in quantized_stacks(module).items():
+                found.append(Layer(f"{fqns[0]}.{name}" if fqns[0] else name, module, integers, "experts", encoder))
             for name, parameter in module.named_parameters(recurse=False):
                 fqn = f"{fqns[0]}.{name}" if fqns[0] else name
-                if is_stack(module, parameter):
-                    found.append(Layer(fqn, module, matrices(module, parameter), "experts", encoder))
+                if is_experts(module):
+                    if parameter.dim() == 3:
+                        found.append(Layer(fqn, module, matrices(module, parameter), "experts", encoder))
                 elif parameter.dim() in (2, 3) and parameter.is_floating_point() and min(parameter.shape[-2:]) >= 16:
                     found.append(Layer(fqn, module, parameter, "other", encoder))
     return found
@@ -113,6 +117,10 @@ def _unquantizable(layer: Layer) -> str | None:
         return f"a matrix of {type(layer.module).__name__}, which is neither a linear nor an embedding"
     if type(weight) not in (Tensor, nn.Parameter):
         return f"quantized before: its weight is a {type(weight).__name__}"
+    if layer.kind == "experts" and not weight.is_floating_point():
+        return f"quantized before: a parametrization dequantizes {_dtype_name(weight.dtype)}"
+    if layer.kind == "experts" and not weight.numel():
+        return "a stack without values"
     if isinstance(layer.module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads this weight itself, past the linear"
     if layer.kind != "experts" and not is_conv1d(layer.module) and _reads_weight_itself(layer.module):
@@ -248,7 +256,7 @@ class Plan:
         self.decisions = {key: self._decide(group) for key, group in self.groups.items()}
         if self.problems:
             raise UsageError("\n".join(self.problems))
-        self._check_linears()
+        self._check_kernels()
 
     def _check_encoder_options(self) -> None:
         names = [name for name in ("qlinear_encoder", "qembedding_encoder") if getattr(self.options, name) is not None]
@@ -342,7 +350,7 @@ class Plan:
             fitted, fitted_size, why = _fit(scheme, size, k, kind, options.group_size_fallback, goals)
         except _NoFit as no_fit:
             fallback = options.group_size_fallback
-            if fallback == "error" or (scheme.promised and fallback == "adjust" and kind != "experts"):
+            if fallback == "error" or (scheme.promised and fallback == "adjust"):
                 self.problems.append(f"{first.fqn}: {no_fit}; change the group size, or skip the layer in a recipe")
             return Decision(None, reason=str(no_fit), pattern=pattern)
         chosen = fitted.algorithm or algorithm
@@ -352,46 +360,51 @@ class Plan:
         """The targets that are named, by the option or else by the scheme."""
         return self.options.targets or ((scheme.promised,) if scheme.promised else ())
 
-    def _check_linears(self) -> None:
-        """Warn of what a named target does with the linears, by scheme and dtype."""
+    def _check_kernels(self) -> None:
+        """Warn of what a named target does with the linears and the experts, by scheme and dtype."""
         checked = set()
-        for key, group in self.groups.items():
-            decision, linear = self.decisions[key], next((each for each in group if each.kind == "linear"), None)
-            if decision.scheme is None or linear is None:
-                continue
-            for name in self._targets(decision.scheme):
-                kind = (decision.scheme, linear.weight.dtype, name, linear.encoder)
-                if kind not in checked:
-                    self._check_linear(decision.scheme, decision.group_size, linear, name)
-                checked.add(kind)
+        for kind in ("linear", "experts"):
+            for key, group in self.groups.items():
+                decision, layer = self.decisions[key], next((each for each in group if each.kind == kind), None)
+                if decision.scheme is None or layer is None:
+                    continue
+                for name in self._targets(decision.scheme):
+                    case = (decision.scheme, layer.weight.dtype, name, kind, layer.encoder)
+                    if case not in checked:
+                        self._check_kernel(decision.scheme, decision.group_size, layer, name)
+                    checked.add(case)
 
-    def _check_linear(self, scheme: Scheme, size: int, linear: Layer, target: str) -> None:
-        layout = self.options.packing_format(target, linear.encoder) if scheme.bits == 4 else AUTO
-        dtype = linear.weight.dtype
+    def _check_kernel(self, scheme: Scheme, size: int, layer: Layer, target: str) -> None:
+        kind, dtype = layer.kind, layer.weight.dtype
+        format_counts = scheme.bits == 4 and kind == "linear"
+        layout = self.options.packing_format(target, layer.encoder) if format_counts else AUTO
+
+        def found(dtype: torch.dtype | None, cast: bool) -> Support:
+            return support(scheme, size, layer.in_features, target, layout, kind, dtype, cast)
 
         def works(dtype: torch.dtype | None) -> bool:
             """Whether the target has a rule, and the packing format if there is one."""
-            cast = self.options.cast_to_bf16
-            found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=cast)
-            return found.status is not Status.IMPOSSIBLE if layout == AUTO else layout in found.layouts
+            case = found(dtype, self.options.cast_to_bf16)
+            return case.status is not Status.IMPOSSIBLE if layout == AUTO else layout in case.layouts
 
-        folds = support(scheme, size, linear.in_features, target, layout, dtype=dtype).status is Status.FOLDED
-        if folds and not self.options.quantizes_activations_of(scheme, target):
+        quantizes_activations = kind == "linear" and self.options.quantizes_activations_of(scheme, target)
+        if found(dtype, False).status is Status.FOLDED and not quantizes_activations:
+            of_experts = " of experts" if kind == "experts" else ""
             self.warnings.append(
-                f"{target} has no kernel for {scheme.name} and computes with floating-point weights; "
-                f"{instead(scheme, target)}"
+                f"{target} has no kernel for {scheme.name}{of_experts} and computes with floating-point weights; "
+                f"{instead(scheme, target, kind)}"
             )
         if works(dtype) or not works(None):
             return
         usable = " or ".join(f"model.to(torch.{_dtype_name(each)})" for each in _FLOATS if works(each))
         kernel = f"kernel of {scheme.name}" if layout == AUTO else f"kernel of {scheme.name} in {layout}"
         text = f"{target} has no {kernel} for a model in {_dtype_name(dtype)}; convert it with {usable}"
-        found = support(scheme, size, linear.in_features, target, layout, dtype=dtype, cast_to_bf16=True)
-        if found.status is not Status.IMPOSSIBLE:
+        if found(dtype, True).status is not Status.IMPOSSIBLE:
             text += ", or give cast_to_bf16=True, which casts activations to bf16 for such kernels alone"
         if target == scheme.promised or layout != AUTO or get_target(target).refuses_misses:
             raise UsageError(text)
-        self.warnings.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def _quantized(self) -> Iterator[tuple[list[Layer], Decision]]:
         """The layers of each weight that is quantized, a linear first: torchao reads the bias of a linear too."""

@@ -410,7 +410,10 @@ def _layer(scheme: Scheme, group_size: int, in_features: int, kind: str, dtype: 
 
 
 class _Experts(nn.Module):
-    """The product of transformers' experts: with rows sorted by expert, which torch has in bf16 only, or one by one."""
+    """The product of transformers' experts: with rows sorted by expert, or one by one.
+
+    torch exports the first in bf16 only, and for rows of a multiple of 16 bytes.
+    """
 
     is_transposed = False
 
@@ -419,7 +422,7 @@ class _Experts(nn.Module):
         self.stack = nn.Parameter(stack, requires_grad=False)
 
     def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
-        if x.dtype is torch.bfloat16:
+        if x.dtype is torch.bfloat16 and x.shape[-1] % 8 == 0:
             return nn.functional.grouped_mm(x, self.stack.transpose(1, 2), offs=chosen)
         return torch.bmm(self.stack[chosen], x.unsqueeze(-1)).squeeze(-1)
 

@@ -7,9 +7,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torchao.quantization import quantize_
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import et_cuda_passes as ecp
 from et_cuda_passes.graph.errors import UsageError
+from et_cuda_passes.hf import EtConfig, EtExporter
+from et_cuda_passes.hf.components import structural_copy
 from et_cuda_passes.hf.support import SCHEMES
 from tests.hf.models import mixtral
 
@@ -96,6 +99,24 @@ def test_layers_of_experts_are_compared_with_float_ones() -> None:
     assert {*STACKS} <= {*ratios} and all(10 < ratios[name] < 30 for name in STACKS)
 
 
+@pytest.mark.parametrize(
+    ("targets", "given", "form"),
+    [
+        ("cuda,cpu", "eager", "_grouped_mm"),
+        ("cuda,cpu", "batched_mm", "bmm"),
+        *((target, "grouped_mm", "bmm") for target in ("xnnpack", "vulkan", "cuda,metal")),
+    ],
+)
+def test_experts_are_exported_in_a_form_that_each_target_has(targets: str, given: str, form: str) -> None:
+    model = mixtral() if targets in ("xnnpack", "vulkan") else mixtral().bfloat16()
+    model.set_experts_implementation(given)
+    component = {"model": (model, {"input_ids": TOKENS})}
+    traced = EtExporter().trace(component, {"model": EtConfig(target=targets)}, model)
+    names = [str(node.target) for node in traced.programs["model"].graph.nodes]
+    assert names.count(f"aten.{form}.default") == 2
+    assert model.get_experts_implementation() == {"": given}
+
+
 REASONS = [
     ("8w", "cuda", "cuda has no kernel of 8w for experts"),
     ("4w", "metal", "metal has no kernel of 4w for experts"),
@@ -118,6 +139,61 @@ def test_experts_without_a_kernel_stay_floating_point_with_the_reason(scheme: st
 def test_target_that_folds_experts_does_not_keep_them_from_another_target() -> None:
     report = ecp.quantize_model_(mixtral().bfloat16(), qlinear="4w", target="cuda,mlx")
     assert [report[name].scheme for name in STACKS] == ["4w"] * 2
+    assert report.warnings == [
+        "mlx has no kernel for 4w of experts and computes with floating-point weights; mlx has no kernels for experts"
+    ]
+
+
+def of_sizes(hidden: int, intermediate: int) -> Any:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1, "hidden_size": hidden, "intermediate_size": intermediate}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | sizes)).eval().bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("width", "target", "size", "reason"),
+    [
+        (48, "cpu", 16, "in_features 48 is no multiple of 32"),
+        (48, "cuda", None, "in_features 48 is no multiple of 32, and no smaller group size has a kernel on cuda"),
+        # torch has no grouped product in bf16 whose rows are no multiple of 16 bytes.
+        (100, "cpu", None, "in_features 100 is no multiple of 32, and no smaller group size has a kernel on cpu"),
+        (33, "cuda", None, "in_features 33 is no multiple of 32, and no smaller group size has a kernel on cuda"),
+        (33, None, 0, "in_features 33 is no multiple of 32"),
+    ],
+)
+def test_in_features_that_the_group_size_does_not_divide_are_reported(
+    width: int, target: str | None, size: int | None, reason: str
+) -> None:
+    report = ecp.quantize_model_(of_sizes(64, width), qlinear="4w", target=target)
+    assert [(report[name].group_size, report[name].reason) for name in STACKS] == [(32, ""), (size, reason)]
+
+
+def test_promise_of_kernels_counts_for_experts() -> None:
+    with pytest.raises(UsageError, match=r"experts.down_proj: in_features 48 is no multiple of 32.*skip the layer"):
+        ecp.quantize_model_(of_sizes(64, 48), qlinear="cuda:4w")
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_dtype_without_a_kernel_for_experts_is_warned_of(cast: bool) -> None:
+    recipe = {"layer": [{"pattern": "*experts*", "scheme": "4w"}]}
+    report = ecp.quantize_model_(mixtral(), recipe=recipe, target="cuda", cast_to_bf16=cast)
+    wanted = "cuda has no kernel of 4w for a model in float32; convert it with model.to(torch.bfloat16)"
+    assert [warning[: len(wanted)] for warning in report.warnings] == ([] if cast else [wanted])
+
+
+def test_stack_that_is_quantized_already_is_reported_and_stays() -> None:
+    config = transformers.GptOssConfig(
+        **SIZES | {"hidden_size": 512}, num_local_experts=4, num_experts_per_tok=2, head_dim=32, intermediate_size=512
+    )
+    model = transformers.GptOssForCausalLM(config).eval().bfloat16()
+    ecp.quantize_model_(model, qlinear="4w")
+    wanted = model(TOKENS).logits
+    report = ecp.quantize_model_(model, qlinear="8w")
+    before = "quantized before: a parametrization dequantizes int8"
+    assert [(layer.fqn, layer.scheme, layer.reason) for layer in report.layers if "experts" in layer.fqn] == [
+        (name, None, before) for name in STACKS
+    ]
+    assert [(report[name].out_features, report[name].in_features) for name in STACKS] == [(1024, 512), (512, 512)]
+    assert torch.equal(model(TOKENS).logits, wanted)
 
 
 def test_recipe_decides_about_experts() -> None:
@@ -140,6 +216,30 @@ def test_recipe_with_a_scheme_that_experts_cannot_have_is_refused(scheme: str, t
     recipe = {"layer": [{"pattern": "*experts*", "scheme": scheme}]}
     with pytest.raises(UsageError, match=error):
         ecp.quantize_model_(mixtral().bfloat16(), recipe=recipe, target=target)
+
+
+def test_model_that_shares_parameters_with_the_quantized_one_is_unchanged() -> None:
+    model = mixtral()
+    parameters = dict(model.named_parameters())
+    copy = structural_copy(model)
+    ecp.quantize_model_(copy, qlinear="4w")
+    assert {name: id(each) for name, each in model.named_parameters()} == {n: id(e) for n, e in parameters.items()}
+    assert all(each.requires_grad for each in parameters.values())
+    assert not any(each.requires_grad for name, each in copy.named_parameters() if "experts" in name)
+
+
+@pytest.mark.parametrize("sizes", [{"num_local_experts": 0}, {"intermediate_size": 0}], ids=str)
+def test_stacks_without_values_stay(sizes: dict[str, int]) -> None:
+    config = transformers.MixtralConfig(**{"hidden_size": 64, "intermediate_size": 64} | sizes)
+    report = ecp.quantize_model_(nn.Sequential(MixtralExperts(config)), qlinear="4w", target="cpu")
+    assert [(layer.scheme, layer.reason) for layer in report.layers] == [(None, "a stack without values")] * 2
+
+
+def test_biases_of_experts_are_no_layers() -> None:
+    sizes = {"num_local_experts": 16, "num_experts_per_tok": 2, "head_dim": 32, "intermediate_size": 96}
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **sizes))
+    report = ecp.quantize_model_(model, qlinear="4w")
+    assert [layer.fqn for layer in report.layers if "experts" in layer.fqn] == [*STACKS]
 
 
 def test_unknown_stack_is_reported() -> None:

@@ -25,7 +25,7 @@ def test_encoder_on_cpu_equals_the_quantized_model(tmp_path: Path) -> None:
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.pooler_output, expected.pooler_output, rtol=1e-4, atol=1e-4)
     # 4 bits are seen in the numbers, so that the comparison above can tell the two models apart.
-    assert (found.last_hidden_state - unquantized.last_hidden_state).abs().max() > 1e-2
+    assert (found.last_hidden_state - unquantized.last_hidden_state).abs().max() > 2e-3
     assert exported.report["targets"]["cpu"]["model"]["counts"]["missed"] == 0
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).last_hidden_state, unquantized.last_hidden_state, rtol=0, atol=0)
