@@ -18,7 +18,7 @@ from et_cuda_passes.rewrite import rewrite
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8, QuantizedEmbedding
 from et_cuda_passes.rules.epilogue import FuseGate, RemoveLinearViews
-from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.experts import BmmInt4, CountExperts, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
 from et_cuda_passes.rules.fold import FoldDequantize
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
@@ -52,6 +52,7 @@ __all__ = [
     "Capture",
     "ConvInt4",
     "ConvInt8",
+    "CountExperts",
     "CudaPartitioner",
     "EinsumInt4",
     "EmbeddingInt4",

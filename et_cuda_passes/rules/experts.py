@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cmp_to_key
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from et_cuda_passes.graph.builder import Builder
 from et_cuda_passes.graph.errors import Unmet
 from et_cuda_passes.graph.match import Match
+from et_cuda_passes.graph.operators import arguments, op_of
 from et_cuda_passes.graph.pattern import AnyOf, Capture, Pattern, any_of, op
 from et_cuda_passes.graph.rule import Failure, Notes, Rule, requirement
 from et_cuda_passes.kernels.kernel import Kernel
@@ -534,3 +535,50 @@ def flattened_sizes(b: Builder, m: Match, parts: Sequence[str]) -> list[int | No
         return b.size(m.x, axes.x.index(part)) if part in axes.x else b.size(m.ids, axes.batch.index(part))
 
     return [one(index, part) for index, part in enumerate(parts)]
+
+
+# Rows of each expert --------------------------------------------------------------------------------------------------
+
+_CASTS = (aten._to_copy.default, aten.to.dtype)
+
+
+@requirement("whole numbers, as integers or converted to float32 from integers", hint="count integers")
+def counts_whole_numbers(m: Match) -> Failure | None:
+    """Other numbers fall between two of the integers that they are compared with."""
+    node, dtype = m.ids, m.val(m.ids).dtype
+    while isinstance(node, Node) and op_of(node) in _CASTS and m.val(node).dtype in (dtype, torch.float32):
+        node = node.args[0]
+    exact = isinstance(node, Node) and not m.val(node).dtype.is_floating_point
+    return None if exact and (dtype is torch.float32 or not dtype.is_floating_point) else Failure(str(dtype))
+
+
+@requirement("one bin for each of two or more integers from 0 on", hint="give bins=n, min=0, max=n - 1")
+def bins_are_integers(m: Match) -> Failure | None:
+    """With ``max`` equal to ``min`` the range is that of the values."""
+    given = arguments(m.root)
+    bins, low, high = given["bins"], given["min"], given["max"]
+    return None if bins > 1 and (low, high) == (0, bins - 1) else Failure(f"{bins} bins from {low} to {high}")
+
+
+@dataclass(frozen=True)
+class CountExperts(Rule):
+    """histc(ids, n, 0, n - 1) -> sum(ids == arange(n))
+
+    transformers counts the rows of each expert with histc. ExecuTorch's CUDA backend (executorch 1.5.1) has no kernel of
+    it, and its lowering fails: "missing fallback kernels".
+    """
+
+    reports_misses: ClassVar[bool] = False
+
+    requirements = (counts_whole_numbers, bins_are_integers)
+
+    def pattern(self, ids: Capture) -> Pattern:
+        """A histogram with any bins."""
+        return op(aten.histc.default)(ids, ...)
+
+    def rewrite(self, b: Builder, m: Match) -> Node:
+        """The number of ids that equal each integer, in the dtype of the histogram."""
+        val = m.val(m.ids)
+        integers = b.call(aten.arange.default, arguments(m.root)["bins"], dtype=val.dtype, device=val.device)
+        flat = b.call(aten.reshape.default, m.ids, [-1, 1])
+        return b.call(aten.sum.dim_IntList, b.call(aten.eq.Tensor, flat, integers), [0], dtype=val.dtype)

@@ -9,7 +9,7 @@ from et_cuda_passes.kernels.kernel import Kernel
 from et_cuda_passes.rules.attention import FuseAttentionTranspose, UnmaskedAttention
 from et_cuda_passes.rules.embedding import EmbeddingInt4, EmbeddingInt8
 from et_cuda_passes.rules.epilogue import FuseActivation, FuseAdd, FuseGate, FuseMultiply, RemoveLinearViews
-from et_cuda_passes.rules.experts import BmmInt4, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
+from et_cuda_passes.rules.experts import BmmInt4, CountExperts, EinsumInt4, GroupedMmInt4, IndexedBmmInt4
 from et_cuda_passes.rules.float_linear import LinearFloat4, LinearFloat8
 from et_cuda_passes.rules.fused_linear import FusedLinearInt4
 from et_cuda_passes.rules.linear import ConvInt4, ConvInt8, LinearInt4, LinearInt8
@@ -72,6 +72,7 @@ CUDA = Target(
         IndexedBmmInt4(),
         GroupedMmInt4(),
         EinsumInt4(),
+        CountExperts(),
         EmbeddingInt4(),
         EmbeddingInt8(),
         # These match the results of the rules above. The kernel multiplies and then adds; a gated layer, which contains

@@ -115,7 +115,7 @@ def test_quantized_mixture_of_experts_agrees_with_eager(form: str, rule: str, tm
         wanted = model(tokens, use_cache=False).logits
         program = torch.export.export(model, (tokens,), kwargs={"use_cache": False}, strict=False)
     partitioner = ecp.CudaPartitioner([], expect={rule: 2, "missed": 0})
-    # transformers counts the rows of each expert by histc, which is not in core ATen.
+    # As `lower` does.
     config = EdgeCompileConfig(_check_ir_validity=False)
     with torch.no_grad():
         edge = to_edge_transform_and_lower(program, partitioner=[partitioner], compile_config=config)

@@ -562,3 +562,31 @@ def test_other_product_is_missed_with_its_reason(name: str) -> None:
     form, inputs, reason = OTHER_FORMS[name]
     report = assert_misses(export(Experts(form), *inputs), reason)
     assert len(report.outcomes) == 1
+
+
+class Histogram(nn.Module):
+    """The rows of each of ``bins`` experts, as transformers counts them."""
+
+    def __init__(self, bins: int, cast: bool) -> None:
+        super().__init__()
+        self.bins, self.cast = bins, cast
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.histc(ids.float() if self.cast else ids, bins=self.bins, min=0, max=self.bins - 1)
+
+
+@pytest.mark.parametrize("bins", [2, 7, 128])
+def test_rows_of_experts_are_counted_by_comparisons(bins: int) -> None:
+    for shape in ((50,), (4, 3), (0,)):
+        ids = torch.randint(-2, bins + 3, shape)  # those out of range are in no bin
+        program = torch.export.export(Histogram(bins, cast=True), (ids,))
+        rewritten, report = ecp.rewrite(program, "cuda")
+        assert report.applied == {"count_experts": 1}
+        assert not any("histc" in str(node.target) for node in rewritten.graph.nodes)
+        wanted = torch.histc(ids.float(), bins=bins, min=0, max=bins - 1)
+        torch.testing.assert_close(rewritten.module()(ids), wanted, rtol=0, atol=0)
+
+
+def test_one_bin_has_the_range_of_the_values_and_stays() -> None:
+    program = torch.export.export(Histogram(1, cast=True), (torch.arange(5),))
+    assert ecp.rewrite(program, "cuda")[1].applied == {}

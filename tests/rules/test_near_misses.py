@@ -519,6 +519,26 @@ case(
     },
 )
 
+# Rows of experts ------------------------------------------------------------------------------------------------------
+
+
+class Histogram(nn.Module):
+    def __init__(self, bins: int, low: float, high: float) -> None:
+        super().__init__()
+        self.range = bins, low, high
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.histc(ids.float(), *self.range)
+
+
+case(
+    ecp.CountExperts(),
+    {
+        "counts_whole_numbers": lambda: export(Histogram(4, 0, 3), floats(9)),
+        "bins_are_integers": lambda: export(Histogram(4, 0, 4), IDS),
+    },
+)
+
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
