@@ -564,8 +564,8 @@ def bins_are_integers(m: Match) -> Failure | None:
 class CountExperts(Rule):
     """histc(ids, n, 0, n - 1) -> sum(ids == arange(n))
 
-    transformers counts the rows of each expert with histc. ExecuTorch's CUDA backend (executorch 1.5.1) has no kernel of
-    it, and its lowering fails: "missing fallback kernels".
+    transformers counts the rows of each expert with histc. ExecuTorch's CUDA backend (executorch 1.5.1) has no kernel
+    of it, and its lowering fails: "missing fallback kernels".
     """
 
     reports_misses: ClassVar[bool] = False
