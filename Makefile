@@ -47,7 +47,7 @@ demo: setup  ## export SmolLM2-135M-Instruct unquantized and in 4 bits, and comp
 test: setup  ## the test suite (TESTS=tests/quant, ARGS=-x, SLOW=1, WORKERS=2)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(SELECT) $(ARGS) $(TESTS)
 
-compiled: setup  ## the tests that build libraries or GPU machine code, which `make test` leaves out (ARGS=, WORKERS=2)
+compiled: setup  ## tests that build libraries or machine code or interpret kernels; `make test` leaves them out (ARGS=)
 	$(ONE_THREAD) $(PY) -m pytest -n $(WORKERS) --dist loadfile -m "compiled and not slow" $(ARGS) \
 	  $(shell grep -rl 'mark\.compiled' tests --include='*.py')
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(str(path.relative_to(ROOT)) for path in Path(__file__).parent.glob("test_*_interpreted.py"))
 
 
+@pytest.mark.compiled
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 @pytest.mark.parametrize("selected", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_kernels_pass_in_the_interpreter(selected: str) -> None:
