@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import metal
-from ._checks import require_weight
 from .layout import ZERO_OFFSET, Layout
 from .plain_products import multiply_in_pieces, stored
-from .rows import CHUNK_BYTES, pack_rows
+from .rows import CHUNK_BYTES
 from .scale_and_zero import planes_of_rows, require_finite, require_pair, unpack_planes
 
 
@@ -31,10 +30,7 @@ def pack(q: Tensor, offset: int = 0, *, out_rows: int | None = None, chunk_bytes
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
-    q, n, k = require_weight(q, offset, 1, 2, "by_row", out_rows)
-    packed = torch.empty(n, k // 2, dtype=torch.uint8, device=q.device)
-    pack_rows(q, packed, n, lambda rows: metal.packer(k, offset, rows, q), chunk_bytes)
-    return packed
+    return metal.pack_pairs(q, offset, 2, "by_row", out_rows, chunk_bytes)
 
 
 unpack = metal.unpack

@@ -31,7 +31,14 @@ def pack(
     Raises TypeError for a q of another dtype; ValueError for a bad shape or offset, a weight outside the range, or a
     meta or fake q.
     """
-    q, n, k = require_weight(q, offset, 1, 8, "metal", out_rows)
+    return pack_pairs(q, offset, 8, "metal", out_rows, chunk_bytes)
+
+
+def pack_pairs(
+    q: torch.Tensor, offset: int, columns: int, layout: str, out_rows: int | None, chunk_bytes: int
+) -> torch.Tensor:
+    """As `pack`, with the even k in the low nibble, for any layout with these bytes; K is a multiple of `columns`."""
+    q, n, k = require_weight(q, offset, 1, columns, layout, out_rows)
     packed = torch.empty(n, k // 2, dtype=torch.uint8, device=q.device)
     pack_rows(q, packed, n, lambda rows: packer(k, offset, rows, q), chunk_bytes)
     return packed
